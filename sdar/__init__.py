@@ -1,0 +1,1 @@
+"""What the services share: contracts, algorithms, runtime and the command line. Imports no service (only `sdar.cli` does)."""

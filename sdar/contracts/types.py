@@ -1,0 +1,361 @@
+"""Owns the domain types every service speaks: frozen dataclasses that check their own lengths.
+
+They never do I/O and know no wire format.
+
+Axes: T response tokens of one turn, P prompt tokens of one turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sdar.contracts.errors import ContractError
+
+TokenIds = npt.NDArray[np.int32]
+LogProbs = npt.NDArray[np.float32]
+PolicyVersions = npt.NDArray[np.int32]
+
+
+def _as_array(value: Any, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    array = np.ascontiguousarray(value, dtype=dtype)
+    if array.ndim != 1:
+        raise ContractError(f"Expected a flat array of {np.dtype(dtype).name}, got shape {array.shape}. Flatten it first.")
+    array.setflags(write=False)
+    return array
+
+
+class _ArrayEq:
+    """Equality by value for dataclasses that hold arrays (the generated one would ask an array for its truth)."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, np.ndarray):
+                if not np.array_equal(mine, theirs, equal_nan=mine.dtype.kind == "f"):
+                    return False
+            elif mine != theirs:
+                return False
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Purpose(StrEnum):
+    """Why an episode is played. Evaluation episodes never reach the learner."""
+
+    TRAIN = "train"
+    EVALUATION = "evaluation"
+
+
+class StopReason(StrEnum):
+    """Why the sampler stopped a turn's response."""
+
+    END_OF_TURN = "end_of_turn"
+    LENGTH = "length"
+
+
+class EpisodeEnd(StrEnum):
+    """How an episode ended: by the environment's own rule, or cut by a limit on turns or tokens."""
+
+    TERMINATED = "terminated"
+    TRUNCATED = "truncated"
+
+
+class GroupOutcome(StrEnum):
+    """What became of a task group. `GENERATED` opens its account, every other value closes it, once."""
+
+    GENERATED = "generated"
+    TRAINED = "trained"
+    SKIPPED = "skipped"
+    """No training signal: every episode earned the same return and the method has no other term."""
+    STALE = "stale"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """temperature 0 is greedy. max_response_tokens bounds one turn."""
+
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentIdentity:
+    """Which simulator produced the rewards: a name and the version it reports of itself."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model sampled: its name and a hash over its configuration and tokenizer (not its weights, which have versions)."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem of an environment. `description` is the task's own sentence; skill retrieval reads nothing else."""
+
+    environment: str
+    split: str
+    task_id: str
+    task_type: str
+    description: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskGroup:
+    """One task played `group_size` times. `admitted_version` is the newest policy version when it was issued; an
+    evaluation group is pinned to it."""
+
+    run_id: str
+    group_id: str
+    task: Task
+    group_size: int
+    purpose: Purpose
+    admitted_version: int
+    sampling: SamplingParameters
+    max_turns: int
+    environment_address: str
+    evaluation_id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.max_turns < 1:
+            raise ContractError(
+                f"Task group {self.group_id}: group_size {self.group_size} and max_turns {self.max_turns} must be at least 1."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn(_ArrayEq):
+    """One prompt and the response sampled for it.
+
+    Attributes:
+        prompt_token_ids: [P] the whole prompt the sampler saw, history included.
+        messages: the chat messages this turn added to the prompt; with `extends_previous` they follow the previous response,
+            otherwise they are the whole prompt.
+        extends_previous: the prompt begins with the previous turn's prompt and response, token by token.
+        response_token_ids, behavior_logprobs, policy_versions: [T] sampled tokens, the sampler's log-prob of each under the
+            distribution it was drawn from, and the policy version that sampled each.
+        reward: scalar reward of the step; reward_components are its named parts.
+    """
+
+    turn_index: int
+    prompt_token_ids: TokenIds
+    messages: tuple[ChatMessage, ...]
+    extends_previous: bool
+    response_token_ids: TokenIds
+    behavior_logprobs: LogProbs
+    policy_versions: PolicyVersions
+    response_text: str
+    stop_reason: StopReason
+    action: str
+    is_action_valid: bool
+    reward: float
+    reward_components: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, dtype in (
+            ("prompt_token_ids", np.int32),
+            ("response_token_ids", np.int32),
+            ("behavior_logprobs", np.float32),
+            ("policy_versions", np.int32),
+        ):
+            object.__setattr__(self, name, _as_array(getattr(self, name), dtype))
+        num_tokens = len(self.response_token_ids)
+        for name in ("behavior_logprobs", "policy_versions"):
+            if len(getattr(self, name)) != num_tokens:
+                raise ContractError(
+                    f"Turn {self.turn_index}: {len(getattr(self, name))} {name} for {num_tokens} sampled tokens. "
+                    f"Return one value per token from the sampler.",
+                    turn_index=self.turn_index,
+                )
+        if num_tokens and not np.isfinite(self.behavior_logprobs).all():
+            raise ContractError(
+                f"Turn {self.turn_index}: behavior_logprobs hold a value that is not finite. "
+                "A sampled token has a finite log-prob; check the sampler's temperature and top_p."
+            )
+        if not np.isfinite(self.reward):
+            raise ContractError(f"Turn {self.turn_index}: reward {self.reward} is not finite. Fix the environment's reward.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One finished episode with everything training needs to know about how it came to be."""
+
+    run_id: str
+    group_id: str
+    trajectory_id: str
+    attempt: int
+    episode_index: int
+    group_size: int
+    task: Task
+    purpose: Purpose
+    environment: EnvironmentIdentity
+    model: ModelIdentity
+    sampling: SamplingParameters
+    turns: tuple[Turn, ...]
+    end: EpisodeEnd
+    is_success: bool
+    evaluation_id: str = ""
+    duration_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.turns:
+            raise ContractError(f"Trajectory {self.trajectory_id} has no turns. Drop episodes that never produced a response.")
+        if not 0 <= self.episode_index < self.group_size:
+            raise ContractError(
+                f"Trajectory {self.trajectory_id}: episode_index {self.episode_index} outside its group of {self.group_size}."
+            )
+        for index, turn in enumerate(self.turns):
+            if turn.turn_index != index:
+                raise ContractError(f"Trajectory {self.trajectory_id}: turn {index} carries turn_index {turn.turn_index}.")
+
+    @property
+    def episode_return(self) -> float:
+        """Sum of the turns' rewards, undiscounted."""
+        return float(sum(turn.reward for turn in self.turns))
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(turn.response_token_ids) for turn in self.turns)
+
+    @property
+    def min_policy_version(self) -> int:
+        """The oldest policy version among the sampled tokens: what staleness is measured from."""
+        return min((int(turn.policy_versions.min()) for turn in self.turns if len(turn.policy_versions)), default=0)
+
+    @property
+    def max_policy_version(self) -> int:
+        return max((int(turn.policy_versions.max()) for turn in self.turns if len(turn.policy_versions)), default=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherScore(_ArrayEq):
+    """Log-probs of a trajectory's sampled tokens under the privileged context, and what that context was.
+
+    `turn_logprobs[i]` is [T_i], aligned with turn i's response tokens.
+    """
+
+    trajectory_id: str
+    teacher_version: int
+    turn_logprobs: tuple[LogProbs, ...]
+    skill_ids: tuple[str, ...]
+    num_specific_skills: int
+    skill_library_hash: str
+    template_hash: str
+    retrieval: str
+    scorer: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turn_logprobs", tuple(_as_array(values, np.float32) for values in self.turn_logprobs))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TeacherScore):
+            return NotImplemented
+        same = all(
+            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self) if f.name != "turn_logprobs"
+        )
+        return same and [a.tolist() for a in self.turn_logprobs] == [a.tolist() for a in other.turn_logprobs]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTrajectory:
+    """A trajectory and its teacher score; `score` is None for methods without a teacher."""
+
+    trajectory: Trajectory
+    score: TeacherScore | None
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            return
+        if self.score.trajectory_id != self.trajectory.trajectory_id:
+            raise ContractError(f"Score of {self.score.trajectory_id} attached to trajectory {self.trajectory.trajectory_id}.")
+        want = [len(turn.response_token_ids) for turn in self.trajectory.turns]
+        got = [len(values) for values in self.score.turn_logprobs]
+        if want != got:
+            raise ContractError(
+                f"Trajectory {self.trajectory.trajectory_id}: teacher log-probs per turn {got} for sampled tokens {want}. "
+                "Score exactly the sampled tokens."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a published model. sha256 is over its raw little-endian bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsManifest:
+    """What one policy version consists of. `path` is relative to the weight store's root."""
+
+    run_id: str
+    policy_version: int
+    path: str
+    tensors: tuple[TensorEntry, ...]
+    size_bytes: int
+    model: ModelIdentity
+    created_at_s: float
+
+    def __post_init__(self) -> None:
+        if self.policy_version < 0:
+            raise ContractError(f"Weights manifest with policy_version {self.policy_version}; versions count from 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEvent:
+    """What became of one group. A group is opened by GENERATED and closed by exactly one other outcome."""
+
+    run_id: str
+    group_id: str
+    outcome: GroupOutcome
+    num_trajectories: int
+    policy_version: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRecord:
+    """A service's measurements at one moment. `policy_version` is the version they belong to, -1 if none."""
+
+    run_id: str
+    service: str
+    instance: str
+    policy_version: int
+    at_s: float
+    values: dict[str, float]
+
+
+def compute_staleness(learner_version: int, trajectories: Sequence[Trajectory]) -> int:
+    """`learner_version - policy_version` of the oldest sampled token among `trajectories`; 0 if there are none."""
+    return max((learner_version - trajectory.min_policy_version for trajectory in trajectories), default=0)
