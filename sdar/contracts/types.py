@@ -280,7 +280,7 @@ class TeacherScore(_ArrayEq):
         )
         return same and [a.tolist() for a in self.turn_logprobs] == [a.tolist() for a in other.turn_logprobs]
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 @dataclass(frozen=True, slots=True)

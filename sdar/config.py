@@ -1,0 +1,305 @@
+"""Owns RunConfig, the one description of a run. The command line, compose and Helm all read it; nothing else configures a run.
+
+Paths in a file are relative to that file. Where a process listens and which Redis it uses is not part of a run: that is
+`sdar.runtime.settings`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.types import SamplingParameters
+
+MethodName = Literal["grpo", "sdar", "opsd", "grpo_opsd", "constant_gate", "rlsd", "skill_sd", "skill_grpo"]
+RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Directory of a Hugging Face causal language model with a chat template, or a hub name where the hub is reachable."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of every copy of the policy. Tiny models need float32: bfloat16 moves a gate of 0.5 to 0.88."""
+    max_sequence_tokens: int = Field(default=4096, ge=64, le=1_048_576)
+    """Longest prompt plus response a turn may have; an episode that would pass it is truncated."""
+
+
+class EnvironmentConfig(Section):
+    name: str = Field(min_length=1)
+    """Name of an environment: a built-in one (household) is served by the envs service, any other needs an address."""
+    address: str | None = None
+    """HOST:PORT of a running EnvironmentService; none means that the run's own envs service serves it."""
+    train_split: str = "train"
+    """Split whose tasks are trained on."""
+    evaluation_split: str = "heldout"
+    """Split whose first `evaluation.num_tasks` tasks are the fixed held-out list."""
+    max_turns: int = Field(default=8, ge=1, le=1000)
+    """Turns after which an episode is truncated."""
+    invalid_action_penalty: float = Field(default=0.1, ge=0, le=10)
+    """Subtracted from the episode's return once if any of its actions was invalid (per turn with advantage_level: turn)."""
+    capacity: int = Field(default=512, ge=1, le=100_000)
+    """Sessions the run's own envs service holds at once."""
+    step_timeout_s: float = Field(default=30.0, gt=0, le=3600)
+    """Deadline of one call to the environment."""
+
+
+class MethodConfig(Section):
+    name: MethodName = "sdar"
+    """What is optimised: a composition of terms, see docs/method.md."""
+    distillation_weight: float = Field(default=0.01, ge=0, le=100)
+    """Lambda: weight of the distillation term next to the policy loss."""
+    gate: Literal["gap", "entropy", "soft_or"] = "gap"
+    """What opens the gate of a token in sdar."""
+    gate_sharpness: float = Field(default=5.0, ge=0, le=100)
+    """Beta: slope of the sigmoid gate. 0 makes it a constant 0.5."""
+    kl_coefficient: float = Field(default=0.01, ge=0, le=10)
+    """Weight of the k3 KL to the frozen reference; 0 drops the reference and its memory."""
+    entropy_coefficient: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the entropy bonus."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """PPO clips the ratio below 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0, le=10)
+    """PPO clips the ratio above 1 + clip_high."""
+    dual_clip: float = Field(default=3.0, gt=1, le=100)
+    """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
+    advantage_level: Literal["trajectory", "turn"] = "trajectory"
+    """Mean and deviation of a group over its trajectories, or over its turn rows as the paper's code does."""
+    off_policy: Literal["none", "truncated_is", "decoupled", "icepop"] = "decoupled"
+    """How tokens sampled under an older policy are corrected for."""
+    off_policy_cap: float = Field(default=5.0, ge=1, le=1000)
+    """Upper bound of the behavior weight (decoupled, truncated_is) or upper edge of the icepop mask."""
+    weigh_distillation: bool = True
+    """Apply the off-policy weight to the distillation term too; false is the published form."""
+    rlsd_mixing: float = Field(default=0.5, ge=0, le=1)
+    """rlsd: initial share of the teacher-shaped part of the advantage."""
+    rlsd_decay_updates: int = Field(default=100, ge=1, le=1_000_000)
+    """rlsd: updates over which that share decays to 0."""
+    rlsd_clip: float = Field(default=0.2, gt=0, lt=1)
+    """rlsd: clip of the teacher's multiplier around 1."""
+
+
+class RolloutConfig(Section):
+    temperature: float = Field(default=1.0, gt=0, le=5)
+    """Sampling temperature of training episodes; log-probs are of the tempered distribution."""
+    max_response_tokens: int = Field(default=512, ge=1, le=65_536)
+    """Longest response of one turn."""
+    max_concurrent_episodes: int = Field(default=128, ge=1, le=100_000)
+    """Episodes one rollout worker keeps in flight."""
+    num_workers: int = Field(default=1, ge=1, le=1024)
+    """Rollout processes that `sdar run` starts on this machine."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs that one vLLM engine spans."""
+    num_threads: int = Field(default=1, ge=1, le=256)
+    """Torch threads of one engine on a CPU."""
+    kv_cache_gib: float = Field(default=0.5, gt=0, le=4096)
+    """KV cache of one engine on a CPU; on a GPU vLLM sizes its own."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    """Share of a GPU that one engine may take."""
+    max_episode_attempts: int = Field(default=3, ge=1, le=100)
+    """Times an episode is played again after its environment failed, before its group is given up."""
+
+
+class TeacherConfig(Section):
+    skills: Path | None = None
+    """Directory of the skill library; none means skills/<environment name> of this installation."""
+    retrieval: Literal["task_type", "keyword", "all", "random", "none"] = "task_type"
+    """How skills are chosen for a task; only the task's own type and text are looked at."""
+    num_skills: int = Field(default=3, ge=1, le=100)
+    """Most specific skills put into one privileged prompt."""
+    wrong_skill_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of groups whose specific skill is swapped for another task type's: the noise of the robustness experiment."""
+    scorer: Literal["transformers", "vllm"] = "transformers"
+    """Engine of the scores. transformers shares the learner's log-prob code, so that no engine mismatch enters the gap."""
+    max_lag: int = Field(default=2, ge=0, le=1000)
+    """Most versions that a teacher may be behind the newest policy when it scores; it catches up first."""
+    batch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)
+    """Tokens of one scoring forward, padding included."""
+    num_threads: int = Field(default=1, ge=1, le=256)
+    """Torch threads on a CPU."""
+
+
+class TrainingConfig(Section):
+    num_updates: int = Field(default=120, ge=1, le=10_000_000)
+    """Optimizer updates of the run; each makes one policy version."""
+    groups_per_update: int = Field(default=16, ge=1, le=65_536)
+    """Task groups in one batch."""
+    group_size: int = Field(default=8, ge=2, le=4096)
+    """Episodes of the same task in a group."""
+    max_staleness: int = Field(default=2, ge=0, le=1000)
+    """Most versions between the policy that sampled a token and the one it is trained into. 0 is in step."""
+    num_minibatches: int = Field(default=1, ge=1, le=1024)
+    """Optimizer steps a batch is split into, over its groups."""
+    learning_rate: float = Field(default=1e-6, gt=0, le=1)
+    """Peak learning rate of AdamW, constant after the warm-up."""
+    warmup_updates: int = Field(default=0, ge=0, le=1_000_000)
+    """Updates over which the learning rate rises linearly to its peak."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's two decay rates."""
+    weight_decay: float = Field(default=0.01, ge=0, le=10)
+    """AdamW's decoupled weight decay."""
+    max_gradient_norm: float = Field(default=1.0, gt=0, le=1e6)
+    """Gradients are scaled down to this global norm."""
+    num_ranks: int = Field(default=1, ge=1, le=4096)
+    """Data-parallel processes of the learner on this machine."""
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    """DeepSpeed ZeRO stage: what is sharded over the ranks."""
+    microbatch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)
+    """Tokens of one forward and backward on a rank, padding included."""
+    logprob_chunk_tokens: int = Field(default=1024, ge=1, le=1_048_576)
+    """Tokens whose vocabulary-wide logits exist at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    offload_reference: bool = False
+    """Keep the frozen reference in host memory between batches."""
+    checkpoint_every: int = Field(default=10, ge=1, le=100_000)
+    """Updates between durable checkpoints; stream entries are acknowledged only after one holds their effect."""
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
+    """Newest checkpoints that are kept."""
+    num_threads: int = Field(default=1, ge=1, le=256)
+    """Torch threads of a rank on a CPU."""
+
+
+class EvaluationConfig(Section):
+    num_tasks: int = Field(default=240, ge=1, le=1_000_000)
+    """Length of the fixed held-out list: the first tasks of the evaluation split."""
+    every_updates: int = Field(default=0, ge=0, le=1_000_000)
+    """Updates between evaluations; 0 evaluates before and after only."""
+    temperature: float = Field(default=1.0, gt=0, le=5)
+    """Sampling temperature of the evaluation; a greedy one is always reported beside it."""
+
+
+class RunConfig(Section):
+    """Everything that makes two runs the same run."""
+
+    name: RunName
+    """Names the run: its directory, its Redis keys, its Kubernetes release."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seeds task order, model initialisation and sampling. Asynchronous arrival order stays a source of variation."""
+    model: ModelConfig
+    environment: EnvironmentConfig
+    method: MethodConfig = MethodConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        if self.rollout.max_concurrent_episodes < self.training.group_size:
+            raise ValueError(
+                f"rollout.max_concurrent_episodes {self.rollout.max_concurrent_episodes} is below training.group_size "
+                f"{self.training.group_size}: a group would never fit. Raise the first or lower the second."
+            )
+        if self.rollout.max_response_tokens >= self.model.max_sequence_tokens:
+            raise ValueError(
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt within "
+                f"model.max_sequence_tokens {self.model.max_sequence_tokens}. Lower the first or raise the second."
+            )
+        if self.training.num_minibatches > self.training.groups_per_update:
+            raise ValueError(
+                f"training.num_minibatches {self.training.num_minibatches} exceeds training.groups_per_update "
+                f"{self.training.groups_per_update}. Lower it."
+            )
+        return self
+
+    @property
+    def train_sampling(self) -> SamplingParameters:
+        # top_p stays 1: a truncated distribution would make the behavior log-probs those of another policy.
+        return SamplingParameters(self.rollout.temperature, 1.0, self.rollout.max_response_tokens)
+
+    def evaluation_sampling(self, *, is_greedy: bool) -> SamplingParameters:
+        return SamplingParameters(0.0 if is_greedy else self.evaluation.temperature, 1.0, self.rollout.max_response_tokens)
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a YAML run configuration.
+
+    Args:
+        path: the file; relative paths inside it are taken from its directory.
+        overrides: dotted keys that replace values of the file, such as {"training.num_updates": 20}.
+
+    Raises:
+        ConfigurationError: missing file, malformed YAML, unknown or out-of-range keys; names each key, what was found and
+            what fits.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"Cannot read the run configuration {path}: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
+    if not isinstance(raw, dict):
+        raise ConfigurationError(f"{path} holds {type(raw).__name__}, expected a mapping with name, model and environment.")
+    for dotted, value in (overrides or {}).items():
+        _assign(raw, dotted, value)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {_describe(error)}") from error
+    return _resolve_paths(config, path.resolve().parent)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write `config` so that `load_config` reads the same run back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigurationError(f"Cannot set {dotted}: {parent} is a value, not a section. Check the key.")
+        node = child
+    node[leaf] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """One sentence per problem: key, what is wrong, what was got, and the nearest known key for a misspelt one."""
+    sentences = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"unknown key {key}. {_suggest(problem['loc'])}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{key} is missing. Add it.")
+        elif problem["type"] == "value_error":
+            sentences.append(str(problem["ctx"]["error"]))
+        else:
+            sentences.append(f"{key}: got {problem['input']!r}. {problem['msg']}.")
+    return " ".join(sentences)
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    import difflib
+
+    section: type[BaseModel] = RunConfig
+    for part in loc[:-1]:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+
+
+def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
+    """Make paths absolute; a model path that is no directory here is left as it is, since it may be a hub name."""
+    model_path = base / config.model.path
+    model = config.model.model_copy(update={"path": model_path.resolve()}) if model_path.is_dir() else config.model
+    teacher = config.teacher
+    if teacher.skills is not None:
+        teacher = teacher.model_copy(update={"skills": (base / teacher.skills).resolve()})
+    return config.model_copy(update={"model": model, "teacher": teacher})

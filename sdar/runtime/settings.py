@@ -1,0 +1,75 @@
+"""Owns what a process is told by its surroundings (addresses, ports, log level). The only place that reads the environment.
+
+What a run *is* belongs to `sdar.config.RunConfig`; what differs between a laptop and a cluster belongs here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sdar.contracts.errors import ConfigurationError
+
+
+class Settings(BaseSettings):
+    """Environment variables SDAR_*, the same for every service; each reads what concerns it."""
+
+    model_config = SettingsConfigDict(env_prefix="SDAR_", extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    config: Path = Path("run.yaml")
+    """Run configuration file."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Redis that carries the streams."""
+    weights_url: str = "weights"
+    """Weight store: a directory or s3://bucket/prefix."""
+    checkpoints: Path = Path("checkpoints")
+    """Directory of the learner's checkpoints."""
+    host: str = "127.0.0.1"
+    """Address that servers bind to."""
+    http_port: int = Field(default=8080, ge=0, le=65535)
+    """Port of the gateway's HTTP API."""
+    grpc_port: int = Field(default=9090, ge=0, le=65535)
+    """Port of this service's gRPC API."""
+    probe_port: int = Field(default=9100, ge=0, le=65535)
+    """Port of /healthz, /readyz and /metrics."""
+    envs_address: str = "127.0.0.1:9093"
+    """Where the run's own environment service listens."""
+    teacher_address: str = "127.0.0.1:9092"
+    """Where the teacher's gRPC API listens."""
+    instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    """Unique name of this process: the consumer name in Redis, a label in logs."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines look."""
+
+
+def load_settings() -> Settings:
+    """Read SDAR_* variables.
+
+    Raises:
+        ConfigurationError: a variable holds a value out of range.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(f"SDAR_{'_'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors())
+        raise ConfigurationError(f"Bad environment variable. {problems}.") from error
+
+
+def apply_environment(variables: Mapping[str, str]) -> None:
+    """Set variables that libraries read at import (thread counts, vLLM's switches); a value the user set wins."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """Variables that hold the math libraries to `num_threads`: services share cores, and two pools on one core run three times slower."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return dict.fromkeys(names, str(num_threads)) | {"TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,107 @@
+"""Owns logs, Prometheus metrics and the probe server (/healthz, /readyz, /metrics) of every process. Never decides anything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
+
+from sdar.contracts.errors import ConflictError
+
+
+def configure_logging(service: str, instance: str, level: str, format: str) -> None:
+    """Send structlog events to stderr, one line each, with the service and instance on every line."""
+    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info if format == "json" else structlog.processors.UnicodeDecoder(),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service, instance=instance)
+
+
+@dataclass
+class Health:
+    """What the probes answer. A main loop calls `beat`; one that stops beating for `max_silence_s` is reported dead."""
+
+    max_silence_s: float = 120.0
+    is_ready: bool = False
+    detail: str = "starting"
+    _last_beat: float = field(default_factory=time.monotonic)
+
+    def beat(self) -> None:
+        self._last_beat = time.monotonic()
+
+    def mark_ready(self, detail: str = "ready") -> None:
+        self.is_ready, self.detail = True, detail
+        self.beat()
+
+    def mark_unready(self, detail: str) -> None:
+        self.is_ready, self.detail = False, detail
+
+    @property
+    def is_alive(self) -> bool:
+        return time.monotonic() - self._last_beat < self.max_silence_s
+
+
+class ProbeServer:
+    """Answers probes and metrics from a thread of its own, so that a busy main loop doesn't fail them, only a silent one."""
+
+    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry = REGISTRY) -> None:
+        try:
+            self._server = make_server(
+                host, port, _probe_app(health, registry), server_class=WSGIServer, handler_class=_QuietHandler
+            )
+        except OSError as error:
+            raise ConflictError(
+                f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port or set SDAR_PROBE_PORT to another.",
+                port=port,
+            ) from error
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """A probe a second isn't worth a log line."""
+
+
+def _probe_app(health: Health, registry: CollectorRegistry) -> Callable[..., Iterable[bytes]]:
+    metrics_app: Any = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return metrics_app(environ, start_response)  # type: ignore[no-any-return]
+        known = {"/healthz": health.is_alive, "/readyz": health.is_alive and health.is_ready}
+        if path not in known:
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"Known paths: /healthz /readyz /metrics\n"]
+        start_response("200 OK" if known[path] else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [f"{health.detail}\n".encode()]
+
+    return answer
