@@ -16,8 +16,8 @@ log = structlog.get_logger()
 async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     """Run the coroutines together until one fails, all return, or SIGTERM/SIGINT asks to drain.
 
-    Each gets an event that is set when it should finish its unit of work and return. The first failure sets it for the others too
-    and is raised after they have returned: no service lives on half alive.
+    Each gets an event that is set when it should finish its unit of work and return. The first failure sets it for the
+    others too and is raised after they have returned: no service lives on half alive.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -27,7 +27,7 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
             loop.add_signal_handler(number, stopping.set)
     tasks = [asyncio.create_task(main(stopping), name=getattr(main, "__qualname__", "main")) for main in mains]
     try:
-        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         stopping.set()
         if pending:
             await asyncio.wait(pending)
@@ -54,13 +54,12 @@ async def retry_while_unavailable(
     stopping: asyncio.Event,
     *,
     what: str,
-    first_delay_s: float = 0.2,
     max_delay_s: float = 5.0,
 ) -> None:
     """Repeat `action` until it succeeds or the service stops, while it raises UnavailableError; delays double up to a bound."""
     from sdar.contracts.errors import UnavailableError
 
-    delay_s = first_delay_s
+    delay_s = 0.2
     while not stopping.is_set():
         try:
             return await action()

@@ -70,6 +70,6 @@ def apply_environment(variables: Mapping[str, str]) -> None:
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """Variables that hold the math libraries to `num_threads`: services share cores, and two pools on one core run three times slower."""
+    """Variables that hold the math libraries to `num_threads`: two thread pools on one core run three times slower."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return dict.fromkeys(names, str(num_threads)) | {"TOKENIZERS_PARALLELISM": "false"}
