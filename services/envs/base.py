@@ -1,0 +1,136 @@
+"""Owns what an environment is: the base class to subclass and the two records it answers with.
+
+Knows no wire format and no session; `services.envs.sessions` owns lifetimes, `services.envs.server` the wire.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from sdar.contracts.errors import UnknownResourceError
+from sdar.contracts.types import EnvironmentIdentity, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the agent is told. `text` is the user message; `admissible_actions` are the valid actions now, empty if unlisted."""
+
+    text: str
+    admissible_actions: tuple[str, ...] = ()
+    info: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The answer to one response of the agent.
+
+    Attributes:
+        reward: scalar of this step; `reward_components` are its named parts and sum to it.
+        terminated: the environment's own rule ended the episode; `truncated`: the turn limit cut it. At most one is true.
+        action: what the environment read out of the agent's text. An invalid action still uses a turn.
+        is_success: the task is solved; meaningful once the episode is over, False before.
+    """
+
+    observation: Observation
+    reward: float
+    terminated: bool
+    truncated: bool
+    action: str
+    is_action_valid: bool
+    is_success: bool = False
+    reward_components: dict[str, float] = field(default_factory=dict)
+    info: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        return self.terminated or self.truncated
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentDescription:
+    """What an agent and a scheduler need to know before the first episode."""
+
+    identity: EnvironmentIdentity
+    splits: tuple[str, ...]
+    instructions: str
+    action_format: str
+    max_turns: int
+
+
+class Environment(ABC):
+    """One playing table: `reset` starts an episode of a task, `step` answers one response of the agent.
+
+    Subclass it, fill the class variables, and implement `list_tasks`, `reset` and `step`. Construction must be cheap, since
+    the server makes one instance per session and one more for the task list: share heavy data between instances (a
+    module-level cache, a worker process).
+
+    Class variables:
+        name, version: the identity stamped on every trajectory. Raise the version whenever a reward could differ.
+        splits: names of disjoint task lists. Evaluation reads a list from its start, so any prefix should be balanced.
+        instructions: the system message, or "" for none. action_format: one sentence on how to write an action.
+        max_turns: the environment truncates an episode here.
+        is_blocking: `reset` and `step` may take over a millisecond, so the server runs them in a thread.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]]
+    instructions: ClassVar[str] = ""
+    action_format: ClassVar[str] = ""
+    max_turns: ClassVar[int]
+    is_blocking: ClassVar[bool] = False
+
+    def describe(self) -> EnvironmentDescription:
+        return EnvironmentDescription(
+            identity=EnvironmentIdentity(self.name, self.version),
+            splits=self.splits,
+            instructions=self.instructions,
+            action_format=self.action_format,
+            max_turns=self.max_turns,
+        )
+
+    @abstractmethod
+    def list_tasks(self, split: str) -> Sequence[Task]:
+        """All tasks of a split, in an order that never changes. Raises UnknownResourceError for another split."""
+
+    def get_task(self, task_id: str) -> Task:
+        """The task of that id, from any split. Raises UnknownResourceError. Override where a scan is too slow."""
+        for split in self.splits:
+            for task in self.list_tasks(split):
+                if task.task_id == task_id:
+                    return task
+        raise self.unknown_task(task_id)
+
+    @abstractmethod
+    def reset(self, task_id: str, seed: int) -> Observation:
+        """Start an episode over. The same task and seed give the same episode for the same actions, on every machine.
+
+        Raises UnknownResourceError for a task that is not there.
+        """
+
+    @abstractmethod
+    def step(self, text: str) -> StepResult:
+        """Answer the agent's raw text. Called only between `reset` and the end of an episode.
+
+        Text that holds no usable action is an invalid action, never an exception: exceptions mean that the environment broke.
+        """
+
+    def close(self) -> None:  # noqa: B027 - an optional hook: most environments hold nothing
+        """Give back whatever the episode holds. Called once, also after a failure."""
+
+    def unknown_task(self, task_id: str) -> UnknownResourceError:
+        return UnknownResourceError(
+            f"Environment {self.name} {self.version} has no task {task_id!r}. List the tasks of {' or '.join(self.splits)}.",
+            environment=self.name,
+            task_id=task_id,
+        )
+
+    def unknown_split(self, split: str) -> UnknownResourceError:
+        return UnknownResourceError(
+            f"Environment {self.name} {self.version} has no split {split!r}. Use one of {', '.join(self.splits)}.",
+            environment=self.name,
+            split=split,
+        )
