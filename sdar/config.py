@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
 
 MethodName = Literal["grpo", "sdar", "opsd", "grpo_opsd", "constant_gate", "rlsd", "skill_sd", "skill_grpo"]
@@ -211,6 +212,23 @@ class RunConfig(Section):
                 f"{self.training.groups_per_update}. Lower it."
             )
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether trajectories pass the teacher on their way to the learner."""
+        return self.method.name not in ("grpo", "skill_grpo")
+
+    @property
+    def stream_consumers(self) -> dict[Stream, tuple[ConsumerGroup, ...]]:
+        """Who reads which stream: without a teacher the learner reads trajectories itself."""
+        learner_input = Stream.SCORED if self.needs_teacher else Stream.TRAJECTORIES
+        return {
+            Stream.TASKS: (ConsumerGroup.ROLLOUT,),
+            Stream.EVALUATIONS: (ConsumerGroup.GATEWAY,),
+            Stream.LEDGER: (ConsumerGroup.GATEWAY,),
+            **({Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,)} if self.needs_teacher else {}),
+            learner_input: (ConsumerGroup.LEARNER,),
+        }
 
     @property
     def train_sampling(self) -> SamplingParameters:

@@ -29,7 +29,7 @@ class ConsumerGroup(StrEnum):
 
 # Streams whose entries are state or telemetry of the newest kind: readers tail them without a group, and old entries are
 # dropped by count. All others keep every entry until each of their groups has acknowledged it.
-BROADCAST_MAX_ENTRIES: dict[Stream, int] = {Stream.POLICY_UPDATES: 1_000}
+BROADCAST_MAX_ENTRIES: dict[Stream, int] = {Stream.POLICY_UPDATES: 1_000, Stream.METRICS: 50_000}
 
 
 @dataclass(frozen=True, slots=True)
