@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.errors import ConfigurationError, ContractError
 from sdar.contracts.types import ChatMessage, ModelIdentity, TokenIds
 
 # Any text that no template contains; it marks where the response stands in a rendered conversation.
@@ -94,6 +94,32 @@ class ChatTokenizer:
             if not found:
                 raise ConfigurationError(f"The chat template doesn't close an assistant message with {eos!r}, the eos_token.")
         return self._encode(between)
+
+
+def place_skills(messages: Sequence[ChatMessage], skill_text: str) -> tuple[ChatMessage, ...]:
+    """The same messages with skills at the start of the first user message, hence behind the template's first tokens.
+
+    ::
+
+        <|im_start|>user\\n{skill_text} {content}<|im_end|>\\n          skills of one line: one space between
+        <|im_start|>user\\n{skill_text}\\n\\n{content}<|im_end|>\\n     longer ones: an empty line between
+
+    Empty `skill_text` changes nothing: no header, no separator.
+
+    Raises:
+        ContractError: there are skills and no user message to hold them.
+    """
+    if not skill_text:
+        return tuple(messages)
+    index = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    if index is None:
+        raise ContractError(
+            f"A prompt of roles {[message.role for message in messages]} has no user message to hold its skills. "
+            "Let the first observation be a user message."
+        )
+    separator = "\n\n" if "\n" in skill_text else " "
+    content = f"{skill_text}{separator}{messages[index].content}"
+    return (*messages[:index], ChatMessage("user", content), *messages[index + 1 :])
 
 
 @functools.cache
