@@ -1,0 +1,66 @@
+"""Owns group-relative advantages: how much better an episode did than the others of its task.
+
+Never mixes groups and never sees tokens; `batching` spreads a turn's advantage over its tokens.
+
+Axes: G episodes of a group, R rows that are compared (episodes, or turns of all episodes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+
+from sdar.contracts.types import Trajectory
+
+Array = npt.NDArray[np.float64]
+AdvantageLevel = Literal["trajectory", "turn"]
+
+EPSILON = 1e-6
+"""Added to the deviation (the paper's value). A spread below it is rounding, not signal."""
+
+
+def normalize_scores(scores: Float[Array, " R"], epsilon: float = EPSILON) -> Float[Array, " R"]:
+    """(score - mean) / (std + epsilon) with ddof 1; exactly zero for one row, or rows that differ by rounding only.
+
+    Without the second rule, rewards that differ in the last float32 bit would come out at up to 0.7.
+    """
+    if len(scores) < 2 or np.ptp(scores) <= epsilon * max(1.0, float(np.abs(scores).max())):
+        return np.zeros(len(scores))
+    normalized: Array = (scores - scores.mean()) / (scores.std(ddof=1) + epsilon)
+    return normalized
+
+
+def compute_advantages(
+    group: Sequence[Trajectory], level: AdvantageLevel = "trajectory", invalid_action_penalty: float = 0.0
+) -> list[Float[Array, " turns"]]:
+    """Advantage of every turn of every episode of one group.
+
+    trajectory (default): one row an episode, its return less the penalty once if any of its actions was invalid; every turn
+        gets its episode's advantage.
+    turn: one row a turn, as the paper's code does: the episode's return, less the penalty if that turn's own action was
+        invalid. Long episodes weigh more in mean and deviation.
+
+    Args:
+        invalid_action_penalty: in units of reward, not negative; 0 where the environment's rewards already hold it.
+
+    Returns:
+        for each trajectory, one value per turn, in order.
+    """
+    num_turns = [len(trajectory.turns) for trajectory in group]
+    invalid = [np.array([not turn.is_action_valid for turn in trajectory.turns]) for trajectory in group]
+    returns = [trajectory.episode_return for trajectory in group]
+    if level == "trajectory":
+        scores = [value - invalid_action_penalty * is_invalid.any() for value, is_invalid in zip(returns, invalid, strict=True)]
+        advantages = normalize_scores(np.array(scores, dtype=np.float64))
+        return [np.full(turns, value) for turns, value in zip(num_turns, advantages, strict=True)]
+    rows = [value - invalid_action_penalty * is_invalid for value, is_invalid in zip(returns, invalid, strict=True)]
+    return np.split(normalize_scores(np.concatenate(rows)), np.cumsum(num_turns)[:-1])
+
+
+def has_signal(advantages: Sequence[Float[Array, " turns"]]) -> bool:
+    """Whether any turn of the group has an advantage: if not, its policy gradient is exactly zero."""
+    return any(bool(values.any()) for values in advantages)

@@ -1,0 +1,117 @@
+"""Owns the log-probs of sampled tokens under a model, and their entropy, without ever holding [tokens, vocabulary] at once.
+
+The learner, the reference and the teacher all score through `TokenScorer`, so no engine mismatch enters a gap between them.
+Never masks attention: sequences are right-padded, so the causal mask alone keeps padding out of every scored position.
+
+Axes: B sequences, T tokens of the longest sequence, N sampled tokens (row-major over B, T), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdar.contracts.errors import ConfigurationError, ContractError
+
+LogitsHead = Callable[[Tensor], Tensor]
+
+
+def compute_logprobs(
+    hidden: Float[Tensor, "N H"],
+    lm_head: LogitsHead,
+    targets: Int[Tensor, " N"],
+    temperature: float,
+    chunk_size: int,
+    num_chunks: int | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-prob of each target and entropy (nats) of its distribution, under logits / temperature.
+
+    Each chunk's logits are dropped after the forward pass and made again in the backward pass, so at most
+    [chunk_size, V] values exist at any time in either.
+
+    Args:
+        lm_head: hidden states to logits. Called as a module, so that a sharding framework can gather its weights.
+        num_chunks: calls of `lm_head` to make, at least as many as N needs. Under ZeRO-3 every call is a collective: pass
+            the same number on every rank. Calls beyond N get an empty slice and a zero gradient.
+
+    Returns:
+        logprobs and entropy, float32 (float64 if the logits are).
+    """
+    if temperature <= 0 or chunk_size < 1:
+        raise ConfigurationError(
+            f"Log-probs need temperature > 0 and chunk_size >= 1, got {temperature} and {chunk_size}. "
+            "Greedy decoding has no log-probs to train on."
+        )
+    needed = max(1, -(-targets.shape[0] // chunk_size))
+    if num_chunks is not None and num_chunks < needed:
+        raise ContractError(
+            f"{targets.shape[0]} tokens need {needed} chunks of {chunk_size}, got num_chunks {num_chunks}. "
+            "Pass the largest number any rank needs."
+        )
+    parts = []
+    for index in range(num_chunks or needed):
+        rows = slice(index * chunk_size, (index + 1) * chunk_size)
+        arguments = (hidden[rows], lm_head, targets[rows], temperature)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_score_chunk(*arguments))
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def _score_chunk(
+    hidden: Float[Tensor, "N H"], lm_head: LogitsHead, targets: Int[Tensor, " N"], temperature: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    logits = lm_head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_normalizer = logits.logsumexp(dim=-1)
+    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
+    entropy = log_normalizer - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
+    return logprobs, entropy
+
+
+class TokenScorer(nn.Module):
+    """A Hugging Face causal language model (`.model` body, `.lm_head`) that returns log-probs instead of logits.
+
+    Gradient checkpointing of the body and dtype are set on the wrapped model by its owner.
+    """
+
+    def __init__(self, causal_lm: nn.Module, *, temperature: float, chunk_size: int) -> None:
+        """Args: temperature: the sampler's. chunk_size: sampled tokens whose logits exist at once."""
+        super().__init__()
+        config: Any = causal_lm.config
+        if getattr(config, "final_logit_softcapping", None) is not None:
+            raise ConfigurationError(
+                f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not reproduce. Use another model."
+            )
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], response_mask: Bool[Tensor, "B T"], max_rank_tokens: int | None = None
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Score the tokens where `response_mask` is true; the token at t is predicted from position t - 1.
+
+        Args:
+            response_mask: true exactly on sampled tokens, never at t = 0.
+            max_rank_tokens: most sampled tokens that any rank scores in this call, `MicroBatch.max_rank_tokens`. Needed
+                where the weights are sharded; see `compute_logprobs`.
+
+        Returns:
+            flat logprobs and entropy, row-major over the true entries. With none, two empty tensors whose gradient is zero
+            but still runs through every parameter, so that gradient hooks of all ranks fire.
+        """
+        body: Any = self.causal_lm.model
+        hidden = body(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
+        is_target = response_mask[:, 1:]
+        num_chunks = None if max_rank_tokens is None else max(1, -(-max_rank_tokens // self.chunk_size))
+        lm_head: Any = self.causal_lm.lm_head
+        return compute_logprobs(
+            hidden[:, :-1][is_target], lm_head, input_ids[:, 1:][is_target], self.temperature, self.chunk_size, num_chunks
+        )
