@@ -13,7 +13,6 @@ It never looks into a payload. Implementations: `sdar.runtime.redis_bus.RedisBus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -218,6 +217,6 @@ def parse_entry_id(entry_id: str) -> tuple[int, int]:
 
 def format_capacity_message(stream: Stream, num_entries: int, limits: BusLimits) -> str:
     return (
-        f"Stream {stream} holds {num_entries} entries its consumers have not finished (max_entries {limits.max_entries}) and made "
-        f"no room in {math.ceil(limits.publish_timeout_s)} s. Check that its consumers run and keep up, or raise the bound."
+        f"Stream {stream} holds {num_entries} entries its consumers have not finished (max_entries {limits.max_entries}) and "
+        f"made no room in {limits.publish_timeout_s:g} s. Check that its consumers run and keep up, or raise the bound."
     )
