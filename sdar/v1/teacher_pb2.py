@@ -26,13 +26,17 @@ from sdar.v1 import task_pb2 as sdar_dot_v1_dot_task__pb2
 from sdar.v1 import trajectory_pb2 as sdar_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdar/v1/teacher.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"h\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\ntrajectory\x18\x02 \x01(\x0b\x32\x13.sdar.v1.Trajectory\x12\x1b\n\x13min_teacher_version\x18\x03 \x01(\x05\"I\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05score\x18\x02 \x01(\x0b\x32\x15.sdar.v1.TeacherScore\"A\n\x15RetrieveSkillsRequest\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.sdar.v1.Task\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x9c\x01\n\x16RetrieveSkillsResponse\x12\x11\n\tskill_ids\x18\x01 \x03(\t\x12\x1b\n\x13num_specific_skills\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\x12skill_library_hash\x18\x04 \x01(\t\x12\x15\n\rtemplate_hash\x18\x05 \x01(\t\x12\x11\n\tretrieval\x18\x06 \x01(\t2\x9b\x01\n\x0eTeacherService\x12\x36\n\x05Score\x12\x15.sdar.v1.ScoreRequest\x1a\x16.sdar.v1.ScoreResponse\x12Q\n\x0eRetrieveSkills\x12\x1e.sdar.v1.RetrieveSkillsRequest\x1a\x1f.sdar.v1.RetrieveSkillsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdar/v1/teacher.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"h\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\ntrajectory\x18\x02 \x01(\x0b\x32\x13.sdar.v1.Trajectory\x12\x1b\n\x13min_teacher_version\x18\x03 \x01(\x05\"I\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05score\x18\x02 \x01(\x0b\x32\x15.sdar.v1.TeacherScore\"A\n\x15RetrieveSkillsRequest\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.sdar.v1.Task\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x9c\x01\n\x16RetrieveSkillsResponse\x12\x11\n\tskill_ids\x18\x01 \x03(\t\x12\x1b\n\x13num_specific_skills\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\x12skill_library_hash\x18\x04 \x01(\t\x12\x15\n\rtemplate_hash\x18\x05 \x01(\t\x12\x11\n\tretrieval\x18\x06 \x01(\t2\xa5\x01\n\x0eTeacherService\x12;\n\x05Score\x12\x15.sdar.v1.ScoreRequest\x1a\x16.sdar.v1.ScoreResponse\"\x03\x90\x02\x01\x12V\n\x0eRetrieveSkills\x12\x1e.sdar.v1.RetrieveSkillsRequest\x1a\x1f.sdar.v1.RetrieveSkillsResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdar.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TEACHERSERVICE'].methods_by_name['Score']._loaded_options = None
+  _globals['_TEACHERSERVICE'].methods_by_name['Score']._serialized_options = b'\220\002\001'
+  _globals['_TEACHERSERVICE'].methods_by_name['RetrieveSkills']._loaded_options = None
+  _globals['_TEACHERSERVICE'].methods_by_name['RetrieveSkills']._serialized_options = b'\220\002\001'
   _globals['_SCOREREQUEST']._serialized_start=80
   _globals['_SCOREREQUEST']._serialized_end=184
   _globals['_SCORERESPONSE']._serialized_start=186
@@ -42,5 +46,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETRIEVESKILLSRESPONSE']._serialized_start=329
   _globals['_RETRIEVESKILLSRESPONSE']._serialized_end=485
   _globals['_TEACHERSERVICE']._serialized_start=488
-  _globals['_TEACHERSERVICE']._serialized_end=643
+  _globals['_TEACHERSERVICE']._serialized_end=653
 # @@protoc_insertion_point(module_scope)
