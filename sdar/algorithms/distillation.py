@@ -25,7 +25,7 @@ def compute_teacher_gap(
 ) -> Float[Tensor, " N"]:
     """D = sg(T - S), minus the one-sample estimate of the reverse KL; 0 where `mask` is false. No gradient."""
     student = policy_logprobs.detach()
-    return fill_masked(teacher_logprobs, mask, student) - student
+    return fill_masked(teacher_logprobs.detach(), mask, student) - student
 
 
 def compute_gate(
