@@ -1,0 +1,88 @@
+"""Owns the registry of environments: names, addresses, descriptions and task lists, asked of their servers over gRPC."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sdar.contracts import codec
+from sdar.contracts.errors import ConfigurationError, UnknownResourceError
+from sdar.contracts.types import Task
+from sdar.runtime import rpc
+from sdar.v1 import environment_pb2, environment_pb2_grpc
+
+_PAGE_SIZE = 1000
+_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredEnvironment:
+    name: str
+    address: str
+    version: str
+    splits: dict[str, int]
+    instructions: str
+    max_turns: int
+
+
+class EnvironmentCatalog(Protocol):
+    """Where the gateway learns what an environment offers; the gRPC one asks its server."""
+
+    async def describe(self, name: str, address: str) -> RegisteredEnvironment: ...
+
+    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]: ...
+
+
+class GrpcEnvironmentCatalog:
+    """Asks EnvironmentService servers."""
+
+    async def describe(self, name: str, address: str) -> RegisteredEnvironment:
+        """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't served there."""
+        async with rpc.connect(address) as channel:
+            stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            with rpc.client_errors(f"environment {name} at {address}"):
+                answer = await stub.Describe(environment_pb2.DescribeRequest(environment=name), timeout=_DEADLINE_S)
+        found = next((item for item in answer.environments if item.name == name), None)
+        if found is None:
+            raise UnknownResourceError(f"The server at {address} doesn't serve {name!r}. Ask it with Describe.")
+        splits = {split.name: split.num_tasks for split in found.splits}
+        return RegisteredEnvironment(name, address, found.version, splits, found.instructions, found.limits.max_turns)
+
+    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
+        """All tasks of a split in the server's fixed order, or its first `max_tasks`."""
+        tasks: list[Task] = []
+        token = ""
+        async with rpc.connect(address) as channel:
+            stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            while True:
+                request = environment_pb2.ListTasksRequest(
+                    environment=name, split=split, page_size=_PAGE_SIZE, page_token=token
+                )
+                with rpc.client_errors(f"environment {name} at {address}"):
+                    page = await stub.ListTasks(request, timeout=_DEADLINE_S)
+                tasks.extend(codec.task_from_proto(task) for task in page.tasks)
+                token = page.next_page_token
+                if not token or (max_tasks is not None and len(tasks) >= max_tasks):
+                    return tasks[:max_tasks]
+
+
+class TrainingOrder:
+    """Endless order of training tasks: a seeded permutation per epoch, addressed by position so that a cursor suffices."""
+
+    def __init__(self, tasks: list[Task], seed: int) -> None:
+        if not tasks:
+            raise ConfigurationError("The training split is empty. Choose another environment.train_split.")
+        self._tasks = tasks
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def at(self, position: int) -> Task:
+        """The task at `position` of the endless order; the same for the same tasks and seed."""
+        epoch, offset = divmod(position, len(self._tasks))
+        if epoch != self._epoch:
+            self._order = list(range(len(self._tasks)))
+            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
+            self._epoch = epoch
+        return self._tasks[self._order[offset]]

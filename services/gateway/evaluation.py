@@ -1,0 +1,105 @@
+"""Owns evaluations: fixed held-out tasks, pinned to one policy version, counts pooled over tasks, Wilson intervals. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from sdar.contracts.types import Trajectory
+
+NORMAL_QUANTILE_95 = 1.959963984540054
+
+
+def compute_wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
+    """95% score interval of a success rate (Wilson 1927); (0, 1) without trials. Unlike the normal one it stays in [0, 1]."""
+    if num_trials == 0:
+        return 0.0, 1.0
+    z2 = NORMAL_QUANTILE_95**2
+    rate = num_successes / num_trials
+    centre = (rate + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    half = NORMAL_QUANTILE_95 / (1 + z2 / num_trials) * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass
+class Evaluation:
+    """One pass over the held-out list under one policy version.
+
+    Attributes:
+        pending: task indexes without a result.
+        successes: by task type, [successes, episodes]; pooled, never averaged over batches.
+        num_failed: episodes that could not be played; they count as no success.
+    """
+
+    evaluation_id: str
+    policy_version: int
+    num_updates: int
+    is_greedy: bool
+    num_tasks: int
+    pending: list[int] = field(default_factory=list)
+    successes: dict[str, list[int]] = field(default_factory=dict)
+    num_failed: int = 0
+    num_turns: int = 0
+
+    @classmethod
+    def begin(cls, policy_version: int, num_updates: int, *, is_greedy: bool, num_tasks: int) -> Evaluation:
+        kind = "greedy" if is_greedy else "sampled"
+        return cls(
+            f"{kind}-{num_updates:06d}-v{policy_version:06d}",
+            policy_version,
+            num_updates,
+            is_greedy,
+            num_tasks,
+            pending=list(range(num_tasks)),
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.pending
+
+    def group_id(self, task_index: int) -> str:
+        return f"{self.evaluation_id}-{task_index:05d}"
+
+    def add(self, task_index: int, trajectory: Trajectory) -> bool:
+        """Count one episode; a second result for the same task is ignored. Tells whether it counted."""
+        if task_index not in self.pending:
+            return False
+        self._count(task_index, trajectory.task.task_type, trajectory.is_success)
+        self.num_turns += len(trajectory.turns)
+        return True
+
+    def add_failure(self, task_index: int, task_type: str) -> bool:
+        """Count an episode that could not be played."""
+        if task_index not in self.pending:
+            return False
+        self._count(task_index, task_type, False)
+        self.num_failed += 1
+        return True
+
+    def is_pinned(self, trajectory: Trajectory) -> bool:
+        """Whether every token was sampled under the version this evaluation is about."""
+        return trajectory.min_policy_version == trajectory.max_policy_version == self.policy_version
+
+    def summary(self) -> dict[str, object]:
+        """Pooled success with its interval, in total and by task type."""
+        num_successes = sum(counts[0] for counts in self.successes.values())
+        num_episodes = sum(counts[1] for counts in self.successes.values())
+        return {
+            "evaluation_id": self.evaluation_id,
+            "policy_version": self.policy_version,
+            "num_updates": self.num_updates,
+            "is_greedy": self.is_greedy,
+            "is_complete": self.is_complete,
+            "num_tasks": self.num_tasks,
+            "num_episodes": num_episodes,
+            "num_failed": self.num_failed,
+            "success": num_successes / num_episodes if num_episodes else 0.0,
+            "interval": compute_wilson_interval(num_successes, num_episodes),
+            "by_task_type": {kind: tuple(counts) for kind, counts in sorted(self.successes.items())},
+        }
+
+    def _count(self, task_index: int, task_type: str, is_success: bool) -> None:
+        self.pending.remove(task_index)
+        counts = self.successes.setdefault(task_type, [0, 0])
+        counts[0] += is_success
+        counts[1] += 1

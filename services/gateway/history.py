@@ -1,0 +1,105 @@
+"""Owns what can be looked up afterwards: metrics of every service and the newest trajectories. Bounded; decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sdar.contracts import codec
+from sdar.contracts.errors import SdarError, UnknownResourceError
+from sdar.contracts.streams import Stream
+from sdar.contracts.types import MetricRecord, ScoredTrajectory
+from sdar.runtime.bus import BEFORE_FIRST, Bus, parse_entry_id
+
+_PAGE = 2000
+_INSTANCE_SILENCE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class MetricEntry:
+    """A metric record and its place in the stream, which readers pass back to go on from there."""
+
+    entry_id: str
+    record: MetricRecord
+
+
+class History:
+    """Follows the metrics and trajectory streams without a consumer group: it slows nobody down and holds nothing back.
+
+    A trajectory that was finished and trimmed before this process looked is missing here, which is fine
+    for looking and no basis for counting.
+    """
+
+    def __init__(
+        self,
+        trajectory_stream: Stream,
+        *,
+        max_metrics: int = 50_000,
+        max_trajectories: int = 2_000,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.metrics: deque[MetricEntry] = deque(maxlen=max_metrics)
+        self._trajectory_stream = trajectory_stream
+        self._trajectories: OrderedDict[str, ScoredTrajectory] = OrderedDict()
+        self._max_trajectories = max_trajectories
+        self._cursors = dict.fromkeys((Stream.METRICS, trajectory_stream), BEFORE_FIRST)
+        self._last_seen: dict[tuple[str, str], float] = {}
+        self._latest: dict[str, MetricRecord] = {}
+        self._clock = clock
+
+    async def follow(self, bus: Bus) -> None:
+        """Take in what is new."""
+        for entry in await bus.tail(Stream.METRICS, self._cursors[Stream.METRICS], _PAGE):
+            self._cursors[Stream.METRICS] = entry.entry_id
+            record = codec.decode_metric_record(entry.payload)
+            self.metrics.append(MetricEntry(entry.entry_id, record))
+            self._last_seen[record.service, record.instance] = record.at_s
+            self._latest[record.service] = record
+        for entry in await bus.tail(self._trajectory_stream, self._cursors[self._trajectory_stream], _PAGE):
+            self._cursors[self._trajectory_stream] = entry.entry_id
+            try:
+                scored = self._decode(entry.payload)
+            except SdarError:
+                continue  # its consumer dead-letters it and says why
+            self._trajectories[scored.trajectory.trajectory_id] = scored
+            while len(self._trajectories) > self._max_trajectories:
+                self._trajectories.popitem(last=False)
+
+    def count_instances(self, service: str) -> int:
+        """Processes of a service heard from lately."""
+        oldest = self._clock() - _INSTANCE_SILENCE_S
+        return sum(1 for (name, _), at_s in self._last_seen.items() if name == service and at_s >= oldest)
+
+    def latest(self, service: str) -> MetricRecord | None:
+        return self._latest.get(service)
+
+    def metrics_after(self, entry_id: str, limit: int) -> list[MetricEntry]:
+        """Metric records after an entry id, oldest first."""
+        after = parse_entry_id(entry_id)
+        found: list[MetricEntry] = []
+        for entry in reversed(self.metrics):
+            if parse_entry_id(entry.entry_id) <= after:
+                break
+            found.append(entry)
+        return found[::-1][:limit]
+
+    def trajectory_ids(self, limit: int) -> list[str]:
+        """The newest trajectories' ids, newest first."""
+        return list(reversed(self._trajectories))[:limit]
+
+    def trajectory(self, trajectory_id: str) -> ScoredTrajectory:
+        """Raises UnknownResourceError if it isn't among the newest."""
+        found = self._trajectories.get(trajectory_id)
+        if found is None:
+            raise UnknownResourceError(
+                f"Trajectory {trajectory_id} is not among the newest {self._max_trajectories} this gateway has seen.",
+                trajectory_id=trajectory_id,
+            )
+        return found
+
+    def _decode(self, payload: bytes) -> ScoredTrajectory:
+        if self._trajectory_stream is Stream.SCORED:
+            return codec.decode_scored_trajectory(payload)
+        return ScoredTrajectory(codec.decode_trajectory(payload), None)

@@ -1,0 +1,346 @@
+"""Owns the decision what is played next. MAIN LOOP: absorb what happened, decide, write it all in one transaction.
+
+A decision, the acknowledgement of the events it rests on and the state it leads to are one commit: a gateway killed anywhere
+comes back to a consistent cursor, and no group is issued twice or forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from sdar.algorithms.staleness import compute_capacity
+from sdar.config import RunConfig
+from sdar.contracts import codec
+from sdar.contracts.errors import CorruptionError, RefusedError, SdarError, UnavailableError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import LedgerEvent, Purpose, Task, TaskGroup
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
+from sdar.runtime.lifecycle import wait_or_stop
+from sdar.runtime.telemetry import Health
+
+from .environments import EnvironmentCatalog, RegisteredEnvironment, TrainingOrder
+from .evaluation import Evaluation
+from .history import History
+from .metrics import GatewayMetrics
+from .state import STATE_NAME, GatewayState, RunPhase
+
+log = structlog.get_logger()
+
+_POLL_S = 0.2
+_MAX_EVENTS = 2000
+_RETRY_S = 1.0
+
+
+class Scheduler:
+    """Turns tasks into groups under the staleness capacity and drives the run from its first evaluation to its last."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        bus: Bus,
+        catalog: EnvironmentCatalog,
+        history: History,
+        health: Health,
+        *,
+        default_address: str,
+        metrics: GatewayMetrics | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.history = history
+        self.health = health
+        self.state = GatewayState()
+        self.policy_version = -1
+        self.environments: dict[str, RegisteredEnvironment] = {}
+        self.detail = ""
+        self._bus = bus
+        self._catalog = catalog
+        self._default_address = config.environment.address or default_address
+        self._metrics = metrics or GatewayMetrics()
+        self._clock = clock
+        self._consumer = "gateway"
+        self._policy_cursor = BEFORE_FIRST
+        self._training: TrainingOrder | None = None
+        self._heldout: list[Task] = []
+        self._outbox: list[bytes] = []
+        self._is_changed = False
+
+    # --- main loop -----------------------------------------------------------------------------------------------------------
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        await self._restore()
+        unacknowledged = await self._reclaim()
+        while not stopping.is_set():
+            events = unacknowledged or await self._read()
+            unacknowledged = []
+            self._absorb(events)
+            await self._follow()
+            if self.state.phase is RunPhase.STARTING:
+                await self._try_start(stopping)
+            self._decide()
+            await self._write(events)
+            self.health.beat()
+
+    async def _read(self) -> list[Delivery]:
+        """Events of the ledger, waited for a moment, and finished evaluation episodes that are there."""
+        ledger = await self._bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, self._consumer, _MAX_EVENTS, block_s=_POLL_S)
+        evaluations = await self._bus.read(Stream.EVALUATIONS, ConsumerGroup.GATEWAY, self._consumer, _MAX_EVENTS)
+        return [*ledger, *evaluations]
+
+    async def _reclaim(self) -> list[Delivery]:
+        """What a gateway before this one had read and not yet written down; there is one gateway, so nothing is too fresh."""
+        pending: list[Delivery] = []
+        for stream in (Stream.LEDGER, Stream.EVALUATIONS):
+            after = BEFORE_FIRST
+            while page := await self._bus.reclaim(stream, ConsumerGroup.GATEWAY, self._consumer, 0.0, _MAX_EVENTS, after):
+                pending.extend(page)
+                after = page[-1].entry_id
+        return pending
+
+    def _absorb(self, events: list[Delivery]) -> None:
+        for delivery in events:
+            try:
+                if delivery.stream is Stream.LEDGER:
+                    self._book(codec.decode_ledger_event(delivery.payload))
+                else:
+                    self._count_evaluation(delivery.payload)
+            except SdarError as error:
+                # Acknowledged with the others: an unreadable event can't be retried into sense. It leaves a trace here.
+                log.error("event_unreadable", stream=delivery.stream, entry_id=delivery.entry_id, error=str(error))
+                self._metrics.unreadable_events.inc()
+        self._is_changed |= bool(events)
+
+    async def _follow(self) -> None:
+        for entry in await self._bus.tail(Stream.POLICY_UPDATES, self._policy_cursor, _MAX_EVENTS):
+            self._policy_cursor = entry.entry_id
+            self.policy_version = max(self.policy_version, codec.decode_weights_manifest(entry.payload).policy_version)
+        await self.history.follow(self._bus)
+
+    def _decide(self) -> None:
+        if self.state.phase in (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING):
+            self._begin_due_evaluations()
+        if self.state.phase is RunPhase.RUNNING:
+            self._issue_groups()
+        if self._is_over():
+            self._change_phase(RunPhase.FINISHED)
+            self.state.finished_at_s = self._clock()
+
+    async def _write(self, events: list[Delivery]) -> None:
+        if self._is_changed or self._outbox or events:
+            publications = {Stream.TASKS: self._outbox} if self._outbox else {}
+            await self._bus.commit(publications, events, {STATE_NAME: self.state.to_bytes()})
+            self._outbox, self._is_changed = [], False
+        self._metrics.observe(self)
+
+    # --- starting ------------------------------------------------------------------------------------------------------------
+
+    async def _restore(self) -> None:
+        saved = await self._bus.load_state(STATE_NAME)
+        if saved is not None:
+            self.state = GatewayState.from_bytes(saved)
+            if self.state.phase not in (RunPhase.FINISHED,):
+                # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
+                self.state.phase = RunPhase.STARTING
+            log.info("gateway_restored", num_issued=self.state.ledger.num_issued, phase=self.state.phase)
+        self.state.environments.setdefault(self.config.environment.name, self._default_address)
+
+    async def _try_start(self, stopping: asyncio.Event) -> None:
+        """Become RUNNING once the environment lists its tasks and a first policy is published."""
+        if self._training is None:
+            try:
+                await self._load_tasks()
+            except UnavailableError as error:
+                self.detail = f"waiting for the environment: {error}"
+                log.warning("environment_unavailable", error=str(error))
+                await wait_or_stop(stopping, _RETRY_S)
+                return
+        if self.policy_version < 0:
+            self.detail = "waiting for the learner to publish the first policy"
+            return
+        self.detail = ""
+        self.state.started_at_s = self.state.started_at_s or self._clock()
+        self._change_phase(RunPhase.RUNNING)
+        self.health.mark_ready("running")
+
+    async def _load_tasks(self) -> None:
+        environment = self.config.environment
+        await self.register_environment(environment.name, self.state.environments[environment.name])
+        address = self.state.environments[environment.name]
+        tasks = await self._catalog.list_tasks(environment.name, address, environment.train_split)
+        wanted = self.config.evaluation.num_tasks
+        self._heldout = await self._catalog.list_tasks(environment.name, address, environment.evaluation_split, wanted)
+        if len(self._heldout) < wanted:
+            log.warning("evaluation_list_short", wanted=wanted, got=len(self._heldout), split=environment.evaluation_split)
+        self._training = TrainingOrder(tasks, self.config.seed)
+        log.info("tasks_listed", num_train=len(tasks), num_heldout=len(self._heldout))
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------------------
+
+    def _book(self, event: LedgerEvent) -> None:
+        if event.group_id.startswith("group-"):
+            self.state.ledger.apply(event)
+            return
+        evaluation, index = self._find_evaluation(event.group_id)
+        if evaluation is not None and evaluation.add_failure(index, self._heldout[index].task_type if self._heldout else ""):
+            log.warning("evaluation_episode_failed", group_id=event.group_id, reason=event.reason)
+
+    def _count_evaluation(self, payload: bytes) -> None:
+        trajectory = codec.decode_trajectory(payload)
+        evaluation, index = self._find_evaluation(trajectory.group_id)
+        if evaluation is None:
+            return
+        if not evaluation.is_pinned(trajectory):
+            # Sampled across a change of weights: play it again, or the number would be about no policy at all.
+            log.warning("evaluation_episode_unpinned", group_id=trajectory.group_id, wanted=evaluation.policy_version)
+            self._outbox.append(codec.encode_task_group(self._evaluation_group(evaluation, index)))
+            return
+        if evaluation.add(index, trajectory) and evaluation.is_complete:
+            summary = evaluation.summary()
+            log.info("evaluation_complete", **{k: summary[k] for k in ("evaluation_id", "success", "interval", "num_episodes")})
+
+    def _find_evaluation(self, group_id: str) -> tuple[Evaluation | None, int]:
+        evaluation_id, _, index = group_id.rpartition("-")
+        for evaluation in self.state.evaluations:
+            if evaluation.evaluation_id == evaluation_id and index.isdigit():
+                return evaluation, int(index)
+        return None, -1
+
+    # --- deciding ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates so far. Each trains exactly groups_per_update groups, so the ledger knows."""
+        return self.state.ledger.num_trained // self.config.training.groups_per_update
+
+    @property
+    def is_training_done(self) -> bool:
+        return self.num_updates >= self.config.training.num_updates
+
+    def _begin_due_evaluations(self) -> None:
+        ledger = self.state.ledger
+        done = {(evaluation.num_updates, evaluation.is_greedy) for evaluation in self.state.evaluations}
+        is_last = self.is_training_done or (self.state.phase is RunPhase.STOPPING and ledger.num_running == 0)
+        wanted = [(self.num_updates, False), (self.num_updates, True)] if is_last or not done else []
+        every = self.config.evaluation.every_updates
+        if every and not is_last and all(evaluation.is_complete for evaluation in self.state.evaluations):
+            last = max((number for number, _ in done), default=0)
+            if self.num_updates >= last + every:
+                wanted.append((self.num_updates, False))
+        for num_updates, is_greedy in wanted:
+            if (num_updates, is_greedy) not in done:
+                self._begin_evaluation(num_updates, is_greedy)
+
+    def _begin_evaluation(self, num_updates: int, is_greedy: bool) -> None:
+        evaluation = Evaluation.begin(self.policy_version, num_updates, is_greedy=is_greedy, num_tasks=len(self._heldout))
+        self.state.evaluations.append(evaluation)
+        self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in range(len(self._heldout))]
+        self._is_changed = True
+        log.info("evaluation_begun", evaluation_id=evaluation.evaluation_id, num_tasks=len(self._heldout))
+
+    def _issue_groups(self) -> None:
+        training, ledger = self.config.training, self.state.ledger
+        wanted = training.num_updates * training.groups_per_update
+        capacity = compute_capacity(
+            max_concurrent_groups=self.max_concurrent_groups,
+            max_staleness=training.max_staleness,
+            groups_per_update=training.groups_per_update,
+            policy_version=self.num_updates,
+            num_accepted=ledger.num_trained + ledger.num_buffered,
+            num_running=ledger.num_running,
+        )
+        missing = wanted - ledger.num_trained - ledger.num_buffered - ledger.num_running
+        for _ in range(min(capacity, max(0, missing))):
+            self._outbox.append(codec.encode_task_group(self._training_group()))
+
+    @property
+    def max_concurrent_groups(self) -> int:
+        """Groups the living rollout workers can play at once."""
+        num_workers = max(self.config.rollout.num_workers, self.history.count_instances("rollout"))
+        return num_workers * (self.config.rollout.max_concurrent_episodes // self.config.training.group_size)
+
+    def _training_group(self) -> TaskGroup:
+        number = self.state.next_group_number
+        self.state.next_group_number += 1
+        assert self._training is not None, "groups are issued only after the task list was loaded"
+        group_id = f"group-{number:08d}"
+        self.state.ledger.open_group(group_id)
+        return self._group(group_id, self._training.at(number), self.config.training.group_size, Purpose.TRAIN)
+
+    def _evaluation_group(self, evaluation: Evaluation, index: int) -> TaskGroup:
+        return self._group(evaluation.group_id(index), self._heldout[index], 1, Purpose.EVALUATION, evaluation)
+
+    def _group(self, group_id: str, task: Task, size: int, purpose: Purpose, evaluation: Evaluation | None = None) -> TaskGroup:
+        config = self.config
+        return TaskGroup(
+            run_id=config.name,
+            group_id=group_id,
+            task=task,
+            group_size=size,
+            purpose=purpose,
+            admitted_version=self.policy_version if evaluation is None else evaluation.policy_version,
+            sampling=(
+                config.train_sampling if evaluation is None else config.evaluation_sampling(is_greedy=evaluation.is_greedy)
+            ),
+            max_turns=config.environment.max_turns,
+            environment_address=self.state.environments[task.environment],
+            evaluation_id="" if evaluation is None else evaluation.evaluation_id,
+        )
+
+    def _is_over(self) -> bool:
+        if self.state.phase not in (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING):
+            return False
+        is_last_begun = any(e.num_updates == self.num_updates and e.is_greedy for e in self.state.evaluations)
+        are_all_complete = all(evaluation.is_complete for evaluation in self.state.evaluations)
+        ledger = self.state.ledger
+        if self.state.phase is RunPhase.STOPPING:
+            is_drained = ledger.num_running == 0
+        else:
+            # The learner cancels what arrives after its last update, so every group closes by itself.
+            is_drained = self.is_training_done and not ledger.open
+        return is_drained and is_last_begun and are_all_complete
+
+    # --- controls ------------------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Issue no more groups; what runs goes on. Raises RefusedError unless running."""
+        self._control(RunPhase.PAUSED, allowed=(RunPhase.RUNNING, RunPhase.PAUSED))
+
+    def resume(self) -> None:
+        """Issue groups again. Raises RefusedError unless paused."""
+        self._control(RunPhase.RUNNING, allowed=(RunPhase.PAUSED, RunPhase.RUNNING))
+
+    def stop(self) -> None:
+        """End the run early: issue no more groups, evaluate the newest policy, finish. Raises RefusedError before it runs."""
+        self._control(RunPhase.STOPPING, allowed=(RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING))
+
+    async def register_environment(self, name: str, address: str) -> RegisteredEnvironment:
+        """Ask the server at `address` for environment `name` and use it from now on."""
+        found = await self._catalog.describe(name, address)
+        for split in (self.config.environment.train_split, self.config.environment.evaluation_split):
+            if name == self.config.environment.name and split not in found.splits:
+                raise CorruptionError(
+                    f"Environment {name} at {address} has no split {split!r}, it has {sorted(found.splits)}. "
+                    "Set environment.train_split and evaluation_split to those."
+                )
+        self.environments[name] = found
+        self.state.environments[name] = address
+        self._is_changed = True
+        log.info("environment_registered", name=name, address=address, version=found.version)
+        return found
+
+    def _control(self, phase: RunPhase, allowed: tuple[RunPhase, ...]) -> None:
+        if self.state.phase not in allowed:
+            raise RefusedError(
+                f"Run {self.config.name} is {self.state.phase}; it can become {phase} only from {' or '.join(allowed)}."
+            )
+        self._change_phase(phase)
+
+    def _change_phase(self, phase: RunPhase) -> None:
+        if phase is not self.state.phase:
+            log.info("run_phase_changed", before=self.state.phase, after=phase)
+        self.state.phase = phase
+        self._is_changed = True

@@ -1,0 +1,85 @@
+"""Owns the gateway process: builds its parts from a run's configuration and serves HTTP and gRPC until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from sdar.config import RunConfig
+from sdar.contracts.errors import ConflictError
+from sdar.contracts.streams import Stream
+from sdar.runtime import rpc
+from sdar.runtime.chat import ChatTokenizer
+from sdar.runtime.connect import build_bus
+from sdar.runtime.lifecycle import run_until_stopped
+from sdar.runtime.settings import Settings
+from sdar.runtime.telemetry import Health
+from sdar.v1 import gateway_pb2_grpc
+
+from .app import build_app
+from .environments import GrpcEnvironmentCatalog
+from .grpc_service import GatewayServicer
+from .history import History
+from .metrics import build_metrics
+from .scheduler import Scheduler
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: signals belong to run_until_stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: RunConfig, settings: Settings) -> None:
+    """Run the gateway of one run until SIGTERM."""
+    listener = _bind(settings.host, settings.http_port)
+    bus = build_bus(config, settings)
+    await bus.ping()
+    health = Health()
+    history = History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES)
+    scheduler = Scheduler(
+        config, bus, GrpcEnvironmentCatalog(), history, health, default_address=settings.envs_address, metrics=build_metrics()
+    )
+    app = build_app(scheduler, bus, tokenizer=ChatTokenizer(config.model.path))
+    http_server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    grpc_server = rpc.build_server(
+        f"{settings.host}:{settings.grpc_port}",
+        lambda server: gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(scheduler), server),
+        service_names=("sdar.v1.GatewayService",),
+    )
+
+    async def answer_http(stopping: asyncio.Event) -> None:
+        serving = asyncio.create_task(http_server.serve(sockets=[listener]))
+        waiting = asyncio.create_task(stopping.wait())
+        await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        http_server.should_exit = True
+        await serving
+
+    async def answer_grpc(stopping: asyncio.Event) -> None:
+        await grpc_server.start()
+        await stopping.wait()
+        await grpc_server.stop(grace=2.0)
+
+    try:
+        await run_until_stopped(scheduler.run, answer_http, answer_grpc)
+    finally:
+        await bus.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ConflictError(
+            f"Cannot serve HTTP on {host}:{port}: {error.strerror}. Free the port or set SDAR_HTTP_PORT to another.", port=port
+        ) from error
+    return listener

@@ -1,0 +1,13 @@
+"""What several test suites share. Waiting is always for a condition, with a deadline that fails the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+async def until(is_reached: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Return once `is_reached()`; raises TimeoutError after `timeout_s`."""
+    async with asyncio.timeout(timeout_s):
+        while not is_reached():  # noqa: ASYNC110  the condition belongs to code that offers no event for it
+            await asyncio.sleep(0.005)

@@ -1,0 +1,86 @@
+"""Fakes for the gateway's tests, handed over through constructors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdar.config import EnvironmentConfig, EvaluationConfig, MethodConfig, ModelConfig, RunConfig, TrainingConfig
+from sdar.contracts.types import (
+    ChatMessage,
+    EnvironmentIdentity,
+    EpisodeEnd,
+    ModelIdentity,
+    StopReason,
+    Task,
+    TaskGroup,
+    Trajectory,
+    Turn,
+    WeightsManifest,
+)
+from services.gateway.environments import RegisteredEnvironment
+
+MODEL = ModelIdentity("tiny", "0" * 16)
+
+
+def build_config(**training: int) -> RunConfig:
+    values = {"num_updates": 2, "groups_per_update": 2, "group_size": 2, "max_staleness": 1} | training
+    return RunConfig(
+        name="test",
+        model=ModelConfig(path=Path("model")),
+        environment=EnvironmentConfig(name="fake", max_turns=3),
+        method=MethodConfig(name="grpo"),
+        training=TrainingConfig(**values),
+        evaluation=EvaluationConfig(num_tasks=3),
+    )
+
+
+class FakeCatalog:
+    """Ten training and five held-out tasks of two types."""
+
+    async def describe(self, name: str, address: str) -> RegisteredEnvironment:
+        return RegisteredEnvironment(name, address, "1", {"train": 10, "heldout": 5}, "", 3)
+
+    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
+        number = {"train": 10, "heldout": 5}[split]
+        tasks = [Task(name, split, f"{split}-{i}", f"type{i % 2}", f"do {i}", i) for i in range(number)]
+        return tasks[:max_tasks]
+
+
+def build_manifest(policy_version: int) -> WeightsManifest:
+    return WeightsManifest("test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0)
+
+
+def play(group: TaskGroup, policy_version: int, *, is_success: bool = True, last_version: int | None = None) -> Trajectory:
+    """The trajectory of an episode with one turn of two tokens."""
+    versions = [policy_version, policy_version if last_version is None else last_version]
+    turn = Turn(
+        0,
+        [1, 2],
+        (ChatMessage("user", group.task.description),),
+        False,
+        [3, 4],
+        [-0.1, -0.2],
+        versions,
+        "go",
+        StopReason.END_OF_TURN,
+        "go",
+        True,
+        float(is_success),
+    )
+    return Trajectory(
+        run_id=group.run_id,
+        group_id=group.group_id,
+        trajectory_id=f"{group.group_id}.0.a1",
+        attempt=1,
+        episode_index=0,
+        group_size=group.group_size,
+        task=group.task,
+        purpose=group.purpose,
+        environment=EnvironmentIdentity("fake", "1"),
+        model=MODEL,
+        sampling=group.sampling,
+        turns=(turn,),
+        end=EpisodeEnd.TERMINATED,
+        is_success=is_success,
+        evaluation_id=group.evaluation_id,
+    )
