@@ -1,0 +1,357 @@
+"""Owns how gRPC is spoken: servers with health and reflection, channels with deadlines and retries, errors that keep a type.
+
+Server side:  server = build_server(host, port, [RpcService("sdar.v1.PolicyService", add_PolicyServiceServicer_to_server, it)])
+              await server.start(); await server.set_ready(True); ...; await server.stop(grace_s)
+Client side:  channel = connect("host:port"); response = await call(PolicyServiceStub(channel).Generate, request, timeout_s=30)
+
+A handler raises SdarError; the caller gets the same class back, with its fields. What a handler raises by mistake becomes
+INTERNAL with a correlation id that is in the server's log, and nothing of its text. It knows no service.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf import descriptor_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sdar.contracts.errors import (
+    CapacityError,
+    ConflictError,
+    CorruptionError,
+    EnvironmentFailedError,
+    InvalidInputError,
+    RefusedError,
+    SdarError,
+    UnavailableError,
+    UnknownResourceError,
+)
+from sdar.v1 import environment_pb2, error_pb2, gateway_pb2, policy_pb2, teacher_pb2
+
+Response = TypeVar("Response")
+Trailers = tuple[tuple[str, str | bytes], ...]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""A trajectory of 50 turns and 100,000 tokens takes about 1 MiB; texts of an environment take more."""
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# HTTP/2 peers refuse header blocks over 8 KiB or so; texts that arrive in errors (a bad task id) can be of any length.
+_MAX_ERROR_TEXT_BYTES = 1024
+_MAX_ERROR_FIELD_BYTES = 128
+_MAX_ERROR_FIELDS = 8
+
+log = structlog.get_logger()
+
+
+# ---- errors on the wire
+
+
+def _walk(kind: type[SdarError]) -> Iterator[type[SdarError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _walk(child)
+
+
+def _error_kinds() -> dict[str, type[SdarError]]:
+    """Errors by the name they have on the wire; read at each use, for a service may define its own."""
+    return {kind("").reason: kind for kind in _walk(SdarError)}
+
+
+# What a status means when nobody says more: another project's server, a proxy, or the transport itself.
+_KIND_OF_CODE: dict[grpc.StatusCode, type[SdarError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: UnknownResourceError,
+    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.ABORTED: ConflictError,
+    grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
+    grpc.StatusCode.PERMISSION_DENIED: RefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: RefusedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
+    grpc.StatusCode.CANCELLED: UnavailableError,
+    grpc.StatusCode.DATA_LOSS: CorruptionError,
+}
+
+
+def _shorten(text: str, max_bytes: int) -> str:
+    data = text.encode("utf-8", errors="replace")
+    return data.decode() if len(data) <= max_bytes else data[:max_bytes].decode("utf-8", errors="ignore") + "…"
+
+
+def _trailers(code: grpc.StatusCode, reason: str, message: str, fields: dict[str, str]) -> Trailers:
+    """Trailing metadata that carries a google.rpc.Status with one ErrorDetail."""
+    shortened = {name: _shorten(value, _MAX_ERROR_FIELD_BYTES) for name, value in list(fields.items())[:_MAX_ERROR_FIELDS]}
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.add().Pack(error_pb2.ErrorDetail(reason=reason, message=message, fields=shortened))
+    return ((_DETAILS_KEY, status.SerializeToString()),)
+
+
+def _read_detail(error: grpc.aio.AioRpcError) -> error_pb2.ErrorDetail | None:
+    """The ErrorDetail in the trailers; None if there is none or it cannot be read, for the peer may be anybody."""
+    trailers: Any = error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key != _DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        detail = error_pb2.ErrorDetail()
+        try:
+            status = status_pb2.Status.FromString(value)
+            return next((detail for packed in status.details if packed.Unpack(detail)), None)
+        except DecodeError:
+            return None
+    return None
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
+    """The SdarError that a failed call stands for: the class the server raised, or the nearest one to the status.
+
+    Args:
+        error: what awaiting a call raised.
+        peer: address or name of the server, for the message.
+    """
+    code, text = error.code(), error.details() or ""
+    at = f" at {peer}" if peer else ""
+    detail = _read_detail(error)
+    if detail is not None:
+        kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
+        # Not through kwargs: a peer may name a field "message".
+        told = kind(detail.message or f"Call{at} failed with {code.name}.")
+        told.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
+        return told
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return InvalidInputError(
+            f"Message{at} over the size limit: {text}. Send less in one call.", grpc_code=code.name, peer=peer
+        )
+    kind = _KIND_OF_CODE.get(code, SdarError)
+    return kind(
+        f"Call{at} failed with {code.name}: {text or 'no details'}.{_REMEDIES.get(code, '')}", grpc_code=code.name, peer=peer
+    )
+
+
+_REMEDIES = {
+    grpc.StatusCode.UNAVAILABLE: " Check that the server runs and that the address is right.",
+    grpc.StatusCode.DEADLINE_EXCEEDED: " Check the server's load, or allow more time.",
+    grpc.StatusCode.UNIMPLEMENTED: " Check that the address belongs to this service and that both sides have one version.",
+}
+
+
+def raise_from_rpc_error(error: grpc.aio.AioRpcError, peer: str = "") -> NoReturn:
+    """Raise what `error_from_rpc` makes of it, with the original as its cause."""
+    raise error_from_rpc(error, peer) from error
+
+
+# ---- servers
+
+
+class _Context(Protocol):
+    """The part of a handler's context that errors need."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: Any = ...) -> NoReturn: ...
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # Generic in its stubs only.
+    """Turns exceptions of unary handlers into statuses with typed details. Streaming handlers (health, reflection) pass."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        answer, method = handler.unary_unary, handler_call_details.method
+
+        async def guarded(request: Any, context: Any) -> Any:
+            try:
+                response = answer(request, context)
+                return await response if inspect.isawaitable(response) else response
+            except SdarError as error:
+                await _abort(context, error)
+            except grpc.aio.AbortError:
+                raise
+            except Exception:
+                correlation_id = uuid.uuid4().hex[:12]
+                log.exception("rpc_failed", method=method, correlation_id=correlation_id)
+                await _abort_unexpected(context, method, correlation_id)
+
+        return grpc.unary_unary_rpc_method_handler(
+            guarded,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+async def _abort(context: _Context, error: SdarError) -> NoReturn:
+    code = grpc.StatusCode[error.grpc_status]
+    message = _shorten(error.message, _MAX_ERROR_TEXT_BYTES)
+    trailers = _trailers(code, error.reason, message, error.fields)
+    if isinstance(error, EnvironmentFailedError):
+        # The session is gone with its environment: a channel that repeats the call would report the wrong error.
+        trailers += ((_PUSHBACK_KEY, "-1"),)
+    await context.abort(code, message, trailers)
+
+
+async def _abort_unexpected(context: _Context, method: str, correlation_id: str) -> NoReturn:
+    code = grpc.StatusCode.INTERNAL
+    message = f"{method} failed on an unexpected error. Look for correlation id {correlation_id} in the server's log."
+    await context.abort(code, message, _trailers(code, "INTERNAL", message, {"correlation_id": correlation_id}))
+
+
+@dataclass(frozen=True, slots=True)
+class RpcService:
+    """A servicer, the generated function that adds it, and the service's full name (`sdar.v1.PolicyService`)."""
+
+    name: str
+    add_to_server: Callable[[Any, Any], None]
+    servicer: object
+
+
+class RpcServer:
+    """A gRPC server that is bound but not started. `port` is the one it got (0 asks for any)."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, names: Sequence[str], health_servicer: Any) -> None:
+        self.port = port
+        self._server, self._names, self._health = server, names, health_servicer
+
+    async def start(self) -> None:
+        """Answer calls; health says NOT_SERVING until `set_ready`."""
+        await self.set_ready(False)
+        await self._server.start()
+
+    async def set_ready(self, is_ready: bool) -> None:
+        """Set the health of the server and of each of its services."""
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *self._names):
+            await self._health.set(name, status.SERVING if is_ready else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, let running ones finish for `grace_s`, then cancel them. Safe to repeat."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait_for_termination(self) -> None:
+        await self._server.wait_for_termination()
+
+
+def build_server(
+    host: str,
+    port: int,
+    services: Sequence[RpcService],
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_concurrent_calls: int | None = None,
+) -> RpcServer:
+    """Bind a server with the services, health and reflection. Call it with an event loop running.
+
+    Raises:
+        ConflictError: the port is taken.
+    """
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            # Two servers on one port would share its calls in silence.
+            ("grpc.so_reuseport", 0),
+            # Our channels ping while they wait; the default server takes that for an attack.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ],
+        maximum_concurrent_rpcs=max_concurrent_calls,
+    )
+    health_servicer: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    for service in services:
+        service.add_to_server(service.servicer, server)
+    names = [service.name for service in services]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return RpcServer(server, _bind(server, host, port), names, health_servicer)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConflictError(
+            f"Cannot serve gRPC on {address}. Free the port, set SDAR_GRPC_PORT to another, or fix SDAR_HOST.", address=address
+        ) from error
+
+
+# ---- channels
+
+
+def _method_configs() -> list[dict[str, Any]]:
+    """Retry policy for each method that the contract declares safe to repeat."""
+    files = (environment_pb2, gateway_pb2, policy_pb2, teacher_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    safe = [
+        {"service": service.full_name, "method": method.name}
+        for service in services
+        for method in service.methods
+        if method.GetOptions().idempotency_level != descriptor_pb2.MethodOptions.IDEMPOTENCY_UNKNOWN
+    ]
+    policy = {
+        "maxAttempts": 4,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    return [{"name": safe, "retryPolicy": policy}]
+
+
+def connect(address: str, *, is_sticky: bool = False, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """Open a channel; nothing is sent before the first call. Close it with `await channel.close()`.
+
+    Calls go round robin over all addresses the name resolves to. With `is_sticky` they stay with one of them while its
+    connection lives: what sessions need, for only the server that opened one knows it.
+
+    Args:
+        address: `host:port`, or any target gRPC resolves (`dns:///envs:9093`).
+    """
+    balancing: dict[str, Any] = {"pick_first": {"shuffleAddressList": True}} if is_sticky else {"round_robin": {}}
+    config = {"loadBalancingConfig": [balancing], "methodConfig": _method_configs()}
+    return grpc.aio.insecure_channel(
+        address,
+        options=[
+            ("grpc.service_config", json.dumps(config)),
+            ("grpc.enable_retries", 1),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            # Notice a peer that vanished while a call waits on it; not more often than strict servers bear.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 0),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+        ],
+    )
+
+
+async def call(method: Callable[..., Awaitable[Response]], request: Any, *, timeout_s: float, peer: str = "") -> Response:
+    """Make one unary call under a deadline, retries included.
+
+    Raises:
+        SdarError: the class the server raised; UnavailableError if it cannot be reached or the deadline passes.
+    """
+    try:
+        return await method(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise_from_rpc_error(error, peer)
