@@ -72,7 +72,8 @@ class Environment(ABC):
         splits: names of disjoint task lists. Evaluation reads a list from its start, so any prefix should be balanced.
         instructions: the system message, or "" for none. action_format: one sentence on how to write an action.
         max_turns: the environment truncates an episode here.
-        is_blocking: `reset` and `step` may take over a millisecond, so the server runs them in a thread.
+        is_blocking: calls may take over a millisecond, so the server runs them in threads: those of one episode one after
+            another, `list_tasks` and `get_task` of the instance that lists tasks also at the same time.
     """
 
     name: ClassVar[str]
@@ -119,7 +120,10 @@ class Environment(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 - an optional hook: most environments hold nothing
-        """Give back whatever the episode holds. Called once, also after a failure."""
+        """Give back whatever the episode holds. Called once, also after a failure.
+
+        May be called while a blocking `reset` or `step` hangs in another thread: end what it waits for.
+        """
 
     def unknown_task(self, task_id: str) -> UnknownResourceError:
         return UnknownResourceError(

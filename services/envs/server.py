@@ -1,0 +1,159 @@
+"""Owns the environment service on the wire: `EnvironmentService` over a SessionManager. Decides nothing about episodes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from sdar.contracts.codec import task_to_proto
+from sdar.contracts.errors import InvalidInputError
+from sdar.runtime.lifecycle import wait_or_stop
+from sdar.runtime.rpc import RpcServer, RpcService, build_server
+from sdar.runtime.telemetry import Health
+from sdar.v1 import environment_pb2, environment_pb2_grpc
+from services.envs.sessions import EnvironmentFactory, SessionLimits, SessionManager
+
+MAX_PAGE_SIZE = 1000
+SERVICE_NAME = "sdar.v1.EnvironmentService"
+
+log = structlog.get_logger()
+
+
+class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # type: ignore[misc]  # generated, untyped
+    """Translates; errors pass as they are, the server turns them into statuses."""
+
+    def __init__(self, sessions: SessionManager) -> None:
+        self._sessions = sessions
+
+    async def Describe(self, request: environment_pb2.DescribeRequest, context: Any) -> environment_pb2.DescribeResponse:
+        names = [request.environment] if request.environment else list(self._sessions.environments)
+        return environment_pb2.DescribeResponse(environments=[await self._describe(name) for name in names])
+
+    async def ListTasks(self, request: environment_pb2.ListTasksRequest, context: Any) -> environment_pb2.ListTasksResponse:
+        tasks = await self._sessions.list_tasks(request.environment, request.split)
+        start = _parse_page_token(request.page_token, len(tasks))
+        end = start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
+        return environment_pb2.ListTasksResponse(
+            tasks=[task_to_proto(task) for task in tasks[start:end]],
+            next_page_token=str(end) if end < len(tasks) else "",
+        )
+
+    async def OpenSession(
+        self, request: environment_pb2.OpenSessionRequest, context: Any
+    ) -> environment_pb2.OpenSessionResponse:
+        opened = await self._sessions.open(
+            request.environment,
+            request.task_id,
+            request.seed,
+            idempotency_key=request.idempotency_key,
+            lease_s=request.lease_s,
+        )
+        return environment_pb2.OpenSessionResponse(
+            session_id=opened.session_id,
+            task=task_to_proto(opened.task),
+            observation=opened.observation.text,
+            admissible_actions=opened.observation.admissible_actions,
+            info=opened.observation.info,
+            lease_s=opened.lease_s,
+        )
+
+    async def Step(self, request: environment_pb2.StepRequest, context: Any) -> environment_pb2.StepResponse:
+        result = await self._sessions.step(request.session_id, request.step_index, request.text)
+        return environment_pb2.StepResponse(
+            observation=result.observation.text,
+            admissible_actions=result.observation.admissible_actions,
+            reward=result.reward,
+            reward_components=result.reward_components,
+            terminated=result.terminated,
+            truncated=result.truncated,
+            action=result.action,
+            is_action_valid=result.is_action_valid,
+            is_success=result.is_success,
+            info={**result.observation.info, **result.info},
+        )
+
+    async def CloseSession(
+        self, request: environment_pb2.CloseSessionRequest, context: Any
+    ) -> environment_pb2.CloseSessionResponse:
+        await self._sessions.close(request.session_id)
+        return environment_pb2.CloseSessionResponse()
+
+    async def _describe(self, name: str) -> environment_pb2.EnvironmentDescription:
+        description, limits = self._sessions.describe(name), self._sessions.limits
+        return environment_pb2.EnvironmentDescription(
+            name=name,
+            version=description.identity.version,
+            splits=[
+                environment_pb2.Split(name=split, num_tasks=len(await self._sessions.list_tasks(name, split)))
+                for split in description.splits
+            ],
+            instructions=description.instructions,
+            action_format=description.action_format,
+            limits=environment_pb2.EnvironmentLimits(
+                max_turns=description.max_turns,
+                max_text_bytes=limits.max_text_bytes,
+                step_timeout_s=limits.step_timeout_s,
+                default_lease_s=limits.default_lease_s,
+                max_lease_s=limits.max_lease_s,
+            ),
+            capacity=environment_pb2.EnvironmentCapacity(
+                max_sessions=limits.max_sessions, num_open_sessions=self._sessions.num_sessions
+            ),
+        )
+
+
+async def serve_environments(
+    stopping: asyncio.Event,
+    *,
+    environments: Mapping[str, EnvironmentFactory],
+    limits: SessionLimits,
+    host: str,
+    port: int,
+    health: Health,
+    on_ready: Callable[[int], None] = lambda port: None,
+    reap_every_s: float = 5.0,
+    drain_s: float = 5.0,
+) -> None:
+    """Serve the environments over gRPC until `stopping` is set, then let open episodes finish for `drain_s`.
+
+    Args:
+        environments: a factory per name, see `services.envs.registry`.
+        port: 0 takes a free one; `on_ready` is told which, once calls are answered.
+
+    Raises:
+        ConflictError: the port is taken.
+    """
+    sessions = SessionManager(environments, limits)
+    server = build_environment_server(sessions, host, port)
+    await server.start()
+    await server.set_ready(True)
+    health.mark_ready()
+    log.info("environments_served", environments=list(environments), host=host, port=server.port)
+    on_ready(server.port)
+    try:
+        while not await wait_or_stop(stopping, reap_every_s):
+            await sessions.reap()
+            health.beat()
+        health.mark_unready("draining")
+        await server.set_ready(False)
+        await sessions.drain(drain_s)
+    finally:
+        await server.stop(grace_s=1.0)
+        await sessions.close_all()
+
+
+def build_environment_server(sessions: SessionManager, host: str, port: int) -> RpcServer:
+    """A bound server, not yet started."""
+    add = environment_pb2_grpc.add_EnvironmentServiceServicer_to_server
+    return build_server(host, port, [RpcService(SERVICE_NAME, add, EnvironmentServicer(sessions))])
+
+
+def _parse_page_token(token: str, num_tasks: int) -> int:
+    if not token:
+        return 0
+    if not token.isascii() or not token.isdigit() or int(token[:12]) > num_tasks:
+        raise InvalidInputError(f"Unknown page_token {token!r}. Send the next_page_token of the page before, or none.")
+    return int(token)
