@@ -174,16 +174,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        answer, method = handler.unary_unary, handler_call_details.method
+        answer, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
 
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(data: bytes, context: Any) -> Any:
             try:
-                response = answer(request, context)
+                response: Any = answer(_parse_request(parse, data, method), context)
                 return await response if inspect.isawaitable(response) else response
             except SdarError as error:
                 await _abort(context, error)
             except grpc.aio.AbortError:
                 raise
+            except NotImplementedError:
+                await _abort_unimplemented(context, method)
             except Exception:
                 correlation_id = uuid.uuid4().hex[:12]
                 log.exception("rpc_failed", method=method, correlation_id=correlation_id)
@@ -191,7 +193,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
         return grpc.unary_unary_rpc_method_handler(
             guarded,
-            request_deserializer=handler.request_deserializer,
+            # Parsed inside: what gRPC makes of a bad message has no type and blames the server.
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
@@ -204,6 +207,23 @@ async def _abort(context: _Context, error: SdarError) -> NoReturn:
         # The session is gone with its environment: a channel that repeats the call would report the wrong error.
         trailers += ((_PUSHBACK_KEY, "-1"),)
     await context.abort(code, message, trailers)
+
+
+def _parse_request(parse: Callable[[bytes], Any] | None, data: bytes, method: str) -> Any:
+    if parse is None:
+        return data
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise InvalidInputError(
+            f"{method}: {len(data)} bytes are not its request ({error}). Send what proto/sdar/v1 says, text as UTF-8."
+        ) from error
+
+
+async def _abort_unimplemented(context: _Context, method: str) -> NoReturn:
+    code = grpc.StatusCode.UNIMPLEMENTED
+    message = f"{method} is not offered by this server."
+    await context.abort(code, message, _trailers(code, "UNIMPLEMENTED", message, {}))
 
 
 async def _abort_unexpected(context: _Context, method: str, correlation_id: str) -> NoReturn:

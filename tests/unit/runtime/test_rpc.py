@@ -188,6 +188,22 @@ async def test_a_method_nobody_serves_is_the_callers_mistake():
             await call(stub.GetRunStatus, gateway_pb2.GetRunStatusRequest(), timeout_s=5)
 
 
+async def test_a_method_a_servicer_leaves_out_is_not_a_fault_of_the_server():
+    async with serving(answer_ok) as (server, _), connect(f"127.0.0.1:{server.port}") as channel:
+        stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+        with pytest.raises(InvalidInputError, match="Describe is not offered") as caught:
+            await call(stub.Describe, environment_pb2.DescribeRequest(), timeout_s=5)
+    assert caught.value.fields["grpc_code"] == "UNIMPLEMENTED"
+
+
+@pytest.mark.parametrize("data", [b"\x1a\x02\xff\xfe", b"\xff\xff"], ids=["text that is not UTF-8", "no message"])
+async def test_a_request_that_cannot_be_read_is_the_callers_mistake(data):
+    async with serving(answer_ok) as (server, servicer), connect(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(InvalidInputError, match="are not its request"):
+            await call(channel.unary_unary(f"/{SERVICE}/Step"), data, timeout_s=5)
+    assert servicer.num_calls == 0
+
+
 async def test_too_many_calls_at_once_is_a_lack_of_capacity():
     started, release = asyncio.Event(), asyncio.Event()
 
