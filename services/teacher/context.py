@@ -1,0 +1,108 @@
+"""Owns privileged prompts: what the student saw, with skills inside its first user message. Never cuts one, never scores.
+
+The student's first turn and the teacher's, for the skill `skill clean : first use sink . after sink put .`::
+
+    student   <|im_start|>user\\n                         task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
+    teacher   <|im_start|>user\\nskill clean : ... put . task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
+
+A turn that extends the previous one has no prompt of its own: the tokens between two responses are the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sdar.algorithms.batching import TokenSequence, build_privileged_sequences
+from sdar.contracts.errors import ContractError
+from sdar.contracts.types import TokenIds, Trajectory
+from sdar.runtime.chat import ChatTokenizer, place_skills
+from services.teacher.retrieval import Retrieval, Retriever
+from services.teacher.skills import format_skills
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrivilegedContext:
+    """One trajectory behind privileged prompts.
+
+    Attributes:
+        fresh_prompts: turn index to privileged prompt [P], of the turns that begin a sequence.
+        retrieval: what is really shown, after skills were dropped.
+        num_tokens: of all sequences together, what scoring has to read.
+        num_dropped_skills: specific skills that did not fit into the model's sequence length.
+    """
+
+    trajectory: Trajectory
+    fresh_prompts: Mapping[int, TokenIds]
+    retrieval: Retrieval
+    num_tokens: int
+    num_dropped_skills: int
+
+    def build_sequences(self, trajectory_index: int) -> list[TokenSequence]:
+        return build_privileged_sequences(self.trajectory, self.fresh_prompts, trajectory_index)
+
+
+class ContextBuilder:
+    """Retrieves skills for a trajectory's task and renders its privileged prompts.
+
+    Args:
+        max_sequence_tokens: most tokens of privileged prompt and response together.
+    """
+
+    def __init__(self, chat: ChatTokenizer, retriever: Retriever, max_sequence_tokens: int) -> None:
+        self.chat = chat
+        self.retriever = retriever
+        self._max_sequence_tokens = max_sequence_tokens
+
+    def build(self, trajectory: Trajectory) -> PrivilegedContext:
+        """Privileged prompts of one trajectory; if they are too long, specific skills are dropped, the last one first.
+
+        Raises:
+            ContractError: the trajectory's prompts are not what its messages render to, so they cannot be rebuilt with
+                skills; or it does not fit even without specific skills.
+        """
+        self._check_prompts(trajectory)
+        retrieval = self.retriever.retrieve(trajectory.task, trajectory.group_id)
+        num_retrieved = len(retrieval.specific)
+        while True:
+            prompts = self._render(trajectory, retrieval)
+            lengths = [sequence.num_tokens for sequence in build_privileged_sequences(trajectory, prompts)]
+            longest = max(lengths, default=0)
+            if longest <= self._max_sequence_tokens:
+                num_dropped = num_retrieved - len(retrieval.specific)
+                return PrivilegedContext(trajectory, prompts, retrieval, sum(lengths), num_dropped)
+            if not retrieval.specific:
+                raise ContractError(
+                    f"Trajectory {trajectory.trajectory_id}: {longest} tokens with skills {list(retrieval.skill_ids)} exceed "
+                    f"model.max_sequence_tokens {self._max_sequence_tokens}. Raise it, shorten the general skills, or lower "
+                    "rollout.max_response_tokens; privileged text is never cut.",
+                    trajectory_id=trajectory.trajectory_id,
+                )
+            retrieval = replace(retrieval, specific=retrieval.specific[:-1])
+
+    def _render(self, trajectory: Trajectory, retrieval: Retrieval) -> dict[int, TokenIds]:
+        skill_text = format_skills(retrieval.skills)
+        return {
+            turn.turn_index: self.chat.render_fresh(place_skills(turn.messages, skill_text))
+            for turn in trajectory.turns
+            if _is_fresh(turn.turn_index, turn.extends_previous)
+        }
+
+    def _check_prompts(self, trajectory: Trajectory) -> None:
+        for turn in trajectory.turns:
+            if not _is_fresh(turn.turn_index, turn.extends_previous):
+                continue
+            if not np.array_equal(self.chat.render_fresh(turn.messages), turn.prompt_token_ids):
+                raise ContractError(
+                    f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its {len(turn.prompt_token_ids)} prompt "
+                    "tokens are not what its messages render to with this teacher's chat template. Give rollout and teacher "
+                    "the same model.path, and let a fresh turn carry its whole prompt's messages.",
+                    trajectory_id=trajectory.trajectory_id,
+                    turn_index=turn.turn_index,
+                )
+
+
+def _is_fresh(turn_index: int, extends_previous: bool) -> bool:
+    return turn_index == 0 or not extends_previous

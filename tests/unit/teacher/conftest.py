@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import pytest
+
+from sdar.runtime.chat import ChatTokenizer
+from tests.unit.teacher.builders import make_model_directory
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    return make_model_directory(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def chat(model_directory):
+    return ChatTokenizer(model_directory)
