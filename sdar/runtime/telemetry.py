@@ -19,7 +19,9 @@ from sdar.contracts.errors import ConflictError
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
     """Send structlog events to stderr, one line each, with the service and instance on every line."""
-    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    # A plain traceback: structlog's default one prints local variables, and prompts don't belong in logs.
+    console = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else console
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -41,8 +41,8 @@ class GrpcEnvironmentCatalog:
         """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't served there."""
         async with rpc.connect(address) as channel:
             stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
-            with rpc.client_errors(f"environment {name} at {address}"):
-                answer = await stub.Describe(environment_pb2.DescribeRequest(environment=name), timeout=_DEADLINE_S)
+            request = environment_pb2.DescribeRequest(environment=name)
+            answer = await rpc.call(stub.Describe, request, timeout_s=_DEADLINE_S, peer=f"environment {name} at {address}")
         found = next((item for item in answer.environments if item.name == name), None)
         if found is None:
             raise UnknownResourceError(f"The server at {address} doesn't serve {name!r}. Ask it with Describe.")
@@ -59,8 +59,7 @@ class GrpcEnvironmentCatalog:
                 request = environment_pb2.ListTasksRequest(
                     environment=name, split=split, page_size=_PAGE_SIZE, page_token=token
                 )
-                with rpc.client_errors(f"environment {name} at {address}"):
-                    page = await stub.ListTasks(request, timeout=_DEADLINE_S)
+                page = await rpc.call(stub.ListTasks, request, timeout_s=_DEADLINE_S, peer=f"environment {name} at {address}")
                 tasks.extend(codec.task_from_proto(task) for task in page.tasks)
                 token = page.next_page_token
                 if not token or (max_tasks is not None and len(tasks) >= max_tasks):

@@ -48,11 +48,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     )
     app = build_app(scheduler, bus, tokenizer=ChatTokenizer(config.model.path))
     http_server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    grpc_server = rpc.build_server(
-        f"{settings.host}:{settings.grpc_port}",
-        lambda server: gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(scheduler), server),
-        service_names=("sdar.v1.GatewayService",),
-    )
+    add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
+    grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
+    grpc_server = rpc.build_server(settings.host, settings.grpc_port, [grpc_service])
 
     async def answer_http(stopping: asyncio.Event) -> None:
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
@@ -64,8 +62,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
 
     async def answer_grpc(stopping: asyncio.Event) -> None:
         await grpc_server.start()
+        await grpc_server.set_ready(True)
         await stopping.wait()
-        await grpc_server.stop(grace=2.0)
+        await grpc_server.stop(grace_s=2.0)
 
     try:
         await run_until_stopped(scheduler.run, answer_http, answer_grpc)

@@ -1,0 +1,1 @@
+"""The `sdar` command. The only part of `sdar` that may import services."""

@@ -1,0 +1,164 @@
+"""Owns the `sdar` command: its verbs, their options, and how an error reaches a person. The work is done elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
+
+app = typer.Typer(
+    help="Train LLM agents with SDAR: GRPO plus gated self-distillation from a privileged teacher, as services.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+model_app = typer.Typer(help="Make tiny models to try things with.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as training.num_updates=20.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are kept.")]
+
+
+class Output(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", help="text for people, json (one object a line) for programs.")]
+
+
+class ServiceName(StrEnum):
+    GATEWAY = "gateway"
+    ROLLOUT = "rollout"
+    TEACHER = "teacher"
+    ENVS = "envs"
+    LEARNER = "learner"
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    set_values: SetOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port of the gateway's page and API; 0 takes any free one.", min=0, max=65535)] = 0,
+    redis: Annotated[
+        str | None, typer.Option(help="URL of a running Redis; without it the run starts its own.", show_default=False)
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Train on this machine: Redis and all services as processes, with a live view.
+
+    Ctrl-C drains and stops; the same command again resumes. Everything lands in RUNS_DIR/NAME/: configuration, metrics,
+    checkpoints, logs, plots, report.html and summary.json.
+    """
+    from sdar.cli.run import run_locally
+    from sdar.config import load_config
+
+    loaded = load_config(config, parse_overrides(set_values))
+    raise typer.Exit(run_locally(loaded, runs_dir, port=port, redis_url=redis, is_json=output is Output.JSON))
+
+
+@app.command()
+def serve(
+    service: Annotated[ServiceName, typer.Argument(help="Which service.")],
+    config: Annotated[Path | None, typer.Option(help="Run configuration; SDAR_CONFIG by default.", show_default=False)] = None,
+) -> None:
+    """Run one service until SIGTERM. This is what containers run; SDAR_* variables say where things are."""
+    from sdar.cli.serve import serve_service
+
+    serve_service(service.value, config)
+
+
+@app.command()
+def compare(
+    spec: Annotated[
+        Path, typer.Argument(help="Experiment: a run configuration, variants and seeds (YAML).", show_default=False)
+    ],
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.", min=1)] = 2,
+    runs_dir: RunsOption = Path("runs"),
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Compare methods over seeds: every service's own code in one process a run, results as a table with intervals.
+
+    Finished runs are kept: the same command again runs only what is missing.
+    """
+    from sdar.cli.compare import run_comparison
+
+    run_comparison(spec, runs_dir, jobs=jobs, is_json=output is Output.JSON)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(help="runs/NAME", show_default=False)]) -> None:
+    """Draw a run's plots and report.html again from its metrics."""
+    from sdar.cli.report import write_report
+
+    typer.echo(f"Wrote {write_report(run_directory)}")
+
+
+@model_app.command("create")
+def create(
+    directory: Annotated[Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)],
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Make the household's tiny model: Qwen2 architecture, 140k parameters, a short supervised warm start (minutes, one core).
+
+    The result is cached by a hash of its recipe.
+    """
+    from sdar.cli.model import create_household_model
+
+    create_household_model(directory, is_json=output is Output.JSON)
+
+
+def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """{"training.num_updates": 20} of ["training.num_updates=20"]; values are YAML."""
+    overrides = {}
+    for pair in pairs or []:
+        key, found, value = pair.partition("=")
+        if not found or not key:
+            raise ConfigurationError(f"--set takes KEY=VALUE, got {pair!r}. Write for example training.num_updates=20.")
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def fail(error: SdarError) -> NoReturn:
+    """Tell a person, or with `--output json` a program, what went wrong, and end with a code that says whose turn it is."""
+    if "--output json" in " ".join(sys.argv).replace("--output=json", "--output json"):
+        event = {"event": "error", "reason": error.reason, "message": error.message, "fields": error.fields}
+        print(json.dumps(event), flush=True)
+    print(f"error: {error.message}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, InvalidInputError | RefusedError) else 1)
+
+
+def guard(action: Callable[[], Any]) -> None:
+    """Run `action`; errors raised on purpose become one sentence, all others keep their traceback."""
+    try:
+        action()
+    except SdarError as error:
+        fail(error)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of the `sdar` command."""
+    guard(app)
+
+
+if __name__ == "__main__":
+    main()

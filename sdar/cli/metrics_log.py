@@ -1,0 +1,47 @@
+"""Owns metrics.jsonl: every service's measurements as the gateway lists them, appended once each, read back on resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_PAGE = 5000
+
+
+class MetricsLog:
+    """Appends records and keeps them in memory for the live view and the report."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records = read_metrics(path)
+        self._after = self._records[-1]["entry_id"] if self._records else "0-0"
+
+    def query(self) -> dict[str, str | int]:
+        """Parameters that ask the gateway for what is not here yet."""
+        return {"after": self._after, "limit": _PAGE}
+
+    def extend(self, records: list[dict[str, Any]]) -> None:
+        if not records:
+            return
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+        self._records.extend(records)
+        self._after = records[-1]["entry_id"]
+
+    def records(self, service: str | None = None) -> list[dict[str, Any]]:
+        return [record for record in self._records if service is None or record["service"] == service]
+
+    def latest(self, service: str) -> dict[str, float]:
+        """Values of a service's newest record; empty before its first."""
+        return next((dict(r["values"]) for r in reversed(self._records) if r["service"] == service), {})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl; a last line that a crash cut short is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[-1]:
+        path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,35 @@
+"""Owns `sdar model create`: makes the tiny household model, or takes it from the cache, and puts it where it was asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import typer
+from rich.progress import Progress, TextColumn
+
+from sdar.contracts.errors import ConflictError
+
+
+def create_household_model(directory: Path, *, is_json: bool) -> None:
+    """Make the model of the default recipe in `directory`.
+
+    Raises:
+        ConflictError: the directory exists already.
+    """
+    from sdar.cli.warm_start import WarmStartRecipe, create_model
+
+    if directory.exists():
+        raise ConflictError(f"{directory} exists already. Remove it or choose another directory.")
+    cache_dir = Path.home() / ".cache" / "sdar" / "models"
+    with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json) as bar:
+        task = bar.add_task("Warm start", total=None, loss=float("nan"))
+        made = create_model(
+            WarmStartRecipe(),
+            cache_dir=cache_dir,
+            progress=lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss),
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(made, directory)
+    typer.echo(json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}")

@@ -1,0 +1,168 @@
+"""Owns the service processes of a run on one machine: start, watch, restart, stop. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from sdar.contracts.errors import ConflictError, SdarError
+
+_PR_SET_PDEATHSIG = 1
+_MAX_RESTARTS = 5
+_RESTART_WINDOW_S = 600.0
+REFUSED_EXIT_CODE = 2
+"""A service that ends with this code said why and would say it again: it is not restarted."""
+
+
+class ServiceFailedError(SdarError):
+    """A service cannot run; the message holds its own last words."""
+
+
+@dataclass
+class ServiceProcess:
+    """One service in a process group of its own, so that what it starts ends with it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    log_path: Path
+    probe_url: str
+    process: subprocess.Popen[bytes] | None = None
+    restarts: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        with self.log_path.open("ab") as log_file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sdar.cli.main", *self.arguments],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,  # Ctrl-C is the supervisor's: it drains in order
+                preexec_fn=_end_with_parent,
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.probe_url}/readyz", timeout=2.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def terminate(self) -> None:
+        if self.process is not None and self.is_running:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End the whole group, orphans included."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The error the service logged last, or the end of its log."""
+        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else " / ".join(line.strip() for line in lines[-3:]) or "it said nothing"
+
+
+class Fleet:
+    """All services of a run. `check` restarts what died and raises when that is hopeless."""
+
+    def __init__(self) -> None:
+        self.services: list[ServiceProcess] = []
+
+    def add(self, service: ServiceProcess) -> None:
+        service.start()
+        self.services.append(service)
+
+    def named(self, name: str) -> list[ServiceProcess]:
+        return [service for service in self.services if service.name.split("-")[0] == name]
+
+    def not_ready(self) -> list[str]:
+        return [service.name for service in self.services if not service.is_ready()]
+
+    def check(self) -> list[str]:
+        """Restart services that died; returns their names.
+
+        Raises:
+            ServiceFailedError: one refused to run, or died too often.
+        """
+        restarted = []
+        for service in self.services:
+            if service.is_running or service.process is None:
+                continue
+            code = service.process.returncode
+            now = time.monotonic()
+            service.restarts = [at for at in service.restarts if now - at < _RESTART_WINDOW_S]
+            if code == REFUSED_EXIT_CODE:
+                raise ServiceFailedError(f"The {service.name} service cannot run: {service.last_words()}")
+            if len(service.restarts) >= _MAX_RESTARTS:
+                raise ServiceFailedError(
+                    f"The {service.name} service died {_MAX_RESTARTS + 1} times within {_RESTART_WINDOW_S / 60:.0f} minutes, "
+                    f"last with code {code}: {service.last_words()}. Its log is {service.log_path}."
+                )
+            service.kill()  # what it left behind in its process group
+            service.restarts.append(now)
+            service.start()
+            restarted.append(service.name)
+        return restarted
+
+    def stop(self, names: tuple[str, ...], timeout_s: float) -> list[str]:
+        """Ask services to drain and wait for them; those that don't end in time are killed and returned."""
+        stopping = [service for name in names for service in self.named(name)]
+        for service in stopping:
+            service.terminate()
+        deadline = time.monotonic() + timeout_s
+        killed = []
+        for service in stopping:
+            try:
+                if service.process is not None:
+                    service.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                killed.append(service.name)
+            service.kill()
+        return killed
+
+    def kill(self) -> None:
+        for service in self.services:
+            service.kill()
+
+
+def choose_port(host: str, wanted: int = 0) -> int:
+    """`wanted` if it is free, or with 0 any free port.
+
+    Raises:
+        ConflictError: the wanted port is taken.
+    """
+    with socket.socket(socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise ConflictError(
+                f"Port {wanted} on {host} is taken. Stop what listens there or choose another --port (0 takes any free one).",
+                port=wanted,
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the supervisor dies, however it dies: no orphans."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,231 @@
+"""Owns `sdar run`: one machine, every service a process. MAIN LOOP: watch the fleet, read the gateway, show, until finished.
+
+It decides nothing about training; the gateway does. It brings services up in order, keeps them up, drains them in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sdar.cli.live import JsonView, LineView, LiveView, View
+from sdar.cli.metrics_log import MetricsLog
+from sdar.cli.processes import Fleet, ServiceFailedError, ServiceProcess, choose_port
+from sdar.cli.report import build_summary, write_report
+from sdar.cli.run_directory import RunDirectory
+from sdar.config import RunConfig
+from sdar.contracts.errors import BusUnavailableError, UnavailableError
+from sdar.runtime.chat import compute_model_identity
+from sdar.runtime.embedded_redis import EmbeddedRedis
+
+_HOST = "127.0.0.1"
+_POLL_S = 1.0
+_START_TIMEOUT_S = 300.0
+_DRAIN_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+INTERRUPTED_EXIT_CODE = 130
+
+
+class _Interrupted(Exception):
+    """The user asked to stop."""
+
+
+def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str | None, is_json: bool) -> int:
+    """Run `config` to its end on this machine.
+
+    Returns:
+        0 when the run finished, 130 when it was interrupted and drained.
+
+    Raises:
+        SdarError: it cannot begin, or a service cannot go on; everything started is stopped by then.
+    """
+    compute_model_identity(config.model.path)  # a missing model is said now, not by four services a minute later
+    choose_port(_HOST, port)
+    view: View = JsonView() if is_json else LiveView(config) if sys.stdout.isatty() else LineView(config)
+    with RunDirectory(runs_dir / config.name) as directory, _interruptible():
+        is_resumed = directory.prepare(config)
+        if is_resumed and directory.summary.exists():
+            view.say(f"{directory.root} already holds this run, finished. Its report: {directory.root / 'report.html'}")
+            return 0
+        view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
+        with contextlib.ExitStack() as stack:
+            if redis_url is None:
+                redis_url = stack.enter_context(EmbeddedRedis(directory.redis)).url
+            else:
+                _check_redis(redis_url)
+            session = _Session(config, directory, redis_url, choose_port(_HOST, port), view)
+            stack.callback(session.fleet.kill)
+            return session.run()
+
+
+class _Session:
+    """One sitting of a run: from bringing the services up to taking them down."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, redis_url: str, http_port: int, view: View) -> None:
+        self.config = config
+        self.directory = directory
+        self.fleet = Fleet()
+        self.view = view
+        self.url = f"http://{_HOST}:{http_port}"
+        self._redis_url = redis_url
+        self._http_port = http_port
+        self._http = httpx.Client(base_url=self.url, timeout=5.0)
+        self._metrics = MetricsLog(directory.metrics)
+        self._earlier_s = directory.read_wall_s()
+        self._began = time.monotonic()
+
+    def run(self) -> int:
+        try:
+            self._start()
+            self._watch()
+        except _Interrupted:
+            self.view.say("Draining: finishing running episodes and writing a checkpoint. Ctrl-C again to stop at once.")
+            self._drain()
+            self.view.say(f"Stopped. `sdar run` with the same configuration resumes in {self.directory.root}.")
+            return INTERRUPTED_EXIT_CODE
+        except ServiceFailedError:
+            self._stop_all()
+            raise
+        finally:
+            self._save_wall_clock()
+            self.view.close()
+        return self._finish()
+
+    @property
+    def wall_s(self) -> float:
+        return self._earlier_s + time.monotonic() - self._began
+
+    # --- up ------------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        ports = {name: choose_port(_HOST) for name in ("gateway", "teacher", "envs", "rollout")}
+        shared = {
+            "SDAR_CONFIG": str(self.directory.config),
+            "SDAR_REDIS_URL": self._redis_url,
+            "SDAR_WEIGHTS_URL": str(self.directory.weights.resolve()),
+            "SDAR_CHECKPOINTS": str(self.directory.checkpoints.resolve()),
+            "SDAR_HOST": _HOST,
+            "SDAR_ENVS_ADDRESS": f"{_HOST}:{ports['envs']}",
+            "SDAR_TEACHER_ADDRESS": f"{_HOST}:{ports['teacher']}",
+        }
+        # The learner publishes the first policy, everyone else waits for it; vLLM takes longest to start.
+        for name in self._service_names():
+            role = name.split("-")[0]
+            grpc_port = ports.get(role, 0) if name in ports else choose_port(_HOST)
+            self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while waiting := self.fleet.not_ready():
+            self.fleet.check()
+            self.view.starting(waiting)
+            if time.monotonic() > deadline:
+                raise ServiceFailedError(
+                    f"Not ready after {_START_TIMEOUT_S:.0f} s: {', '.join(waiting)}. Their logs are in {self.directory.logs}."
+                )
+            time.sleep(0.25)
+        self.view.say(f"All services are ready. Gateway: {self.url}")
+
+    def _service_names(self) -> list[str]:
+        rollouts = [f"rollout-{index}" for index in range(self.config.rollout.num_workers)]
+        needs_skills = self.config.needs_teacher or self.config.method.name == "skill_grpo"
+        envs = ["envs"] if self.config.environment.address is None else []
+        return [*rollouts, "learner", *(["teacher"] if needs_skills else []), *envs, "gateway"]
+
+    def _add(self, name: str, role: str, environment: dict[str, str]) -> None:
+        probe_port = self._http_port if role == "gateway" else choose_port(_HOST)
+        own = {"SDAR_PROBE_PORT": str(probe_port), "SDAR_HTTP_PORT": str(self._http_port), "SDAR_INSTANCE": name}
+        log_path = self.directory.logs / f"{name}.log"
+        service = ServiceProcess(name, ("serve", role), environment | own, log_path, f"http://{_HOST}:{probe_port}")
+        self.fleet.add(service)
+
+    # --- watching ------------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while True:
+            for name in self.fleet.check():
+                self.view.say(f"The {name} service died and was started again; its log is {self.directory.logs / name}.log")
+            status = self._status()
+            if status is not None:
+                self.view.show(status, self._metrics, self.wall_s)
+                if status["phase"] == "finished":
+                    return
+            time.sleep(_POLL_S)
+
+    def _status(self) -> dict[str, Any] | None:
+        """The gateway's answer; None while it restarts."""
+        try:
+            status = self._http.get("/v1/run").raise_for_status().json()
+            self._metrics.extend(self._http.get("/v1/metrics", params=self._metrics.query()).raise_for_status().json())
+        except httpx.HTTPError:
+            return None
+        return dict(status)
+
+    # --- down ----------------------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Stop issuing, let running episodes end, then stop the services in the order of the data's flow."""
+        with contextlib.suppress(_Interrupted):
+            with contextlib.suppress(httpx.HTTPError):
+                self._http.post("/v1/run/pause")
+            deadline = time.monotonic() + _DRAIN_TIMEOUT_S
+            while time.monotonic() < deadline:
+                status = self._status()
+                if status is None or status["ledger"]["running"] == 0:
+                    break
+                time.sleep(0.2)
+            self._stop_all()
+
+    def _stop_all(self) -> None:
+        for names in (("rollout",), ("teacher",), ("learner",), ("gateway", "envs")):
+            for killed in self.fleet.stop(names, _STOP_TIMEOUT_S):
+                self.view.say(f"The {killed} service did not stop within {_STOP_TIMEOUT_S:.0f} s and was killed.")
+
+    def _finish(self) -> int:
+        status = self._status()
+        if status is None:
+            raise UnavailableError(
+                f"The gateway stopped answering at the end of the run. See {self.directory.logs}/gateway.log."
+            )
+        self._stop_all()
+        summary = build_summary(self.config, status, self._metrics.records(), self.wall_s)
+        self.directory.write_json(self.directory.summary, summary)
+        report = write_report(self.directory.root)
+        self.view.finished(summary, report)
+        return 0
+
+    def _save_wall_clock(self) -> None:
+        self.directory.wall_clock.write_text(f"{self.wall_s:.1f}\n")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM become `_Interrupted` in the main thread."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Interrupted
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_redis(url: str) -> None:
+    import redis
+
+    try:
+        client = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
+        client.ping()
+        client.close()
+    except (redis.RedisError, ValueError, OSError) as error:
+        raise BusUnavailableError(
+            f"No Redis answers at {url}: {error}. Start one there, correct --redis, or leave it out to have one started."
+        ) from error

@@ -1,0 +1,135 @@
+"""Owns runs/<name>/: its layout, the lock that keeps a second run out, and the check that a repeated run is the same run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sdar.config import RunConfig, load_config, save_config
+from sdar.contracts.errors import ConfigurationError, ConflictError, UnavailableError
+
+_LEAST_FREE_BYTES = 200 * 2**20
+
+
+@dataclass
+class RunDirectory:
+    """Paths of one run. Use as a context manager: inside, no other process can run in it."""
+
+    root: Path
+    _lock_fd: int = -1
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "weights"
+
+    @property
+    def redis(self) -> Path:
+        return self.root / "redis"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def wall_clock(self) -> Path:
+        """Seconds of wall clock spent in this run by earlier sessions."""
+        return self.root / "wall_s"
+
+    def __enter__(self) -> Self:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock_fd)
+            raise ConflictError(
+                f"Another `sdar run` is using {self.root}. Wait for it, stop it with Ctrl-C, or give this run another name."
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"Cannot use {self.root} for the run: {error.strerror}. Choose another --runs-dir."
+            ) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._lock_fd)
+
+    def prepare(self, config: RunConfig) -> bool:
+        """Write the configuration of a new run, or check that of an old one; tells whether the run is resumed.
+
+        Raises:
+            ConflictError: the directory holds a run that was configured otherwise; names the keys.
+            UnavailableError: the disk is too full to begin.
+        """
+        self._check_space()
+        for directory in (self.checkpoints, self.weights, self.logs, self.plots):
+            directory.mkdir(exist_ok=True)
+        if not self.config.exists():
+            with tempfile.NamedTemporaryFile("w", dir=self.root, suffix=".yaml", delete=False) as handle:
+                temporary = Path(handle.name)
+            save_config(config, temporary)
+            temporary.rename(self.config)
+            return False
+        before = load_config(self.config).model_dump(mode="json")
+        differing = list(_differences(before, config.model_dump(mode="json")))
+        if differing:
+            raise ConflictError(
+                f"{self.root} holds a run with another configuration: {'; '.join(differing[:5])}. "
+                "Restore those keys to resume it, or change `name` to start a new run."
+            )
+        return True
+
+    def read_wall_s(self) -> float:
+        return float(self.wall_clock.read_text()) if self.wall_clock.exists() else 0.0
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(path)
+
+    def _check_space(self) -> None:
+        stat = os.statvfs(self.root)
+        free = stat.f_bavail * stat.f_frsize
+        if free < _LEAST_FREE_BYTES:
+            raise UnavailableError(
+                f"Only {free / 2**20:.0f} MiB are free under {self.root}; a run needs {_LEAST_FREE_BYTES // 2**20} MiB to "
+                "begin. Free some space or choose another --runs-dir."
+            )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} is {old!r} there and {new!r} here")
+    return sorted(found)

@@ -1,0 +1,39 @@
+"""Owns how a process becomes a service: settings, logs, library switches, then the service's own main."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from pathlib import Path
+
+from sdar.config import RunConfig, load_config
+from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
+from sdar.runtime.telemetry import configure_logging
+
+
+def serve_service(name: str, config_path: Path | None) -> None:
+    """Run service `name` of a run until SIGTERM.
+
+    Raises:
+        SdarError: the configuration, a port or a dependency forbids it; other errors are defects and keep their traceback.
+    """
+    settings = load_settings()
+    config = load_config(config_path or settings.config)
+    configure_logging(name, settings.instance, settings.log_level, settings.log_format)
+    apply_environment(_library_environment(name, config))
+    service = importlib.import_module(f"services.{name}.service")
+    asyncio.run(_serve(service.serve, config, settings))
+
+
+async def _serve(serve: object, config: RunConfig, settings: Settings) -> None:
+    await serve(config, settings)  # type: ignore[operator]
+
+
+def _library_environment(name: str, config: RunConfig) -> dict[str, str]:
+    """Switches that math libraries and vLLM read when they are imported, which is why they are set before a service is."""
+    if name == "rollout":
+        from services.rollout.engine import vllm_environment
+
+        return dict(vllm_environment(config.rollout.num_threads))
+    threads = {"learner": config.training.num_threads, "teacher": config.teacher.num_threads}.get(name, 1)
+    return thread_environment(threads) | {"DS_LOG_LEVEL": "error"}
