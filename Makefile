@@ -1,0 +1,56 @@
+# Every target sets up .venv first if need be; nothing needs root.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PY := .venv/bin/python
+# One thread per process: test processes and services share the cores.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-slow lint format proto bench bench-gpu compare docs lock clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: ## Make .venv (2 minutes the first time)
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup ## Train the household agent on this machine: all services, live view, report
+	@.venv/bin/sdar run examples/household.yaml
+
+test: setup ## Unit, contract, integration and end-to-end tests
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup ## What takes minutes: the warm start from nothing, the demo to its end
+	$(PY) -m pytest -m slow
+
+lint: setup ## Style, types, import rules, protobuf rules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+	@command -v npx >/dev/null || { echo "error: buf needs Node.js: install it and run make lint again"; exit 1; }
+	npx --yes @bufbuild/buf@1.75.0 lint
+
+format: setup ## Bring the code into style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+proto: setup ## Generate sdar/v1 from proto/
+	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/sdar/v1/*.proto
+
+bench: setup ## Measure, as ratios against named peers; writes docs/benchmarks.md
+	$(PY) -m loadtest.bench
+
+bench-gpu: ## Measure the learner's step on a CUDA machine that has torch and transformers
+	$(PYTHON) loadtest/bench_gpu.py
+
+compare: setup ## The method comparison of docs/method.md (about an hour on 2 cores)
+	.venv/bin/sdar compare examples/household-comparison.yaml
+
+docs: setup ## Write docs/configuration.md from RunConfig
+	$(PY) -m sdar.cli.configuration_page
+
+lock: ## Resolve dependencies anew and rewrite requirements-cpu.lock
+	$(PYTHON) tools/setup_environment.py --write-lock
+
+clean: ## Remove caches; runs and .venv stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
