@@ -76,6 +76,10 @@ def write_lock() -> None:
     print(f"Wrote {len(pins)} pins to {LOCK.name}")
 
 
+def _has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
 def _install_cpu_torch(pip: list[str]) -> None:
     """From where pip is pointed at, else from PyTorch's own index; never a build with CUDA."""
     needs = ["filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions", "setuptools==78.1.1"]

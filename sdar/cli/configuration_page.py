@@ -1,0 +1,100 @@
+"""Owns docs/configuration.md: every key of a run with its type, default, bounds and meaning, written from RunConfig itself."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sdar.config import RunConfig
+from sdar.runtime.settings import Settings
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.md"
+
+_HEADER = """# Configuration
+
+Written by `make docs` from `sdar/config.py`; change it there. A run is one YAML file ([an example](../examples/household.yaml)).
+Unknown keys and values out of range are errors that name the key. Paths are relative to the file.
+`sdar run FILE --set training.num_updates=20` replaces a value.
+"""
+_SETTINGS_HEADER = """
+## Environment variables
+
+Where a process listens and what it talks to is not part of a run. `sdar run` sets these for the processes it starts;
+containers set them for `sdar serve`.
+
+| variable | default | meaning |
+|---|---|---|
+"""
+
+
+def render_page() -> str:
+    """The whole page as Markdown."""
+    parts = [_HEADER, _render_section("The run", RunConfig, prefix="")]
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            parts.append(_render_section(f"`{name}`", section, prefix=f"{name}."))
+    rows = [
+        f"| `SDAR_{name.upper()}` | {_format_default(field)} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join(parts) + _SETTINGS_HEADER + "\n".join(rows) + "\n"
+
+
+def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
+    rows = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        kind = _format_type(field.annotation)
+        bounds = _format_bounds(field)
+        rows.append(f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {field.description or ''} |")
+    return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _format_type(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_format_type(part) for part in typing.get_args(annotation) if part is not type(None))
+    if origin is typing.Annotated:
+        return _format_type(typing.get_args(annotation)[0])
+    if origin is tuple:
+        return "[" + ", ".join(_format_type(part) for part in typing.get_args(annotation)) + "]"
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
+    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+
+
+def _format_bounds(field: FieldInfo) -> str:
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = [
+        f"{signs[name]} {getattr(constraint, name):g}"
+        for constraint in field.metadata
+        for name in signs
+        if getattr(constraint, name, None) is not None
+    ]
+    return f", {', '.join(found)}" if found else ""
+
+
+def _format_default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "host name and process id"
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "none"
+    if isinstance(field.default, tuple):
+        return f"`{list(field.default)}`"
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")
+    print(f"Wrote {PAGE}")

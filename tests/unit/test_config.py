@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdar.config import RunConfig, load_config, save_config
+from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.streams import ConsumerGroup, Stream
+
+MINIMAL = "name: a\nmodel: {path: m}\nenvironment: {name: household}\n"
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_minimal_configuration_loads_with_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.method.name == "sdar"
+    assert config.training.group_size == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (MINIMAL + "method: {gate_sharpnes: 2}\n", ["method.gate_sharpnes", "Did you mean gate_sharpness?"]),
+        (MINIMAL + "learning_rate: 1\n", ["unknown key learning_rate", "Known keys here"]),
+        (MINIMAL + "training: {max_staleness: -1}\n", ["training.max_staleness", "-1", "greater than or equal to 0"]),
+        (MINIMAL + "training: {num_updates: many}\n", ["training.num_updates", "'many'"]),
+        (MINIMAL + "method: {name: ppo}\n", ["method.name", "'ppo'", "grpo"]),
+        ("model: {path: m}\nenvironment: {name: x}\n", ["name is missing"]),
+        (MINIMAL + "rollout: {max_concurrent_episodes: 4}\n", ["max_concurrent_episodes 4", "group_size 8"]),
+        (MINIMAL + "training: {num_minibatches: 99}\n", ["num_minibatches 99", "groups_per_update 16"]),
+        ("- a list\n", ["list", "mapping"]),
+        ("name: [unclosed\n", ["not valid YAML"]),
+        ("name: Not/Allowed\nmodel: {path: m}\nenvironment: {name: x}\n", ["name", "Not/Allowed"]),
+    ],
+)
+def test_a_bad_configuration_is_refused_with_the_key_and_what_fits(tmp_path: Path, text: str, named: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(write(tmp_path, text))
+    for part in named:
+        assert part in caught.value.message
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml"):
+        load_config(Path("nowhere.yaml"))
+
+
+def test_overrides_reach_nested_keys_and_are_validated(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, {"training.num_updates": 3}).training.num_updates == 3
+    with pytest.raises(ConfigurationError, match="num_updates"):
+        load_config(path, {"training.num_updates": 0})
+    with pytest.raises(ConfigurationError, match="name is a value"):
+        load_config(path, {"name.deeper": 0})
+
+
+def test_paths_are_relative_to_the_file_not_to_the_process(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    config = load_config(write(tmp_path, MINIMAL + "teacher: {skills: library}\n"))
+    assert config.model.path == tmp_path / "m"
+    assert config.teacher.skills == tmp_path / "library"
+
+
+def test_a_saved_configuration_loads_as_the_same_run(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL + "method: {name: rlsd}\ntraining: {adam_betas: [0.8, 0.9]}\n"))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(("method", "has_teacher"), [("grpo", False), ("skill_grpo", False), ("sdar", True), ("rlsd", True)])
+def test_the_method_wires_the_streams(tmp_path: Path, method: str, has_teacher: bool) -> None:
+    consumers = load_config(write(tmp_path, MINIMAL), {"method.name": method}).stream_consumers
+    reads_itself = consumers[Stream.TRAJECTORIES] == (ConsumerGroup.LEARNER,)
+    assert reads_itself is not has_teacher
+    assert (Stream.SCORED in consumers) is has_teacher
+
+
+def test_every_field_has_bounds_or_a_closed_type() -> None:
+    for section in RunConfig.model_fields.values():
+        for name, field in getattr(section.annotation, "model_fields", {}).items():
+            if field.annotation in (int, float):
+                assert field.metadata, f"{name} is an unbounded number"
