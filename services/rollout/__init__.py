@@ -1,0 +1,1 @@
+"""The rollout service: plays task groups against environments with the policy being trained."""
