@@ -41,10 +41,13 @@ class ServiceProcess:
     process: subprocess.Popen[bytes] | None = None
     restarts: list[float] = field(default_factory=list)
 
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "sdar.cli.main", *self.arguments]
+
     def start(self) -> None:
         with self.log_path.open("ab") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sdar.cli.main", *self.arguments],
+                self.command(),
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
