@@ -94,11 +94,11 @@ class ContextBuilder:
         for turn in trajectory.turns:
             if not _is_fresh(turn.turn_index, turn.extends_previous):
                 continue
-            if not np.array_equal(self.chat.render_fresh(turn.messages), turn.prompt_token_ids):
+            if not turn.messages or not np.array_equal(self.chat.render_fresh(turn.messages), turn.prompt_token_ids):
                 raise ContractError(
                     f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its {len(turn.prompt_token_ids)} prompt "
-                    "tokens are not what its messages render to with this teacher's chat template. Give rollout and teacher "
-                    "the same model.path, and let a fresh turn carry its whole prompt's messages.",
+                    f"tokens are not what its {len(turn.messages)} messages render to with this teacher's chat template. "
+                    "Give rollout and teacher the same model.path, and let a fresh turn carry its whole prompt's messages.",
                     trajectory_id=trajectory.trajectory_id,
                     turn_index=turn.turn_index,
                 )

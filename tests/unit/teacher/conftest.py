@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import structlog
 
 from sdar.runtime.chat import ChatTokenizer
 from tests.unit.teacher.builders import make_model_directory
@@ -14,3 +15,10 @@ def model_directory(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat(model_directory):
     return ChatTokenizer(model_directory)
+
+
+@pytest.fixture(autouse=True)
+def log_events():
+    """What was logged, instead of its text on the terminal."""
+    with structlog.testing.capture_logs() as events:
+        yield events

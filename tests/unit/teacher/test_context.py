@@ -92,7 +92,7 @@ def test_privileged_text_is_never_cut_when_even_the_general_skills_are_too_long(
 def test_a_prompt_that_its_messages_do_not_render_to_is_refused(chat):
     trajectory = play(chat, num_turns=1)
     turn = dataclasses.replace(trajectory.turns[0], messages=(ChatMessage("user", "something else"),))
-    with pytest.raises(ContractError, match="not what its messages render to"):
+    with pytest.raises(ContractError, match="not what its 1 messages render to"):
         make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,)))
 
 

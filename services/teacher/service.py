@@ -1,0 +1,111 @@
+"""Owns the teacher process: builds its parts from a run's configuration and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from sdar.config import RunConfig
+from sdar.runtime.bus import Bus
+from sdar.runtime.causal_lm import load_causal_lm
+from sdar.runtime.chat import ChatTokenizer
+from sdar.runtime.connect import build_bus, build_weight_store
+from sdar.runtime.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
+from sdar.runtime.rpc import RpcService, build_server
+from sdar.runtime.settings import Settings
+from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.v1.teacher_pb2_grpc import add_TeacherServiceServicer_to_server
+from services.teacher.context import ContextBuilder
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.policy import PolicyFollower
+from services.teacher.retrieval import Retriever
+from services.teacher.scorer import Scorer, TransformersScorer, WeightReader
+from services.teacher.skills import open_skill_library
+from services.teacher.teacher import Teacher
+from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
+from services.teacher.worker import TeacherWorker, WorkerLimits
+
+_MAX_SILENCE_S = 300.0
+"""Longest healthy silence of the main loop: a commit may wait two minutes for the learner."""
+_FORWARDS_PER_BATCH = 4
+_DRAIN_S = 5.0
+
+
+async def serve(config: RunConfig, settings: Settings) -> None:
+    """Score for a run until SIGTERM. A method without a teacher still has skills handed out and scores made on demand.
+
+    Raises:
+        ConfigurationError: model or skill library cannot be used. ConflictError: a port is taken.
+    """
+    health = Health(max_silence_s=_MAX_SILENCE_S)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    async with contextlib.AsyncExitStack() as cleanup:
+        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
+        probes.start()
+        cleanup.callback(probes.stop)
+        bus = build_bus(config, settings)
+        cleanup.push_async_callback(bus.close)
+        scorer = build_scorer(config, build_weight_store(config, settings), settings)
+        cleanup.push_async_callback(scorer.stop)
+        teacher = build_teacher(config, bus, scorer, TeacherMetrics(registry))
+        await scorer.start()
+        await _run(config, settings, bus, teacher, health)
+
+
+def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -> Scorer:
+    """The scorer a configuration asks for, with the base weights."""
+    torch.set_num_threads(config.teacher.num_threads)
+    model = load_causal_lm(Path(config.model.path), config.model.dtype)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return TransformersScorer(
+        model, weights, batch_tokens=config.teacher.batch_tokens, chunk_tokens=config.training.logprob_chunk_tokens
+    )
+
+
+def build_teacher(config: RunConfig, bus: Bus, scorer: Scorer, metrics: TeacherMetrics) -> Teacher:
+    """A teacher by configuration; bus and scorer may be any."""
+    retriever = Retriever(
+        open_skill_library(config),
+        kind=config.teacher.retrieval,
+        num_skills=config.teacher.num_skills,
+        wrong_skill_fraction=config.teacher.wrong_skill_fraction,
+    )
+    contexts = ContextBuilder(ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens)
+    follower = PolicyFollower(bus, scorer, config.teacher.max_lag)
+    return Teacher(contexts, scorer, follower, metrics, config.teacher.max_lag)
+
+
+async def _run(config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher, health: Health) -> None:
+    server = build_server(
+        settings.host,
+        settings.grpc_port,
+        [RpcService(SERVICE_NAME, add_TeacherServiceServicer_to_server, TeacherServicer(teacher))],
+    )
+    worker = TeacherWorker(
+        bus,
+        teacher,
+        run_id=config.name,
+        instance=settings.instance,
+        health=health,
+        limits=WorkerLimits(batch_tokens=_FORWARDS_PER_BATCH * config.teacher.batch_tokens),
+    )
+
+    async def answer(stopping: asyncio.Event) -> None:
+        await server.start()
+        await retry_while_unavailable(teacher.catch_up, stopping, what="policy weights")
+        health.mark_ready()
+        await server.set_ready(True)
+        await stopping.wait()
+        await server.stop(_DRAIN_S)
+
+    async def idle(stopping: asyncio.Event) -> None:
+        while not await wait_or_stop(stopping, 1.0):
+            health.beat()
+
+    await run_until_stopped(worker.run if config.needs_teacher else idle, worker.report, answer)

@@ -1,0 +1,137 @@
+"""Owns one teacher: trajectories in, scored ones out, by the rules on skills, prompt length and lag. Never touches streams."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import structlog
+
+from sdar.contracts.errors import ContractError, CorruptionError, SdarError
+from sdar.contracts.types import ScoredTrajectory, Task, TeacherScore, Trajectory
+from services.teacher.context import ContextBuilder, PrivilegedContext
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.policy import PolicyFollower
+from services.teacher.retrieval import Retrieval
+from services.teacher.scorer import Scorer, TurnLogProbs
+
+log = structlog.get_logger()
+
+
+class Teacher:
+    """Retrieves, builds privileged prompts, keeps its weights within the lag bound, scores. Calls may overlap; they queue."""
+
+    def __init__(
+        self, contexts: ContextBuilder, scorer: Scorer, follower: PolicyFollower, metrics: TeacherMetrics, max_lag: int
+    ) -> None:
+        self.contexts = contexts
+        self.metrics = metrics
+        self._scorer = scorer
+        self._follower = follower
+        self._max_lag = max_lag
+        self._turnstile = asyncio.Lock()
+        self._reported_misses: set[str] = set()
+
+    @property
+    def teacher_version(self) -> int:
+        return self._scorer.teacher_version
+
+    async def catch_up(self) -> None:
+        """Load a newer policy if one is due; see `PolicyFollower.catch_up` for what it raises."""
+        async with self._turnstile:
+            await self._follower.catch_up()
+            self.metrics.observe_version(self._scorer.teacher_version, self._follower.lag)
+
+    def retrieve(self, task: Task, key: str) -> Retrieval:
+        """The skills for a task, as a student that may see them gets them; misses are counted and reported."""
+        retrieval = self.contexts.retriever.retrieve(task, key)
+        self._note_retrieval(task, retrieval)
+        return retrieval
+
+    async def score(
+        self, trajectories: Sequence[Trajectory], min_teacher_version: int = 0
+    ) -> list[ScoredTrajectory | SdarError]:
+        """Score each trajectory; one that cannot be scored yields its error and leaves the others alone.
+
+        All scores come from one policy version: at least `min_teacher_version`, at most `max_lag` behind the newest published
+        policy and behind the newest that sampled any of these tokens.
+
+        Raises:
+            StaleError: that version has not been published yet.
+            UnavailableError, CorruptionError: it cannot be loaded.
+        """
+        async with self._turnstile:
+            # A tokenizer serves one thread at a time, so prompts are built inside the turnstile too.
+            built = await asyncio.to_thread(lambda: [self._build(trajectory) for trajectory in trajectories])
+            contexts = [context for context in built if isinstance(context, PrivilegedContext)]
+            sampled_by = max((context.trajectory.max_policy_version for context in contexts), default=0)
+            await self._follower.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
+            version = self._scorer.teacher_version
+            self.metrics.observe_version(version, self._follower.lag)
+            started_at = time.monotonic()
+            logprobs = await self._scorer.score(contexts)
+            self.metrics.observe_scoring(time.monotonic() - started_at)
+        scored = iter([self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)])
+        return [next(scored) if isinstance(context, PrivilegedContext) else context for context in built]
+
+    def _build(self, trajectory: Trajectory) -> PrivilegedContext | SdarError:
+        try:
+            context = self.contexts.build(trajectory)
+            self._scorer.check(context)
+        except ContractError as error:
+            return error
+        return context
+
+    def _attach(self, context: PrivilegedContext, logprobs: TurnLogProbs, version: int) -> ScoredTrajectory | SdarError:
+        trajectory, retrieval = context.trajectory, context.retrieval
+        if not all(np.isfinite(values).all() for values in logprobs):
+            return CorruptionError(
+                f"Trajectory {trajectory.trajectory_id}: the teacher's log-probs under policy version {version} are not all "
+                "finite. Look at that version's training: its weights diverged.",
+                trajectory_id=trajectory.trajectory_id,
+                teacher_version=version,
+            )
+        self._count(context)
+        score = TeacherScore(
+            trajectory_id=trajectory.trajectory_id,
+            teacher_version=version,
+            turn_logprobs=logprobs,
+            skill_ids=retrieval.skill_ids,
+            num_specific_skills=len(retrieval.specific),
+            skill_library_hash=self.contexts.retriever.library.content_hash,
+            template_hash=self.contexts.chat.template_hash,
+            retrieval=retrieval.label,
+            scorer=self._scorer.name,
+        )
+        return ScoredTrajectory(trajectory, score)
+
+    def _count(self, context: PrivilegedContext) -> None:
+        trajectory, retrieval = context.trajectory, context.retrieval
+        self.metrics.count("scored_trajectories")
+        self.metrics.count("scored_tokens", trajectory.num_response_tokens)
+        self.metrics.count("context_tokens", context.num_tokens)
+        if context.num_dropped_skills:
+            self.metrics.count("dropped_skills", context.num_dropped_skills)
+            log.warning(
+                "skills_dropped",
+                trajectory_id=trajectory.trajectory_id,
+                num_dropped=context.num_dropped_skills,
+                fix="raise model.max_sequence_tokens or shorten the skills",
+            )
+        self._note_retrieval(trajectory.task, retrieval)
+
+    def _note_retrieval(self, task: Task, retrieval: Retrieval) -> None:
+        """Count, and warn once a task type: a teacher without the specific skill would in silence teach little."""
+        self.metrics.count("swapped_contexts", retrieval.is_swapped)
+        self.metrics.count("retrieval_misses", retrieval.is_miss)
+        if retrieval.is_miss and task.task_type not in self._reported_misses:
+            self._reported_misses.add(task.task_type)
+            log.warning(
+                "no_specific_skill",
+                task_type=task.task_type,
+                task_id=task.task_id,
+                known_task_types=list(self.contexts.retriever.library.task_types),
+                fix="add a skill for this task type, or correct the task type the environment reports",
+            )

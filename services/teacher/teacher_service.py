@@ -1,0 +1,80 @@
+"""Owns TeacherService over gRPC: scores on demand, and the skills that hints are made of. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from typing import Any
+
+import structlog
+
+from sdar.contracts.codec import task_from_proto, teacher_score_to_proto, trajectory_from_proto
+from sdar.contracts.errors import ConflictError, SdarError
+from sdar.contracts.types import TeacherScore, Trajectory
+from sdar.v1 import teacher_pb2, teacher_pb2_grpc
+from services.teacher.skills import format_skills
+from services.teacher.teacher import Teacher
+
+SERVICE_NAME = "sdar.v1.TeacherService"
+
+log = structlog.get_logger()
+
+_MAX_ANSWERS = 256
+"""Answers kept for callers that repeat a request id."""
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[misc]  # generated, untyped
+    """Translates; errors pass as they are, the server turns them into statuses."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[TeacherScore]]] = OrderedDict()
+
+    async def Score(self, request: teacher_pb2.ScoreRequest, context: Any) -> teacher_pb2.ScoreResponse:
+        """A repeated request id gets the first one's answer, even while that is still being made."""
+        score = await asyncio.shield(self._start_or_join(request))
+        return teacher_pb2.ScoreResponse(request_id=request.request_id, score=teacher_score_to_proto(score))
+
+    async def RetrieveSkills(
+        self, request: teacher_pb2.RetrieveSkillsRequest, context: Any
+    ) -> teacher_pb2.RetrieveSkillsResponse:
+        retrieval = self._teacher.retrieve(task_from_proto(request.task), request.key)
+        return teacher_pb2.RetrieveSkillsResponse(
+            skill_ids=retrieval.skill_ids,
+            num_specific_skills=len(retrieval.specific),
+            text=format_skills(retrieval.skills),
+            skill_library_hash=self._teacher.contexts.retriever.library.content_hash,
+            template_hash=self._teacher.contexts.chat.template_hash,
+            retrieval=retrieval.label,
+        )
+
+    def _start_or_join(self, request: teacher_pb2.ScoreRequest) -> asyncio.Task[TeacherScore]:
+        content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        known = self._answers.get(request.request_id) if request.request_id else None
+        if known is not None and known[0] != content:
+            raise ConflictError(
+                f"Request id {request.request_id!r} was used for another request. Choose a new one for each request.",
+                request_id=request.request_id,
+            )
+        if known is not None and not _has_failed(known[1]):
+            return known[1]
+        trajectory = trajectory_from_proto(request.trajectory)
+        task = asyncio.create_task(self._score(trajectory, request.min_teacher_version, request.request_id))
+        if request.request_id:
+            self._answers[request.request_id] = (content, task)
+            while len(self._answers) > _MAX_ANSWERS:
+                self._answers.popitem(last=False)
+        return task
+
+    async def _score(self, trajectory: Trajectory, min_teacher_version: int, request_id: str) -> TeacherScore:
+        (outcome,) = await self._teacher.score([trajectory], min_teacher_version)
+        if isinstance(outcome, SdarError):
+            raise outcome
+        assert outcome.score is not None  # The teacher attaches one to everything it returns.
+        log.info("scored_on_demand", request_id=request_id, trajectory_id=trajectory.trajectory_id)
+        return outcome.score
+
+
+def _has_failed(task: asyncio.Task[TeacherScore]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

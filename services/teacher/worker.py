@@ -1,0 +1,276 @@
+"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next. Never looks into a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from sdar.contracts import codec
+from sdar.contracts.errors import (
+    CapacityError,
+    ContractError,
+    CorruptionError,
+    SdarError,
+    StaleError,
+    UnavailableError,
+    WeightsUnavailableError,
+)
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, Purpose, ScoredTrajectory, Trajectory
+from sdar.runtime.bus import Bus, Delivery, Publications
+from sdar.runtime.lifecycle import retry_while_unavailable, wait_or_stop
+from sdar.runtime.telemetry import Health
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.teacher import Teacher
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """Bounds of the main loop.
+
+    Attributes:
+        batch_tokens: context tokens read at once, several forward passes' worth: enough to batch well, and no batch so long
+            that its scores are late. Known only by the mean of what came before, so it is a target.
+        max_batch: most trajectories read at once.
+        read_block_s: how long a quiet stream is waited on; also how late a stop is noticed.
+        claim_idle_s: an entry that its consumer has not renewed for so long is taken over.
+        max_deliveries: an entry delivered more often than this is taken to kill whoever scores it.
+        report_interval_s: time between two records on the `metrics` stream.
+    """
+
+    batch_tokens: int = 65_536
+    max_batch: int = 256
+    read_block_s: float = 0.5
+    claim_idle_s: float = 60.0
+    max_deliveries: int = 5
+    report_interval_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rejected:
+    """An entry that can't be scored. `trajectory` is None if it could not even be decoded."""
+
+    delivery: Delivery
+    reason: str
+    trajectory: Trajectory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What became of one batch of entries."""
+
+    accepted: tuple[tuple[Delivery, ScoredTrajectory], ...]
+    rejected: tuple[_Rejected, ...]
+
+
+class TeacherWorker:
+    """One consumer of `trajectories`.
+
+    Args:
+        instance: unique consumer name.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        teacher: Teacher,
+        *,
+        run_id: str,
+        instance: str,
+        health: Health,
+        limits: WorkerLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bus = bus
+        self._teacher = teacher
+        self._metrics: TeacherMetrics = teacher.metrics
+        self._run_id = run_id
+        self._instance = instance
+        self._health = health
+        self._limits = limits or WorkerLimits()
+        self._clock = clock
+        self._reclaim_at = clock()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """MAIN LOOP: read, score, publish and acknowledge, until told to stop."""
+        while not stopping.is_set():
+            self._health.beat()
+            deliveries = await self._receive()
+            if not deliveries:
+                continue
+            async with self._keep_claims(deliveries):
+                batch = await self._score(deliveries, stopping)
+                # Publish and acknowledge in one transaction: a crash before it repeats work, it never loses it.
+                await self._publish(batch, stopping)
+
+    async def report(self, stopping: asyncio.Event) -> None:
+        """Second loop: what this process did, on the `metrics` stream."""
+        while not await wait_or_stop(stopping, self._limits.report_interval_s):
+            values = self._metrics.collect_window()
+            record = MetricRecord(self._run_id, "teacher", self._instance, self._teacher.teacher_version, time.time(), values)
+            try:
+                await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
+            except UnavailableError as error:
+                # Losing a record is nothing; the main loop decides when a lost bus is the end.
+                log.warning("metrics_not_published", error=str(error))
+
+    async def _receive(self) -> list[Delivery]:
+        """New entries, as many as are there and make a batch; now and then what a dead peer held."""
+        if self._clock() >= self._reclaim_at:
+            self._reclaim_at = self._clock() + self._limits.claim_idle_s / 4
+            taken = await self._bus.reclaim(
+                Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._limits.claim_idle_s, self._batch_size()
+            )
+            if taken:
+                self._metrics.count("reclaimed_entries", len(taken))
+                log.info("entries_reclaimed", num_entries=len(taken))
+                return taken
+        started_at = self._clock()
+        deliveries = await self._bus.read(
+            Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._batch_size(), self._limits.read_block_s
+        )
+        self._metrics.observe_waiting(self._clock() - started_at)
+        return deliveries
+
+    def _batch_size(self) -> int:
+        """Entries to ask for, from the mean length of those scored so far; few before anything is known."""
+        totals = self._metrics.totals
+        if not totals["scored_trajectories"]:
+            return min(8, self._limits.max_batch)
+        mean_tokens = totals["context_tokens"] / totals["scored_trajectories"]
+        return max(1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0))))
+
+    @contextlib.asynccontextmanager
+    async def _keep_claims(self, deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
+        """Renew the claims while the batch is worked on, so that no peer takes it for abandoned."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(self._limits.claim_idle_s / 4)
+                await self._bus.renew(deliveries)
+
+        renewing = asyncio.create_task(renew())
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            # A renewal that failed is no reason to throw finished work away: at worst a peer does it again.
+            with contextlib.suppress(asyncio.CancelledError, UnavailableError):
+                await renewing
+
+    async def _score(self, deliveries: Sequence[Delivery], stopping: asyncio.Event) -> _Batch:
+        started_at = self._clock()
+        decoded = [self._decode(delivery) for delivery in deliveries]
+        rejected = [item for item in decoded if isinstance(item, _Rejected)]
+        wanted = [(delivery, item) for delivery, item in zip(deliveries, decoded, strict=True) if isinstance(item, Trajectory)]
+        accepted: list[tuple[Delivery, ScoredTrajectory]] = []
+        for delivery, trajectory, outcome in await self._score_trajectories(wanted, stopping):
+            if isinstance(outcome, ScoredTrajectory):
+                accepted.append((delivery, outcome))
+            else:
+                rejected.append(_Rejected(delivery, _describe(outcome), trajectory))
+        log.info(
+            "batch_scored",
+            num_trajectories=len(accepted),
+            num_rejected=len(rejected),
+            num_tokens=sum(scored.trajectory.num_response_tokens for _, scored in accepted),
+            teacher_version=self._metrics.teacher_version,
+            lag=self._metrics.lag,
+            duration_s=round(self._clock() - started_at, 3),
+        )
+        return _Batch(tuple(accepted), tuple(rejected))
+
+    def _decode(self, delivery: Delivery) -> Trajectory | _Rejected:
+        try:
+            trajectory = codec.decode_trajectory(delivery.payload)
+        except (ContractError, CorruptionError) as error:
+            return _Rejected(delivery, str(error))
+        if trajectory.run_id != self._run_id or trajectory.purpose is not Purpose.TRAIN:
+            reason = (
+                f"Trajectory {trajectory.trajectory_id} of run {trajectory.run_id!r} and purpose {trajectory.purpose}; "
+                f"this stream carries training episodes of {self._run_id!r}. Find what else writes to it."
+            )
+            return _Rejected(delivery, reason)
+        if delivery.num_deliveries > self._limits.max_deliveries:
+            reason = f"Delivered {delivery.num_deliveries} times and never finished: it may be what ends the teachers."
+            return _Rejected(delivery, reason, trajectory)
+        return trajectory
+
+    async def _score_trajectories(
+        self, wanted: Sequence[tuple[Delivery, Trajectory]], stopping: asyncio.Event
+    ) -> list[tuple[Delivery, Trajectory, ScoredTrajectory | Exception]]:
+        """Score, waiting while weights are unavailable; nothing if the service stops meanwhile: those entries stay pending."""
+        if not wanted:
+            return []
+        outcomes: list[ScoredTrajectory | SdarError] = []
+
+        async def attempt() -> None:
+            self._health.beat()
+            try:
+                outcomes[:] = await self._teacher.score([trajectory for _, trajectory in wanted])
+            except StaleError as error:
+                # Tokens of a version whose manifest has not arrived: the stream is behind, not the trajectory.
+                raise WeightsUnavailableError(str(error)) from error
+
+        try:
+            if stopping.is_set():
+                await attempt()  # A stop lets the batch in hand finish, without waiting for anything.
+            else:
+                await retry_while_unavailable(attempt, stopping, what="policy weights")
+        except SdarError:
+            raise
+        except Exception as error:  # The worker's boundary: find the one entry that does it, spare the others.
+            if len(wanted) == 1:
+                log.exception("scoring_failed", trajectory_id=wanted[0][1].trajectory_id)
+                return [(*wanted[0], error)]
+            return [part for pair in wanted for part in await self._score_trajectories([pair], stopping)]
+        return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
+
+    async def _publish(self, batch: _Batch, stopping: asyncio.Event) -> None:
+        payloads = [codec.encode_scored_trajectory(scored) for _, scored in batch.accepted]
+        if payloads:
+            commit = partial(self._bus.commit, {Stream.SCORED: payloads}, [delivery for delivery, _ in batch.accepted])
+            await self._wait_for_room(commit, stopping)
+        for rejected in batch.rejected:
+            log.error("trajectory_rejected", entry_id=rejected.delivery.entry_id, reason=rejected.reason)
+            await self._bus.dead_letter(rejected.delivery, rejected.reason, self._report_loss(rejected))
+            self._metrics.count("dead_letters")
+
+    async def _wait_for_room(self, commit: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
+        """Commit, however long the learner takes to make room; when the service stops first, the entries stay pending."""
+        while True:
+            self._health.beat()
+            try:
+                return await commit()
+            except CapacityError as error:
+                log.warning("scored_stream_full", error=str(error))
+                if stopping.is_set():
+                    return
+
+    def _report_loss(self, rejected: _Rejected) -> Publications:
+        """A group that misses an episode is never trained on; its account is closed here."""
+        if rejected.trajectory is None:
+            return {}
+        trajectory = rejected.trajectory
+        event = LedgerEvent(
+            run_id=self._run_id,
+            group_id=trajectory.group_id,
+            outcome=GroupOutcome.FAILED,
+            num_trajectories=trajectory.group_size,
+            policy_version=trajectory.max_policy_version,
+            reason=f"teacher: {rejected.reason}",
+        )
+        return {Stream.LEDGER: [codec.encode_ledger_event(event)]}
+
+
+def _describe(error: Exception) -> str:
+    return error.message if isinstance(error, SdarError) else f"{type(error).__name__}: {error}"

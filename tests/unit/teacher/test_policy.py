@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+
+from sdar.contracts import codec
+from sdar.contracts.errors import StaleError, WeightsUnavailableError
+from sdar.contracts.streams import Stream
+from sdar.runtime.memory_bus import MemoryBus
+from services.teacher.policy import PolicyFollower
+from tests.unit.teacher.builders import FakeScorer, make_manifest
+
+
+class Clock:
+    """Time that passes only when told, and while the scorer loads."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class SlowScorer(FakeScorer):
+    def __init__(self, clock: Clock, load_s: float) -> None:
+        super().__init__()
+        self._clock, self._load_s = clock, load_s
+
+    async def update_weights(self, manifest):
+        self._clock.now_s += self._load_s
+        await super().update_weights(manifest)
+
+
+async def publish(bus, *versions):
+    await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version)) for version in versions])
+
+
+async def test_before_anything_is_published_the_base_scores_as_version_zero():
+    scorer = FakeScorer()
+    await PolicyFollower(MemoryBus({}), scorer, max_lag=0).catch_up()
+    assert (scorer.teacher_version, scorer.loaded) == (0, [])
+
+
+async def test_the_newest_version_is_loaded_and_those_between_are_skipped():
+    bus, scorer = MemoryBus({}), FakeScorer()
+    await publish(bus, 1, 2, 3)
+    follower = PolicyFollower(bus, scorer, max_lag=2)
+    await follower.catch_up()
+    assert (scorer.loaded, follower.lag) == ([3], 0)
+
+
+async def test_a_teacher_never_scores_past_its_lag_bound_however_slow_loading_is():
+    """Loading takes 100 s, versions come every 10 s: loads happen only when the third unseen version is out."""
+    clock = Clock()
+    bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
+    follower = PolicyFollower(bus, scorer, max_lag=2, clock=clock)
+    for version in range(1, 10):
+        await publish(bus, version)
+        await follower.catch_up()
+        assert follower.lag <= 2
+        clock.now_s += 10.0
+    assert scorer.loaded == [1, 4, 7]
+
+
+async def test_a_cheap_load_is_taken_before_it_is_due():
+    clock = Clock()
+    bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=1.0)
+    follower = PolicyFollower(bus, scorer, max_lag=5, clock=clock)
+    for version in range(1, 4):
+        await publish(bus, version)
+        await follower.catch_up()
+        clock.now_s += 10.0
+    assert scorer.loaded == [1, 2, 3]
+
+
+async def test_an_asked_for_version_is_loaded_and_an_unpublished_one_refused():
+    clock = Clock()
+    bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
+    follower = PolicyFollower(bus, scorer, max_lag=5, clock=clock)
+    await publish(bus, 1)
+    await follower.catch_up()
+    await publish(bus, 2)
+    await follower.catch_up()
+    assert scorer.teacher_version == 1
+    await follower.catch_up(min_version=2)
+    assert scorer.teacher_version == 2
+    with pytest.raises(StaleError, match="up to 2, version 3 is asked for"):
+        await follower.catch_up(min_version=3)
+
+
+async def test_a_version_that_was_collected_meanwhile_has_a_successor():
+    bus = MemoryBus({})
+
+    class LateScorer(FakeScorer):
+        async def update_weights(self, manifest):
+            if manifest.policy_version == 1:
+                await publish(bus, 2)
+                raise WeightsUnavailableError("Version 1 is gone.")
+            await super().update_weights(manifest)
+
+    scorer = LateScorer()
+    await publish(bus, 1)
+    await PolicyFollower(bus, scorer, max_lag=0).catch_up()
+    assert scorer.loaded == [2]
+
+
+async def test_a_version_that_cannot_be_read_is_an_error_only_when_it_is_due():
+    bus, scorer = MemoryBus({}), FakeScorer()
+    scorer.missing = {1}
+    await publish(bus, 1)
+    follower = PolicyFollower(bus, scorer, max_lag=1)
+    await follower.catch_up()
+    assert follower.lag == 1
+    with pytest.raises(WeightsUnavailableError):
+        await PolicyFollower(bus, scorer, max_lag=0).catch_up()

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+
+import pytest
+
+from sdar.contracts import codec
+from sdar.contracts.errors import CorruptionError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.runtime.bus import BusLimits
+from sdar.runtime.memory_bus import MemoryBus
+from sdar.runtime.telemetry import Health
+from services.teacher.context import ContextBuilder
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.policy import PolicyFollower
+from services.teacher.retrieval import Retriever
+from services.teacher.teacher import Teacher
+from services.teacher.worker import TeacherWorker, WorkerLimits
+from tests.support import until
+from tests.unit.teacher.builders import CLEAN, LIBRARY, RUN_ID, FakeScorer, make_manifest, play
+
+CONSUMERS = {
+    Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,),
+    Stream.SCORED: (ConsumerGroup.LEARNER,),
+    Stream.LEDGER: (ConsumerGroup.GATEWAY,),
+}
+LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.02)
+
+
+class House:
+    """A worker with a fake scorer on an in-memory bus, and what came out of it."""
+
+    def __init__(self, chat, scorer=None, *, max_lag=2, limits=LIMITS, bus_limits=None, library=LIBRARY, tokens=1000) -> None:
+        self.bus = MemoryBus(CONSUMERS, bus_limits or BusLimits())
+        self.scorer = scorer or FakeScorer()
+        contexts = ContextBuilder(chat, Retriever(library, kind="task_type", num_skills=3), tokens)
+        self.metrics = TeacherMetrics()
+        self.teacher = Teacher(contexts, self.scorer, PolicyFollower(self.bus, self.scorer, max_lag), self.metrics, max_lag)
+        self.health = Health()
+        self.worker = TeacherWorker(self.bus, self.teacher, run_id=RUN_ID, instance="me", health=self.health, limits=limits)
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        stopping = asyncio.Event()
+        task = asyncio.create_task(self.worker.run(stopping))
+        try:
+            yield task
+        finally:
+            stopping.set()
+            await asyncio.wait_for(task, 5)
+
+    async def publish(self, *trajectories):
+        await self.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in trajectories])
+
+    async def publish_policy(self, version):
+        await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version))])
+
+    async def scored(self):
+        entries = await self.bus.tail(Stream.SCORED, "0-0", 100)
+        return [codec.decode_scored_trajectory(entry.payload) for entry in entries]
+
+    async def ledger(self):
+        entries = await self.bus.tail(Stream.LEDGER, "0-0", 100)
+        return [codec.decode_ledger_event(entry.payload) for entry in entries]
+
+    async def until_claimed(self):
+        """Wait until the teacher has taken an entry."""
+        async with asyncio.timeout(5):
+            while not (await self.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)).num_pending:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def until_finished(self, num_entries):
+        """Wait until the teacher has acknowledged all it was given."""
+        async with asyncio.timeout(5):
+            while True:
+                lag = await self.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)
+                done = len(await self.scored()) + await self.bus.count_dead_letters()
+                if not lag.num_undelivered and not lag.num_pending and done >= num_entries:
+                    return
+                await asyncio.sleep(0.005)
+
+
+async def test_every_trajectory_comes_out_scored_with_what_the_teacher_saw(chat):
+    house = House(chat)
+    episodes = [play(chat, episode_index=index, seed=index) for index in range(4)]
+    await house.publish_policy(7)
+    await house.publish(*episodes)
+    async with house.running():
+        await house.until_finished(4)
+    scored = await house.scored()
+    assert [item.trajectory for item in scored] == episodes
+    for item in scored:
+        assert [len(values) for values in item.score.turn_logprobs] == [
+            len(t.response_token_ids) for t in item.trajectory.turns
+        ]
+        assert item.score.teacher_version == 7
+        assert item.score.skill_ids == ("general", "clean")
+        assert item.score.num_specific_skills == 1
+        assert item.score.skill_library_hash == LIBRARY.content_hash
+        assert item.score.template_hash == chat.template_hash
+        assert (item.score.retrieval, item.score.scorer) == ("task_type", "fake")
+
+
+async def test_what_cannot_be_decoded_or_contradicts_itself_is_set_aside_and_spares_the_rest(chat):
+    house = House(chat)
+    good = play(chat, group_id="good")
+    elsewhere = dataclasses.replace(play(chat), run_id="another")
+    evaluation = dataclasses.replace(play(chat), purpose=Purpose.EVALUATION)
+    wrong = play(chat, group_id="wrong")
+    wrong = dataclasses.replace(wrong, turns=(dataclasses.replace(wrong.turns[0], messages=()), *wrong.turns[1:]))
+    await house.bus.publish(Stream.TRAJECTORIES, [b"\xff\xff"])
+    await house.publish(elsewhere, evaluation, wrong, good)
+    async with house.running():
+        await house.until_finished(5)
+    assert [item.trajectory.group_id for item in await house.scored()] == ["good"]
+    reasons = {letter.entry_id: letter.reason for letter in await house.bus.list_dead_letters()}
+    for complaint in (
+        "bytes are no Trajectory",
+        "of run 'another'",
+        "purpose evaluation",
+        "its 0 messages render to",
+    ):
+        assert sum(complaint in reason for reason in reasons.values()) == 1
+    assert house.metrics.totals["dead_letters"] == 4
+
+
+async def test_a_group_that_loses_an_episode_is_reported_failed(chat):
+    house = House(chat, tokens=64)
+    await house.publish(play(chat, group_id="long"))
+    async with house.running():
+        await house.until_finished(1)
+    (event,) = await house.ledger()
+    assert (event.group_id, event.outcome, event.num_trajectories) == ("long", GroupOutcome.FAILED, 4)
+    assert "exceed model.max_sequence_tokens 64" in event.reason
+
+
+async def test_an_unexpected_error_costs_only_the_entry_that_causes_it(chat):
+    house = House(chat, FakeScorer(poison=["g0.1.a0"]))
+    await house.publish(*(play(chat, episode_index=index) for index in range(4)))
+    async with house.running():
+        await house.until_finished(4)
+    assert [item.trajectory.episode_index for item in await house.scored()] == [0, 2, 3]
+    (letter,) = await house.bus.list_dead_letters()
+    assert letter.reason == "RuntimeError: kernel panic"
+
+
+async def test_nothing_is_scored_past_the_lag_bound(chat):
+    """Version 1 cannot be read: with max_lag 0 the trajectory waits for version 2 instead of getting an old score."""
+    house = House(chat, max_lag=0)
+    house.scorer.missing = {1}
+    await house.publish_policy(1)
+    await house.publish(play(chat))
+    async with house.running():
+        await house.until_claimed()
+        assert house.scorer.num_calls == 0
+        await house.publish_policy(2)
+        await house.until_finished(1)
+    assert [item.score.teacher_version for item in await house.scored()] == [2]
+
+
+async def test_tokens_of_a_version_not_yet_announced_wait_for_it(chat):
+    house = House(chat, max_lag=0)
+    await house.publish(play(chat, policy_version=1))
+    async with house.running():
+        await house.until_claimed()
+        await house.publish_policy(1)
+        await house.until_finished(1)
+    assert [item.score.teacher_version for item in await house.scored()] == [1]
+
+
+async def test_what_a_dead_peer_held_is_taken_over(chat):
+    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.05))
+    await house.publish(play(chat))
+    held = await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
+    assert len(held) == 1
+    async with house.running():
+        await house.until_finished(1)
+    assert house.metrics.totals["reclaimed_entries"] == 1
+
+
+async def test_an_entry_that_outlived_too_many_consumers_is_set_aside(chat):
+    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.0, max_deliveries=3))
+    await house.publish(play(chat))
+    await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
+    for _ in range(2):
+        await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 0.0, 10)
+    async with house.running():
+        await house.until_finished(1)
+    (letter,) = await house.bus.list_dead_letters()
+    assert "Delivered 4 times" in letter.reason
+    assert house.scorer.num_calls == 0
+
+
+async def test_a_slow_batch_keeps_its_claims(chat):
+    class SlowScorer(FakeScorer):
+        async def score(self, contexts):
+            await asyncio.sleep(0.4)
+            return await super().score(contexts)
+
+    house = House(chat, SlowScorer(), limits=dataclasses.replace(LIMITS, claim_idle_s=0.2))
+    await house.publish(play(chat))
+    async with house.running():
+        await asyncio.sleep(0.3)
+        assert not await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "greedy", 0.2, 10)
+        await house.until_finished(1)
+
+
+async def test_a_full_stream_delays_scores_and_loses_none(chat):
+    house = House(chat, bus_limits=BusLimits(max_entries=2, publish_timeout_s=0.02, trim_interval_s=0.0))
+    await house.bus.publish(Stream.SCORED, [b"old", b"older"])
+    await house.publish(play(chat))
+    async with house.running():
+        await until(lambda: house.scorer.num_calls == 1)
+        await asyncio.sleep(0.1)
+        held = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 10)
+        assert [delivery.payload for delivery in held] == [b"old", b"older"]
+        await house.bus.acknowledge(held)
+        fresh = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 10, block_s=5)
+    assert codec.decode_scored_trajectory(fresh[0].payload).score is not None
+
+
+async def test_a_task_without_a_specific_skill_is_counted_and_warned_of_once(chat, log_events):
+    house = House(chat)
+    await house.publish(*(play(chat, dataclasses.replace(CLEAN, task_type="dance"), episode_index=i) for i in range(2)))
+    async with house.running():
+        await house.until_finished(2)
+    assert house.metrics.totals["retrieval_misses"] == 2
+    assert [event["task_type"] for event in log_events if event["event"] == "no_specific_skill"] == ["dance"]
+    assert [item.score.num_specific_skills for item in await house.scored()] == [0, 0]
+
+
+async def test_the_metrics_stream_tells_what_was_done(chat):
+    house = House(chat)
+    await house.publish(play(chat))
+    async with house.running():
+        await house.until_finished(1)
+        stopping = asyncio.Event()
+        reporting = asyncio.create_task(house.worker.report(stopping))
+        (entry,) = await house.bus.tail(Stream.METRICS, "0-0", 1, block_s=5)
+        stopping.set()
+        await reporting
+    record = codec.decode_metric_record(entry.payload)
+    assert (record.service, record.instance, record.policy_version) == ("teacher", "me", 0)
+    assert record.values["num_tokens_scored"] == (await house.scored())[0].trajectory.num_response_tokens
+    assert record.values["tokens_per_s"] > 0
+    assert 0 <= record.values["waiting_share"] <= 1
+
+
+async def test_weights_that_are_due_and_corrupt_stop_the_worker_with_its_entries_kept(chat):
+    house = House(chat, max_lag=0)
+
+    async def fail(manifest):
+        raise CorruptionError("bad checksum")
+
+    house.scorer.update_weights = fail
+    await house.publish_policy(1)
+    await house.publish(play(chat))
+    with pytest.raises(CorruptionError):
+        async with house.running() as task:
+            await asyncio.wait({task}, timeout=5)
+    lag = await house.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)
+    assert lag.num_pending == 1
