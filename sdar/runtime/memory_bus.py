@@ -238,15 +238,13 @@ class MemoryBus:
         """Others may still use this instance; there is nothing to release."""
 
     async def _wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while not predicate():
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
-                return False
-            try:
-                await asyncio.wait_for(self._changed.wait(), remaining_s)
-            except TimeoutError:
-                return predicate()
+        # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not predicate():
+                    await self._changed.wait()
+        except TimeoutError:
+            return predicate()
         return True
 
 

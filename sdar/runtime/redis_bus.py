@@ -17,6 +17,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import redis.asyncio as redis
@@ -44,9 +45,10 @@ from sdar.runtime.bus import (
 _Command = tuple[Any, ...]
 
 _PAYLOAD = b"p"
-_SOCKET_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 10.0
+_REPLY_TIMEOUT_S = 20.0
 _MAX_BLOCK_S = 5.0
-"""Longest single blocking read: well under the socket timeout, so that a silent server and a quiet stream look different."""
+"""Longest single blocking read: well under the reply timeout, so that a silent server and a quiet stream look different."""
 _ALL = 1_000_000
 _FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
 _FIRST_POLL_S, _MAX_POLL_S = 0.01, 0.25
@@ -84,8 +86,9 @@ class RedisBus:
             self._redis = redis.Redis.from_url(
                 url,
                 protocol=2,
-                socket_timeout=_SOCKET_TIMEOUT_S,
-                socket_connect_timeout=_SOCKET_TIMEOUT_S,
+                # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a cancellation. See _run.
+                socket_timeout=None,
+                socket_connect_timeout=_CONNECT_TIMEOUT_S,
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
             )
@@ -215,7 +218,9 @@ class RedisBus:
             held.update(delivery for delivery in lent if delivery.entry_id in ids)
             if ids:
                 # JUSTID leaves the delivery count alone: renewing is not another attempt.
-                await self._send([("XCLAIM", self._keys.stream(stream), group, consumer, 0, *ids, "JUSTID")])
+                await self._run(
+                    partial(self._redis.xclaim, self._keys.stream(stream), group, consumer, 0, list(ids), justid=True)
+                )
         return [delivery for delivery in deliveries if delivery in held]
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -379,13 +384,14 @@ class RedisBus:
         give_up_at, delay_s = time.monotonic() + self._limits.outage_tolerance_s, _FIRST_RETRY_S
         while True:
             try:
-                return await operation()
+                async with asyncio.timeout(_REPLY_TIMEOUT_S):
+                    return await operation()
             except (redis_errors.AuthenticationError, redis_errors.AuthorizationError) as error:
                 raise ConfigurationError(f"Redis refuses the credentials of {self._place}: {error}. Fix its URL.") from error
             except (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError) as error:
                 if time.monotonic() + delay_s > give_up_at:
                     raise BusUnavailableError(
-                        f"Redis at {self._place} did not answer for {self._limits.outage_tolerance_s:g} s: {error}. "
+                        f"Redis at {self._place} did not answer for {self._limits.outage_tolerance_s:g} s ({error!r}). "
                         "Check that it runs and that SDAR_REDIS_URL names it; nothing acknowledged is lost.",
                         address=self._place,
                     ) from error
