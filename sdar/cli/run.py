@@ -155,6 +155,8 @@ class _Session:
                 self.view.show(status, self._metrics, self.wall_s)
                 if status["phase"] == "finished":
                     return
+                if status["phase"] == "failed":
+                    raise ServiceFailedError(f"The run gave up: {status['detail']}. Logs are in {self.directory.logs}.")
             time.sleep(_POLL_S)
 
     def _status(self) -> dict[str, Any] | None:

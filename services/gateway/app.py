@@ -49,7 +49,7 @@ class RunReply(Reply):
     run_id: str
     phase: str
     detail: str
-    """What the run waits for while it is starting; empty otherwise."""
+    """What a starting run waits for, or why a failed one gave up; empty otherwise."""
     method: str
     policy_version: int
     """Newest published version, -1 before the first."""

@@ -16,6 +16,7 @@ _STATES = {
     RunPhase.PAUSED: gateway_pb2.RUN_STATE_PAUSED,
     RunPhase.STOPPING: gateway_pb2.RUN_STATE_STOPPING,
     RunPhase.FINISHED: gateway_pb2.RUN_STATE_FINISHED,
+    RunPhase.FAILED: gateway_pb2.RUN_STATE_FAILED,
 }
 
 

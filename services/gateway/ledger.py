@@ -30,7 +30,8 @@ class Ledger:
     """Counts by outcome and the set of open groups. Events may repeat and cross; a closed group stays closed.
 
     `open` maps group id to whether it was generated already. Group ids must be issued in increasing `group_number` order, so
-    that an id which is not open is known to be closed without remembering it.
+    that an id which is not open is known to be closed without remembering it. `num_failed_in_a_row` counts failures since a group
+    was last generated.
     """
 
     num_issued: int = 0
@@ -38,6 +39,7 @@ class Ledger:
     closed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_CLOSED, 0))
     open: dict[str, bool] = field(default_factory=dict)
     failure_reasons: dict[str, str] = field(default_factory=dict)
+    num_failed_in_a_row: int = 0
 
     def open_group(self, group_id: str) -> None:
         self.num_issued += 1
@@ -51,12 +53,14 @@ class Ledger:
             # Services report over one stream but from different processes: TRAINED may come before its GENERATED.
             self.open[event.group_id] = True
             self.num_generated += 1
+            self.num_failed_in_a_row = 0
             if event.outcome is GroupOutcome.GENERATED:
                 return True
         if event.outcome is GroupOutcome.GENERATED:
             return False
         del self.open[event.group_id]
         self.closed[event.outcome] += 1
+        self.num_failed_in_a_row += event.outcome is GroupOutcome.FAILED
         if event.outcome in (GroupOutcome.FAILED, GroupOutcome.CANCELLED):
             self.failure_reasons[event.group_id] = event.reason
             log.info("group_closed", group_id=event.group_id, outcome=event.outcome, reason=event.reason)

@@ -33,6 +33,7 @@ log = structlog.get_logger()
 _POLL_S = 0.2
 _MAX_EVENTS = 2000
 _RETRY_S = 1.0
+_LEAST_HOPELESS_FAILURES = 8
 
 
 class Scheduler:
@@ -124,6 +125,8 @@ class Scheduler:
         if self.state.phase in (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING):
             self._begin_due_evaluations()
         if self.state.phase is RunPhase.RUNNING:
+            self._give_up_if_hopeless()
+        if self.state.phase is RunPhase.RUNNING:
             self._issue_groups()
         if self._is_over():
             self._change_phase(RunPhase.FINISHED)
@@ -145,6 +148,7 @@ class Scheduler:
             if self.state.phase not in (RunPhase.FINISHED,):
                 # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
                 self.state.phase = RunPhase.STARTING
+                self.state.ledger.num_failed_in_a_row = 0
             log.info("gateway_restored", num_issued=self.state.ledger.num_issued, phase=self.state.phase)
         self.state.environments.setdefault(self.config.environment.name, self._default_address)
 
@@ -255,6 +259,15 @@ class Scheduler:
         missing = wanted - ledger.num_trained - ledger.num_buffered - ledger.num_running
         for _ in range(min(capacity, max(0, missing))):
             self._outbox.append(codec.encode_task_group(self._training_group()))
+
+    def _give_up_if_hopeless(self) -> None:
+        """A broken environment fails every group: say so rather than issue them for ever."""
+        ledger = self.state.ledger
+        if ledger.num_failed_in_a_row >= max(_LEAST_HOPELESS_FAILURES, 2 * self.config.training.groups_per_update):
+            reason = next(reversed(ledger.failure_reasons.values()), "")
+            self.detail = f"{ledger.num_failed_in_a_row} groups failed in a row, the last one because: {reason}"
+            log.error("run_failed", detail=self.detail)
+            self._change_phase(RunPhase.FAILED)
 
     @property
     def max_concurrent_groups(self) -> int:

@@ -17,13 +17,15 @@ STATE_NAME = "gateway"
 
 
 class RunPhase(StrEnum):
-    """STARTING waits for the first policy and the environment; STOPPING issues no more groups and evaluates once more."""
+    """STARTING waits for the first policy and the environment; STOPPING issues no more groups and evaluates once more;
+    FAILED gave up, since group after group failed."""
 
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"
     FINISHED = "finished"
+    FAILED = "failed"
 
 
 @dataclass

@@ -207,3 +207,26 @@ async def test_an_unreadable_event_does_not_stop_the_scheduler(run: Run) -> None
     await run.bus.publish(Stream.LEDGER, [b"\xff\xff nonsense"])
     await run.report(GroupOutcome.FAILED, training[0])
     assert len(await run.take(1)) == 1
+
+
+async def test_a_run_whose_groups_all_fail_gives_up_and_says_why(run: Run) -> None:
+    _, training = await begin(run)
+    num_failed = 0
+    while num_failed < 8:
+        await run.report(GroupOutcome.FAILED, *training)
+        num_failed += len(training)
+        training = await run.take(4) if num_failed < 8 else []
+    await run.reach(RunPhase.FAILED)
+    assert "8 groups failed in a row" in run.scheduler.detail
+    assert "because" in run.scheduler.detail
+    assert await run.num_waiting() == 0
+
+
+async def test_failures_between_successes_do_not_end_a_run(run: Run) -> None:
+    _, training = await begin(run)
+    for _ in range(5):
+        await run.report(GroupOutcome.FAILED, *training[:3])
+        await run.report(GroupOutcome.GENERATED, training[3])
+        await run.report(GroupOutcome.STALE, training[3])
+        training = await run.take(4)
+    assert run.scheduler.state.phase is RunPhase.RUNNING
