@@ -13,7 +13,8 @@ SdarError
 │   ├── BusUnavailableError      Redis
 │   ├── WeightsUnavailableError  the weight store, or a version in it
 │   └── EnvironmentFailedError   an environment that died, hung or answered nonsense
-└── CorruptionError              bytes that do not match their checksum or cannot be decoded
+├── CorruptionError              bytes that do not match their checksum or cannot be decoded
+└── EngineFailedError            the sampler died; only a restart of its service helps
 """
 
 from __future__ import annotations
@@ -99,3 +100,7 @@ class EnvironmentFailedError(UnavailableError):
 
 class CorruptionError(SdarError):
     grpc_status = "DATA_LOSS"
+
+
+class EngineFailedError(SdarError):
+    """The sampler died or holds weights of no version. Not UnavailableError: repeating the call cannot help."""
