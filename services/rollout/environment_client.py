@@ -1,0 +1,213 @@
+"""Owns how a rollout worker talks to an environment: the `EnvironmentClient` protocol and its gRPC implementation.
+
+Answers are checked here, so that an environment that answers nonsense fails its episode and never reaches training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from sdar.contracts.errors import (
+    CapacityError,
+    EnvironmentFailedError,
+    InvalidInputError,
+    SdarError,
+    UnavailableError,
+    UnknownResourceError,
+)
+from sdar.contracts.types import EnvironmentIdentity, Task
+from sdar.runtime.rpc import call, connect
+from sdar.v1 import environment_pb2, environment_pb2_grpc
+
+log = structlog.get_logger()
+
+_LONGEST_OPEN_DELAY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentProfile:
+    """What an episode needs to know before it begins. `instructions` become the system message; empty means none."""
+
+    identity: EnvironmentIdentity
+    instructions: str
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An episode begun: its id and what the policy sees first."""
+
+    session_id: str
+    observation: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """An environment's answer to one response. All numbers are finite."""
+
+    observation: str
+    reward: float
+    reward_components: dict[str, float]
+    is_terminated: bool
+    is_truncated: bool
+    action: str
+    is_action_valid: bool
+    is_success: bool
+
+
+class EnvironmentClient(Protocol):
+    """One environment server. Calls are safe to repeat by their keys.
+
+    Every method raises EnvironmentFailedError when the environment died, hung or answered nonsense: the episode is lost, a
+    new one may go well. InvalidInputError means that no other try can help.
+    """
+
+    async def describe(self, environment: str) -> EnvironmentProfile: ...
+
+    async def open_session(self, task: Task, idempotency_key: str) -> Session:
+        """Begin an episode of the task with its seed; waits while all sessions are taken."""
+
+    async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome: ...
+
+    async def close_session(self, session_id: str) -> None:
+        """End the session. Never raises: the server reaps what is not closed."""
+
+
+class EnvironmentDirectory(Protocol):
+    """Clients by the address that a task group names."""
+
+    def get(self, address: str) -> EnvironmentClient: ...
+
+    async def close(self) -> None: ...
+
+
+class GrpcEnvironmentDirectory:
+    """One client, hence one channel, per address."""
+
+    def __init__(self, *, step_timeout_s: float, open_patience_s: float = 120.0) -> None:
+        self._step_timeout_s, self._open_patience_s = step_timeout_s, open_patience_s
+        self._clients: dict[str, GrpcEnvironmentClient] = {}
+
+    def get(self, address: str) -> EnvironmentClient:
+        if address not in self._clients:
+            self._clients[address] = GrpcEnvironmentClient(
+                address, step_timeout_s=self._step_timeout_s, open_patience_s=self._open_patience_s
+            )
+        return self._clients[address]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
+
+
+class GrpcEnvironmentClient:
+    """`EnvironmentClient` over `sdar.v1.EnvironmentService`.
+
+    Args:
+        step_timeout_s: deadline of one call, its transport-level retries included.
+        open_patience_s: how long a full or unreachable server is waited for when an episode begins.
+    """
+
+    def __init__(self, address: str, *, step_timeout_s: float, open_patience_s: float) -> None:
+        self._address = address
+        self._timeout_s = step_timeout_s
+        self._open_patience_s = open_patience_s
+        # Sessions live in one server process, also where the address stands for several.
+        self._channel = connect(address, is_sticky=True)
+        self._stub: Any = environment_pb2_grpc.EnvironmentServiceStub(self._channel)
+        self._profiles: dict[str, EnvironmentProfile] = {}
+
+    async def describe(self, environment: str) -> EnvironmentProfile:
+        if environment not in self._profiles:
+            request = environment_pb2.DescribeRequest(environment=environment)
+            response = await self._patiently(lambda: self._call(self._stub.Describe, request))
+            found = next((one for one in response.environments if one.name == environment), None)
+            if found is None or not found.version:
+                raise self._nonsense(f"Describe({environment!r}) without that environment or its version")
+            identity = EnvironmentIdentity(found.name, found.version)
+            self._profiles[environment] = EnvironmentProfile(identity, found.instructions)
+        return self._profiles[environment]
+
+    async def open_session(self, task: Task, idempotency_key: str) -> Session:
+        request = environment_pb2.OpenSessionRequest(
+            environment=task.environment, task_id=task.task_id, seed=task.seed, idempotency_key=idempotency_key
+        )
+        response = await self._patiently(lambda: self._call(self._stub.OpenSession, request))
+        if not response.session_id or not response.observation:
+            raise self._nonsense(f"OpenSession of task {task.task_id!r} without session_id or observation")
+        return Session(response.session_id, response.observation)
+
+    async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
+        request = environment_pb2.StepRequest(session_id=session_id, step_index=step_index, text=text)
+        try:
+            response = await self._call(self._stub.Step, request)
+        except UnknownResourceError as error:
+            # The server restarted or reaped the session; the task itself is fine.
+            raise EnvironmentFailedError(f"Session lost at {self._address}: {error}") from error
+        self._check(response, step_index)
+        return StepOutcome(
+            observation=response.observation,
+            reward=response.reward,
+            reward_components=dict(response.reward_components),
+            is_terminated=response.terminated,
+            is_truncated=response.truncated,
+            action=response.action,
+            is_action_valid=response.is_action_valid,
+            is_success=response.is_success,
+        )
+
+    async def close_session(self, session_id: str) -> None:
+        try:
+            await self._call(self._stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=session_id))
+        except SdarError as error:
+            log.warning("session_not_closed", address=self._address, session_id=session_id, error=str(error))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _check(self, response: environment_pb2.StepResponse, step_index: int) -> None:
+        numbers = {"reward": response.reward, **response.reward_components}
+        if wrong := [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+            raise self._nonsense(f"Step {step_index} with {', '.join(wrong)}")
+        is_over = response.terminated or response.truncated
+        if not is_over and not response.observation:
+            raise self._nonsense(f"Step {step_index} of an unfinished episode without an observation")
+
+    def _nonsense(self, what: str) -> EnvironmentFailedError:
+        return EnvironmentFailedError(
+            f"The environment at {self._address} answered {what}. Check it with `sdar env check {self._address}`.",
+            address=self._address,
+        )
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await call(method, request, timeout_s=self._timeout_s, peer=self._address)
+        except (InvalidInputError, UnavailableError, CapacityError):
+            raise
+        except SdarError as error:
+            raise EnvironmentFailedError(
+                f"The environment at {self._address} failed: {error}", address=self._address
+            ) from error
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Repeat while the server is full or away: an environment that restarts must not cost its groups."""
+        deadline, delay_s = time.monotonic() + self._open_patience_s, 0.1
+        while True:
+            try:
+                return await attempt()
+            except EnvironmentFailedError:
+                raise
+            except (UnavailableError, CapacityError) as error:
+                if time.monotonic() + delay_s > deadline:
+                    raise EnvironmentFailedError(
+                        f"No session at {self._address} within {self._open_patience_s:g} s: {error}", address=self._address
+                    ) from error
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, _LONGEST_OPEN_DELAY_S)

@@ -1,0 +1,243 @@
+"""Owns how episodes are played: sample, step, repeat, until the environment or a limit ends one; and a group of them at once.
+
+Knows no stream and no worker: the same functions serve the rollout service and a single process that experiments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError
+from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
+from sdar.runtime.chat import ChatTokenizer
+from services.rollout.engine import Engine, Generation
+from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
+from services.rollout.prompting import Prompt, PromptStyle, PromptStyleFactory
+
+INVALID_ACTION = "invalid_action"
+"""Name of the reward component that holds the penalty."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class EpisodeClock:
+    """Where the time of all episodes went so far, in episode-seconds."""
+
+    engine_s: float = 0.0
+    environment_s: float = 0.0
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.engine_s += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.environment_s += time.monotonic() - started
+
+
+class EpisodeSlots:
+    """Bounds how many episodes run at once, over all groups."""
+
+    def __init__(self, max_episodes: int) -> None:
+        self.num_running = 0
+        self._free = asyncio.Semaphore(max_episodes)
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        self.num_running += 1
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.num_running -= 1
+        self._free.release()
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRules:
+    """What all episodes of a worker have in common.
+
+    Attributes:
+        invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn of the first one; 0
+            where the learner applies it turn by turn.
+        max_sequence_tokens: longest prompt plus response of a turn.
+        max_episode_attempts: times an episode is begun before its environment's failure fails the group.
+    """
+
+    tokenizer: ChatTokenizer
+    build_prompts: PromptStyleFactory
+    model: ModelIdentity
+    max_sequence_tokens: int
+    invalid_action_penalty: float
+    max_episode_attempts: int
+    clock: EpisodeClock = field(default_factory=EpisodeClock)
+
+
+async def play_group(
+    group: TaskGroup,
+    attempt: int,
+    *,
+    engine: Engine,
+    environment: EnvironmentClient,
+    rules: EpisodeRules,
+    skill_text: str = "",
+    slots: EpisodeSlots | None = None,
+) -> list[Trajectory]:
+    """Play all episodes of a group at once, each again if its environment fails. The first that is given up ends the others.
+
+    Args:
+        attempt: which delivery of the group this is, from 0.
+        skill_text: what the student is told of skills; empty for all methods but skill_grpo.
+        slots: an episode begins when one is free; none means at once.
+
+    Raises:
+        EnvironmentFailedError: an episode failed `max_episode_attempts` times.
+        InvalidInputError: the task is unknown, or its first observation leaves no room for a response.
+        UnavailableError, EngineFailedError: from the engine.
+    """
+
+    async def play(episode_index: int) -> Trajectory:
+        async with slots or contextlib.nullcontext():
+            for failures in range(rules.max_episode_attempts):
+                try:
+                    return await play_episode(
+                        group,
+                        episode_index,
+                        attempt,
+                        engine=engine,
+                        environment=environment,
+                        rules=rules,
+                        skill_text=skill_text,
+                        session_key=f"{group.run_id}.{group.group_id}.{episode_index}.a{attempt}.{failures}",
+                    )
+                except EnvironmentFailedError as error:
+                    last = error
+                    log.warning("episode_failed", group_id=group.group_id, episode_index=episode_index, error=str(error))
+            raise last
+
+    episodes = [asyncio.ensure_future(play(index)) for index in range(group.group_size)]
+    try:
+        return await asyncio.gather(*episodes)
+    except BaseException:
+        for episode in episodes:
+            episode.cancel()
+        await asyncio.gather(*episodes, return_exceptions=True)
+        raise
+
+
+async def play_episode(
+    group: TaskGroup,
+    episode_index: int,
+    attempt: int,
+    *,
+    engine: Engine,
+    environment: EnvironmentClient,
+    rules: EpisodeRules,
+    skill_text: str = "",
+    session_key: str = "",
+) -> Trajectory:
+    """Play one episode of a group, once. The session is closed however it ends. Raises as `play_group`."""
+    started = time.monotonic()
+    with rules.clock.stepping():
+        profile = await environment.describe(group.task.environment)
+        session = await environment.open_session(group.task, session_key)
+    try:
+        prompts = rules.build_prompts(profile.instructions, skill_text)
+        turns, last = await _play_turns(group, session, prompts, engine, environment, rules)
+    finally:
+        # Shielded: a cancelled episode gives its place back all the same.
+        await asyncio.shield(asyncio.ensure_future(environment.close_session(session.session_id)))
+    return Trajectory(
+        run_id=group.run_id,
+        group_id=group.group_id,
+        trajectory_id=f"{group.group_id}.{episode_index}.a{attempt}",
+        attempt=attempt,
+        episode_index=episode_index,
+        group_size=group.group_size,
+        task=group.task,
+        purpose=group.purpose,
+        environment=profile.identity,
+        model=rules.model,
+        sampling=group.sampling,
+        turns=_penalize(turns, rules.invalid_action_penalty),
+        end=EpisodeEnd.TERMINATED if last.is_terminated else EpisodeEnd.TRUNCATED,
+        is_success=last.is_success,
+        evaluation_id=group.evaluation_id,
+        duration_s=time.monotonic() - started,
+    )
+
+
+async def _play_turns(
+    group: TaskGroup,
+    session: Session,
+    prompts: PromptStyle,
+    engine: Engine,
+    environment: EnvironmentClient,
+    rules: EpisodeRules,
+) -> tuple[list[Turn], StepOutcome]:
+    """All turns and the last answer of the environment."""
+    num_prompt_tokens = rules.max_sequence_tokens - group.sampling.max_response_tokens
+    turns: list[Turn] = []
+    prompt = prompts.begin(session.observation)
+    if len(prompt.token_ids) > num_prompt_tokens:
+        raise InvalidInputError(
+            f"The first prompt of task {group.task.task_id} has {len(prompt.token_ids)} tokens; model.max_sequence_tokens "
+            f"{rules.max_sequence_tokens} less a response leaves {num_prompt_tokens}. Raise it, or shorten the observation."
+        )
+    while True:
+        with rules.clock.sampling():
+            generation = await engine.generate(prompt.token_ids, group.sampling)
+        text = rules.tokenizer.decode_response(generation.response_token_ids)
+        with rules.clock.stepping():
+            outcome = await environment.step(session.session_id, len(turns), text)
+        turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
+        if outcome.is_terminated or outcome.is_truncated or len(turns) == group.max_turns:
+            return turns, outcome
+        prompt = prompts.extend(generation.response_token_ids, generation.stop_reason, outcome.observation)
+        if len(prompt.token_ids) > num_prompt_tokens:
+            return turns, outcome
+
+
+def _build_turn(index: int, prompt: Prompt, generation: Generation, text: str, outcome: StepOutcome) -> Turn:
+    return Turn(
+        turn_index=index,
+        prompt_token_ids=prompt.token_ids,
+        messages=prompt.messages,
+        extends_previous=prompt.extends_previous,
+        response_token_ids=generation.response_token_ids,
+        behavior_logprobs=generation.logprobs,
+        policy_versions=generation.policy_versions,
+        response_text=text,
+        stop_reason=generation.stop_reason,
+        action=outcome.action,
+        is_action_valid=outcome.is_action_valid,
+        reward=outcome.reward,
+        reward_components=outcome.reward_components,
+    )
+
+
+def _penalize(turns: list[Turn], penalty: float) -> tuple[Turn, ...]:
+    """Take the penalty from the turn of the first invalid action, if there is one."""
+    first = next((turn for turn in turns if not turn.is_action_valid), None)
+    if first is None or penalty == 0:
+        return tuple(turns)
+    penalized = dataclasses.replace(
+        first,
+        reward=first.reward - penalty,
+        reward_components={**first.reward_components, INVALID_ACTION: -penalty},
+    )
+    return tuple(penalized if turn is first else turn for turn in turns)

@@ -1,0 +1,139 @@
+"""Owns the rollout process: builds its parts from a run's configuration and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from sdar.config import RunConfig
+from sdar.runtime.bus import Bus
+from sdar.runtime.chat import ChatTokenizer, compute_model_identity
+from sdar.runtime.connect import build_bus
+from sdar.runtime.lifecycle import run_until_stopped
+from sdar.runtime.rpc import RpcService, build_server
+from sdar.runtime.settings import Settings, apply_environment
+from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
+from services.rollout.engine import Engine, VllmEngine, vllm_environment
+from services.rollout.environment_client import EnvironmentDirectory, GrpcEnvironmentDirectory
+from services.rollout.episode import EpisodeRules
+from services.rollout.metrics import RolloutMetrics
+from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
+from services.rollout.prompting import Conversation
+from services.rollout.skill_client import GrpcSkillSource, SkillSource
+from services.rollout.worker import RolloutWorker, WorkerLimits
+
+_MAX_SILENCE_S = 300.0
+"""Longest healthy silence of the main loop: an engine on a GPU may take minutes to start."""
+_DRAIN_S = 5.0
+
+
+async def serve(config: RunConfig, settings: Settings) -> None:
+    """Play for a run until SIGTERM.
+
+    Raises:
+        ConfigurationError: the model cannot be used. ConflictError: a port is taken. EngineFailedError: the engine died.
+    """
+    health = Health(max_silence_s=_MAX_SILENCE_S)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    async with contextlib.AsyncExitStack() as cleanup:
+        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
+        probes.start()
+        cleanup.callback(probes.stop)
+        bus = build_bus(config, settings)
+        cleanup.push_async_callback(bus.close)
+        await bus.ping()
+        environments = GrpcEnvironmentDirectory(step_timeout_s=config.environment.step_timeout_s)
+        cleanup.push_async_callback(environments.close)
+        skills = None
+        if config.method.name == "skill_grpo":
+            skills = GrpcSkillSource(settings.teacher_address)
+            cleanup.push_async_callback(skills.close)
+        engine = build_engine(config, settings)
+        cleanup.push_async_callback(engine.stop)
+        await engine.start()
+        await run_worker(config, settings, bus, engine, environments, health, RolloutMetrics(registry), skills)
+
+
+def build_engine(config: RunConfig, settings: Settings) -> Engine:
+    """The engine a configuration asks for, not started."""
+    apply_environment(vllm_environment(config.rollout.num_threads))
+    return VllmEngine(
+        config.model.path,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_sequence_tokens,
+        max_num_seqs=config.rollout.max_concurrent_episodes,
+        stop_token_ids=[ChatTokenizer(config.model.path).eos_token_id],
+        weight_store_url=settings.weights_url,
+        run_id=config.name,
+        tensor_parallel_size=config.rollout.tensor_parallel_size,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        # Each worker draws its own tokens: members of a group that all begin alike would otherwise repeat across workers.
+        seed=zlib.crc32(f"{config.seed}.{settings.instance}".encode()) % 2**31,
+    )
+
+
+def build_rules(config: RunConfig) -> EpisodeRules:
+    """What all episodes of a run have in common."""
+    tokenizer = ChatTokenizer(config.model.path)
+    is_turn_level = config.method.advantage_level == "turn"
+    return EpisodeRules(
+        tokenizer=tokenizer,
+        build_prompts=lambda instructions, skill_text: Conversation(tokenizer, instructions, skill_text),
+        model=compute_model_identity(Path(config.model.path)),
+        max_sequence_tokens=config.model.max_sequence_tokens,
+        # With advantages per turn each invalid turn is penalised on its own, which the learner does.
+        invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
+        max_episode_attempts=config.rollout.max_episode_attempts,
+    )
+
+
+async def run_worker(
+    config: RunConfig,
+    settings: Settings,
+    bus: Bus,
+    engine: Engine,
+    environments: EnvironmentDirectory,
+    health: Health,
+    metrics: RolloutMetrics,
+    skills: SkillSource | None = None,
+) -> None:
+    """Run one worker with its gRPC server on parts that are ready, until told to stop."""
+    rules = build_rules(config)
+    max_episodes = config.rollout.max_concurrent_episodes
+    worker = RolloutWorker(
+        bus,
+        engine,
+        environments,
+        rules,
+        run_id=config.name,
+        instance=settings.instance,
+        limits=WorkerLimits(max_concurrent_episodes=max_episodes),
+        health=health,
+        metrics=metrics,
+        skills=skills,
+    )
+    servicer = PolicyServicer(
+        engine,
+        rules.tokenizer,
+        run_id=config.name,
+        model=rules.model,
+        max_model_tokens=config.model.max_sequence_tokens,
+        max_requests=max_episodes,
+    )
+    service = RpcService(SERVICE_NAME, add_PolicyServiceServicer_to_server, servicer)
+    server = build_server(settings.host, settings.grpc_port, [service])
+
+    async def answer(stopping: asyncio.Event) -> None:
+        await server.start()
+        await server.set_ready(True)
+        await stopping.wait()
+        await server.stop(_DRAIN_S)
+
+    await run_until_stopped(worker.run, answer)

@@ -1,0 +1,54 @@
+"""Owns asking the teacher for skills: method skill_grpo shows them to the student. Never decides where they are placed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Protocol
+
+from sdar.contracts.codec import task_to_proto
+from sdar.contracts.errors import UnavailableError
+from sdar.contracts.types import Task
+from sdar.runtime.rpc import call, connect
+from sdar.v1 import teacher_pb2, teacher_pb2_grpc
+
+_RETRY_S = 0.5
+
+
+class SkillSource(Protocol):
+    """Where a student's skills come from."""
+
+    async def retrieve(self, task: Task, key: str) -> str:
+        """Text of the task's skills, empty if there are none. The same key gives the same skills.
+
+        Raises:
+            UnavailableError: the source is away.
+        """
+
+
+class GrpcSkillSource:
+    """`SkillSource` over `TeacherService.RetrieveSkills`.
+
+    Args:
+        patience_s: how long an unreachable teacher is waited for; it may be restarting.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 10.0, patience_s: float = 120.0) -> None:
+        self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
+        self._channel = connect(address)
+        self._stub: Any = teacher_pb2_grpc.TeacherServiceStub(self._channel)
+
+    async def retrieve(self, task: Task, key: str) -> str:
+        request = teacher_pb2.RetrieveSkillsRequest(task=task_to_proto(task), key=key)
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                response = await call(self._stub.RetrieveSkills, request, timeout_s=self._timeout_s, peer=self._address)
+                return str(response.text)
+            except UnavailableError:
+                if time.monotonic() + _RETRY_S > deadline:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -1,0 +1,146 @@
+"""One episode and one group, with a scripted environment and a scripted sampler."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError
+from sdar.contracts.types import EpisodeEnd, StopReason
+from services.rollout.episode import EpisodeSlots, play_episode, play_group
+from tests.support import until
+from tests.unit.rollout.fakes import ScriptedEngine, ScriptedEnvironment, answer, make_group, make_rules
+
+A, B, C, EOS = 70, 71, 72, 2
+
+
+async def play(tokenizer, environment, engine=None, *, group=None, skill_text="", **rules):
+    return await play_episode(
+        group or make_group(size=1),
+        0,
+        0,
+        engine=engine or ScriptedEngine([A, EOS]),
+        environment=environment,
+        rules=make_rules(tokenizer, **rules),
+        skill_text=skill_text,
+    )
+
+
+async def test_every_turn_records_what_was_seen_sampled_and_earned(tokenizer):
+    engine = ScriptedEngine([A, B, EOS], [C, EOS])
+    environment = ScriptedEnvironment(answer("two", reward=0.25), answer("end", reward=1.0, over=True, success=True))
+    trajectory = await play(tokenizer, environment, engine)
+    first, second = trajectory.turns
+    assert [turn.prompt_token_ids.tolist() for turn in trajectory.turns] == engine.prompts
+    assert first.response_token_ids.tolist() == [A, B, EOS]
+    assert second.prompt_token_ids.tolist()[: len(engine.prompts[0]) + 3] == [*engine.prompts[0], A, B, EOS]
+    assert first.behavior_logprobs.tolist() == [-1.0, -0.75, -0.5]
+    assert [turn.reward for turn in trajectory.turns] == [0.25, 1.0]
+    assert (first.extends_previous, second.extends_previous) == (False, True)
+    assert (first.stop_reason, trajectory.end, trajectory.is_success) == (StopReason.END_OF_TURN, EpisodeEnd.TERMINATED, True)
+    assert trajectory.trajectory_id == "group-1.0.a0"
+
+
+async def test_the_environment_gets_the_response_without_special_tokens(tokenizer):
+    environment = ScriptedEnvironment(answer(over=True))
+    text_ids = tokenizer.tokenizer.encode("use sink", add_special_tokens=False)
+    trajectory = await play(tokenizer, environment, ScriptedEngine([*text_ids, EOS]))
+    assert environment.texts == ["use sink"] == [trajectory.turns[0].response_text]
+    # The token that ends the turn was sampled, so it is trained.
+    assert trajectory.turns[0].response_token_ids[-1] == EOS
+
+
+async def test_tokens_carry_the_version_that_sampled_them_across_an_update(tokenizer):
+    environment = ScriptedEnvironment(answer("two"), answer(over=True))
+    trajectory = await play(tokenizer, environment, ScriptedEngine([A, B, C, EOS], switch_after=2))
+    assert [turn.policy_versions.tolist() for turn in trajectory.turns] == [[0, 0, 1, 1], [1, 1, 2, 2]]
+    assert (trajectory.min_policy_version, trajectory.max_policy_version) == (0, 2)
+
+
+async def test_the_penalty_is_taken_once_in_the_turn_of_the_first_invalid_action(tokenizer):
+    environment = ScriptedEnvironment(
+        answer(), answer(valid=False), answer(valid=False), answer(reward=1.0, over=True, success=True)
+    )
+    trajectory = await play(tokenizer, environment)
+    assert [turn.reward for turn in trajectory.turns] == [0.0, -0.1, 0.0, 1.0]
+    assert trajectory.turns[1].reward_components == {"success": 0.0, "invalid_action": -0.1}
+    assert trajectory.turns[2].reward_components == {"success": 0.0}
+    assert trajectory.episode_return == pytest.approx(0.9)
+
+
+async def test_no_penalty_is_taken_where_the_learner_takes_it(tokenizer):
+    trajectory = await play(tokenizer, ScriptedEnvironment(answer(valid=False, over=True)), penalty=0.0)
+    assert trajectory.turns[0].reward_components == {"success": 0.0}
+
+
+async def test_an_episode_is_truncated_at_the_turn_limit(tokenizer):
+    environment = ScriptedEnvironment(*[answer()] * 9)
+    trajectory = await play(tokenizer, environment, group=make_group(size=1, max_turns=3))
+    assert (len(trajectory.turns), trajectory.end) == (3, EpisodeEnd.TRUNCATED)
+
+
+async def test_an_episode_is_truncated_where_no_response_would_fit(tokenizer):
+    environment = ScriptedEnvironment(*[answer("x" * 20)] * 9)
+    trajectory = await play(tokenizer, environment, max_sequence_tokens=150, group=make_group(size=1, max_turns=9))
+    last = trajectory.turns[-1]
+    assert trajectory.end is EpisodeEnd.TRUNCATED
+    assert 1 < len(trajectory.turns) < 9
+    assert len(last.prompt_token_ids) + 8 <= 150
+
+
+async def test_a_first_prompt_without_room_for_a_response_is_the_configuration_s_fault(tokenizer):
+    environment = ScriptedEnvironment(first="x" * 200)
+    with pytest.raises(InvalidInputError, match="max_sequence_tokens"):
+        await play(tokenizer, environment, max_sequence_tokens=150)
+    assert environment.closed == environment.opened
+
+
+async def test_skills_are_shown_to_the_student_in_the_first_message(tokenizer):
+    trajectory = await play(tokenizer, ScriptedEnvironment(), skill_text="use sink .")
+    assert trajectory.turns[0].messages[0].content == "use sink . start"
+
+
+async def test_an_episode_is_played_again_after_its_environment_failed(tokenizer):
+    environment = ScriptedEnvironment(num_failures=1)
+    (trajectory,) = await play_group(
+        make_group(size=1), 2, engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
+    )
+    assert environment.keys == ["test.group-1.0.a2.0", "test.group-1.0.a2.1"]
+    assert environment.closed == environment.opened
+    assert trajectory.trajectory_id == "group-1.0.a2"
+
+
+async def test_an_episode_given_up_ends_its_group_and_closes_all_sessions(tokenizer):
+    environment = ScriptedEnvironment(*[answer()] * 99, num_failures=6)
+    with pytest.raises(EnvironmentFailedError, match="simulator died"):
+        await play_group(
+            make_group(size=4, max_turns=99),
+            0,
+            engine=ScriptedEngine(),
+            environment=environment,
+            rules=make_rules(tokenizer, max_sequence_tokens=9999),
+        )
+    assert environment.closed == environment.opened
+
+
+async def test_a_cancelled_group_closes_its_sessions(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    playing = asyncio.create_task(
+        play_group(make_group(size=3), 0, engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer))
+    )
+    await until(lambda: len(environment.opened) == 3)
+    playing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+    assert environment.closed == environment.opened
+
+
+async def test_episodes_of_all_groups_share_the_slots(tokenizer):
+    environment = ScriptedEnvironment(answer(), answer(over=True))
+    slots, rules = EpisodeSlots(3), make_rules(tokenizer)
+    groups = [make_group(f"g{index}", size=4) for index in range(3)]
+    await asyncio.gather(
+        *(play_group(g, 0, engine=ScriptedEngine(), environment=environment, rules=rules, slots=slots) for g in groups)
+    )
+    assert (environment.max_open, len(environment.opened), slots.num_running) == (3, 12, 0)

@@ -1,0 +1,310 @@
+"""The rollout worker's loop on the in-memory bus, with a scripted sampler and environment."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from sdar.contracts import codec
+from sdar.contracts.errors import EngineFailedError, UnknownResourceError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.runtime.bus import BEFORE_FIRST, BusLimits
+from sdar.runtime.memory_bus import MemoryBus
+from sdar.runtime.telemetry import Health
+from services.rollout.metrics import RolloutMetrics
+from services.rollout.worker import RolloutWorker, WorkerLimits
+from tests.support import until
+from tests.unit.rollout.fakes import RUN_ID, ScriptedEngine, ScriptedEnvironment, answer, make_group, make_manifest, make_rules
+
+CONSUMERS = {
+    Stream.TASKS: (ConsumerGroup.ROLLOUT,),
+    Stream.TRAJECTORIES: (ConsumerGroup.LEARNER,),
+    Stream.EVALUATIONS: (ConsumerGroup.GATEWAY,),
+    Stream.LEDGER: (ConsumerGroup.GATEWAY,),
+}
+
+
+class Skills:
+    async def retrieve(self, task, key):
+        return f"skill for {task.task_type} ."
+
+
+class Bench:
+    """One bus, and workers on it that share a scripted engine and environment."""
+
+    def __init__(self, tokenizer, environment=None, engine=None, *, bus_limits=None, **limits) -> None:
+        self.bus = MemoryBus(CONSUMERS, bus_limits)
+        self.engine = engine or ScriptedEngine()
+        self.environment = environment or ScriptedEnvironment()
+        self.limits = {"max_concurrent_episodes": 8, "read_block_s": 0.01, "claim_idle_s": 0.2, "grace_s": 0.5} | limits
+        self.health = Health()
+        self.tokenizer = tokenizer
+
+    def build(self, instance="worker-1", skills=None) -> RolloutWorker:
+        return RolloutWorker(
+            self.bus,
+            self.engine,
+            self.environment,
+            make_rules(self.tokenizer),
+            run_id=RUN_ID,
+            instance=instance,
+            limits=WorkerLimits(**self.limits),
+            health=self.health,
+            metrics=RolloutMetrics(),
+            skills=skills,
+        )
+
+    @asynccontextmanager
+    async def running(self, **options):
+        stopping = asyncio.Event()
+        task = asyncio.create_task(self.build(**options).run(stopping))
+        try:
+            yield task
+        finally:
+            stopping.set()
+            await asyncio.wait([task], timeout=5)
+        await task
+
+    async def issue(self, *groups):
+        await self.bus.publish(Stream.TASKS, [codec.encode_task_group(group) for group in groups])
+
+    async def entries(self, stream):
+        return [entry.payload for entry in await self.bus.tail(stream, BEFORE_FIRST, 1000)]
+
+    async def ledger(self):
+        return [codec.decode_ledger_event(payload) for payload in await self.entries(Stream.LEDGER)]
+
+    async def num_open_tasks(self):
+        lag = await self.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
+        return lag.num_undelivered + lag.num_pending
+
+    async def settled(self, timeout_s=5.0):
+        async with asyncio.timeout(timeout_s):
+            while await self.num_open_tasks():
+                await asyncio.sleep(0.005)
+
+
+async def test_a_group_is_published_whole_booked_and_acknowledged(tokenizer):
+    bench = Bench(tokenizer)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=3), make_group("g2", size=2))
+        await bench.settled()
+    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
+    assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a0", "g1.1.a0", "g1.2.a0", "g2.0.a0", "g2.1.a0"]
+    events = {event.group_id: event for event in await bench.ledger()}
+    assert {key: (event.outcome, event.num_trajectories) for key, event in events.items()} == {
+        "g1": (GroupOutcome.GENERATED, 3),
+        "g2": (GroupOutcome.GENERATED, 2),
+    }
+
+
+async def test_evaluation_episodes_are_pinned_published_apart_and_not_booked(tokenizer):
+    bench = Bench(tokenizer)
+    await bench.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(v)) for v in (0, 1, 2)])
+    async with bench.running():
+        await bench.issue(make_group("e1", size=1, purpose=Purpose.EVALUATION, version=1))
+        await bench.settled()
+    (payload,) = await bench.entries(Stream.EVALUATIONS)
+    trajectory = codec.decode_trajectory(payload, Stream.EVALUATIONS)
+    assert (trajectory.min_policy_version, trajectory.max_policy_version) == (1, 1)
+    assert await bench.entries(Stream.TRAJECTORIES) == await bench.ledger() == []
+
+
+@pytest.mark.parametrize("purpose", list(Purpose))
+async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason(tokenizer, purpose):
+    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99))
+    async with bench.running():
+        await bench.issue(make_group("g1", purpose=purpose))
+        await bench.settled()
+    (event,) = await bench.ledger()
+    assert (event.outcome, event.num_trajectories) == (GroupOutcome.FAILED, 0)
+    assert "simulator died" in event.reason
+    assert await bench.entries(Stream.TRAJECTORIES) == []
+
+
+async def test_an_unknown_task_is_not_tried_again(tokenizer):
+    environment = ScriptedEnvironment(UnknownResourceError("no such task"))
+    bench = Bench(tokenizer, environment)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=1))
+        await bench.settled()
+    assert len(environment.opened) == 1
+    assert (await bench.ledger())[0].outcome is GroupOutcome.FAILED
+
+
+async def test_bytes_that_are_no_task_group_are_set_aside(tokenizer):
+    bench = Bench(tokenizer)
+    async with bench.running():
+        await bench.bus.publish(Stream.TASKS, [b"\xff\xff"])
+        await bench.issue(make_group("g1"))
+        await bench.settled()
+    (letter,) = await bench.bus.list_dead_letters()
+    assert "cannot be read" in letter.reason
+    assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
+
+
+async def test_a_defect_sets_one_group_aside_and_the_others_go_on(tokenizer):
+    environment = ScriptedEnvironment(ZeroDivisionError("oops"))
+    bench = Bench(tokenizer, environment)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=1))
+        await bench.settled()
+        environment.script = (answer(over=True),)
+        await bench.issue(make_group("g2", size=1))
+        await bench.settled()
+    (letter,) = await bench.bus.list_dead_letters()
+    assert "ZeroDivisionError: oops" in letter.reason
+    assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.FAILED, GroupOutcome.GENERATED]
+
+
+async def test_no_more_episodes_run_than_allowed(tokenizer):
+    environment = ScriptedEnvironment(answer(), answer(over=True))
+    bench = Bench(tokenizer, environment, max_concurrent_episodes=5)
+    async with bench.running():
+        await bench.issue(*(make_group(f"g{index}", size=4) for index in range(6)))
+        await bench.settled()
+    assert environment.max_open == 5
+    assert len(environment.opened) == 24
+
+
+async def test_a_busy_worker_leaves_groups_to_others(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment, max_concurrent_episodes=4)
+    async with bench.running():
+        await bench.issue(*(make_group(f"g{index}", size=4) for index in range(5)))
+        await until(lambda: len(environment.opened) == 4)
+        lag = await bench.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
+        assert (lag.num_pending, lag.num_undelivered) == (1, 4)
+        environment.gate.set()
+        await bench.settled()
+
+
+async def test_a_long_group_is_not_taken_from_the_worker_that_plays_it(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment)
+    async with bench.running(instance="one"), bench.running(instance="two"):
+        await bench.issue(make_group("g1", size=2))
+        await asyncio.sleep(0.6)  # three times the idle time after which it would be anybody's
+        environment.gate.set()
+        await bench.settled()
+    assert len(environment.opened) == 2
+    assert len(await bench.ledger()) == 1
+
+
+async def test_the_groups_of_a_dead_worker_are_played_again_under_the_next_attempt(tokenizer):
+    bench = Bench(tokenizer)
+    await bench.issue(make_group("g1", size=2))
+    await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
+    async with bench.running():
+        await bench.settled()
+    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
+    assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1"]
+
+
+async def test_a_group_that_was_taken_over_is_dropped_by_the_worker_that_lost_it(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=2))
+        await until(lambda: len(environment.opened) == 2)
+        await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 0.0, 1)
+        await until(lambda: len(environment.closed) == 2)
+        assert await bench.ledger() == []
+        environment.gate.set()
+
+
+async def test_a_group_that_kills_its_workers_is_set_aside(tokenizer):
+    bench = Bench(tokenizer, max_deliveries=2)
+    await bench.issue(make_group("g1"))
+    await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
+    await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead too", 0.0, 1)
+    async with bench.running():
+        await bench.settled()
+    (event,) = await bench.ledger()
+    assert (event.outcome, event.reason) == (
+        GroupOutcome.FAILED,
+        "Delivered 3 times without an end. Look for what kills its workers.",
+    )
+
+
+async def test_a_stop_finishes_what_is_in_hand_and_reads_no_more(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment, max_concurrent_episodes=2, grace_s=5.0)
+    async with bench.running():
+        await bench.issue(make_group("g1"), make_group("g2"))
+        await until(lambda: len(environment.opened) == 2)
+        asyncio.get_running_loop().call_later(0.1, environment.gate.set)
+    assert [event.group_id for event in await bench.ledger()] == ["g1"]
+    assert await bench.num_open_tasks() == 1
+
+
+async def test_what_is_not_finished_within_the_grace_is_left_to_others_with_its_sessions_closed(tokenizer):
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment, grace_s=0.05)
+    async with bench.running():
+        await bench.issue(make_group("g1"))
+        await until(lambda: len(environment.opened) == 2)
+    assert await bench.ledger() == []
+    assert environment.closed == environment.opened
+    lag = await bench.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
+    assert lag.num_pending == 1
+
+
+async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
+    environment = ScriptedEnvironment(*[answer()] * 999, gate=None)
+    bench = Bench(tokenizer, environment)
+    with pytest.raises(EngineFailedError):
+        async with bench.running() as worker:
+            await bench.issue(make_group("g1", max_turns=999))
+            await until(lambda: len(environment.opened) == 2)
+            bench.engine.is_alive = False
+            await asyncio.wait([worker], timeout=5)
+    assert await bench.ledger() == []
+    assert await bench.num_open_tasks() == 1
+
+
+async def test_episodes_played_while_the_stream_was_full_are_published_when_there_is_room(tokenizer):
+    bench = Bench(tokenizer, bus_limits=BusLimits(max_entries=2, publish_timeout_s=0.02))
+    await bench.bus.publish(Stream.TRAJECTORIES, [b"one", b"two"])
+    async with bench.running():
+        await bench.issue(make_group("g1"))
+        await until(lambda: len(bench.environment.closed) == 2)
+        await asyncio.sleep(0.1)
+        assert await bench.ledger() == []
+        taken = await bench.bus.read(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, "learner", 2)
+        await bench.bus.acknowledge(taken)
+        await bench.settled()
+    assert len(await bench.ledger()) == 1
+
+
+async def test_the_student_of_skill_grpo_sees_the_skills(tokenizer):
+    bench = Bench(tokenizer)
+    async with bench.running(skills=Skills()):
+        await bench.issue(make_group("g1", size=1))
+        await bench.settled()
+    (payload,) = await bench.entries(Stream.TRAJECTORIES)
+    assert codec.decode_trajectory(payload).turns[0].messages[0].content == "skill for clean . start"
+
+
+async def test_records_tell_what_the_worker_did_and_waited_for(tokenizer):
+    bench = Bench(tokenizer, report_interval_s=0.05)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=3))
+        await bench.settled()
+        await asyncio.sleep(0.15)
+    records = [codec.decode_metric_record(payload) for payload in await bench.entries(Stream.METRICS)]
+    assert (records[-1].service, records[-1].instance) == ("rollout", "worker-1")
+    assert records[-1].values["num_episodes"] == records[-1].values["num_successes"] == 3
+    assert records[-1].values["num_tokens_generated"] == 9
+    assert records[-1].values["waiting_share"] == pytest.approx(1.0, abs=0.05)
+    assert records[-1].values["running_episodes"] == 0
+
+
+async def test_the_worker_is_ready_while_it_reads(tokenizer):
+    bench = Bench(tokenizer)
+    async with bench.running():
+        await until(lambda: bench.health.is_ready)
+    assert not bench.health.is_ready
