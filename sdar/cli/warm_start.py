@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import rich.progress
 import torch
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -143,19 +141,6 @@ def create_model(recipe: WarmStartRecipe, cache_dir: Path, progress: Progress | 
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return model_dir
-
-
-@contextlib.contextmanager
-def show_progress() -> Iterator[Progress]:
-    """A progress bar on the terminal for the length of the block; pass what it yields to `create_model`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with rich.progress.Progress(*columns, transient=True) as bar:
-        row = bar.add_task("warm start: tokenizer", total=None)
-
-        def report(num_done: int, num_updates: int, loss: float) -> None:
-            bar.update(row, completed=num_done, total=num_updates, description=f"warm start: loss {loss:.3f}")
-
-        yield report
 
 
 def _build(recipe: WarmStartRecipe, target: Path, progress: Progress | None) -> None:

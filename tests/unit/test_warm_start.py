@@ -147,7 +147,7 @@ def test_the_default_recipe_gives_the_base_figures_in_minutes(tmp_path):
     """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure). The right skill: 0.99. A wrong one: 0.00."""
     began_s = time.process_time()
     player = Player(create_model(WarmStartRecipe(), tmp_path))
-    assert time.process_time() - began_s < 300
+    assert time.process_time() - began_s < 400
     assert player.success(360) == pytest.approx(0.20, abs=0.08)
     assert 0.05 < player.success(360, is_greedy=True) < 0.33
     assert player.success(360, hint="right") > 0.95
