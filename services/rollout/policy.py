@@ -87,6 +87,18 @@ class PolicyFollower:
                 self._serving -= Counter({policy_version: 1})
                 self._changed.notify_all()
 
+    async def reached(self, policy_version: int) -> None:
+        """Wait until the engine serves this version or a newer one.
+
+        The gateway admits a group for a version, counting on tokens that are no older: played before the engine has switched,
+        or while an evaluation holds it back, the group would be staler than its admission allows. One of a version that cannot
+        be read is played all the same; the learner judges its tokens.
+        """
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._engine.policy_version >= policy_version or policy_version in self._refused
+            )
+
     async def _enter(self, version: int) -> None:
         async with self._changed:
             if not self._waiting[version]:

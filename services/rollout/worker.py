@@ -154,6 +154,8 @@ class RolloutWorker:
     async def _play(self, group: TaskGroup, attempt: int) -> list[Trajectory]:
         is_evaluation = group.purpose is Purpose.EVALUATION
         skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
+        if not is_evaluation:
+            await self._follower.reached(group.admitted_version)
         async with self._follower.pinned(group.admitted_version) if is_evaluation else contextlib.nullcontext():
             return await play_group(
                 group,
