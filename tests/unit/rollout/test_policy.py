@@ -120,9 +120,21 @@ async def test_a_cancelled_wait_does_not_hold_the_version():
 
 
 async def test_a_dead_engine_ends_the_follower():
-    engine = ScriptedEngine()
+    engine, bus = ScriptedEngine(), MemoryBus({})
+    running = asyncio.create_task(PolicyFollower(bus, engine, block_s=0.01).run(asyncio.Event()))
+    engine.is_alive = False
+    await publish(bus, 1)
     with pytest.raises(UnavailableError):
-        async with following(engine, 0) as (bus, _):
-            engine.is_alive = False
-            await publish(bus, 1)
-            await asyncio.sleep(0.05)
+        await running
+
+
+async def test_a_training_group_waits_until_the_version_it_was_admitted_for_is_served():
+    engine = ScriptedEngine()
+    async with following(engine, 1) as (bus, follower):
+        waiting = asyncio.create_task(follower.reached(2))
+        async with follower.pinned(1):
+            await publish(bus, 2)
+            await until(lambda: follower.newest_version == 2)
+            assert not waiting.done()
+        await asyncio.wait_for(waiting, 5)
+        assert engine.policy_version == 2

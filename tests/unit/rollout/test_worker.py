@@ -83,7 +83,7 @@ class Bench:
 
     async def settled(self, timeout_s=5.0):
         async with asyncio.timeout(timeout_s):
-            while await self.num_open_tasks():
+            while await self.num_open_tasks():  # noqa: ASYNC110  the bus offers no event for it
                 await asyncio.sleep(0.005)
 
 
@@ -254,16 +254,27 @@ async def test_what_is_not_finished_within_the_grace_is_left_to_others_with_its_
 
 
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
-    environment = ScriptedEnvironment(*[answer()] * 999, gate=None)
+    environment = ScriptedEnvironment(answer(), answer(over=True), gate=asyncio.Event())
     bench = Bench(tokenizer, environment)
+    worker = asyncio.create_task(bench.build().run(asyncio.Event()))
+    await bench.issue(make_group("g1"))
+    await until(lambda: len(environment.opened) == 2)
+    bench.engine.is_alive = False
+    environment.gate.set()
     with pytest.raises(EngineFailedError):
-        async with bench.running() as worker:
-            await bench.issue(make_group("g1", max_turns=999))
-            await until(lambda: len(environment.opened) == 2)
-            bench.engine.is_alive = False
-            await asyncio.wait([worker], timeout=5)
+        await worker
     assert await bench.ledger() == []
     assert await bench.num_open_tasks() == 1
+    assert environment.closed == environment.opened
+
+
+async def test_an_engine_that_dies_while_nothing_is_played_ends_the_worker_too(tokenizer):
+    bench = Bench(tokenizer)
+    worker = asyncio.create_task(bench.build().run(asyncio.Event()))
+    await until(lambda: bench.health.is_ready)
+    bench.engine.is_alive = False
+    with pytest.raises(EngineFailedError):
+        await worker
 
 
 async def test_episodes_played_while_the_stream_was_full_are_published_when_there_is_room(tokenizer):
