@@ -30,8 +30,8 @@ class Ledger:
     """Counts by outcome and the set of open groups. Events may repeat and cross; a closed group stays closed.
 
     `open` maps group id to whether it was generated already. Group ids must be issued in increasing `group_number` order, so
-    that an id which is not open is known to be closed without remembering it. `num_failed_in_a_row` counts failures since a group
-    was last generated.
+    that an id which is not open is known to be closed without remembering it. `num_failed_in_a_row` counts failures since a
+    group was last generated.
     """
 
     num_issued: int = 0
