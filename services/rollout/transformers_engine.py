@@ -28,7 +28,6 @@ from sdar.runtime.causal_lm import install_tensors, load_causal_lm
 from services.rollout.engine import EngineStats, Generation
 from services.rollout.ragged_decoder import KeyValues, RaggedDecoder
 
-
 _QUIET_TURNS = 10
 """Turns of the event loop that a wave waits for more callers: enough for an environment in this process, a tenth of a
 millisecond against a wave's twenty."""
