@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     """Where the teacher's gRPC API listens."""
     instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     """Unique name of this process: the consumer name in Redis, a label in logs."""
+    rank: int = Field(default=0, ge=0, validation_alias="RANK")
+    """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""
+    world_size: int = Field(default=1, ge=1, validation_alias="WORLD_SIZE")
+    """Number of the learner's ranks that are started from outside; torchrun sets it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level that is logged."""
     log_format: Literal["text", "json"] = "text"

@@ -1,0 +1,76 @@
+"""Owns how far the learner has come: updates done, the policy version they led to, and the groups it is done with. Pure."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from sdar.contracts.errors import CorruptionError
+from sdar.contracts.types import ScoredTrajectory
+
+REMEMBERED_UPDATES = 1000
+"""Updates whose group ids are remembered: not less than the largest staleness bound there can be, since a duplicate from before
+that is too stale to be trained on in any case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """State between two updates; what a checkpoint says beside its tensors.
+
+    Versions and updates count alike until a crash loses updates: a version never names two weights, so the policy restored at
+    update 20 after version 25 was published continues as version 26. Staleness is therefore counted in updates: `lineage`
+    holds (first version, its number of updates) of each life of the run, oldest first. Without a crash it is ((0, 0),).
+    """
+
+    num_updates: int = 0
+    policy_version: int = 0
+    lineage: tuple[tuple[int, int], ...] = ((0, 0),)
+    trained_groups: tuple[tuple[str, ...], ...] = ()
+    """Group ids of each of the last updates, oldest first: what must not be trained again."""
+
+    def after_update(self, group_ids: Iterable[str]) -> Self:
+        """One update later: the next version, and these groups trained."""
+        trained = (*self.trained_groups, tuple(group_ids))[-REMEMBERED_UPDATES:]
+        return replace(self, num_updates=self.num_updates + 1, policy_version=self.policy_version + 1, trained_groups=trained)
+
+    def continue_after(self, newest_version: int) -> Self:
+        """The same weights under the version after `newest_version`, beginning another life of the run."""
+        version = newest_version + 1
+        return replace(self, policy_version=version, lineage=(*self.lineage, (version, self.num_updates)))
+
+    def count_updates(self, policy_version: int) -> int:
+        """Updates that the weights of a version had seen."""
+        first_versions = [first for first, _ in self.lineage]
+        first, num_updates = self.lineage[max(0, bisect.bisect_right(first_versions, policy_version) - 1)]
+        return num_updates + policy_version - first
+
+    def compute_staleness(self, policy_version: int) -> int:
+        """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had got further."""
+        return max(0, self.num_updates - self.count_updates(policy_version))
+
+    def compute_group_staleness(self, items: Iterable[ScoredTrajectory]) -> int:
+        """Staleness of the oldest sampled token among `items`."""
+        return max((self.compute_staleness(item.trajectory.min_policy_version) for item in items), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_updates": self.num_updates,
+            "policy_version": self.policy_version,
+            "lineage": [list(entry) for entry in self.lineage],
+            "trained_groups": [list(group_ids) for group_ids in self.trained_groups],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Raises CorruptionError where a field is missing or of another kind."""
+        try:
+            return cls(
+                int(value["num_updates"]),
+                int(value["policy_version"]),
+                tuple((int(version), int(updates)) for version, updates in value["lineage"]),
+                tuple(tuple(str(group_id) for group_id in group_ids) for group_ids in value["trained_groups"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptionError(f"A checkpoint's progress cannot be read: {error!r}. Remove that checkpoint.") from error

@@ -1,0 +1,144 @@
+"""Owns the learner's data-parallel ranks: how they meet, how rank 0 tells the others what to do, how numbers are summed.
+
+Rank 0 leads: it broadcasts a command, then all ranks carry it out together. A command is JSON plus raw byte frames; nothing is
+ever pickled. A rank that dies breaks the next collective of the others, so the learner stops as a whole.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdar.contracts.errors import ConfigurationError, ConflictError, SdarError
+from sdar.runtime.settings import apply_environment
+
+# Followers wait in a broadcast for as long as no batch is complete, and that may be a whole outage of the rollout.
+_IDLE_TIMEOUT = datetime.timedelta(days=30)
+_MEETING_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class Ranks:
+    """This process's place among the ranks. Made by `join_ranks` or `stand_alone`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+        # Commands travel over gloo even where gradients use NCCL: waiting there takes no GPU and may last.
+        self._control: Any = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if self.world_size > 1 else None
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def broadcast_command(
+        self, command: dict[str, Any] | None, frames: Sequence[bytes] = ()
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """Rank 0 passes a command and its byte frames; every rank, rank 0 too, gets them back."""
+        if self.world_size == 1:
+            return command or {}, list(frames)
+        parts = [json.dumps(command).encode(), *frames]
+        sizes = torch.tensor([len(part) for part in parts])
+        count = torch.tensor([len(parts)])
+        dist.broadcast(count, src=0, group=self._control)
+        sizes = sizes if self.is_leader else torch.empty(int(count), dtype=torch.int64)
+        dist.broadcast(sizes, src=0, group=self._control)
+        joined = np.frombuffer(bytearray(b"".join(parts)), np.uint8) if self.is_leader else np.empty(int(sizes.sum()), np.uint8)
+        dist.broadcast(torch.from_numpy(joined), src=0, group=self._control)
+        ends = np.cumsum(sizes.numpy())
+        received = [joined[end - size : end].tobytes() for end, size in zip(ends, sizes.numpy(), strict=True)]
+        return json.loads(received[0]), received[1:]
+
+    def send_checkpoint(self, path: Path | None) -> None:
+        """Rank 0: tell the others which checkpoint to begin from."""
+        self.broadcast_command({"checkpoint": None if path is None else str(path)})
+
+    def receive_checkpoint(self) -> Path | None:
+        """Other ranks: which checkpoint rank 0 found, if any."""
+        path = self.broadcast_command(None)[0]["checkpoint"]
+        return None if path is None else Path(path)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum of a CPU tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self._control)
+        return values
+
+    def raise_together(self, error: SdarError | None, what: str) -> None:
+        """Raise on every rank if `what` failed on any: its own error, or a sentence that another rank failed."""
+        num_failed = int(self.sum(torch.tensor([0 if error is None else 1])))
+        if error is not None:
+            raise error
+        if num_failed:
+            raise SdarError(f"{what} failed on {num_failed} of {self.world_size} ranks. The log of those ranks says why.")
+
+
+def stand_alone(device: str | None = None) -> Ranks:
+    """The only rank, without ports or environment variables; may be called again in the same process."""
+    return _join(0, 1, device, {"store": dist.HashStore()})
+
+
+def join_ranks(rank: int, world_size: int, store_address: tuple[str, int] | None = None) -> Ranks:
+    """One of several ranks; each takes the GPU of its number, if there are GPUs.
+
+    Args:
+        store_address: where rank 0 waits for the others; None where torchrun has told it through the environment.
+
+    Raises:
+        ConfigurationError: more ranks than GPUs.
+    """
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and world_size > num_gpus:
+        raise ConfigurationError(
+            f"training.num_ranks is {world_size}, but this machine has {num_gpus} GPUs. Use at most one rank per GPU."
+        )
+    meeting: dict[str, Any] = {"init_method": "env://"}
+    if store_address is not None:
+        host, port = store_address
+        meeting = {"store": dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=_MEETING_TIMEOUT)}
+    return _join(rank, world_size, f"cuda:{rank}" if num_gpus else "cpu", meeting)
+
+
+def _join(rank: int, world_size: int, device_name: str | None, meeting: dict[str, Any]) -> Ranks:
+    device = torch.device(device_name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    _import_deepspeed(rank, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, **meeting)
+    if dist.get_world_size() != world_size:
+        raise ConflictError(f"This process already is one of {dist.get_world_size()} ranks, so it can't join {world_size}.")
+    _adopt_process_group(device)
+    return Ranks(device)
+
+
+def _import_deepspeed(rank: int, device: torch.device) -> None:
+    """Import it with what it reads at import in place: its accelerator and its rank; keep its log to errors."""
+    apply_environment({"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(rank)})
+    with warnings.catch_warnings():
+        # Its import warns about its own deprecated calls.
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def _adopt_process_group(device: torch.device) -> None:
+    """Make DeepSpeed use the process group that exists instead of looking for MPI."""
+    import deepspeed.comm
+
+    if device.type == "cpu":
+        # It would first compile a shared-memory op, for most of a minute, that only its inference engine uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,133 @@
+"""Owns the learner process: builds its parts from a run's configuration and serves until told to stop.
+
+On one machine `sdar serve learner` starts the other ranks itself. Under torchrun (RANK and WORLD_SIZE are set) every rank is
+such a process, and only rank 0 has a bus, probes and checkpoints to look after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from sdar.config import RunConfig
+from sdar.contracts.errors import ConfigurationError
+from sdar.runtime.bus import Bus
+from sdar.runtime.connect import build_bus, build_weight_store
+from sdar.runtime.lifecycle import run_until_stopped
+from sdar.runtime.settings import Settings
+from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.weights import WeightStore
+from services.learner.checkpoint import CheckpointStore
+from services.learner.followers import FollowerProcesses, follow
+from services.learner.metrics import LearnerMetrics
+from services.learner.progress import Progress
+from services.learner.ranks import Ranks, join_ranks, stand_alone
+from services.learner.train import Learner
+from services.learner.update import Trainer, build_trainer
+
+_MAX_SILENCE_S = 1800.0
+"""Longest healthy silence of the main loop: one step of a large model, or its checkpoint."""
+
+
+async def serve(config: RunConfig, settings: Settings) -> None:
+    """Train a run until SIGTERM, as rank 0 or, under torchrun, as any rank.
+
+    Raises:
+        ConfigurationError: model, checkpoint or ranks cannot be used. ConflictError: a port or the checkpoints are taken.
+        CapacityError: the disk is full.
+    """
+    if settings.world_size > 1 and settings.world_size != config.training.num_ranks:
+        raise ConfigurationError(
+            f"training.num_ranks is {config.training.num_ranks}, but {settings.world_size} ranks were started. "
+            "Pass torchrun --nproc-per-node the same number."
+        )
+    if settings.rank > 0:
+        return await _serve_follower(config, settings)
+    health = Health(max_silence_s=_MAX_SILENCE_S)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    async with contextlib.AsyncExitStack() as cleanup:
+        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
+        probes.start()
+        cleanup.callback(probes.stop)
+        bus = build_bus(config, settings)
+        cleanup.push_async_callback(bus.close)
+        followers = FollowerProcesses(config) if settings.world_size == 1 and config.training.num_ranks > 1 else None
+        if followers is not None:
+            cleanup.enter_context(followers)
+        learner = await cleanup.enter_async_context(
+            open_learner(
+                config,
+                bus,
+                build_weight_store(config, settings),
+                settings.checkpoints,
+                consumer=settings.instance,
+                store_address=None if followers is None else followers.store_address,
+                health=health,
+                metrics=LearnerMetrics(registry),
+            )
+        )
+        await run_until_stopped(learner.run, *([followers.watch] if followers is not None else []))
+
+
+@contextlib.asynccontextmanager
+async def open_learner(
+    config: RunConfig,
+    bus: Bus,
+    weights: WeightStore,
+    checkpoint_dir: Path,
+    *,
+    consumer: str = "learner",
+    store_address: tuple[str, int] | None = None,
+    health: Health | None = None,
+    metrics: LearnerMetrics | None = None,
+) -> AsyncIterator[Learner]:
+    """A learner on rank 0, resumed from its newest checkpoint; call its `run`. With `num_ranks` 1 it stands alone.
+
+    Args:
+        store_address: where the other ranks are told to meet; None for a lone rank or under torchrun.
+    """
+    checkpoints = CheckpointStore(checkpoint_dir, config)
+    with contextlib.closing(checkpoints), ThreadPoolExecutor(1, "torch") as torch_thread:
+        loop = asyncio.get_running_loop()
+        trainer, progress = await loop.run_in_executor(torch_thread, _build, config, checkpoints, store_address)
+        try:
+            yield Learner(
+                config,
+                bus,
+                weights,
+                trainer,
+                checkpoints,
+                progress,
+                torch_thread=torch_thread,
+                consumer=consumer,
+                health=health,
+                metrics=metrics,
+            )
+        finally:
+            await loop.run_in_executor(torch_thread, trainer.stop)
+
+
+def _build(config: RunConfig, checkpoints: CheckpointStore, store_address: tuple[str, int] | None) -> tuple[Trainer, Progress]:
+    """In the torch thread: thread counts are a property of the thread that sets them."""
+    torch.set_num_threads(config.training.num_threads)
+    found = checkpoints.find_newest()
+    num_ranks = config.training.num_ranks
+    ranks: Ranks = stand_alone() if num_ranks == 1 else join_ranks(0, num_ranks, store_address)
+    path = None if found is None else found.path
+    ranks.send_checkpoint(path)
+    return build_trainer(config, ranks, path), Progress() if found is None else found.progress
+
+
+async def _serve_follower(config: RunConfig, settings: Settings) -> None:
+    # torchrun passes a signal to every rank; rank 0 finishes its step first, and needs this one for it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    await asyncio.to_thread(lambda: follow(config, join_ranks(settings.rank, settings.world_size)))

@@ -1,0 +1,215 @@
+"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> ledger -> checkpoint -> acknowledge.
+
+Everything asynchronous happens here, everything of torch in one thread of its own, so the event loop never waits for a step.
+The order is the promise: weights are published before the ledger says trained, and entries are acknowledged only when a
+checkpoint that contains their effect is durable. A crash anywhere repeats work and loses none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+import structlog
+from torch import Tensor
+
+from sdar.config import RunConfig
+from sdar.contracts import codec
+from sdar.contracts.streams import Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, WeightsManifest
+from sdar.runtime.bus import Bus, Delivery
+from sdar.runtime.chat import compute_model_identity
+from sdar.runtime.telemetry import Health
+from sdar.runtime.weights import WeightStore
+from services.learner.checkpoint import CheckpointStore
+from services.learner.ingest import Group, GroupSource
+from services.learner.metrics import LearnerMetrics, Timing, build_record
+from services.learner.progress import Progress
+from services.learner.update import Trainer
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_KEPT_VERSIONS = 8
+"""Published versions kept beyond the staleness bound: an evaluation pins one while newer ones appear."""
+_RUN_FINISHED = "run finished"
+
+
+class Learner:
+    """Trains until `num_updates` is reached, then closes whatever still arrives, until it is stopped.
+
+    Args:
+        progress: of the checkpoint that `trainer` was built from, or a new one.
+        torch_thread: one thread; every call of `trainer` runs there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        bus: Bus,
+        weights: WeightStore,
+        trainer: Trainer,
+        checkpoints: CheckpointStore,
+        progress: Progress,
+        *,
+        torch_thread: Executor,
+        consumer: str,
+        health: Health | None = None,
+        metrics: LearnerMetrics | None = None,
+    ) -> None:
+        self.config = config
+        self.progress = progress
+        self._bus = bus
+        self._weights = weights
+        self._trainer = trainer
+        self._checkpoints = checkpoints
+        self._torch_thread = torch_thread
+        self._consumer = consumer
+        self._health = health or Health()
+        self._metrics = metrics or LearnerMetrics()
+        self._source = GroupSource(config, bus, consumer, trainer.model.vocabulary_size)
+        self._durable_updates, self._durable_version = progress.num_updates, progress.policy_version
+        self._unacknowledged: list[Delivery] = []
+        self._clock = _Clock()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.num_updates >= self.config.training.num_updates
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made durable."""
+        await self._resume()
+        while not self.is_finished and (groups := await self._next_batch(stopping)):
+            before = self.progress
+            measured, tensors = await self._train(groups)
+            self.progress = before.after_update(group.group_id for group in groups)
+            await self._publish(tensors)
+            await self._report(groups, before, measured)
+            if self._is_checkpoint_due:
+                await self._make_durable()
+        if self.progress.num_updates > self._durable_updates:
+            await self._make_durable()
+        await self._close_accounts(stopping)
+
+    async def _resume(self) -> None:
+        """Let the others have a policy, under a version that names only it, and take back what was read before."""
+        entry = await self._bus.newest(Stream.POLICY_UPDATES)
+        announced = -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
+        stored = await self._in_torch(self._weights.list_versions)
+        newest = max([announced, *stored[-1:]])
+        if newest > self.progress.policy_version:
+            # Updates after the checkpoint were lost, and their versions with them: a version never names two weights.
+            self.progress = self.progress.continue_after(newest)
+            log.warning("updates_lost", newest_version=newest, continuing_as=self.progress.policy_version)
+        if announced != self.progress.policy_version:
+            await self._publish(await self._in_torch(self._trainer.export))
+        await self._source.reclaim(self.progress)
+        self._health.mark_ready("training")
+        log.info("learner_ready", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+
+    async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
+        with self._clock.measure("wait"):
+            return await self._source.next_batch(self.progress, stopping, self._health.beat)
+
+    async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        self._unacknowledged += [delivery for group in groups for delivery in group.deliveries]
+        with self._clock.measure("step"):
+            return await self._in_torch(
+                self._trainer.update,
+                [(group.items, group.payloads) for group in groups],
+                update_index=self.progress.num_updates,
+                policy_version=self.progress.policy_version,
+            )
+
+    async def _publish(self, tensors: dict[str, Tensor]) -> None:
+        with self._clock.measure("publish"):
+            manifest = await self._in_torch(self._write_weights, tensors, self.progress.policy_version)
+            await self._bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
+
+    def _write_weights(self, tensors: dict[str, Tensor], version: int) -> WeightsManifest:
+        manifest = self._weights.publish(version, tensors, compute_model_identity(self.config.model.path))
+        if version % _KEPT_VERSIONS == 0:
+            keep_newest = _KEPT_VERSIONS + self.config.training.max_staleness
+            self._weights.collect_garbage(keep_newest, in_use=(0, self._durable_version))
+        return manifest
+
+    async def _report(self, groups: list[Group], before: Progress, measured: dict[str, float]) -> None:
+        """Tell the ledger that the groups are trained, and everyone what the update was like."""
+        num_buffered = self._source.buffer.num_complete
+        values = build_record(groups, before, measured, self._clock.take(), self._source.counts.take(), num_buffered)
+        version = self.progress.policy_version
+        events = [
+            LedgerEvent(self.config.name, group.group_id, GroupOutcome.TRAINED, len(group.items), version) for group in groups
+        ]
+        record = MetricRecord(self.config.name, "learner", self._consumer, version, time.time(), values)
+        await self._bus.commit(
+            {
+                Stream.LEDGER: [codec.encode_ledger_event(event) for event in events],
+                Stream.METRICS: [codec.encode_metric_record(record)],
+            }
+        )
+        self._metrics.observe(self.progress, values, num_buffered, len(self._unacknowledged))
+        self._health.beat()
+        shown = ("loss", "success_mean", "reward_mean", "gate_mean", "staleness_mean", "tokens_per_s", "step_s", "wait_share")
+        log.info("batch_trained", policy_version=version, **{n: round(values[n], 4) for n in shown if n in values})
+
+    @property
+    def _is_checkpoint_due(self) -> bool:
+        return self.is_finished or self.progress.num_updates % self.config.training.checkpoint_every == 0
+
+    async def _make_durable(self) -> None:
+        """Write a checkpoint, then acknowledge what it contains."""
+        with self._clock.measure("checkpoint"):
+            path = await self._in_torch(self._checkpoints.write, self.progress, self._trainer.save)
+        self._durable_updates, self._durable_version = self.progress.num_updates, self.progress.policy_version
+        # Acknowledge after the checkpoint: a crash between the two brings entries back, and their ids tell that they are done.
+        await self._bus.acknowledge(self._unacknowledged)
+        log.info("checkpoint_written", path=str(path), num_acknowledged=len(self._unacknowledged))
+        self._unacknowledged = []
+
+    async def _close_accounts(self, stopping: asyncio.Event) -> None:
+        """After the last update: groups that are still on their way are cancelled, so that the ledger closes."""
+        if self.is_finished:
+            self._health.mark_ready(_RUN_FINISHED)
+            log.info("training_finished", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+        while self.is_finished and not stopping.is_set():
+            await self._source.cancel_all(_RUN_FINISHED)
+            self._health.beat()
+
+    async def _in_torch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._torch_thread, lambda: function(*args, **kwargs))
+
+
+class _Clock:
+    """Wall time of one update by part."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def measure(self, part: str) -> _Stopwatch:
+        return _Stopwatch(self._spent, part)
+
+    def take(self) -> Timing:
+        """What was measured since the last call."""
+        now = time.perf_counter()
+        spent, total_s = self._spent, now - self._began
+        self._spent, self._began = {}, now
+        parts = {f"{name}_s": spent.get(name, 0.0) for name in ("wait", "step", "publish", "checkpoint")}
+        return Timing(**parts, total_s=total_s)
+
+
+class _Stopwatch:
+    def __init__(self, spent: dict[str, float], part: str) -> None:
+        self._spent, self._part = spent, part
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent[self._part] = self._spent.get(self._part, 0.0) + time.perf_counter() - self._began

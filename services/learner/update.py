@@ -1,0 +1,237 @@
+"""Owns one update of the policy on all ranks: groups to minibatches, reference and proximal log-probs, steps, metric sums.
+
+`Trainer` is the same object on every rank. Rank 0 calls its methods; each broadcasts its arguments (the trajectories as the
+bytes they arrived in) and then runs on all ranks alike, each taking its share of the micro-batches. The others sit in `follow`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdar.algorithms.batching import MicroBatch, TokenSequence, build_microbatches, build_sequences, count_response_tokens
+from sdar.algorithms.methods import LossSettings, Metrics, compute_loss, get_method, reduce_metrics
+from sdar.config import RunConfig
+from sdar.contracts.errors import SdarError
+from sdar.contracts.types import ScoredTrajectory
+from services.learner.checkpoint import read_rank_shard, write_rank_shard
+from services.learner.ingest import compute_group_advantages, decode_item
+from services.learner.model import PolicyModel
+from services.learner.ranks import Ranks
+
+Items = Sequence[ScoredTrajectory]
+
+
+@dataclass(frozen=True, slots=True)
+class _Minibatch:
+    """One optimizer step: this rank's micro-batches and the token count over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    num_tokens_global: int
+
+
+class Trainer:
+    """The torch side of the learner. Not thread-safe: rank 0 calls it from one thread."""
+
+    def __init__(self, config: RunConfig, model: PolicyModel, ranks: Ranks) -> None:
+        self.config = config
+        self.model = model
+        self._ranks = ranks
+        self._method = get_method(config.method.name)
+        self._settings = build_loss_settings(config)
+
+    # --- what rank 0 calls -----------------------------------------------------------------------------------------------
+
+    def update(
+        self, groups: Sequence[tuple[Items, Sequence[bytes]]], *, update_index: int, policy_version: int
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Train on whole groups, each given decoded and as bytes.
+
+        Args:
+            update_index: updates done before this one.
+            policy_version: of the weights the update begins with.
+
+        Returns:
+            metrics over the batch's tokens, and the new weights for publishing.
+        """
+        frames = [payload for _, payloads in groups for payload in payloads]
+        self._ranks.broadcast_command(
+            {
+                "do": "update",
+                "group_sizes": [len(items) for items, _ in groups],
+                "update_index": update_index,
+                "policy_version": policy_version,
+            },
+            frames if self._ranks.world_size > 1 else (),
+        )
+        return self._update([items for items, _ in groups], update_index, policy_version)
+
+    def export(self) -> dict[str, Tensor]:
+        """The weights as they are."""
+        self._ranks.broadcast_command({"do": "export"})
+        return self.model.export()
+
+    def save(self, directory: Path) -> None:
+        """Every rank writes its part of a checkpoint into `directory`."""
+        self._ranks.broadcast_command({"do": "save", "directory": str(directory)})
+        self._save(directory)
+
+    def stop(self) -> None:
+        """Let the other ranks return from `follow`, and release the model."""
+        self._ranks.broadcast_command({"do": "stop"})
+        self.model.close()
+
+    # --- what the other ranks do -----------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Carry out what rank 0 says until it says stop."""
+        while True:
+            command, frames = self._ranks.broadcast_command(None)
+            if command["do"] == "stop":
+                return self.model.close()
+            if command["do"] == "update":
+                items = iter([decode_item(frame, needs_teacher=self._method.needs_teacher) for frame in frames])
+                groups = [[next(items) for _ in range(size)] for size in command["group_sizes"]]
+                self._update(groups, command["update_index"], command["policy_version"])
+            elif command["do"] == "export":
+                self.model.export()
+            else:
+                self._save(Path(command["directory"]))
+
+    # --- on every rank ---------------------------------------------------------------------------------------------------
+
+    def _update(
+        self, groups: Sequence[Items], update_index: int, policy_version: int
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        minibatches = list(self._build_minibatches(groups))
+        references = [self.model.compute_ref_logprobs(minibatch.micro_batches) for minibatch in minibatches]
+        # The first step starts from the proximal policy itself, so only later ones need it scored.
+        scored = [self.model.compute_policy_logprobs(minibatch.micro_batches) for minibatch in minibatches[1:]]
+        proximal = [None, *scored][: len(minibatches)]
+        learning_rate = self._learning_rate(update_index)
+        totals = _Totals()
+        for minibatch, ref_logprobs, proximal_logprobs in zip(minibatches, references, proximal, strict=True):
+            loss = _BatchLoss(
+                partial(
+                    compute_loss,
+                    self._method,
+                    num_tokens_global=minibatch.num_tokens_global,
+                    settings=self._settings,
+                    update_index=update_index,
+                    learner_version=policy_version,
+                ),
+                ref_logprobs,
+                proximal_logprobs,
+                totals,
+            )
+            totals.gradient_norms.append(self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate))
+        metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
+        return metrics, self.model.export()
+
+    def _build_minibatches(self, groups: Sequence[Items]) -> Iterator[_Minibatch]:
+        """Split the groups over the optimizer steps; a step without a sampled token is left out."""
+        training = self.config.training
+        for part in _split_evenly(groups, training.num_minibatches):
+            sequences: list[TokenSequence] = []
+            for items in part:
+                sequences += build_sequences(items, compute_group_advantages(self.config, items))
+            if not sequences:
+                continue
+            ranks = build_microbatches(sequences, training.microbatch_tokens, self._ranks.world_size)
+            own = [micro_batch.to(self.model.device) for micro_batch in ranks[self._ranks.rank]]
+            yield _Minibatch(own, count_response_tokens(sequences))
+
+    def _learning_rate(self, update_index: int) -> float:
+        training = self.config.training
+        return training.learning_rate * min(1.0, (update_index + 1) / max(1, training.warmup_updates))
+
+    def _save(self, directory: Path) -> None:
+        error: SdarError | None = None
+        weights = self.model.export()
+        try:
+            tensors, num_steps = self.model.export_optimizer()
+            write_rank_shard(directory, self._ranks, weights, tensors, num_steps, self.model.device)
+        except SdarError as caught:
+            error = caught
+        self._ranks.raise_together(error, f"Writing checkpoint {directory.name}")
+
+
+def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> Trainer:
+    """The trainer of one rank, from `model.path` or from a checkpoint that was found intact."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(config.seed)
+    method, settings = get_method(config.method.name), build_loss_settings(config)
+    model = PolicyModel(
+        config.model.path,
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        training=config.training,
+        needs_reference=method.needs_reference(settings),
+        ranks=ranks,
+        weights=None if checkpoint is None else load_file(checkpoint / "weights.safetensors"),
+    )
+    if checkpoint is not None:
+        model.install_optimizer(*read_rank_shard(checkpoint, ranks, model.device))
+    return Trainer(config, model, ranks)
+
+
+def build_loss_settings(config: RunConfig) -> LossSettings:
+    """The method section without its name, which is the loss settings' first block."""
+    return LossSettings(**config.method.model_dump(exclude={"name"}))
+
+
+def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:
+    bounds = [round(index * len(groups) / num_parts) for index in range(num_parts + 1)]
+    return [groups[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchLoss:
+    """The loss of one optimizer step: what differs between its micro-batches is looked up by their place."""
+
+    compute: Callable[..., tuple[Tensor, Metrics]]
+    ref_logprobs: list[Tensor] | None
+    proximal_logprobs: list[Tensor] | None
+    totals: _Totals
+
+    def compute_share(self, place: int, micro_batch: MicroBatch, policy_logprobs: Tensor, entropy: Tensor) -> Tensor:
+        loss, sums = self.compute(
+            micro_batch,
+            policy_logprobs=policy_logprobs,
+            entropy=entropy,
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[place],
+            proximal_logprobs=None if self.proximal_logprobs is None else self.proximal_logprobs[place],
+        )
+        self.totals.add(loss, sums)
+        return loss
+
+
+class _Totals:
+    """Sums of measurements over micro-batches, kept on the device until all steps are queued."""
+
+    def __init__(self) -> None:
+        self._sums: Metrics = {}
+        self.gradient_norms: list[float] = []
+
+    def add(self, loss: Tensor, sums: Metrics) -> None:
+        """Count one micro-batch in."""
+        for name, value in {**sums, "loss": loss.detach()}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reduce(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the batch's tokens on all ranks. Empty if nothing was trained."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        totals = ranks.sum(torch.stack([self._sums[name].detach().double() for name in names]).cpu())
+        sums = dict(zip(names, totals.tolist(), strict=True))
+        num_steps = len(self.gradient_norms)
+        loss = sums.pop("loss") / num_steps
+        return {**reduce_metrics(sums), "loss": loss, "gradient_norm": sum(self.gradient_norms) / num_steps}

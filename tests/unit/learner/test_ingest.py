@@ -1,0 +1,201 @@
+"""Groups of two, two groups an update, staleness at most 2, teacher at most 1 later still."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from sdar.contracts import codec
+from sdar.contracts.streams import Stream
+from sdar.contracts.types import Purpose
+from services.learner.ingest import GroupSource
+from services.learner.progress import Progress
+from tests.unit.learner.builders import (
+    VOCABULARY,
+    count_pending,
+    make_bus,
+    make_config,
+    make_group,
+    make_item,
+    read_ledger,
+    send,
+)
+
+
+class Rig:
+    def __init__(self, **config):
+        self.config = make_config(**config)
+        self.bus = make_bus(self.config)
+        self.source = self.make_source()
+
+    def make_source(self):
+        return GroupSource(self.config, self.bus, "learner", VOCABULARY)
+
+    async def next_ids(self, num_updates=0, progress=None):
+        """Ids of the next batch, None if there is no whole batch yet."""
+        progress = progress or replace(Progress(), num_updates=num_updates, policy_version=num_updates)
+        stopping, looks = asyncio.Event(), iter(range(100))
+
+        def stop_at_third_look():
+            if next(looks) == 2:
+                stopping.set()
+
+        groups = await self.source.next_batch(progress, stopping, stop_at_third_look)
+        return None if groups is None else [group.group_id for group in groups]
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+async def test_a_batch_holds_the_groups_that_were_complete_first(rig):
+    a, b, c = make_group("a"), make_group("b"), make_group("c")
+    await send(rig.bus, a[0], b[0], b[1], c[0], c[1], a[1])
+    assert await rig.next_ids() == ["b", "c"]
+    assert await rig.next_ids() is None
+
+
+async def test_episodes_of_a_group_come_in_the_order_of_their_index(rig):
+    a, b = make_group("a"), make_group("b")
+    await send(rig.bus, a[1], a[0], *b)
+    groups = await rig.source.next_batch(Progress(), asyncio.Event())
+    assert [item.trajectory.episode_index for item in groups[0].items] == [0, 1]
+    assert [d.payload for d in groups[0].deliveries] == groups[0].payloads
+
+
+async def test_groups_in_a_batch_stay_unacknowledged(rig):
+    await send(rig.bus, *make_group("a"), *make_group("b"))
+    assert await rig.next_ids() == ["a", "b"]
+    assert await count_pending(rig.bus) == 4
+
+
+async def test_a_repeated_entry_is_acknowledged_and_changes_nothing(rig):
+    a = make_group("a")
+    await send(rig.bus, a[0], a[0], a[1], a[1], *make_group("b"), a[0])
+    assert await rig.next_ids() == ["a", "b"]
+    assert await count_pending(rig.bus) == 4
+    await send(rig.bus, *a)
+    assert await rig.next_ids() is None
+    assert await count_pending(rig.bus) == 4
+    assert await read_ledger(rig.bus) == []
+
+
+async def test_attempts_are_never_mixed_and_the_first_whole_one_wins(rig):
+    first, second = make_group("a"), make_group("a", attempt=1)
+    await send(rig.bus, first[0], second[1], second[0], first[1], *make_group("b"))
+    groups = await rig.source.next_batch(Progress(), asyncio.Event())
+    assert {item.trajectory.attempt for item in groups[0].items} == {1}
+    assert await count_pending(rig.bus) == 4
+
+
+async def test_a_stale_group_is_refused_as_a_whole_and_acknowledged(rig):
+    old = make_item("a", 0, version=0, reward=1.0)
+    await send(rig.bus, old, make_item("a", 1, version=3), *make_group("b", version=1), *make_group("c", version=3))
+    assert await rig.next_ids(num_updates=3) == ["b", "c"]
+    assert await read_ledger(rig.bus) == [("a", "stale")]
+    assert await count_pending(rig.bus) == 4
+    assert rig.source.counts.take().num_stale == 1
+
+
+async def test_a_group_that_goes_stale_while_it_waits_is_refused(rig):
+    await send(rig.bus, *make_group("a", version=0))
+    assert await rig.next_ids(num_updates=2) is None
+    await send(rig.bus, *make_group("b", version=2), *make_group("c", version=2))
+    assert await rig.next_ids(num_updates=3) == ["b", "c"]
+    assert await read_ledger(rig.bus) == [("a", "stale")]
+
+
+async def test_an_incomplete_group_is_given_up_when_it_could_no_longer_be_trained(rig):
+    a = make_group("a")
+    await send(rig.bus, a[0])
+    assert await rig.next_ids(num_updates=2) is None
+    assert await read_ledger(rig.bus) == []
+    assert await rig.next_ids(num_updates=3) is None
+    assert await read_ledger(rig.bus) == [("a", "stale")]
+    await send(rig.bus, a[1])
+    assert await rig.next_ids(num_updates=3) is None
+    assert await count_pending(rig.bus) == 0
+
+
+async def test_a_teacher_past_its_lag_makes_a_group_stale(rig):
+    tokens_fresh_teacher_old = make_group("a", version=5, teacher_version=1)
+    await send(rig.bus, *tokens_fresh_teacher_old, *make_group("b", version=5, teacher_version=2))
+    assert await rig.next_ids(num_updates=5) is None
+    assert await read_ledger(rig.bus) == [("a", "stale")]
+
+
+async def test_staleness_counts_updates_of_the_life_that_sampled(rig):
+    resumed = replace(Progress(), num_updates=3, policy_version=3).continue_after(20)
+    await send(rig.bus, *make_group("a", version=2), *make_group("b", version=15))
+    assert await rig.next_ids(progress=resumed) == ["a", "b"]
+
+
+async def test_a_group_without_signal_is_skipped_by_a_method_without_distillation():
+    rig = Rig(method="grpo")
+    await send(rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False))
+    assert await rig.next_ids() is None
+    assert await read_ledger(rig.bus) == [("a", "skipped")]
+    assert await count_pending(rig.bus, Stream.TRAJECTORIES) == 2
+    assert rig.source.counts.take().num_skipped == 1
+
+
+async def test_a_group_without_signal_is_kept_where_the_teacher_still_teaches(rig):
+    await send(rig.bus, *make_group("a", (1.0, 1.0)), *make_group("b", (0.0, 0.0)))
+    assert await rig.next_ids() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"run_id": "other"}, "run_id"),
+        ({"purpose": Purpose.EVALUATION}, "evaluation"),
+        ({"has_score": False}, "teacher score"),
+        ({"largest_token": 10_000}, "vocabulary"),
+    ],
+)
+async def test_an_entry_that_would_poison_an_update_fails_its_group(rig, fault, reason):
+    bad = make_item("a", 1, **fault)
+    await send(rig.bus, make_item("a", 0))
+    await rig.bus.publish(Stream.SCORED, [codec.encode_scored_trajectory(bad)])
+    assert await rig.next_ids() is None
+    assert await read_ledger(rig.bus) == [("a", "failed")]
+    assert reason in (await rig.bus.list_dead_letters())[0].reason
+    assert await count_pending(rig.bus) == 0
+
+
+async def test_bytes_that_are_no_trajectory_are_set_aside(rig):
+    await rig.bus.publish(Stream.SCORED, [b"\xff\xff"])
+    await send(rig.bus, *make_group("a"), *make_group("b"))
+    assert await rig.next_ids() == ["a", "b"]
+    assert await rig.bus.count_dead_letters() == 1
+
+
+async def test_after_a_restart_unacknowledged_groups_come_again(rig):
+    await send(rig.bus, *make_group("a"), *make_group("b"), *make_group("c"))
+    assert await rig.next_ids() == ["a", "b"]
+    rig.source = rig.make_source()
+    await rig.source.reclaim(Progress())
+    assert await rig.next_ids() == ["a", "b"]
+
+
+async def test_after_a_restart_groups_in_the_checkpoint_are_acknowledged_and_announced_again(rig):
+    await send(rig.bus, *make_group("a"), *make_group("b"))
+    assert await rig.next_ids() == ["a", "b"]
+    rig.source = rig.make_source()
+    await rig.source.reclaim(Progress().after_update(["a", "x"]))
+    assert await count_pending(rig.bus) == 2
+    assert await read_ledger(rig.bus) == [("a", "trained")]
+    assert rig.source.buffer.num_complete == 1
+
+
+async def test_cancelling_closes_each_group_once_and_takes_late_episodes(rig):
+    a, b = make_group("a"), make_group("b")
+    await send(rig.bus, *a, b[0])
+    await rig.source.cancel_all("run finished")
+    await send(rig.bus, b[1])
+    await rig.source.cancel_all("run finished")
+    assert await read_ledger(rig.bus) == [("a", "cancelled"), ("b", "cancelled")]
+    assert await count_pending(rig.bus) == 0

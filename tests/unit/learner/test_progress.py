@@ -1,0 +1,61 @@
+"""Progress by example. A run reaches update 5, is killed, and resumes from its checkpoint of update 3 as version 6::
+
+version   0 1 2 3 4 5 | 6 7
+updates   0 1 2 3 4 5 | 3 4
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sdar.contracts.errors import CorruptionError
+from services.learner.progress import REMEMBERED_UPDATES, Progress
+from tests.unit.learner.builders import make_group
+
+
+def after_updates(count):
+    progress = Progress()
+    for index in range(count):
+        progress = progress.after_update([f"g{index}"])
+    return progress
+
+
+def test_versions_and_updates_count_alike_without_a_crash():
+    progress = after_updates(3)
+    assert (progress.num_updates, progress.policy_version) == (3, 3)
+    assert [progress.compute_staleness(version) for version in range(4)] == [3, 2, 1, 0]
+
+
+def test_after_a_crash_versions_go_on_and_staleness_is_counted_in_updates():
+    resumed = after_updates(3).continue_after(5)
+    assert (resumed.num_updates, resumed.policy_version) == (3, 6)
+    assert [resumed.count_updates(version) for version in range(8)] == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert [resumed.compute_staleness(version) for version in range(7)] == [3, 2, 1, 0, 0, 0, 0]
+
+
+def test_a_second_crash_adds_a_second_life():
+    twice = after_updates(3).continue_after(5).after_update(["x"]).continue_after(9)
+    assert (twice.num_updates, twice.policy_version) == (4, 10)
+    assert [twice.count_updates(version) for version in (5, 6, 7, 10, 11)] == [5, 3, 4, 4, 5]
+
+
+def test_staleness_of_a_group_is_that_of_its_oldest_token():
+    items = make_group("g", version=2) + make_group("h", version=1)
+    assert after_updates(3).compute_group_staleness(items) == 2
+
+
+def test_json_round_trip_keeps_everything():
+    progress = after_updates(3).continue_after(5)
+    assert Progress.from_json(progress.to_json()) == progress
+
+
+@pytest.mark.parametrize("broken", [{}, {"num_updates": "x"}, {**Progress().to_json(), "lineage": 3}])
+def test_unreadable_progress_is_corruption(broken):
+    with pytest.raises(CorruptionError):
+        Progress.from_json(broken)
+
+
+def test_trained_ids_are_bounded():
+    progress = after_updates(REMEMBERED_UPDATES + 5)
+    assert len(progress.trained_groups) == REMEMBERED_UPDATES
+    assert progress.trained_groups[-1] == (f"g{REMEMBERED_UPDATES + 4}",)
