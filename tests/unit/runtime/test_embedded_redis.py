@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import redis
@@ -39,16 +40,19 @@ def test_it_answers_with_the_settings_that_keep_data(server: EmbeddedRedis) -> N
     assert server.log_path.exists()
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
-def test_it_keeps_its_data_and_its_address_across_a_restart(server: EmbeddedRedis, end: str) -> None:
-    with redis.Redis.from_url(server.url) as client:
-        client.set("key", "value")
-    address = server.url
-    getattr(server, end)()
-    assert not server.is_running()
-    assert server.start() == address
-    with redis.Redis.from_url(address) as client:
-        assert client.get("key") == b"value"
+@pytest.mark.parametrize(("fsync", "end"), [("everysec", EmbeddedRedis.stop), ("always", EmbeddedRedis.kill)])
+def test_it_keeps_its_data_and_its_address_across_a_restart(
+    tmp_path: Path, fsync: Literal["everysec", "always"], end: Callable[[EmbeddedRedis], None]
+) -> None:
+    with EmbeddedRedis(tmp_path, fsync=fsync) as server:
+        address = server.url
+        with redis.Redis.from_url(address) as client:
+            client.set("key", "value")
+        end(server)
+        assert not server.is_running()
+        assert server.start() == address
+        with redis.Redis.from_url(address) as client:
+            assert client.get("key") == b"value"
 
 
 def test_starting_and_stopping_twice_is_harmless(server: EmbeddedRedis) -> None:

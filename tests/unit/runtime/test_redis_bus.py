@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import redis.asyncio as redis
@@ -41,16 +42,22 @@ async def client(server: EmbeddedRedis) -> AsyncIterator[redis.Redis]:
     await client.aclose()
 
 
-async def test_nothing_is_lost_when_redis_is_killed_and_restarted(server: EmbeddedRedis, bus: RedisBus) -> None:
-    await bus.publish(TASKS, [b"0", b"1", b"2", b"3"])
-    held = await bus.read(TASKS, ROLLOUT, "a", max_count=3)
-    await bus.commit({LEDGER: [b"done 0"]}, held[:1], {"cursor": b"1"})
-    server.kill()
-    server.start()
-    assert [d.payload for d in await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)] == [b"1", b"2"]
-    assert [d.payload for d in await bus.read(TASKS, ROLLOUT, "b", max_count=9)] == [b"3"]
-    assert [entry.payload for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9)] == [b"done 0"]
-    assert await bus.load_state("cursor") == b"1"
+@pytest.mark.parametrize(("fsync", "end"), [("everysec", EmbeddedRedis.stop), ("always", EmbeddedRedis.kill)])
+async def test_nothing_is_lost_when_redis_restarts(
+    tmp_path: Path, fsync: Literal["everysec", "always"], end: Callable[[EmbeddedRedis], None]
+) -> None:
+    with EmbeddedRedis(tmp_path, fsync=fsync) as server:
+        bus = RedisBus(server.url, "run", WIRING, LIMITS)
+        await bus.publish(TASKS, [b"0", b"1", b"2", b"3"])
+        held = await bus.read(TASKS, ROLLOUT, "a", max_count=3)
+        await bus.commit({LEDGER: [b"done 0"]}, held[:1], {"cursor": b"1"})
+        end(server)
+        server.start()
+        assert [d.payload for d in await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)] == [b"1", b"2"]
+        assert [d.payload for d in await bus.read(TASKS, ROLLOUT, "b", max_count=9)] == [b"3"]
+        assert [entry.payload for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9)] == [b"done 0"]
+        assert await bus.load_state("cursor") == b"1"
+        await bus.close()
 
 
 async def test_calls_wait_out_a_short_outage(server: EmbeddedRedis, bus: RedisBus) -> None:
