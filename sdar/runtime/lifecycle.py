@@ -45,7 +45,9 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
 async def wait_or_stop(stopping: asyncio.Event, timeout_s: float) -> bool:
     """Wait until `stopping` is set or the time is over; tells whether it is set."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stopping.wait(), timeout_s)
+        # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+        async with asyncio.timeout(timeout_s):
+            await stopping.wait()
     return stopping.is_set()
 
 
