@@ -116,15 +116,18 @@ class TeacherConfig(Section):
     retrieval: Literal["task_type", "keyword", "all", "random", "none"] = "task_type"
     """How skills are chosen for a task; only the task's own type and text are looked at."""
     num_skills: int = Field(default=3, ge=1, le=100)
-    """Most specific skills put into one privileged prompt."""
+    """Most specific skills put into one privileged prompt; retrieval all ignores it."""
     wrong_skill_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of groups whose specific skill is swapped for another task type's: the noise of the robustness experiment."""
     scorer: Literal["transformers", "vllm"] = "transformers"
-    """Engine of the scores. transformers shares the learner's log-prob code, so that no engine mismatch enters the gap."""
+    """Engine of the scores. transformers shares the learner's log-prob code, so that no engine mismatch enters the gap; vllm is
+    for models that span several GPUs, and needs rollout.temperature 1."""
     max_lag: int = Field(default=2, ge=0, le=1000)
     """Most versions that a teacher may be behind the newest policy when it scores; it catches up first."""
     batch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)
-    """Tokens of one scoring forward, padding included."""
+    """Tokens of one scoring forward, padding included. On a CPU a small model is fastest with about 2,000."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs that the vllm scorer spans; the transformers scorer uses one."""
     num_threads: int = Field(default=1, ge=1, le=256)
     """Torch threads on a CPU."""
 
@@ -210,6 +213,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.num_minibatches {self.training.num_minibatches} exceeds training.groups_per_update "
                 f"{self.training.groups_per_update}. Lower it."
+            )
+        if self.teacher.scorer == "vllm" and self.rollout.temperature != 1:
+            raise ValueError(
+                f"teacher.scorer vllm scores at temperature 1 only, rollout.temperature is {self.rollout.temperature}. "
+                "Use the transformers scorer, or temperature 1."
+            )
+        if self.teacher.scorer == "transformers" and self.teacher.tensor_parallel_size > 1:
+            raise ValueError(
+                f"teacher.tensor_parallel_size {self.teacher.tensor_parallel_size} needs teacher.scorer vllm; the transformers "
+                "scorer uses one GPU. Change one of them."
             )
         return self
 

@@ -7,8 +7,10 @@ import importlib
 from pathlib import Path
 
 from sdar.config import RunConfig, load_config
+from sdar.runtime.connect import locate_model
 from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
 from sdar.runtime.telemetry import configure_logging
+from sdar.runtime.vllm_weights import vllm_environment
 
 
 def serve_service(name: str, config_path: Path | None) -> None:
@@ -18,7 +20,7 @@ def serve_service(name: str, config_path: Path | None) -> None:
         SdarError: the configuration, a port or a dependency forbids it; other errors are defects and keep their traceback.
     """
     settings = load_settings()
-    config = load_config(config_path or settings.config)
+    config = locate_model(load_config(config_path or settings.config))
     configure_logging(name, settings.instance, settings.log_level, settings.log_format)
     apply_environment(_library_environment(name, config))
     service = importlib.import_module(f"services.{name}.service")
@@ -31,9 +33,12 @@ async def _serve(serve: object, config: RunConfig, settings: Settings) -> None:
 
 def _library_environment(name: str, config: RunConfig) -> dict[str, str]:
     """Switches that math libraries and vLLM read when they are imported, which is why they are set before a service is."""
-    if name == "rollout":
-        from services.rollout.engine import vllm_environment
-
-        return dict(vllm_environment(config.rollout.num_threads))
-    threads = {"learner": config.training.num_threads, "teacher": config.teacher.num_threads}.get(name, 1)
-    return thread_environment(threads) | {"DS_LOG_LEVEL": "error"}
+    threads = {
+        "rollout": config.rollout.num_threads,
+        "teacher": config.teacher.num_threads,
+        "learner": config.training.num_threads,
+    }
+    num_threads = threads.get(name, 1)
+    if name == "rollout" or (name == "teacher" and config.teacher.scorer == "vllm"):
+        return vllm_environment(num_threads)
+    return thread_environment(num_threads) | {"DS_LOG_LEVEL": "error"}

@@ -8,10 +8,9 @@ Axes: P prompt tokens, T response tokens.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
-from sdar.contracts import codec, errors
-from sdar.contracts.errors import CorruptionError, EngineFailedError, InvalidInputError, UnavailableError
+from sdar.contracts.errors import EngineFailedError, InvalidInputError, UnavailableError
 from sdar.contracts.types import LogProbs, PolicyVersions, SamplingParameters, StopReason, TokenIds, WeightsManifest
-from sdar.runtime.settings import thread_environment
+from sdar.runtime.vllm_weights import VllmWeights, build_llm, engine_errors, memory_arguments
 
 log = structlog.get_logger()
-
-_LONGEST_STAGING_POLL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,20 +100,6 @@ class Engine(Protocol):
         """
 
 
-def vllm_environment(num_threads: int) -> dict[str, str]:
-    """Variables vLLM reads when it is imported; set them before the first `VllmEngine.start` of a process."""
-    return thread_environment(num_threads) | {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding claims all cores but one, whoever else needs them
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets a CPU engine run its one worker in the engine process: 7 s less to start
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of every tied head and rotary buffer at each weight update
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        # Of the engine's processes: what a killed one leaves behind is collected, and vLLM's own deprecations are not ours.
-        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning,ignore::FutureWarning",
-    }
-
-
 class VllmEngine:
     """`Engine` on vLLM, on a CPU and on GPUs alike; vLLM computes in processes of its own.
 
@@ -153,7 +135,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._stop_token_ids = list(stop_token_ids)
-        self._weight_store = {"url": weight_store_url, "run_id": run_id}
+        self._weights = VllmWeights(self._model_path, weight_store_url=weight_store_url, run_id=run_id)
         self._tensor_parallel_size = tensor_parallel_size
         self._kv_cache_gib = kv_cache_gib
         self._gpu_memory_utilization = gpu_memory_utilization
@@ -166,7 +148,6 @@ class VllmEngine:
         self._request_ids = map(str, itertools.count())
         self._running: set[str] = set()
         self._update_lock = asyncio.Lock()
-        self._layout: dict[str, tuple[int, ...]] = {}
         self._num_generated_tokens = self._num_prompt_tokens = self._num_cached_tokens = self._num_weight_updates = 0
         self._weight_staging_s = self._weight_pause_s = 0.0
 
@@ -198,52 +179,25 @@ class VllmEngine:
         """
         started = time.monotonic()
         await asyncio.to_thread(self._build_llm)
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._weight_store))
-        await self._llm.update_weight_version(str(self._policy_version))
+        await self._weights.attach(self._llm, self._policy_version)
         self._vocabulary_size = self._llm.model_config.get_vocab_size()
         log.info("engine_started", model=self._model_path, duration_s=round(time.monotonic() - started, 1))
 
     def _build_llm(self) -> None:
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        # An explicit cache size spares a CPU the profiling run, and its default is most of the machine. Blocks of 32 instead
-        # of 128 tokens let the prefix cache serve short prompts.
-        memory = (
-            {"kv_cache_memory_bytes": int(self._kv_cache_gib * 2**30), "block_size": 32}
-            if current_platform.is_cpu()
-            else {"gpu_memory_utilization": self._gpu_memory_utilization}
-        )
-        arguments = AsyncEngineArgs(
-            model=self._model_path,
+        # Set here, not returned: an executor's thread holds on to what its last call returned.
+        self._llm = build_llm(
+            self._model_path,
             dtype=self._dtype,
             seed=self._seed,
             max_model_len=self._max_model_len,
             max_num_seqs=self._max_num_seqs,
             tensor_parallel_size=self._tensor_parallel_size,
             distributed_executor_backend="uni" if self._tensor_parallel_size == 1 else "mp",
-            enforce_eager=True,
             enable_prefix_caching=True,
-            skip_tokenizer_init=True,
             generation_config="vllm",  # the model's own would add stop tokens and sampling defaults nobody asked for
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend="sdar_weight_store"),
-            worker_extension_cls="services.rollout.weight_transfer.StagingWorker",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **memory,
+            **memory_arguments(kv_cache_gib=self._kv_cache_gib, gpu_memory_utilization=self._gpu_memory_utilization),
         )
-        try:
-            # Set here, not returned: an executor's thread holds on to what its last call returned.
-            self._llm = AsyncLLM.from_engine_args(arguments)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EngineFailedError(
-                f"vLLM did not start with {self._model_path}: {error}. Its log on stderr, above, has the worker's own error."
-            ) from error
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
@@ -260,7 +214,7 @@ class VllmEngine:
         parameters = self._build_sampling(len(prompt), sampling)
         self._running.add(request_id)
         try:
-            with _engine_errors():
+            with engine_errors():
                 outputs = llm.generate({"type": "token", "prompt_token_ids": prompt}, parameters, request_id)
                 async for output in outputs:
                     final = output
@@ -290,6 +244,7 @@ class VllmEngine:
 
     def _build_sampling(self, num_prompt_tokens: int, sampling: SamplingParameters) -> Any:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         # No seed per request: on a CPU it kills the engine.
@@ -304,7 +259,7 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-        except ValueError as error:
+        except VLLMClientError as error:
             raise InvalidInputError(f"Cannot sample with {sampling}: {error}") from error
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
@@ -316,10 +271,9 @@ class VllmEngine:
             if manifest.policy_version == self._policy_version:
                 return
             llm = self._require_llm()
-            with _engine_errors():
-                await asyncio.to_thread(self._check_layout, manifest)
+            with engine_errors():
                 started = time.monotonic()
-                await self._stage(llm, manifest)
+                await self._weights.stage(llm, manifest)
                 staged = time.monotonic()
                 await self._install(llm, manifest.policy_version)
             self._num_weight_updates += 1
@@ -331,55 +285,15 @@ class VllmEngine:
                 pause_s=round(self._weight_pause_s, 3),
             )
 
-    def _check_layout(self, manifest: WeightsManifest) -> None:
-        """Refuse weights that are not of this model before a worker reads them: vLLM would load the names it knows."""
-        if not self._layout:
-            self._layout = _compute_layout(self._model_path)
-        published = {tensor.name: tensor.shape for tensor in manifest.tensors}
-        if published != self._layout:
-            different = sorted(name for name, _ in published.items() ^ self._layout.items())
-            raise CorruptionError(
-                f"Version {manifest.policy_version} of {manifest.run_id} is not of the model {self._model_path}: "
-                f"{len(different)} tensors are missing, unknown or of another shape, first {different[0]}. "
-                "Publish from the same model.path."
-            )
-
-    async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
-        """Have every worker read and verify the version while generation goes on."""
-        await llm.collective_rpc("stage_weights", args=(codec.encode_weights_manifest(manifest),))
-        poll_s = 0.005
-        while "reading" in (results := await llm.collective_rpc("weight_staging_result")):
-            await asyncio.sleep(poll_s)
-            poll_s = min(2 * poll_s, _LONGEST_STAGING_POLL_S)
-        for result in results:
-            if result != "ready":
-                name, message = result
-                raise getattr(errors, name, EngineFailedError)(message)
-
     async def _install(self, llm: Any, policy_version: int) -> None:
-        """Switch between two tokens.
-
-        The pause completes when no step is in flight, and the engine process itself stamps each step's tokens with the
-        version set here, so the stamps are exact however late this process reads them. Clearing the cache makes running
-        requests compute their context anew: keys and values of the old weights would belong to no policy.
-        """
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await llm.pause_generation(mode="keep", clear_cache=True)
         try:
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info={"policy_version": policy_version}))
-            await llm.finish_weight_update(weight_version=str(policy_version))
-        except Exception as error:
-            # Some layers may hold the new weights and some the old: nothing may be sampled from that.
+            await self._weights.install(llm, policy_version)
+        except EngineFailedError:
+            # Nothing may be sampled from weights of no version.
             self._is_broken = True
             await llm.abort(list(self._running))
-            raise EngineFailedError(
-                f"Installing version {policy_version} failed halfway: {error}. The engine holds weights of no version; "
-                "restart the service."
-            ) from error
+            raise
         self._policy_version = policy_version
-        await llm.resume_generation()
 
     def _require_llm(self) -> Any:
         if self._llm is None:
@@ -387,29 +301,6 @@ class VllmEngine:
         if not self.is_alive:
             raise EngineFailedError("The engine has died; its log on stderr says why. Restart the service.")
         return self._llm
-
-
-@contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
-    """Translate vLLM's exceptions into ours."""
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-    try:
-        yield
-    except (EngineDeadError, EngineGenerateError) as error:
-        raise EngineFailedError(f"The engine died: {error}. Its log on stderr says why. Restart the service.") from error
-
-
-def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that make a policy version of this model; reads its configuration, no weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sdar.runtime.causal_lm import export_tensors
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-    return {name: tuple(tensor.shape) for name, tensor in export_tensors(model).items()}
 
 
 def _build_generation(output: Any) -> Generation:

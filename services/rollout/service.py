@@ -17,8 +17,9 @@ from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.rpc import RpcService, build_server
 from sdar.runtime.settings import Settings, apply_environment
 from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.vllm_weights import vllm_environment
 from sdar.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
-from services.rollout.engine import Engine, VllmEngine, vllm_environment
+from services.rollout.engine import Engine, VllmEngine
 from services.rollout.environment_client import EnvironmentDirectory, GrpcEnvironmentDirectory
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics

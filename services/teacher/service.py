@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -27,6 +26,7 @@ from services.teacher.scorer import Scorer, TransformersScorer, WeightReader
 from services.teacher.skills import open_skill_library
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
+from services.teacher.vllm_scorer import VllmScorer
 from services.teacher.worker import TeacherWorker, WorkerLimits
 
 _MAX_SILENCE_S = 300.0
@@ -58,14 +58,26 @@ async def serve(config: RunConfig, settings: Settings) -> None:
 
 
 def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -> Scorer:
-    """The scorer a configuration asks for, with the base weights."""
-    torch.set_num_threads(config.teacher.num_threads)
-    model = load_causal_lm(Path(config.model.path), config.model.dtype)
+    """The scorer a configuration asks for, with the base weights; `weights` serves the transformers scorer."""
+    teacher = config.teacher
+    if teacher.scorer == "vllm":
+        return VllmScorer(
+            config.model.path,
+            dtype=config.model.dtype,
+            max_sequence_tokens=config.model.max_sequence_tokens,
+            batch_tokens=teacher.batch_tokens,
+            weight_store_url=settings.weights_url,
+            run_id=config.name,
+            tensor_parallel_size=teacher.tensor_parallel_size,
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        )
+    torch.set_num_threads(teacher.num_threads)
+    model = load_causal_lm(config.model.path, config.model.dtype)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return TransformersScorer(
-        model, weights, batch_tokens=config.teacher.batch_tokens, chunk_tokens=config.training.logprob_chunk_tokens
-    )
+    chunk_tokens = config.training.logprob_chunk_tokens
+    return TransformersScorer(model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens)
 
 
 def build_teacher(config: RunConfig, bus: Bus, scorer: Scorer, metrics: TeacherMetrics) -> Teacher:

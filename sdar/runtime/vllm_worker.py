@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from sdar.runtime.weights import WeightStore
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -21,12 +20,14 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from sdar.contracts import codec
 from sdar.contracts.errors import WeightsUnavailableError
+from sdar.contracts.types import WeightsManifest
+from sdar.runtime.weights import WeightStore
 
 BACKEND = "sdar_weight_store"
 
 
 @dataclass
-class StoreInitInfo(WeightTransferInitInfo):
+class StoreInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is untyped here
     """Where published weights lie."""
 
     url: str
@@ -34,13 +35,13 @@ class StoreInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class StoreUpdateInfo(WeightTransferUpdateInfo):
+class StoreUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Which staged version to install."""
 
     policy_version: int
 
 
-class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
+class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):  # type: ignore[misc]
     """vLLM's weight-transfer session, fed from what `stage` has read."""
 
     init_info_cls = StoreInitInfo
