@@ -53,7 +53,7 @@ class ServiceProcess:
                 stdout=log_file,
                 stderr=log_file,
                 start_new_session=True,  # Ctrl-C is the supervisor's: it drains in order
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -165,7 +165,7 @@ def choose_port(host: str, wanted: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the kernel for SIGTERM when the supervisor dies, however it dies: no orphans."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,239 @@
+"""Owns a run inside one process: every service's own main loop on the in-memory bus, without wire, Redis or vLLM.
+
+For experiments over many seeds and for tests. What differs from `sdar run` is chosen here: the bus, the sampler
+(`TransformersEngine`), environments without gRPC. Scheduling, episodes, scores, updates and accounts are the services'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdar.cli.local_services import LocalEnvironmentCatalog, LocalEnvironmentClient, LocalSkills
+from sdar.cli.metrics_log import MetricsLog
+from sdar.cli.report import build_summary
+from sdar.cli.run_directory import RunDirectory
+from sdar.config import RunConfig, load_config
+from sdar.contracts.errors import ConfigurationError, SdarError, UnavailableError
+from sdar.contracts.streams import Stream
+from sdar.runtime.bus import BEFORE_FIRST
+from sdar.runtime.lifecycle import run_until_stopped, wait_or_stop
+from sdar.runtime.memory_bus import MemoryBus
+from sdar.runtime.settings import Settings
+from sdar.runtime.telemetry import Health, configure_logging
+from sdar.runtime.weights import WeightStore
+from services.envs.registry import load_environments
+from services.envs.sessions import SessionLimits, SessionManager
+from services.gateway.app import describe_run
+from services.gateway.history import History
+from services.gateway.scheduler import Scheduler
+from services.gateway.state import RunPhase
+from services.learner.checkpoint import CheckpointStore
+from services.learner.progress import Progress
+from services.learner.ranks import stand_alone
+from services.learner.train import Learner
+from services.learner.update import build_trainer
+from services.rollout.metrics import RolloutMetrics
+from services.rollout.service import build_rules
+from services.rollout.transformers_engine import TransformersEngine
+from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.service import build_scorer, build_teacher
+from services.teacher.worker import TeacherWorker
+
+Main = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+OnUpdates = Callable[[int], None]
+"""Told the number of updates done, now and then."""
+
+_LOOK_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run: its status as the gateway's API gives it, and every metric record, oldest first."""
+
+    status: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def run_in_process(config: RunConfig, on_updates: OnUpdates = lambda num_updates: None) -> Outcome:
+    """Run `config` to its end in this process, on one torch thread; nothing of it stays on disk.
+
+    Raises:
+        ConfigurationError: it cannot be run like this. UnavailableError: it gave up, or a signal stopped it.
+        Other errors: a service's own.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="sdar-") as directory:
+        return asyncio.run(play_run(config, Path(directory), on_updates))
+
+
+async def play_run(config: RunConfig, directory: Path, on_updates: OnUpdates = lambda num_updates: None) -> Outcome:
+    """As `run_in_process`, on the running event loop, with weights and checkpoints in `directory`."""
+    if config.training.num_ranks > 1:
+        raise ConfigurationError("training.num_ranks is over 1; a run in one process has one rank. Set it to 1.")
+    settings = Settings(weights_url=str(directory / "weights"), checkpoints=directory / "checkpoints", instance="in-process")
+    settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    bus = MemoryBus(config.stream_consumers)
+    async with contextlib.AsyncExitStack() as cleanup:
+        sessions = _build_sessions(config)
+        cleanup.push_async_callback(sessions.close_all)
+        scheduler = _build_scheduler(config, bus, sessions)
+        mains: list[Main] = [
+            scheduler.run,
+            await _build_rollout(config, settings, bus, sessions, cleanup),
+            *(await _build_teacher(config, settings, bus, cleanup) if config.needs_teacher else ()),
+            _build_learner(config, settings, bus, cleanup),
+            _watch(scheduler, on_updates),
+        ]
+        await run_until_stopped(*mains)
+        await scheduler.history.follow(bus)
+        status = (await describe_run(scheduler, bus)).model_dump(mode="json")
+    if scheduler.state.phase is RunPhase.FAILED:
+        raise UnavailableError(f"Run {config.name} gave up: {scheduler.detail}")
+    if scheduler.state.phase is not RunPhase.FINISHED:
+        raise UnavailableError(
+            f"Run {config.name} was stopped after {scheduler.num_updates} of {config.training.num_updates} updates. A run in "
+            "one process cannot be resumed; start it again."
+        )
+    return Outcome(status, _list_records(scheduler.history))
+
+
+def _build_sessions(config: RunConfig) -> SessionManager:
+    limits = SessionLimits(max_sessions=config.environment.capacity, step_timeout_s=config.environment.step_timeout_s)
+    return SessionManager(load_environments([config.environment.name]), limits)
+
+
+def _build_scheduler(config: RunConfig, bus: MemoryBus, sessions: SessionManager) -> Scheduler:
+    history = History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES)
+    return Scheduler(config, bus, LocalEnvironmentCatalog(sessions), history, Health(), default_address="in-process:0")
+
+
+async def _build_rollout(
+    config: RunConfig, settings: Settings, bus: MemoryBus, sessions: SessionManager, cleanup: contextlib.AsyncExitStack
+) -> Main:
+    rules = build_rules(config)
+    engine = TransformersEngine(
+        config.model.path,
+        dtype=config.model.dtype,
+        max_sequence_tokens=config.model.max_sequence_tokens,
+        stop_token_ids=[rules.tokenizer.eos_token_id],
+        store=WeightStore(settings.weights_url, config.name),
+        seed=config.seed,
+    )
+    await engine.start()
+    cleanup.push_async_callback(engine.stop)
+    worker = RolloutWorker(
+        bus,
+        engine,
+        LocalEnvironmentClient(sessions),
+        rules,
+        run_id=config.name,
+        instance=settings.instance,
+        limits=WorkerLimits(max_concurrent_episodes=config.rollout.max_concurrent_episodes),
+        health=Health(),
+        metrics=RolloutMetrics(),
+        skills=LocalSkills(config) if config.method.name == "skill_grpo" else None,
+    )
+    run: Main = worker.run
+    return run
+
+
+async def _build_teacher(
+    config: RunConfig, settings: Settings, bus: MemoryBus, cleanup: contextlib.AsyncExitStack
+) -> tuple[Main, Main]:
+    scorer = build_scorer(config, WeightStore(settings.weights_url, config.name), settings)
+    await scorer.start()
+    cleanup.push_async_callback(scorer.stop)
+    teacher = build_teacher(config, bus, scorer, TeacherMetrics())
+    worker = TeacherWorker(bus, teacher, run_id=config.name, instance=settings.instance, health=Health())
+    return worker.run, worker.report
+
+
+def _build_learner(config: RunConfig, settings: Settings, bus: MemoryBus, cleanup: contextlib.AsyncExitStack) -> Main:
+    checkpoints = CheckpointStore(settings.checkpoints, config)
+    cleanup.callback(checkpoints.close)
+    torch_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner-torch")
+    cleanup.callback(torch_thread.shutdown)
+    trainer = build_trainer(config, stand_alone("cpu"), None)
+    cleanup.callback(trainer.stop)
+    learner = Learner(
+        config,
+        bus,
+        WeightStore(settings.weights_url, config.name),
+        trainer,
+        checkpoints,
+        Progress(),
+        torch_thread=torch_thread,
+        consumer=settings.instance,
+    )
+    run: Main = learner.run
+    return run
+
+
+def _watch(scheduler: Scheduler, on_updates: OnUpdates) -> Main:
+    """Tell of progress, and stop everything once the run is over."""
+
+    async def watch(stopping: asyncio.Event) -> None:
+        while not await wait_or_stop(stopping, _LOOK_EVERY_S):
+            on_updates(scheduler.num_updates)
+            if scheduler.state.phase in (RunPhase.FINISHED, RunPhase.FAILED):
+                stopping.set()
+
+    return watch
+
+
+def _list_records(history: History) -> list[dict[str, Any]]:
+    """Metric records as the gateway's API gives them."""
+    return [
+        {
+            "entry_id": entry.entry_id,
+            "service": entry.record.service,
+            "instance": entry.record.instance,
+            "policy_version": entry.record.policy_version,
+            "at_s": entry.record.at_s,
+            "values": dict(entry.record.values),
+        }
+        for entry in history.metrics_after(BEFORE_FIRST, len(history.metrics))
+    ]
+
+
+def main(config_path: Path, run_dir: Path) -> int:
+    """Run a configuration and leave metrics.jsonl and, last, summary.json in `run_dir`, if it finishes.
+
+    Tells a parent process about it on stdout, one JSON object a line: updates done, an error, the summary.
+    """
+    configure_logging("in-process", run_dir.name, "warning", "text")
+    began = time.monotonic()
+    try:
+        config = load_config(config_path)
+        with RunDirectory(run_dir) as directory:
+            directory.metrics.unlink(missing_ok=True)
+            outcome = run_in_process(config, lambda num_updates: _tell("progress", num_updates=num_updates))
+            MetricsLog(directory.metrics).extend(outcome.records)
+            summary = build_summary(config, outcome.status, outcome.records, time.monotonic() - began)
+            directory.write_json(directory.summary, summary)
+    except SdarError as error:
+        _tell("error", message=error.message)
+        return 1
+    _tell("finished", summary=summary)
+    return 0
+
+
+def _tell(event: str, **fields: Any) -> None:
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
