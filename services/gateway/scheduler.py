@@ -7,6 +7,7 @@ comes back to a consistent cursor, and no group is issued twice or forgotten.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -174,13 +175,19 @@ class Scheduler:
         environment = self.config.environment
         await self.register_environment(environment.name, self.state.environments[environment.name])
         address = self.state.environments[environment.name]
-        tasks = await self._catalog.list_tasks(environment.name, address, environment.train_split)
+        tasks = await self._list_tasks(address, environment.train_split)
         wanted = self.config.evaluation.num_tasks
-        self._heldout = await self._catalog.list_tasks(environment.name, address, environment.evaluation_split, wanted)
+        self._heldout = await self._list_tasks(address, environment.evaluation_split, wanted)
         if len(self._heldout) < wanted:
             log.warning("evaluation_list_short", wanted=wanted, got=len(self._heldout), split=environment.evaluation_split)
         self._training = TrainingOrder(tasks, self.config.seed)
         log.info("tasks_listed", num_train=len(tasks), num_heldout=len(self._heldout))
+
+    async def _list_tasks(self, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
+        """Tasks under the name the environment is served by: a class given by its path may call itself otherwise."""
+        name = self.config.environment.name
+        tasks = await self._catalog.list_tasks(name, address, split, max_tasks)
+        return [task if task.environment == name else dataclasses.replace(task, environment=name) for task in tasks]
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------------------
 
