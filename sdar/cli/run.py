@@ -22,7 +22,7 @@ from sdar.cli.report import build_summary, write_report
 from sdar.cli.run_directory import RunDirectory
 from sdar.config import RunConfig
 from sdar.contracts.errors import BusUnavailableError, UnavailableError
-from sdar.runtime.chat import compute_model_identity
+from sdar.runtime.connect import locate_model
 from sdar.runtime.embedded_redis import EmbeddedRedis
 
 _HOST = "127.0.0.1"
@@ -46,8 +46,10 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
     Raises:
         SdarError: it cannot begin, or a service cannot go on; everything started is stopped by then.
     """
-    compute_model_identity(config.model.path)  # a missing model is said now, not by four services a minute later
+    config = locate_model(config)  # a bad model is said now, not by four services a minute later
     choose_port(_HOST, port)
+    if redis_url is not None:
+        _check_redis(redis_url)
     view: View = JsonView() if is_json else LiveView(config) if sys.stdout.isatty() else LineView(config)
     with RunDirectory(runs_dir / config.name) as directory, _interruptible():
         is_resumed = directory.prepare(config)
@@ -56,11 +58,8 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
             return 0
         view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
         with contextlib.ExitStack() as stack:
-            if redis_url is None:
-                redis_url = stack.enter_context(EmbeddedRedis(directory.redis)).url
-            else:
-                _check_redis(redis_url)
-            session = _Session(config, directory, redis_url, choose_port(_HOST, port), view)
+            own_redis = stack.enter_context(EmbeddedRedis(directory.redis)) if redis_url is None else None
+            session = _Session(config, directory, own_redis or redis_url, choose_port(_HOST, port), view)
             stack.callback(session.fleet.kill)
             return session.run()
 
@@ -68,13 +67,15 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
 class _Session:
     """One sitting of a run: from bringing the services up to taking them down."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, redis_url: str, http_port: int, view: View) -> None:
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, redis: EmbeddedRedis | str, http_port: int, view: View
+    ) -> None:
         self.config = config
         self.directory = directory
         self.fleet = Fleet()
         self.view = view
         self.url = f"http://{_HOST}:{http_port}"
-        self._redis_url = redis_url
+        self._redis = redis
         self._http_port = http_port
         self._http = httpx.Client(base_url=self.url, timeout=5.0)
         self._metrics = MetricsLog(directory.metrics)
@@ -108,7 +109,7 @@ class _Session:
         ports = {name: choose_port(_HOST) for name in ("gateway", "teacher", "envs", "rollout")}
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
-            "SDAR_REDIS_URL": self._redis_url,
+            "SDAR_REDIS_URL": self._redis if isinstance(self._redis, str) else self._redis.url,
             "SDAR_WEIGHTS_URL": str(self.directory.weights.resolve()),
             "SDAR_CHECKPOINTS": str(self.directory.checkpoints.resolve()),
             "SDAR_HOST": _HOST,
@@ -148,6 +149,7 @@ class _Session:
 
     def _watch(self) -> None:
         while True:
+            self._keep_redis()
             for name in self.fleet.check():
                 self.view.say(f"The {name} service died and was started again; its log is {self.directory.logs / name}.log")
             status = self._status()
@@ -158,6 +160,12 @@ class _Session:
                 if status["phase"] == "failed":
                     raise ServiceFailedError(f"The run gave up: {status['detail']}. Logs are in {self.directory.logs}.")
             time.sleep(_POLL_S)
+
+    def _keep_redis(self) -> None:
+        """A Redis that died comes back on the same port with its append-only file; the services wait it out."""
+        if isinstance(self._redis, EmbeddedRedis) and not self._redis.is_running():
+            self.view.say(f"Redis died and was started again; its log is {self._redis.log_path}")
+            self._redis.start()
 
     def _status(self) -> dict[str, Any] | None:
         """The gateway's answer; None while it restarts."""
@@ -228,6 +236,7 @@ def _check_redis(url: str) -> None:
         client.ping()
         client.close()
     except (redis.RedisError, ValueError, OSError) as error:
+        reason = str(error).rstrip(".")
         raise BusUnavailableError(
-            f"No Redis answers at {url}: {error}. Start one there, correct --redis, or leave it out to have one started."
+            f"No Redis answers at {url}: {reason}. Start one there, correct --redis, or leave it out to have one started."
         ) from error

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sdar.config import RunConfig
+from sdar.contracts.errors import ConfigurationError
 from sdar.runtime.bus import BusLimits
+from sdar.runtime.causal_lm import check_model_files
 from sdar.runtime.redis_bus import RedisBus
 from sdar.runtime.settings import Settings
 from sdar.runtime.weights import WeightStore
 
 _LEAST_ENTRIES = 10_000
+
+
+def locate_model(config: RunConfig) -> RunConfig:
+    """The run with a model.path that is a complete local directory; a hub name is fetched into the hub's cache first.
+
+    Raises:
+        ConfigurationError: neither a model directory nor a hub name that can be fetched.
+    """
+    path = config.model.path
+    if not path.is_dir():
+        path = _fetch_from_hub(path)
+    check_model_files(path)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def _fetch_from_hub(path: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ConfigurationError(
+            f"model.path {path} is no directory here, and fetching it as a hub name failed: {type(error).__name__}. "
+            "Point it at a Hugging Face model directory, or make a tiny one with `sdar model create`."
+        ) from error
 
 
 def build_bus(config: RunConfig, settings: Settings) -> RedisBus:

@@ -1,0 +1,102 @@
+"""`sdar run` against bad input: one clear sentence, an exit code, nothing half-written, nothing left running."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sdar.cli.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "household.yaml"
+MODEL = ROOT / "examples" / "models" / "household-tiny"
+
+
+def run_sdar(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sdar.cli.main", "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode in (1, 2), done.stderr
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+def assert_nothing_remains(runs_dir: Path) -> None:
+    assert not list(runs_dir.rglob("config.yaml")), "a refused run must not leave a run behind"
+    me = psutil.Process()
+    assert [p.cmdline() for p in me.children(recursive=True) if "sdar.cli.main" in p.cmdline()] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["training.nm_updates=6"], ["training.nm_updates", "Did you mean num_updates?"]),
+        (["training.max_staleness=-1"], ["training.max_staleness", "-1"]),
+        (["model.path=no/such/model"], ["no/such/model", "sdar model create"]),
+        (["nonsense"], ["KEY=VALUE", "nonsense"]),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence(tmp_path: Path, overrides: list[str], parts: list[str]) -> None:
+    options = [text for override in overrides for text in ("--set", override)]
+    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), *options)
+    assert_refused(done, *parts)
+    assert_nothing_remains(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("model.safetensors", b"\x00" * 100, "model.safetensors"),
+        ("config.json", b"{", "config.json"),
+        ("tokenizer.json", None, "tokenizer.json"),
+    ],
+)
+def test_a_malformed_model_is_found_before_anything_starts(tmp_path: Path, file: str, content: bytes | None, part: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_bytes(content)
+    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--set", f"model.path={model}")
+    assert_refused(done, part)
+    assert_nothing_remains(tmp_path)
+
+
+def test_a_busy_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--port", str(port))
+    assert_refused(done, f"Port {port}", "--port")
+    assert_nothing_remains(tmp_path)
+
+
+def test_an_absent_redis_is_named(tmp_path: Path) -> None:
+    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--redis", "redis://127.0.0.1:1/0")
+    assert_refused(done, "redis://127.0.0.1:1/0", "Start one")
+    assert_nothing_remains(tmp_path)
+
+
+def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "household"):
+        done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path))
+    assert_refused(done, "Another `sdar run`", "another name")
+    assert_nothing_remains(tmp_path)
+
+
+def test_errors_reach_programs_as_json(tmp_path: Path) -> None:
+    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path), "--set", "seed=-1", "--output", "json")
+    assert done.returncode == 2
+    assert '"reason": "CONFIGURATION"' in done.stdout
