@@ -141,6 +141,9 @@ class TrainingConfig(Section):
     """Episodes of the same task in a group."""
     max_staleness: int = Field(default=2, ge=0, le=1000)
     """Most versions between the policy that sampled a token and the one it is trained into. 0 is in step."""
+    skip_zero_signal: bool = True
+    """Leave out groups whose episodes all scored the same, where the method learns nothing from them: the batch is filled with
+    others, so an update costs more episodes the better the policy is. false trains on them, so that methods see equal data."""
     num_minibatches: int = Field(default=1, ge=1, le=1024)
     """Optimizer steps a batch is split into, over its groups."""
     learning_rate: float = Field(default=1e-6, gt=0, le=1)

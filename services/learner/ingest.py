@@ -284,7 +284,8 @@ class GroupSource:
         lag = max((progress.compute_staleness(i.score.teacher_version) for i in group.items if i.score is not None), default=0)
         if lag > lag_bound:
             return Verdict(GroupOutcome.STALE, f"teacher {lag} updates behind, bound {lag_bound}")
-        if is_complete and not self._method.learns_without_advantage and not self._has_signal(group):
+        is_skipping = training.skip_zero_signal and not self._method.learns_without_advantage
+        if is_complete and is_skipping and not self._has_signal(group):
             return Verdict(GroupOutcome.SKIPPED, "every episode scored the same")
         return None
 
@@ -329,6 +330,7 @@ def decode_item(payload: bytes, *, needs_teacher: bool) -> ScoredTrajectory:
 
 def compute_group_advantages(config: RunConfig, items: Sequence[ScoredTrajectory]) -> list[npt.NDArray[np.float64]]:
     """Advantage of every turn of every episode of one group, as the run's configuration has it."""
-    return compute_advantages(
-        [item.trajectory for item in items], config.method.advantage_level, config.environment.invalid_action_penalty
-    )
+    level = config.method.advantage_level
+    # The rollout has taken an episode's penalty from its rewards already; only one per turn is left to the learner.
+    penalty = config.environment.invalid_action_penalty if level == "turn" else 0.0
+    return compute_advantages([item.trajectory for item in items], level, penalty)

@@ -10,7 +10,7 @@ import pytest
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import Purpose
-from services.learner.ingest import GroupSource
+from services.learner.ingest import GroupSource, compute_group_advantages
 from services.learner.progress import Progress
 from tests.unit.learner.builders import (
     VOCABULARY,
@@ -140,6 +140,25 @@ async def test_a_group_without_signal_is_skipped_by_a_method_without_distillatio
     assert await read_ledger(rig.bus) == [("a", "skipped")]
     assert await count_pending(rig.bus, Stream.TRAJECTORIES) == 2
     assert rig.source.counts.take().num_skipped == 1
+
+
+async def test_a_group_without_signal_is_trained_on_where_the_run_wants_equal_data():
+    rig = Rig(method="grpo", skip_zero_signal=False)
+    await send(rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False))
+    assert await rig.next_ids() == ["a", "b"]
+
+
+@pytest.mark.parametrize(("level", "has_advantage"), [("trajectory", False), ("turn", True)])
+def test_an_invalid_action_is_penalised_by_the_learner_only_where_each_turn_is(level, has_advantage):
+    """The rollout takes an episode's penalty from its rewards; the learner must not take it again."""
+    config = make_config()
+    config = config.model_copy(update={"method": config.method.model_copy(update={"advantage_level": level})})
+    items = make_group("a", (0.0, 0.0))
+    trajectory = items[0].trajectory
+    turns = (replace(trajectory.turns[0], is_action_valid=False), *trajectory.turns[1:])
+    items[0] = replace(items[0], trajectory=replace(trajectory, turns=turns))
+    advantages = compute_group_advantages(config, items)
+    assert any(values.any() for values in advantages) is has_advantage
 
 
 async def test_a_group_without_signal_is_kept_where_the_teacher_still_teaches(rig):
