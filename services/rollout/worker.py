@@ -245,7 +245,8 @@ class RolloutWorker:
         held = {delivery.entry_id for delivery in await self._bus.renew([group.delivery for group in in_hand])}
         for group in in_hand:
             entry_id = group.delivery.entry_id
-            if entry_id not in held and entry_id in self._in_hand:
+            # A group that has just been published is acknowledged, hence not held, and not lost.
+            if entry_id not in held and entry_id in self._in_hand and not group.task.done():
                 log.warning("claim_lost", entry_id=entry_id)
                 group.task.cancel()
 
