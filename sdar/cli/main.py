@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -133,31 +133,27 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     return overrides
 
 
-def fail(error: SdarError) -> NoReturn:
+def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
     """Tell a person, or with `--output json` a program, what went wrong, and end with a code that says whose turn it is."""
-    if "--output json" in " ".join(sys.argv).replace("--output=json", "--output json"):
+    if "--output json" in " ".join(arguments).replace("--output=json", "--output json"):
         event = {"event": "error", "reason": error.reason, "message": error.message, "fields": error.fields}
         print(json.dumps(event), flush=True)
     print(f"error: {error.message}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InvalidInputError | RefusedError) else 1)
 
 
-def guard(action: Callable[[], Any]) -> None:
-    """Run `action`; errors raised on purpose become one sentence, all others keep their traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `sdar` command. Errors raised on purpose become one sentence, all others keep their traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        action()
+        app(list(arguments))
     except SdarError as error:
-        fail(error)
+        fail(error, arguments)
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def main() -> None:
-    """Entry point of the `sdar` command."""
-    guard(app)
 
 
 if __name__ == "__main__":
