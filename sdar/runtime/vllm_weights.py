@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from sdar.contracts import codec, errors
@@ -63,6 +63,14 @@ def build_llm(model_path: str, **arguments: Any) -> Any:
         ) from error
 
 
+def close_llm(llm: Any) -> None:
+    """End an engine and its processes at once. Nothing they hold outlives them, and asked to leave they take 5 s."""
+    context = llm.engine_core.resources.ctx
+    llm.shutdown(timeout=0)
+    # vLLM closes its sockets and forgets the context that they belong to.
+    context.destroy(linger=0)
+
+
 def memory_arguments(*, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
     """How much memory an engine takes: an explicit cache on a CPU, a share of the device on a GPU."""
     from vllm.platforms import current_platform
@@ -102,6 +110,7 @@ class VllmWeights:
         """Tell the workers where weights come from, and which version they hold now."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await _draw_one_token(llm)
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._store))
         await llm.update_weight_version(str(policy_version))
 
@@ -110,7 +119,24 @@ class VllmWeights:
 
         Raises:
             CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this model.
+            EngineFailedError: the engine died or was closed meanwhile.
         """
+        await _while_alive(llm, self._stage(llm, manifest))
+
+    async def install(self, llm: Any, policy_version: int) -> None:
+        """Switch to the staged version between two tokens.
+
+        The pause completes when no step is in flight, and the engine process itself stamps each step's tokens with the
+        version set here, so the stamps are exact however late this process reads them. Clearing the cache makes running
+        requests compute their context anew: keys and values of the old weights would belong to no policy.
+
+        Raises:
+            EngineFailedError: the engine died or was closed, or some layers may hold the new weights and some the old.
+                It stays paused, for good.
+        """
+        await _while_alive(llm, self._install(llm, policy_version))
+
+    async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
         await asyncio.to_thread(self._check_layout, manifest)
         await llm.collective_rpc("stage_weights", args=(codec.encode_weights_manifest(manifest),))
         poll_s = 0.005
@@ -122,16 +148,7 @@ class VllmWeights:
                 name, message = result
                 raise getattr(errors, name, EngineFailedError)(message)
 
-    async def install(self, llm: Any, policy_version: int) -> None:
-        """Switch to the staged version between two tokens.
-
-        The pause completes when no step is in flight, and the engine process itself stamps each step's tokens with the
-        version set here, so the stamps are exact however late this process reads them. Clearing the cache makes running
-        requests compute their context anew: keys and values of the old weights would belong to no policy.
-
-        Raises:
-            EngineFailedError: some layers may hold the new weights and some the old. The engine stays paused, for good.
-        """
+    async def _install(self, llm: Any, policy_version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await llm.pause_generation(mode="keep", clear_cache=True)
@@ -158,6 +175,29 @@ class VllmWeights:
                 f"{len(different)} tensors are missing, unknown or of another shape, first {different[0]}. "
                 "Publish from the same model.path."
             )
+
+
+async def _draw_one_token(llm: Any) -> None:
+    """Have vLLM load what it loads at the first request, 2 s of it, and start its reader of the engine's outputs."""
+    from vllm import SamplingParams
+
+    async for _ in llm.generate({"type": "token", "prompt_token_ids": [0]}, SamplingParams(max_tokens=1), "warm-up"):
+        continue
+
+
+async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
+    """Await calls to the engine's process: vLLM leaves them unanswered for ever once that is gone.
+
+    Raises:
+        EngineFailedError: the engine died or was closed before the calls were through.
+    """
+    task = asyncio.create_task(calls)
+    # The reader of outputs ends with the engine, whether that dies or is closed.
+    await asyncio.wait([task, llm.output_handler], return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        raise EngineFailedError("The engine was gone before its weights were updated; its log on stderr says why.")
+    await task
 
 
 def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ import structlog
 
 from sdar.contracts.errors import EngineFailedError, InvalidInputError, UnavailableError
 from sdar.contracts.types import LogProbs, PolicyVersions, SamplingParameters, StopReason, TokenIds, WeightsManifest
-from sdar.runtime.vllm_weights import VllmWeights, build_llm, engine_errors, memory_arguments
+from sdar.runtime.vllm_weights import VllmWeights, build_llm, close_llm, engine_errors, memory_arguments
 
 log = structlog.get_logger()
 
@@ -178,6 +178,7 @@ class VllmEngine:
             EngineFailedError: vLLM did not come up; its own log on stderr says why.
         """
         started = time.monotonic()
+        self._policy_version, self._is_broken = 0, False
         await asyncio.to_thread(self._build_llm)
         await self._weights.attach(self._llm, self._policy_version)
         self._vocabulary_size = self._llm.model_config.get_vocab_size()
@@ -204,8 +205,7 @@ class VllmEngine:
         if llm is None:
             return
         await llm.abort(list(self._running))
-        # Nothing the engine's processes hold outlives them, so they are killed: asked to leave, they take 5 s.
-        llm.shutdown(timeout=0)
+        close_llm(llm)
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParameters) -> Generation:
         llm = self._require_llm()

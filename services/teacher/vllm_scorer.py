@@ -17,7 +17,7 @@ import structlog
 from sdar.algorithms.batching import TokenSequence
 from sdar.contracts.errors import ContractError, EngineFailedError, UnavailableError
 from sdar.contracts.types import LogProbs, WeightsManifest
-from sdar.runtime.vllm_weights import VllmWeights, build_llm, engine_errors, memory_arguments
+from sdar.runtime.vllm_weights import VllmWeights, build_llm, close_llm, engine_errors, memory_arguments
 from services.teacher.context import PrivilegedContext
 from services.teacher.scorer import TurnLogProbs, check_temperature, check_vocabulary
 
@@ -100,7 +100,7 @@ class VllmScorer:
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.shutdown(timeout=0)
+            close_llm(llm)
 
     def check(self, context: PrivilegedContext) -> None:
         check_temperature(context)
