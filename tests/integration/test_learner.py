@@ -1,0 +1,210 @@
+"""The learner with real DeepSpeed on gloo: every ZeRO stage and number of ranks takes the step that plain PyTorch takes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdar.algorithms.batching import build_microbatches, count_response_tokens
+from sdar.algorithms.logprobs import TokenScorer
+from sdar.contracts import codec
+from sdar.contracts.streams import Stream
+from sdar.runtime.causal_lm import export_tensors, load_causal_lm
+from sdar.runtime.weights import WeightStore
+from services.learner.ranks import stand_alone
+from services.learner.service import open_learner
+from tests.integration.learner_ranks import (
+    LEARNING_RATE,
+    TOKEN_BUDGETS,
+    compute_share,
+    make_batches,
+    make_step_config,
+    take_steps,
+)
+from tests.support import until
+from tests.unit.learner.builders import MODEL_PATH, count_pending, make_bus, make_config, make_group, read_ledger, send
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+"""Adam divides by the gradient's own size, so rounding of a tiny gradient shows; three steps may move a weight by 3e-3."""
+
+
+def run_ranks(*arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.integration.learner_ranks", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes, timeout_s=240):
+    outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Weights and gradient norms after the same steps in plain PyTorch, the whole batch at once."""
+    config = make_step_config(0)
+    policy = TokenScorer(load_causal_lm(MODEL_PATH, "float32"), temperature=1.0, chunk_size=7)
+    reference = TokenScorer(load_causal_lm(MODEL_PATH, "float32"), temperature=1.0, chunk_size=7)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+    norms = []
+    for step, sequences in enumerate(make_batches()):
+        [[batch]] = build_microbatches(sequences, 100_000)
+        with torch.no_grad():
+            ref_logprobs = reference(batch.input_ids, batch.response_mask)[0]
+        logprobs, entropy = policy(batch.input_ids, batch.response_mask)
+        loss = compute_share(config, batch, logprobs, entropy, ref_logprobs, count_response_tokens(sequences), step)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)))
+        optimizer.step()
+    return export_tensors(policy.causal_lm), norms
+
+
+def assert_same(found, expected, norms, expected_norms):
+    assert found.keys() == expected.keys()
+    assert norms == pytest.approx(expected_norms, rel=1e-3)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=TOLERANCE), name
+
+
+@pytest.mark.parametrize("budget", TOKEN_BUDGETS)
+@pytest.mark.parametrize("stage", range(4))
+def test_one_rank_steps_as_plain_pytorch_does(stage, budget, expected):
+    weights, norms = take_steps(stand_alone("cpu"), stage, budget)
+    assert_same(weights, expected[0], norms, expected[1])
+
+
+def test_gradient_checkpointing_and_offloading_the_reference_change_nothing(expected):
+    weights, norms = take_steps(stand_alone("cpu"), 0, 128, gradient_checkpointing=True, offload_reference=True)
+    assert_same(weights, expected[0], norms, expected[1])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_bfloat16_trains_with_float32_master_weights(stage, expected):
+    weights, norms = take_steps(stand_alone("cpu"), stage, 128, dtype="bfloat16")
+    assert norms == pytest.approx(expected[1], rel=0.3)
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    moved = torch.cat([(weights[name].float() - value).abs().flatten() for name, value in expected[0].items()])
+    # Half a bfloat16 step of a weight near 1, and what three steps of the learning rate can differ by.
+    assert moved.max() < 2**-8 + 6 * LEARNING_RATE
+
+
+def test_two_ranks_step_as_one_does(expected, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    finish(*(run_ranks("steps", rank, 2, port, tmp_path) for rank in range(2)))
+    for stage in range(4):
+        for budget in TOKEN_BUDGETS:
+            found = load_file(tmp_path / f"stage{stage}-budget{budget}.safetensors")
+            norms = found.pop("norms").tolist()
+            assert_same(found, expected[0], norms, expected[1])
+
+
+def test_two_ranks_under_zero_3_resume_bitwise(tmp_path):
+    finish(run_ranks("train", tmp_path / "whole"), timeout_s=300)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "update-00000001", resumed / "checkpoints" / "update-00000001")
+    finish(run_ranks("train", resumed), timeout_s=300)
+    whole, again = (load_file(next(directory.glob("result-*"))) for directory in (tmp_path / "whole", resumed))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+class Run:
+    """One learner of one rank on an in-memory bus, started as often as a test likes."""
+
+    def __init__(self, directory, **config):
+        self.config = make_config(**config)
+        self.bus = make_bus(self.config)
+        self.store = WeightStore(str(directory / "weights"), self.config.name)
+        self.checkpoints = directory / "checkpoints"
+
+    async def train(self, until_update, *, is_killed=False):
+        """One life of the learner, drained at its end or killed without a last checkpoint."""
+        async with open_learner(self.config, self.bus, self.store, self.checkpoints) as learner:
+            stopping = asyncio.Event()
+            task = asyncio.create_task(learner.run(stopping))
+            await until(lambda: learner.progress.num_updates >= until_update or task.done(), timeout_s=120)
+            if is_killed:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            else:
+                stopping.set()
+                await task
+            return learner.progress
+
+    def weights(self):
+        return dict(self.store.iter_tensors(self.store.fetch_manifest()))
+
+
+NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
+
+
+@pytest.mark.parametrize("method", ["sdar", "grpo"])
+async def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(method, tmp_path):
+    training = {"num_updates": 4, "max_staleness": 4, "num_minibatches": 2, "checkpoint_every": 1, "warmup_updates": 3}
+    items = [item for name in NAMES for item in make_group(name, has_score=method == "sdar")]
+    runs = [Run(tmp_path / name, method=method, **training) for name in ("whole", "parts")]
+    for run in runs:
+        await send(run.bus, *items)
+    await runs[0].train(4)
+    for until_update in (1, 2, 3, 4):
+        progress = await runs[1].train(until_update)
+    assert progress.num_updates == 4
+    whole, parts = (run.weights() for run in runs)
+    start = export_tensors(load_causal_lm(MODEL_PATH, "float32"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not any(torch.equal(whole[name], start[name]) for name in whole)
+
+
+async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_bit(tmp_path):
+    """Killed after update 3 with the checkpoint of update 2 on the disk: e and f train again, as another version."""
+    runs = [Run(tmp_path / name, num_updates=4, max_staleness=4, checkpoint_every=2) for name in ("whole", "killed")]
+    for run in runs:
+        await send(run.bus, *[item for name in NAMES[:6] for item in make_group(name)])
+    await runs[0].train(3)
+    await runs[1].train(3, is_killed=True)
+    newest = runs[1].store.list_versions()[-1]
+    progress = await runs[1].train(3)
+    assert progress.trained_groups == (("a", "b"), ("c", "d"), ("e", "f"))
+    assert progress.policy_version == newest + 2, (
+        "the restored weights and the replayed update each have a version of their own"
+    )
+    expected, found = (run.weights() for run in runs)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path):
+    run = Run(tmp_path, num_updates=2, checkpoint_every=1)
+    await send(run.bus, *[item for name in NAMES[:4] for item in make_group(name)])
+    await run.train(2)
+    assert await read_ledger(run.bus) == [(name, "trained") for name in NAMES[:4]]
+    assert await count_pending(run.bus) == 0
+    assert run.store.list_versions() == [0, 1, 2]
+    records = [codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)]
+    wanted = {
+        "loss", "reward_mean", "success_mean", "success_heat", "num_trajectories_heat", "gate_mean", "gate_open_share",
+        "teacher_gap_mean", "k3_kl", "entropy", "gradient_norm", "clip_fraction", "engine_mismatch_abs",
+        "off_policy_weight_mean", "staleness_mean", "staleness_max", "num_tokens", "tokens_per_s", "step_s", "wait_share",
+        "publish_s", "num_groups_skipped", "num_groups_stale", "num_policy_versions", "learning_rate",
+    }  # fmt: skip
+    assert wanted <= records[0].values.keys()
+    assert records[0].values["k3_kl"] == pytest.approx(0, abs=1e-6), "the first update begins at the reference"
+    assert records[1].values["k3_kl"] > 0
