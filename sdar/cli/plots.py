@@ -17,6 +17,7 @@ Record = dict[str, Any]
 _SIZE_INCHES = (7.2, 3.6)
 _DOTS_PER_INCH = 150
 _SMOOTHING_UPDATES = 8
+_MOST_STRETCHES, _SHORTEST_STRETCH_S = 40, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _plots(data: RunData) -> list[tuple[Plot, Drawing, bool]]:
         (
             Plot("throughput", "Throughput", "Tokens per second, sampled by all rollout workers and trained by the learner."),
             _draw_throughput,
-            bool(data.series("tokens_per_s")[0]),
+            bool(data.series("num_tokens")[0]),
         ),
     ]
 
@@ -171,17 +172,36 @@ def _draw_staleness(figure: Any, theme: Theme, data: RunData) -> None:
 def _draw_throughput(figure: Any, theme: Theme, data: RunData) -> None:
     axes = figure.subplots()
     began = min(record["at_s"] for record in [*data.updates, *data.rollout])
-    sources = (("sampled", data.rollout, theme.series[0]), ("trained", data.updates, theme.series[1]))
-    for label, records, color in sources:
-        pairs = [((r["at_s"] - began) / 60, r["values"]["tokens_per_s"]) for r in records if "tokens_per_s" in r["values"]]
-        if not pairs:
-            continue
-        x, y = [x for x, _ in pairs], [y for _, y in pairs]
-        axes.plot(x, y, color=color, alpha=0.3, linewidth=1)
-        axes.plot(x, _smooth(y), color=color, linewidth=1.8, label=label)
+    sampled, trained = count_sampled_tokens(data.rollout), [(r["at_s"], r["values"]["num_tokens"]) for r in data.updates]
+    for label, counts, color in (("sampled", sampled, theme.series[0]), ("trained", trained, theme.series[1])):
+        if counts:
+            minutes, rates = _compute_rates([(at_s - began, number) for at_s, number in counts])
+            axes.plot(minutes, rates, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
     axes.set(xlabel="minutes", ylabel="tokens per second")
     axes.set_ylim(bottom=0)
     _legend(axes, theme, "best")
+
+
+def count_sampled_tokens(rollout: Sequence[Record]) -> list[tuple[float, float]]:
+    """(time, tokens sampled since the record before) of all workers; their counters begin anew when they do."""
+    totals: dict[str, float] = {}
+    counts = []
+    for record in rollout:
+        total, before = record["values"]["num_tokens_generated"], totals.get(record["instance"], 0.0)
+        counts.append((record["at_s"], total - before if total >= before else total))
+        totals[record["instance"]] = total
+    return counts
+
+
+def _compute_rates(counts: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """(minutes, per second) over equal stretches of time, of (seconds, count) events."""
+    end_s = max(max(at_s for at_s, _ in counts), 1.0)
+    num_stretches = max(1, min(_MOST_STRETCHES, int(end_s / _SHORTEST_STRETCH_S)))
+    stretch_s = end_s / num_stretches
+    sums = [0.0] * num_stretches
+    for at_s, number in counts:
+        sums[min(int(at_s / stretch_s), num_stretches - 1)] += number
+    return [(i + 0.5) * stretch_s / 60 for i in range(num_stretches)], [total / stretch_s for total in sums]
 
 
 def count_tokens_by_staleness(updates: Sequence[Record]) -> dict[int, float]:

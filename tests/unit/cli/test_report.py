@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdar.cli.live import format_summary
-from sdar.cli.plots import count_tokens_by_staleness
+from sdar.cli.plots import count_sampled_tokens, count_tokens_by_staleness
 from sdar.cli.report import build_summary, write_report
 from sdar.config import RunConfig, save_config
 from sdar.contracts.errors import ConfigurationError, UnavailableError
@@ -51,15 +51,20 @@ def make_finished_status() -> dict[str, Any]:
 
 
 def make_update(number: int, **values: float) -> dict[str, Any]:
-    values = {"success_mean": 0.5, "tokens_per_s": 100.0, "teacher_gap_mean": -0.1, "gate_mean": 0.4, **values}
+    values = {"success_mean": 0.5, "num_tokens": 100.0, "teacher_gap_mean": -0.1, "gate_mean": 0.4, **values}
     at_s = 100.0 + number
     return {"entry_id": f"{number}-0", "service": "learner", "policy_version": number, "at_s": at_s, "values": values}
+
+
+def make_rollout(instance: str, at_s: float, num_tokens: float) -> dict[str, Any]:
+    values = {"num_tokens_generated": num_tokens}
+    return {"service": "rollout", "instance": instance, "policy_version": 2, "at_s": at_s, "values": values}
 
 
 RECORDS = [
     make_update(1, staleness_mean=0.0, staleness_max=0, staleness_tokens_0=10, num_policy_versions=1),
     make_update(2, staleness_mean=0.5, staleness_max=1, staleness_tokens_0=5, staleness_tokens_1=5, num_policy_versions=2),
-    {"entry_id": "3-0", "service": "rollout", "policy_version": 2, "at_s": 103.0, "values": {"tokens_per_s": 120.0}},
+    make_rollout("a", 103.0, 120),
 ]
 
 
@@ -98,6 +103,11 @@ def test_the_end_of_a_run_is_told_from_its_summary() -> None:
 
 def test_tokens_are_counted_by_staleness_over_all_updates() -> None:
     assert count_tokens_by_staleness(RECORDS[:2]) == {0: 15.0, 1: 5.0}
+
+
+def test_sampled_tokens_are_counted_for_each_worker_also_when_it_starts_again() -> None:
+    records = [make_rollout("a", 1, 10), make_rollout("b", 2, 5), make_rollout("a", 3, 30), make_rollout("a", 4, 7)]
+    assert count_sampled_tokens(records) == [(1, 10), (2, 5), (3, 20), (4, 7)]
 
 
 def test_a_report_shows_every_plot_and_escapes_every_text(run_dir: Path) -> None:
