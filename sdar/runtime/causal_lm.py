@@ -25,7 +25,9 @@ def load_causal_lm(model_path: Path, dtype: str) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # a service's log is no terminal
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_path), dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=False
