@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import typer
+from rich.progress import Progress, TextColumn
 
 from sdar.contracts.errors import ConflictError
 
@@ -18,13 +18,18 @@ def create_household_model(directory: Path, *, is_json: bool) -> None:
     Raises:
         ConflictError: the directory exists already.
     """
-    from sdar.cli.warm_start import WarmStartRecipe, create_model, show_progress
+    from sdar.cli.warm_start import WarmStartRecipe, create_model
 
     if directory.exists():
         raise ConflictError(f"{directory} exists already. Remove it or choose another directory.")
     cache_dir = Path.home() / ".cache" / "sdar" / "models"
-    with contextlib.nullcontext() if is_json else show_progress() as progress:
-        made = create_model(WarmStartRecipe(), cache_dir, progress)
+    with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json) as bar:
+        row = bar.add_task("warm start", total=None, loss=float("nan"))
+
+        def report(num_done: int, num_updates: int, loss: float) -> None:
+            bar.update(row, completed=num_done, total=num_updates, loss=loss)
+
+        made = create_model(WarmStartRecipe(), cache_dir, report)
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(made, directory)
     typer.echo(json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}")

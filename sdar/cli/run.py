@@ -58,8 +58,8 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
             return 0
         view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
         with contextlib.ExitStack() as stack:
-            own_redis = stack.enter_context(EmbeddedRedis(directory.redis)) if redis_url is None else None
-            session = _Session(config, directory, own_redis or redis_url, choose_port(_HOST, port), view)
+            redis = stack.enter_context(EmbeddedRedis(directory.redis)) if redis_url is None else redis_url
+            session = _Session(config, directory, redis, choose_port(_HOST, port), view)
             stack.callback(session.fleet.kill)
             return session.run()
 
