@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.m
 
 _HEADER = """# Configuration
 
-Written by `make docs` from `sdar/config.py`; change it there. A run is one YAML file ([an example](../examples/household.yaml)).
+Written by `make docs` from `sdar/config.py`; change it there. A run is one YAML file: [an example](../examples/household.yaml).
 Unknown keys and values out of range are errors that name the key. Paths are relative to the file.
 `sdar run FILE --set training.num_updates=20` replaces a value.
 """
