@@ -29,6 +29,7 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
     """
     evaluations = [e for e in status["evaluations"] if e["is_complete"]]
     updates = select_updates(records)
+    staleness_max = int(max(_values(updates, "staleness_max"), default=0))
     before, after = (_pick(evaluations, is_greedy=False, is_last=is_last) for is_last in (False, True))
     greedy_before, greedy_after = (_pick(evaluations, is_greedy=True, is_last=is_last) for is_last in (False, True))
     return {
@@ -48,9 +49,11 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "num_updates": status["num_updates"],
         "wall_s": round(wall_s, 1),
         "staleness_mean": _mean(_values(updates, "staleness_mean")),
-        "staleness_max": int(max(_values(updates, "staleness_max"), default=0)),
+        "staleness_max": staleness_max,
         "max_staleness": config.training.max_staleness,
-        "num_policy_versions_in_flight_max": int(max(_values(updates, "num_policy_versions"), default=1)),
+        # While tokens of version v - s are trained at version v, episodes of every version in between are on their way.
+        "num_policy_versions_in_flight_max": staleness_max + 1,
+        "num_policy_versions_in_batch_max": int(max(_values(updates, "num_policy_versions"), default=1)),
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
         "dead_letters": status["dead_letters"],
         "by_task_type": {"before": before["by_task_type"], "after": after["by_task_type"]},

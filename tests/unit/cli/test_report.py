@@ -86,7 +86,7 @@ def test_before_is_the_first_evaluation_and_after_the_last() -> None:
 def test_staleness_and_versions_are_the_worst_of_all_updates() -> None:
     summary = build_summary(make_config(), make_finished_status(), RECORDS, 12.34)
     assert (summary["staleness_max"], summary["staleness_mean"]) == (1, 0.25)
-    assert summary["num_policy_versions_in_flight_max"] == 2
+    assert (summary["num_policy_versions_in_flight_max"], summary["num_policy_versions_in_batch_max"]) == (2, 2)
     assert summary["ledger"]["gap"] == 0
 
 
