@@ -110,6 +110,8 @@ class VllmWeights:
         """Tell the workers where weights come from, and which version they hold now."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        # Takes a second or two of imports, which would stall running requests if left to the first update.
+        self._layout = await asyncio.to_thread(_compute_layout, self._model_path)
         await _draw_one_token(llm)
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._store))
         await llm.update_weight_version(str(policy_version))
@@ -137,7 +139,7 @@ class VllmWeights:
         await _while_alive(llm, self._install(llm, policy_version))
 
     async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
-        await asyncio.to_thread(self._check_layout, manifest)
+        self._check_layout(manifest)
         await llm.collective_rpc("stage_weights", args=(codec.encode_weights_manifest(manifest),))
         poll_s = 0.005
         while "reading" in (results := await llm.collective_rpc("weight_staging_result")):
@@ -165,8 +167,6 @@ class VllmWeights:
 
     def _check_layout(self, manifest: WeightsManifest) -> None:
         """Refuse weights that are not of this model before a worker reads them: vLLM would load the names it knows."""
-        if not self._layout:
-            self._layout = _compute_layout(self._model_path)
         published = {tensor.name: tensor.shape for tensor in manifest.tensors}
         if published != self._layout:
             different = sorted(name for name, _ in published.items() ^ self._layout.items())
