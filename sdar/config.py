@@ -90,7 +90,7 @@ class MethodConfig(Section):
 
 
 class RolloutConfig(Section):
-    temperature: float = Field(default=1.0, gt=0, le=5)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     """Sampling temperature of training episodes; log-probs are of the tempered distribution."""
     max_response_tokens: int = Field(default=512, ge=1, le=65_536)
     """Longest response of one turn."""
@@ -181,7 +181,7 @@ class EvaluationConfig(Section):
     """Length of the fixed held-out list: the first tasks of the evaluation split."""
     every_updates: int = Field(default=0, ge=0, le=1_000_000)
     """Updates between evaluations; 0 evaluates before and after only."""
-    temperature: float = Field(default=1.0, gt=0, le=5)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     """Sampling temperature of the evaluation; a greedy one is always reported beside it."""
 
 

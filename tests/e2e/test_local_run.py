@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from sdar.cli.processes import end_with_parent
 from sdar.config import RunConfig, load_config
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
@@ -71,7 +72,7 @@ def start(runs_dir: Path, redis_url: str, **changes: object) -> Sitting:
     options = [text for key, value in (SETTINGS | changes).items() for text in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "sdar.cli.main", "run", "examples/household.yaml", "--runs-dir", str(runs_dir)]
     command += ["--redis", redis_url, "--output", "json", *options]
-    return Sitting(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+    return Sitting(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=end_with_parent))
 
 
 def services_of(sitting: Sitting) -> dict[str, psutil.Process]:
