@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
 from sdar.contracts.errors import ConflictError
 
@@ -65,7 +66,7 @@ class Health:
 class ProbeServer:
     """Answers probes and metrics from a thread of its own, so that a busy main loop doesn't fail them, only a silent one."""
 
-    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
         try:
             self._server = make_server(
                 host, port, _probe_app(health, registry), server_class=WSGIServer, handler_class=_QuietHandler
@@ -85,6 +86,28 @@ class ProbeServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextlib.contextmanager
+def serve_probes(
+    host: str, port: int, health: Health, registry: CollectorRegistry | None = None
+) -> Iterator[CollectorRegistry]:
+    """Answer probes for the length of the block; yields the registry whose metrics they show.
+
+    Without a registry a new one is made, with the process's own metrics.
+
+    Raises:
+        ConflictError: the port is taken.
+    """
+    if registry is None:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+    server = ProbeServer(host, port, health, registry)
+    server.start()
+    try:
+        yield registry
+    finally:
+        server.stop()
 
 
 class _QuietHandler(WSGIRequestHandler):

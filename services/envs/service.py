@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+from prometheus_client import REGISTRY
+
 from sdar.config import RunConfig
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.telemetry import Health, serve_probes
 from services.envs.registry import load_environments
 from services.envs.server import serve_environments
 from services.envs.sessions import SessionLimits
@@ -22,9 +24,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health()
     limits = SessionLimits(max_sessions=config.environment.capacity, step_timeout_s=config.environment.step_timeout_s)
     environments = load_environments([config.environment.name])
-    probes = ProbeServer(settings.host, settings.probe_port, health)
-    probes.start()
-    try:
+    with serve_probes(settings.host, settings.probe_port, health, REGISTRY):
         await run_until_stopped(
             functools.partial(
                 serve_environments,
@@ -35,5 +35,3 @@ async def serve(config: RunConfig, settings: Settings) -> None:
                 health=health,
             )
         )
-    finally:
-        probes.stop()

@@ -80,10 +80,18 @@ class Evaluation:
         """Whether every token was sampled under the version this evaluation is about."""
         return trajectory.min_policy_version == trajectory.max_policy_version == self.policy_version
 
+    @property
+    def num_episodes(self) -> int:
+        return sum(counts[1] for counts in self.successes.values())
+
+    @property
+    def success(self) -> float:
+        """Successes over episodes, pooled; 0 before the first."""
+        return sum(counts[0] for counts in self.successes.values()) / max(1, self.num_episodes)
+
     def summary(self) -> dict[str, object]:
         """Pooled success with its interval, in total and by task type."""
         num_successes = sum(counts[0] for counts in self.successes.values())
-        num_episodes = sum(counts[1] for counts in self.successes.values())
         return {
             "evaluation_id": self.evaluation_id,
             "policy_version": self.policy_version,
@@ -91,10 +99,10 @@ class Evaluation:
             "is_greedy": self.is_greedy,
             "is_complete": self.is_complete,
             "num_tasks": self.num_tasks,
-            "num_episodes": num_episodes,
+            "num_episodes": self.num_episodes,
             "num_failed": self.num_failed,
-            "success": num_successes / num_episodes if num_episodes else 0.0,
-            "interval": compute_wilson_interval(num_successes, num_episodes),
+            "success": self.success,
+            "interval": compute_wilson_interval(num_successes, self.num_episodes),
             "by_task_type": {kind: tuple(counts) for kind, counts in sorted(self.successes.items())},
         }
 

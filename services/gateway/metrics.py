@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-if TYPE_CHECKING:
-    from .scheduler import Scheduler
+from .evaluation import Evaluation
+from .ledger import Ledger
 
 
 class GatewayMetrics:
@@ -24,16 +24,15 @@ class GatewayMetrics:
         )
         self.unreadable_events = Counter("sdar_unreadable_events", "Events that could not be decoded.", registry=registry)
 
-    def observe(self, scheduler: Scheduler) -> None:
-        for state, number in scheduler.state.ledger.counts().items():
+    def observe(self, ledger: Ledger, evaluations: Sequence[Evaluation], *, policy_version: int, num_updates: int) -> None:
+        for state, number in ledger.counts().items():
             self.groups.labels(state).set(number)
-        self.gap.set(scheduler.state.ledger.find_gap())
-        self.policy_version.set(scheduler.policy_version)
-        self.updates.set(scheduler.num_updates)
-        for evaluation in scheduler.state.evaluations:
+        self.gap.set(ledger.find_gap())
+        self.policy_version.set(policy_version)
+        self.updates.set(num_updates)
+        for evaluation in evaluations:
             if evaluation.is_complete:
-                sampling = "greedy" if evaluation.is_greedy else "sampled"
-                self.success.labels(sampling).set(float(str(evaluation.summary()["success"])))
+                self.success.labels("greedy" if evaluation.is_greedy else "sampled").set(evaluation.success)
 
 
 def build_metrics() -> GatewayMetrics:

@@ -138,7 +138,9 @@ class Scheduler:
             publications = {Stream.TASKS: self._outbox} if self._outbox else {}
             await self._bus.commit(publications, events, {STATE_NAME: self.state.to_bytes()})
             self._outbox, self._is_changed = [], False
-        self._metrics.observe(self)
+        self._metrics.observe(
+            self.state.ledger, self.state.evaluations, policy_version=self.policy_version, num_updates=self.num_updates
+        )
 
     # --- starting ------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import ConfigurationError
@@ -22,7 +21,7 @@ from sdar.runtime.bus import Bus
 from sdar.runtime.connect import build_bus, build_weight_store
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.telemetry import Health, serve_probes
 from sdar.runtime.weights import WeightStore
 from services.learner.checkpoint import CheckpointStore
 from services.learner.followers import FollowerProcesses, follow
@@ -51,12 +50,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     if settings.rank > 0:
         return await _serve_follower(config, settings)
     health = Health(max_silence_s=_MAX_SILENCE_S)
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
     async with contextlib.AsyncExitStack() as cleanup:
-        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
-        probes.start()
-        cleanup.callback(probes.stop)
+        registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings)
         cleanup.push_async_callback(bus.close)
         followers = FollowerProcesses(config) if settings.world_size == 1 and config.training.num_ranks > 1 else None

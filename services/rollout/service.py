@@ -7,8 +7,6 @@ import contextlib
 import zlib
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-
 from sdar.config import RunConfig
 from sdar.runtime.bus import Bus
 from sdar.runtime.chat import ChatTokenizer, compute_model_identity
@@ -16,7 +14,7 @@ from sdar.runtime.connect import build_bus
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.rpc import RpcService, build_server
 from sdar.runtime.settings import Settings, apply_environment
-from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.telemetry import Health, serve_probes
 from sdar.runtime.vllm_weights import vllm_environment
 from sdar.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
 from services.rollout.engine import Engine, VllmEngine
@@ -40,12 +38,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         ConfigurationError: the model cannot be used. ConflictError: a port is taken. EngineFailedError: the engine died.
     """
     health = Health(max_silence_s=_MAX_SILENCE_S)
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
     async with contextlib.AsyncExitStack() as cleanup:
-        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
-        probes.start()
-        cleanup.callback(probes.stop)
+        registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings)
         cleanup.push_async_callback(bus.close)
         await bus.ping()

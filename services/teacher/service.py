@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 
 import torch
-from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sdar.config import RunConfig
 from sdar.runtime.bus import Bus
@@ -16,7 +15,7 @@ from sdar.runtime.connect import build_bus, build_weight_store
 from sdar.runtime.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
 from sdar.runtime.rpc import RpcService, build_server
 from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.runtime.telemetry import Health, serve_probes
 from sdar.v1.teacher_pb2_grpc import add_TeacherServiceServicer_to_server
 from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
@@ -42,12 +41,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         ConfigurationError: model or skill library cannot be used. ConflictError: a port is taken.
     """
     health = Health(max_silence_s=_MAX_SILENCE_S)
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
     async with contextlib.AsyncExitStack() as cleanup:
-        probes = ProbeServer(settings.host, settings.probe_port, health, registry)
-        probes.start()
-        cleanup.callback(probes.stop)
+        registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings)
         cleanup.push_async_callback(bus.close)
         scorer = build_scorer(config, build_weight_store(config, settings), settings)
