@@ -1,0 +1,1 @@
+"""Measures this project against named peers in the same run. `python -m loadtest.bench` runs everything; nothing imports it."""

@@ -1,0 +1,86 @@
+"""Owns the peers' ways of doing things, written anew in the fewest lines that do the same work. Used by measurements only.
+
+Pickle appears here and nowhere else in this repository: it is what the peer puts on the wire, and unpickling what a stranger
+may have written runs the stranger's code. These bytes never leave the measurement that made them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from sdar.contracts.types import Trajectory
+
+IGNORED_LABEL = -100
+
+
+class PickleStream:
+    """PipelineRL's Redis stream: a pickle per XADD with an index beside it, read with XREAD COUNT 1, never acknowledged."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._redis = redis.Redis.from_url(url)
+        self._key = key
+        self._num_written, self._last_id = 0, "0"
+
+    def write(self, content: Any) -> None:
+        fields: dict[Any, Any] = {"index": self._num_written, "data": pickle.dumps(content)}
+        self._redis.xadd(self._key, fields, maxlen=1_000_000, approximate=True)
+        self._num_written += 1
+
+    def read(self) -> Any:
+        """The next entry; there must be one."""
+        reply: Any = self._redis.xread({self._key: self._last_id}, count=1, block=100)
+        ((_, ((self._last_id, fields),)),) = reply
+        return pickle.loads(fields[b"data"])  # noqa: S301  our own bytes, written a moment ago
+
+    def clear(self) -> None:
+        self._redis.delete(self._key)
+        self._num_written, self._last_id = 0, "0"
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+def count_pickled_bytes(content: Any) -> int:
+    return len(pickle.dumps(content))
+
+
+def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """A trajectory as PipelineRL holds it: a record of plain lists per call of the model, each with its whole prompt."""
+    return [
+        {
+            "text": "\n".join(message.content for message in turn.messages) + turn.response_text,
+            "n_predicted": len(turn.response_text),
+            "reward": trajectory.episode_return,
+            "logprobs": turn.behavior_logprobs.tolist(),
+            "ref_logprobs": [],
+            "input_ids": turn.prompt_token_ids.tolist() + turn.response_token_ids.tolist(),
+            "labels": [IGNORED_LABEL] * len(turn.prompt_token_ids) + turn.response_token_ids.tolist(),
+            "group_id": trajectory.group_id,
+            "finished": True,
+            "prompt_tokens": len(turn.prompt_token_ids),
+            "output_tokens": len(turn.response_token_ids),
+            "visual_features": None,
+            "metadata": {
+                "model_version": trajectory.max_policy_version,
+                "rollout_index": trajectory.episode_index,
+                "step_index": turn.turn_index,
+            },
+        }
+        for turn in trajectory.turns
+    ]
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file and wait until its bytes are on disk: the least that handing weights over by a file can cost."""
+    shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,326 @@
+"""Measures what the rollout service costs on top of vLLM: sampled tokens per second of both, at 32 episodes in flight.
+
+One AsyncLLM serves both sides in turn, so the engine and its arguments are the same object. Ours is a `RolloutWorker` with its
+engine, prompts, episodes, codec and bus on a real Redis: task groups in, trajectories and ledger events out. The peer is 32
+coroutines around `AsyncLLM.generate`, each an episode at a time, with the same sampling parameters, feeding back the samples.
+
+The environment answers at once from a script: the observations that an expert sees in household tasks, for as many turns as he
+needs. The model's copy knows no end token, so every response has the full length and both sides do the same work whatever is
+sampled; each round checks that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from loadtest.comparison import Comparison, Measurement, Say, Target, describe_pair
+from loadtest.workloads import MODEL_PATH, RUN_ID, SEED, Script, record_scripts
+from sdar.contracts import codec
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import (
+    ChatMessage,
+    EnvironmentIdentity,
+    Purpose,
+    SamplingParameters,
+    Task,
+    TaskGroup,
+)
+from sdar.runtime.chat import ChatTokenizer, compute_model_identity
+from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.runtime.redis_bus import RedisBus
+from sdar.runtime.settings import apply_environment
+from sdar.runtime.telemetry import Health, configure_logging
+from sdar.runtime.vllm_weights import vllm_environment
+from services.rollout.engine import VllmEngine
+from services.rollout.environment_client import EnvironmentProfile, Session, StepOutcome
+from services.rollout.episode import EpisodeRules
+from services.rollout.metrics import RolloutMetrics
+from services.rollout.prompting import Conversation
+from services.rollout.worker import RolloutWorker, WorkerLimits
+
+NUM_CONCURRENT, GROUP_SIZE = 32, 8
+MAX_MODEL_LEN = 1024
+TARGET = Target("at_least", 0.85)
+CONSUMERS = {
+    Stream.TASKS: (ConsumerGroup.ROLLOUT,),
+    Stream.TRAJECTORIES: (ConsumerGroup.LEARNER,),
+    Stream.LEDGER: (ConsumerGroup.GATEWAY,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """How many groups a round plays and how long each response is."""
+
+    name: str
+    num_groups: int
+    num_response_tokens: int
+    num_pairs: int
+
+
+WORKLOADS = (
+    Workload("the demo's responses (12 tokens)", num_groups=16, num_response_tokens=12, num_pairs=7),
+    Workload("responses of 96 tokens", num_groups=8, num_response_tokens=96, num_pairs=3),
+)
+
+
+def measure(say: Say) -> Measurement:
+    return asyncio.run(_measure(say))
+
+
+async def _measure(say: Say) -> Measurement:
+    apply_environment(vllm_environment(1))
+    comparisons = []
+    async with contextlib.AsyncExitStack() as cleanup:
+        directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sdar-bench-")))
+        redis = cleanup.enter_context(EmbeddedRedis(directory / "redis"))
+        bus = RedisBus(redis.url, RUN_ID, CONSUMERS)
+        cleanup.push_async_callback(bus.close)
+        _log_to(cleanup.enter_context((directory / "log").open("w")))
+        say("starting vLLM")
+        engine = _build_engine(_copy_model_without_end(directory / "household-tiny"), directory / "weights")
+        cleanup.push_async_callback(engine.stop)
+        await engine.start()
+        for workload in WORKLOADS:
+            say(workload.name)
+            comparisons.append(await _compare(engine, bus, workload, say))
+    return Measurement(
+        tuple(comparisons),
+        notes=(
+            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns of the household's texts, "
+            "examples/models/household-tiny in float32, engine and service one thread each. So small a model leaves the engine "
+            "next to nothing to compute: with a larger one the service's share only falls.",
+            "Both sides return the log-prob of every token.",
+        ),
+    )
+
+
+def _log_to(file: TextIO) -> None:
+    """Log as a service does, into a file: its lines are part of its cost, a terminal is not."""
+    with contextlib.redirect_stderr(file):
+        configure_logging("rollout", "bench", "info", "text")
+
+
+def _copy_model_without_end(path: Path) -> Path:
+    """The tiny model, less the end token that vLLM would read from its configuration."""
+    shutil.copytree(MODEL_PATH, path)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((path / name).read_text(encoding="utf-8"))
+        (path / name).write_text(json.dumps({**content, "eos_token_id": None}), encoding="utf-8")
+    return path
+
+
+def _build_engine(model_path: Path, weights: Path) -> VllmEngine:
+    return VllmEngine(
+        model_path,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=NUM_CONCURRENT,
+        stop_token_ids=[],
+        weight_store_url=str(weights),
+        run_id=RUN_ID,
+        kv_cache_gib=0.25,
+        seed=SEED,
+    )
+
+
+async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: Say) -> Comparison:
+    scripts = record_scripts(workload.num_groups)
+    num_tokens = sum(len(script.actions) for script in scripts) * GROUP_SIZE * workload.num_response_tokens
+    peer = BareClient(engine, scripts, workload.num_response_tokens)
+    pairs = []
+    async with _serving(engine, bus, scripts) as service:
+        for index in range(1 + workload.num_pairs):
+            before = engine.stats.num_generated_tokens
+            ours = num_tokens / await service.play(workload, index)
+            _check_count(engine.stats.num_generated_tokens - before, num_tokens)
+            theirs = num_tokens / await peer.play()
+            _check_count(peer.take_count(), num_tokens)
+            if index:
+                pairs.append((ours, theirs))
+                say(describe_pair(index, workload.num_pairs, (ours, theirs)))
+    what = f"rollout service, {NUM_CONCURRENT} episodes, {workload.name}"
+    return Comparison(what, "bare AsyncLLM", "tokens/s", tuple(pairs), TARGET)
+
+
+def _check_count(num_tokens: int, expected: int) -> None:
+    if num_tokens != expected:
+        raise RuntimeError(f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not compare.")
+
+
+class InstantEnvironment:
+    """An `EnvironmentClient`, and the directory that finds it: answers from scripts, without waiting for anything."""
+
+    def __init__(self, scripts: Sequence[Script]) -> None:
+        self._scripts = {script.task.task_id: script for script in scripts}
+        self._sessions: dict[str, Script] = {}
+        self._profile = EnvironmentProfile(EnvironmentIdentity("household", "script"), "")
+
+    def get(self, address: str) -> InstantEnvironment:
+        return self
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    async def describe(self, environment: str) -> EnvironmentProfile:
+        return self._profile
+
+    async def open_session(self, task: Task, idempotency_key: str) -> Session:
+        script = self._sessions[idempotency_key] = self._scripts[task.task_id]
+        return Session(idempotency_key, script.observations[0])
+
+    async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
+        observations = self._sessions[session_id].observations
+        is_over = step_index + 1 == len(observations)
+        return StepOutcome(
+            observation="" if is_over else observations[step_index + 1],
+            reward=float(is_over),
+            reward_components={"success": float(is_over)},
+            is_terminated=is_over,
+            is_truncated=False,
+            action=text,
+            is_action_valid=True,
+            is_success=is_over,
+        )
+
+    async def close_session(self, session_id: str) -> None:
+        del self._sessions[session_id]
+
+
+class Service:
+    """The gateway's and the learner's side of a rollout worker: issues groups, waits for their accounts."""
+
+    def __init__(self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]) -> None:
+        self._bus, self._scripts, self._worker = bus, scripts, worker
+
+    async def play(self, workload: Workload, number: int) -> float:
+        """Seconds from issuing all groups to the last ledger event. What was published is then read and acknowledged."""
+        sampling = SamplingParameters(1.0, 1.0, workload.num_response_tokens)
+        prefix = f"{number}-{workload.num_response_tokens}"
+        payloads = [
+            codec.encode_task_group(
+                TaskGroup(
+                    RUN_ID,
+                    f"{prefix}-{index}",
+                    script.task,
+                    GROUP_SIZE,
+                    Purpose.TRAIN,
+                    0,
+                    sampling,
+                    len(script.actions),
+                    "here",
+                )
+            )
+            for index, script in enumerate(self._scripts)
+        ]
+        began = time.perf_counter()
+        await self._bus.publish(Stream.TASKS, payloads)
+        await self._collect(Stream.LEDGER, ConsumerGroup.GATEWAY, len(payloads))
+        duration_s = time.perf_counter() - began
+        await self._collect(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, GROUP_SIZE * len(payloads))
+        return duration_s
+
+    async def _collect(self, stream: Stream, group: ConsumerGroup, count: int) -> None:
+        while count > 0:
+            deliveries = await self._bus.read(stream, group, "bench", count, block_s=1.0)
+            await self._bus.acknowledge(deliveries)
+            count -= len(deliveries)
+            if self._worker.done():
+                self._worker.result()
+                raise RuntimeError("The rollout worker stopped before its groups were played.")
+
+
+@contextlib.asynccontextmanager
+async def _serving(engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script]) -> AsyncIterator[Service]:
+    """A rollout worker at work."""
+    tokenizer = ChatTokenizer(MODEL_PATH)
+    rules = EpisodeRules(
+        tokenizer=tokenizer,
+        build_prompts=lambda instructions, skill_text: Conversation(tokenizer, instructions, skill_text),
+        model=compute_model_identity(MODEL_PATH),
+        max_sequence_tokens=MAX_MODEL_LEN,
+        invalid_action_penalty=0.1,
+        max_episode_attempts=1,
+    )
+    worker = RolloutWorker(
+        bus,
+        engine,
+        InstantEnvironment(scripts),
+        rules,
+        run_id=RUN_ID,
+        instance="bench",
+        limits=WorkerLimits(max_concurrent_episodes=NUM_CONCURRENT),
+        health=Health(),
+        metrics=RolloutMetrics(),
+    )
+    stopping = asyncio.Event()
+    task = asyncio.create_task(worker.run(stopping), name="rollout_worker")
+    try:
+        yield Service(bus, scripts, task)
+    finally:
+        stopping.set()
+        await task
+
+
+class BareClient:
+    """The peer: requests to the very AsyncLLM that the engine holds, and nothing else."""
+
+    def __init__(self, engine: VllmEngine, scripts: Sequence[Script], num_response_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._llm: Any = engine._llm  # the engine's own, so that nothing but the way to it differs
+        self._request_ids = map("bare-{}".format, itertools.count())
+        self._num_tokens = 0
+        self._chat = ChatTokenizer(MODEL_PATH)
+        self._episodes = [tokens for script in scripts for tokens in [self._tokenize(script)] * GROUP_SIZE]
+        self._parameters = SamplingParams(
+            temperature=1.0,
+            max_tokens=num_response_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _tokenize(self, script: Script) -> list[list[int]]:
+        """The first prompt, then what follows each response."""
+        chat = self._chat
+        first, *others = [(ChatMessage("user", observation),) for observation in script.observations]
+        return [chat.render_fresh(first).tolist(), *(chat.render_delta(other, is_closed=False).tolist() for other in others)]
+
+    async def play(self) -> float:
+        """Seconds for all episodes."""
+        waiting = iter(self._episodes)
+        began = time.perf_counter()
+        await asyncio.gather(*(self._keep_playing(waiting) for _ in range(NUM_CONCURRENT)))
+        return time.perf_counter() - began
+
+    def take_count(self) -> int:
+        """Tokens sampled since the last call."""
+        count, self._num_tokens = self._num_tokens, 0
+        return count
+
+    async def _keep_playing(self, waiting: Any) -> None:
+        for stretches in waiting:
+            prompt: list[int] = []
+            for stretch in stretches:
+                prompt = prompt + stretch
+                outputs = self._llm.generate(
+                    {"type": "token", "prompt_token_ids": prompt}, self._parameters, next(self._request_ids)
+                )
+                async for output in outputs:
+                    final = output
+                response = list(final.outputs[0].token_ids)
+                self._num_tokens += len(response)
+                prompt = prompt + response

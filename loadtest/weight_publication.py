@@ -1,0 +1,139 @@
+"""Measures the way of new weights: from tensors in the learner's hands to a vLLM that samples from them.
+
+Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then `VllmEngine.update_weights` (read, verify,
+install between two tokens). The peer: the same bytes, already one file, copied and flushed to the same disk, nothing installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from loadtest.comparison import Comparison, Measurement, Say, Table, describe_pair, format_figure
+from loadtest.peers import copy_durably
+from loadtest.workloads import MODEL_PATH, RUN_ID, SEED
+from sdar.contracts.types import ModelIdentity
+from sdar.runtime.causal_lm import export_tensors, load_causal_lm
+from sdar.runtime.settings import apply_environment
+from sdar.runtime.vllm_weights import vllm_environment
+from sdar.runtime.weights import WeightStore
+from services.rollout.engine import VllmEngine
+
+IDENTITY = ModelIdentity("bench", "0" * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model to move. `shape` are Qwen2 configuration values; None is the shipped model."""
+
+    name: str
+    num_pairs: int
+    shape: dict[str, int] | None = None
+
+
+SIZES = (
+    Size("household model", num_pairs=7),
+    Size(
+        "100M parameters",
+        num_pairs=4,
+        shape={
+            "vocab_size": 32_000,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "max_position_embeddings": 512,
+        },
+    ),
+)
+
+
+def measure(say: Say) -> Measurement:
+    return asyncio.run(_measure(say))
+
+
+async def _measure(say: Say) -> Measurement:
+    apply_environment(vllm_environment(1))
+    comparisons: list[Comparison] = []
+    rows: list[tuple[str, ...]] = []
+    for size in SIZES:
+        comparison, row = await _compare(size, say)
+        comparisons.append(comparison)
+        rows.append(row)
+    columns = ("model", "MiB", "publish, s", "read and verify, s", "generation paused, s")
+    return Measurement(
+        tuple(comparisons),
+        (Table("Where our time goes (the last update of each size)", columns, tuple(rows)),),
+        (
+            "float32 weights, engine idle, store and copy on the same disk, one thread each side. Every tensor is hashed when "
+            "it is published and again before it is installed; a copy checks nothing and installs nothing.",
+            "Generation goes on while a version is read and verified; it is held only for the last column.",
+        ),
+    )
+
+
+async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
+    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
+        directory = Path(name)
+        model_path = MODEL_PATH if size.shape is None else _write_model(directory / "model", size.shape)
+        tensors = export_tensors(load_causal_lm(model_path, "float32"))
+        file = directory / "weights.safetensors"
+        safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+        store = WeightStore(str(directory / "store"), RUN_ID)
+        pairs, publish_s = [], 0.0
+        say(f"{size.name}: starting vLLM")
+        async with _engine(model_path, directory / "store") as engine:
+            for index in range(1 + size.num_pairs):
+                began = time.perf_counter()
+                manifest = await asyncio.to_thread(store.publish, index + 1, tensors, IDENTITY)
+                publish_s = time.perf_counter() - began
+                await engine.update_weights(manifest)
+                ours = time.perf_counter() - began
+                pair = ours, await asyncio.to_thread(_time_copy, file, directory / "copy")
+                store.collect_garbage(keep_newest=1)
+                if index:
+                    pairs.append(pair)
+                    say(describe_pair(index, size.num_pairs, pair))
+            stats = engine.stats
+        mib = file.stat().st_size / 2**20
+    parts = (mib, publish_s, stats.weight_staging_s, stats.weight_pause_s)
+    comparison = Comparison(
+        f"weights from publish to serving, {size.name}", "copy and fsync of the same bytes", "s", tuple(pairs)
+    )
+    return comparison, (size.name, *map(format_figure, parts))
+
+
+def _write_model(path: Path, shape: dict[str, int]) -> Path:
+    """A Qwen2 of random weights; nobody will read what it writes, so it needs no tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(SEED)
+    Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(path)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def _engine(model_path: Path, store: Path) -> AsyncIterator[VllmEngine]:
+    arguments: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 8, "stop_token_ids": [], "kv_cache_gib": 0.5}
+    engine = VllmEngine(model_path, dtype="float32", weight_store_url=str(store), run_id=RUN_ID, **arguments)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def _time_copy(source: Path, target: Path) -> float:
+    began = time.perf_counter()
+    copy_durably(source, target)
+    return time.perf_counter() - began
