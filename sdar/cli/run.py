@@ -58,7 +58,7 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
             return 0
         view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
         with contextlib.ExitStack() as stack:
-            redis = stack.enter_context(EmbeddedRedis(directory.redis)) if redis_url is None else redis_url
+            redis = stack.enter_context(EmbeddedRedis(directory.redis, fsync="always")) if redis_url is None else redis_url
             session = _Session(config, directory, redis, choose_port(_HOST, port), view)
             stack.callback(session.fleet.kill)
             return session.run()
@@ -106,7 +106,7 @@ class _Session:
     # --- up ------------------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        ports = {name: choose_port(_HOST) for name in ("gateway", "teacher", "envs", "rollout")}
+        ports = self.directory.choose_ports(_HOST, ("teacher", "envs"))
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
             "SDAR_REDIS_URL": self._redis if isinstance(self._redis, str) else self._redis.url,
@@ -119,10 +119,11 @@ class _Session:
         # The learner publishes the first policy, everyone else waits for it; vLLM takes longest to start.
         for name in self._service_names():
             role = name.split("-")[0]
-            grpc_port = ports.get(role, 0) if name in ports else choose_port(_HOST)
+            grpc_port = ports.get(role) or choose_port(_HOST)
             self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
         deadline = time.monotonic() + _START_TIMEOUT_S
         while waiting := self.fleet.not_ready():
+            self._keep_redis()
             self.fleet.check()
             self.view.starting(waiting)
             if time.monotonic() > deadline:

@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sdar.cli.processes import choose_port
 from sdar.config import RunConfig, load_config, save_config
 from sdar.contracts.errors import ConfigurationError, ConflictError, UnavailableError
 
@@ -55,6 +57,11 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def ports(self) -> Path:
+        """Ports of the servers that tasks in flight name."""
+        return self.root / "ports.json"
 
     @property
     def wall_clock(self) -> Path:
@@ -104,6 +111,18 @@ class RunDirectory:
                 "Restore those keys to resume it, or change `name` to start a new run."
             )
         return True
+
+    def choose_ports(self, host: str, names: Sequence[str]) -> dict[str, int]:
+        """Ports for servers whose address others remember: those of the last sitting where they are still free."""
+        before = json.loads(self.ports.read_text()) if self.ports.exists() else {}
+        chosen = {}
+        for name in names:
+            try:
+                chosen[name] = choose_port(host, before.get(name, 0))
+            except ConflictError:
+                chosen[name] = choose_port(host)
+        self.write_json(self.ports, chosen)
+        return chosen
 
     def read_wall_s(self) -> float:
         return float(self.wall_clock.read_text()) if self.wall_clock.exists() else 0.0

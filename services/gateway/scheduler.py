@@ -153,7 +153,6 @@ class Scheduler:
                 self.state.phase = RunPhase.STARTING
                 self.state.ledger.num_failed_in_a_row = 0
             log.info("gateway_restored", num_issued=self.state.ledger.num_issued, phase=self.state.phase)
-        self.state.environments.setdefault(self.config.environment.name, self._default_address)
 
     async def _try_start(self, stopping: asyncio.Event) -> None:
         """Become RUNNING once the environment lists its tasks and a first policy is published."""
@@ -175,8 +174,8 @@ class Scheduler:
 
     async def _load_tasks(self) -> None:
         environment = self.config.environment
-        await self.register_environment(environment.name, self.state.environments[environment.name])
-        address = self.state.environments[environment.name]
+        address = self._address(environment.name)
+        self.environments[environment.name] = await self._describe(environment.name, address)
         tasks = await self._list_tasks(address, environment.train_split)
         wanted = self.config.evaluation.num_tasks
         self._heldout = await self._list_tasks(address, environment.evaluation_split, wanted)
@@ -308,7 +307,7 @@ class Scheduler:
                 config.train_sampling if evaluation is None else config.evaluation_sampling(is_greedy=evaluation.is_greedy)
             ),
             max_turns=config.environment.max_turns,
-            environment_address=self.state.environments[task.environment],
+            environment_address=self._address(task.environment),
             evaluation_id="" if evaluation is None else evaluation.evaluation_id,
         )
 
@@ -341,6 +340,14 @@ class Scheduler:
 
     async def register_environment(self, name: str, address: str) -> RegisteredEnvironment:
         """Ask the server at `address` for environment `name` and use it from now on."""
+        found = await self._describe(name, address)
+        self.environments[name] = found
+        self.state.environments[name] = address
+        self._is_changed = True
+        log.info("environment_registered", name=name, address=address, version=found.version)
+        return found
+
+    async def _describe(self, name: str, address: str) -> RegisteredEnvironment:
         found = await self._catalog.describe(name, address)
         for split in (self.config.environment.train_split, self.config.environment.evaluation_split):
             if name == self.config.environment.name and split not in found.splits:
@@ -348,11 +355,14 @@ class Scheduler:
                     f"Environment {name} at {address} has no split {split!r}, it has {sorted(found.splits)}. "
                     "Set environment.train_split and evaluation_split to those."
                 )
-        self.environments[name] = found
-        self.state.environments[name] = address
-        self._is_changed = True
-        log.info("environment_registered", name=name, address=address, version=found.version)
         return found
+
+    def _address(self, name: str) -> str:
+        """Where an environment is: as registered while running, else as this process was told at its start.
+
+        Only registrations are remembered: after a restart the run's own environment may listen elsewhere.
+        """
+        return self.state.environments.get(name, self._default_address)
 
     def _control(self, phase: RunPhase, allowed: tuple[RunPhase, ...]) -> None:
         if self.state.phase not in allowed:

@@ -27,12 +27,12 @@ def evaluation_group(task_type: str) -> TaskGroup:
 class Run:
     """A scheduler on an in-memory bus, and the test in the place of every other service."""
 
-    def __init__(self, config: RunConfig, bus: MemoryBus | None = None) -> None:
+    def __init__(self, config: RunConfig, bus: MemoryBus | None = None, address: str = "here:1") -> None:
         self.config = config
         self.bus = bus or MemoryBus(config.stream_consumers)
         self.stopping = asyncio.Event()
         history = History(Stream.TRAJECTORIES)
-        self.scheduler = Scheduler(config, self.bus, FakeCatalog(), history, Health(), default_address="here:1")
+        self.scheduler = Scheduler(config, self.bus, FakeCatalog(), history, Health(), default_address=address)
         self.task = asyncio.create_task(self.scheduler.run(self.stopping))
 
     async def take(self, number: int) -> list[TaskGroup]:
@@ -187,6 +187,21 @@ async def test_a_restarted_gateway_goes_on_where_it_was_and_issues_nothing_twice
     replacement = (await second.take(1))[0]
     assert replacement.group_id == "group-00000004"
     assert second.scheduler.state.ledger.counts()["issued"] == 5
+    await second.stop()
+
+
+async def test_a_restarted_gateway_plays_where_the_environment_is_now_and_not_where_it_was() -> None:
+    first = Run(build_config())
+    _, training = await begin(first)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(), first.bus, address="elsewhere:2")
+    await second.reach(RunPhase.RUNNING)
+    await second.report(GroupOutcome.FAILED, training[0])
+    assert (await second.take(1))[0].environment_address == "elsewhere:2"
+    await second.scheduler.register_environment("fake", "moved:3")
+    await second.report(GroupOutcome.FAILED, training[1])
+    assert (await second.take(1))[0].environment_address == "moved:3"
     await second.stop()
 
 
