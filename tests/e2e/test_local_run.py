@@ -67,6 +67,15 @@ class Sitting:
         self.events += [json.loads(line) for line in self.process.stdout]
         return self.process.wait(60)
 
+    def __enter__(self) -> Sitting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
 
 def start(runs_dir: Path, redis_url: str, **changes: object) -> Sitting:
     options = [text for key, value in (SETTINGS | changes).items() for text in ("--set", f"{key}={value}")]
@@ -135,14 +144,10 @@ class Finished:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     runs_dir = tmp_path_factory.mktemp("runs")
     config = load_config(ROOT / "examples" / "household.yaml", dict(SETTINGS))
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis:
-        sitting = start(runs_dir, redis.url)
-        try:
-            pids = asyncio.run(disturb(sitting, config, redis.url))
-            sitting.read_until("finished")
-            code = sitting.end()
-        finally:
-            sitting.process.kill()
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis, start(runs_dir, redis.url) as sitting:
+        pids = asyncio.run(disturb(sitting, config, redis.url))
+        sitting.read_until("finished")
+        code = sitting.end()
         directory = runs_dir / "e2e"
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         updates = [line["values"] for line in lines if line["service"] == "learner" and "success_mean" in line["values"]]
@@ -196,17 +201,18 @@ def test_no_process_outlives_the_run(finished: Finished) -> None:
 
 
 def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(tmp_path: Path) -> None:
+    changes = {"name": "resumed", "training.num_updates": 6}
     with EmbeddedRedis(tmp_path / "redis") as redis:
-        first = start(tmp_path / "runs", redis.url, name="resumed", **{"training.num_updates": 6})
-        before = first.read_until_update(2)
-        first.process.send_signal(signal.SIGINT)
-        assert first.end() == 130
-        second = start(tmp_path / "runs", redis.url, name="resumed", **{"training.num_updates": 6})
-        status = second.read_until("update")["status"]
-        assert status["num_updates"] >= before["num_updates"]
-        assert status["policy_version"] > before["policy_version"]
-        summary = second.read_until("finished")["summary"]
-        assert second.end() == 0
+        with start(tmp_path / "runs", redis.url, **changes) as first:
+            before = first.read_until_update(2)
+            first.process.send_signal(signal.SIGINT)
+            assert first.end() == 130
+        with start(tmp_path / "runs", redis.url, **changes) as second:
+            status = second.read_until("update")["status"]
+            assert status["num_updates"] >= before["num_updates"]
+            assert status["policy_version"] > before["policy_version"]
+            summary = second.read_until("finished")["summary"]
+            assert second.end() == 0
     assert summary["num_updates"] == 6
     assert summary["ledger"]["trained"] == 12
     assert summary["ledger"]["gap"] == 0
