@@ -21,6 +21,7 @@ from pathlib import Path
 from loadtest.comparison import Measurement
 from loadtest.page import ROOT, describe_machine, save_result, write_page
 from loadtest.workloads import SEED
+from sdar.runtime.telemetry import configure_logging
 
 MEASUREMENTS = {
     "rollout": "loadtest.rollout_throughput",
@@ -83,6 +84,7 @@ def _measure(name: str, place: str, is_dry_run: bool) -> bool:
 
 
 def _measure_here(name: str, file: str) -> None:
+    configure_logging("bench", name, "warning", "text")
     module = importlib.import_module(MEASUREMENTS[name])
     measurement: Measurement = module.measure(lambda text: print(f"  {text}", flush=True))
     Path(file).write_text(json.dumps(measurement.to_json()), encoding="utf-8")

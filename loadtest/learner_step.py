@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -30,7 +31,7 @@ from services.teacher.retrieval import Retriever
 from services.teacher.scorer import TransformersScorer
 from services.teacher.skills import open_skill_library
 
-NUM_PAIRS = 10
+NUM_PAIRS, NUM_TEACHER_PAIRS = 16, 8
 TARGET = Target("at_most", 1.05)
 
 Groups = Sequence[Sequence[Trajectory]]
@@ -44,12 +45,11 @@ def measure(say: Say) -> Measurement:
     with _open_trainers(config) as (sdar, grpo), contextlib.closing(_Teacher(config)) as teacher:
         scored = teacher.score(groups)
         bare = [[ScoredTrajectory(trajectory, None) for trajectory in group] for group in groups]
+        update_sdar, update_grpo = partial(_time_update, sdar, scored), partial(_time_update, grpo, bare)
         say("the update alone")
-        alone = take_turns(lambda: _time_update(sdar, scored), lambda: _time_update(grpo, bare), NUM_PAIRS, say, num_warmups=2)
+        alone = take_turns(update_sdar, update_grpo, NUM_PAIRS, say, num_warmups=2)
         say("with the teacher's scoring")
-        together = take_turns(
-            lambda: teacher.time_scoring(groups) + _time_update(sdar, scored), lambda: _time_update(grpo, bare), NUM_PAIRS, say
-        )
+        together = take_turns(lambda: teacher.time_scoring(groups) + update_sdar(), update_grpo, NUM_TEACHER_PAIRS, say)
     num_tokens = sum(trajectory.num_response_tokens for group in groups for trajectory in group)
     what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
     notes = (

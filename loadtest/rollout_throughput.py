@@ -69,8 +69,8 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("the demo's responses (12 tokens)", num_groups=16, num_response_tokens=12, num_pairs=7),
-    Workload("responses of 96 tokens", num_groups=8, num_response_tokens=96, num_pairs=3),
+    Workload("responses of 12 tokens, as in the demo", num_groups=16, num_response_tokens=12, num_pairs=9),
+    Workload("responses of 48 tokens", num_groups=8, num_response_tokens=48, num_pairs=3),
 )
 
 
@@ -97,9 +97,9 @@ async def _measure(say: Say) -> Measurement:
     return Measurement(
         tuple(comparisons),
         notes=(
-            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns of the household's texts, "
-            "examples/models/household-tiny in float32, engine and service one thread each. So small a model leaves the engine "
-            "next to nothing to compute: with a larger one the service's share only falls.",
+            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same within a group) of household "
+            "texts, examples/models/household-tiny in float32, engine and service one thread each. So small a model leaves the "
+            "engine next to nothing to compute: with a larger one the service's share only falls.",
             "Both sides return the log-prob of every token.",
         ),
     )

@@ -48,8 +48,9 @@ def measure(say: Say) -> Measurement:
     shape = AgentShape()
     notes = (
         f"Agent trajectories are drawn at random: {shape.num_first_tokens} tokens of first prompt, "
-        f"{shape.num_observation_tokens} of each observation, {shape.num_response_tokens} of each response on average, ids of a vocabulary of "
-        f"{shape.vocabulary_size:,}. The ratio grows with their length: ours holds each token once, the peer once a turn.",
+        f"{shape.num_observation_tokens} of each observation, {shape.num_response_tokens} of each response on average, ids "
+        f"of a vocabulary of {shape.vocabulary_size:,}. The ratio grows with their length: ours holds each token once, the "
+        "peer once a turn.",
         "A sample is one trajectory. PipelineRL's records: a dictionary of plain lists per call of the model, each with its "
         "whole prompt and labels; XADD of a pickle, XREAD COUNT 1. Its actor puts a group's records into one entry. "
         "The same object: our own Trajectory with its arrays, pickled.",
