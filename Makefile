@@ -43,7 +43,7 @@ bench: setup ## Measure, as ratios against named peers; writes docs/benchmarks.m
 bench-gpu: ## Measure the learner's step on a CUDA machine that has torch and transformers
 	$(PYTHON) loadtest/bench_gpu.py
 
-compare: setup ## The method comparison of docs/method.md (about an hour on 2 cores)
+compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml
 
 docs: setup ## Write docs/configuration.md from RunConfig
