@@ -125,7 +125,7 @@ def _draw_success(figure: Any, theme: Theme, data: RunData) -> None:
         )
         if len(found) > 2:  # two points make a line that says nothing of what lies between
             axes.plot(places, values, color=color, linewidth=0.9, alpha=0.5)
-    axes.set(xlabel="update", ylabel="success", ylim=(-0.02, 1.02))
+    axes.set(xlabel="update", ylabel="success", ylim=(-0.02, 1.04))
     _legend(axes, theme, "lower right")
 
 
