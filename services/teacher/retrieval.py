@@ -68,7 +68,7 @@ class Retriever:
     def __init__(
         self, library: SkillLibrary, *, kind: RetrievalKind, num_skills: int, wrong_skill_fraction: float = 0.0
     ) -> None:
-        self.library = library
+        self.skill_library = library
         self.kind = kind
         self._num_skills = num_skills
         self._wrong_skill_fraction = wrong_skill_fraction
@@ -96,31 +96,31 @@ class Retriever:
         specific = self._choose(task, key)
         is_swapped = bool(specific) and _draw(f"wrong-skill:{key}") < self._wrong_skill_fraction
         shown = self._swap(task, key, specific) if is_swapped else specific
-        return Retrieval(self.library.general, shown, self.kind, is_swapped, is_miss=not specific)
+        return Retrieval(self.skill_library.general, shown, self.kind, is_swapped, is_miss=not specific)
 
     def _skills_of_type(self, task_type: str) -> tuple[Skill, ...]:
-        return tuple(skill for skill in self.library.specific if task_type in skill.task_types)[: self._num_skills]
+        return tuple(skill for skill in self.skill_library.specific if task_type in skill.task_types)[: self._num_skills]
 
     def _by_keyword(self, description: str) -> tuple[Skill, ...]:
         asked = set(_WORD.findall(description.lower()))
-        scores = {skill: self._compute_overlap(asked, skill) for skill in self.library.specific}
+        scores = {skill: self._compute_overlap(asked, skill) for skill in self.skill_library.specific}
         best = sorted((skill for skill in scores if scores[skill] > 0), key=lambda skill: -scores[skill])
         return tuple(best[: self._num_skills])
 
     def _compute_overlap(self, asked: set[str], skill: Skill) -> float:
         """Sum over shared words of log(skills / skills with the word): a word that every skill has tells nothing."""
-        num_skills = len(self.library.specific)
+        num_skills = len(self.skill_library.specific)
         return sum(math.log(num_skills / self._num_skills_with[word]) for word in sorted(asked & self._words[skill.skill_id]))
 
     def _by_draw(self, key: str) -> tuple[Skill, ...]:
-        count = min(self._num_skills, len(self.library.specific))
-        return tuple(random.Random(f"random-skills:{key}").sample(self.library.specific, count))
+        count = min(self._num_skills, len(self.skill_library.specific))
+        return tuple(random.Random(f"random-skills:{key}").sample(self.skill_library.specific, count))
 
     def _swap(self, task: Task, key: str, right: tuple[Skill, ...]) -> tuple[Skill, ...]:
         """As many skills of one other task type, none of which is right for this task."""
         wrong = {
             task_type: [skill for skill in self._skills_of_type(task_type) if task.task_type not in skill.task_types]
-            for task_type in self.library.task_types
+            for task_type in self.skill_library.task_types
         }
         candidates = [skills for skills in wrong.values() if skills and not set(skills) & set(right)]
         if not candidates:

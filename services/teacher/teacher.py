@@ -100,7 +100,7 @@ class Teacher:
             turn_logprobs=logprobs,
             skill_ids=retrieval.skill_ids,
             num_specific_skills=len(retrieval.specific),
-            skill_library_hash=self.contexts.retriever.library.content_hash,
+            skill_library_hash=self.contexts.retriever.skill_library.content_hash,
             template_hash=self.contexts.chat.template_hash,
             retrieval=retrieval.label,
             scorer=self._scorer.name,
@@ -132,6 +132,6 @@ class Teacher:
                 "no_specific_skill",
                 task_type=task.task_type,
                 task_id=task.task_id,
-                known_task_types=list(self.contexts.retriever.library.task_types),
+                known_task_types=list(self.contexts.retriever.skill_library.task_types),
                 fix="add a skill for this task type, or correct the task type the environment reports",
             )

@@ -44,7 +44,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
             skill_ids=retrieval.skill_ids,
             num_specific_skills=len(retrieval.specific),
             text=format_skills(retrieval.skills),
-            skill_library_hash=self._teacher.contexts.retriever.library.content_hash,
+            skill_library_hash=self._teacher.contexts.retriever.skill_library.content_hash,
             template_hash=self._teacher.contexts.chat.template_hash,
             retrieval=retrieval.label,
         )
