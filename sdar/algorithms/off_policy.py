@@ -6,7 +6,6 @@ gradient). With one optimizer step per batch proximal and current are the same n
 | correction   | ratio that PPO clips      | weight of the token                                             |
 |--------------|---------------------------|-----------------------------------------------------------------|
 | none         | 1, gradient of log pi     | 1: plain policy gradient, as if every token were fresh          |
-| ppo          | current / behavior        | 1: the synchronous form; the clip zone is centred on old weights |
 | truncated_is | 1, gradient of log pi     | min(current / behavior, cap)                                    |
 | decoupled    | current / proximal        | min(proximal / behavior, cap) (AReaL, arXiv:2505.24298, eq. 5)  |
 | icepop       | current / proximal        | proximal / behavior inside [low, high], else 0                  |
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from sdar.contracts.errors import ContractError
 
-Correction = Literal["none", "ppo", "truncated_is", "decoupled", "icepop"]
+Correction = Literal["none", "truncated_is", "decoupled", "icepop"]
 
 
 class OffPolicyWeights(NamedTuple):
@@ -65,7 +64,7 @@ def compute_off_policy_weights(
             f"Log-probs of {tuple(policy_logprobs.shape)} policy, {tuple(behavior_logprobs.shape)} behavior and "
             f"{tuple(proximal.shape)} proximal tokens. All three score the same sampled tokens."
         )
-    anchor = {"ppo": behavior_logprobs, "decoupled": proximal, "icepop": proximal}.get(correction, current)
+    anchor = proximal if correction in ("decoupled", "icepop") else current
     ratio = (policy_logprobs - anchor).clamp(-log_ratio_bound, log_ratio_bound).exp()
     ones, never = torch.ones_like(current), torch.zeros_like(current, dtype=torch.bool)
     if correction == "none":
@@ -76,8 +75,7 @@ def compute_off_policy_weights(
     if correction == "icepop":
         distillation_weight, is_bounded = _mask_outside(to_current, icepop_low, cap)
         return OffPolicyWeights(ratio, _mask_outside(to_anchor, icepop_low, cap)[0], distillation_weight, is_bounded)
-    policy_weight = ones if correction == "ppo" else to_anchor.clamp(max=cap)
-    return OffPolicyWeights(ratio, policy_weight, to_current.clamp(max=cap), to_current > cap)
+    return OffPolicyWeights(ratio, to_anchor.clamp(max=cap), to_current.clamp(max=cap), to_current > cap)
 
 
 def _mask_outside(weight: Float[Tensor, " N"], low: float, high: float) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:

@@ -27,13 +27,6 @@ def test_none_ignores_how_old_a_token_is_and_keeps_the_plain_gradient():
     assert weights.policy_weight.tolist() == weights.distillation_weight.tolist() == [1.0] * 5
 
 
-def test_ppo_clips_the_ratio_to_the_behavior_policy_itself():
-    weights = weights_of("ppo", from_behavior(LOG))
-    assert weights.ratio.tolist() == pytest.approx([0.25, 0.5, 1.0, 1.5, 8.0])
-    assert weights.policy_weight.tolist() == [1.0] * 5
-    assert weights.distillation_weight.tolist() == pytest.approx([0.25, 0.5, 1.0, 1.5, 5.0])
-
-
 def test_truncated_is_weighs_by_the_capped_ratio():
     weights = weights_of("truncated_is", from_behavior(LOG), cap=2.0)
     assert weights.ratio.tolist() == [1.0] * 5
@@ -56,13 +49,13 @@ def test_icepop_drops_tokens_outside_its_band():
     assert weights.is_bounded.tolist() == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("correction", ["ppo", "truncated_is", "decoupled", "icepop"])
+@pytest.mark.parametrize("correction", ["truncated_is", "decoupled", "icepop"])
 def test_fresh_tokens_are_not_corrected(correction):
     weights = weights_of(correction, BEHAVIOR.clone())
     assert weights.ratio.tolist() == weights.policy_weight.tolist() == weights.distillation_weight.tolist() == [1.0] * 5
 
 
-@pytest.mark.parametrize("correction", ["none", "ppo", "truncated_is", "decoupled", "icepop"])
+@pytest.mark.parametrize("correction", ["none", "truncated_is", "decoupled", "icepop"])
 def test_only_the_ratio_has_a_gradient_and_it_survives_absurd_ratios(correction):
     current = torch.tensor([-1e4, -1.0, -1e4], requires_grad=True)
     weights = weights_of(correction, current, behavior=torch.tensor([-1.0, -1e4, -1e4]))
@@ -87,4 +80,4 @@ def test_truncated_importance_sampling_is_unbiased_under_a_cap_that_never_binds(
 
 def test_logprobs_of_different_lengths_are_refused():
     with pytest.raises(ContractError, match="same sampled tokens"):
-        weights_of("ppo", torch.zeros(4))
+        weights_of("decoupled", torch.zeros(4))
