@@ -60,8 +60,8 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
 class LiveView:
     """A table that redraws itself, for terminals."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._console = Console()
+    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+        self._console = console or Console()
         self._title = f"{config.name}: {config.method.name} on {config.environment.name}, seed {config.seed}"
         self._live = Live(Text(self._title), console=self._console, refresh_per_second=4)
         self._live.start()
@@ -76,7 +76,8 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         for name, value in compute_figures(status, metrics, wall_s).items():
             table.add_row(Text(name, style="dim"), Text(value))
-        bar = ProgressBar(total=max(1, status["target_updates"]), completed=status["num_updates"], width=60)
+        bar = Table.grid()  # a bare bar would share its line with what follows
+        bar.add_row(ProgressBar(total=max(1, status["target_updates"]), completed=status["num_updates"], width=60))
         self._live.update(Group(Text(f"{self._title} ({status['phase']})", style="bold"), bar, table))
 
     def finished(self, summary: dict[str, Any], report: Path) -> None:

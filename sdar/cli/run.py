@@ -159,7 +159,7 @@ class _Session:
                 if status["phase"] == "finished":
                     return
                 if status["phase"] == "failed":
-                    raise ServiceFailedError(f"The run gave up: {status['detail']}. Logs are in {self.directory.logs}.")
+                    raise ServiceFailedError(f"The run gave up: {status['detail']} Logs are in {self.directory.logs}.")
             time.sleep(_POLL_S)
 
     def _keep_redis(self) -> None:

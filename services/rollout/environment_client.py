@@ -182,7 +182,7 @@ class GrpcEnvironmentClient:
 
     def _nonsense(self, what: str) -> EnvironmentFailedError:
         return EnvironmentFailedError(
-            f"The environment at {self._address} answered {what}. Check it with `sdar env check {self._address}`.",
+            f"The environment at {self._address} answered {what}. Fix the environment's answer.",
             address=self._address,
         )
 
