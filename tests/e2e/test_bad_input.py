@@ -55,8 +55,16 @@ def assert_refused(done: Refusal, *parts: str) -> None:
 
 def assert_nothing_remains(runs_dir: Path) -> None:
     assert not list(runs_dir.rglob("config.yaml")), "a refused run must not leave a run behind"
-    me = psutil.Process()
-    assert [p.cmdline() for p in me.children(recursive=True) if "sdar.cli.main" in p.cmdline()] == []
+    commands = [read_command(process) for process in psutil.Process().children(recursive=True)]
+    assert [command for command in commands if "sdar.cli.main" in command] == []
+
+
+def read_command(process: psutil.Process) -> list[str]:
+    """A process's command line; empty for one that has ended, even if nobody has asked for its exit code yet."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 @pytest.mark.parametrize(

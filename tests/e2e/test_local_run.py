@@ -26,6 +26,7 @@ from sdar.contracts.types import ScoredTrajectory
 from sdar.runtime.bus import BEFORE_FIRST
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.redis_bus import RedisBus
+from tests.e2e.test_bad_input import read_command
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -87,7 +88,7 @@ def start(runs_dir: Path, redis_url: str, **changes: object) -> Sitting:
 def services_of(sitting: Sitting) -> dict[str, psutil.Process]:
     """The run's service processes by name (their instance name stands in their environment)."""
     children = psutil.Process(sitting.process.pid).children()
-    return {child.environ()["SDAR_INSTANCE"]: child for child in children if "serve" in child.cmdline()}
+    return {child.environ()["SDAR_INSTANCE"]: child for child in children if "serve" in read_command(child)}
 
 
 async def first_scored_group(bus: RedisBus, config: RunConfig) -> list[ScoredTrajectory]:
