@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -21,9 +22,9 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Only a main thread can own signals; tests run services on others and set the event themselves.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+    # Only a main thread can own signals. There a failure to take them is raised: a service that cannot drain must not start.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
     tasks = [asyncio.create_task(main(stopping), name=getattr(main, "__qualname__", "main")) for main in mains]
     try:

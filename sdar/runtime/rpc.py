@@ -184,9 +184,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
                 await _abort(context, error)
             except grpc.aio.AbortError:
                 raise
-            except NotImplementedError:
-                await _abort_unimplemented(context, method)
-            except Exception:
+            except Exception as error:
+                # The generated base class sets this code where a servicer leaves a method out; the same exception from
+                # inside a handler is a defect like any other.
+                if isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    await _abort_unimplemented(context, method)
                 correlation_id = uuid.uuid4().hex[:12]
                 log.exception("rpc_failed", method=method, correlation_id=correlation_id)
                 await _abort_unexpected(context, method, correlation_id)

