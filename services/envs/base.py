@@ -6,9 +6,9 @@ Knows no wire format and no session; `services.envs.sessions` owns lifetimes, `s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import cached_property
 
 from sdar.contracts.errors import UnknownResourceError
 from sdar.contracts.types import EnvironmentIdentity, Task
@@ -28,18 +28,19 @@ class StepResult:
     """The answer to one response of the agent.
 
     Attributes:
-        reward: scalar of this step; `reward_components` are its named parts and sum to it.
+        reward: scalar of this step, which training sees; finite.
+        reward_components: named numbers that explain it, for people and evaluations: its parts, or a benchmark's own score.
         terminated: the environment's own rule ended the episode; `truncated`: the turn limit cut it. At most one is true.
         action: what the environment read out of the agent's text. An invalid action still uses a turn.
         is_success: the task is solved; meaningful once the episode is over, False before.
     """
 
     observation: Observation
-    reward: float
-    terminated: bool
-    truncated: bool
-    action: str
-    is_action_valid: bool
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    action: str = ""
+    is_action_valid: bool = True
     is_success: bool = False
     reward_components: dict[str, float] = field(default_factory=dict)
     info: dict[str, str] = field(default_factory=dict)
@@ -63,26 +64,28 @@ class EnvironmentDescription:
 class Environment(ABC):
     """One playing table: `reset` starts an episode of a task, `step` answers one response of the agent.
 
-    Subclass it, fill the class variables, and implement `list_tasks`, `reset` and `step`. Construction must be cheap, since
-    the server makes one instance per session and one more for the task list: share heavy data between instances (a
-    module-level cache, a worker process).
+    Subclass it, fill the attributes, and implement `reset` and `step`. The server makes one instance per session and one more
+    per worker process for the task list, all with the same keyword arguments: the options a user gives (strings, numbers and
+    booleans). Construction must be cheap: share heavy data between the instances of a process (a module-level cache).
 
-    Class variables:
+    Attributes, on the class or set by the constructor:
         name, version: the identity stamped on every trajectory. Raise the version whenever a reward could differ.
         splits: names of disjoint task lists. Evaluation reads a list from its start, so any prefix should be balanced.
+        tasks: the tasks of every split, for environments that can name them all; others override `list_tasks`.
         instructions: the system message, or "" for none. action_format: one sentence on how to write an action.
         max_turns: the environment truncates an episode here.
-        is_blocking: calls may take over a millisecond, so the server runs them in threads: those of one episode one after
-            another, `list_tasks` and `get_task` of the instance that lists tasks also at the same time.
+        is_blocking: calls wait for something outside the process (a server, a disk), so those of different episodes run at the
+            same time, in threads; otherwise a worker plays all its episodes in one thread, one call after another.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[str]
-    splits: ClassVar[tuple[str, ...]]
-    instructions: ClassVar[str] = ""
-    action_format: ClassVar[str] = ""
-    max_turns: ClassVar[int]
-    is_blocking: ClassVar[bool] = False
+    name: str
+    version: str
+    splits: tuple[str, ...] = ("train", "heldout")
+    tasks: Mapping[str, Sequence[Task]] = {}
+    instructions: str = ""
+    action_format: str = ""
+    max_turns: int
+    is_blocking: bool = False
 
     def describe(self) -> EnvironmentDescription:
         return EnvironmentDescription(
@@ -93,17 +96,22 @@ class Environment(ABC):
             max_turns=self.max_turns,
         )
 
-    @abstractmethod
     def list_tasks(self, split: str) -> Sequence[Task]:
         """All tasks of a split, in an order that never changes. Raises UnknownResourceError for another split."""
+        if split not in self.splits:
+            raise self.unknown_split(split)
+        return self.tasks[split]
 
     def get_task(self, task_id: str) -> Task:
-        """The task of that id, from any split. Raises UnknownResourceError. Override where a scan is too slow."""
-        for split in self.splits:
-            for task in self.list_tasks(split):
-                if task.task_id == task_id:
-                    return task
-        raise self.unknown_task(task_id)
+        """The task of that id, from any split. Raises UnknownResourceError."""
+        task = self._tasks_by_id.get(task_id)
+        if task is None:
+            raise self.unknown_task(task_id)
+        return task
+
+    @cached_property
+    def _tasks_by_id(self) -> dict[str, Task]:
+        return {task.task_id: task for split in self.splits for task in self.list_tasks(split)}
 
     @abstractmethod
     def reset(self, task_id: str, seed: int) -> Observation:
