@@ -246,7 +246,7 @@ async def _serving(engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script])
     tokenizer = ChatTokenizer(MODEL_PATH)
     rules = EpisodeRules(
         tokenizer=tokenizer,
-        build_prompts=lambda instructions, skill_text: Conversation(tokenizer, instructions, skill_text),
+        build_prompts=lambda setting: Conversation(tokenizer, setting),
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,

@@ -55,7 +55,7 @@ class LocalEnvironmentClient:
             raise
         except SdarError as error:
             raise EnvironmentFailedError(f"Environment {task.environment} opened no session: {error}") from error
-        return Session(opened.session_id, opened.observation.text)
+        return Session(opened.session_id, opened.observation.text, opened.observation.admissible_actions)
 
     async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
         result = await self._sessions.step(session_id, step_index, text)
@@ -68,6 +68,7 @@ class LocalEnvironmentClient:
             action=result.action,
             is_action_valid=result.is_action_valid,
             is_success=result.is_success,
+            admissible_actions=result.observation.admissible_actions,
         )
 
     async def close_session(self, session_id: str) -> None:
@@ -76,7 +77,7 @@ class LocalEnvironmentClient:
     @functools.cache  # noqa: B019 - one client lives as long as its run
     def _profile(self, environment: str) -> EnvironmentProfile:
         description = self._sessions.describe(environment)
-        return EnvironmentProfile(description.identity, description.instructions)
+        return EnvironmentProfile(description.identity, description.instructions, description.action_format)
 
 
 class LocalSkills:

@@ -33,10 +33,11 @@ _LONGEST_OPEN_DELAY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentProfile:
-    """What an episode needs to know before it begins. `instructions` become the system message; empty means none."""
+    """What an episode needs to know before it begins, as the environment describes itself."""
 
     identity: EnvironmentIdentity
-    instructions: str
+    instructions: str = ""
+    action_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Session:
 
     session_id: str
     observation: str
+    admissible_actions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class StepOutcome:
     action: str
     is_action_valid: bool
     is_success: bool
+    admissible_actions: tuple[str, ...] = ()
 
 
 class EnvironmentClient(Protocol):
@@ -132,7 +135,7 @@ class GrpcEnvironmentClient:
             if found is None or not found.version:
                 raise self._nonsense(f"Describe({environment!r}) without that environment or its version")
             identity = EnvironmentIdentity(found.name, found.version)
-            self._profiles[environment] = EnvironmentProfile(identity, found.instructions)
+            self._profiles[environment] = EnvironmentProfile(identity, found.instructions, found.action_format)
         return self._profiles[environment]
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
@@ -142,7 +145,7 @@ class GrpcEnvironmentClient:
         response = await self._patiently(lambda: self._call(self._stub.OpenSession, request))
         if not response.session_id or not response.observation:
             raise self._nonsense(f"OpenSession of task {task.task_id!r} without session_id or observation")
-        return Session(response.session_id, response.observation)
+        return Session(response.session_id, response.observation, tuple(response.admissible_actions))
 
     async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
         request = environment_pb2.StepRequest(session_id=session_id, step_index=step_index, text=text)
@@ -161,6 +164,7 @@ class GrpcEnvironmentClient:
             action=response.action,
             is_action_valid=response.is_action_valid,
             is_success=response.is_success,
+            admissible_actions=tuple(response.admissible_actions),
         )
 
     async def close_session(self, session_id: str) -> None:

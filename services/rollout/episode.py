@@ -19,7 +19,7 @@ from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajector
 from sdar.runtime.chat import ChatTokenizer
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
-from services.rollout.prompting import Prompt, PromptStyle, PromptStyleFactory
+from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, PromptStyleFactory
 
 INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
@@ -29,10 +29,11 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class EpisodeClock:
-    """Where the time of all episodes went so far, in episode-seconds."""
+    """Where the time of all episodes went so far, in episode-seconds, and how many prompts were short of earlier turns."""
 
     engine_s: float = 0.0
     environment_s: float = 0.0
+    num_shortened_prompts: int = 0
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -156,7 +157,8 @@ async def play_episode(
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, session_key)
     try:
-        prompts = rules.build_prompts(profile.instructions, skill_text)
+        setting = EpisodeSetting(profile.instructions, profile.action_format, group.task.description, skill_text)
+        prompts = rules.build_prompts(setting)
         turns, last = await _play_turns(group, session, prompts, engine, environment, rules)
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
@@ -192,7 +194,7 @@ async def _play_turns(
     """All turns and the last answer of the environment."""
     num_prompt_tokens = rules.max_sequence_tokens - group.sampling.max_response_tokens
     turns: list[Turn] = []
-    prompt = prompts.begin(session.observation)
+    prompt = prompts.begin(session.observation, session.admissible_actions)
     if len(prompt.token_ids) > num_prompt_tokens:
         raise InvalidInputError(
             f"The first prompt of task {group.task.task_id} has {len(prompt.token_ids)} tokens; model.max_sequence_tokens "
@@ -207,7 +209,14 @@ async def _play_turns(
         turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
         if outcome.is_terminated or outcome.is_truncated or len(turns) == group.max_turns:
             return turns, outcome
-        prompt = prompts.extend(generation.response_token_ids, generation.stop_reason, outcome.observation)
+        prompt = prompts.extend(
+            generation.response_token_ids,
+            generation.stop_reason,
+            outcome.action,
+            outcome.observation,
+            outcome.admissible_actions,
+        )
+        rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
         if len(prompt.token_ids) > num_prompt_tokens:
             return turns, outcome
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,9 @@ class RolloutMetrics:
         )
         self._engine_s = Counter(
             "sdar_rollout_engine_wait_seconds", "Episode-seconds spent waiting for the engine.", registry=registry
+        )
+        self._shortened = Counter(
+            "sdar_rollout_shortened_prompts", "Prompts that show fewer earlier turns than asked for.", registry=registry
         )
         self._staging_s = Histogram(
             "sdar_rollout_weight_staging_seconds", "Reading new weights.", buckets=_UPDATE_BUCKETS, registry=registry
@@ -92,7 +96,8 @@ class RolloutMetrics:
         self._engine_s.inc(clock.engine_s - seen_clock.engine_s)
         self._version.set(policy_version)
         self._lag.set(newest_version - policy_version)
-        self._last_seen = stats, EpisodeClock(clock.engine_s, clock.environment_s)
+        self._shortened.inc(clock.num_shortened_prompts - seen_clock.num_shortened_prompts)
+        self._last_seen = stats, dataclasses.replace(clock)
 
     def collect_window(self, stats: EngineStats, clock: EpisodeClock, num_running_episodes: int) -> dict[str, float]:
         """Values of a metric record: totals since start; rates and shares since the last call."""
@@ -103,7 +108,7 @@ class RolloutMetrics:
         engine_s, environment_s = clock.engine_s - old_clock.engine_s, clock.environment_s - old_clock.environment_s
         episode_s = max(engine_s + environment_s, 1e-9)
         idle_s = self._idle_s
-        self._last_record = now, stats, EpisodeClock(clock.engine_s, clock.environment_s), idle_s
+        self._last_record = now, stats, dataclasses.replace(clock), idle_s
         return {
             "num_tokens_generated": float(stats.num_generated_tokens),
             "num_prompt_tokens": float(stats.num_prompt_tokens),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,28 +12,56 @@ import numpy as np
 from sdar.contracts.types import ChatMessage, StopReason, TokenIds
 from sdar.runtime.chat import ChatTokenizer, place_skills
 
+NOTHING_READ = "(no action that could be read)"
+"""Stands in the history for a response in which the environment found no action."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt as the sampler sees it and as `Turn` records it: [P] token ids, the messages it added, how it came to be."""
+    """A prompt as the sampler sees it and as `Turn` records it: [P] token ids, the messages it added, how it came to be.
+
+    `num_missing_turns`: earlier turns that it should have shown and that did not fit.
+    """
 
     token_ids: TokenIds
     messages: tuple[ChatMessage, ...]
     extends_previous: bool
+    num_missing_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSetting:
+    """What stays the same over an episode. Empty texts are left out of prompts.
+
+    Attributes:
+        instructions: the system message. action_format: one sentence on how to write an action.
+        task_description: the task's own sentence. skill_text: placed in the first user message of every fresh prompt.
+    """
+
+    instructions: str = ""
+    action_format: str = ""
+    task_description: str = ""
+    skill_text: str = ""
 
 
 class PromptStyle(Protocol):
     """One episode's prompts. An instance belongs to one episode."""
 
-    def begin(self, observation: str) -> Prompt:
+    def begin(self, observation: str, admissible_actions: Sequence[str] = ()) -> Prompt:
         """The prompt of turn 0."""
 
-    def extend(self, response_token_ids: TokenIds, stop_reason: StopReason, observation: str) -> Prompt:
-        """The prompt after a response and what the environment said to it."""
+    def extend(
+        self,
+        response_token_ids: TokenIds,
+        stop_reason: StopReason,
+        action: str,
+        observation: str,
+        admissible_actions: Sequence[str] = (),
+    ) -> Prompt:
+        """The prompt after a response, the action read out of it, and what the environment showed then."""
 
 
-PromptStyleFactory = Callable[[str, str], PromptStyle]
-"""(instructions, skill_text) -> a style for one episode."""
+PromptStyleFactory = Callable[[EpisodeSetting], PromptStyle]
 
 
 class Conversation:
@@ -41,26 +70,103 @@ class Conversation:
         begin    [system instructions] [user: {skills} {observation 0}] [assistant
         extend   ... response 0 <|im_end|>] [user: {observation 1}] [assistant
 
-    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last stretch.
-
-    Args:
-        instructions: the system message, none if empty.
-        skill_text: placed in the first user message, nothing if empty.
+    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last stretch. Observations speak for
+    themselves here: neither the task's sentence nor the admissible actions are added to them.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, instructions: str = "", skill_text: str = "") -> None:
+    def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting) -> None:
         self._tokenizer = tokenizer
-        self._instructions, self._skill_text = instructions, skill_text
+        self._setting = setting
         self._token_ids = np.empty(0, dtype=np.int32)
 
-    def begin(self, observation: str) -> Prompt:
-        system = (ChatMessage("system", self._instructions),) if self._instructions else ()
-        messages = place_skills((*system, ChatMessage("user", observation)), self._skill_text)
+    def begin(self, observation: str, admissible_actions: Sequence[str] = ()) -> Prompt:
+        messages = _fresh_messages(self._setting, observation)
         self._token_ids = self._tokenizer.render_fresh(messages)
         return Prompt(self._token_ids, messages, extends_previous=False)
 
-    def extend(self, response_token_ids: TokenIds, stop_reason: StopReason, observation: str) -> Prompt:
+    def extend(
+        self,
+        response_token_ids: TokenIds,
+        stop_reason: StopReason,
+        action: str,
+        observation: str,
+        admissible_actions: Sequence[str] = (),
+    ) -> Prompt:
         messages = (ChatMessage("user", observation),)
         delta = self._tokenizer.render_delta(messages, is_closed=stop_reason is StopReason.END_OF_TURN)
         self._token_ids = np.concatenate([self._token_ids, response_token_ids, delta])
         return Prompt(self._token_ids, messages, extends_previous=True)
+
+
+class HistoryWindow:
+    """A fresh prompt every turn, which shows the last turns only: episodes of 50 turns stay within a short context. Turn 3::
+
+        [system instructions] [user: {skills}
+        Task: put a clean mug on the desk
+        Actions taken: 3. The last 2:
+        Seen: On the shelf 1, you see a mug 1.
+        Done: take mug 1 from shelf 1
+        Seen: You pick up the mug 1 from the shelf 1.
+        Done: go to sinkbasin 1
+        Seen now: You arrive at sinkbasin 1. In it, you see nothing.
+        Possible actions:
+        clean mug 1 with sinkbasin 1
+        go to desk 1
+        {action_format}] [assistant
+
+    Args:
+        num_turns: earlier turns to show; the oldest are left out where the prompt would be too long with them.
+        max_prompt_tokens: most tokens of a prompt that shows any earlier turn.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting, num_turns: int, max_prompt_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._setting = setting
+        self._max_prompt_tokens = max_prompt_tokens
+        self._num_actions = 0
+        self._seen = ""
+        self._history: deque[str] = deque(maxlen=num_turns)
+
+    def begin(self, observation: str, admissible_actions: Sequence[str] = ()) -> Prompt:
+        self._seen = observation
+        return self._render(admissible_actions)
+
+    def extend(
+        self,
+        response_token_ids: TokenIds,
+        stop_reason: StopReason,
+        action: str,
+        observation: str,
+        admissible_actions: Sequence[str] = (),
+    ) -> Prompt:
+        self._history.append(f"Seen: {self._seen}\nDone: {action or NOTHING_READ}")
+        self._num_actions += 1
+        self._seen = observation
+        return self._render(admissible_actions)
+
+    def _render(self, admissible_actions: Sequence[str]) -> Prompt:
+        for num_missing in range(len(self._history) + 1):
+            text = self._compose(list(self._history)[num_missing:], admissible_actions)
+            messages = _fresh_messages(self._setting, text)
+            token_ids = self._tokenizer.render_fresh(messages)
+            if len(token_ids) <= self._max_prompt_tokens:
+                break
+        return Prompt(token_ids, messages, extends_previous=False, num_missing_turns=num_missing)
+
+    def _compose(self, history: Sequence[str], admissible_actions: Sequence[str]) -> str:
+        shown = f" The last {len(history)}:" if history else ""
+        lines = [
+            f"Task: {self._setting.task_description}" if self._setting.task_description else "",
+            f"Actions taken: {self._num_actions}.{shown}" if self._num_actions else "",
+            *history,
+            f"Seen now: {self._seen}",
+            "Possible actions:" if admissible_actions else "",
+            *admissible_actions,
+            self._setting.action_format,
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+def _fresh_messages(setting: EpisodeSetting, content: str) -> tuple[ChatMessage, ...]:
+    system = (ChatMessage("system", setting.instructions),) if setting.instructions else ()
+    return place_skills((*system, ChatMessage("user", content)), setting.skill_text)

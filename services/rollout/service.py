@@ -22,7 +22,7 @@ from services.rollout.environment_client import EnvironmentDirectory, GrpcEnviro
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
-from services.rollout.prompting import Conversation
+from services.rollout.prompting import Conversation, HistoryWindow, PromptStyleFactory
 from services.rollout.skill_client import GrpcSkillSource, SkillSource
 from services.rollout.worker import RolloutWorker, WorkerLimits
 
@@ -80,13 +80,21 @@ def build_rules(config: RunConfig) -> EpisodeRules:
     is_turn_level = config.method.advantage_level == "turn"
     return EpisodeRules(
         tokenizer=tokenizer,
-        build_prompts=lambda instructions, skill_text: Conversation(tokenizer, instructions, skill_text),
+        build_prompts=_choose_prompts(config, tokenizer),
         model=compute_model_identity(Path(config.model.path)),
         max_sequence_tokens=config.model.max_sequence_tokens,
         # With advantages per turn each invalid turn is penalised on its own, which the learner does.
         invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
         max_episode_attempts=config.rollout.max_episode_attempts,
     )
+
+
+def _choose_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> PromptStyleFactory:
+    num_turns = config.rollout.history_turns
+    if num_turns is None:
+        return lambda setting: Conversation(tokenizer, setting)
+    max_prompt_tokens = config.model.max_sequence_tokens - config.rollout.max_response_tokens
+    return lambda setting: HistoryWindow(tokenizer, setting, num_turns, max_prompt_tokens)
 
 
 async def run_worker(

@@ -89,7 +89,7 @@ def make_manifest(version: int) -> WeightsManifest:
 def make_rules(tokenizer, *, max_sequence_tokens=512, penalty=0.1, max_episode_attempts=2) -> EpisodeRules:
     return EpisodeRules(
         tokenizer=tokenizer,
-        build_prompts=lambda instructions, skill_text: Conversation(tokenizer, instructions, skill_text),
+        build_prompts=lambda setting: Conversation(tokenizer, setting),
         model=MODEL,
         max_sequence_tokens=max_sequence_tokens,
         invalid_action_penalty=penalty,

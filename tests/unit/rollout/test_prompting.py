@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdar.contracts.types import ChatMessage, StopReason
-from services.rollout.prompting import Conversation
+from services.rollout.prompting import Conversation, EpisodeSetting, HistoryWindow
 
 HEAD = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -16,10 +16,10 @@ def encode(tokenizer, text):
 
 def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
     """<user A> <assistant> r e s <|im_end|>  \\n <user B> <assistant>"""
-    prompts = Conversation(tokenizer)
+    prompts = Conversation(tokenizer, EpisodeSetting())
     first = prompts.begin("A")
     response = np.asarray([*encode(tokenizer, "res"), tokenizer.eos_token_id], dtype=np.int32)
-    second = prompts.extend(response, StopReason.END_OF_TURN, "B")
+    second = prompts.extend(response, StopReason.END_OF_TURN, "act", "B")
     assert first.token_ids.tolist() == encode(tokenizer, HEAD.format("A"))
     assert second.token_ids.tolist() == encode(tokenizer, HEAD.format("A") + "res<|im_end|>\n" + HEAD.format("B"))
     assert (first.extends_previous, second.extends_previous) == (False, True)
@@ -27,21 +27,77 @@ def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
 
 
 def test_a_response_cut_at_its_length_is_closed_by_the_prompt(tokenizer):
-    prompts = Conversation(tokenizer)
+    prompts = Conversation(tokenizer, EpisodeSetting())
     prompts.begin("A")
-    second = prompts.extend(np.asarray(encode(tokenizer, "re"), dtype=np.int32), StopReason.LENGTH, "B")
+    second = prompts.extend(np.asarray(encode(tokenizer, "re"), dtype=np.int32), StopReason.LENGTH, "act", "B")
     assert second.token_ids.tolist() == encode(tokenizer, HEAD.format("A") + "re<|im_end|>\n" + HEAD.format("B"))
 
 
 def test_instructions_become_the_system_message(tokenizer):
-    first = Conversation(tokenizer, instructions="Rules.").begin("A")
+    first = Conversation(tokenizer, EpisodeSetting("Rules.")).begin("A")
     assert first.token_ids.tolist() == encode(tokenizer, "<|im_start|>system\nRules.<|im_end|>\n" + HEAD.format("A"))
     assert first.messages == (ChatMessage("system", "Rules."), ChatMessage("user", "A"))
 
 
 def test_skills_stand_before_the_first_observation_and_nowhere_else(tokenizer):
-    prompts = Conversation(tokenizer, instructions="Rules.", skill_text="use sink .")
+    prompts = Conversation(tokenizer, EpisodeSetting("Rules.", skill_text="use sink ."))
     first = prompts.begin("A")
-    second = prompts.extend(np.asarray([2], dtype=np.int32), StopReason.END_OF_TURN, "B")
+    second = prompts.extend(np.asarray([2], dtype=np.int32), StopReason.END_OF_TURN, "act", "B")
     assert first.messages[1] == ChatMessage("user", "use sink . A")
     assert tokenizer.tokenizer.decode(second.token_ids).count("use sink .") == 1
+
+
+SETTING = EpisodeSetting("Rules.", "One action.", "clean the mug", "")
+NOTHING = np.empty(0, dtype=np.int32)
+
+
+def user_text(prompt):
+    return prompt.messages[-1].content
+
+
+def test_a_window_shows_the_task_the_last_turns_what_is_seen_now_and_what_is_possible(tokenizer):
+    prompts = HistoryWindow(tokenizer, SETTING, 2, 10_000)
+    first = prompts.begin("a room", ["go left", "go right"])
+    assert user_text(first) == "Task: clean the mug\nSeen now: a room\nPossible actions:\ngo left\ngo right\nOne action."
+    prompts.extend(NOTHING, StopReason.END_OF_TURN, "go left", "a mug")
+    prompts.extend(NOTHING, StopReason.END_OF_TURN, "", "nothing happens")
+    fourth = prompts.extend(NOTHING, StopReason.END_OF_TURN, "take mug", "mug taken", ["clean mug"])
+    assert user_text(fourth) == (
+        "Task: clean the mug\nActions taken: 3. The last 2:\nSeen: a mug\nDone: (no action that could be read)\n"
+        "Seen: nothing happens\nDone: take mug\nSeen now: mug taken\nPossible actions:\nclean mug\nOne action."
+    )
+
+
+def test_every_prompt_of_a_window_is_fresh_and_carries_all_its_messages(tokenizer):
+    prompts = HistoryWindow(tokenizer, SETTING, 1, 10_000)
+    for prompt in (prompts.begin("A"), prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")):
+        assert not prompt.extends_previous
+        assert prompt.messages[0] == ChatMessage("system", "Rules.")
+        assert prompt.token_ids.tolist() == tokenizer.render_fresh(prompt.messages).tolist()
+
+
+def test_a_window_that_does_not_fit_leaves_out_the_oldest_turns_and_says_how_many(tokenizer):
+    """One token is one byte: observation 0 is 300 bytes long, so that it has to go and observation 1 may stay."""
+    prompts = HistoryWindow(tokenizer, SETTING, 2, 300)
+    prompts.begin("x" * 300)
+    prompts.extend(NOTHING, StopReason.END_OF_TURN, "one", "B")
+    third = prompts.extend(NOTHING, StopReason.END_OF_TURN, "two", "C")
+    assert third.num_missing_turns == 1
+    assert "Actions taken: 2. The last 1:\nSeen: B\nDone: two\nSeen now: C" in user_text(third)
+    assert len(third.token_ids) <= 300
+
+
+def test_a_window_of_no_turns_still_counts_the_actions(tokenizer):
+    prompts = HistoryWindow(tokenizer, SETTING, 0, 10_000)
+    prompts.begin("A")
+    second = prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")
+    assert (user_text(second), second.num_missing_turns) == (
+        "Task: clean the mug\nActions taken: 1.\nSeen now: B\nOne action.",
+        0,
+    )
+
+
+def test_skills_stand_in_every_fresh_prompt_of_a_window(tokenizer):
+    prompts = HistoryWindow(tokenizer, EpisodeSetting(skill_text="use sink ."), 1, 10_000)
+    prompts.begin("A")
+    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")).startswith("use sink . Actions taken: 1.")
