@@ -54,7 +54,9 @@ def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
             continue
         kind = _format_type(field.annotation)
         bounds = _format_bounds(field)
-        rows.append(f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {field.description or ''} |")
+        rows.append(
+            f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {' '.join((field.description or '').split())} |"
+        )
     return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
@@ -68,6 +70,8 @@ def _format_type(annotation: Any) -> str:
         return _format_type(typing.get_args(annotation)[0])
     if origin is tuple:
         return "[" + ", ".join(_format_type(part) for part in typing.get_args(annotation)) + "]"
+    if origin is dict:
+        return "mapping to " + _format_type(typing.get_args(annotation)[1])
     names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
     return names.get(getattr(annotation, "__name__", ""), str(annotation))
 

@@ -97,7 +97,7 @@ def make_rules(tokenizer, *, max_sequence_tokens=512, penalty=0.1, max_episode_a
     )
 
 
-def answer(observation="next", *, reward=0.0, over=False, cut=False, valid=True, success=False) -> StepOutcome:
+def answer(observation="next", *, reward=0.0, over=False, cut=False, valid=True, success=False, actions=()) -> StepOutcome:
     return StepOutcome(
         observation=observation,
         reward=reward,
@@ -107,6 +107,7 @@ def answer(observation="next", *, reward=0.0, over=False, cut=False, valid=True,
         action="act",
         is_action_valid=valid,
         is_success=success,
+        admissible_actions=actions,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError
 from sdar.contracts.types import EpisodeEnd, StopReason
 from services.rollout.episode import EpisodeSlots, play_episode, play_group
+from services.rollout.prompting import HistoryWindow
 from tests.support import until
 from tests.unit.rollout.fakes import ScriptedEngine, ScriptedEnvironment, answer, make_group, make_rules
 
@@ -40,6 +42,22 @@ async def test_every_turn_records_what_was_seen_sampled_and_earned(tokenizer):
     assert (first.extends_previous, second.extends_previous) == (False, True)
     assert (first.stop_reason, trajectory.end, trajectory.is_success) == (StopReason.END_OF_TURN, EpisodeEnd.TERMINATED, True)
     assert trajectory.trajectory_id == "group-1.0.a0"
+
+
+async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_history_and_possible_actions(tokenizer):
+    rules = dataclasses.replace(
+        make_rules(tokenizer), build_prompts=lambda setting: HistoryWindow(tokenizer, setting, 1, max_prompt_tokens=500)
+    )
+    environment = ScriptedEnvironment(answer("two", actions=("go", "stop")), answer(over=True), instructions="Rules.")
+    trajectory = await play_episode(
+        make_group(size=1), 0, 0, engine=ScriptedEngine([A, EOS]), environment=environment, rules=rules
+    )
+    assert [turn.extends_previous for turn in trajectory.turns] == [False, False]
+    assert [message.content for message in trajectory.turns[1].messages] == [
+        "Rules.",
+        "Task: clean the mug .\nActions taken: 1. The last 1:\nSeen: start\nDone: act\nSeen now: two\n"
+        "Possible actions:\ngo\nstop",
+    ]
 
 
 async def test_the_environment_gets_the_response_without_special_tokens(tokenizer):
