@@ -57,6 +57,7 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
         "dead_letters": status["dead_letters"],
         "by_task_type": {"before": before["by_task_type"], "after": after["by_task_type"]},
+        "reward_components": {"before": before["reward_components"], "after": after["reward_components"]},
         "evaluations": evaluations,
     }
 
@@ -121,7 +122,8 @@ def _render(config: RunConfig, summary: dict[str, Any], plots: list[Plot], direc
         parts.append(_render_tiles(summary))
     parts += [_render_plot(plot, directory) for plot in plots]
     if summary:
-        parts += [_render_evaluations(summary), _render_task_types(summary), _render_ledger(summary)]
+        tables = (_render_evaluations, _render_task_types, _render_components, _render_ledger)
+        parts += [render(summary) for render in tables]
     parts.append(_render_configuration(directory))
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
@@ -192,6 +194,14 @@ def _render_task_types(summary: dict[str, Any]) -> str:
         (won, played), (won2, played2) = before.get(kind, (0, 0)), after.get(kind, (0, 0))
         rows.append([kind, _format_share(won, played), _format_share(won2, played2)])
     return _render_table("By task type", ["task type", "before", "after"], rows)
+
+
+def _render_components(summary: dict[str, Any]) -> str:
+    before, after = summary["reward_components"]["before"], summary["reward_components"]["after"]
+    rows = [
+        [name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"] for name in sorted(before.keys() | after.keys())
+    ]
+    return _render_table("Reward components, mean per episode", ["component", "before", "after"], rows)
 
 
 def _render_ledger(summary: dict[str, Any]) -> str:

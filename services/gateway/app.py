@@ -41,6 +41,8 @@ class EvaluationReply(Reply):
     """Successes over episodes, pooled over all tasks."""
     interval: tuple[float, float]
     """95% Wilson interval of `success`."""
+    reward_components: dict[str, float]
+    """Mean over all episodes of each reward component's sum: a benchmark's own score among them."""
     by_task_type: dict[str, tuple[int, int]]
     """[successes, episodes] of each task type."""
 

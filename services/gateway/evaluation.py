@@ -29,6 +29,7 @@ class Evaluation:
         pending: task indexes without a result.
         successes: by task type, [successes, episodes]; pooled, never averaged over batches.
         num_failed: episodes that could not be played; they count as no success.
+        component_sums: reward components by name, summed over turns and episodes: a benchmark's own score is one of them.
     """
 
     evaluation_id: str
@@ -40,6 +41,7 @@ class Evaluation:
     successes: dict[str, list[int]] = field(default_factory=dict)
     num_failed: int = 0
     num_turns: int = 0
+    component_sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, policy_version: int, num_updates: int, *, is_greedy: bool, num_tasks: int) -> Evaluation:
@@ -66,6 +68,9 @@ class Evaluation:
             return False
         self._count(task_index, trajectory.task.task_type, trajectory.is_success)
         self.num_turns += len(trajectory.turns)
+        for turn in trajectory.turns:
+            for name, value in turn.reward_components.items():
+                self.component_sums[name] = self.component_sums.get(name, 0.0) + value
         return True
 
     def add_failure(self, task_index: int, task_type: str) -> bool:
@@ -90,7 +95,7 @@ class Evaluation:
         return sum(counts[0] for counts in self.successes.values()) / max(1, self.num_episodes)
 
     def summary(self) -> dict[str, object]:
-        """Pooled success with its interval, in total and by task type."""
+        """Pooled success with its interval, in total and by task type; reward components as means over all episodes."""
         num_successes = sum(counts[0] for counts in self.successes.values())
         return {
             "evaluation_id": self.evaluation_id,
@@ -103,6 +108,9 @@ class Evaluation:
             "num_failed": self.num_failed,
             "success": self.success,
             "interval": compute_wilson_interval(num_successes, self.num_episodes),
+            "reward_components": {
+                name: total / max(1, self.num_episodes) for name, total in sorted(self.component_sums.items())
+            },
             "by_task_type": {kind: tuple(counts) for kind, counts in sorted(self.successes.items())},
         }
 

@@ -32,6 +32,7 @@ def make_evaluation(num_updates: int, success: float, *, is_greedy: bool = False
         "success": success,
         "interval": [success - 0.1, success + 0.1],
         "by_task_type": {HOSTILE: [int(10 * success), 10]},
+        "reward_components": {HOSTILE: success / 2},
     }
 
 
@@ -81,6 +82,7 @@ def test_before_is_the_first_evaluation_and_after_the_last() -> None:
     assert (summary["greedy_success_before"], summary["greedy_success_after"]) == (0.1, 0.9)
     assert summary["success_after_interval"] == pytest.approx([0.7, 0.9])
     assert summary["by_task_type"]["after"] == {HOSTILE: [8, 10]}
+    assert summary["reward_components"] == {"before": {HOSTILE: 0.1}, "after": {HOSTILE: 0.4}}
 
 
 def test_staleness_and_versions_are_the_worst_of_all_updates() -> None:

@@ -50,7 +50,14 @@ def build_manifest(policy_version: int) -> WeightsManifest:
     return WeightsManifest("test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0)
 
 
-def play(group: TaskGroup, policy_version: int, *, is_success: bool = True, last_version: int | None = None) -> Trajectory:
+def play(
+    group: TaskGroup,
+    policy_version: int,
+    *,
+    is_success: bool = True,
+    last_version: int | None = None,
+    reward_components: dict[str, float] | None = None,
+) -> Trajectory:
     """The trajectory of an episode with one turn of two tokens."""
     versions = [policy_version, policy_version if last_version is None else last_version]
     turn = Turn(
@@ -66,6 +73,7 @@ def play(group: TaskGroup, policy_version: int, *, is_success: bool = True, last
         "go",
         True,
         float(is_success),
+        reward_components or {},
     )
     return Trajectory(
         run_id=group.run_id,

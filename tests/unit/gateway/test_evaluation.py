@@ -42,6 +42,15 @@ def test_counts_are_pooled_over_tasks_not_averaged_over_types() -> None:
     assert summary["by_task_type"] == {"a": (1, 1), "b": (0, 3)}
 
 
+def test_reward_components_are_means_over_all_episodes_also_those_that_lack_one() -> None:
+    evaluation = Evaluation.begin(3, 7, is_greedy=False, num_tasks=4)
+    evaluation.add(0, play(evaluation_group("a"), 3, reward_components={"score": 1.0, "success": 10.0}))
+    evaluation.add(1, play(evaluation_group("a"), 3, reward_components={"score": 0.5}))
+    evaluation.add(2, play(evaluation_group("a"), 3))
+    evaluation.add_failure(3, "a")
+    assert evaluation.summary()["reward_components"] == {"score": 0.375, "success": 2.5}
+
+
 def test_a_second_result_for_a_task_does_not_count() -> None:
     evaluation = Evaluation.begin(3, 7, is_greedy=True, num_tasks=1)
     trajectory = play(evaluation_group("a"), 3)
