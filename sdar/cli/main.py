@@ -48,6 +48,13 @@ class ServiceName(StrEnum):
     LEARNER = "learner"
 
 
+class TinyModel(StrEnum):
+    HOUSEHOLD = "household"
+    ALFWORLD = "alfworld"
+    WEBSHOP = "webshop"
+    SEARCH = "search"
+
+
 @app.command()
 def run(
     config: ConfigArgument,
@@ -111,15 +118,16 @@ def report(run_directory: Annotated[Path, typer.Argument(help="runs/NAME", show_
 @model_app.command("create")
 def create(
     directory: Annotated[Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)],
+    environment: Annotated[TinyModel, typer.Option(help="Whose player it is.")] = TinyModel.HOUSEHOLD,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make the household's tiny model: Qwen2 architecture, 140k parameters, a short supervised warm start (minutes, one core).
+    """Make an environment's tiny model: Qwen2 architecture, a short supervised warm start (minutes, one core).
 
     The result is cached by a hash of its recipe.
     """
-    from sdar.cli.model import create_household_model
+    from sdar.cli.model import create_tiny_model
 
-    create_household_model(directory, is_json=output is Output.JSON)
+    create_tiny_model(directory, environment.value, is_json=output is Output.JSON)
 
 
 def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:

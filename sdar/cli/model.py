@@ -1,4 +1,4 @@
-"""Owns `sdar model create`: makes the tiny household model, or takes it from the cache, and puts it where it was asked for."""
+"""Owns `sdar model create`: makes an environment's tiny model, or takes it from the cache, and puts it in its place."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from rich.progress import Progress, TextColumn
 from sdar.contracts.errors import ConflictError
 
 
-def create_household_model(directory: Path, *, is_json: bool) -> None:
-    """Make the model of the default recipe in `directory`.
+def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> None:
+    """Make the model of the environment's default recipe in `directory`.
 
     Raises:
-        ConflictError: the directory exists already.
+        ConflictError: the directory exists already. ConfigurationError: no such model, see `load_recipe`.
     """
-    from sdar.cli.warm_start import WarmStartRecipe, create_model
+    from sdar.cli.warm_start.making import create_model
+    from sdar.cli.warm_start.recipe import load_recipe
 
     if directory.exists():
         raise ConflictError(f"{directory} exists already. Remove it or choose another directory.")
+    recipe = load_recipe(environment)
     cache_dir = Path.home() / ".cache" / "sdar" / "models"
     with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json) as bar:
         row = bar.add_task("warm start", total=None, loss=float("nan"))
@@ -29,7 +31,7 @@ def create_household_model(directory: Path, *, is_json: bool) -> None:
         def report(num_done: int, num_updates: int, loss: float) -> None:
             bar.update(row, completed=num_done, total=num_updates, loss=loss)
 
-        made = create_model(WarmStartRecipe(), cache_dir, report)
+        made = create_model(recipe, cache_dir, report)
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(made, directory)
     typer.echo(json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import time
 from pathlib import Path
 
@@ -10,16 +12,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from sdar.cli.warm_start import WarmStartPhase, WarmStartRecipe, create_model
+from sdar.cli.warm_start.household import HouseholdRecipe
+from sdar.cli.warm_start.making import create_model, train_tokenizer
+from sdar.cli.warm_start.recipe import WarmStartPhase
 from sdar.contracts.types import ChatMessage
-from sdar.runtime.chat import place_skills
+from sdar.runtime.chat import ChatTokenizer, place_skills
 from services.envs.base import StepResult
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import skill_wording
 from services.envs.household.game import PROCEDURES, TASK_TYPES
 
 SHIPPED = Path(__file__).parents[2] / "examples/models/household-tiny"
-TINY = WarmStartRecipe(
+TINY = HouseholdRecipe(
     hidden_size=16,
     intermediate_size=16,
     num_heads=1,
@@ -87,7 +91,21 @@ def _one_seeded_thread():
 
 
 def test_the_shipped_model_is_the_default_recipes():
-    assert json.loads((SHIPPED / "recipe.json").read_text())["digest"] == WarmStartRecipe().digest
+    assert (SHIPPED / "recipe.json").read_text() == json.dumps(HouseholdRecipe().to_json(), indent=2) + "\n"
+
+
+def test_the_default_recipe_makes_the_shipped_tokenizer_byte_for_byte(tmp_path):
+    recipe = HouseholdRecipe()
+    train_tokenizer(recipe, recipe.open_demonstrator()).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes()
+
+
+def test_the_first_demonstrations_are_those_of_the_shipped_model():
+    """The weights follow from them; the slow test below makes them. The hash was taken when the model was shipped."""
+    demonstrator, chat, rng = HouseholdRecipe().open_demonstrator(), ChatTokenizer(SHIPPED), random.Random(1)
+    examples = [demonstrator.write(chat, rng, 0.85) for _ in range(32)]
+    assert hashlib.sha256(repr(examples).encode()).hexdigest().startswith("0fe0978b0442a6c0")
 
 
 def test_the_shipped_model_is_float32_qwen2_that_ends_turns_with_im_end():
@@ -139,15 +157,17 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 
 def test_another_hyperparameter_is_another_model():
-    assert WarmStartRecipe(seed=1).digest != WarmStartRecipe().digest
+    assert HouseholdRecipe(seed=1).digest != HouseholdRecipe().digest
 
 
 @pytest.mark.slow
 def test_the_default_recipe_gives_the_base_figures_in_minutes(tmp_path):
     """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure). The right skill: 0.99. A wrong one: 0.00."""
     began_s = time.process_time()
-    player = Player(create_model(WarmStartRecipe(), tmp_path))
+    made = create_model(HouseholdRecipe(), tmp_path)
     assert time.process_time() - began_s < 400
+    assert (made / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
+    player = Player(made)
     assert player.success(360) == pytest.approx(0.20, abs=0.08)
     assert 0.05 < player.success(360, is_greedy=True) < 0.33
     assert player.success(360, hint="right") > 0.95
