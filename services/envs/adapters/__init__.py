@@ -1,0 +1,1 @@
+"""Owns environments that people already have, served without code: anything Gymnasium makes, any OpenEnv server."""

@@ -1,0 +1,277 @@
+"""Owns Gymnasium environments as Environments: numbers become text and text becomes actions. The rules stay the game's own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from sdar.contracts.errors import ConfigurationError
+from services.envs.adapters.seeded import SeededEnvironment, find_action, format_facts, format_value, parse_json
+from services.envs.base import Observation, StepResult
+
+DEFAULT_MAX_TURNS = 200
+"""For environments that register no limit of their own."""
+MAX_LISTED_ACTIONS = 64
+MAX_NUMBERS = 1024
+"""Numbers of an observation that are still written out."""
+NUM_DECIMALS = 4
+"""Of numbers in observations: the last digits of floats differ between machines."""
+
+_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+_COLOURED = re.compile(r"\x1b\[(?:\d*;)*?[34](?P<colour>[0-7])(?:;\d*)*m(?P<text>.*?)\x1b\[0m", re.DOTALL)
+_NOT_FOR_PLAYERS = re.compile(r"^#+ (?:Arguments|Information|References|Version History)\b.*", re.DOTALL | re.MULTILINE)
+
+
+class GymnasiumEnvironment(SeededEnvironment):
+    """Any registered Gymnasium environment whose actions can be written down.
+
+    Rewards are the environment's. An action outside its space is invalid: it uses a turn and does not reach the environment.
+    Solved means, in this order: what info["is_success"] says; a return of at least the registered reward threshold; an end by
+    the environment's own rule with a positive last reward.
+
+    Args:
+        id: as `gymnasium.make` takes it, also `module:Id-v0` for a module that registers it.
+        num_tasks: of the train split; a task is a seed.
+        max_turns: 0 for the environment's own limit, or 200 where it has none.
+    """
+
+    name = "gymnasium"
+
+    def __init__(self, *, id: str, num_tasks: int = 1000, max_turns: int = 0) -> None:
+        if type(max_turns) is not int or max_turns < 0:
+            raise ConfigurationError(f"Option max_turns of gymnasium is {max_turns!r}, expected an integer of at least 0.")
+        self._facts = _inspect(str(id))
+        super().__init__(num_tasks=num_tasks, game=self._facts.id)
+        self.version = f"1/{self._facts.id}/gymnasium-{gymnasium.__version__}"
+        self.instructions = self._facts.instructions
+        self.action_format = f"{describe_space(self._facts.action_space)}, alone or in <action> tags."
+        self.max_turns = max_turns or self._facts.max_turns
+        self._env: gymnasium.Env[Any, Any] | None = None
+        self._return = 0.0
+        self._admissible_actions: tuple[str, ...] = ()
+
+    def reset(self, task_id: str, seed: int) -> Observation:
+        seed = self.compute_seed(task_id, seed)
+        self.close()
+        self._env, self._return = self._facts.make(), 0.0
+        seen, info = self._env.reset(seed=seed)
+        return self._observe(seen, info)
+
+    def step(self, text: str) -> StepResult:
+        written, env = find_action(text), self._env
+        action = parse_action(self._facts.action_space, written)
+        if action is None:
+            return self._refuse(written)
+        seen, reward, terminated, truncated, info = env.step(action)
+        self._return += float(reward)
+        is_over = bool(terminated or truncated)
+        return StepResult(
+            observation=self._observe(seen, info),
+            reward=float(reward),
+            terminated=bool(terminated),
+            truncated=bool(truncated and not terminated),
+            action=written,
+            is_success=is_over and self._is_solved(float(reward), bool(terminated), info),
+            reward_components={"return": self._return} if is_over else {},
+        )
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _refuse(self, written: str) -> StepResult:
+        text = f"That is no action here. Answer with {self.action_format[0].lower()}{self.action_format[1:]}"
+        return StepResult(Observation(text, self._admissible_actions), action=written, is_action_valid=False)
+
+    def _observe(self, seen: Any, info: dict[str, Any]) -> Observation:
+        parts = []
+        if self._facts.has_text_rendering:
+            parts.append(_name_colours(str(self._env.render())).strip("\n"))
+        if self._facts.is_observation_written:
+            parts.append(format_value(to_plain(seen)))
+        self._admissible_actions = _list_actions(self._facts.action_space, info.get("action_mask"))
+        return Observation("\n\n".join(parts), self._admissible_actions, format_facts(to_plain(info)))
+
+    def _is_solved(self, reward: float, terminated: bool, info: dict[str, Any]) -> bool:
+        if "is_success" in info:
+            return bool(info["is_success"])
+        if self._facts.reward_threshold is not None:
+            return self._return >= self._facts.reward_threshold
+        return terminated and reward > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is known of an environment before it is played; found out once a process."""
+
+    id: str
+    action_space: spaces.Space[Any]
+    has_text_rendering: bool
+    is_observation_written: bool
+    instructions: str
+    max_turns: int
+    reward_threshold: float | None
+
+    def make(self) -> gymnasium.Env[Any, Any]:
+        return gymnasium.make(self.id, render_mode="ansi" if self.has_text_rendering else None, disable_env_checker=True)
+
+
+@lru_cache
+def _inspect(id: str) -> _Facts:
+    try:
+        env = gymnasium.make(id, disable_env_checker=True)
+    except gymnasium.error.UnregisteredEnv as error:
+        nearest = difflib.get_close_matches(id, gymnasium.registry, n=5, cutoff=0.5)
+        hint = f"Use one of {', '.join(nearest)}, or" if nearest else "Use one that `gymnasium.pprint_registry()` lists, or"
+        raise ConfigurationError(f"Gymnasium has no {id!r}. {hint} module:Id-v0 for a module that registers it.") from error
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ConfigurationError(f"Gymnasium cannot make {id!r}. Take another id, or install what it needs: {error}") from error
+    try:
+        return _collect_facts(env)
+    finally:
+        env.close()
+
+
+def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
+    spec = env.spec
+    describe_space(env.action_space)
+    has_text_rendering = "ansi" in (env.metadata.get("render_modes") or ())
+    is_observation_written = _count_numbers(env.observation_space) <= MAX_NUMBERS
+    if not (has_text_rendering or is_observation_written):
+        raise ConfigurationError(
+            f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most {MAX_NUMBERS:,} can be told as text. "
+            "Give it an ansi rendering or a wrapper with a smaller observation."
+        )
+    return _Facts(
+        id=spec.id,
+        action_space=env.action_space,
+        has_text_rendering=has_text_rendering,
+        is_observation_written=is_observation_written,
+        instructions=_NOT_FOR_PLAYERS.sub("", inspect.cleandoc(type(env.unwrapped).__doc__ or "")).strip(),
+        max_turns=spec.max_episode_steps or DEFAULT_MAX_TURNS,
+        reward_threshold=spec.reward_threshold,
+    )
+
+
+def describe_space(space: spaces.Space[Any]) -> str:
+    """What to write for an action of a space, without a full stop. Raises ConfigurationError: it cannot be written."""
+    match space:
+        case spaces.Discrete():
+            return f"An integer of {space.start} to {space.start + space.n - 1}"
+        case spaces.Text():
+            return (
+                f"A text of {space.min_length} to {space.max_length} of the characters {''.join(sorted(space.character_set))}"
+            )
+        case spaces.Box() | spaces.MultiDiscrete() | spaces.MultiBinary():
+            kind = "integers" if np.issubdtype(space.dtype, np.integer) else "numbers"
+            return f"A JSON list of {kind} of shape {list(space.shape)}{_describe_bounds(space)}"
+        case spaces.Dict():
+            return f"A JSON object ({'; '.join(f'{key}: {describe_space(part)}' for key, part in space.items())})"
+        case spaces.Tuple():
+            return f"A JSON list ({'; '.join(map(describe_space, space))})"
+    raise ConfigurationError(
+        f"Actions of {type(space).__name__} cannot be written as text. Use an environment with Discrete, MultiDiscrete, "
+        "MultiBinary, Box, Text, Dict or Tuple actions, or wrap its actions."
+    )
+
+
+def _describe_bounds(space: spaces.Space[Any]) -> str:
+    match space:
+        case spaces.Box():
+            return f", {_describe_bound('at least', space.low)}, {_describe_bound('at most', space.high)}"
+        case spaces.MultiDiscrete():
+            last = space.start + space.nvec - 1
+            return f", {_describe_bound('at least', space.start)}, {_describe_bound('at most', last)}"
+    return ", each 0 or 1"
+
+
+def _describe_bound(what: str, bound: np.ndarray) -> str:
+    """One number where the bound is the same everywhere."""
+    return f"{what} {to_plain(bound.flat[0] if bound.size and np.all(bound == bound.flat[0]) else bound)}"
+
+
+def parse_action(space: spaces.Space[Any], written: str) -> Any:
+    """The action that a text writes, None if it is not one of the space."""
+    action = written if isinstance(space, spaces.Text) else _to_member(space, parse_json(written))
+    return action if action is not None and space.contains(action) else None
+
+
+def _to_member(space: spaces.Space[Any], value: Any) -> Any:
+    """The value of a JSON text in the types of a space; None if it cannot be, the space itself judges what can."""
+    match space:
+        case spaces.Discrete():
+            is_whole = type(value) is int and space.start <= value < space.start + space.n
+            return np.int64(value) if is_whole else None
+        case spaces.Text():
+            return value if isinstance(value, str) else None
+        case spaces.Dict():
+            if not isinstance(value, dict) or value.keys() != space.keys():
+                return None
+            return {key: _to_member(part, value[key]) for key, part in space.items()}
+        case spaces.Tuple():
+            if not isinstance(value, list) or len(value) != len(space):
+                return None
+            return tuple(map(_to_member, space, value))
+    return _to_array(space, value)
+
+
+def _to_array(space: spaces.Space[Any], value: Any) -> np.ndarray | None:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        return None
+    if array.dtype.kind not in "iuf" or array.shape != space.shape:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(space.dtype)
+    is_exact = space.dtype.kind == "f" or np.array_equal(converted, array)
+    return converted if is_exact and np.all(np.isfinite(converted)) else None
+
+
+def to_plain(value: Any) -> Any:
+    """An observation as JSON holds it, floats rounded."""
+    match value:
+        case np.ndarray() | np.generic():
+            return to_plain(value.tolist())
+        case bool() | int() | str() | None:
+            return value
+        case float():
+            # Adding zero makes -0.0 zero.
+            return round(value, NUM_DECIMALS) + 0.0
+        case dict():
+            return {str(key): to_plain(part) for key, part in value.items()}
+        case list() | tuple():
+            return [to_plain(part) for part in value]
+    return str(value)
+
+
+def _count_numbers(space: spaces.Space[Any]) -> int:
+    match space:
+        case spaces.Dict():
+            return sum(map(_count_numbers, space.values()))
+        case spaces.Tuple():
+            return sum(map(_count_numbers, space))
+        case spaces.Box() | spaces.MultiDiscrete() | spaces.MultiBinary():
+            return int(np.prod(space.shape))
+    return 1
+
+
+def _list_actions(space: spaces.Space[Any], mask: Any) -> tuple[str, ...]:
+    """The actions of a small Discrete space, those of the mask where the environment gives one."""
+    if not isinstance(space, spaces.Discrete) or space.n > MAX_LISTED_ACTIONS:
+        return ()
+    return tuple(str(space.start + index) for index in range(space.n) if mask is None or mask[index])
+
+
+def _name_colours(text: str) -> str:
+    """Terminal colours as tags: in a rendering they often are the only sign of who is where."""
+    return _COLOURED.sub(lambda found: "<{0}>{1}</{0}>".format(_COLOURS[int(found["colour"])], found["text"]), text)
