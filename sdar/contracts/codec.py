@@ -38,6 +38,8 @@ from sdar.contracts.types import (
     Purpose,
     SamplingParameters,
     ScoredTrajectory,
+    SkillChoice,
+    SkillOutcome,
     StopReason,
     Task,
     TaskGroup,
@@ -47,7 +49,7 @@ from sdar.contracts.types import (
     Turn,
     WeightsManifest,
 )
-from sdar.v1 import gateway_pb2, policy_pb2, task_pb2, trajectory_pb2
+from sdar.v1 import gateway_pb2, policy_pb2, task_pb2, teacher_pb2, trajectory_pb2
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -539,6 +541,30 @@ def metric_record_from_proto(message: gateway_pb2.MetricRecord) -> MetricRecord:
     )
 
 
+@_checked
+def skill_event_to_proto(event: SkillChoice | SkillOutcome) -> teacher_pb2.SkillEvent:
+    if isinstance(event, SkillChoice):
+        choice = teacher_pb2.SkillChoice(key=event.key, task_type=event.task_type, skill_ids=event.skill_ids)
+        return teacher_pb2.SkillEvent(choice=choice)
+    outcome = teacher_pb2.SkillOutcome(
+        trajectory_id=event.trajectory_id,
+        task_type=event.task_type,
+        skill_ids=event.skill_ids,
+        is_success=event.is_success,
+    )
+    return teacher_pb2.SkillEvent(outcome=outcome)
+
+
+def skill_event_from_proto(message: teacher_pb2.SkillEvent) -> SkillChoice | SkillOutcome:
+    kind = message.WhichOneof("event")
+    if kind is None:
+        raise ContractError("SkillEvent is neither a choice nor an outcome. The writer must set one.")
+    event = getattr(message, kind)
+    if kind == "choice":
+        return SkillChoice(event.key, event.task_type, tuple(event.skill_ids))
+    return SkillOutcome(event.trajectory_id, event.task_type, tuple(event.skill_ids), event.is_success)
+
+
 # ---- stream entries
 
 
@@ -610,3 +636,11 @@ def encode_metric_record(record: MetricRecord) -> bytes:
 
 def decode_metric_record(data: bytes) -> MetricRecord:
     return _decode(data, gateway_pb2.MetricRecord, metric_record_from_proto, Stream.METRICS)
+
+
+def encode_skill_event(event: SkillChoice | SkillOutcome) -> bytes:
+    return _encode(skill_event_to_proto(event))
+
+
+def decode_skill_event(data: bytes) -> SkillChoice | SkillOutcome:
+    return _decode(data, teacher_pb2.SkillEvent, skill_event_from_proto, Stream.SKILL_EVENTS)

@@ -16,6 +16,7 @@ class Stream(StrEnum):
     EVALUATIONS = "evaluations"
     LEDGER = "ledger"
     METRICS = "metrics"
+    SKILL_EVENTS = "skill_events"
 
 
 class ConsumerGroup(StrEnum):
@@ -29,7 +30,11 @@ class ConsumerGroup(StrEnum):
 
 # Streams whose entries are state or telemetry of the newest kind: readers tail them without a group, and old entries are
 # dropped by count. All others keep every entry until each of their groups has acknowledged it.
-BROADCAST_MAX_ENTRIES: dict[Stream, int] = {Stream.POLICY_UPDATES: 1_000, Stream.METRICS: 50_000}
+BROADCAST_MAX_ENTRIES: dict[Stream, int] = {
+    Stream.POLICY_UPDATES: 1_000,
+    Stream.METRICS: 50_000,
+    Stream.SKILL_EVENTS: 50_000,
+}
 
 
 @dataclass(frozen=True, slots=True)

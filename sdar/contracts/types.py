@@ -305,6 +305,25 @@ class ScoredTrajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class SkillChoice:
+    """Skills that retrieval by utility chose for all episodes of one group; `key` is its id. The first one for a key stands."""
+
+    key: str
+    task_type: str
+    skill_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SkillOutcome:
+    """How an episode ended whose teacher was shown these specific skills. A trajectory counts once, however often told."""
+
+    trajectory_id: str
+    task_type: str
+    skill_ids: tuple[str, ...]
+    is_success: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a published model. sha256 is over its raw little-endian bytes."""
 

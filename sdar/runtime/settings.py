@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     """Weight store: a directory or s3://bucket/prefix."""
     checkpoints: Path = Path("checkpoints")
     """Directory of the learner's checkpoints."""
+    cache: Path = Path("~/.cache/sdar")
+    """Directory of what can be made again at any time, such as the vectors of skills. Processes may share it."""
+    webshop_data: Path | None = Field(default=None, validation_alias="WEBSHOP_DATA")
+    """Directory of WebShop's catalogue, where the environment's option data_dir names none."""
     host: str = "127.0.0.1"
     """Address that servers bind to."""
     http_port: int = Field(default=8080, ge=0, le=65535)

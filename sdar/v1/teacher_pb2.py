@@ -26,7 +26,7 @@ from sdar.v1 import task_pb2 as sdar_dot_v1_dot_task__pb2
 from sdar.v1 import trajectory_pb2 as sdar_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdar/v1/teacher.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"h\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\ntrajectory\x18\x02 \x01(\x0b\x32\x13.sdar.v1.Trajectory\x12\x1b\n\x13min_teacher_version\x18\x03 \x01(\x05\"I\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05score\x18\x02 \x01(\x0b\x32\x15.sdar.v1.TeacherScore\"A\n\x15RetrieveSkillsRequest\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.sdar.v1.Task\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x9c\x01\n\x16RetrieveSkillsResponse\x12\x11\n\tskill_ids\x18\x01 \x03(\t\x12\x1b\n\x13num_specific_skills\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\x12skill_library_hash\x18\x04 \x01(\t\x12\x15\n\rtemplate_hash\x18\x05 \x01(\t\x12\x11\n\tretrieval\x18\x06 \x01(\t2\xa5\x01\n\x0eTeacherService\x12;\n\x05Score\x12\x15.sdar.v1.ScoreRequest\x1a\x16.sdar.v1.ScoreResponse\"\x03\x90\x02\x01\x12V\n\x0eRetrieveSkills\x12\x1e.sdar.v1.RetrieveSkillsRequest\x1a\x1f.sdar.v1.RetrieveSkillsResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdar/v1/teacher.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"h\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\ntrajectory\x18\x02 \x01(\x0b\x32\x13.sdar.v1.Trajectory\x12\x1b\n\x13min_teacher_version\x18\x03 \x01(\x05\"I\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05score\x18\x02 \x01(\x0b\x32\x15.sdar.v1.TeacherScore\"A\n\x15RetrieveSkillsRequest\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.sdar.v1.Task\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x9c\x01\n\x16RetrieveSkillsResponse\x12\x11\n\tskill_ids\x18\x01 \x03(\t\x12\x1b\n\x13num_specific_skills\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\x12skill_library_hash\x18\x04 \x01(\t\x12\x15\n\rtemplate_hash\x18\x05 \x01(\t\x12\x11\n\tretrieval\x18\x06 \x01(\t\"g\n\nSkillEvent\x12&\n\x06\x63hoice\x18\x01 \x01(\x0b\x32\x14.sdar.v1.SkillChoiceH\x00\x12(\n\x07outcome\x18\x02 \x01(\x0b\x32\x15.sdar.v1.SkillOutcomeH\x00\x42\x07\n\x05\x65vent\"@\n\x0bSkillChoice\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x11\n\ttask_type\x18\x02 \x01(\t\x12\x11\n\tskill_ids\x18\x03 \x03(\t\"_\n\x0cSkillOutcome\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x11\n\ttask_type\x18\x02 \x01(\t\x12\x11\n\tskill_ids\x18\x03 \x03(\t\x12\x12\n\nis_success\x18\x04 \x01(\x08\x32\xa5\x01\n\x0eTeacherService\x12;\n\x05Score\x12\x15.sdar.v1.ScoreRequest\x1a\x16.sdar.v1.ScoreResponse\"\x03\x90\x02\x01\x12V\n\x0eRetrieveSkills\x12\x1e.sdar.v1.RetrieveSkillsRequest\x1a\x1f.sdar.v1.RetrieveSkillsResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETRIEVESKILLSREQUEST']._serialized_end=326
   _globals['_RETRIEVESKILLSRESPONSE']._serialized_start=329
   _globals['_RETRIEVESKILLSRESPONSE']._serialized_end=485
-  _globals['_TEACHERSERVICE']._serialized_start=488
-  _globals['_TEACHERSERVICE']._serialized_end=653
+  _globals['_SKILLEVENT']._serialized_start=487
+  _globals['_SKILLEVENT']._serialized_end=590
+  _globals['_SKILLCHOICE']._serialized_start=592
+  _globals['_SKILLCHOICE']._serialized_end=656
+  _globals['_SKILLOUTCOME']._serialized_start=658
+  _globals['_SKILLOUTCOME']._serialized_end=753
+  _globals['_TEACHERSERVICE']._serialized_start=756
+  _globals['_TEACHERSERVICE']._serialized_end=921
 # @@protoc_insertion_point(module_scope)

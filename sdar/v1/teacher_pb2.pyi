@@ -49,3 +49,33 @@ class RetrieveSkillsResponse(_message.Message):
     template_hash: str
     retrieval: str
     def __init__(self, skill_ids: _Optional[_Iterable[str]] = ..., num_specific_skills: _Optional[int] = ..., text: _Optional[str] = ..., skill_library_hash: _Optional[str] = ..., template_hash: _Optional[str] = ..., retrieval: _Optional[str] = ...) -> None: ...
+
+class SkillEvent(_message.Message):
+    __slots__ = ("choice", "outcome")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    choice: SkillChoice
+    outcome: SkillOutcome
+    def __init__(self, choice: _Optional[_Union[SkillChoice, _Mapping]] = ..., outcome: _Optional[_Union[SkillOutcome, _Mapping]] = ...) -> None: ...
+
+class SkillChoice(_message.Message):
+    __slots__ = ("key", "task_type", "skill_ids")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SKILL_IDS_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    task_type: str
+    skill_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key: _Optional[str] = ..., task_type: _Optional[str] = ..., skill_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SkillOutcome(_message.Message):
+    __slots__ = ("trajectory_id", "task_type", "skill_ids", "is_success")
+    TRAJECTORY_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SKILL_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    trajectory_id: str
+    task_type: str
+    skill_ids: _containers.RepeatedScalarFieldContainer[str]
+    is_success: bool
+    def __init__(self, trajectory_id: _Optional[str] = ..., task_type: _Optional[str] = ..., skill_ids: _Optional[_Iterable[str]] = ..., is_success: _Optional[bool] = ...) -> None: ...

@@ -1,5 +1,7 @@
 """Owns the choice of skills for a task. Reads the task's own type and sentence and nothing else: observations name every
 object and every action, so words matched there would retrieve anything. Never reads files, never builds prompts.
+
+`prepare` first, which may wait for the bus, then `retrieve`, which only looks up.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ from typing import Literal
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
+from services.teacher.embedding import SkillIndex
 from services.teacher.skills import Skill, SkillLibrary
+from services.teacher.utility import SkillUtility
 
-RetrievalKind = Literal["task_type", "keyword", "all", "random", "none"]
+RetrievalKind = Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"]
+
+_SWAPPABLE: tuple[RetrievalKind, ...] = ("task_type", "keyword", "embedding")
+"""Kinds that look for the task's own skill. ucb tries all of them on purpose: none of its choices would be the wrong one."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -56,25 +63,39 @@ class Retriever:
 
     Args:
         kind: task_type: skills for the task's type, in index order. keyword: skills that share telling words with the task's
-            sentence. all: every specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
+            sentence. embedding: those nearest in meaning to it. ucb: those with the best bound on their utility for the
+            task's type. all: every specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
             all, general ones included.
         num_skills: most specific skills.
         wrong_skill_fraction: share of keys whose specific skills are swapped for those of another task type.
+        index: of the library's specific skills; embedding needs it. utility: ucb needs it.
 
     Raises:
         ConfigurationError: swapping is asked for where nothing can be swapped.
     """
 
     def __init__(
-        self, library: SkillLibrary, *, kind: RetrievalKind, num_skills: int, wrong_skill_fraction: float = 0.0
+        self,
+        library: SkillLibrary,
+        *,
+        kind: RetrievalKind,
+        num_skills: int,
+        wrong_skill_fraction: float = 0.0,
+        index: SkillIndex | None = None,
+        utility: SkillUtility | None = None,
     ) -> None:
+        assert (kind == "embedding") == (index is not None)
+        assert (kind == "ucb") == (utility is not None)
         self.skill_library = library
         self.kind = kind
         self._num_skills = num_skills
         self._wrong_skill_fraction = wrong_skill_fraction
+        self._index, self._utility = index, utility
         choices: dict[RetrievalKind, Callable[[Task, str], tuple[Skill, ...]]] = {
             "task_type": lambda task, key: self._skills_of_type(task.task_type),
             "keyword": lambda task, key: self._by_keyword(task.description),
+            "embedding": lambda task, key: self._by_nearness(task.description),
+            "ucb": lambda task, key: self._by_utility(key),
             "all": lambda task, key: library.specific,
             "random": lambda task, key: self._by_draw(key),
             "none": lambda task, key: (),
@@ -82,12 +103,23 @@ class Retriever:
         self._choose = choices[kind]
         self._words = {skill.skill_id: _words(skill) for skill in library.specific}
         self._num_skills_with = Counter(word for words in self._words.values() for word in words)
-        if wrong_skill_fraction and (kind not in ("task_type", "keyword") or len(library.task_types) < 2):
+        if wrong_skill_fraction and (kind not in _SWAPPABLE or len(library.task_types) < 2):
             raise ConfigurationError(
                 f"teacher.wrong_skill_fraction {wrong_skill_fraction} with retrieval {kind} and a library for "
-                f"{len(library.task_types)} task types: there is no wrong skill to swap in. Use task_type or keyword and a "
-                "library for at least two types, or set the fraction to 0."
+                f"{len(library.task_types)} task types: there is no wrong skill to swap in. Use {' or '.join(_SWAPPABLE)} "
+                "and a library for at least two types, or set the fraction to 0."
             )
+
+    async def prepare(self, task: Task, key: str) -> None:
+        """To be called before `retrieve`: ucb agrees with the run's other teachers on what the key gets, once.
+
+        Raises:
+            BusUnavailableError: they cannot be asked.
+        """
+        if self._utility is not None:
+            own_first = sorted(self.skill_library.specific, key=lambda skill: task.task_type not in skill.task_types)
+            ids = [skill.skill_id for skill in own_first]
+            await self._utility.choose(key, task.task_type, ids, self._num_skills)
 
     def retrieve(self, task: Task, key: str) -> Retrieval:
         """Skills for a task. `key` (the group id) seeds every draw, so that all episodes of a group see the same text."""
@@ -111,6 +143,16 @@ class Retriever:
         """Sum over shared words of log(skills / skills with the word): a word that every skill has tells nothing."""
         num_skills = len(self.skill_library.specific)
         return sum(math.log(num_skills / self._num_skills_with[word]) for word in sorted(asked & self._words[skill.skill_id]))
+
+    def _by_nearness(self, description: str) -> tuple[Skill, ...]:
+        assert self._index is not None
+        return self._index.find_nearest(description, self._num_skills)
+
+    def _by_utility(self, key: str) -> tuple[Skill, ...]:
+        assert self._utility is not None
+        # A choice may be older than this library, where a run goes on with another one.
+        known = {skill.skill_id: skill for skill in self.skill_library.specific}
+        return tuple(known[skill_id] for skill_id in self._utility.get_choice(key) if skill_id in known)
 
     def _by_draw(self, key: str) -> tuple[Skill, ...]:
         count = min(self._num_skills, len(self.skill_library.specific))

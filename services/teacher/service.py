@@ -18,6 +18,7 @@ from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, serve_probes
 from sdar.v1.teacher_pb2_grpc import add_TeacherServiceServicer_to_server
 from services.teacher.context import ContextBuilder
+from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
@@ -25,6 +26,7 @@ from services.teacher.scorer import Scorer, TransformersScorer, WeightReader
 from services.teacher.skills import open_skill_library
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
+from services.teacher.utility import SkillUtility
 from services.teacher.vllm_scorer import VllmScorer
 from services.teacher.worker import TeacherWorker, WorkerLimits
 
@@ -47,7 +49,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         cleanup.push_async_callback(bus.close)
         scorer = build_scorer(config, build_weight_store(config, settings), settings)
         cleanup.push_async_callback(scorer.stop)
-        teacher = build_teacher(config, bus, scorer, TeacherMetrics(registry))
+        teacher = build_teacher(config, settings, bus, scorer, TeacherMetrics(registry))
         await scorer.start()
         await _run(config, settings, bus, teacher, health)
 
@@ -75,14 +77,27 @@ def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -
     return TransformersScorer(model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens)
 
 
-def build_teacher(config: RunConfig, bus: Bus, scorer: Scorer, metrics: TeacherMetrics) -> Teacher:
-    """A teacher by configuration; bus and scorer may be any."""
-    retriever = Retriever(
-        open_skill_library(config),
-        kind=config.teacher.retrieval,
-        num_skills=config.teacher.num_skills,
-        wrong_skill_fraction=config.teacher.wrong_skill_fraction,
+def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retriever:
+    """The retriever a configuration asks for, with its sentence model if it needs one.
+
+    Raises:
+        ConfigurationError: library or sentence model cannot be used, or options contradict each other.
+    """
+    teacher, library = config.teacher, open_skill_library(config)
+    is_embedding = teacher.retrieval == "embedding"
+    return Retriever(
+        library,
+        kind=teacher.retrieval,
+        num_skills=teacher.num_skills,
+        wrong_skill_fraction=teacher.wrong_skill_fraction,
+        index=SkillIndex(library.specific, SentenceEncoder(teacher.embedding_model), settings.cache) if is_embedding else None,
+        utility=SkillUtility(bus, teacher.ucb_exploration) if teacher.retrieval == "ucb" else None,
     )
+
+
+def build_teacher(config: RunConfig, settings: Settings, bus: Bus, scorer: Scorer, metrics: TeacherMetrics) -> Teacher:
+    """A teacher by configuration; bus and scorer may be any."""
+    retriever = build_retriever(config, settings, bus)
     contexts = ContextBuilder(ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens)
     follower = PolicyFollower(bus, scorer, config.teacher.max_lag)
     return Teacher(contexts, scorer, follower, metrics, config.teacher.max_lag)

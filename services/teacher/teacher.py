@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import structlog
 
+from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError, SdarError
-from sdar.contracts.types import ScoredTrajectory, Task, TeacherScore, Trajectory
+from sdar.contracts.streams import Stream
+from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherScore, Trajectory
+from sdar.runtime.bus import Publications
 from services.teacher.context import ContextBuilder, PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
@@ -44,11 +47,20 @@ class Teacher:
             await self._follower.catch_up()
             self.metrics.observe_version(self._scorer.teacher_version, self._follower.lag)
 
-    def retrieve(self, task: Task, key: str) -> Retrieval:
+    async def retrieve(self, task: Task, key: str) -> Retrieval:
         """The skills for a task, as a student that may see them gets them; misses are counted and reported."""
-        retrieval = self.contexts.retriever.retrieve(task, key)
+        await self.contexts.retriever.prepare(task, key)
+        # In a thread: a sentence model may have to read the task first.
+        retrieval = await asyncio.to_thread(self.contexts.retriever.retrieve, task, key)
         self._note_retrieval(task, retrieval)
         return retrieval
+
+    def list_outcomes(self, scored: Sequence[ScoredTrajectory]) -> Publications:
+        """What the next choices of skills learn from these episodes; to be published together with their scores."""
+        if self.contexts.retriever.kind != "ucb":
+            return {}
+        outcomes = [_describe_outcome(item.trajectory, item.score) for item in scored if item.score is not None]
+        return {Stream.SKILL_EVENTS: [codec.encode_skill_event(outcome) for outcome in outcomes]}
 
     async def score(
         self, trajectories: Sequence[Trajectory], min_teacher_version: int = 0
@@ -60,9 +72,11 @@ class Teacher:
 
         Raises:
             StaleError: that version has not been published yet.
-            UnavailableError, CorruptionError: it cannot be loaded.
+            UnavailableError, CorruptionError: it cannot be loaded, or the bus is away.
         """
         async with self._turnstile:
+            for group_id, task in {trajectory.group_id: trajectory.task for trajectory in trajectories}.items():
+                await self.contexts.retriever.prepare(task, group_id)
             # A tokenizer serves one thread at a time, so prompts are built inside the turnstile too.
             built = await asyncio.to_thread(lambda: [self._build(trajectory) for trajectory in trajectories])
             contexts = [context for context in built if isinstance(context, PrivilegedContext)]
@@ -135,3 +149,9 @@ class Teacher:
                 known_task_types=list(self.contexts.retriever.skill_library.task_types),
                 fix="add a skill for this task type, or correct the task type the environment reports",
             )
+
+
+def _describe_outcome(trajectory: Trajectory, score: TeacherScore) -> SkillOutcome:
+    """What was really shown, after skills were dropped; general skills, which every task gets, come first and are left out."""
+    shown = score.skill_ids[len(score.skill_ids) - score.num_specific_skills :]
+    return SkillOutcome(trajectory.trajectory_id, trajectory.task.task_type, shown, trajectory.is_success)

@@ -39,7 +39,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
     async def RetrieveSkills(
         self, request: teacher_pb2.RetrieveSkillsRequest, context: Any
     ) -> teacher_pb2.RetrieveSkillsResponse:
-        retrieval = self._teacher.retrieve(task_from_proto(request.task), request.key)
+        retrieval = await self._teacher.retrieve(task_from_proto(request.task), request.key)
         return teacher_pb2.RetrieveSkillsResponse(
             skill_ids=retrieval.skill_ids,
             num_specific_skills=len(retrieval.specific),

@@ -238,7 +238,9 @@ class TeacherWorker:
     async def _publish(self, batch: _Batch, stopping: asyncio.Event) -> None:
         payloads = [codec.encode_scored_trajectory(scored) for _, scored in batch.accepted]
         if payloads:
-            commit = partial(self._bus.commit, {Stream.SCORED: payloads}, [delivery for delivery, _ in batch.accepted])
+            outcomes = self._teacher.list_outcomes([scored for _, scored in batch.accepted])
+            publications = {Stream.SCORED: payloads, **outcomes}
+            commit = partial(self._bus.commit, publications, [delivery for delivery, _ in batch.accepted])
             await self._wait_for_room(commit, stopping)
         for rejected in batch.rejected:
             log.error("trajectory_rejected", entry_id=rejected.delivery.entry_id, reason=rejected.reason)

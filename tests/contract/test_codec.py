@@ -32,6 +32,8 @@ from sdar.contracts.types import (
     Purpose,
     SamplingParameters,
     ScoredTrajectory,
+    SkillChoice,
+    SkillOutcome,
     StopReason,
     Task,
     TaskGroup,
@@ -120,6 +122,7 @@ GOLDEN_VALUES = {
     ),
     "ledger_event": LedgerEvent("run", "g1", GroupOutcome.STALE, 8, 12, "5 versions behind, bound 4"),
     "metric_record": MetricRecord("run", "learner", "learner-0", 12, 1700000000.25, {"loss": -0.0, "gate_mean": 0.5}),
+    "skill_event": SkillOutcome("g1.3.a0", "clean", ("clean", "heat"), True),
 }
 ENCODE = {name: getattr(codec, f"encode_{name}") for name in GOLDEN_VALUES}
 DECODE = {name: getattr(codec, f"decode_{name}") for name in GOLDEN_VALUES}
@@ -139,6 +142,7 @@ def test_golden_bytes_are_what_is_written_and_can_be_read(name):
 
 # Lone surrogates cannot be written; a test of their own says so.
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+text_lists = st.lists(texts, max_size=3).map(tuple)
 int32s, uint32s = st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**32 - 1)
 numbers = st.floats(allow_nan=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -242,6 +246,9 @@ VALUES = {
     "ledger_event": st.builds(LedgerEvent, texts, texts, st.sampled_from(GroupOutcome), uint32s, int32s, texts),
     "metric_record": st.builds(
         MetricRecord, texts, texts.filter(bool), texts, int32s, numbers, st.dictionaries(texts, numbers, max_size=4)
+    ),
+    "skill_event": st.one_of(
+        st.builds(SkillChoice, texts, texts, text_lists), st.builds(SkillOutcome, texts, texts, text_lists, st.booleans())
     ),
 }
 
