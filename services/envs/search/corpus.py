@@ -1,0 +1,96 @@
+"""Owns a corpus on disk: JSON lines as Search-R1 publishes them, checked once, then read in place, one passage at a time.
+
+A corpus of millions of passages takes no memory of its own: the file is mapped, and so is the table of where its lines begin.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sdar.contracts.errors import ConfigurationError
+from services.envs.search.passages import Passage
+
+_EXPECTED = 'expected {"id": "17", "contents": "\\"Title\\"\\ntext"}'
+
+
+def require_corpus(path: Path) -> None:
+    """Raises ConfigurationError: there is no such file, or nothing in it."""
+    if not path.is_file() or not path.stat().st_size:
+        problem = "is empty" if path.is_file() else "does not exist"
+        raise ConfigurationError(
+            f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make one: "
+            "sdar env generate search DIRECTORY."
+        )
+
+
+def iterate_corpus(path: Path) -> Iterator[tuple[int, Passage]]:
+    """Every passage with the byte at which its line begins; blank lines are none.
+
+    Raises:
+        ConfigurationError: a line that is no passage.
+    """
+    require_corpus(path)
+    offset = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield offset, parse_passage(line, path, number)
+            offset += len(line)
+
+
+def parse_passage(line: bytes, path: Path, number: int) -> Passage:
+    """The passage of one line.
+
+    Raises:
+        ConfigurationError: not JSON, not an object, no id, or no contents.
+    """
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigurationError(f"Corpus {path} line {number} is not JSON ({error}); {_EXPECTED}. Correct it.") from error
+    if not isinstance(entry, dict):
+        raise ConfigurationError(f"Corpus {path} line {number} is {_show(entry)}; {_EXPECTED}. Correct it.")
+    passage_id, contents = entry.get("id"), entry.get("contents")
+    if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
+        raise ConfigurationError(f"Corpus {path} line {number}: id is {_show(passage_id)}; {_EXPECTED}. Correct it.")
+    if not isinstance(contents, str) or not contents.strip():
+        raise ConfigurationError(f"Corpus {path} line {number}: contents is {_show(contents)}; {_EXPECTED}. Correct it.")
+    return Passage(str(passage_id), contents)
+
+
+class Corpus:
+    """Passages by their place in the file. `offsets` are the bytes at which their lines begin, in order."""
+
+    def __init__(self, path: Path, offsets: npt.NDArray[np.int64]) -> None:
+        self._path = path
+        self._offsets = offsets
+        with path.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Passage:
+        start = int(self._offsets[index])
+        end = self._bytes.find(b"\n", start)
+        return parse_passage(self._bytes[start : end if end >= 0 else len(self._bytes)], self._path, index + 1)
+
+    def close(self) -> None:
+        self._bytes.close()
+
+
+def open_corpus(path: Path) -> Corpus:
+    """The corpus, every line checked. Raises ConfigurationError."""
+    return Corpus(path, np.array([offset for offset, _ in iterate_corpus(path)], dtype=np.int64))
+
+
+def _show(value: object) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

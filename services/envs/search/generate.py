@@ -1,0 +1,144 @@
+"""Owns `sdar env generate search`: a corpus of an invented world and questions on it, in the form in which Search-R1 publishes
+both. The same arguments write the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdar.contracts.errors import ConfigurationError, ConflictError
+from services.envs.search.scoring import normalize_answer
+from services.envs.search.world import (
+    MAX_WORKS,
+    QUESTIONS,
+    World,
+    build_world,
+    write_distractor,
+    write_passages,
+)
+
+THINGS_PER_TASK = {"work": 0.4, "person": 0.5, "company": 0.3, "town": 0.35, "river": 0.15, "mountain": 0.1}
+"""Things of each kind for one training question; all but mountains have a passage. Twice the facts that are asked for."""
+DISTRACTORS_PER_TASK = 0.3
+TEST_SHARE = 0.3
+"""Test questions for one training question."""
+MIN_TASKS, MAX_TASKS = 10, int(MAX_WORKS / THINGS_PER_TASK["work"])
+DATA_SOURCES = {1: "one_hop", 2: "two_hop"}
+"""By the number of relations to follow."""
+
+_PROMPT = "Answer the given question. You can search. Question: {}"
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("golden_answers", pa.list_(pa.string())),
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
+        ("ability", pa.string()),
+        (
+            "reward_model",
+            pa.struct([("ground_truth", pa.struct([("target", pa.list_(pa.string()))])), ("style", pa.string())]),
+        ),
+        ("extra_info", pa.struct([("index", pa.int64()), ("split", pa.string())])),
+    ]
+)
+
+Asked = tuple[str, tuple[str, ...]]
+"""A question without its wording: the thing named, and the chain of relations to follow from it."""
+
+
+def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]) -> str:
+    """Write corpus.jsonl, train.parquet with `num_tasks` questions and test.parquet with a third of that.
+
+    Raises:
+        ConflictError: the directory holds something. ConfigurationError: too few or too many questions for one world.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ConflictError(f"{directory} is not empty. Remove it or choose another directory.")
+    if not MIN_TASKS <= num_tasks <= MAX_TASKS:
+        raise ConfigurationError(f"Search makes {MIN_TASKS} to {MAX_TASKS} training questions, asked for {num_tasks}.")
+    rng = random.Random(seed)
+    world = build_world(rng, {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()})
+    check_world(world)
+    passages = write_passages(rng, world)
+    passages += [write_distractor(rng, world, number) for number in range(round(DISTRACTORS_PER_TASK * num_tasks))]
+    rng.shuffle(passages)
+    num_test = max(2, round(TEST_SHARE * num_tasks))
+    asked = draw_questions(rng, world, num_tasks + num_test)
+    rows = []
+    for number, (thing, chain) in enumerate(asked):
+        split, index = ("train", number) if number < num_tasks else ("test", number - num_tasks)
+        rows.append(_write_row(rng, world, thing, chain, split, index))
+        report(number + 1, len(asked))
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_corpus(directory / "corpus.jsonl", passages)
+    _write_questions(directory / "train.parquet", rows[:num_tasks])
+    _write_questions(directory / "test.parquet", rows[num_tasks:])
+    return f"{len(passages)} passages, {num_tasks} questions to train on and {num_test} to test, half of them of two hops."
+
+
+def check_world(world: World) -> None:
+    """Every name is one thing's alone, also as answers are compared: so every question has exactly one answer.
+
+    Raises:
+        ConfigurationError: it is not so; another seed helps.
+    """
+    counts = Counter(normalize_answer(name) for names in world.things.values() for name in names)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ConfigurationError(f"Two things of the generated world are called {twice[0]!r}. Choose another seed.")
+
+
+def draw_questions(rng: random.Random, world: World, num_questions: int) -> list[Asked]:
+    """Different questions, half of each number of hops as far as the world goes, chains in turn, in a mixed order."""
+    by_hops: dict[int, list[Asked]] = {}
+    for hops in DATA_SOURCES:
+        of_chains = [_list_askable(rng, world, chain) for chain in QUESTIONS if len(chain) == hops]
+        by_hops[hops] = _take_turns(of_chains)
+    half = num_questions // 2
+    drawn = by_hops[1][: num_questions - half] + by_hops[2][:half]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _list_askable(rng: random.Random, world: World, chain: tuple[str, ...]) -> list[Asked]:
+    things = [thing for names in world.things.values() for thing in names if world.follow(thing, chain) is not None]
+    return [(thing, chain) for thing in rng.sample(things, len(things))]
+
+
+def _take_turns(lists: Iterable[list[Asked]]) -> list[Asked]:
+    rounds = itertools.zip_longest(*lists)
+    return [asked for one_round in rounds for asked in one_round if asked is not None]
+
+
+def _write_row(rng: random.Random, world: World, thing: str, chain: tuple[str, ...], split: str, index: int) -> dict[str, Any]:
+    question = rng.choice(QUESTIONS[chain]).format(thing)
+    answers = [world.follow(thing, chain)]
+    return {
+        "id": f"{split}_{index}",
+        "question": question,
+        "golden_answers": answers,
+        "data_source": DATA_SOURCES[len(chain)],
+        "prompt": [{"role": "user", "content": _PROMPT.format(question)}],
+        "ability": "fact-reasoning",
+        "reward_model": {"ground_truth": {"target": answers}, "style": "rule"},
+        "extra_info": {"index": index, "split": split},
+    }
+
+
+def _write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for number, (title, text) in enumerate(passages):
+            file.write(json.dumps({"id": str(number), "contents": f'"{title}"\n{text}'}, ensure_ascii=False) + "\n")
+
+
+def _write_questions(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", store_schema=False)
