@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from services.envs.adapters.seeded import SeededEnvironment, find_action, format
 from services.envs.base import Observation, StepResult
 
 CLOSING_TIMEOUT_S = 2.0
+FULL_TIMEOUT_S, FULL_RETRY_S = 2.0, 0.05
+"""How long and how often a full server is asked again: an episode that was just closed may still hold its place there."""
 MAX_MESSAGE_BYTES = 16 << 20
 """What the web server under an OpenEnv server takes by default."""
 
@@ -61,14 +64,20 @@ class OpenEnvEnvironment(SeededEnvironment):
         self.action_format = self._server.describe_action(self._action_field)
         self.max_turns = max_turns
         self._connection: ClientConnection | None = None
+        self._ending = contextlib.ExitStack()
         self._is_closed = False
 
     def reset(self, task_id: str, seed: int) -> Observation:
-        seed = self.compute_seed(task_id, seed)
-        if self._connection is None:
-            self._connection = self._connect()
-        answer = self._ask("reset", {"seed": seed})
-        return self._observe(answer)
+        seed, deadline = self.compute_seed(task_id, seed), time.monotonic() + FULL_TIMEOUT_S
+        while True:
+            try:
+                self._connection = self._connection or self._connect()
+                return self._observe(self._ask("reset", {"seed": seed}))
+            except CapacityError:
+                self._hang_up()
+                if time.monotonic() > deadline or self._is_closed:
+                    raise
+                time.sleep(FULL_RETRY_S)
 
     def step(self, text: str) -> StepResult:
         written = find_action(text)
@@ -89,31 +98,36 @@ class OpenEnvEnvironment(SeededEnvironment):
     def close(self) -> None:
         """Let the server free its place before this returns, if it listens; end the connection in any case."""
         self._is_closed = True
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
+        connection = self._connection
         # An OpenEnv server that is told so frees the session's place first and closes the connection then. A call that hangs
         # in another thread holds the receiving end: then there is nothing to wait for.
         with contextlib.suppress(WebSocketException, TimeoutError):
-            connection.send(json.dumps({"type": "close"}))
-            while True:
-                connection.recv(timeout=CLOSING_TIMEOUT_S)
-        connection.close()
+            if connection is not None:
+                connection.send(json.dumps({"type": "close"}))
+                while True:
+                    connection.recv(timeout=CLOSING_TIMEOUT_S)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._connection = None
+        self._ending.close()
 
     def _connect(self) -> ClientConnection:
         try:
-            connection = connect(
-                self._server.websocket_url,
-                open_timeout=self._timeout_s,
-                close_timeout=CLOSING_TIMEOUT_S,
-                max_size=MAX_MESSAGE_BYTES,
-                # The server pings; a second pinger would cost a thread a session.
-                ping_interval=None,
+            connection = self._ending.enter_context(
+                connect(
+                    self._server.websocket_url,
+                    open_timeout=self._timeout_s,
+                    close_timeout=CLOSING_TIMEOUT_S,
+                    max_size=MAX_MESSAGE_BYTES,
+                    # The server pings; a second pinger would cost a thread a session.
+                    ping_interval=None,
+                )
             )
         except (OSError, WebSocketException) as error:
             raise self._failure(f"cannot be reached: {error}. Start it, then open another session.") from error
         if self._is_closed:  # while this thread was waiting
-            connection.close()
+            self._hang_up()
             raise self._failure("was given up while it was being connected to. Open another session.")
         return connection
 
