@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
+from sdar.cli.environments import env_app
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make tiny models to try things with.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(env_app, name="env")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
 SetOption = Annotated[
@@ -142,8 +144,8 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
-    """Tell a person, or with `--output json` a program, what went wrong, and end with a code that says whose turn it is."""
-    if "--output json" in " ".join(arguments).replace("--output=json", "--output json"):
+    """Tell a person, or where JSON is asked for a program, what went wrong, and end with a code that says whose turn it is."""
+    if "--json" in arguments or "--output json" in " ".join(arguments).replace("--output=json", "--output json"):
         event = {"event": "error", "reason": error.reason, "message": error.message, "fields": error.fields}
         print(json.dumps(event), flush=True)
     print(f"error: {error.message}", file=sys.stderr, flush=True)

@@ -101,7 +101,7 @@ def _trailers(code: grpc.StatusCode, reason: str, message: str, fields: dict[str
     return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def _read_detail(error: grpc.aio.AioRpcError) -> error_pb2.ErrorDetail | None:
+def read_error_detail(error: grpc.aio.AioRpcError) -> error_pb2.ErrorDetail | None:
     """The ErrorDetail in the trailers; None if there is none or it cannot be read, for the peer may be anybody."""
     trailers: Any = error.trailing_metadata() or ()
     for key, value in trailers:
@@ -125,7 +125,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
     """
     code, text = error.code(), error.details() or ""
     at = f" at {peer}" if peer else ""
-    detail = _read_detail(error)
+    detail = read_error_detail(error)
     if detail is not None:
         kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
         # Not through kwargs: a peer may name a field "message".

@@ -186,7 +186,7 @@ class GrpcEnvironmentClient:
 
     def _nonsense(self, what: str) -> EnvironmentFailedError:
         return EnvironmentFailedError(
-            f"The environment at {self._address} answered {what}. Fix the environment's answer.",
+            f"The environment at {self._address} answered {what}. Run `sdar env check {self._address}` against it.",
             address=self._address,
         )
 

@@ -228,7 +228,7 @@ async def test_a_session_without_an_observation_fails_the_episode():
 
 async def test_a_description_without_the_environment_fails_the_episode():
     async with client_of(Nonsense()) as client:
-        with pytest.raises(EnvironmentFailedError, match="Fix the environment"):
+        with pytest.raises(EnvironmentFailedError, match="Run `sdar env check"):
             await client.describe("household")
 
 

@@ -1,0 +1,309 @@
+"""Owns how checks reach a server: the wire's calls with their refusals, and episodes played from fixed seeds.
+
+Knows the wire and no environment: actions are those the server lists, written in the first form that it finds valid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from sdar.cli.conformance.check import CheckNotRun, FailedCheck, expect
+from sdar.runtime.rpc import read_error_detail
+from sdar.v1 import environment_pb2, environment_pb2_grpc, task_pb2
+
+SERVICE_NAME = "sdar.v1.EnvironmentService"
+CALL_TIMEOUT_S = 60.0
+"""Deadline of a call that should be answered: far above any step_timeout_s in use."""
+SETTLE_TIMEOUT_S = 15.0
+"""How long a reaper may take to notice: beyond it, a place that is not free again is lost."""
+MAX_SCRIPT_TURNS = 30
+"""Turns of the episodes that are repeated and compared."""
+LEASE_S = 120.0
+"""Lease of the sessions in which leases are not the point."""
+
+_POLL_EVERY_S = 0.05
+_SHOWN_CHARACTERS = 160
+_THOUGHT = "<think>A conformance check.</think>"
+
+
+class Refusal(Exception):
+    """A call that ended with a status other than OK; `detail` is its typed detail, None without one."""
+
+    def __init__(self, method: str, error: grpc.aio.AioRpcError) -> None:
+        self.method, self.code = method, error.code()
+        self.details, self.detail = error.details() or "", read_error_detail(error)
+        super().__init__(f"{method} answered {self.code.name}: {shorten(self.details) or 'no message'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """An episode played undisturbed: the texts sent and all answers; `answers[i]` belongs to `texts[i]`."""
+
+    task: task_pb2.Task
+    seed: int
+    opened: environment_pb2.OpenSessionResponse
+    texts: tuple[str, ...]
+    answers: tuple[environment_pb2.StepResponse, ...]
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.answers) and is_over(self.answers[-1])
+
+
+Chooser = Callable[[int, Sequence[str]], str]
+"""The text of a turn, from its index and the actions listed as possible."""
+
+
+@dataclass
+class Bench:
+    """One environment of one server, under test. Sessions opened here are remembered, so that none outlives its check."""
+
+    channel: grpc.aio.Channel
+    described: environment_pb2.EnvironmentDescription
+    action_form: str = "{}"
+    is_action_known: bool = False
+    _opened: set[str] = field(default_factory=set)
+    _tasks: dict[str, list[task_pb2.Task]] = field(default_factory=dict)
+    _scripts: dict[tuple[str, int], Script] = field(default_factory=dict)
+    _tour: list[Script] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stub: Any = environment_pb2_grpc.EnvironmentServiceStub(self.channel)
+
+    @property
+    def environment(self) -> str:
+        return self.described.name
+
+    # ---- calls
+
+    async def describe(self) -> environment_pb2.EnvironmentDescription:
+        """The environment as it is described now; the other environments of the server are left out."""
+        request = environment_pb2.DescribeRequest(environment=self.environment)
+        response: environment_pb2.DescribeResponse = await self.call("Describe", request)
+        names = [one.name for one in response.environments]
+        expect(names == [self.environment], f"Describe({self.environment!r}) with that environment alone", names)
+        return next(iter(response.environments))
+
+    async def list_page(self, split: str, **fields: Any) -> environment_pb2.ListTasksResponse:
+        fields = {"environment": self.environment, **fields}
+        request = environment_pb2.ListTasksRequest(split=split, **fields)
+        response: environment_pb2.ListTasksResponse = await self.call("ListTasks", request)
+        return response
+
+    async def open(
+        self, task_id: str, *, seed: int = 0, key: str = "", lease_s: float = LEASE_S, environment: str | None = None
+    ) -> environment_pb2.OpenSessionResponse:
+        name = self.environment if environment is None else environment
+        request = environment_pb2.OpenSessionRequest(
+            environment=name, task_id=task_id, seed=seed, idempotency_key=key, lease_s=lease_s
+        )
+        response: environment_pb2.OpenSessionResponse = await self.call("OpenSession", request)
+        self._opened.add(response.session_id)
+        return response
+
+    async def step(
+        self, session_id: str, step_index: int, text: str, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> environment_pb2.StepResponse:
+        request = environment_pb2.StepRequest(session_id=session_id, step_index=step_index, text=text)
+        response: environment_pb2.StepResponse = await self.call("Step", request, timeout_s=timeout_s)
+        return response
+
+    async def step_bytes(self, request: bytes) -> None:
+        """A Step whose request was serialised by hand. Raises Refusal."""
+        try:
+            await self.channel.unary_unary(f"/{SERVICE_NAME}/Step", None, None)(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise Refusal("Step", error) from error
+
+    async def close(self, session_id: str) -> None:
+        await self.call("CloseSession", environment_pb2.CloseSessionRequest(session_id=session_id))
+        self._opened.discard(session_id)
+
+    async def call(self, method: str, request: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """One call. Raises Refusal."""
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise Refusal(method, error) from error
+
+    async def close_opened(self) -> None:
+        """Close what is still open of the sessions opened here; a server that refuses this has failed a check already."""
+        for session_id in list(self._opened):
+            self._opened.discard(session_id)
+            try:
+                await self.close(session_id)
+            except Refusal:
+                continue
+
+    # ---- tasks
+
+    async def list_tasks(self, split: str) -> list[task_pb2.Task]:
+        """All tasks of a split, asked for once."""
+        if split not in self._tasks:
+            self._tasks[split] = await self.read_pages(split)
+        return self._tasks[split]
+
+    async def read_pages(self, split: str) -> list[task_pb2.Task]:
+        tasks: list[task_pb2.Task] = []
+        tokens = {""}
+        token = ""
+        while True:
+            page = await self.list_page(split, page_token=token)
+            tasks.extend(page.tasks)
+            token = page.next_page_token
+            if not token:
+                return tasks
+            expect(token not in tokens, f"a new next_page_token on every page of split {split!r}", f"{token!r} again")
+            tokens.add(token)
+
+    async def first_task(self) -> task_pb2.Task:
+        return (await self.some_tasks(1))[0]
+
+    async def some_tasks(self, count: int) -> list[task_pb2.Task]:
+        """The first tasks of the first split, over again if they are fewer."""
+        tasks = await self.list_tasks(self.described.splits[0].name)
+        expect(bool(tasks), f"tasks in split {self.described.splits[0].name!r}", "none")
+        return [tasks[i % len(tasks)] for i in range(count)]
+
+    # ---- episodes
+
+    async def need_places(self, count: int) -> None:
+        """Raises CheckNotRun where so many sessions cannot be open at once."""
+        capacity = (await self.describe()).capacity
+        free = capacity.max_sessions - capacity.num_open_sessions
+        if free < count:
+            raise CheckNotRun(f"it needs {count} sessions at once, {free} are free: serve with --capacity 16 to run it")
+
+    async def find_action_form(self) -> None:
+        """Try the ways an action might be written, with the first task: bare, or in a tag that action_format names."""
+        task = await self.first_task()
+        tags = dict.fromkeys(re.findall(r"<(\w+)>", self.described.action_format))
+        forms = ["{}", *(f"{_THOUGHT}<{tag}>{{}}</{tag}>" for tag in tags if tag != "think")]
+        valid: list[tuple[bool, str]] = []
+        for form in forms:
+            opened = await self.open(task.task_id)
+            answer = await self.step(opened.session_id, 0, form.format(_first_action(opened.admissible_actions, task)))
+            await self.close(opened.session_id)
+            if answer.is_action_valid:
+                valid.append((is_over(answer), form))
+        if valid:
+            # One that goes on shows more than one that ends the episode.
+            self.is_action_known, self.action_form = True, min(valid, key=lambda one: one[0])[1]
+
+    def actor(self, task: task_pb2.Task, seed: int) -> Chooser:
+        """Plays listed actions at random, the same ones every time; words of the task where none are listed."""
+        dice = random.Random(f"{task.task_id} {seed}")
+
+        def choose(turn: int, actions: Sequence[str]) -> str:
+            return self.action_form.format(dice.choice(actions) if actions else _first_action((), task, turn))
+
+        return choose
+
+    async def play(self, task: task_pb2.Task, seed: int, choose: Chooser, max_turns: int) -> Script:
+        """One episode in a session of its own, closed at the end."""
+        opened = await self.open(task.task_id, seed=seed)
+        texts: list[str] = []
+        answers: list[environment_pb2.StepResponse] = []
+        actions = opened.admissible_actions
+        while len(texts) < max_turns and not (answers and is_over(answers[-1])):
+            texts.append(choose(len(texts), actions))
+            answers.append(await self.step(opened.session_id, len(answers), texts[-1]))
+            actions = answers[-1].admissible_actions
+        await self.close(opened.session_id)
+        return Script(task, seed, opened, tuple(texts), tuple(answers))
+
+    async def script(self, task: task_pb2.Task | None = None, seed: int = 0) -> Script:
+        """An undisturbed episode of the task (the first one by default) to compare others with; played once."""
+        task = task or await self.first_task()
+        key = (task.task_id, seed)
+        if key not in self._scripts:
+            turns = min(self.described.limits.max_turns, MAX_SCRIPT_TURNS)
+            self._scripts[key] = await self.play(task, seed, self.actor(task, seed), turns)
+        return self._scripts[key]
+
+    async def tour(self) -> list[Script]:
+        """Whole episodes of the first and the last task of every split, with possible actions and with nonsense."""
+        if not self._tour:
+            max_turns = self.described.limits.max_turns
+            for split in self.described.splits:
+                tasks = await self.list_tasks(split.name)
+                for task in (tasks[0], tasks[-1]) if tasks else ():
+                    for choose in (self.actor(task, 1), speak_nonsense):
+                        self._tour.append(await self.play(task, 1, choose, max_turns))
+        return self._tour
+
+    async def replay(self, script: Script, session_id: str, begin: int = 0) -> None:
+        """Play the rest of a script in a session and hold every answer against it. Raises FailedCheck at a difference."""
+        for index in range(begin, len(script.texts)):
+            self.compare(script, index, await self.step(session_id, index, script.texts[index]))
+
+    def compare(self, script: Script, index: int, answer: environment_pb2.StepResponse) -> None:
+        told = difference(script.answers[index], answer)
+        if told:
+            what = f"step {index} of task {script.task.task_id!r}, seed {script.seed}, as in an undisturbed episode"
+            raise FailedCheck(f"{what}: {told[0]}", told[1])
+
+
+def speak_nonsense(turn: int, actions: Sequence[str]) -> str:
+    return f"xyzzy {turn}"
+
+
+def is_over(answer: environment_pb2.StepResponse) -> bool:
+    return answer.terminated or answer.truncated
+
+
+def difference(expected: Message, got: Message, ignore: Sequence[str] = ("session_id", "info")) -> tuple[str, str] | None:
+    """The first field in which two messages differ, as (expected, got); None if they are the same.
+
+    Between episodes, `info` may differ: it is for logs. Nothing else may.
+    """
+    for name in expected.DESCRIPTOR.fields_by_name:
+        one, other = _show(getattr(expected, name)), _show(getattr(got, name))
+        if name not in ignore and one != other:
+            return f"{name} {shorten(one)}", f"{name} {shorten(other)}"
+    return None
+
+
+def _show(value: Any) -> str:
+    """A field's value as text: so a NaN equals another one, and maps have an order."""
+    if hasattr(value, "items"):
+        value = dict(sorted(value.items()))
+    return repr(list(value)) if isinstance(value, Sequence) and not isinstance(value, str) else repr(value)
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+async def expect_refusal(calling: Awaitable[Any], code: grpc.StatusCode, what: str) -> Refusal:
+    """The refusal of a call that must be refused with `code`."""
+    try:
+        await calling
+    except Refusal as refusal:
+        expect(refusal.code is code, f"{what}: {code.name}", refusal)
+        return refusal
+    raise FailedCheck(f"{what}: {code.name}", "an answer with status OK")
+
+
+async def poll(is_reached: Callable[[], Awaitable[bool]], timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
+    """Ask until it is so, or until the time is over; tells which."""
+    deadline = time.monotonic() + timeout_s
+    while not await is_reached():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(_POLL_EVERY_S)
+    return True
+
+
+def _first_action(actions: Sequence[str], task: task_pb2.Task, turn: int = 0) -> str:
+    words = task.description.split() or [task.task_id]
+    return actions[0] if actions else " ".join(words[turn % len(words) :][:4])

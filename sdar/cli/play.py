@@ -1,0 +1,139 @@
+"""Owns `sdar env play`: one episode of a running server, played by a person line by line, or by a program through a pipe.
+
+Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at once and the session is still closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc.aio
+from rich.console import Console
+
+from sdar.cli.conformance.bench import Bench
+from sdar.cli.conformance.runner import find_environment
+from sdar.contracts.errors import UnknownResourceError
+from sdar.runtime.rpc import call, connect
+from sdar.v1 import environment_pb2, environment_pb2_grpc
+
+_PROMPT = "> "
+_LEASE_S = 3600.0
+_CALL_TIMEOUT_S = 60.0
+
+
+def play_task(address: str, environment: str, split: str, task_id: str, seed: int) -> None:
+    """Play one task at `address` until it ends or the input does; the session is closed in any case.
+
+    Args:
+        split: where the first task is taken from if no task_id is given; "" for the first split.
+
+    Raises:
+        ConfigurationError: nobody answers, or no such environment. UnknownResourceError: no such split or task.
+    """
+    with asyncio.Runner() as runner:
+
+        async def begin() -> tuple[grpc.aio.Channel, Bench]:
+            channel = connect(address)
+            return channel, Bench(channel, await find_environment(channel, address, environment))
+
+        channel, bench = runner.run(begin())
+        try:
+            runner.run(bench.find_action_form())
+            game = _Game(runner, environment_pb2_grpc.EnvironmentServiceStub(channel), address, bench)
+            game.play(task_id or game.first_task(split), seed)
+        finally:
+            runner.run(channel.close(None))
+
+
+class _Game:
+    """One server's environment and the screen."""
+
+    def __init__(self, runner: asyncio.Runner, stub: Any, address: str, bench: Bench) -> None:
+        self._runner, self._stub, self._address = runner, stub, address
+        self._described, self._action_form = bench.described, bench.action_form
+        # The texts are the environment's: never read as markup, never wrapped at a width that a pipe does not have.
+        self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def first_task(self, split: str) -> str:
+        name = split or self._described.splits[0].name
+        request = environment_pb2.ListTasksRequest(environment=self._described.name, split=name, page_size=1)
+        page: environment_pb2.ListTasksResponse = self._call(self._stub.ListTasks, request)
+        if not page.tasks:
+            raise UnknownResourceError(f"Split {name!r} of {self._described.name} has no tasks. Choose another with --split.")
+        return next(iter(page.tasks)).task_id
+
+    def play(self, task_id: str, seed: int) -> None:
+        request = environment_pb2.OpenSessionRequest(
+            environment=self._described.name, task_id=task_id, seed=seed, idempotency_key=uuid.uuid4().hex, lease_s=_LEASE_S
+        )
+        opened: environment_pb2.OpenSessionResponse = self._call(self._stub.OpenSession, request)
+        try:
+            self._introduce(opened)
+            self._take_turns(opened)
+        finally:
+            self._call(self._stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=opened.session_id))
+
+    def _introduce(self, opened: environment_pb2.OpenSessionResponse) -> None:
+        told, task = self._described, opened.task
+        self._say(f"{told.name}, version {told.version}: {task.split} task {task.task_id}, seed {task.seed}", "bold")
+        for text in (told.instructions, task.description, told.action_format):
+            if text:
+                self._say(text)
+        self._say("A number chooses an action of the list. Ctrl-D leaves the game.", "dim")
+        if self._action_form != "{}":
+            self._say(f"A line without a < is sent as {self._action_form.format('...')}", "dim")
+
+    def _take_turns(self, opened: environment_pb2.OpenSessionResponse) -> None:
+        observation, actions, total = opened.observation, list(opened.admissible_actions), 0.0
+        for index in range(self._described.limits.max_turns):
+            self._show(observation, actions)
+            text = self._ask(actions)
+            if text is None:
+                self._say("Left the game before its end.", "yellow")
+                return
+            request = environment_pb2.StepRequest(session_id=opened.session_id, step_index=index, text=text)
+            answer: environment_pb2.StepResponse = self._call(self._stub.Step, request)
+            total += answer.reward
+            observation, actions = answer.observation, list(answer.admissible_actions)
+            if not answer.is_action_valid:
+                self._say("This was no valid action; it used a turn.", "yellow")
+            if answer.terminated or answer.truncated:
+                self._show(observation, [])
+                self._end(answer, index + 1, total)
+                return
+
+    def _show(self, observation: str, actions: Sequence[str]) -> None:
+        self._say("")
+        if observation:
+            self._say(observation)
+        for number, action in enumerate(actions, start=1):
+            self._say(f"{number:3}  {action}", "cyan")
+
+    def _ask(self, actions: Sequence[str]) -> str | None:
+        """The text to send; None at the end of the input. A number that is not in the list is asked for again."""
+        while True:
+            try:
+                line = input(_PROMPT if sys.stdin.isatty() else "")
+            except EOFError:
+                return None
+            if not actions or not line.strip().isdecimal():
+                return line if "<" in line else self._action_form.replace("{}", line)
+            number = int(line)
+            if 1 <= number <= len(actions):
+                return self._action_form.replace("{}", actions[number - 1])
+            self._say(f"No action {number}: choose 1 to {len(actions)}, or write one.", "yellow")
+
+    def _end(self, answer: environment_pb2.StepResponse, num_turns: int, total: float) -> None:
+        why = "solved" if answer.is_success else "out of turns" if answer.truncated else "not solved"
+        parts = ", ".join(f"{name} {value:g}" for name, value in sorted(answer.reward_components.items()))
+        self._say(f"The end after {num_turns} turns: {why}, reward {total:g}{f' ({parts})' if parts else ''}.", "bold")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style)
+
+    def _call(self, method: Callable[..., Awaitable[Any]], request: Any) -> Any:
+        return self._runner.run(call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=self._address))
