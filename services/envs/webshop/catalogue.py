@@ -1,0 +1,257 @@
+"""Owns how the published product files become products: which files, which fields, options, prices. Knows no goal and no page.
+
+The files are read as published: items_shuffle*.json (a list of products), items_ins_v2*.json (attributes by product), and
+where they exist items_human_ins.json (instructions people wrote) and reviews.json. A file that breaks its shape is refused by
+name, entry and field.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdar.contracts.errors import ConfigurationError
+
+PRODUCT_FILES = ("items_shuffle.json", "items_shuffle_1000.json")
+ATTRIBUTE_FILES = ("items_ins_v2.json", "items_ins_v2_1000.json")
+HUMAN_FILE, REVIEW_FILE = "items_human_ins.json", "reviews.json"
+
+NO_PRICE = 100.0
+"""Price of a product whose `pricing` is empty, as published."""
+NO_RATING = "N.A."
+PLACEHOLDER_ATTRIBUTE = "DUMMY_ATTR"
+"""The attribute of a product that the attribute file does not know; it takes part in the fuzzy matching, as published."""
+MAX_ASIN_LENGTH = 10
+"""Longer product ids, and the id "nan", mark entries that the published code leaves out."""
+
+_CHUNK_CHARACTERS = 2**24
+"""Read at once, and more than any entry of the published files has: the largest file has 5 GB and is never held whole."""
+_BETWEEN_ENTRIES = re.compile(r"[\s,]*")
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    title: str
+    stars: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product.
+
+    Attributes:
+        price: what a goal's bound is compared with; `price_tag` is what the shop shows, for example "$12.99 to $15.49".
+        options: option name to its values, both in lower case.
+        attributes: hidden from the shopper; only the score reads them.
+    """
+
+    asin: str
+    name: str
+    category: str
+    query: str
+    product_category: str
+    description: str
+    bullets: tuple[str, ...]
+    price: float
+    price_tag: str
+    options: dict[str, tuple[str, ...]]
+    attributes: tuple[str, ...]
+    rating: str
+    reviews: tuple[Review, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFiles:
+    """The files of one catalogue. `human` and `reviews` are None where there are none."""
+
+    products: Path
+    attributes: Path
+    human: Path | None
+    reviews: Path | None
+
+    @property
+    def present(self) -> list[Path]:
+        return [path for path in (self.products, self.attributes, self.human, self.reviews) if path is not None]
+
+
+def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
+    """The full catalogue where it is there, otherwise the published one of 1,000 products; `is_small` turns that round.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    pairs = list(zip(PRODUCT_FILES, ATTRIBUTE_FILES, strict=True))
+    for products, attributes in reversed(pairs) if is_small else pairs:
+        if (directory / products).is_file() and (directory / attributes).is_file():
+            human, reviews = directory / HUMAN_FILE, directory / REVIEW_FILE
+            return SourceFiles(
+                directory / products,
+                directory / attributes,
+                human if human.is_file() else None,
+                reviews if reviews.is_file() else None,
+            )
+    raise ConfigurationError(
+        f"{directory} holds no WebShop catalogue: expected {PRODUCT_FILES[0]} and {ATTRIBUTE_FILES[0]}, or those of 1,000. "
+        "Download the published files (README of princeton-nlp/WebShop), or run: sdar env generate webshop DIRECTORY"
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises ConfigurationError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}. Download or generate it again.") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds a {type(content).__name__}, expected an object by product id.")
+    return content
+
+
+def iterate_entries(path: Path) -> Iterator[Entry]:
+    """The objects of a JSON list, one after the other: the file is never held whole. Raises ConfigurationError."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8") as file:
+        text = file.read(_CHUNK_CHARACTERS).lstrip()
+        if not text.startswith("["):
+            raise ConfigurationError(f"{path} holds no list, expected one of objects. Download or generate it again.")
+        position, index = 1, 0
+        while True:
+            position = _BETWEEN_ENTRIES.match(text, position).end()  # type: ignore[union-attr] - it matches nothing, too
+            if text[position : position + 1] == "]":
+                return
+            try:
+                value, end = decoder.raw_decode(text, position)
+            except ValueError as error:
+                more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _CHUNK_CHARACTERS else ""
+                if not more:
+                    raise ConfigurationError(
+                        f"{path} entry {index} is not JSON: {error}. Download or generate it again."
+                    ) from error
+                text, position = text[position:] + more, 0
+                continue
+            yield Entry(path, index, value)
+            position, index = end, index + 1
+
+
+class Entry:
+    """One object of a file; its accessors raise a ConfigurationError that names file, entry and field."""
+
+    def __init__(self, path: Path, key: int | str, value: Any) -> None:
+        self._where = f"{path} entry {key}"
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{self._where} is {_show(value)}, expected an object. Correct it.")
+        self._value = value
+
+    def text(self, name: str) -> str:
+        value = self._value.get(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a text")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        return "" if self._value.get(name) is None else self.text(name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; a missing one is empty, and a single text is a list of one, as the published files have it."""
+        value = self._value.get(name)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return (value,)
+        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self.wrong(name, "a list of texts")
+        return tuple(value)
+
+    def get(self, name: str) -> Any:
+        return self._value.get(name)
+
+    def wrong(self, name: str, expected: str) -> ConfigurationError:
+        return ConfigurationError(f"{self._where}: {name} is {_show(self._value.get(name))}, expected {expected}. Correct it.")
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+
+
+def iterate_products(files: SourceFiles) -> Iterator[Product]:
+    """Products in the file's order; entries that the published code leaves out (no id, an id seen before) are left out."""
+    attributes = read_object(files.attributes)
+    reviews = {entry.text("asin"): entry for entry in iterate_entries(files.reviews)} if files.reviews else {}
+    seen: set[str] = set()
+    for entry in iterate_entries(files.products):
+        asin = entry.text("asin")
+        if asin == "nan" or not asin or len(asin) > MAX_ASIN_LENGTH or asin in seen:
+            continue
+        seen.add(asin)
+        yield _read_product(entry, asin, Entry(files.attributes, asin, attributes.get(asin, {})), reviews.get(asin))
+
+
+def _read_product(entry: Entry, asin: str, attributes: Entry, reviews: Entry | None) -> Product:
+    prices = _read_prices(entry)
+    return Product(
+        asin=asin,
+        name=entry.text("name"),
+        category=entry.text("category"),
+        query=entry.text("query").lower().strip(),
+        product_category=entry.text("product_category"),
+        description=entry.optional_text("full_description"),
+        bullets=entry.texts("small_description"),
+        price=_draw_price(asin, prices),
+        price_tag=" to ".join(f"${price}" for price in prices),
+        options=_read_options(entry),
+        attributes=attributes.texts("attributes") or (PLACEHOLDER_ATTRIBUTE,),
+        rating=NO_RATING if reviews is None else str(reviews.get("average_rating")),
+        reviews=() if reviews is None else _read_reviews(reviews),
+    )
+
+
+def _read_prices(entry: Entry) -> tuple[float, ...]:
+    """At most two numbers out of, for example, "$12.99$1,015.49": the lowest and the highest price of a product's variants."""
+    if not entry.get("pricing"):
+        return (NO_PRICE,)
+    parts = [re.sub(r"[^\d.]", "", part) for part in entry.text("pricing").split("$")[1:]]
+    try:
+        prices = tuple(float(part) for part in parts[:2])
+    except ValueError:
+        prices = ()
+    if not prices:
+        raise entry.wrong("pricing", 'prices such as "$12.99" or "$12.99$15.49"')
+    return prices
+
+
+def _draw_price(asin: str, prices: tuple[float, ...]) -> float:
+    """A product of several prices has one of them, drawn as published, but from its id: the same in every process."""
+    return prices[0] if len(prices) == 1 else random.Random(f"price {asin}").uniform(*prices)
+
+
+def _read_options(entry: Entry) -> dict[str, tuple[str, ...]]:
+    options = entry.get("customization_options") or {}
+    if not isinstance(options, dict):
+        raise entry.wrong("customization_options", "an object of option lists")
+    read = {}
+    for name, choices in options.items():
+        if choices is None:
+            continue
+        if not (isinstance(choices, list) and all(isinstance(c, dict) and isinstance(c.get("value"), str) for c in choices)):
+            raise entry.wrong("customization_options", f'a list of objects with a text "value" for {name!r}')
+        values = (choice["value"].strip().replace("/", " | ").lower() for choice in choices)
+        read[name.lower()] = tuple(value for value in values if value)
+    return read
+
+
+def _read_reviews(entry: Entry) -> tuple[Review, ...]:
+    reviews = entry.get("reviews") or []
+    if not (isinstance(reviews, list) and all(isinstance(review, dict) for review in reviews)):
+        raise entry.wrong("reviews", "a list of objects")
+    return tuple(
+        Review(*(str(review.get(name) or "") for name in ("title", "stars", "review")))
+        for review in ({"stars": review.get("score"), **review} for review in reviews)
+    )

@@ -1,0 +1,134 @@
+"""Owns WebShop as an Environment: tasks out of goals, the agent's text, turns, reward. Pages and score are elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.types import Task
+from sdar.runtime.settings import load_settings
+from services.envs.base import Environment, Observation, StepResult
+from services.envs.webshop.goals import TEST, TRAIN, Goal, count_test_goals
+from services.envs.webshop.nouns import load_noun_finder
+from services.envs.webshop.pages import PageMachine
+from services.envs.webshop.reward import compute_score
+from services.envs.webshop.store import PreparedCatalogue, open_catalogue
+
+MAX_TURNS = 15
+REWARD_OF_SUCCESS = 10.0
+GOAL_KINDS = {"auto": None, "human": True, "synthetic": False}
+
+_ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
+_THINK_TAG = re.compile(r"<think>.*</think>", re.DOTALL | re.IGNORECASE)
+_ACTION = re.compile(r"(search|click)\[(.+)\]", re.DOTALL | re.IGNORECASE)
+
+
+class WebShopEnvironment(Environment):
+    """Buy what the instruction asks for. Reward 10 for a purchase of native score 1, otherwise 0; the seed changes nothing.
+
+    Options:
+        data_dir: directory of the catalogue's files; empty: the one that $WEBSHOP_DATA names.
+        goals: `human` or `synthetic` instructions; `auto` takes the former where the catalogue has them.
+        small: prefer the published files of 1,000 products where the full ones are there, too.
+    """
+
+    name = "webshop"
+    version = "1"
+    splits = (TRAIN, TEST)
+    instructions = (
+        "You are shopping in an online shop of text pages. Find a product that fits the instruction, choose the options that "
+        "it asks for on the product's page, and buy it."
+    )
+    action_format = (
+        "Think first, then give one action: <think>why</think><action>search[words of your own]</action>, which every page "
+        "takes, or <action>click[one of those listed]</action>."
+    )
+    max_turns = MAX_TURNS
+
+    def __init__(self, data_dir: str = "", goals: str = "auto", small: bool = False) -> None:
+        if goals not in GOAL_KINDS:
+            raise ConfigurationError(f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}.")
+        settings = load_settings()
+        directory = Path(data_dir) if data_dir else settings.webshop_data
+        if directory is None:
+            raise ConfigurationError(
+                "WebShop does not know where its catalogue is. Set the option data_dir or the variable WEBSHOP_DATA to a "
+                "directory with the published files, or make one: sdar env generate webshop DIRECTORY"
+            )
+        self.catalogue = open_catalogue(directory.resolve(), settings.cache.expanduser().resolve(), small, GOAL_KINDS[goals])
+        self._nouns = load_noun_finder()
+        # Scores of different catalogues or noun finders are not comparable, so they are different versions.
+        self.version = f"{type(self).version}-{self._nouns.name}-{self.catalogue.digest[:8]}"
+        self._tasks, self._goals = _list_tasks(self.catalogue)
+
+    def list_tasks(self, split: str) -> tuple[Task, ...]:
+        if split not in self.splits:
+            raise self.unknown_split(split)
+        return self._tasks[split]
+
+    def get_goal(self, task_id: str) -> Goal:
+        """What a task asks for, hidden parts included. Raises UnknownResourceError."""
+        goal = self._goals.get(task_id)
+        if goal is None:
+            raise self.unknown_task(task_id)
+        return goal
+
+    def reset(self, task_id: str, seed: int) -> Observation:
+        self._goal = self.get_goal(task_id)
+        self._pages = PageMachine(self.catalogue)
+        self._num_turns = 0
+        return self._observe()
+
+    def step(self, text: str) -> StepResult:
+        self._num_turns += 1
+        tag = _ACTION_TAG.search(text)
+        action = tag[1].strip() if tag else ""
+        is_done = self._act(action)
+        components, is_success = self._score() if self._pages.is_bought else ({}, False)
+        return StepResult(
+            observation=self._observe(),
+            reward=REWARD_OF_SUCCESS if is_success else 0.0,
+            reward_components=components,
+            terminated=self._pages.is_bought,
+            truncated=self._num_turns >= MAX_TURNS and not self._pages.is_bought,
+            action=action,
+            # An action without a thought before it is done, but counts as invalid, as in the published training code.
+            is_action_valid=is_done and _THINK_TAG.search(text) is not None,
+            is_success=is_success,
+        )
+
+    def _act(self, action: str) -> bool:
+        """Do it; False, and nothing changes, if it is no action or cannot be done on this page."""
+        parsed = _ACTION.match(action)
+        if parsed is None:
+            return False
+        verb, argument = parsed[1].lower(), parsed[2].lower()
+        if verb == "click":
+            return self._pages.click(argument)
+        self._pages.search(argument)
+        return True
+
+    def _score(self) -> tuple[dict[str, float], bool]:
+        if self._pages.product is None:
+            raise AssertionError("Bought without a product: the page machine lets nobody do that.")
+        score = compute_score(self._pages.product, self._pages.chosen.values(), self._goal, self._nouns)
+        return dataclasses.asdict(score), score.score == 1.0
+
+    def _observe(self) -> Observation:
+        return Observation(self._pages.text, tuple(f"click[{name}]" for name in self._pages.clickables))
+
+
+@lru_cache
+def _list_tasks(catalogue: PreparedCatalogue) -> tuple[dict[str, tuple[Task, ...]], dict[str, Goal]]:
+    """The tasks of both splits, and every task's goal by its id: its place in the fixed order of all goals."""
+    num_test = count_test_goals(len(catalogue.goals))
+    tasks: dict[str, list[Task]] = {TRAIN: [], TEST: []}
+    goals = {}
+    for number, goal in enumerate(catalogue.goals):
+        task_id, split = f"goal-{number}", TEST if number < num_test else TRAIN
+        goals[task_id] = goal
+        tasks[split].append(Task(WebShopEnvironment.name, split, task_id, goal.category, goal.instruction, seed=0))
+    return {split: tuple(listed) for split, listed in tasks.items()}, goals

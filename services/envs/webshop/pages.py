@@ -1,0 +1,114 @@
+"""Owns the shop's pages as a machine: what is shown, what can be clicked, where a click leads. Knows no goal and no score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from services.envs.webshop.catalogue import Product
+from services.envs.webshop.store import PreparedCatalogue
+
+SEPARATOR = " [SEP] "
+NUM_RESULTS, PAGE_SIZE = 50, 10
+BACK_TO_SEARCH, NEXT, PREVIOUS, BUY_NOW = "Back to Search", "Next >", "< Prev", "Buy Now"
+DESCRIPTION, FEATURES, REVIEWS = "Description", "Features", "Reviews"
+
+Links = dict[str, Callable[[], None]]
+
+
+class PageMachine:
+    """One shopper's way through the shop, from the start page to the purchase.
+
+    Attributes:
+        text: the page shown, its parts joined by SEPARATOR.
+        product: the one whose page, or page below it, is shown; after the purchase the one bought.
+        chosen: the values clicked on its page, by option name.
+    """
+
+    def __init__(self, catalogue: PreparedCatalogue) -> None:
+        self._catalogue = catalogue
+        self.product: Product | None = None
+        self.chosen: dict[str, str] = {}
+        self.is_bought = False
+        self._results: tuple[int, ...] = ()
+        self._page = 0
+        self._show_start()
+
+    @property
+    def clickables(self) -> tuple[str, ...]:
+        """What can be clicked on this page, in lower case."""
+        return tuple(self._links)
+
+    def search(self, query: str) -> None:
+        self._results = self._catalogue.index.search(query, NUM_RESULTS)
+        self._show_results(0)
+
+    def click(self, name: str) -> bool:
+        """Follow a link; False, and nothing changes, where the page has no such link."""
+        link = self._links.get(name)
+        if link is not None:
+            link()
+        return link is not None
+
+    def _show(self, parts: Sequence[str], links: Links) -> None:
+        self.text, self._links = SEPARATOR.join(parts), links
+
+    def _show_start(self) -> None:
+        self.product, self.chosen = None, {}
+        self._show(["WebShop", "Search"], {})
+
+    def _show_results(self, page: int) -> None:
+        self.product, self.chosen, self._page = None, {}, page
+        total = len(self._results)
+        buttons: Links = {BACK_TO_SEARCH: self._show_start}
+        if page > 0:
+            buttons[PREVIOUS] = partial(self._show_results, page - 1)
+        if (page + 1) * PAGE_SIZE < total:
+            buttons[NEXT] = partial(self._show_results, page + 1)
+        parts = [BACK_TO_SEARCH, f"Page {page + 1} (Total results: {total})", *list(buttons)[1:]]
+        links = _in_lower_case(buttons)
+        for number in self._results[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]:
+            product = self._catalogue.get_product(number)
+            parts += [product.asin, product.name, product.price_tag]
+            links[product.asin.lower()] = partial(self._show_item, product)
+        self._show(parts, links)
+
+    def _show_item(self, product: Product) -> None:
+        self.product = product
+        pages: Links = {
+            DESCRIPTION: partial(self._show_below, product, (product.description or "No Description",)),
+            FEATURES: partial(self._show_below, product, product.bullets or ("No Features",)),
+            REVIEWS: partial(self._show_below, product, _list_reviews(product)),
+            BUY_NOW: self._buy,
+        }
+        navigation: Links = {BACK_TO_SEARCH: self._show_start, PREVIOUS: partial(self._show_results, self._page)}
+        options = [part for name, values in product.options.items() for part in (name, *values)]
+        facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
+        # Of two options with a value in common, the value belongs to the later one; a button keeps its own name. As published.
+        choices: Links = {
+            value: partial(self._choose, product, name, value) for name, values in product.options.items() for value in values
+        }
+        links = _in_lower_case(navigation | pages)
+        self._show([*navigation, *options, *facts, *pages], links | {v: link for v, link in choices.items() if v not in links})
+
+    def _choose(self, product: Product, name: str, value: str) -> None:
+        """The page stays as it is: a text page shows no choice, as published."""
+        self.chosen = {**self.chosen, name: value}
+
+    def _show_below(self, product: Product, texts: Sequence[str]) -> None:
+        """Description, features or reviews; the way back leads to the product's page and keeps what was chosen."""
+        navigation: Links = {BACK_TO_SEARCH: self._show_start, PREVIOUS: partial(self._show_item, product)}
+        self._show([*navigation, *texts], _in_lower_case(navigation))
+
+    def _buy(self) -> None:
+        self.is_bought = True
+        self._show(["Thank you for shopping with us!"], {})
+
+
+def _in_lower_case(links: Links) -> Links:
+    return {name.lower(): link for name, link in links.items()}
+
+
+def _list_reviews(product: Product) -> tuple[str, ...]:
+    parts = (part for review in product.reviews for part in (f'"{review.title}"', review.stars, review.body))
+    return tuple(part for part in parts if part) or ("No Reviews",)

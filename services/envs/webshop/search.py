@@ -1,0 +1,78 @@
+"""Owns the shop's search: BM25 with the constants and text analysis of the published Lucene index, memory-mapped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+
+from services.envs.webshop.catalogue import Product
+
+K1, B = 0.9, 0.4
+MAX_QUERY_TERMS = 1024
+"""Lucene refuses longer queries; here the rest is left out."""
+# What Lucene's English analysis drops.
+_STOP_WORDS_TEXT = """
+a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will
+with
+"""
+STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
+# Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to Unicode's word boundaries.
+_WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")
+_POSSESSIVE = re.compile(r"['\u2019]s$")
+
+
+class TextAnalysis:
+    """Text to search terms: words in lower case, without possessives and stop words, cut to Porter's stems."""
+
+    def __init__(self) -> None:
+        self._stemmer = Stemmer.Stemmer("porter")
+
+    def list_terms(self, text: str) -> list[str]:
+        words = (_POSSESSIVE.sub("", word) for word in _WORD.findall(text.lower()))
+        return self._stemmer.stemWords([word for word in words if word not in STOP_WORDS])
+
+
+def describe_for_search(product: Product) -> str:
+    """The text a product is found by: title, description, first bullet and options, as published."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
+    return " ".join([product.name, product.description, *product.bullets[:1], options])
+
+
+def build_index(texts: Iterable[str], directory: Path) -> None:
+    """Index the texts, in order, into a directory."""
+    analysis = TextAnalysis()
+    vocabulary: dict[str, int] = {}
+    documents = [[vocabulary.setdefault(term, len(vocabulary)) for term in analysis.list_terms(text)] for text in texts]
+    index = bm25s.BM25(k1=K1, b=B, method="lucene")
+    index.index((documents, vocabulary), create_empty_token=False, show_progress=False)
+    index.save(str(directory), show_progress=False)
+
+
+class SearchIndex:
+    """An index on disk. Its arrays are memory-mapped: the worker processes of a machine share them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._analysis = TextAnalysis()
+        self._index = bm25s.BM25.load(str(directory), mmap=True, show_progress=False)
+
+    def search(self, query: str, limit: int) -> tuple[int, ...]:
+        """Numbers of the best documents, best first; documents that share no term with the query are never among them.
+
+        Equal scores are ordered by number, so that the answer is the same on every machine.
+        """
+        terms = [term for term in self._analysis.list_terms(query) if term in self._index.vocab_dict][:MAX_QUERY_TERMS]
+        if not terms:
+            return ()
+        scores = self._index.get_scores(terms)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > limit:
+            # Everything down to the last place's score, so that the order below also settles who takes the last place.
+            last = np.partition(scores[found], -limit)[-limit]
+            found = found[scores[found] >= last]
+        order = np.lexsort((found, -scores[found]))
+        return tuple(found[order][:limit].tolist())

@@ -1,0 +1,135 @@
+"""Owns the prepared catalogue: products, goals and search index on disk, built once per content and shared by all processes.
+
+It lies in the user's cache directory under the hash of what it was made of. Products are decoded when a page shows them, the
+search index is memory-mapped: a worker holds little beside the goals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from sdar.contracts.errors import ConfigurationError
+from services.envs.webshop.catalogue import HUMAN_FILE, Product, Review, SourceFiles, find_source_files, iterate_products
+from services.envs.webshop.goals import Goal, GoalReader, shuffle_goals
+from services.envs.webshop.search import SearchIndex, build_index, describe_for_search
+
+FORMAT = "webshop 1"
+"""Part of the hash. Raise it whenever the same files would be prepared differently."""
+_NUM_DECODED = 4096
+"""Products kept decoded by a process: a few MB, and most pages show what others have shown."""
+
+
+@lru_cache
+def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool | None) -> PreparedCatalogue:
+    """The catalogue of a data directory, prepared now if no process has done so before.
+
+    Args:
+        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the former where they exist.
+
+    Raises:
+        ConfigurationError: no catalogue there, a malformed one, or a cache that cannot be written.
+    """
+    files = find_source_files(directory, is_small)
+    if is_human and files.human is None:
+        raise ConfigurationError(f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic.")
+    takes_human = files.human is not None if is_human is None else is_human
+    digest = _compute_digest(files, takes_human)
+    prepared = cache / "webshop" / digest
+    try:
+        if not prepared.exists():
+            _prepare(files, takes_human, prepared)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The catalogue cannot be prepared in {prepared.parent}: {error}. Point SDAR_CACHE at a writable directory."
+        ) from error
+    return PreparedCatalogue(prepared, digest)
+
+
+class PreparedCatalogue:
+    """Read access to what was prepared. `digest` names its content: equal digests mean equal products, goals and order."""
+
+    def __init__(self, directory: Path, digest: str) -> None:
+        self.digest = digest
+        self.index = SearchIndex(directory / "index")
+        goals = json.loads((directory / "goals.json").read_text(encoding="utf-8"))
+        self.goals = tuple(
+            Goal(**{**goal, "attributes": tuple(goal["attributes"]), "options": tuple(goal["options"])}) for goal in goals
+        )
+        self._offsets = np.load(directory / "offsets.npy", mmap_mode="r")
+        with (directory / "products.jsonl").open("rb") as file:
+            self._products = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.get_product = lru_cache(maxsize=_NUM_DECODED)(self._decode_product)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def _decode_product(self, number: int) -> Product:
+        """The product of a number that the search index answers with."""
+        start, end = self._offsets[number : number + 2].tolist()
+        fields = json.loads(self._products[start:end])
+        fields["options"] = {name: tuple(values) for name, values in fields["options"].items()}
+        fields["reviews"] = tuple(Review(**review) for review in fields["reviews"])
+        return Product(**{**fields, "bullets": tuple(fields["bullets"]), "attributes": tuple(fields["attributes"])})
+
+
+def _compute_digest(files: SourceFiles, is_human: bool) -> str:
+    digest = hashlib.sha256(f"{FORMAT} human={is_human}".encode())
+    for path in files.present:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _prepare(files: SourceFiles, is_human: bool, prepared: Path) -> None:
+    """Build beside the final place and rename: another process sees all of it or nothing."""
+    prepared.parent.mkdir(parents=True, exist_ok=True)
+    with _hold_lock(prepared.with_suffix(".lock")):
+        if prepared.exists():
+            return
+        building = Path(tempfile.mkdtemp(prefix=f"{prepared.name}-", dir=prepared.parent))
+        try:
+            _write(files, is_human, building)
+            building.rename(prepared)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _hold_lock(path: Path) -> Iterator[None]:
+    """Workers start together: one prepares, the others wait. The lock ends with the process that holds it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(files: SourceFiles, is_human: bool, directory: Path) -> None:
+    reader = GoalReader(files, is_human)
+    goals: list[Goal] = []
+    offsets = [0]
+
+    def iterate_texts() -> Iterator[str]:
+        with (directory / "products.jsonl").open("wb") as file:
+            for product in iterate_products(files):
+                goals.extend(reader.iterate_goals(product))
+                offsets.append(offsets[-1] + file.write(json.dumps(dataclasses.asdict(product)).encode() + b"\n"))
+                yield describe_for_search(product)
+
+        if not goals:
+            raise ConfigurationError(f"{files.products.parent}: no product has an instruction, so there is no task. Add some.")
+
+    build_index(iterate_texts(), directory / "index")
+    np.save(directory / "offsets.npy", np.array(offsets, np.int64))
+    content = json.dumps([dataclasses.asdict(goal) for goal in shuffle_goals(goals)])
+    (directory / "goals.json").write_text(content, encoding="utf-8")
