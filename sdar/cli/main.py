@@ -16,6 +16,7 @@ import yaml
 
 from sdar.cli.environments import env_app
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
+from services.envs.search.retriever_cli import retriever
 
 app = typer.Typer(
     help="Train LLM agents with SDAR: GRPO plus gated self-distillation from a privileged teacher, as services.",
@@ -26,6 +27,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Make tiny models to try things with.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(env_app, name="env")
+app.command()(retriever)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
 SetOption = Annotated[

@@ -16,6 +16,8 @@ from services.envs.search.passages import Hit, Passage
 MAX_ANSWER_BYTES = 16 << 20
 FIRST_DELAY_S, MAX_DELAY_S = 0.1, 2.0
 TOO_MANY_REQUESTS = 429
+_KEPT_CONNECTIONS = 64
+"""As many as threads that may search at once."""
 _ATTEMPTS_WITHIN_BOUND = 2
 """One slow attempt leaves time for another."""
 
@@ -37,7 +39,8 @@ class RetrieverClient:
         self._url = f"{url.rstrip('/')}/retrieve"
         self._timeout_s = timeout_s
         # A retriever is a service of one's own: never by way of a proxy meant for the outside.
-        self._http = httpx.Client(timeout=timeout_s / _ATTEMPTS_WITHIN_BOUND, trust_env=False)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
+        self._http = httpx.Client(timeout=timeout_s / _ATTEMPTS_WITHIN_BOUND, limits=limits, trust_env=False)
         self._closing = threading.Event()
 
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:

@@ -82,9 +82,6 @@ class Corpus:
         end = self._bytes.find(b"\n", start)
         return parse_passage(self._bytes[start : end if end >= 0 else len(self._bytes)], self._path, index + 1)
 
-    def close(self) -> None:
-        self._bytes.close()
-
 
 def open_corpus(path: Path) -> Corpus:
     """The corpus, every line checked. Raises ConfigurationError."""

@@ -44,9 +44,6 @@ class LexicalRetriever:
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         return [self._retrieve_one(query, topk) for query in queries]
 
-    def close(self) -> None:
-        self._corpus.close()
-
     def _retrieve_one(self, query: str, topk: int) -> list[Hit]:
         with self._lock:
             (words,) = _tokenize([query], self._stemmer, return_ids=False)

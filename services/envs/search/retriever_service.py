@@ -1,0 +1,217 @@
+"""Owns the retriever as a service: Search-R1's POST /retrieve over HTTP, probes and metrics. Ranks nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+
+from sdar.contracts.errors import ConflictError, InvalidInputError, SdarError, UnavailableError
+from sdar.runtime.lifecycle import wait_or_stop
+from sdar.runtime.telemetry import Health
+from services.envs.search.batching import Batcher
+from services.envs.search.passages import Hit, Retriever
+
+DEFAULT_TOPK, MAX_TOPK = 3, 100
+MAX_QUERIES = 2048
+MAX_QUERY_CHARACTERS = 4000
+MAX_BODY_BYTES = 32 << 20
+GRACE_S = 5
+"""Seconds that requests have to end in once the service is told to."""
+
+log = structlog.get_logger()
+
+Query = Annotated[str, StringConstraints(max_length=MAX_QUERY_CHARACTERS)]
+
+
+class RetrieveRequest(BaseModel):
+    """Exactly one of `query` and `queries`. Fields beside these are ignored, as Search-R1 does."""
+
+    query: Query | None = None
+    queries: Annotated[list[Query], Field(min_length=1, max_length=MAX_QUERIES)] | None = None
+    topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    return_scores: bool = False
+
+
+@dataclass
+class RetrieverState:
+    """What the routes ask: `batcher` is None until the retriever is loaded, and again once it is closed."""
+
+    health: Health = field(default_factory=Health)
+    batcher: Batcher | None = None
+
+
+def build_app(state: RetrieverState) -> FastAPI:
+    """The service's application."""
+    app = FastAPI(title="sdar retriever", version="1", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(SdarError, _answer_error)
+
+    @app.post("/retrieve")
+    async def retrieve(request: Request) -> Response:
+        """{"result": [[{"document": {"id", "contents"}, "score"}]]}, or without return_scores the documents alone."""
+        asked = parse_request(await _read_body(request))
+        if state.batcher is None:
+            raise UnavailableError(f"The retriever is {state.health.detail}. Retry once GET /readyz answers 200.")
+        queries = [asked.query] if asked.query is not None else asked.queries or []
+        found = await state.batcher.retrieve(queries, asked.topk or DEFAULT_TOPK)
+        return JSONResponse({"result": [[_hit_to_json(hit, asked.return_scores) for hit in hits] for hits in found]})
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """200 while the process turns."""
+        return PlainTextResponse(f"{state.health.detail}\n", 200 if state.health.is_alive else 503)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """200 once queries are answered."""
+        is_ready = state.health.is_alive and state.health.is_ready
+        return PlainTextResponse(f"{state.health.detail}\n", 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics of this process."""
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def parse_request(body: bytes) -> RetrieveRequest:
+    """Raises InvalidInputError: not what /retrieve takes."""
+    try:
+        asked = RetrieveRequest.model_validate_json(body)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in error.errors()[:3])
+        raise InvalidInputError(f"/retrieve cannot read the request. {problems}.") from error
+    if (asked.query is None) == (asked.queries is None):
+        raise InvalidInputError("/retrieve takes either query, one text, or queries, a list of texts. Send one of them.")
+    return asked
+
+
+async def serve_retriever(
+    stopping: asyncio.Event,
+    *,
+    open_retriever: Callable[[], Retriever],
+    host: str,
+    port: int,
+    on_ready: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Answer probes at once and queries once the retriever is loaded, until `stopping` is set; requests in flight are ended.
+
+    Args:
+        open_retriever: loads the retriever, in a thread.
+        port: 0 takes a free one; `on_ready` is told which, once queries are answered.
+
+    Raises:
+        ConflictError: the port is taken. Whatever `open_retriever` raises.
+    """
+    state, listener = RetrieverState(), _bind(host, port)
+    bound_port = listener.getsockname()[1]
+    config = uvicorn.Config(
+        build_app(state), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    state.health.detail = "loading"
+    log.info("retriever_loading", host=host, port=bound_port)
+    try:
+        retriever = await _load(open_retriever, stopping, state.health)
+        if retriever is None:
+            return
+        async with Batcher(retriever) as state.batcher:
+            state.health.mark_ready()
+            log.info("retriever_ready", host=host, port=bound_port)
+            on_ready(bound_port)
+            while not await wait_or_stop(stopping, 1.0) and not serving.done():
+                state.health.beat()
+            # Before the batcher ends: requests in flight still need it.
+            await _stop(server, serving, state.health)
+    finally:
+        await _stop(server, serving, state.health)
+
+
+async def _stop(server: uvicorn.Server, serving: asyncio.Task[None], health: Health) -> None:
+    health.mark_unready("draining")
+    server.should_exit = True
+    await serving
+
+
+async def _load(open_retriever: Callable[[], Retriever], stopping: asyncio.Event, health: Health) -> Retriever | None:
+    """The retriever, None if the service was stopped first. A daemon's thread: a stop need not wait for a large index."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Retriever] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not loaded.done():
+            set_outcome(outcome)
+
+    def load() -> None:
+        try:
+            outcome = loaded.set_result, open_retriever()
+        # The boundary of a thread: raised by whoever waits for it.
+        except BaseException as error:  # noqa: BLE001
+            outcome = loaded.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the service was stopped
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=load, name="retriever-loading", daemon=True).start()
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        while not loaded.done() and not stop.done():
+            await asyncio.wait((loaded, stop), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            health.beat()
+        return loaded.result() if loaded.done() else None
+    finally:
+        stop.cancel()
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidInputError(f"/retrieve got more than {MAX_BODY_BYTES} bytes. Send fewer queries at a time.")
+    return bytes(body)
+
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SdarError)
+    body = {"reason": error.reason, "message": error.message, "fields": error.fields}
+    headers = {"Retry-After": "1"} if error.http_status in (429, 503) else {}
+    return JSONResponse({"error": body}, status_code=int(error.http_status), headers=headers)
+
+
+def _hit_to_json(hit: Hit, has_score: bool) -> dict[str, Any]:
+    document = {"id": hit.passage.passage_id, "contents": hit.passage.contents}
+    return {"document": document, "score": hit.score} if has_score else document
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConflictError(
+            f"Cannot serve a retriever on {host}:{port}: {error.strerror}. Free the port or give another.", port=port
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: signals belong to run_until_stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
