@@ -11,6 +11,7 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.runtime.settings import load_settings
 from services.envs.base import Environment, Observation, StepResult
+from services.envs.responses import find_between
 from services.envs.webshop.goals import TEST, TRAIN, Goal, count_test_goals
 from services.envs.webshop.nouns import load_noun_finder
 from services.envs.webshop.pages import PageMachine
@@ -21,13 +22,15 @@ MAX_TURNS = 15
 REWARD_OF_SUCCESS = 10.0
 GOAL_KINDS = {"auto": None, "human": True, "synthetic": False}
 
-_ACTION_TAG = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
-_THINK_TAG = re.compile(r"<think>.*</think>", re.DOTALL | re.IGNORECASE)
 _ACTION = re.compile(r"(search|click)\[(.+)\]", re.DOTALL | re.IGNORECASE)
 
 
 class WebShopEnvironment(Environment):
     """Buy what the instruction asks for. Reward 10 for a purchase of native score 1, otherwise 0; the seed changes nothing.
+
+    A response is valid if it has one `<think>...</think>` and one `<action>...</action>` with an action that this page takes: a
+    click on what is listed, or a search, which every page takes though only the start page shows a search bar, as published. An
+    action without its reasoning is done, but counts as invalid; anything else changes nothing. Every response uses a turn.
 
     Options:
         data_dir: directory of the catalogue's files; empty: the one that $WEBSHOP_DATA names.
@@ -63,40 +66,48 @@ class WebShopEnvironment(Environment):
         # Scores of different catalogues or noun finders are not comparable, so they are different versions.
         self.version = f"{type(self).version}-{self._nouns.name}-{self.catalogue.digest[:8]}"
         self._tasks, self._goals = _list_tasks(self.catalogue)
+        self._pages = PageMachine(self.catalogue)
+        self._num_turns = 0
 
     def list_tasks(self, split: str) -> tuple[Task, ...]:
         if split not in self.splits:
             raise self.unknown_split(split)
         return self._tasks[split]
 
+    def get_task(self, task_id: str) -> Task:
+        return self._find(task_id)[0]
+
     def get_goal(self, task_id: str) -> Goal:
         """What a task asks for, hidden parts included. Raises UnknownResourceError."""
-        goal = self._goals.get(task_id)
-        if goal is None:
+        return self._find(task_id)[1]
+
+    def _find(self, task_id: str) -> tuple[Task, Goal]:
+        found = self._goals.get(task_id)
+        if found is None:
             raise self.unknown_task(task_id)
-        return goal
+        return found
 
     def reset(self, task_id: str, seed: int) -> Observation:
         self._goal = self.get_goal(task_id)
         self._pages = PageMachine(self.catalogue)
         self._num_turns = 0
-        return self._observe()
+        return self._observe(is_over=False)
 
     def step(self, text: str) -> StepResult:
         self._num_turns += 1
-        tag = _ACTION_TAG.search(text)
-        action = tag[1].strip() if tag else ""
+        action = (find_between(text, "<action>", "</action>") or "").strip()
         is_done = self._act(action)
-        components, is_success = self._score() if self._pages.is_bought else ({}, False)
+        is_bought = self._pages.is_bought
+        components, is_success = self._score() if is_bought else ({}, False)
+        is_truncated = not is_bought and self._num_turns >= MAX_TURNS
         return StepResult(
-            observation=self._observe(),
+            observation=self._observe(is_over=is_bought or is_truncated),
             reward=REWARD_OF_SUCCESS if is_success else 0.0,
             reward_components=components,
-            terminated=self._pages.is_bought,
-            truncated=self._num_turns >= MAX_TURNS and not self._pages.is_bought,
+            terminated=is_bought,
+            truncated=is_truncated,
             action=action,
-            # An action without a thought before it is done, but counts as invalid, as in the published training code.
-            is_action_valid=is_done and _THINK_TAG.search(text) is not None,
+            is_action_valid=is_done and find_between(text, "<think>", "</think>") is not None,
             is_success=is_success,
         )
 
@@ -117,18 +128,19 @@ class WebShopEnvironment(Environment):
         score = compute_score(self._pages.product, self._pages.chosen.values(), self._goal, self._nouns)
         return dataclasses.asdict(score), score.score == 1.0
 
-    def _observe(self) -> Observation:
-        return Observation(self._pages.text, tuple(f"click[{name}]" for name in self._pages.clickables))
+    def _observe(self, *, is_over: bool) -> Observation:
+        """The page, and its links as actions. That every page takes a search says `action_format`: it has no literal form."""
+        return Observation(self._pages.text, () if is_over else tuple(f"click[{name}]" for name in self._pages.clickables))
 
 
 @lru_cache
-def _list_tasks(catalogue: PreparedCatalogue) -> tuple[dict[str, tuple[Task, ...]], dict[str, Goal]]:
-    """The tasks of both splits, and every task's goal by its id: its place in the fixed order of all goals."""
+def _list_tasks(catalogue: PreparedCatalogue) -> tuple[dict[str, tuple[Task, ...]], dict[str, tuple[Task, Goal]]]:
+    """The tasks of both splits, and every task with its goal by its id: the goal's place in the fixed order of all goals."""
     num_test = count_test_goals(len(catalogue.goals))
-    tasks: dict[str, list[Task]] = {TRAIN: [], TEST: []}
-    goals = {}
+    found = {}
     for number, goal in enumerate(catalogue.goals):
-        task_id, split = f"goal-{number}", TEST if number < num_test else TRAIN
-        goals[task_id] = goal
-        tasks[split].append(Task(WebShopEnvironment.name, split, task_id, goal.category, goal.instruction, seed=0))
-    return {split: tuple(listed) for split, listed in tasks.items()}, goals
+        split = TEST if number < num_test else TRAIN
+        task = Task(WebShopEnvironment.name, split, f"goal-{number}", goal.category, goal.instruction, seed=0)
+        found[task.task_id] = (task, goal)
+    tasks = {split: tuple(task for task, _ in found.values() if task.split == split) for split in (TRAIN, TEST)}
+    return tasks, found

@@ -63,8 +63,9 @@ def compute_score(product: Product, chosen: Iterable[str], goal: Goal, nouns: No
     met_attributes = sum(has_attribute(product, attribute) for attribute in goal.attributes)
     met_options = count_met_options(chosen, goal.options)
     r_price = float(product.price <= goal.price_bound)
+    share = (met_attributes + met_options + r_price) / (num_attributes + num_options + 1)
     return Score(
-        score=r_type * (met_attributes + met_options + r_price) / (num_attributes + num_options + 1),
+        score=r_type * share,
         r_type=r_type,
         r_attributes=met_attributes / num_attributes if num_attributes else 1.0,
         r_options=met_options / num_options if num_options else 1.0,

@@ -1,4 +1,4 @@
-"""Owns the vocabulary of generated catalogues: kinds of wares with their attributes, options and prices. All of it is invented."""
+"""Owns the vocabulary of generated catalogues: kinds of wares with attributes, options and prices, all invented."""
 
 from __future__ import annotations
 

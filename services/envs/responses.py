@@ -1,0 +1,11 @@
+"""Owns how tags in an agent's raw text are read. Linear in the text, whatever the text is."""
+
+from __future__ import annotations
+
+
+def find_between(text: str, start: str, end: str) -> str | None:
+    """What stands between two marks; None unless there is exactly one of each, in this order."""
+    if text.count(start) != 1 or text.count(end) != 1:
+        return None
+    inner, found, _ = text.partition(start)[2].partition(end)
+    return inner if found else None
