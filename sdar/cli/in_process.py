@@ -33,7 +33,8 @@ from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, configure_logging
 from sdar.runtime.weights import WeightStore
-from services.envs.registry import load_environments
+from services.envs.hosts import InProcessHost
+from services.envs.registry import load_environment
 from services.envs.sessions import SessionLimits, SessionManager
 from services.gateway.app import describe_run
 from services.gateway.history import History
@@ -88,6 +89,7 @@ async def play_run(config: RunConfig, directory: Path, on_updates: OnUpdates = l
     bus = MemoryBus(config.stream_consumers)
     async with contextlib.AsyncExitStack() as cleanup:
         sessions = _build_sessions(config)
+        await sessions.start()
         cleanup.push_async_callback(sessions.close_all)
         scheduler = _build_scheduler(config, bus, sessions)
         mains: list[Main] = [
@@ -111,8 +113,10 @@ async def play_run(config: RunConfig, directory: Path, on_updates: OnUpdates = l
 
 
 def _build_sessions(config: RunConfig) -> SessionManager:
-    limits = SessionLimits(max_sessions=config.environment.capacity, step_timeout_s=config.environment.step_timeout_s)
-    return SessionManager(load_environments([config.environment.name]), limits)
+    chosen = config.environment
+    limits = SessionLimits(max_sessions=chosen.capacity, step_timeout_s=chosen.step_timeout_s)
+    source = load_environment(chosen.name, chosen.options)
+    return SessionManager(InProcessHost({chosen.name: source.build}), limits)
 
 
 def _build_scheduler(config: RunConfig, bus: MemoryBus, sessions: SessionManager) -> Scheduler:

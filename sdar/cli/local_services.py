@@ -24,12 +24,11 @@ class LocalEnvironmentCatalog:
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
         description = self._sessions.describe(name)
-        splits = {split: len(await self._sessions.list_tasks(name, split)) for split in description.splits}
-        version = description.identity.version
+        version, splits = description.identity.version, description.splits
         return RegisteredEnvironment(name, address, version, splits, description.instructions, description.max_turns)
 
     async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
-        return list(await self._sessions.list_tasks(name, split))[:max_tasks]
+        return list(await self._sessions.list_tasks(name, split, 0, max_tasks))
 
 
 class LocalEnvironmentClient:
@@ -71,7 +70,7 @@ class LocalEnvironmentClient:
         )
 
     async def close_session(self, session_id: str) -> None:
-        await self._sessions.close(session_id)
+        self._sessions.close(session_id)
 
     @functools.cache  # noqa: B019 - one client lives as long as its run
     def _profile(self, environment: str) -> EnvironmentProfile:

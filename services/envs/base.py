@@ -52,13 +52,14 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentDescription:
-    """What an agent and a scheduler need to know before the first episode."""
+    """What an agent, a scheduler and a server need to know before the first episode. `splits`: number of tasks by name."""
 
     identity: EnvironmentIdentity
-    splits: tuple[str, ...]
+    splits: dict[str, int]
     instructions: str
     action_format: str
     max_turns: int
+    is_blocking: bool
 
 
 class Environment(ABC):
@@ -90,10 +91,11 @@ class Environment(ABC):
     def describe(self) -> EnvironmentDescription:
         return EnvironmentDescription(
             identity=EnvironmentIdentity(self.name, self.version),
-            splits=self.splits,
+            splits={split: len(self.list_tasks(split)) for split in self.splits},
             instructions=self.instructions,
             action_format=self.action_format,
             max_turns=self.max_turns,
+            is_blocking=self.is_blocking,
         )
 
     def list_tasks(self, split: str) -> Sequence[Task]:

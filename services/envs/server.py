@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -14,7 +14,7 @@ from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.rpc import RpcServer, RpcService, build_server
 from sdar.runtime.telemetry import Health
 from sdar.v1 import environment_pb2, environment_pb2_grpc
-from services.envs.sessions import EnvironmentFactory, SessionLimits, SessionManager
+from services.envs.sessions import SessionManager
 
 MAX_PAGE_SIZE = 1000
 SERVICE_NAME = "sdar.v1.EnvironmentService"
@@ -29,16 +29,17 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # t
         self._sessions = sessions
 
     async def Describe(self, request: environment_pb2.DescribeRequest, context: Any) -> environment_pb2.DescribeResponse:
-        names = [request.environment] if request.environment else list(self._sessions.environments)
-        return environment_pb2.DescribeResponse(environments=[await self._describe(name) for name in names])
+        names = [request.environment] if request.environment else self._sessions.host.names
+        return environment_pb2.DescribeResponse(environments=[self._describe(name) for name in names])
 
     async def ListTasks(self, request: environment_pb2.ListTasksRequest, context: Any) -> environment_pb2.ListTasksResponse:
-        tasks = await self._sessions.list_tasks(request.environment, request.split)
-        start = _parse_page_token(request.page_token, len(tasks))
-        end = start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
+        name, split = request.environment, request.split
+        num_tasks = self._sessions.describe(name).splits.get(split, 0)
+        start = _parse_page_token(request.page_token, num_tasks)
+        end = min(start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE), num_tasks)
+        tasks = await self._sessions.list_tasks(name, split, start, end)
         return environment_pb2.ListTasksResponse(
-            tasks=[task_to_proto(task) for task in tasks[start:end]],
-            next_page_token=str(end) if end < len(tasks) else "",
+            tasks=[task_to_proto(task) for task in tasks], next_page_token=str(end) if end < num_tasks else ""
         )
 
     async def OpenSession(
@@ -78,18 +79,15 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # t
     async def CloseSession(
         self, request: environment_pb2.CloseSessionRequest, context: Any
     ) -> environment_pb2.CloseSessionResponse:
-        await self._sessions.close(request.session_id)
+        self._sessions.close(request.session_id)
         return environment_pb2.CloseSessionResponse()
 
-    async def _describe(self, name: str) -> environment_pb2.EnvironmentDescription:
+    def _describe(self, name: str) -> environment_pb2.EnvironmentDescription:
         description, limits = self._sessions.describe(name), self._sessions.limits
         return environment_pb2.EnvironmentDescription(
             name=name,
             version=description.identity.version,
-            splits=[
-                environment_pb2.Split(name=split, num_tasks=len(await self._sessions.list_tasks(name, split)))
-                for split in description.splits
-            ],
+            splits=[environment_pb2.Split(name=split, num_tasks=count) for split, count in description.splits.items()],
             instructions=description.instructions,
             action_format=description.action_format,
             limits=environment_pb2.EnvironmentLimits(
@@ -108,41 +106,67 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # t
 async def serve_environments(
     stopping: asyncio.Event,
     *,
-    environments: Mapping[str, EnvironmentFactory],
-    limits: SessionLimits,
+    sessions: SessionManager,
     host: str,
     port: int,
     health: Health,
     on_ready: Callable[[int], None] = lambda port: None,
-    reap_every_s: float = 5.0,
+    reap_every_s: float = 1.0,
     drain_s: float = 5.0,
 ) -> None:
-    """Serve the environments over gRPC until `stopping` is set, then let open episodes finish for `drain_s`.
+    """Serve the sessions over gRPC until `stopping` is set, then let open episodes finish for `drain_s`.
+
+    Ready while a worker lives.
 
     Args:
-        environments: a factory per name, see `services.envs.registry`.
+        sessions: not yet started; closed when this returns.
         port: 0 takes a free one; `on_ready` is told which, once calls are answered.
 
     Raises:
-        ConflictError: the port is taken.
+        ConflictError: the port is taken. ConfigurationError: an environment cannot be built.
     """
-    sessions = SessionManager(environments, limits)
     server = build_environment_server(sessions, host, port)
-    await server.start()
-    await server.set_ready(True)
-    health.mark_ready()
-    log.info("environments_served", environments=list(environments), host=host, port=server.port)
-    on_ready(server.port)
     try:
+        await _start(sessions, stopping, health)
+        await server.start()
+        log.info("environments_served", environments=list(sessions.host.names), host=host, port=server.port)
+        if not stopping.is_set():
+            await _tell_ready(sessions, server, health)
+            on_ready(server.port)
         while not await wait_or_stop(stopping, reap_every_s):
-            await sessions.reap()
-            health.beat()
+            sessions.reap()
+            await _tell_ready(sessions, server, health)
         health.mark_unready("draining")
         await server.set_ready(False)
         await sessions.drain(drain_s)
     finally:
         await server.stop(grace_s=1.0)
         await sessions.close_all()
+
+
+async def _start(sessions: SessionManager, stopping: asyncio.Event, health: Health) -> None:
+    """Building an environment may take minutes: whoever stops the server meanwhile does not wait for it."""
+    starting, stopped = asyncio.create_task(sessions.start()), asyncio.create_task(stopping.wait())
+    try:
+        while not (starting.done() or stopped.done()):
+            await asyncio.wait((starting, stopped), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            health.beat()
+        if starting.done():
+            starting.result()
+    finally:
+        for task in (starting, stopped):
+            task.cancel()
+        await asyncio.gather(starting, stopped, return_exceptions=True)
+
+
+async def _tell_ready(sessions: SessionManager, server: RpcServer, health: Health) -> None:
+    health.beat()
+    if sessions.host.is_ready and not health.is_ready:
+        health.mark_ready()
+        await server.set_ready(True)
+    elif not sessions.host.is_ready and health.is_ready:
+        health.mark_unready("no worker process is alive; one is being started")
+        await server.set_ready(False)
 
 
 def build_environment_server(sessions: SessionManager, host: str, port: int) -> RpcServer:

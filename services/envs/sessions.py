@@ -1,7 +1,6 @@
 """Owns the lives of episodes: sessions with leases in bounded number, and steps that can be retried.
 
-One event loop owns a `SessionManager`; nothing here is thread-safe. Environments that block are called in threads. It knows
-no wire format.
+One event loop owns a `SessionManager`; nothing here is thread-safe. Its `Host` plays the episodes. It knows no wire format.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import dataclasses
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import structlog
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from sdar.contracts.errors import (
     CapacityError,
@@ -29,20 +27,28 @@ from sdar.contracts.errors import (
     UnknownResourceError,
 )
 from sdar.contracts.types import Task
-from services.envs.base import Environment, EnvironmentDescription, Observation, StepResult
+from services.envs.base import EnvironmentDescription, Observation, StepResult
+from services.envs.hosts import Host
 
-P = ParamSpec("P")
 T = TypeVar("T")
-EnvironmentFactory = Callable[[], Environment]
 
 log = structlog.get_logger()
 SESSIONS = Gauge("sdar_env_sessions", "Sessions that hold a place")
+OPENED = Counter("sdar_env_sessions_opened_total", "Episodes started", ["environment"])
 STEPS = Counter("sdar_env_steps_total", "Steps played", ["environment"])
+STEP_SECONDS = Histogram(
+    "sdar_env_step_seconds",
+    "From a step's request to its answer, its wait for the worker included",
+    ["environment"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
 REAPED = Counter("sdar_env_sessions_reaped_total", "Sessions whose lease ran out")
 FAILURES = Counter("sdar_env_failures_total", "Episodes lost to a failing environment", ["environment"])
 
 MAX_KEY_CHARACTERS = 128
-_MAX_THREADS = 64
+MAX_TASK_ID_CHARACTERS = 1024
+_MAX_LOST = 10_000
+"""Failed sessions remembered at most: what a client needs is its own, and soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ class _Session:
     """`last_step` is the newest step, perhaps still being played; older answers are forgotten."""
 
     session_id: str
-    game: Environment
+    environment: str
     lease_s: float
     expires_at: float
     idempotency_key: str
@@ -107,44 +113,58 @@ class _Keyed:
     opening: asyncio.Task[OpenedSession]
 
 
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """What became of a session that failed, told to whoever still asks for it."""
+
+    reason: str
+    environment: str
+    forget_at: float
+
+
 @dataclass
 class SessionManager:
-    """Opens, steps, closes and reaps sessions of the named environments, at most `limits.max_sessions` at once in all.
+    """Opens, steps, closes and reaps sessions of the host's environments, at most `limits.max_sessions` at once in all.
+
+    Call `start` first.
 
     Args:
-        environments: a factory per name; it makes one instance per session, and one that lists tasks.
         clock: seconds, monotonic; leases are measured by it.
     """
 
-    environments: Mapping[str, EnvironmentFactory]
+    host: Host
     limits: SessionLimits = SessionLimits()
     clock: Callable[[], float] = time.monotonic
-    _catalogues: dict[str, Environment] = field(init=False)
     _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
+    _lost: dict[str, _Lost] = field(default_factory=dict, init=False)
     _keyed: dict[str, _Keyed] = field(default_factory=dict, init=False)
     _opening: set[asyncio.Task[OpenedSession]] = field(default_factory=set, init=False)
     _is_draining: bool = field(default=False, init=False)
     _closed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="environment"), init=False
-    )
-
-    def __post_init__(self) -> None:
-        self._catalogues = {name: build() for name, build in self.environments.items()}
 
     @property
     def num_sessions(self) -> int:
         """Places taken: open sessions and those being opened."""
         return len(self._sessions) + len(self._opening)
 
+    async def start(self) -> None:
+        """Build the environments. Raises ConfigurationError for one that cannot be built."""
+        await self.host.start(self.limits.step_timeout_s, self._lose)
+
     def describe(self, environment: str) -> EnvironmentDescription:
         """Raises UnknownResourceError: no environment of that name here."""
-        return self._catalogue(environment).describe()
+        return self.host.describe(environment)
 
-    async def list_tasks(self, environment: str, split: str) -> Sequence[Task]:
-        """All tasks of a split. Raises UnknownResourceError for an unknown environment or split."""
-        catalogue = self._catalogue(environment)
-        return await self._guard(catalogue, catalogue.list_tasks, split)
+    async def list_tasks(self, environment: str, split: str, start: int = 0, end: int | None = None) -> Sequence[Task]:
+        """The tasks of a split from `start` to before `end`, or all. Raises UnknownResourceError."""
+        splits = self.host.describe(environment).splits
+        if split not in splits:
+            raise UnknownResourceError(
+                f"Environment {environment} has no split {split!r}. Use one of {', '.join(splits)}.",
+                environment=environment,
+                split=split,
+            )
+        return await self.host.list_tasks(environment, split, start, splits[split] if end is None else end)
 
     async def open(
         self, environment: str, task_id: str, seed: int, *, idempotency_key: str = "", lease_s: float = 0.0
@@ -161,9 +181,10 @@ class SessionManager:
             EnvironmentFailedError: the environment did not start. UnavailableError: the server is shutting down.
         """
         request = _Request(environment, task_id, seed, self._grant_lease(lease_s))
-        _check_key(idempotency_key)
+        _check_length("idempotency_key", idempotency_key, MAX_KEY_CHARACTERS)
+        _check_length("task_id", task_id, MAX_TASK_ID_CHARACTERS)
         if self.num_sessions >= self.limits.max_sessions or idempotency_key in self._keyed:
-            await self.reap()
+            self.reap()
         if not idempotency_key:
             return await asyncio.shield(self._start_opening(request, ""))
         keyed = self._keyed.get(idempotency_key)
@@ -186,7 +207,7 @@ class SessionManager:
         Raises:
             UnknownResourceError: the session is closed, expired or never was. InvalidInputError: text over the limit.
             ConflictError: another index than the next, another text for the last one, or a step after the end.
-            EnvironmentFailedError: the environment broke; the session is gone.
+            EnvironmentFailedError: the environment broke, now or earlier; the session is gone.
         """
         session = self._live(session_id)
         last = session.last_step
@@ -195,26 +216,30 @@ class SessionManager:
                 raise self._conflict(session, f"step {step_index} was taken with another text. Retry with the same text.")
         else:
             self._check_next(session, step_index, text)
-            last = _Step(step_index, text, asyncio.create_task(self._play(session, step_index, text)))
+            last = _Step(step_index, text, _spawn(self._play(session, step_index, text)))
             session.last_step = last
         # Shielded: a caller that gives up must not leave half a step behind.
         result = await asyncio.shield(last.answer)
         self._renew(session_id)
         return result
 
-    async def close(self, session_id: str) -> None:
+    def close(self, session_id: str) -> None:
         """End a session and free its place; closing what is not there succeeds."""
+        self._lost.pop(session_id, None)
         session = self._sessions.get(session_id)
         if session is not None:
-            await self._drop(session)
+            self._drop(session)
 
-    async def reap(self) -> int:
+    def reap(self) -> int:
         """Close the sessions whose lease ran out, save those in the middle of a step; returns how many."""
         expired = [session for session in self._sessions.values() if self._is_expired(session)]
         for session in expired:
-            log.info("session_reaped", session_id=session.session_id, environment=session.game.name, lease_s=session.lease_s)
+            log.info("session_reaped", session_id=session.session_id, environment=session.environment, lease_s=session.lease_s)
             REAPED.inc()
-            await self._drop(session)
+            self._drop(session)
+        now = self.clock()
+        for session_id in [session_id for session_id, lost in self._lost.items() if now >= lost.forget_at]:
+            del self._lost[session_id]
         return len(expired)
 
     async def drain(self, timeout_s: float) -> None:
@@ -230,14 +255,12 @@ class SessionManager:
         """Wait for what is being opened, then close every session. Call it once no caller is left."""
         await asyncio.gather(*self._opening, return_exceptions=True)
         for session in list(self._sessions.values()):
-            await self._drop(session)
-        for catalogue in self._catalogues.values():
-            await self._close_game(catalogue)
-        self._threads.shutdown(wait=False)
+            self._drop(session)
+        await self.host.stop()
 
     def _start_opening(self, request: _Request, key: str) -> asyncio.Task[OpenedSession]:
         """Reserve a place now, build without holding anything up, and give the place back if that fails."""
-        catalogue = self._catalogue(request.environment)
+        self.host.describe(request.environment)
         if self._is_draining:
             raise UnavailableError("This environment server is shutting down. Open the session on another, or once it is back.")
         if self.num_sessions >= self.limits.max_sessions:
@@ -246,88 +269,66 @@ class SessionManager:
                 "environment.capacity.",
                 max_sessions=self.limits.max_sessions,
             )
-        opening = asyncio.create_task(self._open(catalogue, request, key))
+        opening = _spawn(self._open(request, key))
         self._opening.add(opening)
         return opening
 
-    async def _open(self, catalogue: Environment, request: _Request, key: str) -> OpenedSession:
-        game: Environment | None = None
+    async def _open(self, request: _Request, key: str) -> OpenedSession:
+        session_id = uuid.uuid4().hex
         try:
-            task = await self._guard(catalogue, catalogue.get_task, request.task_id)
-            game = self.environments[request.environment]()
-            observation = await self._guard(game, game.reset, request.task_id, request.seed)
-        except BaseException:
+            task, observation = await self.host.open(session_id, request.environment, request.task_id, request.seed)
+        except BaseException as error:
             self._keyed.pop(key, None)
-            if game is not None:
-                await self._close_game(game)
+            self.host.close(session_id, request.environment)
+            if isinstance(error, EnvironmentFailedError):
+                FAILURES.labels(request.environment).inc()
             raise
         finally:
             # Here and not in a done-callback: the place must not count twice once the session is in the books.
             self._opening.discard(cast("asyncio.Task[OpenedSession]", asyncio.current_task()))
             self._closed.set()
-        session = _Session(uuid.uuid4().hex, game, request.lease_s, self.clock() + request.lease_s, key)
-        self._sessions[session.session_id] = session
+        session = _Session(session_id, request.environment, request.lease_s, self.clock() + request.lease_s, key)
+        self._sessions[session_id] = session
         SESSIONS.set(self.num_sessions)
-        return OpenedSession(session.session_id, dataclasses.replace(task, seed=request.seed), observation, request.lease_s)
+        OPENED.labels(request.environment).inc()
+        return OpenedSession(session_id, dataclasses.replace(task, seed=request.seed), observation, request.lease_s)
 
     async def _play(self, session: _Session, step_index: int, text: str) -> StepResult:
-        game = session.game
+        environment = session.environment
+        began_s = time.perf_counter()
         try:
-            result = await self._guard(game, game.step, text)
-            _check_result(game, result)
-        except EnvironmentFailedError:
-            await self._drop(session)
+            result = await self.host.step(session.session_id, environment, text)
+        except EnvironmentFailedError as error:
+            self._fail(session, error.message)
             raise
-        STEPS.labels(game.name).inc()
-        if step_index + 1 >= game.max_turns and not result.is_over:
+        STEPS.labels(environment).inc()
+        STEP_SECONDS.labels(environment).observe(time.perf_counter() - began_s)
+        if step_index + 1 >= self.host.describe(environment).max_turns and not result.is_over:
             return dataclasses.replace(result, truncated=True)
         return result
 
-    async def _guard(self, game: Environment, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call an environment; whatever it raises but refusals of the input becomes EnvironmentFailedError."""
-        try:
-            async with asyncio.timeout(self.limits.step_timeout_s):
-                return await self._call(game, function, *args, **kwargs)
-        except (UnknownResourceError, EnvironmentFailedError):
-            raise
-        # The boundary: an environment may break in any way, the server must not.
-        except Exception as error:
-            is_hung = isinstance(error, TimeoutError)
-            reason = f"hung for {self.limits.step_timeout_s} s" if is_hung else f"raised {type(error).__name__}: {error}"
-            FAILURES.labels(game.name).inc()
-            log.warning("environment_failed", environment=game.name, call=function.__name__, reason=reason, exc_info=error)
-            raise EnvironmentFailedError(
-                f"Environment {game.name} {game.version} {reason} in {function.__name__}. The episode is lost; open another.",
-                environment=game.name,
-            ) from error
+    def _lose(self, session_ids: Sequence[str], reason: str) -> None:
+        """Those went down with the worker that played them. One that is being opened is told by its failed opening."""
+        lost = [self._sessions[session_id] for session_id in session_ids if session_id in self._sessions]
+        for session in lost:
+            self._fail(session, f"Environment {session.environment} {reason}. The episode is lost; open another.")
 
-    async def _call(self, game: Environment, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if not game.is_blocking:
-            return function(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+    def _fail(self, session: _Session, reason: str) -> None:
+        if session.session_id not in self._sessions:
+            return
+        self._drop(session)
+        FAILURES.labels(session.environment).inc()
+        self._lost[session.session_id] = _Lost(reason, session.environment, self.clock() + session.lease_s)
+        if len(self._lost) > _MAX_LOST:
+            del self._lost[next(iter(self._lost))]
 
-    async def _drop(self, session: _Session) -> None:
-        # Out of the books before anything is awaited: nobody can step a session that is being closed.
+    def _drop(self, session: _Session) -> None:
         if self._sessions.pop(session.session_id, None) is None:
             return
         self._keyed.pop(session.idempotency_key, None)
         SESSIONS.set(self.num_sessions)
         self._closed.set()
-        await self._close_game(session.game)
-
-    async def _close_game(self, game: Environment) -> None:
-        try:
-            await self._call(game, game.close)
-        except Exception as error:  # the boundary: the episode is over, no answer depends on this
-            log.warning("environment_close_failed", environment=game.name, exc_info=error)
-
-    def _catalogue(self, environment: str) -> Environment:
-        if environment not in self._catalogues:
-            raise UnknownResourceError(
-                f"No environment {environment!r} is served here. Use one of {', '.join(self.environments) or 'none'}.",
-                environment=environment,
-            )
-        return self._catalogues[environment]
+        self.host.close(session.session_id, session.environment)
 
     def _grant_lease(self, lease_s: float) -> float:
         if not math.isfinite(lease_s) or lease_s < 0:
@@ -336,6 +337,9 @@ class SessionManager:
 
     def _live(self, session_id: str) -> _Session:
         session = self._sessions.get(session_id)
+        lost = self._lost.get(session_id)
+        if lost is not None and self.clock() < lost.forget_at:
+            raise EnvironmentFailedError(lost.reason, session_id=session_id, environment=lost.environment)
         if session is None or self._is_expired(session):
             raise UnknownResourceError(
                 f"No session {session_id!r}: it was closed, failed, or idle for longer than its lease. Open another.",
@@ -373,17 +377,13 @@ class SessionManager:
         )
 
 
-def _check_key(key: str) -> None:
-    if len(key) > MAX_KEY_CHARACTERS:
-        raise InvalidInputError(f"idempotency_key has {len(key)} characters, the limit is {MAX_KEY_CHARACTERS}. Shorten it.")
+def _check_length(name: str, value: str, limit: int) -> None:
+    if len(value) > limit:
+        raise InvalidInputError(f"{name} has {len(value)} characters, the limit is {limit}. Shorten it.")
 
 
-def _check_result(game: Environment, result: StepResult) -> None:
-    """Nonsense from an environment must not reach training."""
-    numbers = (result.reward, *result.reward_components.values())
-    if not all(map(math.isfinite, numbers)) or (result.terminated and result.truncated):
-        raise EnvironmentFailedError(
-            f"Environment {game.name} {game.version} answered reward {result.reward}, components {result.reward_components}, "
-            f"terminated {result.terminated}, truncated {result.truncated}. Rewards must be finite, at most one end true.",
-            environment=game.name,
-        )
+def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task whose failure is no news if its caller has given up."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task

@@ -25,9 +25,11 @@ from sdar.v1 import environment_pb2_grpc
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import list_demonstration
 from services.envs.household.game import parse_task_id
+from services.envs.registry import load_environment
 from services.envs.server import SERVICE_NAME, serve_environments
 from services.envs.service import serve
-from services.envs.sessions import SessionLimits
+from services.envs.sessions import SessionLimits, SessionManager
+from services.envs.workers import WorkerHost
 
 TASK_ID = "polish-apple-drawer-desk"
 
@@ -59,15 +61,15 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(limits: SessionLimits | None = None, **options):
-    """A client of a running server, the event that stops it, and its health."""
+async def serving(limits: SessionLimits | None = None, *, num_workers: int = 1, **options):
+    """A client of a running server with worker processes, the event that stops it, and its health."""
+    host = WorkerHost({"household": load_environment("household")}, num_workers)
     stopping, health = asyncio.Event(), Health()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
         serve_environments(
             stopping,
-            environments={"household": HouseholdEnvironment},
-            limits=limits or SessionLimits(),
+            sessions=SessionManager(host, limits or SessionLimits()),
             host="127.0.0.1",
             port=0,
             health=health,

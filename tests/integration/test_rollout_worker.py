@@ -27,9 +27,10 @@ from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health
 from sdar.runtime.weights import WeightStore
 from sdar.v1 import environment_pb2, environment_pb2_grpc, policy_pb2, policy_pb2_grpc
+from services.envs.hosts import InProcessHost
 from services.envs.household import HouseholdEnvironment
 from services.envs.server import build_environment_server
-from services.envs.sessions import SessionLimits, SessionManager
+from services.envs.sessions import SessionManager
 from services.rollout.environment_client import GrpcEnvironmentClient, GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
@@ -49,7 +50,8 @@ def tokenizer():
 @asynccontextmanager
 async def household():
     """Address and sessions of a running environment server."""
-    sessions = SessionManager({"household": HouseholdEnvironment}, SessionLimits())
+    sessions = SessionManager(InProcessHost({"household": HouseholdEnvironment}))
+    await sessions.start()
     server = build_environment_server(sessions, "127.0.0.1", 0)
     await server.start()
     try:

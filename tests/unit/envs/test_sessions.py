@@ -17,6 +17,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
+from services.envs.hosts import InProcessHost
 from services.envs.sessions import SessionLimits, SessionManager
 
 
@@ -97,10 +98,11 @@ async def sessions(made, clock):
         return build
 
     manager = SessionManager(
-        {"counting": factory(Counting), "slow": factory(Slow)},
+        InProcessHost({"counting": factory(Counting), "slow": factory(Slow)}),
         SessionLimits(max_sessions=2, max_text_bytes=10, step_timeout_s=5, default_lease_s=60, max_lease_s=100),
         clock,
     )
+    await manager.start()
     yield manager
     Slow.go_on.set()
     await manager.close_all()
@@ -113,8 +115,8 @@ async def test_an_episode_is_opened_stepped_and_closed(sessions):
     assert (opened.observation.text, opened.task.seed, opened.lease_s) == ("count from 5", 5, 60)
     assert (await sessions.step(opened.session_id, 0, "a")).observation.text == "1"
     assert (await sessions.step(opened.session_id, 1, "end")).terminated
-    await sessions.close(opened.session_id)
-    await sessions.close(opened.session_id)
+    sessions.close(opened.session_id)
+    sessions.close(opened.session_id)
     with pytest.raises(UnknownResourceError, match="Open another"):
         await sessions.step(opened.session_id, 2, "b")
 
@@ -168,7 +170,7 @@ async def test_sessions_beyond_the_capacity_are_refused_until_one_closes(session
     await sessions.open("counting", "count", 0)
     with pytest.raises(CapacityError, match="All 2 sessions are taken"):
         await sessions.open("counting", "count", 0)
-    await sessions.close(first.session_id)
+    sessions.close(first.session_id)
     await sessions.open("counting", "count", 0)
 
 
@@ -200,7 +202,7 @@ async def test_a_key_used_for_another_episode_is_refused(sessions):
 
 async def test_a_key_is_free_again_once_its_session_is_closed_or_expired(sessions, clock):
     first = await sessions.open("counting", "count", 1, idempotency_key="k")
-    await sessions.close(first.session_id)
+    sessions.close(first.session_id)
     second = await sessions.open("counting", "count", 1, idempotency_key="k")
     clock.now_s = 60
     third = await sessions.open("counting", "count", 1, idempotency_key="k")
@@ -220,7 +222,7 @@ async def test_an_idle_session_is_reaped_and_its_place_given_to_another(sessions
     clock.now_s = 60
     with pytest.raises(UnknownResourceError):
         await sessions.step(idle.session_id, 0, "a")
-    assert await sessions.reap() == 1
+    assert sessions.reap() == 1
     await sessions.step(busy.session_id, 1, "a")
     assert sessions.num_sessions == 1
     assert sum(game.is_closed for game in made) == 1
@@ -251,9 +253,28 @@ async def test_an_environment_that_breaks_loses_its_session_only(sessions, text,
     whole = await sessions.open("counting", "count", 0)
     with pytest.raises(EnvironmentFailedError, match=why):
         await sessions.step(broken.session_id, 0, text)
-    with pytest.raises(UnknownResourceError):
-        await sessions.step(broken.session_id, 0, text)
+    assert sessions.num_sessions == 1
     await sessions.step(whole.session_id, 0, "a")
+
+
+async def test_a_session_that_failed_says_so_for_its_lease_and_is_then_forgotten(sessions, clock):
+    broken = await sessions.open("counting", "count", 0)
+    for _ in range(2):
+        with pytest.raises(EnvironmentFailedError, match="by zero"):
+            await sessions.step(broken.session_id, 0, "crash")
+    clock.now_s = 60
+    sessions.reap()
+    with pytest.raises(UnknownResourceError):
+        await sessions.step(broken.session_id, 0, "crash")
+
+
+async def test_a_session_that_failed_is_forgotten_once_it_is_closed(sessions):
+    broken = await sessions.open("counting", "count", 0)
+    with pytest.raises(EnvironmentFailedError):
+        await sessions.step(broken.session_id, 0, "crash")
+    sessions.close(broken.session_id)
+    with pytest.raises(UnknownResourceError):
+        await sessions.step(broken.session_id, 0, "crash")
 
 
 async def test_a_caller_that_gives_up_gets_its_answer_on_retry(sessions, made):
@@ -274,7 +295,7 @@ async def test_a_session_is_neither_reaped_nor_overtaken_in_the_middle_of_a_step
     step = asyncio.create_task(sessions.step(opened.session_id, 0, "a"))
     await asyncio.to_thread(Slow.started.wait)
     clock.now_s = 1000
-    assert await sessions.reap() == 0
+    assert sessions.reap() == 0
     with pytest.raises(ConflictError, match="still being played"):
         await sessions.step(opened.session_id, 1, "b")
     Slow.go_on.set()
@@ -284,7 +305,8 @@ async def test_a_session_is_neither_reaped_nor_overtaken_in_the_middle_of_a_step
 
 async def test_a_step_that_hangs_fails_at_its_deadline_and_frees_the_thread(made):
     Slow.started, Slow.go_on = threading.Event(), threading.Event()
-    sessions = SessionManager({"slow": Slow}, SessionLimits(step_timeout_s=0.05))
+    sessions = SessionManager(InProcessHost({"slow": Slow}), SessionLimits(step_timeout_s=0.05))
+    await sessions.start()
     opened = await sessions.open("slow", "count", 0)
     with pytest.raises(EnvironmentFailedError, match=r"hung for 0\.05 s in step"):
         await sessions.step(opened.session_id, 0, "a")
@@ -310,7 +332,7 @@ async def test_draining_refuses_new_sessions_and_waits_for_the_open_ones(session
         await sessions.open("counting", "count", 0)
     await sessions.step(opened.session_id, 0, "end")
     assert not draining.done()
-    await sessions.close(opened.session_id)
+    sessions.close(opened.session_id)
     await draining
 
 

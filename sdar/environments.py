@@ -1,0 +1,55 @@
+"""Owns what somebody imports to bring an environment: the base class, its records, and `serve`. A facade, nothing of its own.
+
+class GuessNumber(Environment): ...
+
+if __name__ == "__main__":
+    serve(GuessNumber)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sdar.contracts.types import Task
+from services.envs.base import Environment, Observation, StepResult
+from services.envs.registry import Option, locate_class
+from services.envs.service import serve_until_stopped
+from services.envs.sessions import SessionLimits
+
+__all__ = ["Environment", "Observation", "StepResult", "Task", "serve"]
+
+
+def serve(
+    *environments: type[Environment],
+    options: Mapping[str, Option] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 50051,
+    probe_port: int = 0,
+    num_workers: int = 0,
+    capacity: int = 512,
+    step_timeout_s: float = 30.0,
+) -> None:
+    """Serve environments over gRPC until SIGTERM or Ctrl-C.
+
+    Sessions, leases, retries, worker processes, metrics, health and shutdown are the server's. One line on stdout tells where
+    it listens; logs go to stderr.
+
+    Args:
+        environments: classes, each served under its `name`.
+        options: keyword arguments of their constructors.
+        port: of gRPC. probe_port: of /healthz, /readyz and /metrics. 0 takes a free one.
+        num_workers: processes that play; 0 for one per usable core.
+        capacity: sessions held at once.
+        step_timeout_s: a call that takes longer is hung, and its worker process is killed.
+
+    Raises:
+        ConfigurationError: an environment cannot be built or imported by a worker. ConflictError: a port is taken.
+    """
+    serve_until_stopped(
+        {environment.name: locate_class(environment, options) for environment in environments},
+        SessionLimits(max_sessions=capacity, step_timeout_s=step_timeout_s),
+        host=host,
+        port=port,
+        probe_port=probe_port,
+        num_workers=num_workers,
+    )

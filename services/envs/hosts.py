@@ -1,0 +1,172 @@
+"""Owns what the server asks of whatever plays its sessions, and the plainest answer to that: play them in this process.
+
+A `Host` turns calls into requests, and answers into records or typed errors. `services.envs.workers` has the one for services.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import structlog
+
+from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnavailableError, UnknownResourceError
+from sdar.contracts.types import Task
+from services.envs.answers import NonsenseError, read_description, read_observation, read_step, read_task
+from services.envs.base import Environment, EnvironmentDescription, Observation, StepResult
+from services.envs.player import Answer, Player, Request
+
+OnLost = Callable[[Sequence[str], str], None]
+"""Told the ids of sessions that went down with what played them, and why."""
+
+log = structlog.get_logger()
+
+
+class Host(ABC):
+    """Plays sessions of the named environments. One event loop owns it.
+
+    Calls raise EnvironmentFailedError when the environment broke: raised, hung or answered nonsense. The session is then lost,
+    and its owner closes it.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._step_timeout_s = math.inf
+        self._on_lost: OnLost = lambda session_ids, reason: None
+        self._descriptions: dict[str, EnvironmentDescription] = {}
+
+    @property
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether sessions can be opened now."""
+
+    async def start(self, step_timeout_s: float, on_lost: OnLost) -> None:
+        """Build the environments.
+
+        Args:
+            step_timeout_s: a call that takes longer hangs.
+
+        Raises:
+            ConfigurationError: an environment cannot be built.
+        """
+        self._step_timeout_s, self._on_lost = step_timeout_s, on_lost
+        for name in self.names:
+            answer = await self._ask("", {"call": "describe", "environment": name, "arguments": {}})
+            try:
+                self._descriptions[name] = self._read(name, answer, read_description)
+            except (EnvironmentFailedError, UnknownResourceError) as error:
+                raise ConfigurationError(f"Environment {name} cannot describe itself and count its tasks: {error}") from error
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close every session. The host cannot be started again."""
+
+    def describe(self, environment: str) -> EnvironmentDescription:
+        """Raises UnknownResourceError: no environment of that name here."""
+        if environment not in self.names:
+            raise UnknownResourceError(
+                f"No environment {environment!r} is served here. Use one of {', '.join(self.names) or 'none'}.",
+                environment=environment,
+            )
+        if environment not in self._descriptions:
+            raise UnavailableError("This environment server is still starting. Retry after a while.")
+        return self._descriptions[environment]
+
+    async def list_tasks(self, environment: str, split: str, start: int, end: int) -> list[Task]:
+        """The tasks of a split from `start` to before `end`. Raises UnknownResourceError."""
+        arguments = {"split": split, "start": start, "end": end}
+        answer = await self._ask("", {"call": "list_tasks", "environment": environment, "arguments": arguments})
+        return self._read(environment, answer, lambda values: [read_task(environment, task) for task in values["tasks"]])
+
+    async def open(self, session_id: str, environment: str, task_id: str, seed: int) -> tuple[Task, Observation]:
+        """Start an episode. Raises UnknownResourceError for a task that is not there."""
+        arguments = {"session_id": session_id, "task_id": task_id, "seed": seed}
+        answer = await self._ask(session_id, {"call": "reset", "environment": environment, "arguments": arguments})
+        return self._read(
+            environment,
+            answer,
+            lambda values: (read_task(environment, values["task"]), read_observation(values["observation"])),
+        )
+
+    async def step(self, session_id: str, environment: str, text: str) -> StepResult:
+        """Play one response of the agent."""
+        arguments = {"session_id": session_id, "text": text}
+        answer = await self._ask(session_id, {"call": "step", "environment": environment, "arguments": arguments})
+        return self._read(environment, answer, read_step)
+
+    @abstractmethod
+    def close(self, session_id: str, environment: str) -> None:
+        """Begin to end a session; what is not there is none. Nobody waits for an environment that takes long to close."""
+
+    @abstractmethod
+    async def _ask(self, session_id: str, request: Request) -> Answer:
+        """Have a request played, for a session or for none. Raises EnvironmentFailedError for a call that hangs."""
+
+    def _read(self, environment: str, answer: Answer, read: Callable[[Any], Any]) -> Any:
+        if "unknown" in answer:
+            raise UnknownResourceError(answer["unknown"], **answer["fields"])
+        if "failure" in answer:
+            told = {"exception": answer["traceback"]} if "traceback" in answer else {}
+            log.warning("environment_failed", environment=environment, reason=answer["failure"], **told)
+            raise self._failed(environment, answer["failure"])
+        try:
+            return read(answer)
+        except NonsenseError as error:
+            log.warning("environment_answered_nonsense", environment=environment, found=str(error))
+            raise self._failed(environment, f"answered {error}") from error
+
+    def _failed(self, environment: str, reason: str) -> EnvironmentFailedError:
+        return EnvironmentFailedError(
+            f"Environment {environment} {reason}. The episode is lost; open another.", environment=environment
+        )
+
+    def _hung(self, request: Request) -> EnvironmentFailedError:
+        return self._failed(request["environment"], f"hung for {self._step_timeout_s:g} s in {request['call']}")
+
+
+class InProcessHost(Host):
+    """Plays in this process: for a whole run in one process, and for tests. Only blocking environments have a deadline.
+
+    Args:
+        builders: makes an instance of each environment.
+    """
+
+    def __init__(self, builders: Mapping[str, Callable[[], Environment]]) -> None:
+        super().__init__(builders)
+        self._player = Player(builders)
+        self._closing: set[asyncio.Future[Answer]] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        return True
+
+    async def stop(self) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=self._step_timeout_s)
+        self._player.close()
+
+    def close(self, session_id: str, environment: str) -> None:
+        closing = self._play({"call": "close", "environment": environment, "arguments": {"session_id": session_id}})
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _ask(self, session_id: str, request: Request) -> Answer:
+        try:
+            async with asyncio.timeout(self._step_timeout_s):
+                return await self._play(request)
+        except TimeoutError as error:
+            raise self._hung(request) from error
+
+    def _play(self, request: Request) -> asyncio.Future[Answer]:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Answer] = loop.create_future()
+        self._player.play(request, lambda answer: loop.call_soon_threadsafe(_settle, answered, answer))
+        return answered
+
+
+def _settle(answered: asyncio.Future[Answer], answer: Answer) -> None:
+    if not answered.done():
+        answered.set_result(answer)
