@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.runtime.memory_bus import MemoryBus
 from services.envs.household import HouseholdEnvironment
+from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import SHIPPED_LIBRARIES, SkillLibrary, load_skill_library
+from services.teacher.utility import SkillUtility
 from tests.unit.teacher.builders import CLEAN, LIBRARY, play
 
 HEAT = dataclasses.replace(CLEAN, task_type="heat", description="heat the egg and put it in the desk .")
@@ -89,6 +92,50 @@ def test_a_swap_shows_as_many_skills_as_were_right_and_keeps_the_general_ones():
 def test_where_nothing_was_found_nothing_is_swapped_in():
     retrieval = retrieve("task_type", DANCE, wrong_skill_fraction=1.0)
     assert (retrieval.specific, retrieval.is_swapped, retrieval.is_miss) == ((), False, True)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return SkillIndex(LIBRARY.specific, SentenceEncoder(), tmp_path_factory.mktemp("cache"))
+
+
+def test_by_meaning_the_tasks_sentence_alone_is_looked_at(index):
+    retrieval = retrieve("embedding", dataclasses.replace(HEAT, task_type="?"), num_skills=2, index=index)
+    assert retrieval.skill_ids == ("general", "heat", "heat-2")
+    assert (retrieval.label, retrieval.is_miss) == ("embedding", False)
+
+
+def test_what_is_found_by_meaning_can_be_swapped(index):
+    retrieval = retrieve("embedding", HEAT, num_skills=1, index=index, wrong_skill_fraction=1.0)
+    assert retrieval.specific[0].skill_id in ("clean", "cool")
+    assert retrieval.label == "embedding+swapped"
+
+
+async def test_by_utility_the_tasks_own_skills_are_tried_first_and_every_key_keeps_its_choice():
+    retriever = Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(MemoryBus({}), 0.5))
+    shown = {}
+    for key in ("g0", "g1", "g2", "g3"):
+        await retriever.prepare(HEAT, key)
+        shown[key] = retriever.retrieve(HEAT, key).skill_ids
+    assert list(shown.values()) == [("general", "heat"), ("general", "heat-2"), ("general", "clean"), ("general", "cool")]
+    for key, skill_ids in shown.items():
+        await retriever.prepare(HEAT, key)
+        assert retriever.retrieve(HEAT, key).skill_ids == skill_ids
+    assert retriever.retrieve(HEAT, "g0").label == "ucb"
+
+
+async def test_a_choice_of_skills_that_the_library_no_longer_has_is_a_miss():
+    bus = MemoryBus({})
+    await Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)).prepare(CLEAN, "g0")
+    shrunk = Retriever(SkillLibrary(LIBRARY.skills[2:]), kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5))
+    await shrunk.prepare(CLEAN, "g0")
+    retrieval = shrunk.retrieve(CLEAN, "g0")
+    assert (retrieval.specific, retrieval.is_miss) == ((), True)
+
+
+def test_swapping_is_refused_where_no_skill_is_the_wrong_one():
+    with pytest.raises(ConfigurationError, match=r"retrieval ucb .* Use task_type or keyword or embedding"):
+        Retriever(LIBRARY, kind="ucb", num_skills=1, wrong_skill_fraction=0.5, utility=SkillUtility(MemoryBus({}), 0.5))
 
 
 @pytest.mark.parametrize(("kind", "library"), [("all", LIBRARY), ("task_type", SkillLibrary(LIBRARY.skills[:2]))])

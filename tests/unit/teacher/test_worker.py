@@ -18,6 +18,7 @@ from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
 from services.teacher.teacher import Teacher
+from services.teacher.utility import SkillUtility
 from services.teacher.worker import TeacherWorker, WorkerLimits
 from tests.support import until
 from tests.unit.teacher.builders import CLEAN, LIBRARY, RUN_ID, FakeScorer, make_manifest, play
@@ -33,10 +34,25 @@ LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.
 class House:
     """A worker with a fake scorer on an in-memory bus, and what came out of it."""
 
-    def __init__(self, chat, scorer=None, *, max_lag=2, limits=LIMITS, bus_limits=None, library=LIBRARY, tokens=1000) -> None:
-        self.bus = MemoryBus(CONSUMERS, bus_limits or BusLimits())
+    def __init__(
+        self,
+        chat,
+        scorer=None,
+        *,
+        max_lag=2,
+        limits=LIMITS,
+        bus_limits=None,
+        library=LIBRARY,
+        tokens=1000,
+        kind="task_type",
+        bus=None,
+    ) -> None:
+        self.bus = bus or MemoryBus(CONSUMERS, bus_limits or BusLimits())
         self.scorer = scorer or FakeScorer()
-        contexts = ContextBuilder(chat, Retriever(library, kind="task_type", num_skills=3), tokens)
+        self.utility = SkillUtility(self.bus, 0.0) if kind == "ucb" else None
+        contexts = ContextBuilder(
+            chat, Retriever(library, kind=kind, num_skills=1 if self.utility else 3, utility=self.utility), tokens
+        )
         self.metrics = TeacherMetrics()
         self.teacher = Teacher(contexts, self.scorer, PolicyFollower(self.bus, self.scorer, max_lag), self.metrics, max_lag)
         self.health = Health()
@@ -263,3 +279,71 @@ async def test_weights_that_are_due_and_corrupt_stop_the_worker_with_its_entries
             await asyncio.wait({task}, timeout=5)
     lag = await house.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)
     assert lag.num_pending == 1
+
+
+async def learned(house, task_type="clean"):
+    """Successes over episodes of each skill, as any teacher on the bus would read them; infinite if never shown."""
+    utility = SkillUtility(house.bus, 0.0)
+    await utility.choose("g0", task_type, [skill.skill_id for skill in LIBRARY.specific], 1)
+    return {skill.skill_id: utility.compute_score(task_type, skill.skill_id) for skill in LIBRARY.specific}
+
+
+async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_are_learned_from(chat):
+    """Two teachers on one bus: g0 is shown clean and succeeds in 1 of 4 episodes, g1 is shown heat and fails."""
+    house = House(chat, kind="ucb")
+    peer = House(chat, kind="ucb", bus=house.bus)
+    for group_id in ("g0", "g1"):
+        episodes = [play(chat, group_id=group_id, episode_index=index, seed=index) for index in range(4)]
+        first = dataclasses.replace(episodes[0], is_success=group_id == "g0")
+        await house.publish(first, *episodes[1:2])
+        async with house.running():
+            await house.until_finished(2)
+        await house.publish(*episodes[2:])
+        async with peer.running():
+            await house.until_finished(4)
+    scored = await house.scored()
+    assert {(item.trajectory.group_id, item.score.skill_ids) for item in scored} == {
+        ("g0", ("general", "clean")),
+        ("g1", ("general", "heat")),
+    }
+    assert {item.score.retrieval for item in scored} == {"ucb"}
+    assert await learned(house) == {"clean": 0.25, "heat": 0.0, "heat-2": float("inf"), "cool": float("inf")}
+
+
+async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
+    house = House(chat, kind="ucb")
+    good = dataclasses.replace(play(chat), is_success=True)
+    bad = play(chat, episode_index=1)
+    for _ in range(3):
+        await house.publish(good)
+    await house.publish(bad)
+    async with house.running():
+        await house.until_finished(4)
+    assert (await learned(house))["clean"] == 0.5
+
+
+async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_keeps_its_choice(chat):
+    """The stream of scores is full: choice made, score made, commit refused, as by a crash. Another teacher finishes it."""
+    house = House(chat, kind="ucb", bus_limits=BusLimits(max_entries=1, publish_timeout_s=0.0))
+    await house.bus.publish(Stream.SCORED, [b"in the way"])
+    await house.publish(dataclasses.replace(play(chat), is_success=True))
+    async with house.running():
+        await house.until_claimed()
+        await until(lambda: house.metrics.totals["scored_trajectories"] == 1)
+    assert (await learned(house))["clean"] == 0.0
+    (blocking,) = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 1)
+    await house.bus.acknowledge([blocking])
+    limits = dataclasses.replace(LIMITS, claim_idle_s=0.0)
+    heir = House(chat, kind="ucb", bus=house.bus, limits=limits)
+    async with heir.running():
+        await heir.until_finished(1)
+    assert (await house.scored())[0].score.skill_ids == ("general", "clean")
+    assert (await learned(house))["clean"] == 1.0
+
+
+async def test_other_kinds_of_retrieval_publish_nothing_to_learn_from(chat):
+    house = House(chat)
+    await house.publish(play(chat))
+    async with house.running():
+        await house.until_finished(1)
+    assert await house.bus.newest(Stream.SKILL_EVENTS) is None
