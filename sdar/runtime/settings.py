@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""
     world_size: int = Field(default=1, ge=1, validation_alias="WORLD_SIZE")
     """Number of the learner's ranks that are started from outside; torchrun sets it."""
+    alfworld_data: str = Field(default="", validation_alias="ALFWORLD_DATA")
+    """ALFWorld's own variable: the directory that holds json_2.1.1, where an environment is given no data_dir."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level that is logged."""
     log_format: Literal["text", "json"] = "text"

@@ -23,6 +23,7 @@ Option = bool | int | float | str
 # Paths, not classes: an environment's optional dependencies are imported only where it is served.
 BUILT_IN: dict[str, str] = {
     "household": "services.envs.household:HouseholdEnvironment",
+    "alfworld": "services.envs.alfworld:AlfworldEnvironment",
     "webshop": "services.envs.webshop:WebShopEnvironment",
     "search": "services.envs.search.environment:SearchEnvironment",
     "gymnasium": "services.envs.adapters.gymnasium_adapter:GymnasiumEnvironment",

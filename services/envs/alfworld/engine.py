@@ -1,0 +1,322 @@
+"""Owns the engine that plays ALFWorld: TextWorld's PddlEnv under ALFWorld's own wrappers, with what never changes kept.
+
+The stack is the public one (PddlEnv, AlfredDemangler without shuffling, AlfredInfos) and the transitions are Fast Downward's.
+Stock, nearly all time goes into parsing the same grammar and translating the same PDDL again. Kept here, each with a bound:
+
+    parsed grammars, by their text less the task's sentence    (a load)
+    translated problems with their first state, by their text  (a load and every reset)
+    derived sentences, until a fact they depend on changes     (a step)
+
+The classes of TextWorld are extended, never patched: stock environments in the same process stay stock. Importing this module
+imports TextWorld (a second); only the process that plays does. Not thread-safe: Fast Downward's parser is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fast_downward
+import mementos.core
+import textworld
+from fast_downward.translate.pddl.conditions import Atom as InitialAtom
+from textworld.core import GameState
+from textworld.envs.pddl.logic import Atom, GameLogic, PddlState
+from textworld.envs.pddl.pddl import PddlEnv
+from textworld.logic import Action, Placeholder, Proposition, Type, Variable
+
+from sdar.contracts.errors import EnvironmentFailedError
+from services.envs.alfworld.games import find_goal_template, replace_goal_template
+from services.envs.alfworld.grammar import SentenceGrammar
+from services.envs.alfworld.upstream import AlfredDemangler, AlfredInfos
+
+# All public games share two logics, one for each release; a translation of a game takes about 1 MB.
+_MAX_LOGICS, _MAX_TRANSLATIONS = 8, 128
+# TextWorld interns every fact of every game for ever; dropping them costs their making anew.
+_MAX_INTERNED = 200_000
+_MAX_NAME_BYTES = 1024
+_MAX_REASON_CHARACTERS = 300
+_NO_GOAL = "Your task is to: UNKNOWN GOAL."
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the engine shows after a reset or a command."""
+
+    feedback: str
+    commands: tuple[str, ...]
+    is_won: bool
+
+
+@dataclass(slots=True)
+class Translation:
+    """A problem as Fast Downward plays it. Shared by all games of the problem, and nothing of it changes once it is known."""
+
+    sas: bytes
+    parameters: Mapping[str, tuple[Placeholder, ...]]
+    types: tuple[tuple[str, tuple[str, ...]], ...]
+    types_by_name: Mapping[str, str]
+    propositions: tuple[Proposition, ...]
+    first_facts: dict[str, Any] | None = None
+    """The first state's facts as TextWorld keeps them, known once the library has derived its own from them."""
+    mappings: dict[str, dict[Placeholder, Variable]] = field(default_factory=dict)
+    """What an operator's parameters stand for, by its name: as many as the problem has operators."""
+
+    def find_mapping(self, operator: str) -> dict[Placeholder, Variable]:
+        mapping = self.mappings.get(operator)
+        if mapping is None:
+            name, *arguments = operator.split()
+            # Not strict: the translator turns quantifiers into further parameters of some of an action's operators.
+            pairs = zip(self.parameters[name], arguments, strict=False)
+            mapping = {placeholder: Variable(argument, placeholder.type) for placeholder, argument in pairs}
+            self.mappings[operator] = mapping
+        return mapping
+
+
+@lru_cache(maxsize=_MAX_TRANSLATIONS)
+def translate(domain: str, problem: str) -> Translation:
+    with _restore_arguments():
+        task, sas = fast_downward.pddl2sas(domain, problem)
+    longest = max(map(len, sas.splitlines()))
+    if longest >= _MAX_NAME_BYTES:
+        # The library copies names into buffers of this size without looking.
+        raise ValueError(f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} fit")
+    types_by_name = {thing.name: thing.type_name for thing in task.objects}
+    atoms = (atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "=")
+    return Translation(
+        sas=sas.encode(),
+        parameters={
+            action.name: tuple(Placeholder(parameter.name.strip("?"), parameter.type_name) for parameter in action.parameters)
+            for action in task.actions
+        },
+        types=tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types),
+        types_by_name=types_by_name,
+        propositions=tuple(
+            Proposition(atom.predicate, [Variable(argument, types_by_name[argument]) for argument in atom.args])
+            for atom in atoms
+        ),
+    )
+
+
+@contextmanager
+def _restore_arguments() -> Iterator[None]:
+    """Fast Downward's translator reads its options from sys.argv, and sets them there first."""
+    arguments = sys.argv
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+@lru_cache(maxsize=_MAX_LOGICS)
+def _parse_logic(domain: str, grammar: str) -> tuple[GameLogic, SentenceGrammar]:
+    logic = GameLogic(domain=domain, grammar=grammar)
+    return logic, SentenceGrammar.from_parsed(logic.grammar)
+
+
+def build_logic(domain: str, grammar: str) -> GameLogic:
+    """A game's actions and grammar. Games differ in their task's sentence alone, so the rest is parsed once."""
+    template = find_goal_template(grammar)
+    logic, sentences = _parse_logic(domain, replace_goal_template(grammar, _NO_GOAL))
+    logic = copy.copy(logic)
+    logic.grammar = sentences.replace_production("task", template)
+    return logic
+
+
+class KeptState(PddlState):
+    """TextWorld's state of a game, made from a translation, that remembers sentences until their facts change."""
+
+    def __init__(self, downward_lib: Any, pddl_problem: str, logic: GameLogic) -> None:
+        # Not super().__init__: it translates twice, the second time for a planner that nobody asks for.
+        self.pddl_problem, self.downward_lib, self._logic = pddl_problem, downward_lib, logic
+        self._translation = translate(logic.domain, pddl_problem)
+        self._revisions: Counter[str] = Counter()
+        self._readings: dict[str, int] = {}
+        self._sentences: dict[Hashable, tuple[str, dict[str, int]]] = {}
+        self._fact_list: tuple[Proposition, ...] | None = None
+        self.name2type = self._translation.types_by_name
+        _add_types(logic, self._translation.types)
+        downward_lib.load_sas(self._translation.sas)
+        if self._translation.first_facts is None:
+            self._derive_first_facts()
+            self._translation.first_facts = _copy_facts(vars(self))
+        else:
+            vars(self).update(_copy_facts(self._translation.first_facts))
+
+    def _derive_first_facts(self) -> None:
+        self._facts, self._vars_by_type = defaultdict(set), defaultdict(set)
+        self._vars_by_name, self._var_counts = {}, Counter()
+        self.add_facts(self._translation.propositions)
+        atoms = (Atom * self.downward_lib.get_state_size())()
+        self.downward_lib.get_state(atoms)
+        facts = [atom.get_fact(self.name2type) for atom in atoms]
+        self.add_facts(fact for fact in facts if not fact.is_negation)
+
+    @property
+    def facts(self) -> tuple[Proposition, ...]:
+        if self._fact_list is None:
+            self._fact_list = tuple(super().facts)
+        return self._fact_list
+
+    def add_fact(self, prop: Proposition) -> None:
+        if not self.is_fact(prop):
+            self._note_change(prop)
+        super().add_fact(prop)
+
+    def remove_fact(self, prop: Proposition) -> None:
+        if self.is_fact(prop):
+            self._note_change(prop)
+        super().remove_fact(prop)
+
+    def _note_change(self, prop: Proposition) -> None:
+        self._revisions[prop.name] += 1
+        self._fact_list = None
+
+    def note_reading(self, predicates: Iterable[str]) -> None:
+        """The sentence being written depends on the facts of these predicates."""
+        for name in predicates:
+            self._readings[name] = self._revisions[name]
+
+    def remember_sentence(self, key: Hashable, write: Callable[[], str]) -> str:
+        """The sentence of a key, written anew only if a fact of a predicate that it read has changed since."""
+        kept = self._sentences.get(key)
+        if kept is not None and all(self._revisions[name] == revision for name, revision in kept[1].items()):
+            return kept[0]
+        self._readings = {}
+        sentence = write()
+        self._sentences[key] = (sentence, self._readings)
+        return sentence
+
+    def all_applicable_actions(self) -> list[Action]:
+        """One action for each operator name that applies now, in the library's order."""
+        operators = (fast_downward.Operator * self.downward_lib.get_applicable_operators_count())()
+        self.downward_lib.get_applicable_operators(operators)
+        self._operators = {operator.id: operator for operator in operators}
+        first_by_name: dict[str, int] = {}
+        for operator in operators:
+            first_by_name.setdefault(operator.name, operator.id)
+        return [self._build_action(name, operator_id) for name, operator_id in first_by_name.items()]
+
+    def _build_action(self, operator: str, operator_id: int) -> Action:
+        name = operator.split(maxsplit=1)[0]
+        action = Action(name, (), ())
+        action.id = operator_id
+        action.mapping = self._translation.find_mapping(operator)
+        action.command_template = self._logic.actions[name].template
+        action.feedback_rule = self._logic.actions[name].feedback_rule
+        return action
+
+
+def _copy_facts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The four fields in which TextWorld keeps a state's facts."""
+    return {
+        "_facts": defaultdict(set, {signature: set(facts) for signature, facts in fields["_facts"].items()}),
+        "_vars_by_type": defaultdict(set, {name: set(variables) for name, variables in fields["_vars_by_type"].items()}),
+        "_vars_by_name": dict(fields["_vars_by_name"]),
+        "_var_counts": Counter(fields["_var_counts"]),
+    }
+
+
+def _add_types(logic: GameLogic, types: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+    """Give a logic the problem's types, the first of each name; logics of one domain share them."""
+    known = {type_.name for type_ in logic.types}
+    for name, supertypes in types:
+        if name not in known:
+            logic.types.add(Type(name, supertypes))
+            known.add(name)
+
+
+class KeptPddlEnv(PddlEnv):
+    """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done and checked before."""
+
+    def load(self, filename_or_data: Mapping[str, Any]) -> None:
+        if len(mementos.core._memento_cache) > _MAX_INTERNED:
+            mementos.core._memento_cache.clear()
+        self._game_file, self._game_data = None, filename_or_data
+        self.walkthrough = filename_or_data.get("walkthrough")
+        self._logic = build_logic(filename_or_data["pddl_domain"], filename_or_data["grammar"])
+        self._pddl_state = KeptState(self.downward_lib, filename_or_data["pddl_problem"], self._logic)
+        self._entity_infos = self._get_entity_infos()
+
+    def reset(self) -> GameState:
+        self._pddl_state = KeptState(self.downward_lib, self._game_data["pddl_problem"], self._logic)
+        self.prev_state, self.state, self._last_action, self._moves = None, GameState(), None, 0
+        context = {"state": self._pddl_state, "variables": {}, "mapping": {}, "entity_infos": self._entity_infos}
+        self.state.feedback = self.state.raw = self._logic.grammar.derive("#intro#", context)
+        self._gather_infos()
+        return self.state
+
+
+def build_stack(engine: type[PddlEnv] = KeptPddlEnv) -> AlfredInfos:
+    """ALFWorld's own wrappers around an engine, as `AlfredTWEnv` stacks them; with PddlEnv, the stock engine."""
+    infos = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
+    return AlfredInfos(AlfredDemangler(engine(infos), shuffle=False))
+
+
+# Every PddlEnv holds a copy of Fast Downward's library (33 MB, deleted but open) until the process ends: none is ever dropped.
+_idle_stacks: list[AlfredInfos] = []
+
+
+class AlfredGame:
+    """One game in play. Closing it gives its engine back for the next."""
+
+    def __init__(self, content: Mapping[str, Any], path: Path) -> None:
+        """Load a game.
+
+        Args:
+            content: the game, as `read_game` reads it from `path`, which names it in errors.
+
+        Raises:
+            EnvironmentFailedError: the engine cannot make a game of it.
+        """
+        self._path = path
+        self._stack = _idle_stacks.pop() if _idle_stacks else build_stack()
+        try:
+            with _explain(path):
+                self._stack.load(content)
+        except EnvironmentFailedError:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the player calls each thing, by its id in the problem."""
+        return {key: info.name.strip() for key, info in self._stack._entity_infos.items()}
+
+    def reset(self) -> View:
+        """Start over."""
+        with _explain(self._path):
+            return _to_view(self._stack.reset())
+
+    def step(self, command: str) -> View:
+        """Play a command, matched exactly; one that does not apply is answered `Nothing happens.`"""
+        with _explain(self._path):
+            return _to_view(self._stack.step(command)[0])
+
+    def close(self) -> None:
+        """Give the engine back. Nothing else may be called afterwards."""
+        _idle_stacks.append(self._stack)
+        del self._stack
+
+
+def _to_view(state: GameState) -> View:
+    return View(state.feedback, tuple(state["admissible_commands"]), bool(state["won"]))
+
+
+@contextmanager
+def _explain(path: Path) -> Iterator[None]:
+    """Say which file it was that TextWorld or Fast Downward refused."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARACTERS]
+        raise EnvironmentFailedError(
+            f"Game {path} cannot be played: {reason}. Replace the file by a sound one, or generate games anew.", path=path
+        ) from error

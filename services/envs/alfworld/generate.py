@@ -1,0 +1,233 @@
+"""Owns how ALFWorld games are made without ALFRED's data: draw rooms and goals, walk each through, write those that are won.
+
+Each game's walkthrough is found by knowing where everything lies and proven by playing it on the real engine. The same
+arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from sdar.contracts.errors import ConfigurationError, ConflictError, EnvironmentFailedError
+from services.envs.alfworld.engine import AlfredGame
+from services.envs.alfworld.games import (
+    GAME_FILE,
+    INDEX_FILE,
+    TASK_TYPES,
+    TRAJECTORY_FILE,
+    GameEntry,
+    replace_goal_template,
+    write_index,
+)
+from services.envs.alfworld.rooms import (
+    LOOK_TASK,
+    ROOM_SIZES,
+    STATIONS,
+    TWO_OBJECTS_TASK,
+    Goal,
+    Receptacle,
+    RoomTask,
+    Scene,
+    Thing,
+    build_scene,
+    describe,
+    encode_key,
+    lay_out,
+    list_goals,
+    list_room_kinds,
+    write_problem,
+)
+from services.envs.alfworld.upstream import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+# Of eight games of a type six are small: what a small model can learn from, with the harder ones beside them.
+SIZE_CYCLE = ("small", "small", "small", "medium", "small", "small", "small", "large")
+_MIN_VALIDATION_TASKS, _TRAIN_TASKS_PER_VALIDATION_TASK = 12, 5
+
+
+def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]) -> str:
+    """Write games of all six types in three splits, and their index.
+
+    `valid_seen` has other goals in the rooms of training, `valid_unseen` plays in rooms of its own.
+
+    Args:
+        num_tasks: games to train on; each validation split has a fifth of it, at least 12 and at most as many.
+        report: called with the games made and their total, after each.
+
+    Raises:
+        ConfigurationError: less than one task.
+        ConflictError: the directory exists and holds something.
+    """
+    if num_tasks < 1:
+        raise ConfigurationError(f"ALFWorld was to be generated with {num_tasks} tasks. Ask for at least 1.")
+    if directory.exists() and any(directory.iterdir()):
+        raise ConflictError(f"{directory} exists and is not empty. Name a new directory, or delete this one.")
+    num_validation = max(min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK)
+    total = num_tasks + 2 * num_validation
+    entries = []
+    for split, task in draw_tasks(num_tasks, num_validation, seed):
+        entries.append(write_game(directory, split, task, random.Random(f"{seed} game {len(entries)}")))
+        report(len(entries), total)
+    write_index(directory / INDEX_FILE, entries)
+    return f"{num_tasks} ALFWorld games to train on and {num_validation} in each of valid_seen and valid_unseen"
+
+
+def draw_tasks(num_tasks: int, num_validation: int, seed: int) -> Iterator[tuple[str, RoomTask]]:
+    """The tasks of all splits in order, each type in turn."""
+    scenes: dict[int, Scene] = {}
+    goals: set[tuple[int, Goal]] = set()
+    for index in range(num_tasks):
+        task = draw_task(index, list_scenes(index, seed, is_unseen=False), random.Random(f"{seed} train {index}"))
+        scenes[task.scene.number] = task.scene
+        goals.add((task.scene.number, task.goal))
+        yield "train", task
+    for index in range(num_validation):
+        yield "valid_seen", draw_task(index, list(scenes.values()), random.Random(f"{seed} valid_seen {index}"), goals)
+    for index in range(num_validation):
+        unseen = list_scenes(index, seed, is_unseen=True)
+        yield "valid_unseen", draw_task(index, unseen, random.Random(f"{seed} valid_unseen {index}"))
+
+
+def list_scenes(index: int, seed: int, *, is_unseen: bool) -> list[Scene]:
+    """The rooms that the game of an index may play in, by its type and its turn in the cycle of sizes."""
+    size = SIZE_CYCLE[index // len(TASK_TYPES) % len(SIZE_CYCLE)]
+    numbers = ROOM_SIZES[size].unseen_scenes if is_unseen else ROOM_SIZES[size].train_scenes
+    return [build_scene(kind, size, number, seed) for kind in list_room_kinds(_find_type(index)) for number in numbers]
+
+
+def draw_task(index: int, scenes: Sequence[Scene], rng: random.Random, taken: Set[tuple[int, Goal]] = frozenset()) -> RoomTask:
+    """A room with a goal of the index's type that is not taken, and its objects laid out."""
+    goals_by_scene = [
+        (scene, [goal for goal in list_goals(scene, _find_type(index)) if (scene.number, goal) not in taken])
+        for scene in scenes
+        if scene.kind in list_room_kinds(_find_type(index))
+    ]
+    possible = [(scene, goals) for scene, goals in goals_by_scene if goals]
+    if not possible:
+        raise ConfigurationError(
+            f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. Ask for fewer tasks."
+        )
+    scene, goals = rng.choice(possible)
+    return lay_out(scene, rng.choice(goals), rng)
+
+
+def _find_type(index: int) -> str:
+    return TASK_TYPES[index % len(TASK_TYPES)]
+
+
+def write_game(directory: Path, split: str, task: RoomTask, rng: random.Random) -> GameEntry:
+    """Write the two files of a game once its walkthrough has won it."""
+    goal, scene = task.goal, task.scene
+    description = describe(goal, rng)
+    trial = f"trial_T{rng.randrange(10**17):017d}"
+    folder = f"{goal.task_type}-{goal.target}-None-{goal.destination or goal.lamp}-{scene.number}"
+    path = directory / split / folder / trial
+    content = {
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
+        "grammar": replace_goal_template(
+            Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8"), f"Your task is to: {description}."
+        ),
+        "pddl_problem": write_problem(task),
+        "solvable": True,
+    }
+    content["walkthrough"] = win(content, task, path / GAME_FILE)
+    path.mkdir(parents=True)
+    (path / GAME_FILE).write_text(json.dumps(content), encoding="utf-8")
+    (path / TRAJECTORY_FILE).write_text(json.dumps(_describe_trajectory(task, trial, description), indent=1), encoding="utf-8")
+    return GameEntry(f"{split}/{folder}/{trial}", goal.task_type, f"{description}.", len(scene.receptacles))
+
+
+def _describe_trajectory(task: RoomTask, trial: str, description: str) -> dict[str, Any]:
+    """What ALFWorld's own loaders read of an ALFRED trajectory."""
+    return {
+        "task_id": trial,
+        "task_type": task.goal.task_type,
+        "pddl_params": {
+            "object_target": task.goal.target,
+            "parent_target": task.goal.destination,
+            "toggle_target": task.goal.lamp,
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+        "scene": {"scene_num": task.scene.number, "floor_plan": f"FloorPlan{task.scene.number}"},
+        "turk_annotations": {"anns": [{"task_desc": f"{description}.", "high_descs": []}]},
+    }
+
+
+def win(content: Mapping[str, Any], task: RoomTask, path: Path) -> list[str]:
+    """Commands that win the game, played on the engine; the last one wins.
+
+    Raises:
+        EnvironmentFailedError: they do not.
+    """
+    game = AlfredGame(content, path)
+    try:
+        view, commands = game.reset(), Walk(game.names).plan(task)
+        for command in commands:
+            if view.is_won or command not in view.commands:
+                break
+            view = game.step(command)
+        else:
+            if view.is_won:
+                return commands
+        raise EnvironmentFailedError(f"The walkthrough {commands} does not win {path}. Report this as a defect.", path=path)
+    finally:
+        game.close()
+
+
+class Walk:
+    """A player who knows where everything lies. `names`: what the engine calls each thing, by its encoded id."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+        self._commands: list[str] = []
+        self._place: Receptacle | None = None
+        self._opened: set[str] = set()
+
+    def plan(self, task: RoomTask) -> list[str]:
+        goal = task.goal
+        targets = [thing for thing in task.things if thing.kind == goal.target]
+        if goal.task_type == LOOK_TASK:
+            (lamp,) = [thing for thing in task.things if thing.kind == goal.lamp]
+            self._take(targets[0])
+            self._go_to(lamp.place)
+            self._commands.append(f"use {self._name(lamp)}")
+            return self._commands
+        for target in targets[: 2 if goal.task_type == TWO_OBJECTS_TASK else 1]:
+            self._take(target)
+            self._treat(target, task)
+            self._put(target, task.scene.find(goal.destination)[0])
+        return self._commands
+
+    def _name(self, thing: Thing | Receptacle) -> str:
+        # Fast Downward knows lower case alone.
+        return self._names[encode_key(thing.key).lower()]
+
+    def _go_to(self, place: Receptacle) -> None:
+        if place != self._place:
+            self._commands.append(f"go to {self._name(place)}")
+            self._place = place
+
+    def _reach_into(self, place: Receptacle) -> None:
+        self._go_to(place)
+        if place.is_openable and place.key not in self._opened:
+            self._commands.append(f"open {self._name(place)}")
+            self._opened.add(place.key)
+
+    def _take(self, thing: Thing) -> None:
+        self._reach_into(thing.place)
+        self._commands.append(f"take {self._name(thing)} from {self._name(thing.place)}")
+
+    def _treat(self, thing: Thing, task: RoomTask) -> None:
+        station = STATIONS.get(task.goal.task_type)
+        if station is not None:
+            place = task.scene.find(station.kind)[0]
+            self._go_to(place)
+            self._commands.append(f"{station.verb} {self._name(thing)} with {self._name(place)}")
+
+    def _put(self, thing: Thing, place: Receptacle) -> None:
+        self._reach_into(place)
+        self._commands.append(f"move {self._name(thing)} to {self._name(place)}")
