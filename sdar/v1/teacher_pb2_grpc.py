@@ -52,7 +52,7 @@ class TeacherServiceServicer:
     """
 
     def Score(self, request, context):
-        """Scores a trajectory's sampled tokens under the privileged context. Has no effect but its answer: safe to retry.
+        """Scores a trajectory's sampled tokens under the privileged context. Nothing is learned or trained from it: safe to retry.
         INVALID_ARGUMENT: a trajectory that contradicts itself or does not fit the model. FAILED_PRECONDITION (STALE): the
         teacher has not reached min_teacher_version. UNAVAILABLE: weights loading, draining.
         """
@@ -61,7 +61,8 @@ class TeacherServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetrieveSkills(self, request, context):
-        """The skills for a task, as a student that may see them (method skill_grpo) or a curious person would get them.
+        """The skills for a task, as a student that may see them (method skill_grpo) or a curious person would get them. With
+        retrieval ucb the first call for a key makes its choice, which then stands. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

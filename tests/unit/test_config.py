@@ -33,6 +33,10 @@ def test_a_minimal_configuration_loads_with_defaults(tmp_path: Path) -> None:
         (MINIMAL + "method: {name: ppo}\n", ["method.name", "'ppo'", "grpo"]),
         ("model: {path: m}\nenvironment: {name: x}\n", ["name is missing"]),
         (MINIMAL + "rollout: {max_concurrent_episodes: 4}\n", ["max_concurrent_episodes 4", "group_size 8"]),
+        (
+            MINIMAL + "method: {name: skill_grpo}\nteacher: {retrieval: ucb}\n",
+            ["teacher.retrieval ucb", "method.name skill_grpo", "Use another"],
+        ),
         (MINIMAL + "training: {num_minibatches: 99}\n", ["num_minibatches 99", "groups_per_update 16"]),
         ("- a list\n", ["list", "mapping"]),
         ("name: [unclosed\n", ["not valid YAML"]),
@@ -62,9 +66,10 @@ def test_overrides_reach_nested_keys_and_are_validated(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_file_not_to_the_process(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    config = load_config(write(tmp_path, MINIMAL + "teacher: {skills: library}\n"))
+    config = load_config(write(tmp_path, MINIMAL + "teacher: {skills: library, embedding_model: ../minilm}\n"))
     assert config.model.path == tmp_path / "m"
     assert config.teacher.skills == tmp_path / "library"
+    assert config.teacher.embedding_model == tmp_path.parent / "minilm"
 
 
 def test_a_saved_configuration_loads_as_the_same_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from sdar.contracts.errors import ContractError
 from sdar.contracts.types import ChatMessage
+from services.rollout.prompting import EpisodeSetting, HistoryWindow
 from services.teacher.context import ContextBuilder
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import Skill, SkillLibrary
@@ -71,6 +72,63 @@ def test_every_fresh_turn_gets_the_skill(chat):
     context = make_builder(chat).build(trajectory)
     assert list(context.fresh_prompts) == [0, 1, 2]
     assert all("skill clean" in chat.tokenizer.decode(prompt) for prompt in context.fresh_prompts.values())
+
+
+def play_windowed(chat, observations):
+    """An episode as the rollout service plays it with a window of one turn: every prompt fresh, instructions before it."""
+    setting = EpisodeSetting("be brief .", "say use X .", CLEAN.description)
+    style = HistoryWindow(chat, setting, num_turns=1, max_prompt_tokens=1000)
+    trajectory = play(chat, num_turns=len(observations), is_windowed=True)
+    turns = []
+    for turn, observation in zip(trajectory.turns, observations, strict=True):
+        last = turns[-1] if turns else None
+        if last is None:
+            prompt = style.begin(observation, ["use sink", "use oven"])
+        else:
+            prompt = style.extend(last.response_token_ids, last.stop_reason, "use sink", observation, ["put mug in desk"])
+        turns.append(dataclasses.replace(turn, prompt_token_ids=prompt.token_ids, messages=prompt.messages))
+        assert not prompt.extends_previous
+    return dataclasses.replace(trajectory, turns=tuple(turns))
+
+
+def test_in_a_window_of_history_every_turns_prompt_is_the_students_with_the_skills_before_it(chat):
+    trajectory = play_windowed(chat, ["you see a sink .", "you see an oven .", "you see a desk ."])
+    context = make_builder(chat).build(trajectory)
+    assert list(context.fresh_prompts) == [0, 1, 2]
+    for turn, sequence in zip(trajectory.turns, context.build_sequences(0), strict=True):
+        system, user = turn.messages
+        assert chat.tokenizer.decode(context.fresh_prompts[turn.turn_index]) == (
+            f"<|im_start|>system\n{system.content}<|im_end|>\n<|im_start|>user\n"
+            f"skill clean : first use sink . after sink put . {user.content}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        np.testing.assert_array_equal(sequence.token_ids[sequence.response_mask], turn.response_token_ids)
+    last = chat.tokenizer.decode(context.fresh_prompts[2])
+    assert "you see an oven ." in last, "the window holds one turn"
+    assert "you see a sink ." not in last
+
+
+def test_in_a_window_of_history_one_turn_that_is_too_long_shortens_the_skills_of_all(chat):
+    """The length rule holds for the longest turn; every turn then sees the same skills, so that their gaps compare."""
+    skills = SkillLibrary(tuple(Skill(f"s{i}", "S", f"number {i} " + "sink " * 30, ("clean",)) for i in range(2)))
+    trajectory = play_windowed(chat, ["you see .", "you see " + "sink " * 50, "you see ."])
+    whole = make_builder(chat, skills).build(trajectory)
+    lengths = [sequence.num_tokens for sequence in whole.build_sequences(0)]
+    assert lengths[1] > lengths[0]
+    assert whole.num_tokens == sum(lengths)
+    exact = make_builder(chat, skills, max_sequence_tokens=max(lengths)).build(trajectory)
+    assert exact.num_dropped_skills == 0
+    shortened = make_builder(chat, skills, max_sequence_tokens=max(lengths) - 1).build(trajectory)
+    assert (shortened.num_dropped_skills, shortened.retrieval.skill_ids) == (1, ("s0",))
+    for prompt in shortened.fresh_prompts.values():
+        text = chat.tokenizer.decode(prompt)
+        assert ("number 0" in text, "number 1" in text) == (True, False)
+
+
+def test_in_a_window_of_history_no_turn_is_cut_when_one_cannot_hold_the_general_skills(chat):
+    trajectory = play_windowed(chat, ["you see .", "you see .", "you see " + "sink " * 50])
+    students = max(len(turn.prompt_token_ids) + len(turn.response_token_ids) for turn in trajectory.turns)
+    with pytest.raises(ContractError, match=rf"exceed model\.max_sequence_tokens {students}"):
+        make_builder(chat, LIBRARY, max_sequence_tokens=students).build(trajectory)
 
 
 def test_skills_that_do_not_fit_are_dropped_from_the_end_and_counted(chat):

@@ -14,11 +14,13 @@ from sdar.runtime.rpc import RpcService, build_server, call, connect
 from sdar.v1 import teacher_pb2
 from sdar.v1.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServicer_to_server
 from services.teacher.context import ContextBuilder
+from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
+from services.teacher.utility import SkillUtility
 from tests.unit.teacher.builders import CLEAN, LIBRARY, FakeScorer, make_manifest, play
 
 
@@ -104,6 +106,23 @@ async def test_skills_are_handed_out_ready_for_a_prompt(stub, chat):
     assert response.text == "look before you act .\n\nskill clean : first use sink . after sink put ."
     assert (response.skill_library_hash, response.template_hash) == (LIBRARY.content_hash, chat.template_hash)
     assert response.retrieval == "task_type"
+
+
+@pytest.mark.parametrize("kind", ["embedding", "ucb"])
+async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same_key(
+    chat, bus, scorer, kind, tmp_path
+):
+    index = SkillIndex(LIBRARY.specific, SentenceEncoder(), tmp_path) if kind == "embedding" else None
+    utility = SkillUtility(bus, 0.5) if kind == "ucb" else None
+    retriever = Retriever(LIBRARY, kind=kind, num_skills=1, index=index, utility=utility)
+    contexts = ContextBuilder(chat, retriever, 1000)
+    teacher = Teacher(contexts, scorer, PolicyFollower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
+    request = teacher_pb2.RetrieveSkillsRequest(task=codec.task_to_proto(CLEAN), key="g0")
+    answers = [await TeacherServicer(teacher).RetrieveSkills(request, None) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert (list(answers[0].skill_ids), answers[0].retrieval) == (["general", "clean"], kind)
+    (scored,) = await teacher.score([play(chat, group_id="g0")])
+    assert (scored.score.skill_ids, scored.score.retrieval) == (("general", "clean"), kind)
 
 
 async def test_no_skills_are_no_text(chat, bus, scorer):
