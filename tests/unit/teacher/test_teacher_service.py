@@ -109,9 +109,7 @@ async def test_skills_are_handed_out_ready_for_a_prompt(stub, chat):
 
 
 @pytest.mark.parametrize("kind", ["embedding", "ucb"])
-async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same_key(
-    chat, bus, scorer, kind, tmp_path
-):
+async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same_key(chat, bus, scorer, kind, tmp_path):
     index = SkillIndex(LIBRARY.specific, SentenceEncoder(), tmp_path) if kind == "embedding" else None
     utility = SkillUtility(bus, 0.5) if kind == "ucb" else None
     retriever = Retriever(LIBRARY, kind=kind, num_skills=1, index=index, utility=utility)
