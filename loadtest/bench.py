@@ -30,13 +30,17 @@ MEASUREMENTS = {
     "stream": "loadtest.stream_throughput",
     "weights": "loadtest.weight_publication",
     "waiting": "loadtest.service_waiting",
+    "sessions": "loadtest.environment_sessions",
 }
 """Name to the module whose `measure(say)` returns a `Measurement`, in the order of the page."""
+GROUPS = {"environments": ("sessions",)}
+"""Name to measurements that are run by it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description="Measure against named peers.")
-    parser.add_argument("--only", action="append", choices=MEASUREMENTS, metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}")
+    known = (*MEASUREMENTS, *GROUPS)
+    parser.add_argument("--only", action="append", choices=known, metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--dry-run", action="store_true", help="measure, print, and leave results and page as they are")
     parser.add_argument("--page", action="store_true", help="measure nothing, write docs/benchmarks.md from what is kept")
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
@@ -47,7 +51,7 @@ def main() -> None:
     if arguments.page:
         write_page()
         return
-    names = arguments.only or list(MEASUREMENTS)
+    names = [one for name in arguments.only or MEASUREMENTS for one in GROUPS.get(name, (name,))]
     failed = [name for name in names if not _measure(name, f"{names.index(name) + 1}/{len(names)}", arguments.dry_run)]
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay.")

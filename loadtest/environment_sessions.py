@@ -1,0 +1,387 @@
+"""Measures how many sessions one core of an environment server holds, against OpenEnv's own server of the same environment.
+
+Every client steps once a second, at times fixed in advance, so a slow server gets no rest. A server holds a number of sessions
+if 95% of the steps are answered in time, counted from when they were due. Server and worker share one core, the clients have
+another; their own lateness is measured too, and where it is large the measurement is void and fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+import psutil
+import websockets.asyncio.client as websockets_client
+from websockets.exceptions import WebSocketException
+
+from loadtest.comparison import Comparison, Measurement, Say, Table, Target, describe_pair, format_figure
+from loadtest.instant import ACTION
+from loadtest.page import ROOT
+from sdar.contracts.errors import SdarError
+from sdar.v1 import environment_pb2, environment_pb2_grpc
+
+NUM_PAIRS = 2
+FIRST_NUM_SESSIONS = 256
+STEP_RATIO = 1.12
+"""The search ends when the next larger number tried is at most this times the number held."""
+GOAL_NUM_SESSIONS = 512
+NUM_CHANNELS = 4
+NUM_OPENING = 16
+START_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 30.0
+MAX_LATENESS_S = 0.02
+"""Of 95% of the steps the clients send: beyond it, what they measure is themselves."""
+NUM_TRIES = 3
+
+Step = Callable[[], Awaitable[object]]
+Open = Callable[[], Awaitable[Step]]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When clients step: the first rounds warm up, the others count."""
+
+    period_s: float = 1.0
+    num_warmups: int = 2
+    num_rounds: int = 6
+    limit_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """How to start a server for so many sessions at a port, and how to connect to it."""
+
+    name: str
+    command: Callable[[int, int], list[str]]
+    connect: Callable[[int], AbstractAsyncContextManager[Open]]
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds of every step that counts: from when it was due to its answer, and to its sending if its client was free."""
+
+    latencies: list[float] = field(default_factory=list)
+    latenesses: list[float] = field(default_factory=list)
+    num_missed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one number of sessions. Shares are of a core."""
+
+    num_sessions: int
+    timings: Timings
+    memory_bytes: float
+    server_share: float
+    client_share: float
+
+    def is_held(self, limit_s: float) -> bool:
+        return self.timings.num_missed == 0 and compute_percentile(self.timings.latencies, 0.95) < limit_s
+
+
+def measure(say: Say) -> Measurement:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SdarError("Sessions per core need two cores, one for the server and one for its clients; this machine has one.")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    os.sched_setaffinity(0, cores[1:])
+    schedule = Schedule()
+    trials: dict[str, list[Trial]] = {OURS.name: [], PEER.name: []}
+    for index in range(NUM_PAIRS):
+        for server in (OURS, PEER):
+            done = trials[server.name]
+            try_out = functools.partial(run_trial, server, schedule=schedule, core=cores[0], say=say)
+            done.append(find_largest(try_out, schedule.limit_s, done[-1].num_sessions if done else FIRST_NUM_SESSIONS))
+        ours, theirs = (float(done[-1].num_sessions) for done in trials.values())
+        say(describe_pair(index + 1, NUM_PAIRS, (ours, theirs)))
+    return build_measurement(trials[OURS.name], trials[PEER.name], schedule)
+
+
+def build_measurement(ours: Sequence[Trial], theirs: Sequence[Trial], schedule: Schedule) -> Measurement:
+    """Rows for the trials of the largest numbers held, a pair each."""
+    limits = f"a step every {schedule.period_s:g} s, 95% under {schedule.limit_s * 1000:g} ms"
+    what = f"environment server on one core, sessions held: {limits}"
+    held = tuple((float(one.num_sessions), float(other.num_sessions)) for one, other in zip(ours, theirs, strict=True))
+    memory = tuple((one.memory_bytes / 1024, other.memory_bytes / 1024) for one, other in zip(ours, theirs, strict=True))
+    goal = tuple((float(trial.num_sessions), float(GOAL_NUM_SESSIONS)) for trial in ours)
+    comparisons = (
+        Comparison(what, PEER.name, "sessions", held),
+        Comparison(what, "the number to reach", "sessions", goal, Target("at_least", 1)),
+        Comparison("environment server, memory of a session", PEER.name, "KiB", memory),
+    )
+    notes = (
+        "An environment that answers at once with 230 characters; the agent's texts have 110. Every client has its own session "
+        f"and steps every {schedule.period_s:g} s, spread evenly; latency counts from when the step was due. "
+        f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers are doubled, then "
+        f"narrowed down to {STEP_RATIO - 1:.0%}, each on a fresh server.",
+        "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the core. Peer: openenv-core under "
+        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1. Clients are on another core.",
+        f"The last column: how late the clients were themselves; more than {MAX_LATENESS_S * 1000:g} ms voids the measurement.",
+        "Memory of a session: what the server's processes have of their own, less what they had with one session, per session.",
+    )
+    return Measurement(comparisons, (_build_table(ours, theirs),), notes)
+
+
+def _build_table(ours: Sequence[Trial], theirs: Sequence[Trial]) -> Table:
+    columns = ("server", "sessions", "p50, ms", "p95, ms", "server, of a core", "clients, of a core", "clients late, p95, ms")
+    rows = []
+    for server, trials in ((OURS, ours), (PEER, theirs)):
+        for trial in trials:
+            times = [compute_percentile(trial.timings.latencies, share) for share in (0.5, 0.95)]
+            late = compute_percentile(trial.timings.latenesses, 0.95)
+            figures = [format_figure(1000 * seconds) for seconds in times]
+            shares = (f"{trial.server_share:.0%}", f"{trial.client_share:.0%}")
+            rows.append((server.name, str(trial.num_sessions), *figures, *shares, format_figure(1000 * late)))
+    return Table("At the largest number held", columns, tuple(rows))
+
+
+def find_largest(try_out: Callable[[int], Trial], limit_s: float, first: int) -> Trial:
+    """The trial of the largest number of sessions that is held, found by doubling or halving from `first`, then by bisection.
+
+    Raises SdarError: not even one session is held.
+    """
+    best, failed, number = None, math.inf, first
+    while best is None or failed > best.num_sessions * STEP_RATIO:
+        trial = try_out(number)
+        if trial.is_held(limit_s):
+            best = trial
+        else:
+            failed = number
+        if best is None and number == 1:
+            raise SdarError("The server holds not one session within the limit. The machine is busy: measure on a quiet one.")
+        if best is None:
+            number //= 2
+        else:
+            number = round(math.sqrt(best.num_sessions * failed)) if failed < math.inf else 2 * best.num_sessions
+            if number in (best.num_sessions, failed):
+                break
+    return best
+
+
+def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, say: Say) -> Trial:
+    """Start the server anew on a core and play so many sessions.
+
+    Raises SdarError: the server does not start, or the clients were late themselves, also when tried again.
+    """
+    for _ in range(NUM_TRIES):
+        with serve_on_core(server, num_sessions + 1, core) as (process, port):
+            trial = asyncio.run(_play_trial(server, process, port, num_sessions, schedule))
+        late_s = compute_percentile(trial.timings.latenesses, 0.95)
+        verdict = "held" if trial.is_held(schedule.limit_s) else "not held"
+        say(
+            f"{server.name}, {num_sessions} sessions: p95 {1000 * compute_percentile(trial.timings.latencies, 0.95):.0f} ms, "
+            f"{trial.timings.num_missed} missed, clients late by {1000 * late_s:.1f} ms, {verdict}"
+        )
+        if late_s <= MAX_LATENESS_S:
+            return trial
+    raise SdarError(
+        f"The clients of {num_sessions} sessions were themselves late by {1000 * late_s:.0f} ms: this measures them, not the "
+        "server, and is void. Measure on a quieter machine."
+    )
+
+
+@contextmanager
+def serve_on_core(server: Server, num_sessions: int, core: int) -> Iterator[tuple[psutil.Process, int]]:
+    """A server process, pinned with all its children, and its port. It is killed at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})  # inherited by what is started now
+    try:
+        environment = {**os.environ, "SDAR_LOG_LEVEL": "warning"}
+        started = subprocess.Popen(server.command(port, num_sessions), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    finally:
+        os.sched_setaffinity(0, own)
+    with started:
+        process = psutil.Process(started.pid)
+        try:
+            yield process, port
+        finally:
+            family = [process, *process.children(recursive=True)] if process.is_running() else []
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(signal.SIGKILL)
+
+
+async def _play_trial(server: Server, process: psutil.Process, port: int, num_sessions: int, schedule: Schedule) -> Trial:
+    async with server.connect(port) as open_session:
+        await _open_when_ready(open_session, process)
+        memory_bytes = _measure_memory(process)
+        steps = await _open_sessions(open_session, num_sessions)
+        began, server_s, client_s = time.monotonic(), _measure_cpu(process), time.process_time()
+        timings = await play(steps, schedule)
+        duration_s = time.monotonic() - began
+        return Trial(
+            num_sessions,
+            timings,
+            memory_bytes=(_measure_memory(process) - memory_bytes) / num_sessions,
+            server_share=(_measure_cpu(process) - server_s) / duration_s,
+            client_share=(time.process_time() - client_s) / duration_s,
+        )
+
+
+async def _open_when_ready(open_session: Open, process: psutil.Process) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            step = await open_session()
+            await step()
+            return
+        except (grpc.aio.AioRpcError, OSError, WebSocketException) as error:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
+                raise SdarError(f"A server to measure did not start: {error}. Read what it wrote above.") from error
+            await asyncio.sleep(0.1)
+
+
+async def _open_sessions(open_session: Open, num_sessions: int) -> list[Step]:
+    places = asyncio.Semaphore(NUM_OPENING)
+
+    async def open_one() -> Step:
+        async with places:
+            return await open_session()
+
+    return await asyncio.gather(*(open_one() for _ in range(num_sessions)))
+
+
+async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
+    """Step every session on schedule; what is not sent by the end of the schedule, or fails, is missed."""
+    loop, timings = asyncio.get_running_loop(), Timings()
+    num_rounds = schedule.num_warmups + schedule.num_rounds
+    begin = loop.time() + schedule.period_s / 10
+    end = begin + num_rounds * schedule.period_s
+
+    async def play_session(step: Step, offset_s: float) -> None:
+        for number in range(num_rounds):
+            due = begin + offset_s + number * schedule.period_s
+            is_counted, is_free = number >= schedule.num_warmups, due > loop.time()
+            if is_free:
+                await asyncio.sleep(due - loop.time())
+            sent = loop.time()
+            try:
+                if sent > end + schedule.period_s:
+                    raise TimeoutError
+                await step()
+            except (grpc.aio.AioRpcError, OSError, WebSocketException):
+                timings.num_missed += num_rounds - number
+                return
+            if is_counted:
+                timings.latencies.append(loop.time() - due)
+            if is_counted and is_free:
+                timings.latenesses.append(sent - due)
+
+    with _no_collection():
+        offsets = (index * schedule.period_s / len(steps) for index in range(len(steps)))
+        await asyncio.gather(*map(play_session, steps, offsets))
+    return timings
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection over the objects of thousands of sessions would hold all clients up."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@asynccontextmanager
+async def _connect_to_ours(port: int) -> AsyncIterator[Open]:
+    async with AsyncExitStack() as stack:
+        stubs = []
+        for _ in range(NUM_CHANNELS):
+            # A pool of its own: channels to one address would share one connection.
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options))
+            stubs.append(environment_pb2_grpc.EnvironmentServiceStub(channel))
+        num_opened = 0
+
+        async def open_session() -> Step:
+            nonlocal num_opened
+            stub = stubs[num_opened % NUM_CHANNELS]
+            num_opened += 1
+            request = environment_pb2.OpenSessionRequest(environment=INSTANT, task_id="only", lease_s=3600)
+            opened = await stub.OpenSession(request, timeout=CALL_TIMEOUT_S, wait_for_ready=True)
+            next_index = 0
+
+            async def step() -> object:
+                nonlocal next_index
+                request = environment_pb2.StepRequest(session_id=opened.session_id, step_index=next_index, text=ACTION)
+                next_index += 1
+                return await stub.Step(request, timeout=CALL_TIMEOUT_S)
+
+            return step
+
+        yield open_session
+
+
+@asynccontextmanager
+async def _connect_to_openenv(port: int) -> AsyncIterator[Open]:
+    connections: list[websockets_client.ClientConnection] = []
+    reset = json.dumps({"type": "reset", "data": {"seed": 0}})
+
+    async def open_session() -> Step:
+        connection = await websockets_client.connect(f"ws://127.0.0.1:{port}/ws").__aenter__()
+        connections.append(connection)
+
+        async def ask(message: str) -> object:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await connection.send(message)
+                answer = json.loads(await connection.recv())
+            if answer["type"] != "observation":
+                raise OSError(f"OpenEnv answered {answer}")
+            return answer
+
+        await ask(reset)
+        return lambda: ask(json.dumps({"type": "step", "data": {"text": ACTION}}))
+
+    yield open_session
+    for connection in connections:
+        connection.transport.abort()
+    await asyncio.gather(*(connection.wait_closed() for connection in connections))
+
+
+INSTANT = "loadtest.instant:InstantEnvironment"
+OURS = Server(
+    "ours",
+    lambda port, num_sessions: [
+        *(sys.executable, "-m", "sdar.cli.main", "env", "serve", INSTANT),
+        *("--host", "127.0.0.1", "--port", str(port), "--capacity", str(num_sessions), "--workers", "1"),
+    ],
+    _connect_to_ours,
+)
+PEER = Server(
+    "OpenEnv's server",
+    lambda port, num_sessions: [sys.executable, "-m", "loadtest.instant_openenv", str(port), str(num_sessions)],
+    _connect_to_openenv,
+)
+
+
+def compute_percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least so large a share of the values does not exceed; infinite if there is none."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.inf
+
+
+def _measure_memory(process: psutil.Process) -> int:
+    return sum(member.memory_full_info().uss for member in (process, *process.children(recursive=True)))
+
+
+def _measure_cpu(process: psutil.Process) -> float:
+    return sum(sum(member.cpu_times()[:2]) for member in (process, *process.children(recursive=True)))

@@ -1,0 +1,26 @@
+"""Owns an environment that answers at once, so that only its server's work is measured. Imports no more than a worker needs."""
+
+from __future__ import annotations
+
+from sdar.contracts.types import Task
+from services.envs.base import Environment, Observation, StepResult
+
+OBSERVATION = "You are in the middle of a room. Looking quickly around you, you see a cabinet, a countertop and a fridge. " * 2
+ACTION = "<think>The cup has to be cleaned first, so I look for it on the countertop.</think><action>look</action>"
+MAX_TURNS = 1_000_000
+
+
+class InstantEnvironment(Environment):
+    """One task whose episode goes on and on."""
+
+    name = "instant"
+    version = "1"
+    splits = ("train",)
+    tasks = {"train": (Task("instant", "train", "only", "instant", "Look around.", 0),)}  # noqa: RUF012 - declared, never changed
+    max_turns = MAX_TURNS
+
+    def reset(self, task_id: str, seed: int) -> Observation:
+        return Observation(OBSERVATION)
+
+    def step(self, text: str) -> StepResult:
+        return StepResult(Observation(OBSERVATION), action=text)
