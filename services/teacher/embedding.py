@@ -123,7 +123,7 @@ class SkillIndex:
         digest = hashlib.sha256(self._encoder.identity.encode())
         for text in texts:
             digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-        path = _expand(cache) / f"skill-vectors-{digest.hexdigest()[:32]}.npy"
+        path = _expand(cache) / f"{digest.hexdigest()[:32]}.npy"
         vectors = _read_vectors(path, len(texts))
         if vectors is None:
             vectors = self._encoder.encode(texts)

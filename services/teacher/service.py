@@ -84,14 +84,18 @@ def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retrieve
         ConfigurationError: library or sentence model cannot be used, or options contradict each other.
     """
     teacher, library = config.teacher, open_skill_library(config)
-    is_embedding = teacher.retrieval == "embedding"
+    index = utility = None
+    if teacher.retrieval == "embedding":
+        index = SkillIndex(library.specific, SentenceEncoder(teacher.embedding_model), settings.cache / "skills")
+    if teacher.retrieval == "ucb":
+        utility = SkillUtility(bus, teacher.ucb_exploration)
     return Retriever(
         library,
         kind=teacher.retrieval,
         num_skills=teacher.num_skills,
         wrong_skill_fraction=teacher.wrong_skill_fraction,
-        index=SkillIndex(library.specific, SentenceEncoder(teacher.embedding_model), settings.cache) if is_embedding else None,
-        utility=SkillUtility(bus, teacher.ucb_exploration) if teacher.retrieval == "ucb" else None,
+        index=index,
+        utility=utility,
     )
 
 

@@ -87,6 +87,16 @@ async def test_every_update_reports_its_gate_and_the_hint_reaches_the_teacher(tm
         assert values.get("engine_mismatch_abs", 0) < 1e-4
 
 
+@pytest.mark.parametrize("retrieval", ["embedding", "ucb"])
+async def test_skills_found_by_meaning_or_utility_reach_the_teacher_in_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retrieval: str
+) -> None:
+    monkeypatch.setenv("SDAR_CACHE", str(tmp_path / "cache"))
+    outcome = await play_run(small_run(teacher__retrieval=retrieval, teacher__num_skills=1), tmp_path)
+    assert outcome.status["ledger"]["trained"] == NUM_UPDATES * NUM_GROUPS
+    assert [record["values"]["specific_skill_share"] for record in select_updates(outcome.records)] == [1] * NUM_UPDATES
+
+
 async def test_in_step_nothing_is_ever_stale(tmp_path: Path) -> None:
     outcome = await play_run(small_run(training__max_staleness=0), tmp_path)
     assert outcome.status["ledger"]["stale"] == 0
