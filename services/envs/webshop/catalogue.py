@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdar.contracts.errors import ConfigurationError
 
@@ -35,8 +35,7 @@ _BETWEEN_ENTRIES = re.compile(r"[\s,]*")
 _SHOWN_CHARACTERS = 60
 
 
-@dataclass(frozen=True, slots=True)
-class Review:
+class Review(NamedTuple):
     title: str
     stars: str
     body: str
@@ -114,11 +113,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def iterate_entries(path: Path) -> Iterator[Entry]:
+def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> Iterator[Entry]:
     """The objects of a JSON list, one after the other: the file is never held whole. Raises ConfigurationError."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
-        text = file.read(_CHUNK_CHARACTERS).lstrip()
+        text = file.read(chunk_characters).lstrip()
         if not text.startswith("["):
             raise ConfigurationError(f"{path} holds no list, expected one of objects. Download or generate it again.")
         position, index = 1, 0
@@ -129,7 +128,7 @@ def iterate_entries(path: Path) -> Iterator[Entry]:
             try:
                 value, end = decoder.raw_decode(text, position)
             except ValueError as error:
-                more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _CHUNK_CHARACTERS else ""
+                more = file.read(chunk_characters) if len(text) - position < chunk_characters else ""
                 if not more:
                     raise ConfigurationError(
                         f"{path} entry {index} is not JSON: {error}. Download or generate it again."

@@ -23,7 +23,7 @@ with
 STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 # Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to Unicode's word boundaries.
 _WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")
-_POSSESSIVE = re.compile(r"['\u2019]s$")
+_POSSESSIVES = ("'s", "\u2019s")
 
 
 class TextAnalysis:
@@ -33,7 +33,7 @@ class TextAnalysis:
         self._stemmer = Stemmer.Stemmer("porter")
 
     def list_terms(self, text: str) -> list[str]:
-        words = (_POSSESSIVE.sub("", word) for word in _WORD.findall(text.lower()))
+        words = (word[:-2] if word.endswith(_POSSESSIVES) else word for word in _WORD.findall(text.lower()))
         return self._stemmer.stemWords([word for word in words if word not in STOP_WORDS])
 
 
