@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -14,8 +15,9 @@ from sdar.contracts.errors import ConfigurationError, UnavailableError
 from services.envs.search.passages import Hit, Passage
 
 MAX_ANSWER_BYTES = 16 << 20
+MAX_TIMEOUT_S = 600
 FIRST_DELAY_S, MAX_DELAY_S = 0.1, 2.0
-TOO_MANY_REQUESTS = 429
+_LEAST_ATTEMPT_S = 0.01
 _KEPT_CONNECTIONS = 64
 """As many as threads that may search at once."""
 _ATTEMPTS_WITHIN_BOUND = 2
@@ -27,55 +29,74 @@ class RetrieverFailedError(UnavailableError):
 
 
 class RetrieverClient:
-    """A retriever in another process. May be shared by threads.
+    """A retriever in another process. Each environment has one; all of a process share their connections.
 
     Args:
         url: the service, without /retrieve.
         timeout_s: a call, retries included, takes no longer.
+
+    Raises:
+        ConfigurationError: no http or https address, or a timeout out of range.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.key = (url, timeout_s)
+        if not _is_address(url):
+            raise ConfigurationError(f"retriever_url is {url!r}, expected an address such as http://127.0.0.1:8000.")
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigurationError(
+                f"retriever_timeout_s is {timeout_s}, expected above 0 and at most {MAX_TIMEOUT_S} seconds."
+            )
         self._url = f"{url.rstrip('/')}/retrieve"
         self._timeout_s = timeout_s
-        # A retriever is a service of one's own: never by way of a proxy meant for the outside.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
-        self._http = httpx.Client(timeout=timeout_s / _ATTEMPTS_WITHIN_BOUND, limits=limits, trust_env=False)
-        self._closing = threading.Event()
+        self._http = _borrow_http()
+        self._closed = threading.Event()
 
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Raises RetrieverFailedError, at the latest after the timeout."""
         request = {"queries": list(queries), "topk": topk, "return_scores": True}
-        ends_at, delay_s, num_attempts = time.monotonic() + self._timeout_s, FIRST_DELAY_S, 0
-        while True:
-            num_attempts += 1
+        ends_at, delay_s = time.monotonic() + self._timeout_s, FIRST_DELAY_S
+        for num_attempts in itertools.count(1):
             try:
-                return self._attempt(request, min(ends_at, time.monotonic() + self._timeout_s / _ATTEMPTS_WITHIN_BOUND))
+                return self._attempt(request, self._time_for_attempt(ends_at))
             except _AttemptFailedError as error:
                 is_over = time.monotonic() + delay_s >= ends_at or not error.is_worth_retrying
-                if is_over or self._closing.wait(delay_s):
+                if is_over or self._closed.wait(delay_s):
                     raise RetrieverFailedError(
-                        f"Retriever {self._url} failed after {num_attempts} attempts, the last time: {error}. "
+                        f"Retriever {self._url} failed, attempt {num_attempts} with {error}. "
                         "Check that it runs and is ready (GET /readyz)."
                     ) from error
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
+        raise AssertionError("attempts are counted without end")
+
+    def _time_for_attempt(self, ends_at: float) -> float:
+        return max(_LEAST_ATTEMPT_S, min(self._timeout_s / _ATTEMPTS_WITHIN_BOUND, ends_at - time.monotonic()))
 
     def close(self) -> None:
-        """End calls that wait to be retried, and close the connections."""
-        self._closing.set()
-        self._http.close()
+        """End a call that waits for its next attempt, and give up the connections."""
+        if not self._closed.is_set():
+            self._closed.set()
+            _return_http()
 
-    def _attempt(self, request: dict[str, Any], ends_at: float) -> list[list[Hit]]:
+    def _attempt(self, request: dict[str, Any], timeout_s: float) -> list[list[Hit]]:
+        ends_at = time.monotonic() + timeout_s
         try:
-            with self._http.stream("POST", self._url, json=request) as response:
+            with self._http.stream("POST", self._url, json=request, timeout=timeout_s) as response:
                 body = _read_body(response, ends_at)
         except httpx.HTTPError as error:
             raise _AttemptFailedError(f"{type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
-            is_worth_retrying = response.status_code >= 500 or response.status_code == TOO_MANY_REQUESTS
+            is_worth_retrying = response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
             text = body[:200].decode(errors="replace")
             raise _AttemptFailedError(f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying)
         return parse_answer(body, len(request["queries"]))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 class _AttemptFailedError(Exception):
@@ -116,32 +137,28 @@ def _read_body(response: httpx.Response, ends_at: float) -> bytes:
     return bytes(body)
 
 
-_clients: dict[tuple[str, float], tuple[RetrieverClient, int]] = {}
-_clients_lock = threading.Lock()
+_http_lock = threading.Lock()
+_http: httpx.Client | None = None
+_num_borrowers = 0
 
 
-def borrow_client(url: str, timeout_s: float) -> RetrieverClient:
-    """The process's client of a service, made for its first borrower. Give it back with `return_client`.
-
-    Raises:
-        ConfigurationError: no http or https address, or no positive timeout.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigurationError(f"retriever_url is {url!r}, expected an address such as http://127.0.0.1:8000.")
-    if not timeout_s > 0:
-        raise ConfigurationError(f"retriever_timeout_s is {timeout_s}, expected a positive number of seconds.")
-    with _clients_lock:
-        client, num_borrowers = _clients.get((url, timeout_s)) or (RetrieverClient(url, timeout_s), 0)
-        _clients[client.key] = client, num_borrowers + 1
-        return client
+def _borrow_http() -> httpx.Client:
+    """The process's connections, made for the first who needs them."""
+    global _http, _num_borrowers
+    with _http_lock:
+        if _http is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
+            # A retriever is a service of one's own: never by way of a proxy meant for the outside.
+            _http = httpx.Client(limits=limits, trust_env=False)
+        _num_borrowers += 1
+        return _http
 
 
-def return_client(client: RetrieverClient) -> None:
-    """The last borrower closes the client."""
-    with _clients_lock:
-        _, num_borrowers = _clients[client.key]
-        if num_borrowers > 1:
-            _clients[client.key] = client, num_borrowers - 1
-            return
-        del _clients[client.key]
-    client.close()
+def _return_http() -> None:
+    """The last borrower closes them."""
+    global _http, _num_borrowers
+    with _http_lock:
+        _num_borrowers -= 1
+        if not _num_borrowers and _http is not None:
+            _http.close()
+            _http = None

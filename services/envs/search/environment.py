@@ -10,7 +10,7 @@ from prometheus_client import Counter
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
-from services.envs.search.client import RetrieverClient, RetrieverFailedError, borrow_client, return_client
+from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.lexical import LexicalRetriever, open_lexical_retriever
 from services.envs.search.passages import Hit, Passage
 from services.envs.search.questions import QuestionSet, open_questions
@@ -20,6 +20,7 @@ SHIPPED_DATA = Path(__file__).parents[3] / "examples" / "data" / "search"
 MAX_PASSAGE_CHARACTERS = 1500
 """Published passages have about 600; a longer one is cut where everybody can see it."""
 MAX_QUERY_CHARACTERS = 500
+MAX_TOPK = 100
 
 RETRIEVER_FAILURES = Counter("sdar_search_retriever_failures_total", "Searches that found no working retriever")
 
@@ -69,14 +70,14 @@ class SearchEnvironment(Environment):
             raise ConfigurationError(
                 f"Search got retriever_url {retriever_url!r} and corpus {corpus!r}. Give one of them: a service, or a file."
             )
-        if not 1 <= topk <= 100:
-            raise ConfigurationError(f"Search option topk is {topk}, expected 1 to 100 passages.")
+        if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
+            raise ConfigurationError(f"Search option topk is {topk!r}, expected 1 to {MAX_TOPK} passages.")
         self._questions = _open_splits(Path(data_dir))
         self.splits = tuple(self._questions)
         self._topk = topk
         self._retriever: RetrieverClient | LexicalRetriever
         if retriever_url:
-            self._retriever = borrow_client(retriever_url, retriever_timeout_s)
+            self._retriever = RetrieverClient(retriever_url, retriever_timeout_s)
         else:
             self._retriever = open_lexical_retriever(Path(corpus) if corpus else Path(data_dir) / "corpus.jsonl")
         self.is_blocking = bool(retriever_url)
@@ -113,7 +114,7 @@ class SearchEnvironment(Environment):
 
     def close(self) -> None:
         if isinstance(self._retriever, RetrieverClient):
-            return_client(self._retriever)
+            self._retriever.close()
 
     def _answer(self, action: Action) -> StepResult:
         exact_match = is_exact_match(action.content, self._targets)

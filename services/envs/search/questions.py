@@ -60,9 +60,10 @@ class QuestionSet(Sequence[Task]):
     def find(self, task_id: str) -> tuple[Task, tuple[str, ...]] | None:
         """The task of an id and the answers that are right, None if it is no id of this split."""
         split, _, digits = task_id.rpartition("-")
-        if split != self._split or not (digits.isascii() and digits.isdigit()) or int(digits[:12]) >= len(self):
+        row = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self))) else -1
+        # Compared as text again: "007" is another id than "7".
+        if split != self._split or not 0 <= row < len(self) or str(row) != digits:
             return None
-        row = int(digits)
         return self._task(row), tuple(self._targets[row].as_py())
 
     def _task(self, row: int) -> Task:
