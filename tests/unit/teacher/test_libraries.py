@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from services.envs.registry import BUILT_IN, EnvironmentSource
+from services.teacher.retrieval import Retriever
 from services.teacher.skills import INDEX_FILE, SHIPPED_LIBRARIES, load_skill_library
 
+DATA = SHIPPED_LIBRARIES.parent / "examples" / "data"
 NAMES = sorted(path.name for path in SHIPPED_LIBRARIES.iterdir() if path.is_dir())
 BENCHMARKS = {
     "alfworld": {
@@ -47,6 +50,16 @@ def test_every_task_type_of_a_benchmark_has_exactly_one_skill(name):
     types = [task_type for skill in library.specific for task_type in skill.task_types]
     assert sorted(types) == sorted(BENCHMARKS[name])
     assert 1 <= len(library.general) <= 3
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_no_task_of_the_shipped_data_is_without_a_specific_skill(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDAR_CACHE", str(tmp_path))
+    environment = EnvironmentSource(BUILT_IN[name], {"data_dir": str(DATA / name)}).build()
+    retriever = Retriever(load_skill_library(SHIPPED_LIBRARIES / name), kind="task_type", num_skills=3)
+    tasks = [task for split in environment.splits for task in environment.list_tasks(split)]
+    assert len(tasks) > 10
+    assert {task.task_type for task in tasks if retriever.retrieve(task, "g0").is_miss} == set()
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
