@@ -30,6 +30,7 @@ MAX_SCRIPT_TURNS = 30
 LEASE_S = 120.0
 """Lease of the sessions in which leases are not the point."""
 
+_NUM_SCRIPTS_TRIED = 4
 _POLL_EVERY_S = 0.05
 _SHOWN_CHARACTERS = 160
 _THOUGHT = "<think>A conformance check.</think>"
@@ -69,8 +70,10 @@ class Bench:
 
     channel: grpc.aio.Channel
     described: environment_pb2.EnvironmentDescription
+    settle_timeout_s: float = SETTLE_TIMEOUT_S
     action_form: str = "{}"
     is_action_known: bool = False
+    refusals: list[Refusal] = field(default_factory=list)
     _opened: set[str] = field(default_factory=set)
     _tasks: dict[str, list[task_pb2.Task]] = field(default_factory=dict)
     _scripts: dict[tuple[str, int], Script] = field(default_factory=dict)
@@ -133,7 +136,9 @@ class Bench:
         try:
             return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise Refusal(method, error) from error
+            refusal = Refusal(method, error)
+            self.refusals.append(refusal)
+            raise refusal from error
 
     async def close_opened(self) -> None:
         """Close what is still open of the sessions opened here; a server that refuses this has failed a check already."""
@@ -222,13 +227,26 @@ class Bench:
         return Script(task, seed, opened, tuple(texts), tuple(answers))
 
     async def script(self, task: task_pb2.Task | None = None, seed: int = 0) -> Script:
-        """An undisturbed episode of the task (the first one by default) to compare others with; played once."""
-        task = task or await self.first_task()
+        """An undisturbed episode to compare others with; played at the first use. Without a task, the longest of some.
+
+        Raises CheckNotRun where it does not go the same way twice: a comparison would blame what is not at fault.
+        """
+        if task is None:
+            scripts = [await self.script(one) for one in await self.some_tasks(_NUM_SCRIPTS_TRIED)]
+            # The longer it lasts, the more of a step too many or too few it shows.
+            return max(scripts, key=lambda script: len(script.texts))
         key = (task.task_id, seed)
         if key not in self._scripts:
-            turns = min(self.described.limits.max_turns, MAX_SCRIPT_TURNS)
-            self._scripts[key] = await self.play(task, seed, self.actor(task, seed), turns)
+            script, again = await self.play_prefix(task, seed), await self.play_prefix(task, seed)
+            if compare_scripts(script, again):
+                raise CheckNotRun("the same episode goes differently each time: see episode.deterministic")
+            self._scripts[key] = script
         return self._scripts[key]
+
+    async def play_prefix(self, task: task_pb2.Task, seed: int) -> Script:
+        """As much of an episode as is repeated and compared."""
+        turns = min(self.described.limits.max_turns, MAX_SCRIPT_TURNS)
+        return await self.play(task, seed, self.actor(task, seed), turns)
 
     async def tour(self) -> list[Script]:
         """Whole episodes of the first and the last task of every split, with possible actions and with nonsense."""
@@ -273,6 +291,19 @@ def difference(expected: Message, got: Message, ignore: Sequence[str] = ("sessio
     return None
 
 
+def compare_scripts(script: Script, other: Script) -> tuple[str, str] | None:
+    """The first difference of two episodes that should be the same, as (expected, got); None if there is none."""
+    what = f"of task {script.task.task_id!r}, seed {script.seed}, as the first time"
+    told = difference(script.opened, other.opened)
+    if told:
+        return f"the opening {what}: {told[0]}", told[1]
+    for index, (one, two) in enumerate(zip(script.answers, other.answers, strict=False)):
+        told = difference(one, two)
+        if told:
+            return f"step {index} {what}: {told[0]}", told[1]
+    return None
+
+
 def _show(value: Any) -> str:
     """A field's value as text: so a NaN equals another one, and maps have an order."""
     if hasattr(value, "items"):
@@ -294,7 +325,7 @@ async def expect_refusal(calling: Awaitable[Any], code: grpc.StatusCode, what: s
     raise FailedCheck(f"{what}: {code.name}", "an answer with status OK")
 
 
-async def poll(is_reached: Callable[[], Awaitable[bool]], timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
+async def poll(is_reached: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
     """Ask until it is so, or until the time is over; tells which."""
     deadline = time.monotonic() + timeout_s
     while not await is_reached():

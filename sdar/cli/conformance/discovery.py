@@ -1,4 +1,4 @@
-"""Owns the checks of what a server tells about itself: description, health, reflection, tasks, and how it refuses."""
+"""Owns the checks of what a server tells about itself: description, health, reflection, tasks, unknown names."""
 
 from __future__ import annotations
 
@@ -200,37 +200,6 @@ async def unknown_session(bench: Bench) -> None:
         await expect_refusal(calling, grpc.StatusCode.NOT_FOUND, f"Step in session {session_id!r}")
 
 
-@check(
-    "errors.typed",
-    "Errors carry a google.rpc.Status with one sdar.v1.ErrorDetail in grpc-status-details-bin",
-    "Pack ErrorDetail{reason, message, fields} into google.rpc.Status.details, with the same code as the call's status, and "
-    "send its bytes as the trailer grpc-status-details-bin.",
-)
-async def errors_typed(bench: Bench) -> None:
-    split = bench.described.splits[0].name
-    for refused in (
-        lambda: bench.list_page(UNKNOWN_NAME),
-        lambda: bench.list_page(split, page_token="not a token"),
-        lambda: bench.open(UNKNOWN_NAME),
-        lambda: bench.step(UNKNOWN_NAME, 0, "look"),
-    ):
-        try:
-            await refused()
-        except Refusal as refusal:
-            expect_detail(refusal)
-
-
-def expect_detail(refusal: Refusal) -> None:
-    """A refusal's typed detail has to be there and to say something."""
-    where = f"{refusal.method} {refusal.code.name}"
-    if refusal.detail is None:
-        raise FailedCheck(f"{where} with an ErrorDetail", "none in its trailers")
-    reason = refusal.detail.reason
-    is_upper_snake = bool(reason) and reason == reason.upper() and reason.replace("_", "").isalnum()
-    expect(is_upper_snake, f"{where}: reason in UPPER_SNAKE", repr(reason))
-    expect(bool(refusal.detail.message), f"{where}: a message", "an empty one")
-
-
 def _ids(tasks: list[task_pb2.Task]) -> list[str]:
     return [task.task_id for task in tasks]
 
@@ -257,5 +226,4 @@ CHECKS = (
     tasks_bad_token,
     unknown_names,
     unknown_session,
-    errors_typed,
 )

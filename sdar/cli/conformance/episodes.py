@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 
-from sdar.cli.conformance.bench import Bench, Script, difference, is_over
+from sdar.cli.conformance.bench import Bench, Script, compare_scripts, difference, is_over
 from sdar.cli.conformance.check import CheckNotRun, FailedCheck, check, expect
 from sdar.v1 import environment_pb2
 
@@ -25,11 +25,9 @@ _NUM_AT_ONCE = 4
 async def episode_deterministic(bench: Bench) -> None:
     for task in await bench.some_tasks(2):
         for seed in _SEEDS:
-            script = await bench.script(task, seed)
-            opened = await bench.open(task.task_id, seed=seed)
-            _compare_opening(script, opened)
-            await bench.replay(script, opened.session_id)
-            await bench.close(opened.session_id)
+            told = compare_scripts(await bench.play_prefix(task, seed), await bench.play_prefix(task, seed))
+            if told:
+                raise FailedCheck(*told)
 
 
 @check(
@@ -59,7 +57,9 @@ async def episode_concurrent(bench: Bench) -> None:
 
     async def play(script: Script) -> None:
         opened = await bench.open(script.task.task_id, seed=script.seed)
-        _compare_opening(script, opened)
+        told = difference(script.opened, opened)
+        if told:
+            raise FailedCheck(f"the opening of task {script.task.task_id!r} as it is alone: {told[0]}", told[1])
         await bench.replay(script, opened.session_id)
 
     results = await asyncio.gather(*map(play, scripts), return_exceptions=True)
@@ -119,12 +119,6 @@ async def _tour(bench: Bench) -> list[Script]:
 
 async def _answers(bench: Bench) -> list[tuple[int, environment_pb2.StepResponse]]:
     return [one for script in await _tour(bench) for one in enumerate(script.answers)]
-
-
-def _compare_opening(script: Script, opened: environment_pb2.OpenSessionResponse) -> None:
-    told = difference(script.opened, opened)
-    if told:
-        raise FailedCheck(f"the same opening of task {script.task.task_id!r}, seed {script.seed}: {told[0]}", told[1])
 
 
 CHECKS = (

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from sdar.cli.conformance import discovery, episodes, sessions, steps
-from sdar.cli.conformance.bench import SERVICE_NAME, Bench, Refusal
+from sdar.cli.conformance import aftermath, discovery, episodes, sessions, steps
+from sdar.cli.conformance.bench import SERVICE_NAME, SETTLE_TIMEOUT_S, Bench, Refusal
 from sdar.cli.conformance.check import Check, CheckNotRun, FailedCheck, Outcome, Verdict
 from sdar.contracts.errors import ConfigurationError, SdarError, UnavailableError
 from sdar.runtime.rpc import call, connect
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
-# The last one looks at what the others left behind.
 ALL_CHECKS: tuple[Check, ...] = (
     *discovery.CHECKS,
     *sessions.CHECKS,
     *steps.CHECKS,
     *episodes.CHECKS,
-    sessions.none_left,
+    *aftermath.CHECKS,
 )
 
 _FIRST_CALL_TIMEOUT_S = 10.0
@@ -54,19 +53,21 @@ async def check_server(
     environment: str = "",
     *,
     checks: Sequence[Check] = ALL_CHECKS,
+    settle_timeout_s: float = SETTLE_TIMEOUT_S,
     on_begin: Callable[[Check], None] = lambda check: None,
 ) -> Report:
     """Try every check against the environment at `address`, one after another.
 
     Args:
         environment: its name; may be left out where the server has only one.
+        settle_timeout_s: how long a place that should be free again is waited for.
 
     Raises:
         ConfigurationError: nobody answers there, or the server has no such environment.
     """
     began_s = time.monotonic()
     async with connect(address) as channel:
-        bench = Bench(channel, await find_environment(channel, address, environment))
+        bench = Bench(channel, await find_environment(channel, address, environment), settle_timeout_s)
         outcomes = [await _try(_FIND_ACTIONS, bench)]
         for check in checks:
             on_begin(check)
