@@ -17,6 +17,7 @@ from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
+from services.teacher.skills import Skill, SkillLibrary
 from services.teacher.teacher import Teacher
 from services.teacher.utility import SkillUtility
 from services.teacher.worker import TeacherWorker, WorkerLimits
@@ -347,3 +348,18 @@ async def test_other_kinds_of_retrieval_publish_nothing_to_learn_from(chat):
     async with house.running():
         await house.until_finished(1)
     assert await house.bus.newest(Stream.SKILL_EVENTS) is None
+
+
+async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_from_the_score(chat, log_events):
+    skills = SkillLibrary(tuple(Skill(f"s{i}", "S", "sink " * 30, ("clean",)) for i in range(3)))
+    trajectory = play(chat, num_turns=1)
+    whole = ContextBuilder(chat, Retriever(skills, kind="task_type", num_skills=3), 1000).build(trajectory)
+    house = House(chat, library=skills, tokens=whole.num_tokens - 1)
+    await house.publish(trajectory)
+    async with house.running():
+        await house.until_finished(1)
+    (scored,) = await house.scored()
+    assert (scored.score.skill_ids, scored.score.num_specific_skills) == (("s0", "s1"), 2)
+    assert house.metrics.totals["dropped_skills"] == 1
+    (warning,) = [event for event in log_events if event["event"] == "skills_dropped"]
+    assert (warning["log_level"], warning["trajectory_id"], warning["num_dropped"]) == ("warning", trajectory.trajectory_id, 1)
