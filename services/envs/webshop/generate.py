@@ -27,12 +27,12 @@ PRICE_SPREAD = 1.3
 SHARE_OF_PRICE_RANGES, SHARE_WITHOUT_PRICE = 0.25, 0.02
 
 INSTRUCTIONS = (
-    "i am looking for a {noun} with {attributes}{options}",
-    "i need a {noun} that has {attributes}{options}",
-    "find me a {noun} with {attributes}{options}",
-    "please show me a {noun}, it should have {attributes}{options}",
-    "i would like to buy a {noun} with {attributes}{options}",
-    "my friend wants a {noun} with {attributes}{options}",
+    "i am looking for {noun} with {attributes}{options}",
+    "i need {noun} with {attributes}{options}",
+    "find me {noun} with {attributes}{options}",
+    "please show me {noun} that should have {attributes}{options}",
+    "i would like to buy {noun} with {attributes}{options}",
+    "my friend wants {noun} with {attributes}{options}",
 )
 
 
@@ -69,9 +69,9 @@ def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[in
 
 
 def _count_goals(num_tasks: int) -> int:
-    """The least number of goals that leaves so many to train on."""
+    """The most goals that leave so many to train on: the others are tested."""
     num_goals = num_tasks
-    while num_goals - count_test_goals(num_goals) < num_tasks:
+    while num_goals + 1 - count_test_goals(num_goals + 1) <= num_tasks:
         num_goals += 1
     return num_goals
 
