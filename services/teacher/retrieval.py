@@ -24,7 +24,7 @@ from services.teacher.utility import SkillUtility
 RetrievalKind = Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"]
 
 _SWAPPABLE: tuple[RetrievalKind, ...] = ("task_type", "keyword", "embedding")
-"""Kinds that look for the task's own skill. ucb tries all of them on purpose: none of its choices would be the wrong one."""
+"""Kinds whose skills may be swapped. Not ucb: what it is to learn from would be the end of an episode with another skill."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -63,8 +63,8 @@ class Retriever:
 
     Args:
         kind: task_type: skills for the task's type, in index order. keyword: skills that share telling words with the task's
-            sentence. embedding: those nearest in meaning to it. ucb: those with the best bound on their utility for the
-            task's type. all: every specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
+            sentence. embedding: those nearest in meaning to it. ucb: skills for the task's type, those with the best bound on
+            their utility. all: every specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
             all, general ones included.
         num_skills: most specific skills.
         wrong_skill_fraction: share of keys whose specific skills are swapped for those of another task type.
@@ -92,10 +92,10 @@ class Retriever:
         self._wrong_skill_fraction = wrong_skill_fraction
         self._index, self._utility = index, utility
         choices: dict[RetrievalKind, Callable[[Task, str], tuple[Skill, ...]]] = {
-            "task_type": lambda task, key: self._skills_of_type(task.task_type),
+            "task_type": lambda task, key: self._list_of_type(task.task_type)[:num_skills],
             "keyword": lambda task, key: self._by_keyword(task.description),
             "embedding": lambda task, key: self._by_nearness(task.description),
-            "ucb": lambda task, key: self._by_utility(key),
+            "ucb": lambda task, key: self._by_utility(task.task_type, key),
             "all": lambda task, key: library.specific,
             "random": lambda task, key: self._by_draw(key),
             "none": lambda task, key: (),
@@ -116,9 +116,8 @@ class Retriever:
         Raises:
             BusUnavailableError: they cannot be asked.
         """
-        if self._utility is not None:
-            own_first = sorted(self.skill_library.specific, key=lambda skill: task.task_type not in skill.task_types)
-            ids = [skill.skill_id for skill in own_first]
+        if self._utility is not None and (candidates := self._list_of_type(task.task_type)):
+            ids = [skill.skill_id for skill in candidates]
             await self._utility.choose(key, task.task_type, ids, self._num_skills)
 
     def retrieve(self, task: Task, key: str) -> Retrieval:
@@ -130,8 +129,8 @@ class Retriever:
         shown = self._swap(task, key, specific) if is_swapped else specific
         return Retrieval(self.skill_library.general, shown, self.kind, is_swapped, is_miss=not specific)
 
-    def _skills_of_type(self, task_type: str) -> tuple[Skill, ...]:
-        return tuple(skill for skill in self.skill_library.specific if task_type in skill.task_types)[: self._num_skills]
+    def _list_of_type(self, task_type: str) -> tuple[Skill, ...]:
+        return tuple(skill for skill in self.skill_library.specific if task_type in skill.task_types)
 
     def _by_keyword(self, description: str) -> tuple[Skill, ...]:
         asked = set(_WORD.findall(description.lower()))
@@ -148,11 +147,12 @@ class Retriever:
         assert self._index is not None
         return self._index.find_nearest(description, self._num_skills)
 
-    def _by_utility(self, key: str) -> tuple[Skill, ...]:
+    def _by_utility(self, task_type: str, key: str) -> tuple[Skill, ...]:
         assert self._utility is not None
+        candidates = {skill.skill_id: skill for skill in self._list_of_type(task_type)}
         # A choice may be older than this library, where a run goes on with another one.
-        known = {skill.skill_id: skill for skill in self.skill_library.specific}
-        return tuple(known[skill_id] for skill_id in self._utility.get_choice(key) if skill_id in known)
+        chosen = self._utility.get_choice(key) if candidates else ()
+        return tuple(candidates[skill_id] for skill_id in chosen if skill_id in candidates)
 
     def _by_draw(self, key: str) -> tuple[Skill, ...]:
         count = min(self._num_skills, len(self.skill_library.specific))
@@ -161,7 +161,7 @@ class Retriever:
     def _swap(self, task: Task, key: str, right: tuple[Skill, ...]) -> tuple[Skill, ...]:
         """As many skills of one other task type, none of which is right for this task."""
         wrong = {
-            task_type: [skill for skill in self._skills_of_type(task_type) if task.task_type not in skill.task_types]
+            task_type: [s for s in self._list_of_type(task_type)[: self._num_skills] if task.task_type not in s.task_types]
             for task_type in self.skill_library.task_types
         }
         candidates = [skills for skills in wrong.values() if skills and not set(skills) & set(right)]

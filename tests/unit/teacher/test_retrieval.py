@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.streams import Stream
 from sdar.runtime.memory_bus import MemoryBus
 from services.envs.household import HouseholdEnvironment
 from services.teacher.embedding import SentenceEncoder, SkillIndex
@@ -111,13 +112,13 @@ def test_what_is_found_by_meaning_can_be_swapped(index):
     assert retrieval.label == "embedding+swapped"
 
 
-async def test_by_utility_the_tasks_own_skills_are_tried_first_and_every_key_keeps_its_choice():
+async def test_by_utility_the_skills_of_the_tasks_type_take_turns_and_every_key_keeps_its_choice():
     retriever = Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(MemoryBus({}), 0.5))
     shown = {}
     for key in ("g0", "g1", "g2", "g3"):
         await retriever.prepare(HEAT, key)
         shown[key] = retriever.retrieve(HEAT, key).skill_ids
-    assert list(shown.values()) == [("general", "heat"), ("general", "heat-2"), ("general", "clean"), ("general", "cool")]
+    assert list(shown.values()) == [("general", "heat"), ("general", "heat-2")] * 2
     for key, skill_ids in shown.items():
         await retriever.prepare(HEAT, key)
         assert retriever.retrieve(HEAT, key).skill_ids == skill_ids
@@ -126,11 +127,19 @@ async def test_by_utility_the_tasks_own_skills_are_tried_first_and_every_key_kee
 
 async def test_a_choice_of_skills_that_the_library_no_longer_has_is_a_miss():
     bus = MemoryBus({})
-    await Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)).prepare(CLEAN, "g0")
-    shrunk = Retriever(SkillLibrary(LIBRARY.skills[2:]), kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5))
-    await shrunk.prepare(CLEAN, "g0")
-    retrieval = shrunk.retrieve(CLEAN, "g0")
+    await Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)).prepare(HEAT, "g0")
+    shrunk = Retriever(SkillLibrary(LIBRARY.skills[3:]), kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5))
+    await shrunk.prepare(HEAT, "g0")
+    retrieval = shrunk.retrieve(HEAT, "g0")
     assert (retrieval.specific, retrieval.is_miss) == ((), True)
+
+
+async def test_by_utility_a_type_without_skills_is_a_miss_and_is_not_chosen_for():
+    bus = MemoryBus({})
+    retriever = Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5))
+    await retriever.prepare(DANCE, "g0")
+    assert retriever.retrieve(DANCE, "g0").is_miss
+    assert await bus.newest(Stream.SKILL_EVENTS) is None
 
 
 def test_swapping_is_refused_where_no_skill_is_the_wrong_one():

@@ -29,6 +29,7 @@ CONSUMERS = {
     Stream.SCORED: (ConsumerGroup.LEARNER,),
     Stream.LEDGER: (ConsumerGroup.GATEWAY,),
 }
+HEAT = dataclasses.replace(CLEAN, task_type="heat", description="heat the egg and put it in the desk .")
 LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.02)
 
 
@@ -282,7 +283,7 @@ async def test_weights_that_are_due_and_corrupt_stop_the_worker_with_its_entries
     assert lag.num_pending == 1
 
 
-async def learned(house, task_type="clean"):
+async def learned(house, task_type):
     """Successes over episodes of each skill, as any teacher on the bus would read them; infinite if never shown."""
     utility = SkillUtility(house.bus, 0.0)
     await utility.choose("g0", task_type, [skill.skill_id for skill in LIBRARY.specific], 1)
@@ -290,11 +291,11 @@ async def learned(house, task_type="clean"):
 
 
 async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_are_learned_from(chat):
-    """Two teachers on one bus: g0 is shown clean and succeeds in 1 of 4 episodes, g1 is shown heat and fails."""
+    """Two teachers on one bus: g0 is shown heat and succeeds in 1 of 4 episodes, g1 is shown heat-2 and fails."""
     house = House(chat, kind="ucb")
     peer = House(chat, kind="ucb", bus=house.bus)
     for group_id in ("g0", "g1"):
-        episodes = [play(chat, group_id=group_id, episode_index=index, seed=index) for index in range(4)]
+        episodes = [play(chat, HEAT, group_id=group_id, episode_index=index, seed=index) for index in range(4)]
         first = dataclasses.replace(episodes[0], is_success=group_id == "g0")
         await house.publish(first, *episodes[1:2])
         async with house.running():
@@ -304,11 +305,11 @@ async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_
             await house.until_finished(4)
     scored = await house.scored()
     assert {(item.trajectory.group_id, item.score.skill_ids) for item in scored} == {
-        ("g0", ("general", "clean")),
-        ("g1", ("general", "heat")),
+        ("g0", ("general", "heat")),
+        ("g1", ("general", "heat-2")),
     }
     assert {item.score.retrieval for item in scored} == {"ucb"}
-    assert await learned(house) == {"clean": 0.25, "heat": 0.0, "heat-2": float("inf"), "cool": float("inf")}
+    assert await learned(house, "heat") == {"heat": 0.25, "heat-2": 0.0, "clean": float("inf"), "cool": float("inf")}
 
 
 async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
@@ -320,7 +321,7 @@ async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
     await house.publish(bad)
     async with house.running():
         await house.until_finished(4)
-    assert (await learned(house))["clean"] == 0.5
+    assert (await learned(house, "clean"))["clean"] == 0.5
 
 
 async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_keeps_its_choice(chat):
@@ -331,7 +332,7 @@ async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_
     async with house.running():
         await house.until_claimed()
         await until(lambda: house.metrics.totals["scored_trajectories"] == 1)
-    assert (await learned(house))["clean"] == 0.0
+    assert (await learned(house, "clean"))["clean"] == 0.0
     (blocking,) = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 1)
     await house.bus.acknowledge([blocking])
     limits = dataclasses.replace(LIMITS, claim_idle_s=0.0)
@@ -339,7 +340,7 @@ async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_
     async with heir.running():
         await heir.until_finished(1)
     assert (await house.scored())[0].score.skill_ids == ("general", "clean")
-    assert (await learned(house))["clean"] == 1.0
+    assert (await learned(house, "clean"))["clean"] == 1.0
 
 
 async def test_other_kinds_of_retrieval_publish_nothing_to_learn_from(chat):
