@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from sdar.contracts.errors import SdarError, UnknownResourceError
+from sdar.contracts.errors import CapacityError, EnvironmentFailedError, SdarError, UnknownResourceError
 from sdar.contracts.types import Task
-from services.envs.base import Environment, Observation
+from services.envs.base import Environment, Observation, StepResult
 
+T = TypeVar("T")
 Request = dict[str, Any]
 """{"call": name, "environment": name, "arguments": {...}}"""
 Answer = dict[str, Any]
@@ -65,8 +66,8 @@ class Player:
     def _answer(self, request: Request) -> Answer:
         try:
             return self._calls[request["call"]](request["environment"], **request["arguments"])
-        except UnknownResourceError as error:
-            return {"unknown": error.message, "fields": error.fields}
+        except (UnknownResourceError, CapacityError, EnvironmentFailedError) as error:
+            return {"raised": type(error).__name__, "message": error.message, "fields": error.fields}
         # The boundary: an environment may break in any way, its worker must not.
         except Exception as error:  # noqa: BLE001
             reason = error.message if isinstance(error, SdarError) else f"raised {type(error).__name__}: {error}"
@@ -83,7 +84,7 @@ class Player:
         task = self._catalogues[environment].get_task(task_id)
         game = self._builders[environment]()
         try:
-            observation = game.reset(task_id, seed)
+            observation = _expect(Observation, game.reset(task_id, seed), "reset")
             answer = {"task": _task_to_json(task), "observation": _observation_to_json(observation)}
         except BaseException:
             game.close()
@@ -92,7 +93,7 @@ class Player:
         return answer
 
     def _step(self, environment: str, session_id: str, text: str) -> Answer:
-        result = self._games[session_id].step(text)
+        result = _expect(StepResult, self._games[session_id].step(text), "step")
         # By hand: `asdict` copies deeply and takes longer than the rest of a step together.
         return {
             "observation": _observation_to_json(result.observation),
@@ -111,6 +112,12 @@ class Player:
         if game is not None:
             game.close()
         return {}
+
+
+def _expect(kind: type[T], value: Any, method: str) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{method} returned {value!r}, expected a {kind.__name__}")
+    return value
 
 
 def _observation_to_json(observation: Observation) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from services.envs.player import Answer, Player
 from services.envs.registry import EnvironmentSource
 
 _READ_BYTES = 1 << 18
-_LAST_WORDS_S = 5.0
+_LAST_WORDS_S = 3.0
 """How long environments may take to close once the server is gone."""
 
 

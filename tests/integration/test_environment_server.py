@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,71 +16,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sdar.config import EnvironmentConfig, ModelConfig, RolloutConfig, RunConfig
 from sdar.contracts.codec import task_from_proto
 from sdar.contracts.errors import CapacityError, ConflictError, InvalidInputError, UnavailableError, UnknownResourceError
-from sdar.runtime.rpc import call, connect
+from sdar.runtime.rpc import connect
 from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health
 from sdar.v1 import environment_pb2 as pb
 from sdar.v1 import environment_pb2_grpc
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import list_demonstration
 from services.envs.household.game import parse_task_id
-from services.envs.registry import load_environment
-from services.envs.server import SERVICE_NAME, serve_environments
+from services.envs.server import SERVICE_NAME
 from services.envs.service import serve
-from services.envs.sessions import SessionLimits, SessionManager
-from services.envs.workers import WorkerHost
-
-TASK_ID = "polish-apple-drawer-desk"
-
-
-class Client:
-    """The five calls, with the errors of `sdar.contracts.errors`."""
-
-    def __init__(self, channel) -> None:
-        self.channel = channel
-        self.stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
-
-    async def describe(self, environment=""):
-        return await call(self.stub.Describe, pb.DescribeRequest(environment=environment), timeout_s=5)
-
-    async def list_tasks(self, split, **fields):
-        request = pb.ListTasksRequest(environment="household", split=split, **fields)
-        return await call(self.stub.ListTasks, request, timeout_s=5)
-
-    async def open(self, task_id=TASK_ID, environment="household", **fields):
-        request = pb.OpenSessionRequest(environment=environment, task_id=task_id, **fields)
-        return await call(self.stub.OpenSession, request, timeout_s=5)
-
-    async def step(self, session_id, step_index, text):
-        request = pb.StepRequest(session_id=session_id, step_index=step_index, text=text)
-        return await call(self.stub.Step, request, timeout_s=5)
-
-    async def close(self, session_id):
-        return await call(self.stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s=5)
-
-
-@asynccontextmanager
-async def serving(limits: SessionLimits | None = None, *, num_workers: int = 1, **options):
-    """A client of a running server with worker processes, the event that stops it, and its health."""
-    host = WorkerHost({"household": load_environment("household")}, num_workers)
-    stopping, health = asyncio.Event(), Health()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    server = asyncio.create_task(
-        serve_environments(
-            stopping,
-            sessions=SessionManager(host, limits or SessionLimits()),
-            host="127.0.0.1",
-            port=0,
-            health=health,
-            on_ready=port.set_result,
-            **options,
-        )
-    )
-    await asyncio.wait((server, port), return_when=asyncio.FIRST_COMPLETED)
-    async with connect(f"127.0.0.1:{await port}") as channel:
-        yield Client(channel), stopping, health
-        stopping.set()
-        await server
+from services.envs.sessions import SessionLimits
+from tests.integration.environment_server import TASK_ID, serving
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""What tests of environment servers share: the five calls, and a running server."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from sdar.runtime.rpc import call, connect
+from sdar.runtime.telemetry import Health
+from sdar.v1 import environment_pb2 as pb
+from sdar.v1 import environment_pb2_grpc
+from services.envs.registry import load_environment
+from services.envs.server import serve_environments
+from services.envs.sessions import SessionLimits, SessionManager
+from services.envs.workers import WorkerHost
+
+TASK_ID = "polish-apple-drawer-desk"
+
+
+class Client:
+    """The five calls, with the errors of `sdar.contracts.errors`."""
+
+    def __init__(self, channel) -> None:
+        self.channel = channel
+        self.stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+
+    async def describe(self, environment=""):
+        return await call(self.stub.Describe, pb.DescribeRequest(environment=environment), timeout_s=5)
+
+    async def list_tasks(self, split, **fields):
+        request = pb.ListTasksRequest(environment="household", split=split, **fields)
+        return await call(self.stub.ListTasks, request, timeout_s=5)
+
+    async def open(self, task_id=TASK_ID, environment="household", **fields):
+        request = pb.OpenSessionRequest(environment=environment, task_id=task_id, **fields)
+        return await call(self.stub.OpenSession, request, timeout_s=5)
+
+    async def step(self, session_id, step_index, text):
+        request = pb.StepRequest(session_id=session_id, step_index=step_index, text=text)
+        return await call(self.stub.Step, request, timeout_s=5)
+
+    async def close(self, session_id):
+        return await call(self.stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s=5)
+
+
+@asynccontextmanager
+async def serving(limits: SessionLimits | None = None, host: WorkerHost | None = None, **options):
+    """A client of a running server, of the household if not told otherwise, the event that stops it, and its health."""
+    host = host or WorkerHost({"household": load_environment("household")}, num_workers=1)
+    stopping, health = asyncio.Event(), Health()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(
+        serve_environments(
+            stopping,
+            sessions=SessionManager(host, limits or SessionLimits()),
+            host="127.0.0.1",
+            port=0,
+            health=health,
+            on_ready=port.set_result,
+            **options,
+        )
+    )
+    await asyncio.wait((server, port), return_when=asyncio.FIRST_COMPLETED)
+    async with connect(f"127.0.0.1:{await port}") as channel:
+        yield Client(channel), stopping, health
+        stopping.set()
+        await server
