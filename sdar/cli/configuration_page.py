@@ -41,7 +41,7 @@ def render_page() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             parts.append(_render_section(f"`{name}`", section, prefix=f"{name}."))
     rows = [
-        f"| `SDAR_{name.upper()}` | {_format_default(field)} | {field.description} |"
+        f"| `{field.validation_alias or f'SDAR_{name.upper()}'}` | {_format_default(field)} | {field.description} |"
         for name, field in Settings.model_fields.items()
     ]
     return "\n".join(parts) + _SETTINGS_HEADER + "\n".join(rows) + "\n"
