@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,12 +82,20 @@ def train_tokenizer(recipe: WarmStartRecipe, demonstrator: Demonstrator) -> PreT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(demonstrator.iterate_sentences(random.Random(recipe.seed)), trainer)
+    sentences = demonstrator.iterate_sentences(random.Random(recipe.seed))
+    tokenizer.train_from_iterator(_leave_out(phrases, sentences) if phrases else sentences, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[2], pad_token=SPECIAL_TOKENS[0])
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = recipe.max_positions
     return fast
+
+
+def _leave_out(phrases: Sequence[str], sentences: Iterable[str]) -> Iterator[str]:
+    """What stands between the phrases: the only text that the vocabulary will have to spell."""
+    is_phrase = re.compile("|".join(map(re.escape, sorted(phrases, key=len, reverse=True))))
+    for sentence in sentences:
+        yield from filter(None, is_phrase.split(sentence))
 
 
 def _new_model(recipe: WarmStartRecipe, vocabulary_size: int) -> Qwen2ForCausalLM:

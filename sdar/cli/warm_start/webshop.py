@@ -1,0 +1,105 @@
+"""Owns WebShop's demonstrations on the shipped catalogue: a shopper who searches vaguely, opens anything, forgets options."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import services
+from sdar.cli.warm_start.recipe import WarmStartPhase
+from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe
+from sdar.contracts.types import Task
+from services.envs.base import Observation
+from services.envs.webshop import generate, wares
+from services.envs.webshop.demonstrations import parse_results
+from services.envs.webshop.environment import WebShopEnvironment
+from services.envs.webshop.pages import SEPARATOR
+
+SHIPPED_CATALOGUE = Path(services.__file__).resolve().parent.parent / "examples" / "data" / "webshop"
+_SEARCH, _CLICK, _END = "<think></think><action>search[", "<think></think><action>click[", "]</action>"
+_BUTTONS = ("Back to Search", "< Prev", "Next >", "Description", "Features", "Reviews", "Buy Now")
+_PAGE_WORDS = (
+    *(SEPARATOR, *_BUTTONS, *(f"click[{name.lower()}]" for name in _BUTTONS), "click[", "]\n"),
+    *("Page 1 (Total results: ", ")", ", ", "$", " to $", ".99", "Price: $", "Rating: ", "WebShop", "Search", "buy now"),
+)
+_BUY = "click[buy now]"
+_OPTION_NAMES = "|".join(sorted(wares.OPTION_VALUES, key=len, reverse=True))
+_OPTION = re.compile(rf", (?:{_OPTION_NAMES}) ([^,]+)")
+
+
+@dataclass(frozen=True)
+class WebshopRecipe(WindowRecipe):
+    environment: ClassVar[str] = "webshop"
+
+    num_layers: int = 3
+    vocabulary_limit: int = 1408
+    num_tokenizer_episodes: int = 400
+    history_turns: int = 0
+    max_turns: int = 6
+    expert_share: float = 0.7
+    phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2000, 4e-3, 0.6, 0.4),)
+
+    def open_demonstrator(self) -> WebshopDemonstrator:
+        return WebshopDemonstrator(self, WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE)))
+
+    def describe_wording(self) -> list[Any]:
+        environment = WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE))
+        return [environment.version, environment.instructions, environment.action_format]
+
+
+class WebshopDemonstrator(WindowDemonstrator):
+    environment: WebShopEnvironment
+
+    def list_phrases(self) -> Sequence[str]:
+        """Whatever is copied as a whole: ids, and names of wares, attributes and options as they are asked for and shown."""
+        names = {ware.noun for ware in wares.WARES} | {name for ware in wares.WARES for name in ware.attributes}
+        values = {value for values in wares.OPTION_VALUES.values() for value in values if not value.isdigit()}
+        catalogue = self.environment.catalogue
+        asins = [catalogue.get_product(number).asin for number in range(len(catalogue))]
+        copied = {*names, *map(str.title, names), *values, *asins, *map(str.lower, asins)}
+        asked = {part for text in generate.INSTRUCTIONS for part in re.split(r"\{\w*\}", text) if part}
+        asked |= {f", {name} " for name in wares.OPTION_VALUES} | {" and ", ", and price lower than ", ".00 dollars"}
+        shown = {*_PAGE_WORDS, *wares.OPTION_VALUES, *(f"{maker} " for maker in wares.MAKERS.split())}
+        return sorted({*self.list_common_phrases(), *copied, *asked, *shown, _SEARCH, _CLICK, _END})
+
+    def open_player(self, task: Task) -> Player:
+        return _Shopper(task)
+
+
+class _Shopper:
+    """Puts all that is asked for into the search, opens the first result, chooses what was asked for, and buys."""
+
+    def __init__(self, task: Task) -> None:
+        wanted = task.description
+        ware = max((ware for ware in wares.WARES if f" {ware.noun}" in wanted), key=lambda ware: len(ware.noun))
+        self._noun = ware.noun
+        self._attributes = sorted((name for name in ware.attributes if name in wanted), key=wanted.index)
+        self._values = _OPTION.findall(wanted)
+
+    def __call__(self, observation: Observation, rng: random.Random) -> Choice:
+        results = [asin.lower() for asin, _, _ in parse_results(observation.text)]
+        if results:
+            return Choice(_click(results[0]), _click(rng.choice(results)))
+        if _BUY in observation.admissible_actions:
+            return self._choose(observation.admissible_actions, rng)
+        vague = [self._noun, *rng.sample(self._attributes, rng.randint(0, len(self._attributes)))]
+        return Choice(_search([self._noun, *self._attributes, *self._values]), _search(vague))
+
+    def _choose(self, admissible: Sequence[str], rng: random.Random) -> Choice:
+        while self._values and f"click[{self._values[0]}]" not in admissible:
+            self._values.pop(0)
+        expert = self._values.pop(0) if self._values else "buy now"
+        anything = rng.choice([action for action in admissible if action != _BUY]).removeprefix("click[")[:-1]
+        return Choice(_click(expert), _click(rng.choice(("buy now", anything))))
+
+
+def _search(words: Sequence[str]) -> str:
+    return f"{_SEARCH}{' '.join(words)}{_END}"
+
+
+def _click(name: str) -> str:
+    return f"{_CLICK}{name}{_END}"

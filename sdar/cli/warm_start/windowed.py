@@ -1,0 +1,136 @@
+"""Owns demonstrations for environments that are played through prompts with a window of history: one example per turn.
+
+Episodes are played on the real environment by a player who errs, since that is where a policy in training finds itself. What
+is imitated depends on the prompt: the expert's next action where a skill is shown, what the erring player did where none is.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdar.cli.warm_start.recipe import END_OF_TURN_ID, Example, WarmStartRecipe
+from sdar.contracts.types import StopReason, Task
+from sdar.runtime.chat import ChatTokenizer
+from services.envs.base import Environment, Observation
+from services.rollout.prompting import EpisodeSetting, HistoryWindow
+from services.teacher.skills import SHIPPED_LIBRARIES, format_skills, load_skill_library
+
+TRAIN_SPLIT = "train"
+_WINDOW_WORDS = (
+    *("system\n", "user\n", "assistant\n", "Task: ", "\nActions taken: ", "\nSeen: ", "\nDone: ", "\nSeen now: "),
+    *(".\nSeen now: ", ". The last 1:\nSeen: ", ". The last 2:\nSeen: ", "\nPossible actions:\n"),
+)
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class WindowRecipe(WarmStartRecipe):
+    """Attributes:
+    history_turns, max_turns: as in the run configuration that the model is for.
+    expert_share: chance per turn that the player acts as the expert would.
+    num_mixed_episodes: episodes whose turns are shuffled together, so that a batch holds many tasks.
+    """
+
+    history_turns: int = 1
+    max_turns: int = 10
+    expert_share: float = 0.5
+    num_mixed_episodes: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the two players would answer now, as the environment reads it."""
+
+    expert: str
+    erring: str
+
+
+Player = Callable[[Observation, random.Random], Choice]
+"""Both players of one episode: called once per turn, they know what prompts have told so far and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlayedTurn:
+    """One turn before its answer: what was read out of the last response, what is seen, what would be and is played."""
+
+    previous_action: str | None
+    observation: Observation
+    choice: Choice
+    played: str
+
+
+class WindowDemonstrator(ABC):
+    """Writes one turn at a time: the prompt with its window of history, and the response."""
+
+    def __init__(self, recipe: WindowRecipe, environment: Environment) -> None:
+        self.recipe = recipe
+        self.environment = environment
+        self.tasks: Sequence[Task] = environment.list_tasks(TRAIN_SPLIT)
+        self.library = load_skill_library(SHIPPED_LIBRARIES / recipe.environment)
+        self._written: list[Example] = []
+
+    @abstractmethod
+    def list_phrases(self) -> Sequence[str]: ...
+
+    def list_common_phrases(self) -> list[str]:
+        """What every prompt says in the same words: instructions, format, the window's own words, and skills."""
+        texts = [self.environment.instructions, self.environment.action_format, *_WINDOW_WORDS]
+        return [*filter(None, texts), *(skill.text for skill in self.library.skills)]
+
+    @abstractmethod
+    def open_player(self, task: Task) -> Player: ...
+
+    def iterate_sentences(self, rng: random.Random) -> Iterator[str]:
+        for _ in range(self.recipe.num_tokenizer_episodes):
+            task = rng.choice(self.tasks)
+            yield f"Task: {task.description}\n"
+            for turn in self._play(task, rng):
+                yield "\n".join([f"Seen: {turn.observation.text}", *turn.observation.admissible_actions, turn.played])
+
+    def write(self, chat: ChatTokenizer, rng: random.Random, hinted_share: float) -> Example:
+        if not self._written:
+            for _ in range(self.recipe.num_mixed_episodes):
+                self._written.extend(self._write_episode(chat, rng, is_hinted=rng.random() < hinted_share))
+            rng.shuffle(self._written)
+        return self._written.pop()
+
+    def _write_episode(self, chat: ChatTokenizer, rng: random.Random, *, is_hinted: bool) -> Iterator[Example]:
+        task = rng.choice(self.tasks)
+        setting = self._describe(task, is_hinted=is_hinted)
+        window = HistoryWindow(chat, setting, self.recipe.history_turns, self.recipe.max_positions)
+        for turn in self._play(task, rng):
+            seen = (turn.observation.text, turn.observation.admissible_actions)
+            if turn.previous_action is None:
+                prompt = window.begin(*seen)
+            else:
+                prompt = window.extend(_NOTHING, StopReason.END_OF_TURN, turn.previous_action, *seen)
+            response = turn.choice.expert if is_hinted else turn.played
+            ids = chat.tokenizer.encode(response, add_special_tokens=False)
+            yield [(prompt.token_ids.tolist(), False), ([*ids, END_OF_TURN_ID], True)]
+
+    def _play(self, task: Task, rng: random.Random) -> Iterator[PlayedTurn]:
+        player = self.open_player(task)
+        observation = self.environment.reset(task.task_id, task.seed)
+        previous_action = None
+        for _ in range(self.recipe.max_turns):
+            choice = player(observation, rng)
+            played = choice.expert if rng.random() < self.recipe.expert_share else choice.erring
+            yield PlayedTurn(previous_action, observation, choice, played)
+            result = self.environment.step(played)
+            if result.is_over:
+                return
+            observation, previous_action = result.observation, result.action
+
+    def _describe(self, task: Task, *, is_hinted: bool) -> EpisodeSetting:
+        skills = [skill for skill in self.library.skills if not skill.is_specific or task.task_type in skill.task_types]
+        return EpisodeSetting(
+            instructions=self.environment.instructions,
+            action_format=self.environment.action_format,
+            task_description=task.description,
+            skill_text=format_skills(skills) if is_hinted else "",
+        )
