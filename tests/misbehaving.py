@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from sdar.contracts.errors import CapacityError
 from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
 
@@ -40,6 +41,8 @@ class Misbehaving(Environment):
                 return Observation("\ud800")
             case -3:
                 time.sleep(3600)
+            case -4:
+                raise CapacityError("no chair is free")
         return Observation(f"process {os.getpid()}", ("stay",), {"seed": str(seed)})
 
     def step(self, text: str) -> StepResult:
@@ -57,6 +60,10 @@ class Misbehaving(Environment):
                 sys.exit(4)
             case ["raise"]:
                 raise ZeroDivisionError("by zero")
+            case ["full"]:
+                raise CapacityError("no chair is free")
+            case ["unknown"]:
+                raise self.unknown_task("chair")
             case ["reward", reward]:
                 return StepResult(here, float(reward))
             case ["component", value]:

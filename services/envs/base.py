@@ -119,7 +119,7 @@ class Environment(ABC):
     def reset(self, task_id: str, seed: int) -> Observation:
         """Start an episode over. The same task and seed give the same episode for the same actions, on every machine.
 
-        Raises UnknownResourceError for a task that is not there.
+        Raises UnknownResourceError for a task that is not there, CapacityError if something outside has no room for it now.
         """
 
     @abstractmethod

@@ -13,11 +13,20 @@ from typing import Any
 
 import structlog
 
-from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnavailableError, UnknownResourceError
+from sdar.contracts.errors import (
+    CapacityError,
+    ConfigurationError,
+    EnvironmentFailedError,
+    UnavailableError,
+    UnknownResourceError,
+)
 from sdar.contracts.types import Task
 from services.envs.answers import NonsenseError, read_description, read_observation, read_step, read_task
 from services.envs.base import Environment, EnvironmentDescription, Observation, StepResult
 from services.envs.player import Answer, Player, Request
+
+_RAISED = {kind.__name__: kind for kind in (UnknownResourceError, CapacityError, EnvironmentFailedError)}
+"""What an environment may raise on purpose; it reaches the caller as it is."""
 
 OnLost = Callable[[Sequence[str], str], None]
 """Told the ids of sessions that went down with what played them, and why."""
@@ -57,7 +66,7 @@ class Host(ABC):
             answer = await self._ask("", {"call": "describe", "environment": name, "arguments": {}})
             try:
                 self._descriptions[name] = self._read(name, answer, read_description)
-            except (EnvironmentFailedError, UnknownResourceError) as error:
+            except (EnvironmentFailedError, UnknownResourceError, CapacityError) as error:
                 raise ConfigurationError(f"Environment {name} cannot describe itself and count its tasks: {error}") from error
 
     @abstractmethod
@@ -82,7 +91,7 @@ class Host(ABC):
         return self._read(environment, answer, lambda values: [read_task(environment, task) for task in values["tasks"]])
 
     async def open(self, session_id: str, environment: str, task_id: str, seed: int) -> tuple[Task, Observation]:
-        """Start an episode. Raises UnknownResourceError for a task that is not there."""
+        """Start an episode. Raises UnknownResourceError: no such task. CapacityError: something outside has no room now."""
         arguments = {"session_id": session_id, "task_id": task_id, "seed": seed}
         answer = await self._ask(session_id, {"call": "reset", "environment": environment, "arguments": arguments})
         return self._read(
@@ -95,7 +104,10 @@ class Host(ABC):
         """Play one response of the agent."""
         arguments = {"session_id": session_id, "text": text}
         answer = await self._ask(session_id, {"call": "step", "environment": environment, "arguments": arguments})
-        return self._read(environment, answer, read_step)
+        try:
+            return self._read(environment, answer, read_step)
+        except (UnknownResourceError, CapacityError) as error:  # an episode that is being played cannot be refused any more
+            raise self._failed(environment, f"raised {type(error).__name__}: {error} in step") from error
 
     @abstractmethod
     def close(self, session_id: str, environment: str) -> None:
@@ -106,8 +118,12 @@ class Host(ABC):
         """Have a request played, for a session or for none. Raises EnvironmentFailedError for a call that hangs."""
 
     def _read(self, environment: str, answer: Answer, read: Callable[[Any], Any]) -> Any:
-        if "unknown" in answer:
-            raise UnknownResourceError(answer["unknown"], **answer["fields"])
+        if "raised" in answer:
+            error = _RAISED[answer["raised"]](answer["message"])
+            error.fields = answer["fields"]
+            if isinstance(error, EnvironmentFailedError):
+                log.warning("environment_failed", environment=environment, reason=error.message)
+            raise error
         if "failure" in answer:
             told = {"exception": answer["traceback"]} if "traceback" in answer else {}
             log.warning("environment_failed", environment=environment, reason=answer["failure"], **told)

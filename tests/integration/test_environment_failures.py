@@ -15,7 +15,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError, UnknownResourceError
+from sdar.contracts.errors import CapacityError, EnvironmentFailedError, InvalidInputError, UnknownResourceError
 from sdar.runtime.rpc import connect
 from sdar.v1 import environment_pb2 as pb
 from services.envs.registry import EnvironmentSource
@@ -40,6 +40,8 @@ NONSENSE = {
     "bytes": "neither text, number nor boolean",
     "nothing": "returned None, expected a StepResult",
     "enormous": "40000.* bytes, the limit is",
+    "full": "CapacityError: no chair is free in step",
+    "unknown": "UnknownResourceError: .* in step",
     "raise": "ZeroDivisionError: by zero in step",
 }
 
@@ -77,6 +79,12 @@ async def test_nonsense_fails_its_session_only_with_a_typed_error(client, comman
 async def test_an_episode_that_does_not_start_is_a_typed_error_and_holds_no_place(client, seed, why):
     with pytest.raises(EnvironmentFailedError, match=why):
         await open_session(client, seed=seed)
+    assert (await client.describe()).environments[0].capacity.num_open_sessions == 0
+
+
+async def test_an_environment_that_is_full_says_so_and_holds_no_place(client):
+    with pytest.raises(CapacityError, match="no chair is free"):
+        await open_session(client, seed=-4)
     assert (await client.describe()).environments[0].capacity.num_open_sessions == 0
 
 
