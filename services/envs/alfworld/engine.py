@@ -316,7 +316,7 @@ def _explain(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARACTERS]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:_MAX_REASON_CHARACTERS]
         raise EnvironmentFailedError(
             f"Game {path} cannot be played: {reason}. Replace the file by a sound one, or generate games anew.", path=path
         ) from error

@@ -158,18 +158,19 @@ def read_index(path: Path) -> list[GameEntry]:
     except TypeError as error:
         raise ConfigurationError(f"Index {path} has a damaged entry: {error}. Delete the file.", path=path) from error
     for entry in entries:
-        if entry.split not in SPLITS or entry.task_type not in TASK_TYPES:
+        is_text = isinstance(entry.task_id, str) and isinstance(entry.description, str)
+        if not is_text or entry.split not in SPLITS or entry.task_type not in TASK_TYPES:
             raise ConfigurationError(f"Index {path} lists {entry}, of no known split or task type. Delete the file.", path=path)
     return entries
 
 
 def _load_cached_index(directory: Path) -> list[GameEntry]:
-    """The index from the user's cache. Its name hashes every game's path, size and time: changed games make a new one."""
+    """The index from the user's cache. Its name hashes every file's path, size and time: changed games make a new one."""
     games = sorted(_find_games(directory))
     state = hashlib.sha256(f"{_INDEX_VERSION} {directory.resolve()}".encode())
-    for game in games:
-        status = game.stat()
-        state.update(f"{game.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for file in (game.with_name(name) for game in games for name in (GAME_FILE, TRAJECTORY_FILE)):
+        status = file.stat()
+        state.update(f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode())
     path = load_settings().cache.expanduser() / "alfworld" / f"{state.hexdigest()[:32]}.json"
     if path.exists():
         return read_index(path)

@@ -44,6 +44,10 @@ _EXPRESSION_NODES = (
 )
 
 
+class GrammarError(Exception):
+    """A game's grammar cannot be used. No ValueError: TextWorld takes those for a command that does not apply."""
+
+
 @lru_cache(maxsize=_MAX_TEMPLATES)
 def parse_template(text: str) -> tuple[Symbol, ...]:
     """The symbols of a template. They are shared: nobody may write into them."""
@@ -60,13 +64,13 @@ def compile_expression(expression: str) -> CodeType:
     """The code of a template's `{expression}`: names, attributes, `+`, `or` and `and` over texts.
 
     Raises:
-        ValueError: anything else, which could reach the process that plays.
+        GrammarError: anything else, which could reach the process that plays.
     """
     tree = ast.parse(expression.strip(), mode="eval")
     for node in ast.walk(tree):
         is_private = isinstance(node, ast.Attribute) and node.attr.startswith("_")
         if not isinstance(node, _EXPRESSION_NODES) or is_private:
-            raise ValueError(f"template expression {expression!r} is more than names, attributes and +")
+            raise GrammarError(f"template expression {expression!r} is more than names, attributes and +")
     return compile(tree, "<template>", "eval")
 
 
@@ -141,13 +145,13 @@ class SentenceGrammar:
             case EvalSymbol():
                 code = compile_expression(symbol.expression)
                 return str(eval(code, {"__builtins__": {}}, dict(scene.variables)))
-        raise ValueError(f"grammar symbol {symbol!r} is of no known kind")
+        raise GrammarError(f"grammar symbol {symbol!r} is of no known kind")
 
     def _choose(self, name: str, scene: Scene) -> tuple[Symbol, ...]:
         for production in self._productions.get(name, ()):
             if not production.condition or scene.find_matches(production.condition):
                 return production.symbols
-        raise ValueError(f"grammar symbol #{name}# has no production that applies")
+        raise GrammarError(f"grammar symbol #{name}# has no production that applies")
 
     def _write_each(self, symbol: ConditionalSymbol, scene: Scene) -> list[str]:
         return [self._write_symbol(symbol.expression, found) for found in scene.find_matches(symbol.given or "")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 from services.envs.alfworld.upstream import constants, goal_library
@@ -206,6 +207,7 @@ class RoomTask:
     things: tuple[Thing, ...]
 
 
+@lru_cache(maxsize=512)
 def build_scene(kind: str, size: str, index: int, seed: int) -> Scene:
     """The room of a number: the same furniture for the same seed."""
     room, number = ROOM_KINDS[kind], ROOM_KINDS[kind].first_scene + index
