@@ -12,7 +12,7 @@ import sys
 import uvicorn
 from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
 
-MAX_SESSIONS = 64
+MAX_SESSIONS = 16
 LARGEST = 30
 
 

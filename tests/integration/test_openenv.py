@@ -1,4 +1,4 @@
-"""The OpenEnv adapter against OpenEnv's own server, started as a process with the example game."""
+"""The OpenEnv adapter against OpenEnv's own server with the example game, each server a process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ import httpx
 import pytest
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, EnvironmentFailedError
+from sdar.runtime.rpc import call, connect
+from sdar.v1 import environment_pb2, environment_pb2_grpc
 from services.envs.adapters.openenv_adapter import OpenEnvEnvironment
+from tests.integration.commands import SDAR, server_process
 
 GAME = Path(__file__).parents[2] / "examples" / "environments" / "openenv_game.py"
-CAPACITY = 64
+CAPACITY = 16
 
 
 @contextmanager
@@ -169,3 +172,21 @@ def test_a_server_that_hangs_fails_the_episode_in_time_and_closing_frees_who_wai
             patient.close()
             with pytest.raises(EnvironmentFailedError):
                 waiting.result(timeout=30)
+
+
+async def test_a_full_openenv_server_is_resource_exhausted_and_a_dead_one_unavailable():
+    with playing_server() as (process, url):
+        command = [*SDAR, "env", "serve", "openenv", "--option", f"url={url}", "--port", "0", "--workers", "1"]
+        async with server_process(command) as server, connect(server.address) as channel:
+            stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            request = environment_pb2.OpenSessionRequest(environment="openenv", task_id="train-0")
+            opened = [await call(stub.OpenSession, request, timeout_s=10) for _ in range(CAPACITY)]
+            with pytest.raises(CapacityError, match="Raise its max_concurrent_envs"):
+                await call(stub.OpenSession, request, timeout_s=10)
+            process.kill()
+            process.wait()
+            step = environment_pb2.StepRequest(session_id=opened[0].session_id, text="1")
+            with pytest.raises(EnvironmentFailedError, match="hung up during step"):
+                await call(stub.Step, step, timeout_s=10)
+            with pytest.raises(EnvironmentFailedError, match="cannot be reached"):
+                await call(stub.OpenSession, request, timeout_s=10)
