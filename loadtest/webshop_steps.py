@@ -61,7 +61,7 @@ def measure(say: Say) -> Measurement:
         tables=(Table("WebShop: what it takes", ("what", "figure"), rows),),
         notes=(
             f"The catalogue: {made} The peer's figure is the published one, from another machine, and the lower end of its "
-            "range; the original's catalogue and pages are larger.",
+            "range; the original's pages are HTML and longer.",
         ),
     )
 

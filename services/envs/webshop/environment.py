@@ -55,13 +55,15 @@ class WebShopEnvironment(Environment):
         if goals not in GOAL_KINDS:
             raise ConfigurationError(f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}.")
         settings = load_settings()
-        directory = Path(data_dir) if data_dir else settings.webshop_data
-        if directory is None:
+        directory = data_dir or settings.webshop_data
+        if not directory:
             raise ConfigurationError(
                 "WebShop does not know where its catalogue is. Set the option data_dir or the variable WEBSHOP_DATA to a "
                 "directory with the published files, or make one: sdar env generate webshop DIRECTORY"
             )
-        self.catalogue = open_catalogue(directory.resolve(), settings.cache.expanduser().resolve(), small, GOAL_KINDS[goals])
+        self.catalogue = open_catalogue(
+            Path(directory).expanduser().resolve(), settings.cache.expanduser().resolve(), small, GOAL_KINDS[goals]
+        )
         self._nouns = load_noun_finder()
         # Scores of different catalogues or noun finders are not comparable, so they are different versions.
         self.version = f"{type(self).version}-{self._nouns.name}-{self.catalogue.digest[:8]}"

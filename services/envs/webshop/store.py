@@ -99,6 +99,9 @@ def _prepare(files: SourceFiles, is_human: bool, prepared: Path) -> None:
     with _hold_lock(prepared.with_suffix(".lock")):
         if prepared.exists():
             return
+        for left_behind in prepared.parent.glob(f"{prepared.name}-*"):
+            # By a process that was killed: whoever holds the lock is the only one at work.
+            shutil.rmtree(left_behind, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f"{prepared.name}-", dir=prepared.parent))
         try:
             _write(files, is_human, building)

@@ -336,8 +336,13 @@ def test_an_unknown_split_is_refused(shop):
 
 
 def test_without_a_directory_the_variable_is_read(data_dir, monkeypatch):
-    with pytest.raises(ConfigurationError, match=r"option data_dir or the variable WEBSHOP_DATA.*sdar env generate webshop"):
-        WebShopEnvironment()
+    for is_empty in (False, True):
+        if is_empty:
+            monkeypatch.setenv("WEBSHOP_DATA", "")
+        with pytest.raises(
+            ConfigurationError, match=r"option data_dir or the variable WEBSHOP_DATA.*sdar env generate webshop"
+        ):
+            WebShopEnvironment()
     monkeypatch.setenv("WEBSHOP_DATA", data_dir)
     assert len(WebShopEnvironment().list_tasks("train")) == 3
 

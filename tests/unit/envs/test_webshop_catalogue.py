@@ -263,6 +263,13 @@ def test_a_preparation_that_fails_leaves_nothing_behind(tmp_path, cache):
     assert not [path for path in (cache / "webshop").iterdir() if path.is_dir()]
 
 
+def test_what_a_killed_process_left_half_made_is_cleared_away(tmp_path, cache):
+    digest = open_catalogue(write_files(tmp_path / "a"), tmp_path / "first", False, None).digest
+    (cache / "webshop" / f"{digest}-half").mkdir(parents=True)
+    open_catalogue(tmp_path / "a", cache, False, None)
+    assert [path.name for path in sorted((cache / "webshop").iterdir())] == [digest, f"{digest}.lock"]
+
+
 def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="SDAR_CACHE"):
