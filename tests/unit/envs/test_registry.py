@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sdar.contracts.errors import ConfigurationError
@@ -10,6 +12,7 @@ from services.envs.household import HouseholdEnvironment
 from services.envs.registry import BUILT_IN, EnvironmentSource, is_loading, load_environment, locate_class
 
 HERE = __name__
+ROOT = Path(__file__).parents[3]
 
 
 class Walled(Environment):
@@ -123,3 +126,13 @@ def test_a_class_that_another_process_cannot_import_is_refused():
 
     with pytest.raises(ConfigurationError, match="top level"):
         locate_class(Local)
+
+
+def test_the_example_in_the_documentation_is_the_one_that_is_tested():
+    example = (ROOT / "examples" / "environments" / "guess_number.py").read_text()
+    assert f"```python\n{example}```" in (ROOT / "docs" / "environments.md").read_text()
+
+
+def test_the_documentation_lists_every_environment_that_is_built_in():
+    documentation = (ROOT / "docs" / "environments.md").read_text()
+    assert [name for name in BUILT_IN if f"| `{name}` |" not in documentation] == []
