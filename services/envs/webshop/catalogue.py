@@ -31,7 +31,7 @@ MAX_ASIN_LENGTH = 10
 
 _CHUNK_CHARACTERS = 2**24
 """Read at once, and more than any entry of the published files has: the largest file has 5 GB and is never held whole."""
-_BETWEEN_ENTRIES = re.compile(r"[\s,]*")
+_NEXT_ENTRY = re.compile(r"[^\s,]")
 _SHOWN_CHARACTERS = 60
 
 
@@ -122,7 +122,8 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
             raise ConfigurationError(f"{path} holds no list, expected one of objects. Download or generate it again.")
         position, index = 1, 0
         while True:
-            position = _BETWEEN_ENTRIES.match(text, position).end()  # type: ignore[union-attr] - it matches nothing, too
+            found = _NEXT_ENTRY.search(text, position)
+            position = found.start() if found else len(text)
             if text[position : position + 1] == "]":
                 return
             try:

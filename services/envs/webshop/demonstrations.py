@@ -95,7 +95,7 @@ def list_expert_actions(environment: WebShopEnvironment, task_id: str) -> list[s
         return []
     options = catalogue.get_product(results[rank]).options
     actions = [f"search[{query}]", *["click[next >]"] * (rank // PAGE_SIZE), f"click[{goal.asin.lower()}]"]
-    actions += [f"click[{value}]" for value in _pick_values(options.values(), goal)]
+    actions += [f"click[{value}]" for value in _pick_values(list(options.values()), goal)]
     return [write_action(action, "as planned") for action in [*actions, "click[buy now]"]]
 
 

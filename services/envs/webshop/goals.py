@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,12 @@ class GoalReader:
     """Turns products into goals: by the instructions people wrote, or by the synthetic ones of the attribute file."""
 
     def __init__(self, files: SourceFiles, is_human: bool) -> None:
-        self._path = files.human if is_human else files.attributes
-        self._instructions: Mapping[str, Any] = read_object(self._path) if self._path else {}
+        self._path = files.human if is_human and files.human else files.attributes
+        self._instructions = read_object(self._path)
         self._read = self._read_human if is_human else self._read_synthetic
 
     def iterate_goals(self, product: Product) -> Iterator[Goal]:
-        if self._path is not None and product.asin in self._instructions:
+        if product.asin in self._instructions:
             yield from self._read(product, self._instructions[product.asin])
 
     def _read_human(self, product: Product, instructions: Any) -> Iterator[Goal]:

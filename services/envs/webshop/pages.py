@@ -86,12 +86,12 @@ class PageMachine:
         facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
         # Of two options with a value in common, the value belongs to the later one; a button keeps its own name. As published.
         choices: Links = {
-            value: partial(self._choose, product, name, value) for name, values in product.options.items() for value in values
+            value: partial(self._choose, name, value) for name, values in product.options.items() for value in values
         }
         links = _in_lower_case(navigation | pages)
         self._show([*navigation, *options, *facts, *pages], links | {v: link for v, link in choices.items() if v not in links})
 
-    def _choose(self, product: Product, name: str, value: str) -> None:
+    def _choose(self, name: str, value: str) -> None:
         """The page stays as it is: a text page shows no choice, as published."""
         self.chosen = {**self.chosen, name: value}
 

@@ -34,7 +34,7 @@ class TextAnalysis:
 
     def list_terms(self, text: str) -> list[str]:
         words = (word[:-2] if word.endswith(_POSSESSIVES) else word for word in _WORD.findall(text.lower()))
-        return self._stemmer.stemWords([word for word in words if word not in STOP_WORDS])
+        return list(self._stemmer.stemWords([word for word in words if word not in STOP_WORDS]))
 
 
 def describe_for_search(product: Product) -> str:
