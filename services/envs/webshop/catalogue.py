@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from sdar.contracts.errors import ConfigurationError
 
@@ -117,7 +117,7 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
     """The objects of a JSON list, one after the other: the file is never held whole. Raises ConfigurationError."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
-        text = file.read(chunk_characters).lstrip()
+        text = _read_characters(file, chunk_characters).lstrip()
         if not text.startswith("["):
             raise ConfigurationError(f"{path} holds no list, expected one of objects. Download or generate it again.")
         position, index = 1, 0
@@ -129,7 +129,7 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
             try:
                 value, end = decoder.raw_decode(text, position)
             except ValueError as error:
-                more = file.read(chunk_characters) if len(text) - position < chunk_characters else ""
+                more = _read_characters(file, chunk_characters) if len(text) - position < chunk_characters else ""
                 if not more:
                     raise ConfigurationError(
                         f"{path} entry {index} is not JSON: {error}. Download or generate it again."
@@ -138,6 +138,13 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
                 continue
             yield Entry(path, index, value)
             position, index = end, index + 1
+
+
+def _read_characters(file: TextIO, count: int) -> str:
+    try:
+        return file.read(count)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{file.name} is not UTF-8: {error}. Download or generate it again.") from error
 
 
 class Entry:

@@ -197,6 +197,14 @@ def test_a_file_that_breaks_off_is_refused(tmp_path, text):
         list(iterate_entries(path))
 
 
+@pytest.mark.parametrize("name", ["items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01" * 9, b'[{"asin": "\xe9"}]', b"null"])
+def test_files_that_are_no_text_or_empty_are_refused_by_name(tmp_path, cache, name, content):
+    (write_files(tmp_path) / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=name):
+        open_catalogue(tmp_path, cache, False, None)
+
+
 def test_an_entry_is_put_together_from_what_is_read_in_pieces(tmp_path):
     path = tmp_path / "items.json"
     path.write_text(json.dumps([{"asin": "x" * length} for length in (50, 3, 50, 0)]))
