@@ -14,9 +14,10 @@ from typing import Any
 import grpc.aio
 from rich.console import Console
 
-from sdar.cli.conformance.bench import Bench
+from sdar.cli.conformance.bench import Bench, Refusal
+from sdar.cli.conformance.check import FailedCheck
 from sdar.cli.conformance.runner import find_environment
-from sdar.contracts.errors import UnknownResourceError
+from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.runtime.rpc import call, connect
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
@@ -42,11 +43,22 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
 
         channel, bench = runner.run(begin())
         try:
-            runner.run(bench.find_action_form())
+            runner.run(_find_action_form(bench, address))
             game = _Game(runner, environment_pb2_grpc.EnvironmentServiceStub(channel), address, bench)
             game.play(task_id or game.first_task(split), seed)
         finally:
             runner.run(channel.close(None))
+
+
+async def _find_action_form(bench: Bench, address: str) -> None:
+    try:
+        await bench.find_action_form()
+    except (Refusal, FailedCheck) as error:
+        raise UnavailableError(
+            f"No episode can be begun at {address}: {error}. `sdar env check {address}` says more."
+        ) from error
+    finally:
+        await bench.close_opened()
 
 
 class _Game:
@@ -84,8 +96,8 @@ class _Game:
             if text:
                 self._say(text)
         self._say("A number chooses an action of the list. Ctrl-D leaves the game.", "dim")
-        if self._action_form != "{}":
-            self._say(f"A line without a < is sent as {self._action_form.format('...')}", "dim")
+        if not self._action_form.is_bare:
+            self._say(f"A line without a < is sent as {self._action_form.write('...')}", "dim")
 
     def _take_turns(self, opened: environment_pb2.OpenSessionResponse) -> None:
         observation, actions, total = opened.observation, list(opened.admissible_actions), 0.0
@@ -121,10 +133,10 @@ class _Game:
             except EOFError:
                 return None
             if not actions or not line.strip().isdecimal():
-                return line if "<" in line else self._action_form.replace("{}", line)
+                return line if "<" in line else self._action_form.write(line)
             number = int(line)
             if 1 <= number <= len(actions):
-                return self._action_form.replace("{}", actions[number - 1])
+                return self._action_form.write(actions[number - 1])
             self._say(f"No action {number}: choose 1 to {len(actions)}, or write one.", "yellow")
 
     def _end(self, answer: environment_pb2.StepResponse, num_turns: int, total: float) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from sdar.cli.conformance.actions import ActionForm, choose_words, list_forms
 from sdar.cli.conformance.check import CheckNotRun, FailedCheck, expect
 from sdar.runtime.rpc import read_error_detail
 from sdar.v1 import environment_pb2, environment_pb2_grpc, task_pb2
@@ -33,7 +33,6 @@ LEASE_S = 120.0
 _NUM_SCRIPTS_TRIED = 4
 _POLL_EVERY_S = 0.05
 _SHOWN_CHARACTERS = 160
-_THOUGHT = "<think>A conformance check.</think>"
 
 
 class Refusal(Exception):
@@ -71,7 +70,7 @@ class Bench:
     channel: grpc.aio.Channel
     described: environment_pb2.EnvironmentDescription
     settle_timeout_s: float = SETTLE_TIMEOUT_S
-    action_form: str = "{}"
+    action_form: ActionForm = field(default_factory=ActionForm)
     is_action_known: bool = False
     refusals: list[Refusal] = field(default_factory=list)
     _opened: set[str] = field(default_factory=set)
@@ -189,27 +188,29 @@ class Bench:
             raise CheckNotRun(f"it needs {count} sessions at once, {free} are free: serve with --capacity 16 to run it")
 
     async def find_action_form(self) -> None:
-        """Try the ways an action might be written, with the first task: bare, or in a tag that action_format names."""
+        """Try the ways an action might be written, with the first step of the first task."""
         task = await self.first_task()
-        tags = dict.fromkeys(re.findall(r"<(\w+)>", self.described.action_format))
-        forms = ["{}", *(f"{_THOUGHT}<{tag}>{{}}</{tag}>" for tag in tags if tag != "think")]
-        valid: list[tuple[bool, str]] = []
-        for form in forms:
-            opened = await self.open(task.task_id)
-            answer = await self.step(opened.session_id, 0, form.format(_first_action(opened.admissible_actions, task)))
-            await self.close(opened.session_id)
+        opened = await self.open(task.task_id)
+        is_listed = bool(opened.admissible_actions)
+        await self.close(opened.session_id)
+        valid: list[tuple[bool, ActionForm]] = []
+        for form in list_forms(self.described.action_format, is_listed=is_listed):
+            self.action_form = form
+            answer = (await self.play(task, 0, self.actor(task, 0), max_turns=1)).answers[0]
             if answer.is_action_valid:
                 valid.append((is_over(answer), form))
-        if valid:
-            # One that goes on shows more than one that ends the episode.
-            self.is_action_known, self.action_form = True, min(valid, key=lambda one: one[0])[1]
+        self.is_action_known = bool(valid)
+        # One that goes on shows more than one that ends the episode.
+        self.action_form = min(valid, key=lambda one: one[0])[1] if valid else ActionForm()
 
     def actor(self, task: task_pb2.Task, seed: int) -> Chooser:
         """Plays listed actions at random, the same ones every time; words of the task where none are listed."""
         dice = random.Random(f"{task.task_id} {seed}")
 
         def choose(turn: int, actions: Sequence[str]) -> str:
-            return self.action_form.format(dice.choice(actions) if actions else _first_action((), task, turn))
+            if actions:
+                return self.action_form.write(dice.choice(actions))
+            return self.action_form.write_words(choose_words(task.description, turn))
 
         return choose
 
@@ -333,8 +334,3 @@ async def poll(is_reached: Callable[[], Awaitable[bool]], timeout_s: float) -> b
             return False
         await asyncio.sleep(_POLL_EVERY_S)
     return True
-
-
-def _first_action(actions: Sequence[str], task: task_pb2.Task, turn: int = 0) -> str:
-    words = task.description.split() or [task.task_id]
-    return actions[0] if actions else " ".join(words[turn % len(words) :][:4])

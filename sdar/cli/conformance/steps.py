@@ -131,7 +131,7 @@ async def step_after_end(bench: Bench) -> None:
 async def text_strange(bench: Bench) -> None:
     task = await bench.first_task()
     for name, text in {"empty": "", "blanks": " \t\n", **STRANGE_TEXTS}.items():
-        for sent in (text, bench.action_form.replace("{}", text)):
+        for sent in (text, bench.action_form.write(text)):
             opened = await bench.open(task.task_id)
             try:
                 await bench.step(opened.session_id, 0, sent)
