@@ -31,9 +31,12 @@ MEASUREMENTS = {
     "weights": "loadtest.weight_publication",
     "waiting": "loadtest.service_waiting",
     "sessions": "loadtest.environment_sessions",
+    "alfworld": "loadtest.alfworld_engine",
+    "webshop": "loadtest.webshop_steps",
+    "search": "loadtest.search_steps",
 }
 """Name to the module whose `measure(say)` returns a `Measurement`, in the order of the page."""
-GROUPS = {"environments": ("sessions",)}
+GROUPS = {"environments": ("sessions", "alfworld", "webshop", "search")}
 """Name to measurements that are run by it."""
 
 

