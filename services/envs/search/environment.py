@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prometheus_client import Counter
-
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
@@ -22,10 +20,12 @@ MAX_PASSAGE_CHARACTERS = 1500
 MAX_QUERY_CHARACTERS = 500
 MAX_TOPK = 100
 
-RETRIEVER_FAILURES = Counter("sdar_search_retriever_failures_total", "Searches that found no working retriever")
+RETRIEVER_ERROR = "retriever_error"
+"""Of a step's info, with the reason, and of its reward components, where evaluations count it."""
 
 FIRST_OBSERVATION = "You have searched nothing yet."
 NO_ACTION = "That was neither a search nor an answer. Write <search>words to look for</search> or <answer>answer</answer>."
+SEARCH_FAILED = "The search failed for a technical reason."
 NO_TURN_LEFT = "No turn is left to answer in."
 
 
@@ -104,10 +104,13 @@ class SearchEnvironment(Environment):
             return self._answer(action)
         is_last = self._num_turns >= self.max_turns
         observation, is_playable = self._search(action, is_last)
+        components = {"exact_match": 0.0} if is_last else {}
+        if RETRIEVER_ERROR in observation.info:
+            components[RETRIEVER_ERROR] = 1.0
         return StepResult(
             observation=observation,
             truncated=is_last,
-            reward_components={"exact_match": 0.0} if is_last else {},
+            reward_components=components,
             action=str(action) if action else "",
             is_action_valid=is_playable and action is not None and action.is_valid,
         )
@@ -141,8 +144,7 @@ class SearchEnvironment(Environment):
             (hits,) = self._retriever.retrieve([action.content], self._topk)
         except RetrieverFailedError as error:
             # Never shown as "nothing found": the agent must not learn that the corpus has no answer.
-            RETRIEVER_FAILURES.inc()
-            return Observation("The search failed for a technical reason.", info={"retriever_error": error.message}), True
+            return Observation(SEARCH_FAILED, info={RETRIEVER_ERROR: error.message}), True
         return Observation(show_hits(hits), info={"num_results": str(len(hits))}), True
 
     def _find(self, task_id: str) -> tuple[Task, tuple[str, ...]]:

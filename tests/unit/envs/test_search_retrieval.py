@@ -24,7 +24,7 @@ from services.envs.search.batching import MAX_WAITING_QUERIES, Batcher
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.corpus import iterate_corpus, open_corpus
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss, open_dense_retriever
-from services.envs.search.environment import SHIPPED_DATA, SearchEnvironment
+from services.envs.search.environment import SEARCH_FAILED, SHIPPED_DATA, SearchEnvironment
 from services.envs.search.lexical import K1, B, open_lexical_retriever, rank
 from services.envs.search.passages import Hit, Passage
 from tests.support import until
@@ -459,7 +459,7 @@ def test_an_episode_on_a_service_shows_what_it_found():
 def test_a_failed_search_is_flagged_and_the_episode_goes_on(script):
     with contextlib.nullcontext(f"http://127.0.0.1:{find_free_port()}") if script is None else serve(script) as url:
         failed, answered = play(url, "<search>a</search>", "<answer>b</answer>")
-    assert failed.observation.text == "The search failed for a technical reason."
+    assert (failed.observation.text, failed.reward_components) == (SEARCH_FAILED, {"retriever_error": 1.0})
     assert failed.observation.info["retriever_error"].startswith(f"Retriever {url}/retrieve failed, attempt ")
     assert "num_results" not in failed.observation.info
     assert (failed.is_action_valid, failed.is_over, answered.terminated) == (True, False, True)
