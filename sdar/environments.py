@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
 from services.envs.registry import Option, locate_class
@@ -45,6 +46,11 @@ def serve(
     Raises:
         ConfigurationError: an environment cannot be built or imported by a worker. ConflictError: a port is taken.
     """
+    names = [getattr(environment, "name", "") for environment in environments]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"serve got classes named {names}, expected one or more, each with a name of its own. Set `name` on the class."
+        )
     serve_until_stopped(
         {environment.name: locate_class(environment, options) for environment in environments},
         SessionLimits(max_sessions=capacity, step_timeout_s=step_timeout_s),

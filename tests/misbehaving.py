@@ -23,11 +23,13 @@ class Misbehaving(Environment):
 
     Options:
         trap: a file; while it is there, this environment's process dies when one is built.
+        delay_s: what it takes to build one.
     """
 
     name, version, splits, max_turns = "misbehaving", "1", ("train",), 100
 
-    def __init__(self, trap: str = "") -> None:
+    def __init__(self, trap: str = "", delay_s: float = 0.0) -> None:
+        time.sleep(delay_s)
         if trap and Path(trap).exists():
             os._exit(3)
         self.tasks = {"train": [Task(self.name, "train", f"task {number}", "", "behave .", 0) for number in range(50)]}

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import structlog
@@ -39,7 +41,7 @@ _ABORT_GRACE_S = 1.0
 """Between the signal that makes a hung worker say where it hangs, and the one that cannot be refused."""
 _STOP_GRACE_S = 5.0
 _SHORTEST_DELAY_S = 0.1
-_LONGEST_DELAY_S = 30.0
+_LONGEST_DELAY_S = 5.0
 _SOUND_AFTER_S = 10.0
 """A worker that lived this long is replaced at once; sooner, and the next waits longer."""
 _FULLER_FACTOR, _FULLER_SESSIONS = 1.25, 8
@@ -48,9 +50,13 @@ _FULLER_FACTOR, _FULLER_SESSIONS = 1.25, 8
 _PROGRAM = "import sys; fd = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; from services.envs.worker import main; main(fd)"
 
 
-def count_usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may run on, or fewer if its container is granted less time than they have."""
+    num_cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no such file outside of cgroups, "max" where there is no limit
+        granted_us, period_us = map(int, quota.read_text().split())
+        num_cores = min(num_cores, math.ceil(granted_us / period_us))
+    return num_cores
 
 
 @dataclass(slots=True, eq=False)
@@ -133,7 +139,7 @@ class _Worker(asyncio.Protocol):
         try:
             for answer in self._frames.feed(data):
                 self._settle(self._calls.pop(answer["id"]), answer)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             self.kill(f"sent its server what is no answer: {error!r}")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -243,6 +249,8 @@ class WorkerHost(Host):
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        # Those that nobody keeps yet: the start was given up.
+        await asyncio.gather(*(worker.wait(_STOP_GRACE_S) for worker in list(self._workers.values())))
 
     def close(self, session_id: str, environment: str) -> None:
         worker = self._places.pop(session_id, None)

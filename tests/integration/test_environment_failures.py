@@ -15,12 +15,19 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sdar.contracts.errors import CapacityError, EnvironmentFailedError, InvalidInputError, UnknownResourceError
+from sdar.contracts.errors import (
+    CapacityError,
+    ConfigurationError,
+    EnvironmentFailedError,
+    InvalidInputError,
+    UnknownResourceError,
+)
 from sdar.runtime.rpc import connect
+from sdar.runtime.telemetry import Health
 from sdar.v1 import environment_pb2 as pb
 from services.envs.registry import EnvironmentSource
-from services.envs.server import SERVICE_NAME
-from services.envs.sessions import MAX_TASK_ID_CHARACTERS, SessionLimits
+from services.envs.server import SERVICE_NAME, serve_environments
+from services.envs.sessions import MAX_TASK_ID_CHARACTERS, SessionLimits, SessionManager
 from services.envs.workers import WorkerHost
 from tests.integration.environment_server import Client, serving
 from tests.support import until
@@ -184,6 +191,28 @@ async def test_a_server_is_ready_only_while_a_worker_lives(tmp_path):
         trap.unlink()
         await until(lambda: health.is_ready, timeout_s=10)
         assert (await client.step(await open_session(client), 0, "")).reward == 1
+
+
+def start_server(stopping: asyncio.Event, **options) -> asyncio.Task[None]:
+    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", options)}, 1)
+    sessions = SessionManager(host, SessionLimits())
+    return asyncio.create_task(serve_environments(stopping, sessions=sessions, host="127.0.0.1", port=0, health=Health()))
+
+
+async def test_a_server_whose_environment_cannot_be_built_does_not_start():
+    with pytest.raises(ConfigurationError, match="no option 'volume'"):
+        await start_server(asyncio.Event(), volume=11)
+    assert not psutil.Process().children()
+
+
+async def test_a_server_that_is_still_starting_stops_when_told_to():
+    stopping = asyncio.Event()
+    server = start_server(stopping, delay_s=3600.0)
+    await until(lambda: bool(psutil.Process().children()))
+    stopping.set()
+    async with asyncio.timeout(10):
+        await server
+    assert not psutil.Process().children()
 
 
 # ---- servers as processes of their own, from a script as a user writes it

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.environments import serve
 from services.envs.base import Environment, Observation, StepResult
 from services.envs.household import HouseholdEnvironment
 from services.envs.registry import BUILT_IN, EnvironmentSource, is_loading, load_environment, locate_class
@@ -126,6 +127,12 @@ def test_a_class_that_another_process_cannot_import_is_refused():
 
     with pytest.raises(ConfigurationError, match="top level"):
         locate_class(Local)
+
+
+@pytest.mark.parametrize("kinds", [(), (Nameless,), (Walled, Walled)])
+def test_classes_without_names_of_their_own_are_not_served(kinds):
+    with pytest.raises(ConfigurationError, match="a name of its own"):
+        serve(*kinds)
 
 
 def test_the_example_in_the_documentation_is_the_one_that_is_tested():

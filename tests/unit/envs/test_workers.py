@@ -14,7 +14,7 @@ import pytest
 from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnavailableError, UnknownResourceError
 from services.envs.frames import MAX_FRAME_BYTES, FrameReader, FrameTooLargeError, pack_frame
 from services.envs.registry import EnvironmentSource
-from services.envs.workers import WorkerHost
+from services.envs.workers import WorkerHost, count_usable_cores
 from tests.support import until
 
 TASK = "task 0"
@@ -149,7 +149,7 @@ async def test_a_worker_that_dies_at_every_start_is_tried_again_until_it_lives(t
     ("source", "why"),
     [
         (EnvironmentSource("tests.misbehaving:Nobody"), "expected a subclass"),
-        (EnvironmentSource("tests.misbehaving:Misbehaving", {"volume": 11}), "no option 'volume'.*Its options: trap"),
+        (EnvironmentSource("tests.misbehaving:Misbehaving", {"volume": 11}), "no option 'volume'.*Its options: trap, delay_s"),
         (EnvironmentSource("tests.misbehaving:Misbehaving", {"trap": __file__}), "did not start"),
     ],
 )
@@ -159,6 +159,25 @@ async def test_an_environment_that_cannot_be_built_fails_the_start(source, why):
         await host.start(10.0, lambda session_ids, reason: None)
     await host.stop()
     assert not host.pids
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(tmp_path):
+    own = psutil.Process()
+    children = set(own.children(recursive=True))
+    host = WorkerHost({"it": EnvironmentSource("tests.misbehaving:Misbehaving", {"delay_s": 3600.0})}, 1)
+    starting = asyncio.create_task(host.start(10.0, lambda session_ids, reason: None))
+    await until(lambda: set(own.children(recursive=True)) > children, timeout_s=10)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await host.stop()
+    assert set(own.children(recursive=True)) <= children
+
+
+@pytest.mark.parametrize(("quota", "most"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 1024), ("", 1024)])
+def test_a_container_gets_as_many_workers_as_it_is_granted_cores(tmp_path, quota, most):
+    (tmp_path / "cpu.max").write_text(quota)
+    assert count_usable_cores(tmp_path / "cpu.max") == min(most, len(os.sched_getaffinity(0)))
+    assert count_usable_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
 async def test_what_a_worker_prints_is_no_answer(capfd):
