@@ -14,7 +14,9 @@ imports TextWorld (a second); only the process that plays does. Not thread-safe:
 from __future__ import annotations
 
 import copy
+import struct
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -233,8 +235,41 @@ def _add_types(logic: GameLogic, types: Iterable[tuple[str, tuple[str, ...]]]) -
             known.add(name)
 
 
+@lru_cache(maxsize=1)
+def _read_loadable_part(path: str) -> bytes:
+    """A library's bytes up to the end of what the loader maps: behind come 32 MB of debugging information.
+
+    Read from the program headers of a 64-bit little-endian ELF file; another kind of library is returned whole.
+    """
+    content = Path(path).read_bytes()
+    if not content.startswith(b"\x7fELF\x02\x01"):
+        return content
+    (table,), (entry_bytes, num_entries) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
+    entries = [struct.unpack_from("<IIQQQQ", content, table + number * entry_bytes) for number in range(num_entries)]
+    return content[: max(offset + size for _, _, offset, _, _, size in entries)]
+
+
+@contextmanager
+def _smaller_library() -> Iterator[None]:
+    """Fast Downward copies its library for each of its instances: let it copy only what is loaded."""
+    interface = fast_downward.interface
+    whole = interface.DOWNWARD_LIB_PATH
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(_read_loadable_part(str(whole)))
+        file.flush()
+        interface.DOWNWARD_LIB_PATH = file.name
+        try:
+            yield
+        finally:
+            interface.DOWNWARD_LIB_PATH = whole
+
+
 class KeptPddlEnv(PddlEnv):
     """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done and checked before."""
+
+    def __init__(self, infos: textworld.EnvInfos) -> None:
+        with _smaller_library():
+            super().__init__(infos)
 
     def load(self, filename_or_data: Mapping[str, Any]) -> None:
         if len(mementos.core._memento_cache) > _MAX_INTERNED:
@@ -260,7 +295,8 @@ def build_stack(engine: type[PddlEnv] = KeptPddlEnv) -> AlfredInfos:
     return AlfredInfos(AlfredDemangler(engine(infos), shuffle=False))
 
 
-# Every PddlEnv holds a copy of Fast Downward's library (33 MB, deleted but open) until the process ends: none is ever dropped.
+# No PddlEnv is ever dropped: its copy of Fast Downward's library stays until the process ends, as unloading one makes loading
+# the next crash. They are as many as games were ever in play at once.
 _idle_stacks: list[AlfredInfos] = []
 
 
