@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe
+from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
 from sdar.contracts.types import Task
 from services.envs.alfworld.demonstrations import read_aim
 from services.envs.alfworld.environment import AlfworldEnvironment
@@ -86,6 +86,7 @@ class AlfworldRecipe(WindowRecipe):
     num_tokenizer_episodes: int = 300
     max_turns: int = 14
     expert_share: float = 0.6
+    thinned_share: float = 0.5
     phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2500, 4e-3, 0.8, 0.4),)
     games_seed: int = 20_000
     num_games: int = 240
@@ -95,7 +96,7 @@ class AlfworldRecipe(WindowRecipe):
         return AlfworldDemonstrator(self)
 
     def describe_wording(self) -> list[Any]:
-        return [AlfworldEnvironment.version, AlfworldEnvironment.instructions, AlfworldEnvironment.action_format, _WORDS]
+        return [describe_prompts(AlfworldEnvironment), _WORDS]
 
 
 class AlfworldDemonstrator(WindowDemonstrator):

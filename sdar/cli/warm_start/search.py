@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe
+from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
 from sdar.contracts.types import Task
 from services.envs.base import Observation
 from services.envs.search import environment as search_environment
@@ -57,7 +57,7 @@ class SearchRecipe(WindowRecipe):
             return SearchDemonstrator(self, environment)
 
     def describe_wording(self) -> list[Any]:
-        return [SearchEnvironment.version, _list_own_phrases()]
+        return [describe_prompts(SearchEnvironment), _list_own_phrases()]
 
 
 class SearchDemonstrator(WindowDemonstrator):

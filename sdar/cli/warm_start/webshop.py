@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import services
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe
+from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
 from sdar.contracts.types import Task
 from services.envs.base import Observation
 from services.envs.webshop import generate, wares
@@ -41,14 +41,15 @@ class WebshopRecipe(WindowRecipe):
     history_turns: int = 0
     max_turns: int = 6
     expert_share: float = 0.7
+    thinned_share: float = 0.5
     phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2000, 4e-3, 0.6, 0.4),)
 
     def open_demonstrator(self) -> WebshopDemonstrator:
         return WebshopDemonstrator(self, WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE)))
 
     def describe_wording(self) -> list[Any]:
-        environment = WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE))
-        return [environment.version, environment.instructions, environment.action_format]
+        catalogue = WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE)).catalogue
+        return [describe_prompts(WebShopEnvironment), catalogue.digest]
 
 
 class WebshopDemonstrator(WindowDemonstrator):

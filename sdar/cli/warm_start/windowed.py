@@ -10,6 +10,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ _WINDOW_WORDS = (
     *("system\n", "user\n", "assistant\n", "Task: ", "\nActions taken: ", "\nSeen: ", "\nDone: ", "\nSeen now: "),
     *(".\nSeen now: ", ". The last 1:\nSeen: ", ". The last 2:\nSeen: ", "\nPossible actions:\n"),
 )
+_NUM_OTHERS = 2
 _NOTHING = np.empty(0, dtype=np.int32)
 
 
@@ -33,13 +35,21 @@ class WindowRecipe(WarmStartRecipe):
     """Attributes:
     history_turns, max_turns: as in the run configuration that the model is for.
     expert_share: chance per turn that the player acts as the expert would.
+    thinned_share: chance per turn that only a few possible actions are shown, so that copying one from the list pays early.
     num_mixed_episodes: episodes whose turns are shuffled together, so that a batch holds many tasks.
     """
 
     history_turns: int = 1
     max_turns: int = 10
     expert_share: float = 0.5
+    thinned_share: float = 0.0
     num_mixed_episodes: int = 64
+
+
+def describe_prompts(environment: type[Environment]) -> list[Any]:
+    """What the prompts of an environment say whatever the task, as a recipe's digest needs it; JSON."""
+    library = load_skill_library(SHIPPED_LIBRARIES / environment.name)
+    return [environment.version, environment.instructions, environment.action_format, library.content_hash, _WINDOW_WORDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +114,21 @@ class WindowDemonstrator(ABC):
         setting = self._describe(task, is_hinted=is_hinted)
         window = HistoryWindow(chat, setting, self.recipe.history_turns, self.recipe.max_positions)
         for turn in self._play(task, rng):
-            seen = (turn.observation.text, turn.observation.admissible_actions)
+            response = turn.choice.expert if is_hinted else turn.played
+            seen = (turn.observation.text, self._thin_out(turn.observation.admissible_actions, response, rng))
             if turn.previous_action is None:
                 prompt = window.begin(*seen)
             else:
                 prompt = window.extend(_NOTHING, StopReason.END_OF_TURN, turn.previous_action, *seen)
-            response = turn.choice.expert if is_hinted else turn.played
             ids = chat.tokenizer.encode(response, add_special_tokens=False)
             yield [(prompt.token_ids.tolist(), False), ([*ids, END_OF_TURN_ID], True)]
+
+    def _thin_out(self, admissible: Sequence[str], response: str, rng: random.Random) -> Sequence[str]:
+        """The list of possible actions, sometimes cut to the response's own and a few others, in their order."""
+        if not admissible or rng.random() >= self.recipe.thinned_share:
+            return admissible
+        others = set(rng.sample(admissible, min(len(admissible), _NUM_OTHERS)))
+        return [action for action in admissible if action in others or f">{action}<" in response]
 
     def _play(self, task: Task, rng: random.Random) -> Iterator[PlayedTurn]:
         player = self.open_player(task)
