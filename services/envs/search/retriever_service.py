@@ -29,6 +29,8 @@ MAX_QUERY_CHARACTERS = 4000
 MAX_BODY_BYTES = 32 << 20
 GRACE_S = 5
 """Seconds that requests have to end in once the service is told to."""
+KEEP_ALIVE_S = 30
+"""Longer than clients keep an idle connection: nobody asks on one that is just being closed."""
 
 log = structlog.get_logger()
 
@@ -46,7 +48,7 @@ class RetrieveRequest(BaseModel):
 
 @dataclass
 class RetrieverState:
-    """What the routes ask: `batcher` is None until the retriever is loaded, and again once it is closed."""
+    """What the routes ask: `batcher` is None until the retriever is loaded."""
 
     health: Health = field(default_factory=Health)
     batcher: Batcher | None = None
@@ -118,7 +120,12 @@ async def serve_retriever(
     state, listener = RetrieverState(), _bind(host, port)
     bound_port = listener.getsockname()[1]
     config = uvicorn.Config(
-        build_app(state), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+        build_app(state),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
