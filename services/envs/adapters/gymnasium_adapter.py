@@ -20,6 +20,7 @@ from services.envs.base import Observation, StepResult
 DEFAULT_MAX_TURNS = 200
 """For environments that register no limit of their own."""
 MAX_LISTED_ACTIONS = 64
+MAX_LISTED_CHARACTERS = 128
 MAX_NUMBERS = 1024
 """Numbers of an observation that are still written out."""
 NUM_DECIMALS = 4
@@ -168,9 +169,9 @@ def describe_space(space: spaces.Space[Any]) -> str:
         case spaces.Discrete():
             return f"An integer of {space.start} to {space.start + space.n - 1}"
         case spaces.Text():
-            return (
-                f"A text of {space.min_length} to {space.max_length} of the characters {''.join(sorted(space.character_set))}"
-            )
+            is_short = len(space.character_set) <= MAX_LISTED_CHARACTERS
+            characters = f"the characters {''.join(sorted(space.character_set))}" if is_short else "its characters"
+            return f"A text of {space.min_length} to {space.max_length} of {characters}"
         case spaces.Box() | spaces.MultiDiscrete() | spaces.MultiBinary():
             kind = "integers" if np.issubdtype(space.dtype, np.integer) else "numbers"
             return f"A JSON list of {kind} of shape {list(space.shape)}{_describe_bounds(space)}"
