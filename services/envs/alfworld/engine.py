@@ -39,8 +39,8 @@ from services.envs.alfworld.games import find_goal_template, replace_goal_templa
 from services.envs.alfworld.grammar import SentenceGrammar
 from services.envs.alfworld.upstream import AlfredDemangler, AlfredInfos
 
-# All public games share two logics, one for each release; a translation of a game takes about 1 MB.
-_MAX_LOGICS, _MAX_TRANSLATIONS = 8, 128
+# The games of one release of ALFWorld share one logic. A translation takes 2 MB in a large room.
+_MAX_LOGICS, _MAX_TRANSLATIONS = 8, 64
 # TextWorld interns every fact of every game for ever; dropping them costs their making anew.
 _MAX_INTERNED = 200_000
 _MAX_NAME_BYTES = 1024

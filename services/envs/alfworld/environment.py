@@ -49,12 +49,14 @@ class AlfworldEnvironment(Environment):
     max_turns = MAX_TURNS
 
     def __init__(self, data_dir: str = "") -> None:
+        if importlib.util.find_spec("alfworld") is None:
+            raise ConfigurationError("ALFWorld's engine is not installed. Run `pip install 'sdar[alfworld]'`.")
         self._directory = _resolve_directory(data_dir)
+        # Read now and kept for the process: a directory that cannot be used is refused before anything is served.
+        load_entries(self._directory)
         self._game: AlfredGame | None = None
         self._admissible: tuple[str, ...] = ()
         self._num_turns = 0
-        if importlib.util.find_spec("alfworld") is None:
-            raise ConfigurationError("ALFWorld's engine is not installed. Run `pip install 'sdar[alfworld]'`.")
 
     def list_tasks(self, split: str) -> tuple[Task, ...]:
         if split not in self.splits:

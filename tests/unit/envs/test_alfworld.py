@@ -207,7 +207,7 @@ def test_without_data_it_says_how_to_get_some(monkeypatch):
 
 def test_a_directory_without_games_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigurationError, match=r"expected one of the folders train.*alfworld-download"):
-        AlfworldEnvironment(data_dir=str(tmp_path)).list_tasks("train")
+        AlfworldEnvironment(data_dir=str(tmp_path))
 
 
 def test_the_public_place_is_used_where_no_directory_is_given(monkeypatch, tmp_path):
@@ -246,6 +246,14 @@ def test_a_malformed_game_fails_alone_and_says_which_file(tmp_path, damage, why)
     path.write_text(sound)
     assert play(environment, map(say, EXPERT))[-1].is_success
     environment.close()
+
+
+def test_a_game_that_is_listed_but_gone_is_named(tmp_path):
+    shutil.copytree(DATA, tmp_path / "games")
+    (tmp_path / "games" / TASK_ID / "game.tw-pddl").unlink()
+    environment = AlfworldEnvironment(data_dir=str(tmp_path / "games"))
+    with pytest.raises(EnvironmentFailedError, match=r"game\.tw-pddl cannot be read.*No such file"):
+        environment.reset(TASK_ID, seed=0)
 
 
 def test_every_shipped_split_holds_all_six_types_in_turn():

@@ -122,7 +122,7 @@ def test_a_loaded_game_is_translated_once_and_its_grammar_not_again():
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
-    assert translate.cache_info().maxsize == 128
+    assert translate.cache_info().maxsize == 64
     assert engine._parse_logic.cache_info().maxsize == 8
     monkeypatch.setattr(engine, "_MAX_INTERNED", 10)
     stack, game = build_stack(), read(list_games()[0])
