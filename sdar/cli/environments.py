@@ -117,7 +117,7 @@ def generate(
 
     generator = importlib.import_module(f"services.envs.{name.value}.generate")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         row = progress.add_task(name.value, total=None)
 
         def report(done: int, total: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,11 @@ SERVED: dict[str, tuple[str, ...]] = {
 def command(name: str, options: tuple[str, ...] = ()) -> list[str]:
     flags = [flag for option in options for flag in ("--option", option)]
     return [*SDAR, "env", "serve", name, *flags, "--port", "0", "--capacity", "16", "--workers", "1"]
+
+
+async def count_sessions(address: str) -> int:
+    async with connect(address) as channel:
+        return (await find_environment(channel, address, "")).capacity.num_open_sessions
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -63,9 +71,20 @@ async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
         left = await run_sdar(*play, typed="1\n")
         assert left.code == 0
         assert left.stdout.splitlines()[-1] == "Left the game before its end."
-        async with connect(server.address) as channel:
-            described = await find_environment(channel, server.address, "household")
-        assert described.capacity.num_open_sessions == 0
+        assert await count_sessions(server.address) == 0
+
+
+async def test_ctrl_c_leaves_the_game_and_closes_its_session() -> None:
+    async with server_process(command("household")) as server:
+        process = await asyncio.create_subprocess_exec(*SDAR, "env", "play", server.address, stdin=PIPE, stdout=PIPE)
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            while not (await process.stdout.readline()).startswith(b"  1  "):
+                assert process.returncode is None
+            assert await count_sessions(server.address) == 1
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+        assert await count_sessions(server.address) == 0
 
 
 async def test_what_cannot_be_played_is_refused_in_one_sentence() -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import random
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -709,3 +710,12 @@ async def test_the_report_for_programs_is_one_object() -> None:
         "got": "",
         "remedy": "",
     }
+
+
+async def test_the_command_ends_with_code_1_where_a_check_fails() -> None:
+    async with serving(NanReward()) as address:
+        command = (sys.executable, "-m", "sdar.cli.main", "env", "check", address)
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        stdout, _ = await process.communicate()
+    assert process.returncode == 1
+    assert "FAIL episode.numbers" in stdout.decode()
