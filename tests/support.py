@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SHIPPED_SEARCH_DATA = EXAMPLES / "data" / "search"
 
 
 async def until(is_reached: Callable[[], bool], timeout_s: float = 5.0) -> None:

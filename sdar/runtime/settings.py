@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """Directory of what can be made again at any time, such as the vectors of skills. Processes may share it."""
     webshop_data: str = Field(default="", validation_alias="WEBSHOP_DATA")
     """Directory of WebShop's catalogue, where an environment is given no data_dir."""
+    search_data: str = ""
+    """Directory of Search-QA's questions, where an environment is given no data_dir."""
     host: str = "127.0.0.1"
     """Address that servers bind to."""
     http_port: int = Field(default=8080, ge=0, le=65535)

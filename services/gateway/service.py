@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import Iterator
 
 import uvicorn
 
 from sdar.config import RunConfig
-from sdar.contracts.errors import ConflictError
 from sdar.contracts.streams import Stream
 from sdar.runtime import rpc
 from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.connect import build_bus
+from sdar.runtime.http import HttpServer, bind_http
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health
@@ -28,17 +25,9 @@ from .metrics import build_metrics
 from .scheduler import Scheduler
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: signals belong to run_until_stopped."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 async def serve(config: RunConfig, settings: Settings) -> None:
     """Run the gateway of one run until SIGTERM."""
-    listener = _bind(settings.host, settings.http_port)
+    listener = bind_http(settings.host, settings.http_port)
     bus = build_bus(config, settings)
     await bus.ping()
     health = Health()
@@ -47,7 +36,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         config, bus, GrpcEnvironmentCatalog(), history, health, default_address=settings.envs_address, metrics=build_metrics()
     )
     app = build_app(scheduler, bus, tokenizer=ChatTokenizer(config.model.path))
-    http_server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    http_server = HttpServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
     grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
     grpc_server = rpc.build_server(settings.host, settings.grpc_port, [grpc_service])
@@ -70,15 +59,3 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         await run_until_stopped(scheduler.run, answer_http, answer_grpc)
     finally:
         await bus.close()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        raise ConflictError(
-            f"Cannot serve HTTP on {host}:{port}: {error.strerror}. Free the port or set SDAR_HTTP_PORT to another.", port=port
-        ) from error
-    return listener

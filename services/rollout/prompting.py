@@ -70,8 +70,8 @@ class Conversation:
         begin    [system instructions] [user: {skills} {observation 0}] [assistant
         extend   ... response 0 <|im_end|>] [user: {observation 1}] [assistant
 
-    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last stretch. Observations speak for
-    themselves here: neither the task's sentence nor the admissible actions are added to them.
+    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last stretch. The task's sentence
+    stands before observation 0 unless that holds it already; admissible actions are not listed.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting) -> None:
@@ -80,7 +80,9 @@ class Conversation:
         self._token_ids = np.empty(0, dtype=np.int32)
 
     def begin(self, observation: str, admissible_actions: Sequence[str] = ()) -> Prompt:
-        messages = _fresh_messages(self._setting, observation)
+        task = self._setting.task_description
+        text = observation if task in observation else f"Task: {task}\n{observation}"
+        messages = _fresh_messages(self._setting, text)
         self._token_ids = self._tokenizer.render_fresh(messages)
         return Prompt(self._token_ids, messages, extends_previous=False)
 

@@ -22,11 +22,12 @@ from sdar.contracts.errors import ConfigurationError
 from services.envs.search.corpus import open_corpus
 from services.envs.search.demonstrations import SearchExpert
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss
-from services.envs.search.environment import SHIPPED_DATA, SearchEnvironment
+from services.envs.search.environment import SearchEnvironment
 from services.envs.search.lexical import open_lexical_retriever
 from services.envs.search.retriever_service import MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_TOPK, serve_retriever
+from tests.support import SHIPPED_SEARCH_DATA
 
-CORPUS = SHIPPED_DATA / "corpus.jsonl"
+CORPUS = SHIPPED_SEARCH_DATA / "corpus.jsonl"
 READY_WITHIN_S = 60
 
 
@@ -124,10 +125,10 @@ def test_requests_at_the_same_time_get_each_their_own_answer(address):
 
 
 def test_the_service_finds_what_the_corpus_in_process_finds():
-    tasks, transcripts = SearchEnvironment().list_tasks("test")[:10], []
+    tasks, transcripts = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).list_tasks("test")[:10], []
     with start("--corpus", CORPUS) as (_, url):
         for options in ({"retriever_url": url}, {"corpus": str(CORPUS)}):
-            environment = SearchEnvironment(**options)
+            environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), **options)
             transcripts.append([play_expert(environment, task) for task in tasks])
             environment.close()
     assert transcripts[0] == transcripts[1]
@@ -145,7 +146,7 @@ def play_expert(environment, task):
 
 def test_a_retriever_that_dies_and_comes_back_is_an_error_in_between():
     with start("--corpus", CORPUS) as (process, url):
-        environment = SearchEnvironment(retriever_url=url, retriever_timeout_s=0.5)
+        environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=0.5)
         environment.reset("test-0", seed=0)
         assert environment.step("<search>Tatir Works</search>").observation.info == {"num_results": "3"}
         process.kill()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
+from sdar.runtime.settings import load_settings
 from services.envs.base import Environment, Observation, StepResult
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.lexical import LexicalRetriever, open_lexical_retriever
@@ -14,7 +15,6 @@ from services.envs.search.passages import Hit, Passage
 from services.envs.search.questions import QuestionSet, open_questions
 from services.envs.search.scoring import Action, ActionKind, is_exact_match, parse_action
 
-SHIPPED_DATA = Path(__file__).parents[3] / "examples" / "data" / "search"
 MAX_PASSAGE_CHARACTERS = 1500
 """Published passages have about 600; a longer one is cut where everybody can see it."""
 MAX_QUERY_CHARACTERS = 500
@@ -37,7 +37,8 @@ class SearchEnvironment(Environment):
     whatever a passage holds, it is shown and nothing else.
 
     Options:
-        data_dir: holds train.parquet and test.parquet (either may be missing), as Search-R1 publishes them.
+        data_dir: holds train.parquet and test.parquet (either may be missing), as Search-R1 publishes them; empty: the
+            directory that $SDAR_SEARCH_DATA names.
         retriever_url: a retriever service, such as http://127.0.0.1:8000; without it this process searches `corpus` itself.
         corpus: JSON lines with id and contents; data_dir/corpus.jsonl by default.
         topk: passages shown for a search.
@@ -60,7 +61,7 @@ class SearchEnvironment(Environment):
 
     def __init__(
         self,
-        data_dir: str = str(SHIPPED_DATA),
+        data_dir: str = "",
         retriever_url: str = "",
         corpus: str = "",
         topk: int = 3,
@@ -72,14 +73,15 @@ class SearchEnvironment(Environment):
             )
         if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
             raise ConfigurationError(f"Search option topk is {topk!r}, expected 1 to {MAX_TOPK} passages.")
-        self._questions = _open_splits(Path(data_dir))
+        directory = _resolve_directory(data_dir)
+        self._questions = _open_splits(directory)
         self.splits = tuple(self._questions)
         self._topk = topk
         self._retriever: RetrieverClient | LexicalRetriever
         if retriever_url:
             self._retriever = RetrieverClient(retriever_url, retriever_timeout_s)
         else:
-            self._retriever = open_lexical_retriever(Path(corpus) if corpus else Path(data_dir) / "corpus.jsonl")
+            self._retriever = open_lexical_retriever(Path(corpus) if corpus else directory / "corpus.jsonl")
         self.is_blocking = bool(retriever_url)
         self._targets: tuple[str, ...] = ()
         self._num_turns = 0
@@ -166,6 +168,16 @@ def _show_passage(number: int, passage: Passage) -> str:
     if len(shown) <= MAX_PASSAGE_CHARACTERS:
         return shown
     return f"{shown[:MAX_PASSAGE_CHARACTERS]} [cut: {MAX_PASSAGE_CHARACTERS} of {len(shown)} characters are shown]"
+
+
+def _resolve_directory(data_dir: str) -> Path:
+    directory = data_dir or load_settings().search_data
+    if not directory:
+        raise ConfigurationError(
+            "Search has no questions: the option data_dir is empty and SDAR_SEARCH_DATA is not set. Make some with `sdar env "
+            "generate search DIRECTORY`, or fetch Search-R1's parquet files, and name their directory in data_dir."
+        )
+    return Path(directory).expanduser()
 
 
 def _open_splits(data_dir: Path) -> dict[str, QuestionSet]:

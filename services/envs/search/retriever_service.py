@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -17,7 +16,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-from sdar.contracts.errors import ConflictError, InvalidInputError, SdarError, UnavailableError
+from sdar.contracts.errors import InvalidInputError, SdarError, UnavailableError
+from sdar.runtime.http import HttpServer, bind_http
 from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.telemetry import Health
 from services.envs.search.batching import Batcher
@@ -117,7 +117,7 @@ async def serve_retriever(
     Raises:
         ConflictError: the port is taken. Whatever `open_retriever` raises.
     """
-    state, listener = RetrieverState(), _bind(host, port)
+    state, listener = RetrieverState(), bind_http(host, port)
     bound_port = listener.getsockname()[1]
     config = uvicorn.Config(
         build_app(state),
@@ -127,7 +127,7 @@ async def serve_retriever(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
-    server = _Server(config)
+    server = HttpServer(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     state.health.detail = "loading"
     log.info("retriever_loading", host=host, port=bound_port)
@@ -201,27 +201,3 @@ async def _answer_error(_: Request, error: Exception) -> JSONResponse:
 def _hit_to_json(hit: Hit, has_score: bool) -> dict[str, Any]:
     document = {"id": hit.passage.passage_id, "contents": hit.passage.contents}
     return {"document": document, "score": hit.score} if has_score else document
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    # TCP by name: asyncio sends small answers at once (TCP_NODELAY) only where the socket says so. It is 40 ms a call.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ConflictError(
-            f"Cannot serve a retriever on {host}:{port}: {error.strerror}. Free the port or give another.", port=port
-        ) from error
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: signals belong to run_until_stopped."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

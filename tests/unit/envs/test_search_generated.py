@@ -13,10 +13,11 @@ import pytest
 
 from sdar.contracts.errors import ConfigurationError, ConflictError
 from services.envs.search.demonstrations import UNKNOWN, SearchExpert, parse_question, read_fact
-from services.envs.search.environment import SHIPPED_DATA, SearchEnvironment
+from services.envs.search.environment import SearchEnvironment
 from services.envs.search.generate import check_world, generate
 from services.envs.search.scoring import normalize_answer
 from services.envs.search.world import QUESTIONS, STATEMENTS, build_world
+from tests.support import SHIPPED_SEARCH_DATA
 
 FILES = ("corpus.jsonl", "test.parquet", "train.parquet")
 
@@ -52,10 +53,10 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
 def test_the_shipped_data_is_what_the_generator_makes(tmp_path):
     """The questions are compared by value: another version of the Parquet writer may order its bytes anew."""
     made = make(tmp_path / "data", num_tasks=200, seed=0)
-    assert (made / "corpus.jsonl").read_bytes() == (SHIPPED_DATA / "corpus.jsonl").read_bytes()
+    assert (made / "corpus.jsonl").read_bytes() == (SHIPPED_SEARCH_DATA / "corpus.jsonl").read_bytes()
     for name in ("train.parquet", "test.parquet"):
-        assert pq.read_table(made / name).equals(pq.read_table(SHIPPED_DATA / name))
-    assert sum(path.stat().st_size for path in SHIPPED_DATA.iterdir()) < 400_000
+        assert pq.read_table(made / name).equals(pq.read_table(SHIPPED_SEARCH_DATA / name))
+    assert sum(path.stat().st_size for path in SHIPPED_SEARCH_DATA.iterdir()) < 400_000
 
 
 def test_progress_is_reported_to_the_end(tmp_path):
@@ -87,7 +88,7 @@ def test_two_things_of_one_name_are_refused():
 
 def test_every_fact_is_stated_once_in_the_whole_corpus():
     """So no other passage can contradict the one that answers."""
-    texts = [json.loads(line)["contents"] for line in (SHIPPED_DATA / "corpus.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["contents"] for line in (SHIPPED_SEARCH_DATA / "corpus.jsonl").read_text().splitlines()]
     for question in questions_of("train") + questions_of("test"):
         thing, chain = parse_question(question)
         openings = [statement.format(subject=thing, object="") for statement in STATEMENTS[chain[0]]]
@@ -108,19 +109,19 @@ def asked_of(question):
 
 
 def questions_of(split):
-    return pq.read_table(SHIPPED_DATA / f"{split}.parquet", columns=["question"]).column("question").to_pylist()
+    return pq.read_table(SHIPPED_SEARCH_DATA / f"{split}.parquet", columns=["question"]).column("question").to_pylist()
 
 
 def test_no_question_holds_its_answer():
     for split in ("train", "test"):
-        for entry in pq.read_table(SHIPPED_DATA / f"{split}.parquet").to_pylist():
+        for entry in pq.read_table(SHIPPED_SEARCH_DATA / f"{split}.parquet").to_pylist():
             (answer,) = entry["golden_answers"]
             assert normalize_answer(answer) not in normalize_answer(entry["question"])
             assert entry["reward_model"]["ground_truth"]["target"] == [answer]
 
 
 def test_the_expert_answers_every_shipped_question_in_two_or_three_turns():
-    environment = SearchEnvironment()
+    environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA))
     lengths = Counter()
     for split in environment.splits:
         for task in environment.list_tasks(split):
@@ -140,7 +141,7 @@ def test_the_expert_answers_every_question_of_other_worlds(tmp_path, num_tasks, 
 
 
 def test_evaluation_prefixes_are_balanced():
-    tasks = SearchEnvironment().list_tasks("test")
+    tasks = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).list_tasks("test")
     assert [task.task_type for task in tasks[:4]] == ["one_hop", "two_hop"] * 2
 
 

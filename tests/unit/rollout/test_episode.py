@@ -116,7 +116,7 @@ async def test_a_first_prompt_without_room_for_a_response_is_the_configuration_s
 
 async def test_skills_are_shown_to_the_student_in_the_first_message(tokenizer):
     trajectory = await play(tokenizer, ScriptedEnvironment(), skill_text="use sink .")
-    assert trajectory.turns[0].messages[0].content == "use sink . start"
+    assert trajectory.turns[0].messages[0].content == "use sink . Task: clean the mug .\nstart"
 
 
 async def test_an_episode_is_played_again_after_its_environment_failed(tokenizer):

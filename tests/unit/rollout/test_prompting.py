@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from sdar.contracts.types import ChatMessage, StopReason
 from services.rollout.prompting import Conversation, EpisodeSetting, HistoryWindow
@@ -37,6 +38,16 @@ def test_instructions_become_the_system_message(tokenizer):
     first = Conversation(tokenizer, EpisodeSetting("Rules.")).begin("A")
     assert first.token_ids.tolist() == encode(tokenizer, "<|im_start|>system\nRules.<|im_end|>\n" + HEAD.format("A"))
     assert first.messages == (ChatMessage("system", "Rules."), ChatMessage("user", "A"))
+
+
+@pytest.mark.parametrize(
+    ("observation", "shown"),
+    [("a room", "Task: clean the mug\na room"), ("clean the mug . a room", "clean the mug . a room")],
+)
+def test_a_conversation_tells_the_task_once(tokenizer, observation, shown):
+    prompts = Conversation(tokenizer, EpisodeSetting(task_description="clean the mug"))
+    assert user_text(prompts.begin(observation)) == shown
+    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")) == "B"
 
 
 def test_skills_stand_before_the_first_observation_and_nowhere_else(tokenizer):

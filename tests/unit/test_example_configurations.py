@@ -1,0 +1,98 @@
+"""The shipped run configurations: each can be loaded, and those of the paper hold the paper's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdar.config import RunConfig, load_config
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PAPER_MODELS = ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-1.7B")
+
+# arXiv:2605.15155, appendix: one row per key, one column per environment.
+PAPER = {
+    "alfworld": {
+        "training.groups_per_update": 16,
+        "environment.max_turns": 50,
+        "rollout.history_turns": 2,
+        "model.max_sequence_tokens": 2048 + 512,
+        "environment.invalid_action_penalty": 0.1,
+        "method.kl_coefficient": 0.01,
+        "evaluation.temperature": 0.4,
+    },
+    "webshop": {
+        "training.groups_per_update": 16,
+        "environment.max_turns": 15,
+        "rollout.history_turns": 2,
+        "model.max_sequence_tokens": 4096 + 512,
+        "environment.invalid_action_penalty": 0.1,
+        "method.kl_coefficient": 0.01,
+        "evaluation.temperature": 0.4,
+    },
+    "search": {
+        "training.groups_per_update": 128,
+        "environment.max_turns": 4,
+        "rollout.history_turns": 4,
+        "model.max_sequence_tokens": 4096 + 512,
+        "environment.invalid_action_penalty": 0.01,
+        "method.kl_coefficient": 0.001,
+    },
+}
+PAPER_EVERYWHERE = {
+    "method.name": "sdar",
+    "method.gate": "gap",
+    "method.gate_sharpness": 5.0,
+    "method.distillation_weight": 0.01,
+    "method.clip_low": 0.2,
+    "method.clip_high": 0.2,
+    "method.dual_clip": 3.0,
+    "method.advantage_level": "turn",
+    "training.group_size": 8,
+    "training.learning_rate": 1e-6,
+    "training.warmup_updates": 0,
+    "training.weight_decay": 0.01,
+    "training.max_gradient_norm": 1.0,
+    "training.num_minibatches": 1,
+    "rollout.max_response_tokens": 512,
+    "rollout.temperature": 1.0,
+}
+
+
+def read(config: RunConfig, dotted: str) -> object:
+    section, key = dotted.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def configurations() -> list[Path]:
+    return [path for path in sorted(EXAMPLES.glob("*.yaml")) if "comparison" not in path.name]
+
+
+@pytest.mark.parametrize("path", configurations(), ids=lambda path: path.stem)
+def test_every_example_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("model", PAPER_MODELS)
+@pytest.mark.parametrize("environment", PAPER)
+def test_the_full_sizes_hold_the_paper_s_numbers_with_each_of_its_models(environment: str, model: str) -> None:
+    config = load_config(EXAMPLES / f"{environment}.yaml", {"model.path": model})
+    wanted = PAPER_EVERYWHERE | PAPER[environment]
+    assert {key: read(config, key) for key in wanted} == wanted
+    assert (config.environment.name, str(config.model.path)) == (environment, model)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in configurations() if "tiny" in p.stem or p.stem == "household"], ids=lambda p: p.stem
+)
+def test_everything_a_tiny_example_names_is_shipped(path: Path) -> None:
+    config = load_config(path)
+    assert (Path(config.model.path) / "model.safetensors").is_file()
+    for value in config.environment.options.values():
+        assert not str(value).startswith("/") or Path(str(value)).exists()
+
+
+def test_every_benchmark_comes_in_two_sizes() -> None:
+    names = {path.stem for path in configurations()}
+    assert {size for environment in PAPER for size in (environment, f"{environment}-tiny")} <= names
