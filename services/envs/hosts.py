@@ -34,6 +34,13 @@ OnLost = Callable[[Sequence[str], str], None]
 log = structlog.get_logger()
 
 
+def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
+    """The error that tells a caller that an episode is lost: `reason` goes on from "Environment NAME"."""
+    return EnvironmentFailedError(
+        f"Environment {environment} {reason}. The episode is lost; open another.", environment=environment
+    )
+
+
 class Host(ABC):
     """Plays sessions of the named environments. One event loop owns it.
 
@@ -107,7 +114,7 @@ class Host(ABC):
         try:
             return self._read(environment, answer, read_step)
         except (UnknownResourceError, CapacityError) as error:  # an episode that is being played cannot be refused any more
-            raise self._failed(environment, f"raised {type(error).__name__}: {error} in step") from error
+            raise build_failure(environment, f"raised {type(error).__name__}: {error} in step") from error
 
     @abstractmethod
     def close(self, session_id: str, environment: str) -> None:
@@ -127,20 +134,12 @@ class Host(ABC):
         if "failure" in answer:
             told = {"exception": answer["traceback"]} if "traceback" in answer else {}
             log.warning("environment_failed", environment=environment, reason=answer["failure"], **told)
-            raise self._failed(environment, answer["failure"])
+            raise build_failure(environment, answer["failure"])
         try:
             return read(answer)
         except NonsenseError as error:
             log.warning("environment_answered_nonsense", environment=environment, found=str(error))
-            raise self._failed(environment, f"answered {error}") from error
-
-    def _failed(self, environment: str, reason: str) -> EnvironmentFailedError:
-        return EnvironmentFailedError(
-            f"Environment {environment} {reason}. The episode is lost; open another.", environment=environment
-        )
-
-    def _hung(self, request: Request) -> EnvironmentFailedError:
-        return self._failed(request["environment"], f"hung for {self._step_timeout_s:g} s in {request['call']}")
+            raise build_failure(environment, f"answered {error}") from error
 
 
 class InProcessHost(Host):
@@ -174,7 +173,8 @@ class InProcessHost(Host):
             async with asyncio.timeout(self._step_timeout_s):
                 return await self._play(request)
         except TimeoutError as error:
-            raise self._hung(request) from error
+            reason = f"hung for {self._step_timeout_s:g} s in {request['call']}"
+            raise build_failure(request["environment"], reason) from error
 
     def _play(self, request: Request) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()

@@ -28,7 +28,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.types import Task
 from services.envs.base import EnvironmentDescription, Observation, StepResult
-from services.envs.hosts import Host
+from services.envs.hosts import Host, build_failure
 
 T = TypeVar("T")
 
@@ -311,7 +311,7 @@ class SessionManager:
         """Those went down with the worker that played them. One that is being opened is told by its failed opening."""
         lost = [self._sessions[session_id] for session_id in session_ids if session_id in self._sessions]
         for session in lost:
-            self._fail(session, f"Environment {session.environment} {reason}. The episode is lost; open another.")
+            self._fail(session, build_failure(session.environment, reason).message)
 
     def _fail(self, session: _Session, reason: str) -> None:
         if session.session_id not in self._sessions:

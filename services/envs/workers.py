@@ -26,7 +26,7 @@ from prometheus_client import Counter, Gauge
 
 from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnavailableError
 from services.envs.frames import FrameReader, pack_frame
-from services.envs.hosts import Host, OnLost
+from services.envs.hosts import Host, OnLost, build_failure
 from services.envs.player import MAX_THREADS, Answer, Request
 from services.envs.registry import EnvironmentSource
 
@@ -47,6 +47,7 @@ _SOUND_AFTER_S = 10.0
 _FULLER_FACTOR, _FULLER_SESSIONS = 1.25, 8
 """A worker may have this many more sessions than the emptiest and still get those of its tasks."""
 
+_DEATH = "lost its worker process"
 _PROGRAM = "import sys; fd = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; from services.envs.worker import main; main(fd)"
 
 
@@ -78,7 +79,7 @@ class _Lane:
 
 
 class _Worker(asyncio.Protocol):
-    """One worker process, seen from the server. `sessions` are those it holds or is opening, by their environment."""
+    """One worker process, seen from the server. `sessions` are the ids of those it holds or is opening."""
 
     def __init__(self, slot: int, on_death: Callable[[_Worker, str], None]) -> None:
         self.slot = slot
@@ -120,7 +121,7 @@ class _Worker(asyncio.Protocol):
         """Send a request; its answer comes, or EnvironmentFailedError once the worker is dead."""
         call = _Call(request, self._lanes[is_threaded], timeout_s, asyncio.get_running_loop().create_future())
         if not self.is_alive:
-            call.answer.set_exception(_failed(request, "lost its worker process"))
+            call.answer.set_exception(build_failure(request.get("environment", ""), _DEATH))
             return call.answer
         self._last_id += 1
         frame = pack_frame({"id": self._last_id, **request})
@@ -143,7 +144,7 @@ class _Worker(asyncio.Protocol):
             self.kill(f"sent its server what is no answer: {error!r}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._die("lost its worker process")
+        self._die(_DEATH)
 
     def kill(self, reason: str) -> None:
         """End the process, and let its log say where it was."""
@@ -180,8 +181,8 @@ class _Worker(asyncio.Protocol):
     def _hang(self, call: _Call) -> None:
         what = f"hung for {call.timeout_s:g} s in {call.request.get('call', 'its construction')}"
         if not call.answer.done():
-            call.answer.set_exception(_failed(call.request, what))
-        self.kill(f"was played by a worker that was killed because another of its episodes {what}")
+            call.answer.set_exception(build_failure(call.request.get("environment", ""), what))
+        self.kill(f"lost its worker process, killed because an episode {what}")
 
     def _die(self, reason: str) -> None:
         """Dead from here on, whatever the process still does."""
@@ -192,7 +193,7 @@ class _Worker(asyncio.Protocol):
             if call.deadline is not None:
                 call.deadline.cancel()
             if not call.answer.done():
-                call.answer.set_exception(_failed(call.request, reason))
+                call.answer.set_exception(build_failure(call.request.get("environment", ""), reason))
                 call.answer.exception()  # a close has nobody who asks for it
         self._calls.clear()
         self.died.set()
@@ -272,7 +273,7 @@ class WorkerHost(Host):
         name = request["environment"]
         worker = self._places.get(session_id) if session_id else self._choose(name, "")
         if worker is None:
-            raise _failed(request, "lost its worker process")
+            raise build_failure(request.get("environment", ""), _DEATH)
         # A description counts every task, which may mean to read them all.
         timeout_s = START_TIMEOUT_S if request["call"] == "describe" else self._step_timeout_s
         return await worker.ask(request, is_threaded=self._is_threaded(name), timeout_s=timeout_s)
@@ -294,6 +295,8 @@ class WorkerHost(Host):
         worker = _Worker(slot, self._bury)
         try:
             await worker.start(self._environments)
+            if not worker.is_alive:  # since it answered
+                raise build_failure(", ".join(self.names), _DEATH)
         except BaseException:
             await worker.wait(_ABORT_GRACE_S)
             raise
@@ -339,13 +342,6 @@ class WorkerHost(Host):
 
 def _affinity(slot: int, environment: str, task_id: str) -> bytes:
     return hashlib.blake2b(f"{slot}\0{environment}\0{task_id}".encode(errors="replace"), digest_size=8).digest()
-
-
-def _failed(request: Request, reason: str) -> EnvironmentFailedError:
-    environment = request.get("environment", "")
-    return EnvironmentFailedError(
-        f"Environment {environment} {reason}. The episode is lost; open another.", environment=environment
-    )
 
 
 def _log_failed_close(closing: asyncio.Future[Answer]) -> None:
