@@ -96,7 +96,8 @@ class EnvironmentServiceServicer:
         and moves nothing.
         NOT_FOUND: unknown, closed or expired session. FAILED_PRECONDITION (CONFLICT): any other step_index, another text for a
         step already taken, or a step after the end. INVALID_ARGUMENT: text over the limit. UNAVAILABLE: the environment
-        died, hung past its deadline or answered nonsense; the session is gone, open another.
+        died, hung past its deadline or answered nonsense; the session is gone, open another (told for as long as its lease was,
+        then NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
