@@ -16,6 +16,7 @@ from sdar.contracts.types import Task
 from sdar.runtime.settings import load_settings
 from services.envs.alfworld.games import GAME_FILE, SPLITS, load_entries, read_game
 from services.envs.base import Environment, Observation, StepResult
+from services.envs.responses import find_between
 
 if TYPE_CHECKING:
     from services.envs.alfworld.engine import AlfredGame, View
@@ -112,14 +113,6 @@ def read_response(text: str) -> tuple[str, bool]:
     command = (find_between(text, "<action>", "</action>") or "").strip().lower()
     is_reasoned = find_between(text, "<think>", "</think>") is not None
     return command, is_reasoned and bool(command)
-
-
-def find_between(text: str, start: str, end: str) -> str | None:
-    """What stands between two marks, None unless there is exactly one of each, in this order. Linear in the text."""
-    if text.count(start) != 1 or text.count(end) != 1:
-        return None
-    inner, found, _ = text.partition(start)[2].partition(end)
-    return inner if found else None
 
 
 def extract_scene(introduction: str) -> str:
