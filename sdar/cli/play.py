@@ -15,7 +15,7 @@ import grpc.aio
 from rich.console import Console
 
 from sdar.cli.conformance.bench import Bench, Refusal
-from sdar.cli.conformance.check import FailedCheck
+from sdar.cli.conformance.failure import FailedCheck
 from sdar.cli.conformance.runner import find_environment
 from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.runtime.rpc import call, connect

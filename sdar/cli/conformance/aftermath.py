@@ -5,7 +5,8 @@ from __future__ import annotations
 import grpc
 
 from sdar.cli.conformance.bench import Bench, poll
-from sdar.cli.conformance.check import CheckNotRun, FailedCheck, check, expect
+from sdar.cli.conformance.check import check
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 
 # These come from the transport or from this client, which know no details.
 _UNTYPED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sdar.cli.conformance.actions import ActionForm, choose_words, list_forms
-from sdar.cli.conformance.check import CheckNotRun, FailedCheck, expect
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 from sdar.runtime.rpc import read_error_detail
 from sdar.v1 import environment_pb2, environment_pb2_grpc, task_pb2
 

@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from sdar.cli.conformance.bench import CALL_TIMEOUT_S, SERVICE_NAME, Bench, Refusal, expect_refusal
-from sdar.cli.conformance.check import FailedCheck, check, expect
+from sdar.cli.conformance.check import check
+from sdar.cli.conformance.failure import FailedCheck, expect
 from sdar.v1 import environment_pb2, task_pb2
 
 UNKNOWN_NAME = "sdar-check-nobody-has-this-name"

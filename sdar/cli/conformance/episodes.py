@@ -6,7 +6,8 @@ import asyncio
 import math
 
 from sdar.cli.conformance.bench import Bench, Script, compare_scripts, difference, is_over
-from sdar.cli.conformance.check import CheckNotRun, FailedCheck, check, expect
+from sdar.cli.conformance.check import check
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 from sdar.v1 import environment_pb2
 
 MAX_TURNS_TRIED = 2000

@@ -11,7 +11,8 @@ import grpc.aio
 
 from sdar.cli.conformance import aftermath, discovery, episodes, sessions, steps
 from sdar.cli.conformance.bench import SERVICE_NAME, SETTLE_TIMEOUT_S, Bench, Refusal
-from sdar.cli.conformance.check import Check, CheckNotRun, FailedCheck, Outcome, Verdict
+from sdar.cli.conformance.check import Check, Outcome, Verdict
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck
 from sdar.contracts.errors import ConfigurationError, SdarError, UnavailableError
 from sdar.runtime.rpc import call, connect
 from sdar.v1 import environment_pb2, environment_pb2_grpc

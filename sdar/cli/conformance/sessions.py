@@ -17,7 +17,8 @@ from sdar.cli.conformance.bench import (
     is_over,
     poll,
 )
-from sdar.cli.conformance.check import CheckNotRun, FailedCheck, check, expect
+from sdar.cli.conformance.check import check
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 
 MAX_CAPACITY_TRIED = 256
 """Larger servers are not filled: what one bound shows, another would too."""

@@ -7,7 +7,8 @@ import asyncio
 import grpc
 
 from sdar.cli.conformance.bench import Bench, Refusal, difference, expect_refusal, is_over
-from sdar.cli.conformance.check import CheckNotRun, FailedCheck, check, expect
+from sdar.cli.conformance.check import check
+from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 from sdar.runtime.rpc import MAX_MESSAGE_BYTES
 from sdar.v1 import environment_pb2
 
