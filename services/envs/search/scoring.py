@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-_BLOCK = re.compile(r"<(search|answer)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
-_OPENING = re.compile(r"<(?:search|answer)>", re.IGNORECASE)
+# ASCII: otherwise the long s of old prints is an s, too, and names no kind.
+_OPENING = re.compile(r"<(search|answer)>", re.IGNORECASE | re.ASCII)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -17,6 +17,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class ActionKind(StrEnum):
     SEARCH = "search"
     ANSWER = "answer"
+
+
+_CLOSINGS = {kind: re.compile(f"</{kind}>", re.IGNORECASE | re.ASCII) for kind in ActionKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,18 @@ def parse_action(text: str) -> Action | None:
     """The first complete search or answer of a response, None if there is none.
 
     Whatever follows it does not count, so an answer after a search is never scored. Valid is a response with exactly one of
-    the two tags, once.
+    the two tags, once. Linear in the text.
     """
-    block = _BLOCK.search(text)
-    if block is None:
-        return None
-    return Action(ActionKind(block[1].lower()), block[2].strip(), is_valid=len(_OPENING.findall(text)) == 1)
+    openings = list(_OPENING.finditer(text))
+    firsts: dict[ActionKind, re.Match[str]] = {}
+    for opening in openings:
+        firsts.setdefault(ActionKind(opening[1].lower()), opening)
+    # Of each kind the first alone: what closes a later one closes it, too.
+    for kind, opening in firsts.items():
+        closing = _CLOSINGS[kind].search(text, opening.end())
+        if closing is not None:
+            return Action(kind, text[opening.end() : closing.start()].strip(), is_valid=len(openings) == 1)
+    return None
 
 
 def normalize_answer(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,11 +193,20 @@ def test_options_that_cannot_be_used_are_refused(data_dir, options, problem):
         ("<answer>a</search></answer>", "<answer>a</search></answer>", True),
         ("<search><search>a</search>", "<search><search>a</search>", False),
         ("<search>a</answer>", "None", None),
+        ("<search>a <answer>b</answer>", "<answer>b</answer>", False),
+        ("<\u017fearch>a</\u017fearch>", "None", None),
     ],
 )
 def test_the_first_complete_tag_is_the_action(text, action, is_valid):
     parsed = parse_action(text)
     assert (str(parsed), parsed and parsed.is_valid) == (action, is_valid)
+
+
+def test_a_megabyte_of_tags_is_read_at_once():
+    started = time.monotonic()
+    assert parse_action("<search>" * 2**17) is None
+    assert str(parse_action("<search>" * 2**17 + "<answer>a</answer>")) == "<answer>a</answer>"
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
