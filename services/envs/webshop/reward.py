@@ -35,6 +35,8 @@ stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white win
 COLOURS = tuple(_COLOURS_TEXT.split())
 
 _NOT_A_WORD = re.compile(r"\W")
+_LATIN_1 = re.compile(r"[\x80-\xff]")
+"""What thefuzz takes for all that is not ASCII, and leaves out: an accented letter is lost, a curly quote is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,9 @@ def is_fuzzy_match(first: str, second: str) -> bool:
 
 
 def compute_token_set_ratio(first: str, second: str) -> int:
-    """thefuzz's token_set_ratio: texts reduced to ASCII letters, digits and blanks in lower case, the ratio a whole number."""
+    """thefuzz's token_set_ratio: texts reduced to letters, digits and blanks in lower case, the ratio a whole number."""
     return round(fuzz.token_set_ratio(_reduce(first), _reduce(second)))
 
 
 def _reduce(text: str) -> str:
-    return _NOT_A_WORD.sub(" ", text.encode("ascii", "ignore").decode()).lower().strip()
+    return _NOT_A_WORD.sub(" ", _LATIN_1.sub("", text)).lower().strip()
