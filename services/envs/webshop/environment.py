@@ -34,7 +34,8 @@ class WebShopEnvironment(Environment):
 
     Options:
         data_dir: directory of the catalogue's files; empty: the one that $WEBSHOP_DATA names.
-        goals: `human` or `synthetic` instructions; `auto` takes the former where the catalogue has them.
+        goals: `human` or `synthetic` instructions; `auto` takes the former where the full catalogue has them, and the latter
+            for the 1,000 products, of which about ten have a human one.
         small: prefer the published files of 1,000 products where the full ones are there, too.
     """
 

@@ -22,7 +22,15 @@ from typing import Any
 import numpy as np
 
 from sdar.contracts.errors import ConfigurationError
-from services.envs.webshop.catalogue import HUMAN_FILE, Product, Review, SourceFiles, find_source_files, iterate_products
+from services.envs.webshop.catalogue import (
+    HUMAN_FILE,
+    PRODUCT_FILES,
+    Product,
+    Review,
+    SourceFiles,
+    find_source_files,
+    iterate_products,
+)
 from services.envs.webshop.goals import Goal, GoalReader, shuffle_goals
 from services.envs.webshop.search import SearchIndex, build_index, describe_for_search
 
@@ -37,7 +45,8 @@ def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool 
     """The catalogue of a data directory, prepared now if no process has done so before.
 
     Args:
-        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the former where they exist.
+        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the former where the full catalogue
+            has them. Of the published thousand products they know about ten, though their file lies beside these as well.
 
     Raises:
         ConfigurationError: no catalogue there, a malformed one, or a cache that cannot be written.
@@ -45,7 +54,7 @@ def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool 
     files = find_source_files(directory, is_small)
     if is_human and files.human is None:
         raise ConfigurationError(f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic.")
-    takes_human = files.human is not None if is_human is None else is_human
+    takes_human = files.human is not None and files.products.name == PRODUCT_FILES[0] if is_human is None else is_human
     digest = _compute_digest(files, takes_human)
     prepared = cache / "webshop" / digest
     try:

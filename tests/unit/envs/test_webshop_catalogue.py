@@ -106,6 +106,13 @@ def test_synthetic_goals_can_be_asked_for_where_there_are_human_ones(tmp_path, c
     assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
 
 
+def test_the_thousand_products_have_synthetic_goals_unless_human_ones_are_asked_for(tmp_path, cache):
+    """The file of human instructions is downloaded with them, but knows about ten of their products."""
+    write_files(tmp_path, suffix="_1000")
+    assert len(open_catalogue(tmp_path, cache, False, None).goals) == 6
+    assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
+
+
 def test_human_goals_cannot_be_had_without_their_file(tmp_path, cache):
     with pytest.raises(ConfigurationError, match="holds no items_human_ins"):
         open_catalogue(write_files(tmp_path, human=None), cache, False, True)
