@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 # Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to Unicode's word boundaries.
 _WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")
 _POSSESSIVES = ("'s", "\u2019s")
+_NO_TERM = -1
+"""Number of a stop word."""
 
 
 class TextAnalysis:
@@ -45,12 +48,28 @@ def describe_for_search(product: Product) -> str:
 
 def build_index(texts: Iterable[str], directory: Path) -> None:
     """Index the texts, in order, into a directory."""
-    analysis = TextAnalysis()
-    vocabulary: dict[str, int] = {}
-    documents = [[vocabulary.setdefault(term, len(vocabulary)) for term in analysis.list_terms(text)] for text in texts]
+    numbers = _TermNumbers()
+    documents = [numbers.list_of(text) for text in texts]
     index = bm25s.BM25(k1=K1, b=B, method="lucene")
-    index.index((documents, vocabulary), create_empty_token=False, show_progress=False)
+    index.index((documents, numbers.vocabulary), create_empty_token=False, show_progress=False)
     index.save(str(directory), show_progress=False)
+
+
+class _TermNumbers(dict[str, int]):
+    """The number of every word's term. A catalogue of a million products repeats its words: each is analysed once."""
+
+    def __init__(self) -> None:
+        self.vocabulary: dict[str, int] = {}
+        self._analysis = TextAnalysis()
+
+    def __missing__(self, word: str) -> int:
+        terms = self._analysis.list_terms(word)
+        number = self[word] = self.vocabulary.setdefault(terms[0], len(self.vocabulary)) if terms else _NO_TERM
+        return number
+
+    def list_of(self, text: str) -> array[int]:
+        """The numbers of a text's terms, in four bytes each."""
+        return array("i", [number for word in _WORD.findall(text.lower()) if (number := self[word]) != _NO_TERM])
 
 
 class SearchIndex:
