@@ -58,7 +58,7 @@ class RetrieverClient:
         for num_attempts in itertools.count(1):
             try:
                 return self._attempt(request, self._time_for_attempt(ends_at))
-            except _AttemptFailedError as error:
+            except AttemptFailedError as error:
                 is_over = time.monotonic() + delay_s >= ends_at or not error.is_worth_retrying
                 if is_over or self._closed.wait(delay_s):
                     raise RetrieverFailedError(
@@ -83,11 +83,11 @@ class RetrieverClient:
             with self._http.stream("POST", self._url, json=request, timeout=timeout_s) as response:
                 body = _read_body(response, ends_at)
         except httpx.HTTPError as error:
-            raise _AttemptFailedError(f"{type(error).__name__}: {error}") from error
+            raise AttemptFailedError(f"{type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
             is_worth_retrying = response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
             text = body[:200].decode(errors="replace")
-            raise _AttemptFailedError(f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying)
+            raise AttemptFailedError(f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying)
         return parse_answer(body, len(request["queries"]))
 
 
@@ -99,22 +99,24 @@ def _is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
-class _AttemptFailedError(Exception):
+class AttemptFailedError(Exception):
+    """One attempt came to nothing; the caller hears of it only if it was the last."""
+
     def __init__(self, message: str, *, is_worth_retrying: bool = True) -> None:
         super().__init__(message)
         self.is_worth_retrying = is_worth_retrying
 
 
 def parse_answer(body: bytes, num_queries: int) -> list[list[Hit]]:
-    """The hits of each query. Raises _AttemptFailedError for anything but the answer that was asked for."""
+    """The hits of each query. Raises AttemptFailedError for anything but the answer that was asked for."""
     try:
         result = json.loads(body)["result"]
         hits = [[_parse_hit(entry) for entry in entries] for entries in result]
     except (ValueError, TypeError, KeyError) as error:
         shown = body[:200].decode(errors="replace")
-        raise _AttemptFailedError(f"an answer that cannot be read ({type(error).__name__}: {error}), {shown!r}") from error
+        raise AttemptFailedError(f"an answer that cannot be read ({type(error).__name__}: {error}), {shown!r}") from error
     if len(hits) != num_queries:
-        raise _AttemptFailedError(f"results of {len(hits)} queries for {num_queries} asked")
+        raise AttemptFailedError(f"results of {len(hits)} queries for {num_queries} asked")
     return hits
 
 
@@ -131,9 +133,9 @@ def _read_body(response: httpx.Response, ends_at: float) -> bytes:
     for chunk in response.iter_bytes():
         body += chunk
         if len(body) > MAX_ANSWER_BYTES:
-            raise _AttemptFailedError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", is_worth_retrying=False)
+            raise AttemptFailedError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", is_worth_retrying=False)
         if time.monotonic() > ends_at:
-            raise _AttemptFailedError("an answer that did not end in time")
+            raise AttemptFailedError("an answer that did not end in time")
     return bytes(body)
 
 

@@ -20,6 +20,7 @@ import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.runtime.settings import load_settings
 from services.envs.search.corpus import Corpus, iterate_corpus, require_corpus
 from services.envs.search.passages import Hit
 
@@ -73,7 +74,7 @@ def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> Lexi
     """The retriever of a corpus, shared by all of this process; a corpus that changed is indexed anew.
 
     Args:
-        cache: where indexes are kept, ~/.cache/sdar/search by default.
+        cache: where indexes are kept, search/ in $SDAR_CACHE by default.
 
     Raises:
         ConfigurationError: no corpus there, or a line of it is no passage.
@@ -81,7 +82,7 @@ def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> Lexi
     require_corpus(corpus_path)
     corpus_path = corpus_path.resolve()
     state = corpus_path.stat()
-    return _open(corpus_path, cache or Path.home() / ".cache" / "sdar" / "search", state.st_size, state.st_mtime_ns)
+    return _open(corpus_path, cache or load_settings().cache.expanduser() / "search", state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)

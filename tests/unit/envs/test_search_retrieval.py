@@ -21,7 +21,7 @@ import Stemmer
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, UnavailableError
 from services.envs.search.batching import MAX_WAITING_QUERIES, Batcher
-from services.envs.search.client import RetrieverClient, RetrieverFailedError
+from services.envs.search.client import AttemptFailedError, RetrieverClient, RetrieverFailedError, parse_answer
 from services.envs.search.corpus import iterate_corpus, open_corpus
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss, open_dense_retriever
 from services.envs.search.environment import SEARCH_FAILED, SearchEnvironment
@@ -92,6 +92,14 @@ def test_an_index_is_built_once_and_shared_by_mapping(tmp_path):
     assert open_lexical_retriever(corpus, cache) is first
     mapped = {Path(mapping.path).name for mapping in psutil.Process().memory_maps() if str(built) in mapping.path}
     assert mapped >= {"data.csc.index.npy", "indices.csc.index.npy", "offsets.npy"}
+
+
+def test_indexes_lie_in_the_cache_that_the_user_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SDAR_CACHE", str(tmp_path / "cache"))
+    open_lexical_retriever(write_corpus(tmp_path / "c.jsonl", ["one boat"]))
+    assert len(list((tmp_path / "cache" / "search").iterdir())) == 1
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_copy_of_a_corpus_finds_its_index(tmp_path):
@@ -399,9 +407,16 @@ def test_a_refusal_is_not_tried_again():
     ],
 )
 def test_garbage_is_a_failure_never_an_empty_result(garbage):
-    expected = pytest.raises(RetrieverFailedError, match=r"an answer that cannot be read|results of 2 queries")
-    with serve(Script((200, garbage))) as url, client_of(url, 0.3) as client, expected:
+    body = garbage if isinstance(garbage, bytes) else json.dumps(garbage).encode()
+    with pytest.raises(AttemptFailedError, match=r"an answer that cannot be read|results of 2 queries"):
+        parse_answer(body, num_queries=1)
+
+
+def test_garbage_is_asked_for_again_and_then_given_up():
+    script = Script((200, b"<html>"))
+    with serve(script) as url, client_of(url, 0.5) as client, pytest.raises(RetrieverFailedError):
         client.retrieve(["what"], 3)
+    assert len(script.requests) > 1
 
 
 @pytest.mark.parametrize("script", [Script((200, "hang")), DrippingScript()], ids=["silent", "dripping"])
