@@ -55,14 +55,15 @@ def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool 
     if is_human and files.human is None:
         raise ConfigurationError(f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic.")
     takes_human = files.human is not None and files.products.name == PRODUCT_FILES[0] if is_human is None else is_human
-    digest = _compute_digest(files, takes_human)
-    prepared = cache / "webshop" / digest
+    place = cache / "webshop"
     try:
+        digest = _compute_digest(files, takes_human, place)
+        prepared = place / digest
         if not prepared.exists():
             _prepare(files, takes_human, prepared)
     except OSError as error:
         raise ConfigurationError(
-            f"The catalogue cannot be prepared in {prepared.parent}: {error}. Point SDAR_CACHE at a writable directory."
+            f"The catalogue cannot be prepared in {place}: {error}. Point SDAR_CACHE at a writable directory."
         ) from error
     return PreparedCatalogue(prepared, digest)
 
@@ -94,12 +95,27 @@ class PreparedCatalogue:
         return Product(**{**fields, "bullets": tuple(fields["bullets"]), "attributes": tuple(fields["attributes"])})
 
 
-def _compute_digest(files: SourceFiles, is_human: bool) -> str:
+def _compute_digest(files: SourceFiles, is_human: bool, place: Path) -> str:
     digest = hashlib.sha256(f"{FORMAT} human={is_human}".encode())
     for path in files.present:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(_hash_file(path, place)))
     return digest.hexdigest()[:16]
+
+
+def _hash_file(path: Path, place: Path) -> str:
+    """The hash of a file's content, kept under its path, size and time: every worker asks, and five gigabytes take seconds."""
+    status = path.stat()
+    state = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    known = place / f"{state[:32]}.sha256"
+    if known.is_file():
+        return known.read_text()
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=place, delete=False) as part:
+        part.write(content)
+    Path(part.name).replace(known)
+    return content
 
 
 def _prepare(files: SourceFiles, is_human: bool, prepared: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 
@@ -37,6 +38,11 @@ def read(directory):
 
 def open_goals(directory, cache, is_human=None):
     return {goal.asin: goal for goal in open_catalogue(directory, cache, False, is_human).goals}
+
+
+def list_prepared(cache):
+    """What lies in the cache beside the known hashes of files."""
+    return sorted(path.name for path in (cache / "webshop").iterdir() if path.suffix != ".sha256")
 
 
 def test_entries_without_an_id_of_their_own_are_left_out(tmp_path):
@@ -246,6 +252,18 @@ def test_a_catalogue_is_prepared_once_and_found_by_its_content(tmp_path, cache):
     assert open_catalogue(tmp_path / "c", cache, False, None).digest != prepared.digest
 
 
+def test_files_are_read_to_be_known_only_when_they_are_new_or_changed(tmp_path, cache, monkeypatch):
+    """The published ones have five gigabytes, and every worker that starts opens them."""
+    directory = write_files(tmp_path / "data")
+    read_files, digest_file = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read_files.append(file.name) or digest_file(file, name))
+    first, second = (open_catalogue.__wrapped__(directory, cache, False, None).digest for _ in range(2))
+    assert (first == second, len(read_files)) == (True, 3)
+    write_files(directory, entries=list_entries()[:3], attributes={SHOES: ATTRIBUTES[SHOES]}, human=None)
+    assert open_catalogue.__wrapped__(directory, cache, False, None).digest != first
+    assert len(read_files) == 5
+
+
 def test_what_is_prepared_is_what_was_read(tmp_path, cache):
     directory = write_files(tmp_path, reviews=REVIEWS)
     prepared = open_catalogue(directory, cache, False, None)
@@ -269,7 +287,7 @@ def test_workers_that_start_together_prepare_one_catalogue(tmp_path, cache):
         thread.join()
     assert len(digests) == 8
     assert len(set(digests)) == 1
-    assert [path.name for path in sorted((cache / "webshop").iterdir())] == [digests[0], f"{digests[0]}.lock"]
+    assert list_prepared(cache) == [digests[0], f"{digests[0]}.lock"]
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(tmp_path, cache):
@@ -282,7 +300,7 @@ def test_what_a_killed_process_left_half_made_is_cleared_away(tmp_path, cache):
     digest = open_catalogue(write_files(tmp_path / "a"), tmp_path / "first", False, None).digest
     (cache / "webshop" / f"{digest}-half").mkdir(parents=True)
     open_catalogue(tmp_path / "a", cache, False, None)
-    assert [path.name for path in sorted((cache / "webshop").iterdir())] == [digest, f"{digest}.lock"]
+    assert list_prepared(cache) == [digest, f"{digest}.lock"]
 
 
 def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path):
