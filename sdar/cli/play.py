@@ -6,6 +6,7 @@ Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,6 +23,7 @@ from sdar.runtime.rpc import call, connect
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 _PROMPT = "> "
+_MAX_NUMBER_CHARACTERS = 18
 _LEASE_S = 3600.0
 _CALL_TIMEOUT_S = 60.0
 
@@ -67,11 +69,12 @@ class _Game:
     def __init__(self, runner: asyncio.Runner, stub: Any, address: str, bench: Bench) -> None:
         self._runner, self._stub, self._address = runner, stub, address
         self._described, self._action_form = bench.described, bench.action_form
+        self._first_split = bench.first_split
         # The texts are the environment's: never read as markup, never wrapped at a width that a pipe does not have.
         self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def first_task(self, split: str) -> str:
-        name = split or self._described.splits[0].name
+        name = split or self._first_split
         request = environment_pb2.ListTasksRequest(environment=self._described.name, split=name, page_size=1)
         page: environment_pb2.ListTasksResponse = self._call(self._stub.ListTasks, request)
         if not page.tasks:
@@ -101,7 +104,7 @@ class _Game:
 
     def _take_turns(self, opened: environment_pb2.OpenSessionResponse) -> None:
         observation, actions, total = opened.observation, list(opened.admissible_actions), 0.0
-        for index in range(self._described.limits.max_turns):
+        for index in itertools.count():  # the server ends it; one that does not is left by Ctrl-D
             self._show(observation, actions)
             text = self._ask(actions)
             if text is None:
@@ -130,11 +133,15 @@ class _Game:
         while True:
             try:
                 line = input(_PROMPT if sys.stdin.isatty() else "")
+                line.encode()
             except EOFError:
                 return None
+            except UnicodeError:  # by either call: how bytes that are no text are read is the locale's choice
+                self._say("That was no text. Write UTF-8.", "yellow")
+                continue
             if not actions or not line.strip().isdecimal():
                 return line if "<" in line else self._action_form.write(line)
-            number = int(line)
+            number = int(line) if len(line) <= _MAX_NUMBER_CHARACTERS else sys.maxsize
             if 1 <= number <= len(actions):
                 return self._action_form.write(actions[number - 1])
             self._say(f"No action {number}: choose 1 to {len(actions)}, or write one.", "yellow")

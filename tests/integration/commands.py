@@ -63,9 +63,9 @@ async def server_process(command: Sequence[str], directory: Path = ROOT) -> Asyn
 
 
 async def run_sdar(*arguments: str, typed: str = "") -> Ended:
-    """Run `sdar ARGUMENTS`, with the lines of `typed` on its standard input."""
+    """Run `sdar ARGUMENTS`, with `typed` on its standard input; a lone surrogate there is a byte that is no text."""
     process = await asyncio.create_subprocess_exec(*SDAR, *arguments, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-    stdout, stderr = await process.communicate(typed.encode())
+    stdout, stderr = await process.communicate(typed.encode(errors="surrogateescape"))
     assert process.returncode is not None
     return Ended(process.returncode, stdout.decode(), stderr.decode())
 

@@ -85,6 +85,16 @@ class Bench:
     def environment(self) -> str:
         return self.described.name
 
+    @property
+    def first_split(self) -> str:
+        expect(bool(self.described.splits), "at least one split in Describe", "none")
+        return next(iter(self.described.splits)).name
+
+    @property
+    def max_turns(self) -> int:
+        """As described; at least 1, so that a server that leaves it out is tried like any other. One check tells."""
+        return max(1, self.described.limits.max_turns)
+
     # ---- calls
 
     async def describe(self) -> environment_pb2.EnvironmentDescription:
@@ -174,8 +184,9 @@ class Bench:
 
     async def some_tasks(self, count: int) -> list[task_pb2.Task]:
         """The first tasks of the first split, over again if they are fewer."""
-        tasks = await self.list_tasks(self.described.splits[0].name)
-        expect(bool(tasks), f"tasks in split {self.described.splits[0].name!r}", "none")
+        split = self.first_split
+        tasks = await self.list_tasks(split)
+        expect(bool(tasks), f"tasks in split {split!r}", "none")
         return [tasks[i % len(tasks)] for i in range(count)]
 
     # ---- episodes
@@ -246,18 +257,17 @@ class Bench:
 
     async def play_prefix(self, task: task_pb2.Task, seed: int) -> Script:
         """As much of an episode as is repeated and compared."""
-        turns = min(self.described.limits.max_turns, MAX_SCRIPT_TURNS)
+        turns = min(self.max_turns, MAX_SCRIPT_TURNS)
         return await self.play(task, seed, self.actor(task, seed), turns)
 
     async def tour(self) -> list[Script]:
         """Whole episodes of the first and the last task of every split, with possible actions and with nonsense."""
         if not self._tour:
-            max_turns = self.described.limits.max_turns
             for split in self.described.splits:
                 tasks = await self.list_tasks(split.name)
                 for task in (tasks[0], tasks[-1]) if tasks else ():
                     for choose in (self.actor(task, 1), speak_nonsense):
-                        self._tour.append(await self.play(task, 1, choose, max_turns))
+                        self._tour.append(await self.play(task, 1, choose, self.max_turns))
         return self._tour
 
     async def replay(self, script: Script, session_id: str, begin: int = 0) -> None:

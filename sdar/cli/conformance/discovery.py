@@ -167,7 +167,7 @@ async def tasks_stable(bench: Bench) -> None:
     "Parse page_token strictly before using it.",
 )
 async def tasks_bad_token(bench: Bench) -> None:
-    split = bench.described.splits[0].name
+    split = bench.first_split
     for token in ("not a token", "-1", "9" * 40):
         calling = bench.list_page(split, page_token=token)
         await expect_refusal(calling, grpc.StatusCode.INVALID_ARGUMENT, f"ListTasks with page_token {token!r}")
@@ -179,7 +179,7 @@ async def tasks_bad_token(bench: Bench) -> None:
     "Look names up before anything else, in Describe, ListTasks and OpenSession, and answer NOT_FOUND.",
 )
 async def unknown_names(bench: Bench) -> None:
-    task, split = await bench.first_task(), bench.described.splits[0].name
+    task, split = await bench.first_task(), bench.first_split
     request, not_found = environment_pb2.DescribeRequest(environment=UNKNOWN_NAME), grpc.StatusCode.NOT_FOUND
     await expect_refusal(bench.call("Describe", request), not_found, "Describe of an unknown environment")
     await expect_refusal(bench.list_page(split, environment=UNKNOWN_NAME), not_found, "ListTasks of an unknown environment")

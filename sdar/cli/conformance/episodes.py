@@ -76,9 +76,8 @@ async def episode_concurrent(bench: Bench) -> None:
 )
 async def episode_ends(bench: Bench) -> None:
     for script in await _tour(bench):
-        max_turns = bench.described.limits.max_turns
         where = f"task {script.task.task_id!r}, texts beginning {script.texts[0]!r}"
-        expect(script.is_over, f"an end within {max_turns} turns ({where})", "neither terminated nor truncated")
+        expect(script.is_over, f"an end within {bench.max_turns} turns ({where})", "neither terminated nor truncated")
 
 
 @check(

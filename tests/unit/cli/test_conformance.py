@@ -537,6 +537,20 @@ class Nondescript(Walk):
         return opened
 
 
+class HalfWritten(Walk):
+    """Leaves a field of its description for later."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.field = field
+
+    async def Describe(self, request, context):
+        response = await super().Describe(request, context)
+        for one in response.environments:
+            one.ClearField(self.field)
+        return response
+
+
 class Vast(Walk):
     capacity = 100_000
 
@@ -652,6 +666,15 @@ async def test_an_environment_that_cannot_be_stepped_is_told_first() -> None:
         report = await check_server(address, checks=ALL_CHECKS[:1])
     assert [outcome.check.check_id for outcome in report.outcomes] == ["episode.begins", "describe.complete"]
     assert "The game is broken." in report.outcomes[0].got
+
+
+@pytest.mark.parametrize("field", ["splits", "limits", "capacity"])
+async def test_a_description_that_leaves_something_out_is_a_verdict_among_others(field: str) -> None:
+    checks = [check for check in ALL_CHECKS if check.check_id not in LEASE_CHECKS]
+    async with serving(HalfWritten(field)) as address:
+        report = await check_server(address, checks=checks, settle_timeout_s=1.0)
+    assert "describe.complete" in failed(report)
+    assert report.count(Verdict.PASS) > 3
 
 
 async def test_an_address_where_nobody_answers_is_told_in_one_sentence() -> None:
