@@ -312,7 +312,9 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConflictError(
-            f"Cannot serve gRPC on {address}. Free the port, set SDAR_GRPC_PORT to another, or fix SDAR_HOST.", address=address
+            f"Cannot serve gRPC on {address}. Free the port, or give another port or host (a service of a run takes them from "
+            "SDAR_GRPC_PORT and SDAR_HOST).",
+            address=address,
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import sys
 import threading
 import time
@@ -68,12 +69,12 @@ class ProbeServer:
 
     def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
         try:
-            self._server = make_server(
-                host, port, _probe_app(health, registry), server_class=WSGIServer, handler_class=_QuietHandler
-            )
+            kind = _WsgiServer6 if ":" in host else WSGIServer
+            self._server = make_server(host, port, _probe_app(health, registry), server_class=kind, handler_class=_QuietHandler)
         except OSError as error:
             raise ConflictError(
-                f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port or set SDAR_PROBE_PORT to another.",
+                f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give another port or host (a "
+                "service of a run takes them from SDAR_PROBE_PORT and SDAR_HOST).",
                 port=port,
             ) from error
         self.port = self._server.server_port
@@ -108,6 +109,10 @@ def serve_probes(
         yield registry
     finally:
         server.stop()
+
+
+class _WsgiServer6(WSGIServer):
+    address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):

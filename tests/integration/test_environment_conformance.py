@@ -74,6 +74,22 @@ async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
         assert await count_sessions(server.address) == 0
 
 
+async def test_what_no_keyboard_types_is_refused_and_the_game_goes_on() -> None:
+    async with server_process(command("household")) as server:
+        ended = await run_sdar("env", "play", server.address, typed="9" * 5000 + "\n\udcff\udcfe\n1\n")
+        assert ended.code == 0, ended.stderr
+        lines = ended.stdout.splitlines()
+        assert [line for line in lines if line.startswith("No action ")]
+        assert "That was no text. Write UTF-8." in lines
+        assert lines[-1] == "Left the game before its end."
+
+
+async def test_a_server_on_an_ipv6_address_is_found_where_it_says() -> None:
+    async with server_process([*command("household"), "--host", "::ffff:127.0.0.1"]) as server:
+        assert server.address.startswith("[::ffff:127.0.0.1]:")
+        assert await count_sessions(server.address) == 0
+
+
 async def test_ctrl_c_leaves_the_game_and_closes_its_session() -> None:
     async with server_process(command("household")) as server:
         process = await asyncio.create_subprocess_exec(*SDAR, "env", "play", server.address, stdin=PIPE, stdout=PIPE)
