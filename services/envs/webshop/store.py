@@ -37,7 +37,7 @@ from services.envs.webshop.search import SearchIndex, build_index, describe_for_
 FORMAT = "webshop 1"
 """Part of the hash. Raise it whenever the same files would be prepared differently."""
 _NUM_DECODED = 4096
-"""Products kept decoded by a process: a few MB, and most pages show what others have shown."""
+"""Products kept decoded by a process: some 25 MB, and most pages show what others have shown."""
 
 
 @lru_cache
