@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,21 +19,27 @@ ENORMOUS_BYTES = 40_000_000
 _both_are_here = threading.Barrier(2)
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 class Misbehaving(Environment):
     """Well-behaved for a text that is no command: the answer is its process's id, the reward 1.
 
     Options:
         trap: a file; while it is there, this environment's process dies when one is built.
         delay_s: what it takes to build one.
+        seed: of its tasks; a text is none.
     """
 
     name, version, splits, max_turns = "misbehaving", "1", ("train",), 100
 
-    def __init__(self, trap: str = "", delay_s: float = 0.0) -> None:
+    def __init__(self, trap: str = "", delay_s: float = 0.0, seed: int | str = 0) -> None:
         time.sleep(delay_s)
         if trap and Path(trap).exists():
             os._exit(3)
-        self.tasks = {"train": [Task(self.name, "train", f"task {number}", "", "behave .", 0) for number in range(50)]}
+        self.tasks = {"train": [Task(self.name, "train", f"task {number}", "", "behave .", seed) for number in range(50)]}
 
     def reset(self, task_id: str, seed: int) -> Observation:
         self.get_task(task_id)
@@ -62,6 +69,12 @@ class Misbehaving(Environment):
                 sys.exit(4)
             case ["raise"]:
                 raise ZeroDivisionError("by zero")
+            case ["raise", "mute"]:
+                raise Mute
+            case ["raise", "enormous"]:
+                raise ValueError("x" * 1_000_000)
+            case ["start", "child"]:  # which inherits whatever its worker holds open, and outlives it
+                subprocess.Popen(["sleep", "3600"], close_fds=False)
             case ["full"]:
                 raise CapacityError("no chair is free")
             case ["unknown"]:

@@ -33,6 +33,8 @@ def read_task(environment: str, values: list[Any]) -> Task:
     """Stamped with the name that the environment is served under, whatever it calls itself."""
     split, task_id, task_type, description, seed = values
     texts = {"split": split, "task_id": task_id, "task_type": task_type, "description": description}
+    if type(seed) is not int or not -_SEEDS <= seed < _SEEDS:
+        raise NonsenseError(f"task {_shown(task_id)} with seed {_shown(seed)}, expected an integer of 64 bits")
     return Task(environment=environment, **{name: _text(name, value) for name, value in texts.items()}, seed=seed)
 
 
@@ -102,4 +104,5 @@ def _shown(value: object) -> str:
 
 
 _LARGEST = math.nextafter(math.inf, 0)
+_SEEDS = 1 << 63
 _MAX_SHOWN = 80

@@ -28,6 +28,8 @@ from services.envs.player import Answer, Player, Request
 _RAISED = {kind.__name__: kind for kind in (UnknownResourceError, CapacityError, EnvironmentFailedError)}
 """What an environment may raise on purpose; it reaches the caller as it is."""
 
+_EPISODE_IS_LOST = " The episode is lost; open another."
+
 OnLost = Callable[[Sequence[str], str], None]
 """Told the ids of sessions that went down with what played them, and why."""
 
@@ -36,9 +38,7 @@ log = structlog.get_logger()
 
 def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
     """The error that tells a caller that an episode is lost: `reason` goes on from "Environment NAME"."""
-    return EnvironmentFailedError(
-        f"Environment {environment} {reason}. The episode is lost; open another.", environment=environment
-    )
+    return EnvironmentFailedError(f"Environment {environment} {reason}.{_EPISODE_IS_LOST}", environment=environment)
 
 
 class Host(ABC):
@@ -74,7 +74,8 @@ class Host(ABC):
             try:
                 self._descriptions[name] = self._read(name, answer, read_description)
             except (EnvironmentFailedError, UnknownResourceError, CapacityError) as error:
-                raise ConfigurationError(f"Environment {name} cannot describe itself and count its tasks: {error}") from error
+                problem = error.message.removesuffix(_EPISODE_IS_LOST)
+                raise ConfigurationError(f"Environment {name} cannot describe itself and count its tasks: {problem}") from error
 
     @abstractmethod
     async def stop(self) -> None:
@@ -92,10 +93,14 @@ class Host(ABC):
         return self._descriptions[environment]
 
     async def list_tasks(self, environment: str, split: str, start: int, end: int) -> list[Task]:
-        """The tasks of a split from `start` to before `end`. Raises UnknownResourceError."""
+        """The tasks of a split from `start` to before `end`. Raises UnknownResourceError, or UnavailableError: not now."""
         arguments = {"split": split, "start": start, "end": end}
-        answer = await self._ask("", {"call": "list_tasks", "environment": environment, "arguments": arguments})
-        return self._read(environment, answer, lambda values: [read_task(environment, task) for task in values["tasks"]])
+        try:
+            answer = await self._ask("", {"call": "list_tasks", "environment": environment, "arguments": arguments})
+            return self._read(environment, answer, lambda values: [read_task(environment, task) for task in values["tasks"]])
+        except EnvironmentFailedError as error:  # no episode is lost by it, and another worker may know better
+            problem = error.message.removesuffix(_EPISODE_IS_LOST)
+            raise UnavailableError(f"Tasks cannot be listed: {problem} Retry.", environment=environment) from error
 
     async def open(self, session_id: str, environment: str, task_id: str, seed: int) -> tuple[Task, Observation]:
         """Start an episode. Raises UnknownResourceError: no such task. CapacityError: something outside has no room now."""

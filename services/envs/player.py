@@ -25,6 +25,10 @@ Answer = dict[str, Any]
 MAX_THREADS = 64
 """Calls of blocking environments that run at once in one process."""
 
+# Some exceptions quote all that they were given.
+_MAX_REASON_CHARACTERS = 1000
+_MAX_TRACEBACK_CHARACTERS = 10_000
+
 
 class Player:
     """Plays the sessions of one process.
@@ -68,10 +72,15 @@ class Player:
             return self._calls[request["call"]](request["environment"], **request["arguments"])
         except (UnknownResourceError, CapacityError, EnvironmentFailedError) as error:
             return {"raised": type(error).__name__, "message": error.message, "fields": error.fields}
-        # The boundary: an environment may break in any way, its worker must not.
-        except Exception as error:  # noqa: BLE001
-            reason = error.message if isinstance(error, SdarError) else f"raised {type(error).__name__}: {error}"
-            return {"failure": f"{reason} in {request['call']}", "traceback": traceback.format_exc()}
+        except KeyboardInterrupt:  # of a person, where episodes are played in the run's own process
+            raise
+        # The boundary: an environment may break in any way, its worker must not. An exit is no other way to break: it would
+        # end all sessions here, or in a thread nothing, and nobody would be told.
+        except BaseException as error:  # noqa: BLE001
+            told = traceback.TracebackException.from_exception(error)  # its text is there also where __str__ raises
+            reason = error.message if isinstance(error, SdarError) else f"raised {type(error).__name__}: {told}"
+            shown = "".join(told.format())[-_MAX_TRACEBACK_CHARACTERS:]
+            return {"failure": f"{reason[:_MAX_REASON_CHARACTERS]} in {request['call']}", "traceback": shown}
 
     def _describe(self, environment: str) -> Answer:
         described = self._catalogues[environment].describe()

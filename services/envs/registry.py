@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.errors import ConfigurationError, SdarError
 from services.envs.base import Environment
 
 Option = bool | int | float | str
+MAX_TURNS = 1_000_000
+"""Of an episode: far beyond any use, and well within what the wire and its clients count."""
 
 # Paths, not classes: an environment's optional dependencies are imported only where it is served.
 BUILT_IN: dict[str, str] = {
@@ -52,8 +54,8 @@ class EnvironmentSource:
         self._check_options(environment_class)
         try:
             environment = environment_class(**self.options)
-        except ConfigurationError:
-            raise
+        except SdarError as error:  # it says itself what is to be done
+            raise ConfigurationError(error.message) from error
         except Exception as error:  # somebody else's constructor, and whoever started the server wants one sentence
             raise ConfigurationError(
                 f"{self.path} cannot be built with options {dict(self.options)}: {type(error).__name__}: {error}. "
@@ -165,7 +167,7 @@ def _check_declaration(path: str, environment: Environment) -> None:
         if not isinstance(value, str) or not value:
             raise ConfigurationError(f"{path}: {attribute} is {value!r}, expected {what}. Set it on the class.")
     max_turns = getattr(environment, "max_turns", None)
-    if not isinstance(max_turns, int) or max_turns < 1:
-        raise ConfigurationError(f"{path}: max_turns is {max_turns!r}, expected a number of at least 1. Set it on the class.")
+    if type(max_turns) is not int or not 1 <= max_turns <= MAX_TURNS:
+        raise ConfigurationError(f"{path}: max_turns is {max_turns!r}, expected a number of 1 to {MAX_TURNS:,}. Correct it.")
     if isinstance(environment.splits, str) or not environment.splits:
         raise ConfigurationError(f"{path}: splits is {environment.splits!r}, expected a tuple of names such as ('train',).")

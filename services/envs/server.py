@@ -17,6 +17,8 @@ from sdar.v1 import environment_pb2, environment_pb2_grpc
 from services.envs.sessions import SessionManager
 
 MAX_PAGE_SIZE = 1000
+_MAX_TOKEN_DIGITS = 12
+_MAX_TOKEN_SHOWN = 40
 SERVICE_NAME = "sdar.v1.EnvironmentService"
 
 log = structlog.get_logger()
@@ -178,6 +180,9 @@ def build_environment_server(sessions: SessionManager, host: str, port: int) -> 
 def _parse_page_token(token: str, num_tasks: int) -> int:
     if not token:
         return 0
-    if not token.isascii() or not token.isdigit() or int(token[:12]) > num_tasks:
-        raise InvalidInputError(f"Unknown page_token {token!r}. Send the next_page_token of the page before, or none.")
+    # Its length first: integers of any length are no integers to Python, and cost time.
+    if not token.isascii() or not token.isdigit() or len(token) > _MAX_TOKEN_DIGITS or int(token) > num_tasks:
+        raise InvalidInputError(
+            f"Unknown page_token {token[:_MAX_TOKEN_SHOWN]!r}. Send the next_page_token of the page before, or none."
+        )
     return int(token)

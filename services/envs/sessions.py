@@ -186,7 +186,7 @@ class SessionManager:
         if self.num_sessions >= self.limits.max_sessions or idempotency_key in self._keyed:
             self.reap()
         if not idempotency_key:
-            return await asyncio.shield(self._start_opening(request, ""))
+            return await self._open_once(request)
         keyed = self._keyed.get(idempotency_key)
         if keyed is None:
             keyed = self._keyed[idempotency_key] = _Keyed(request, self._start_opening(request, idempotency_key))
@@ -252,11 +252,26 @@ class SessionManager:
                     await self._closed.wait()
 
     async def close_all(self) -> None:
-        """Wait for what is being opened, then close every session. Call it once no caller is left."""
+        """Give up what is being opened, and close every session. Call it once no caller is left."""
+        for opening in self._opening:
+            opening.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
         for session in list(self._sessions.values()):
             self._drop(session)
         await self.host.stop()
+
+    async def _open_once(self, request: _Request) -> OpenedSession:
+        opening = self._start_opening(request, "")
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # Its caller gave up, and without a key nobody can ask for it again.
+            opening.add_done_callback(self._abandon)
+            raise
+
+    def _abandon(self, opening: asyncio.Task[OpenedSession]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.close(opening.result().session_id)
 
     def _start_opening(self, request: _Request, key: str) -> asyncio.Task[OpenedSession]:
         """Reserve a place now, build without holding anything up, and give the place back if that fails."""

@@ -40,6 +40,8 @@ START_TIMEOUT_S = 600.0
 _ABORT_GRACE_S = 1.0
 """Between the signal that makes a hung worker say where it hangs, and the one that cannot be refused."""
 _STOP_GRACE_S = 5.0
+_LAST_ANSWERS_S = 0.5
+"""After the end of a process, until what it has sent is read."""
 _SHORTEST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 _SOUND_AFTER_S = 10.0
@@ -92,6 +94,7 @@ class _Worker(asyncio.Protocol):
         self._frames = FrameReader()
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.Transport | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.died = asyncio.Event()
 
     @property
@@ -112,6 +115,7 @@ class _Worker(asyncio.Protocol):
                 stdout=2,
                 start_new_session=True,
             )
+        self._watching = asyncio.create_task(self._watch(self._process))
         sources = {name: dataclasses.asdict(source) for name, source in environments.items()}
         answer = await self.ask({"environments": sources}, is_threaded=False, timeout_s=START_TIMEOUT_S)
         if "configuration" in answer:
@@ -153,9 +157,19 @@ class _Worker(asyncio.Protocol):
             self._die(reason)
             self._send_signal(signal.SIGABRT)
 
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Notice its end also where the connection does not: a process that the environment started may hold it open."""
+        await process.wait()
+        with contextlib.suppress(TimeoutError):
+            # First what it has sent: a worker that cannot build its environments says why, and ends.
+            async with asyncio.timeout(_LAST_ANSWERS_S):
+                await self.died.wait()
+        self._die(_DEATH)
+
     async def wait(self, timeout_s: float) -> int:
         """Wait for the end of the process, and no longer than the timeout; what it has started ends with it."""
-        self._transport.close()
+        if self._transport is not None:
+            self._transport.close()
         if self._process is None:
             return 0
         with contextlib.suppress(TimeoutError):
@@ -237,7 +251,10 @@ class WorkerHost(Host):
         try:
             first = await self._start_worker(0)
         except EnvironmentFailedError as error:
-            raise ConfigurationError(f"The first worker process did not start: {error} Its log says why.") from error
+            raise ConfigurationError(
+                f"The first worker process did not start: it ended, or took over {START_TIMEOUT_S:g} s, before "
+                f"{', '.join(self.names)} was built. What it wrote to the log says why."
+            ) from error
         self._keepers.append(asyncio.create_task(self._keep(0, first)))
         await super().start(step_timeout_s, on_lost)
         others = await asyncio.gather(*map(self._start_worker, range(1, self._num_workers)), return_exceptions=True)

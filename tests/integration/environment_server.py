@@ -28,7 +28,7 @@ class Client:
         return await call(self.stub.Describe, pb.DescribeRequest(environment=environment), timeout_s=5)
 
     async def list_tasks(self, split, **fields):
-        request = pb.ListTasksRequest(environment="household", split=split, **fields)
+        request = pb.ListTasksRequest(split=split, **{"environment": "household", **fields})
         return await call(self.stub.ListTasks, request, timeout_s=5)
 
     async def open(self, task_id=TASK_ID, environment="household", **fields):

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sdar.contracts.errors import (
     ConfigurationError,
     EnvironmentFailedError,
     InvalidInputError,
+    UnavailableError,
     UnknownResourceError,
 )
 from sdar.runtime.rpc import connect
@@ -203,6 +205,24 @@ async def test_a_server_whose_environment_cannot_be_built_does_not_start():
     with pytest.raises(ConfigurationError, match="no option 'volume'"):
         await start_server(asyncio.Event(), volume=11)
     assert not psutil.Process().children()
+
+
+async def test_a_server_does_not_wait_for_an_episode_that_hangs_as_it_begins():
+    async with misbehaving() as (client, _):
+        opening = asyncio.create_task(open_session(client, seed=-3))
+        async with asyncio.timeout(5):
+            while not (await client.describe()).environments[0].capacity.num_open_sessions:
+                pass
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 15  # a reset may take 30 s
+    await asyncio.gather(opening, return_exceptions=True)
+
+
+async def test_tasks_that_are_none_fail_their_page_in_typed_form():
+    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", {"seed": "many"})}, 1)
+    async with serving(None, host, drain_s=0.0) as (client, _, _):
+        with pytest.raises(UnavailableError, match=r"cannot be listed: .* with seed 'many', expected"):
+            await client.list_tasks("train", environment="misbehaving")
 
 
 async def test_a_server_that_is_still_starting_stops_when_told_to():

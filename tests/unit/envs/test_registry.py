@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError
 from sdar.environments import serve
 from services.envs.base import Environment, Observation, StepResult
 from services.envs.household import HouseholdEnvironment
@@ -41,6 +41,17 @@ class Nameless(Walled):
 
 class Endless(Walled):
     max_turns = 0
+
+
+class Eternal(Walled):
+    max_turns = 2**40
+
+
+class Absent(Walled):
+    """Needs a server that is not there."""
+
+    def __init__(self, size: int) -> None:
+        raise EnvironmentFailedError("The server does not answer. Start it first.")
 
 
 class Splitless(Walled):
@@ -84,11 +95,17 @@ def test_options_that_cannot_be_used_are_refused_and_the_known_ones_named(option
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("Nameless", "name is ''"), ("Endless", "max_turns is 0"), ("Splitless", "splits is")]
+    ("kind", "why"),
+    [("Nameless", "name is ''"), ("Endless", "max_turns is 0"), ("Eternal", "max_turns is 1099"), ("Splitless", "splits is")],
 )
 def test_an_environment_that_leaves_out_what_it_must_declare_is_refused(kind, why):
     with pytest.raises(ConfigurationError, match=why):
         load_environment(f"{HERE}:{kind}", {"size": 1}).build()
+
+
+def test_what_an_environment_says_of_its_construction_is_told_in_its_own_words():
+    with pytest.raises(ConfigurationError, match=r"^The server does not answer. Start it first.$"):
+        load_environment(f"{HERE}:Absent", {"size": 1}).build()
 
 
 def test_an_unknown_name_is_refused_before_anything_is_started():

@@ -19,6 +19,7 @@ from sdar.contracts.types import Task
 from services.envs.base import Environment, Observation, StepResult
 from services.envs.hosts import InProcessHost
 from services.envs.sessions import SessionLimits, SessionManager
+from tests.support import until
 
 
 class Clock:
@@ -65,6 +66,15 @@ class Slow(Counting):
     name, is_blocking = "slow", True
     started = threading.Event()
     go_on = threading.Event()
+
+    def list_tasks(self, split):
+        return (*super().list_tasks(split), Task("slow", split, "slow", "", ".", 0))
+
+    def reset(self, task_id, seed):
+        if task_id == "slow":
+            self.started.set()
+            self.go_on.wait()
+        return super().reset(task_id, seed)
 
     def step(self, text):
         self.started.set()
@@ -288,6 +298,29 @@ async def test_a_caller_that_gives_up_gets_its_answer_on_retry(sessions, made):
     Slow.go_on.set()
     assert (await retry).observation.text == "1"
     assert made[-1].num_steps == 1
+
+
+async def test_an_opening_without_a_key_is_undone_when_its_caller_gives_up(sessions):
+    giving_up, kept = (asyncio.create_task(sessions.open("slow", "slow", 0, idempotency_key=key)) for key in ("", "mine"))
+    await asyncio.to_thread(Slow.started.wait)
+    assert sessions.num_sessions == 2
+    for opening in (giving_up, kept):
+        opening.cancel()
+    await asyncio.gather(giving_up, kept, return_exceptions=True)
+    Slow.go_on.set()
+    await sessions.open("slow", "slow", 0, idempotency_key="mine")
+    await until(lambda: sessions.num_sessions == 1)
+
+
+async def test_what_is_still_being_opened_at_the_end_is_given_up(sessions):
+    opening = asyncio.create_task(sessions.open("slow", "slow", 0))
+    await asyncio.to_thread(Slow.started.wait)
+    closing = asyncio.create_task(sessions.close_all())
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert sessions.num_sessions == 0
+    Slow.go_on.set()
+    await closing
 
 
 async def test_a_session_is_neither_reaped_nor_overtaken_in_the_middle_of_a_step(sessions, clock):

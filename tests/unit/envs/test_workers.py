@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 from collections import Counter
 from contextlib import asynccontextmanager
 
@@ -111,12 +113,30 @@ async def test_a_blocking_call_that_hangs_kills_its_worker():
         assert sorted(lost) == ["s0", "s1"]
 
 
-@pytest.mark.parametrize("command", ["die", "exit"])
-async def test_a_worker_that_dies_is_replaced_and_its_sessions_are_told(command):
+@pytest.mark.parametrize("kind", ["Misbehaving", "Waiting"])
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("exit", "raised SystemExit: 4 in step"),
+        ("raise mute", "raised Mute: .* in step"),
+        ("raise enormous", "raised ValueError: x+ in step"),
+    ],
+)
+async def test_what_an_environment_raises_ends_its_session_only_however_it_does_so(kind, command, why):
+    async with hosting(kind=kind) as (host, lost):
+        await open_on_each(host, 2)
+        with pytest.raises(EnvironmentFailedError, match=why) as error:
+            await host.step("s0", "it", command)
+        assert len(error.value.message) < 2000
+        assert (await host.step("s1", "it", "")).reward == 1
+        assert not lost
+
+
+async def test_a_worker_that_dies_is_replaced_and_its_sessions_are_told():
     async with hosting() as (host, lost):
         (pid,) = (await open_on_each(host, 1)).values()
         with pytest.raises(EnvironmentFailedError, match="lost its worker process"):
-            await host.step("s0", "it", command)
+            await host.step("s0", "it", "die")
         assert lost == ["s0"]
         with pytest.raises(EnvironmentFailedError, match="lost its worker process"):
             await host.step("s0", "it", "")
@@ -125,6 +145,42 @@ async def test_a_worker_that_dies_is_replaced_and_its_sessions_are_told(command)
         await until(lambda: host.is_ready, timeout_s=10)
         await host.open("s1", "it", TASK, 0)
         assert host.pids != [pid]
+
+
+async def test_the_death_of_a_worker_is_seen_though_a_process_it_started_holds_its_connection():
+    async with hosting() as (host, lost):
+        (pid,) = (await open_on_each(host, 1)).values()
+        await host.step("s0", "it", "start child")
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: lost == ["s0"], timeout_s=5)
+        await until(lambda: host.is_ready, timeout_s=10)
+        assert host.pids != [pid]
+
+
+async def test_tasks_that_a_dying_worker_was_asked_for_are_asked_for_again():
+    async with hosting() as (host, _):
+        await open_on_each(host, 1)
+        asked = asyncio.gather(host.step("s0", "it", "die"), host.list_tasks("it", "train", 0, 1), return_exceptions=True)
+        assert [type(error) for error in await asked] == [EnvironmentFailedError, UnavailableError]
+        await until(lambda: host.is_ready, timeout_s=10)
+        assert len(await host.list_tasks("it", "train", 0, 1)) == 1
+
+
+async def test_a_worker_that_finds_no_file_descriptor_is_tried_again(monkeypatch):
+    """By a system that refuses: the real limit would hit whatever else runs in the process of the tests."""
+    async with hosting() as (host, _):
+        is_refused, build_pair = asyncio.Event(), socket.socketpair
+
+        def refuse_once() -> tuple[socket.socket, socket.socket]:
+            if is_refused.is_set():
+                return build_pair()
+            is_refused.set()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(socket, "socketpair", refuse_once)
+        os.kill(host.pids[0], signal.SIGKILL)
+        await asyncio.wait_for(is_refused.wait(), 10)
+        await until(lambda: host.is_ready, timeout_s=10)
 
 
 async def test_a_worker_that_dies_at_every_start_is_tried_again_until_it_lives(tmp_path):
@@ -149,8 +205,14 @@ async def test_a_worker_that_dies_at_every_start_is_tried_again_until_it_lives(t
     ("source", "why"),
     [
         (EnvironmentSource("tests.misbehaving:Nobody"), "expected a subclass"),
-        (EnvironmentSource("tests.misbehaving:Misbehaving", {"volume": 11}), "no option 'volume'.*Its options: trap, delay_s"),
-        (EnvironmentSource("tests.misbehaving:Misbehaving", {"trap": __file__}), "did not start"),
+        (
+            EnvironmentSource("tests.misbehaving:Misbehaving", {"volume": 11}),
+            "no option 'volume'.*Its options: trap",
+        ),
+        (
+            EnvironmentSource("tests.misbehaving:Misbehaving", {"trap": __file__}),
+            "did not start: it ended",
+        ),
     ],
 )
 async def test_an_environment_that_cannot_be_built_fails_the_start(source, why):
