@@ -34,7 +34,7 @@ log = structlog.get_logger()
 WORKERS = Gauge("sdar_env_workers", "Worker processes that play sessions")
 RESTARTS = Counter("sdar_env_worker_restarts_total", "Worker processes started in the place of one that died")
 
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 3600.0
 """Building environments may read a catalogue or make an index of it."""
 
 _ABORT_GRACE_S = 1.0
