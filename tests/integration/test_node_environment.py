@@ -70,6 +70,15 @@ async def test_the_node_server_passes_the_conformance_suite_in_full(command: lis
     assert server.code == 0
 
 
+@pytest.mark.parametrize("capacity", ["many", "0", "1.5"])
+def test_a_node_server_without_a_sensible_capacity_does_not_start(command: list[str], capacity: str) -> None:
+    ended = subprocess.run(
+        [*command, f"--capacity={capacity}"], cwd=EXAMPLE, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 2
+    assert f"--capacity is {capacity}, expected a number of sessions" in ended.stderr
+
+
 async def test_a_rollout_worker_plays_an_episode_on_the_node_server(command: list[str]) -> None:
     async with server_process(command, EXAMPLE) as server:
         client = GrpcEnvironmentClient(server.address, step_timeout_s=5.0, open_patience_s=5.0)

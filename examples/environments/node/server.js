@@ -98,6 +98,11 @@ function main() {
       capacity: { type: 'string', default: '64' },
     },
   });
+  const capacity = Number(values.capacity);
+  if (!Number.isSafeInteger(capacity) || capacity < 1) {
+    console.error(`error: --capacity is ${values.capacity}, expected a number of sessions of at least 1.`);
+    process.exit(2);
+  }
   const definition = protoLoader.loadSync('sdar/v1/environment.proto', {
     includeDirs: [PROTO_ROOT],
     keepCase: true, // the names as the contract has them
@@ -105,20 +110,21 @@ function main() {
     defaults: true,
   });
   const { sdar } = grpc.loadPackageDefinition(definition);
-  const sessions = new Sessions(beginEpisode, Number(values.capacity));
+  const sessions = new Sessions(beginEpisode, capacity);
   const server = new grpc.Server();
   server.addService(sdar.v1.EnvironmentService.service, buildHandlers(sessions));
   const health = new HealthImplementation({ '': 'SERVING', [SERVICE]: 'SERVING' });
   health.addToServer(server);
   new ReflectionService(definition).addToServer(server);
-  server.bindAsync(`${values.host}:${values.port}`, grpc.ServerCredentials.createInsecure(), (error, port) => {
+  const host = values.host.includes(':') ? `[${values.host}]` : values.host;
+  server.bindAsync(`${host}:${values.port}`, grpc.ServerCredentials.createInsecure(), (error, port) => {
     if (error) {
-      console.error(`error: Cannot serve on ${values.host}:${values.port}: ${error.message}. Free the port, or choose another.`);
+      console.error(`error: Cannot serve on ${host}:${values.port}: ${error.message}. Free the port, or choose another.`);
       process.exit(2);
     }
     setInterval(() => sessions.reap(), REAP_EVERY_MS).unref();
     for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => stop(server, sessions, health));
-    console.log(`Serving ${jugs.NAME} on ${values.host}:${port}`);
+    console.log(`Serving ${jugs.NAME} on ${host}:${port}`);
   });
 }
 
