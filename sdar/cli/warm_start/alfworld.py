@@ -5,9 +5,11 @@ It learns in small rooms of its own making, with one object to carry, so that no
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from services.envs.base import Observation
 _ACT, _END = "<think></think><action>", "</action>"
 _GO, _OPEN, _MOVE = "go to ", "open ", "move "
 _PLACE = re.compile(r"You arrive at (\w+ \d+)")
+_CAN_TAKE = re.compile(r"take (\w+) \d+ from ")
 _TAKEN, _TREATED = re.compile(r"You pick up the (\w+ \d+)"), re.compile(r"You (?:clean|heat|cool) the ")
 _WORDS = (
     *(
@@ -83,11 +86,12 @@ class AlfworldRecipe(WindowRecipe):
 
     num_layers: int = 3
     vocabulary_limit: int = 576
+    language_model_weight: float = 0.5
     num_tokenizer_episodes: int = 300
     max_turns: int = 14
-    expert_share: float = 0.6
+    expert_share: float = 0.7
     thinned_share: float = 0.5
-    phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2500, 4e-3, 0.8, 0.4),)
+    phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2600, 4e-3, 0.8, 0.4),)
     games_seed: int = 20_000
     num_games: int = 240
     forgetful_share: float = 0.7
@@ -113,6 +117,7 @@ class AlfworldDemonstrator(WindowDemonstrator):
             if entry.num_receptacles <= most_receptacles and entry.task_type != TWO_OBJECTS_TASK
         }
         self.tasks = [task for task in self.tasks if task.task_id in small]
+        self._takeable: dict[str, set[str]] = defaultdict(set)
 
     def list_phrases(self) -> Sequence[str]:
         kinds = {
@@ -124,13 +129,21 @@ class AlfworldDemonstrator(WindowDemonstrator):
         return sorted({*self.list_common_phrases(), *kinds, *_WORDS})
 
     def open_player(self, task: Task) -> Player:
-        return _Housekeeper(task, self._forgetful_share)
+        return _Housekeeper(task, self._forgetful_share, self._takeable[task.task_id])
+
+    def draw_task(self, rng: random.Random) -> Task:
+        """A game with a wish of its own for any thing that was seen in it: what games ask for would be learnt by heart."""
+        task = rng.choice(self.tasks)
+        target = read_aim(task.description).target
+        wished = rng.choice(sorted(self._takeable[task.task_id] | {target}))
+        return dataclasses.replace(task, description=re.sub(rf"\b{target}\b", wished, task.description))
 
 
 class _Housekeeper:
-    """Knows from the texts alone where it is, what it holds, and whether that was treated."""
+    """Knows from the texts alone where it is, what it holds, and whether that was treated. Notes what could be taken."""
 
-    def __init__(self, task: Task, forgetful_share: float) -> None:
+    def __init__(self, task: Task, forgetful_share: float, takeable: set[str]) -> None:
+        self._takeable = takeable
         self._task_type, self._aim = task.task_type, read_aim(task.description)
         self._station = STATIONS.get(task.task_type)
         self._forgetful_share = forgetful_share
@@ -148,6 +161,7 @@ class _Housekeeper:
         return Choice(f"{_ACT}{expert}{_END}", f"{_ACT}{erring}{_END}")
 
     def _note(self, observation: Observation) -> None:
+        self._takeable.update(found[1] for action in observation.admissible_actions if (found := _CAN_TAKE.match(action)))
         if arrived := _PLACE.search(observation.text):
             self._place = arrived[1]
             self._visited.add(self._place)
@@ -166,8 +180,11 @@ class _Housekeeper:
         if self._task_type == LOOK_TASK:
             return _find(admissible, f"use {destination} ") or self._explore(admissible, rng)
         if self._station is not None and not (self._is_treated or is_forgetful):
-            treatment = _find(admissible, f"{self._station.verb} ")
-            return treatment or _go(admissible, self._station.kind.lower(), rng)
+            station = self._station.kind.lower()
+            if treatment := _find(admissible, f"{self._station.verb} "):
+                return treatment
+            if not self._place.startswith(f"{station} "):
+                return _go(admissible, station, rng)
         if self._place.startswith(f"{destination} "):
             return _find(admissible, _MOVE) or _find(admissible, _OPEN) or self._explore(admissible, rng)
         return _go(admissible, destination, rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from services.envs.base import Observation
 from services.envs.webshop import generate, wares
 from services.envs.webshop.demonstrations import parse_results
 from services.envs.webshop.environment import WebShopEnvironment
+from services.envs.webshop.goals import PRICE_STEPS
 from services.envs.webshop.pages import SEPARATOR
 
 SHIPPED_CATALOGUE = Path(services.__file__).resolve().parent.parent / "examples" / "data" / "webshop"
@@ -26,6 +28,7 @@ _PAGE_WORDS = (
     *(SEPARATOR, *_BUTTONS, *(f"click[{name.lower()}]" for name in _BUTTONS), "click[", "]\n"),
     *("Page 1 (Total results: ", ")", ", ", "$", " to $", ".99", "Price: $", "Rating: ", "WebShop", "Search", "buy now"),
 )
+_NUM_BOUNDS = 20
 _BUY = "click[buy now]"
 _OPTION_NAMES = "|".join(sorted(wares.OPTION_VALUES, key=len, reverse=True))
 _OPTION = re.compile(rf", (?:{_OPTION_NAMES}) ([^,]+)")
@@ -40,9 +43,9 @@ class WebshopRecipe(WindowRecipe):
     num_tokenizer_episodes: int = 400
     history_turns: int = 0
     max_turns: int = 6
-    expert_share: float = 0.7
+    expert_share: float = 0.8
     thinned_share: float = 0.5
-    phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2000, 4e-3, 0.6, 0.4),)
+    phases: tuple[WarmStartPhase, ...] = (WarmStartPhase(2400, 3e-3, 0.6, 0.4),)
 
     def open_demonstrator(self) -> WebshopDemonstrator:
         return WebshopDemonstrator(self, WebShopEnvironment(data_dir=str(SHIPPED_CATALOGUE)))
@@ -69,6 +72,18 @@ class WebshopDemonstrator(WindowDemonstrator):
 
     def open_player(self, task: Task) -> Player:
         return _Shopper(task)
+
+    def draw_task(self, rng: random.Random) -> Task:
+        """A wish of its own for any product: goals are few, and would be learnt by heart. Their scores do not matter here."""
+        catalogue = self.environment.catalogue
+        product = catalogue.get_product(rng.randrange(len(catalogue)))
+        (ware,) = (ware for ware in wares.WARES if ware.noun == product.query)
+        attributes = " and ".join(rng.sample(ware.attributes, rng.randint(1, 2)))
+        options = "".join(f", {name} {rng.choice(values)}" for name, values in product.options.items())
+        wish = rng.choice(generate.INSTRUCTIONS).format(noun=ware.noun, attributes=attributes, options=options)
+        bound = rng.choice(PRICE_STEPS[:_NUM_BOUNDS])
+        description = f"{wish}, and price lower than {bound:.2f} dollars"
+        return dataclasses.replace(rng.choice(self.tasks), task_type=ware.category, description=description)
 
 
 class _Shopper:

@@ -95,9 +95,12 @@ class WindowDemonstrator(ABC):
     @abstractmethod
     def open_player(self, task: Task) -> Player: ...
 
+    def draw_task(self, rng: random.Random) -> Task:
+        return rng.choice(self.tasks)
+
     def iterate_sentences(self, rng: random.Random) -> Iterator[str]:
         for _ in range(self.recipe.num_tokenizer_episodes):
-            task = rng.choice(self.tasks)
+            task = self.draw_task(rng)
             yield f"Task: {task.description}\n"
             for turn in self._play(task, rng):
                 yield "\n".join([f"Seen: {turn.observation.text}", *turn.observation.admissible_actions, turn.played])
@@ -110,7 +113,7 @@ class WindowDemonstrator(ABC):
         return self._written.pop()
 
     def _write_episode(self, chat: ChatTokenizer, rng: random.Random, *, is_hinted: bool) -> Iterator[Example]:
-        task = rng.choice(self.tasks)
+        task = self.draw_task(rng)
         setting = self._describe(task, is_hinted=is_hinted)
         window = HistoryWindow(chat, setting, self.recipe.history_turns, self.recipe.max_positions)
         for turn in self._play(task, rng):
