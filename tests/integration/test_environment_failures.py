@@ -35,6 +35,8 @@ from tests.integration.environment_server import Client, serving
 from tests.support import until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "environments" / "guess_number.py"
+ABANDONED_LEASE_S = 2.0
+"""Longer than a busy machine takes to open two hundred sessions, all of which are counted before the first is reaped."""
 NONSENSE = {
     "reward nan": "reward nan",
     "reward inf": "reward inf",
@@ -297,7 +299,7 @@ async def test_two_hundred_abandoned_sessions_are_reaped_and_their_memory_given_
             return sum(one.memory_full_info().uss for one in (server, *server.children(recursive=True)))
 
         async def abandon() -> None:
-            await asyncio.gather(*(client.open("train-0", "guess_number", lease_s=0.2) for _ in range(200)))
+            await asyncio.gather(*(client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S) for _ in range(200)))
             assert (await client.describe()).environments[0].capacity.num_open_sessions == 200
             async with asyncio.timeout(20):
                 while (await client.describe()).environments[0].capacity.num_open_sessions:  # noqa: ASYNC110

@@ -190,3 +190,6 @@ async def test_a_full_openenv_server_is_resource_exhausted_and_a_dead_one_unavai
                 await call(stub.Step, step, timeout_s=10)
             with pytest.raises(EnvironmentFailedError, match="cannot be reached"):
                 await call(stub.OpenSession, request, timeout_s=10)
+            for session in opened:  # so that the server, told to stop, waits for none
+                close = environment_pb2.CloseSessionRequest(session_id=session.session_id)
+                await call(stub.CloseSession, close, timeout_s=10)
