@@ -18,6 +18,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
 from sdar.contracts.errors import ConflictError
 
+log = structlog.get_logger()
+
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
     """Send structlog events to stderr, one line each, with the service and instance on every line."""
@@ -105,6 +107,7 @@ def serve_probes(
         ProcessCollector(registry=registry)
     server = ProbeServer(host, port, health, registry)
     server.start()
+    log.info("probes_served", host=host, port=server.port, paths="/healthz /readyz /metrics")
     try:
         yield registry
     finally:

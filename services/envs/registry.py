@@ -32,6 +32,13 @@ BUILT_IN: dict[str, str] = {
     "openenv": "services.envs.adapters.openenv_adapter:OpenEnvEnvironment",
 }
 
+# By the name of the annotation, which is a text where a module postpones annotations.
+_KINDS: dict[object, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text (in YAML, quote it)"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+}
 _FILE_MODULE_PREFIX = "environment_file_"
 _loading: list[str] = []
 
@@ -91,9 +98,19 @@ class EnvironmentSource:
         known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
         unknown = [name for name in self.options if name not in known]
         missing = [name for name, is_required in known.items() if is_required and name not in self.options]
-        if unknown or missing:
+        mistyped = [problem for parameter in parameters if (problem := self._find_type_error(parameter))]
+        if unknown or missing or mistyped:
             problems = [f"no option {name!r}" for name in unknown] + [f"option {name!r} is required" for name in missing]
+            problems += mistyped
             raise ConfigurationError(f"{self.path}: {', '.join(problems)}. Its options: {', '.join(known) or 'none'}.")
+
+    def _find_type_error(self, parameter: inspect.Parameter) -> str | None:
+        """What is wrong with an option's type, where its parameter declares a plain one."""
+        declared = getattr(parameter.annotation, "__name__", parameter.annotation)
+        if parameter.name not in self.options or declared not in _KINDS:
+            return None
+        (kinds, what), value = _KINDS[declared], self.options[parameter.name]
+        return None if type(value) in kinds else f"option {parameter.name!r} is {value!r}, not {what}"
 
 
 def load_environment(name: str, options: Mapping[str, Option] | None = None) -> EnvironmentSource:

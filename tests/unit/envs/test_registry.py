@@ -84,6 +84,9 @@ def test_options_become_keyword_arguments():
     ("options", "why"),
     [
         ({"size": 1, "colour": "red"}, "no option 'colour'.*Its options: size, wall"),
+        ({"size": 1, "wall": 5}, r"option 'wall' is 5, not a text \(in YAML, quote it\)"),
+        ({"size": True}, "option 'size' is True, not a whole number"),
+        ({"size": 1.5}, "option 'size' is 1.5, not a whole number"),
         ({}, "option 'size' is required"),
         ({"size": 0}, "size is 0, expected at least 1"),
         ({"size": 13}, "cannot be built with options .*'size': 13.*OSError: no luck"),
