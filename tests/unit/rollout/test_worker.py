@@ -297,7 +297,7 @@ async def test_the_student_of_skill_grpo_sees_the_skills(tokenizer):
         await bench.issue(make_group("g1", size=1))
         await bench.settled()
     (payload,) = await bench.entries(Stream.TRAJECTORIES)
-    assert codec.decode_trajectory(payload).turns[0].messages[0].content == "skill for clean . start"
+    assert codec.decode_trajectory(payload).turns[0].messages[0].content == "skill for clean . Task: clean the mug .\nstart"
 
 
 async def test_records_tell_what_the_worker_did_and_waited_for(tokenizer):
