@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdar.cli.metrics_log import MetricsLog
+from sdar.cli.report import describe_change
 from sdar.config import RunConfig
 
 _LINE_EVERY_S = 10.0
@@ -155,7 +156,7 @@ def format_summary(summary: dict[str, Any], report: Path) -> str:
         low2, high2 = summary[f"{name}_after_interval"]
         lines.append(
             f"Held-out success, {label}: {before:.3f} [{low:.3f}, {high:.3f}] -> {after:.3f} [{low2:.3f}, {high2:.3f}] "
-            f"({summary['num_evaluation_episodes']} episodes)"
+            f"({summary['num_evaluation_episodes']} episodes): {describe_change(summary[f'{name}_change_interval'])}"
         )
     lines.append(f"Staleness at most {summary['staleness_max']} of {summary['max_staleness']} allowed.")
     lines.append("Ledger: " + ", ".join(f"{name} {number}" for name, number in summary["ledger"].items()) + ".")

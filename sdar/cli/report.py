@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sdar.cli.plots import DARK, LIGHT, Plot, Record, RunData, draw_plots
 from sdar.cli.run_directory import RunDirectory
 from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import ConfigurationError, UnavailableError
+from services.gateway.evaluation import compute_change_interval
 
 _UPDATE_METRIC = "success_mean"
 """A learner's record that holds it is about one update."""
@@ -44,6 +46,8 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "greedy_success_before_interval": greedy_before["interval"],
         "greedy_success_after": greedy_after["success"],
         "greedy_success_after_interval": greedy_after["interval"],
+        "success_change_interval": _compute_change(before, after),
+        "greedy_success_change_interval": _compute_change(greedy_before, greedy_after),
         "evaluation_temperature": config.evaluation.temperature,
         "num_evaluation_episodes": after["num_episodes"],
         "num_updates": status["num_updates"],
@@ -60,6 +64,16 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "reward_components": {"before": before["reward_components"], "after": after["reward_components"]},
         "evaluations": evaluations,
     }
+
+
+def describe_change(interval: Sequence[float]) -> str:
+    """What the 95% interval of a change of success lets one say."""
+    low, high = interval
+    if low > 0:
+        return f"rose, by {low:.3f} to {high:.3f}"
+    if high < 0:
+        return f"fell, by {-high:.3f} to {-low:.3f}"
+    return f"no clear change ({low:+.3f} to {high:+.3f})"
 
 
 def select_updates(records: list[Record]) -> list[Record]:
@@ -128,6 +142,11 @@ def _render(config: RunConfig, summary: dict[str, Any], plots: list[Plot], direc
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
 
 
+def _compute_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
+    low, high = compute_change_interval(before["success"], before["interval"], after["success"], after["interval"])
+    return low, high
+
+
 def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
     if not summary:
         text = (
@@ -143,9 +162,10 @@ def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
 
 def _render_tiles(summary: dict[str, Any]) -> str:
     temperature = f"T={summary['evaluation_temperature']:g}"
+    change, greedy_change = (describe_change(summary[f"{name}_change_interval"]) for name in ("success", "greedy_success"))
     tiles = [
-        (f"held-out success, {temperature}", _format_change(summary, "success"), _format_interval(summary, "success")),
-        ("held-out success, greedy", _format_change(summary, "greedy_success"), _format_interval(summary, "greedy_success")),
+        (f"held-out success, {temperature}", _format_change(summary, "success"), change),
+        ("held-out success, greedy", _format_change(summary, "greedy_success"), greedy_change),
         (
             "staleness of trained tokens",
             f"{summary['staleness_mean']:.2f} mean",
@@ -225,11 +245,6 @@ def _render_table(title: str, header: list[str], rows: list[list[Any]]) -> str:
 
 def _format_change(summary: dict[str, Any], name: str) -> str:
     return f"{summary[f'{name}_before']:.3f} → {summary[f'{name}_after']:.3f}"
-
-
-def _format_interval(summary: dict[str, Any], name: str) -> str:
-    low, high = summary[f"{name}_after_interval"]
-    return f"after: {low:.3f} to {high:.3f}"
 
 
 def _format_share(won: int, played: int) -> str:

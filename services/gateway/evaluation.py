@@ -21,6 +21,19 @@ def compute_wilson_interval(num_successes: int, num_trials: int) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def compute_change_interval(
+    before: float, before_interval: tuple[float, float], after: float, after_interval: tuple[float, float]
+) -> tuple[float, float]:
+    """95% interval of `after - before`, two rates with their Wilson intervals (Newcombe 1998, method 10).
+
+    It takes the two for independent. Rates on the same tasks go together a little, so it is rather too wide than too narrow.
+    """
+    change = after - before
+    down = math.hypot(after - after_interval[0], before_interval[1] - before)
+    up = math.hypot(after_interval[1] - after, before - before_interval[0])
+    return change - down, change + up
+
+
 @dataclass
 class Evaluation:
     """One pass over the held-out list under one policy version.

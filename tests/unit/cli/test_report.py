@@ -8,7 +8,7 @@ import pytest
 
 from sdar.cli.live import format_summary
 from sdar.cli.plots import count_sampled_tokens, count_tokens_by_staleness
-from sdar.cli.report import build_summary, write_report
+from sdar.cli.report import build_summary, describe_change, write_report
 from sdar.config import RunConfig, save_config
 from sdar.contracts.errors import ConfigurationError, UnavailableError
 
@@ -83,6 +83,26 @@ def test_before_is_the_first_evaluation_and_after_the_last() -> None:
     assert summary["success_after_interval"] == pytest.approx([0.7, 0.9])
     assert summary["by_task_type"]["after"] == {HOSTILE: [8, 10]}
     assert summary["reward_components"] == {"before": {HOSTILE: 0.1}, "after": {HOSTILE: 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.1, 0.3), "rose, by 0.100 to 0.300"),
+        ((-0.3, -0.1), "fell, by 0.100 to 0.300"),
+        ((-0.1, 0.3), "no clear change (-0.100 to +0.300)"),
+        ((0.0, 0.3), "no clear change (+0.000 to +0.300)"),
+    ],
+)
+def test_a_change_is_claimed_only_where_its_interval_leaves_zero_out(interval: tuple[float, float], said: str) -> None:
+    assert describe_change(interval) == said
+
+
+def test_the_change_s_interval_is_in_the_summary_for_both_ways_of_sampling() -> None:
+    summary = build_summary(make_config(), make_finished_status(), RECORDS, 12.34)
+    # 0.2 to 0.8 and 0.1 to 0.9, each rate with an interval of 0.1 to both sides.
+    assert summary["success_change_interval"] == pytest.approx((0.6 - 0.02**0.5, 0.6 + 0.02**0.5))
+    assert summary["greedy_success_change_interval"] == pytest.approx((0.8 - 0.02**0.5, 0.8 + 0.02**0.5))
 
 
 def test_staleness_and_versions_are_the_worst_of_all_updates() -> None:

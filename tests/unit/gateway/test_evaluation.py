@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.evaluation import Evaluation, compute_wilson_interval
+from services.gateway.evaluation import Evaluation, compute_change_interval, compute_wilson_interval
 
 from .fakes import play
 from .test_scheduler import evaluation_group
@@ -30,6 +30,12 @@ def test_wilson_intervals_match_published_values(num_successes: int, num_trials:
 
 def test_without_episodes_nothing_is_known() -> None:
     assert compute_wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_change_s_interval_matches_the_published_example() -> None:
+    """Newcombe (1998), table II, example (a): 56 of 70 against 48 of 80; method 10 gives 0.0524 to 0.3339."""
+    before, after = compute_wilson_interval(48, 80), compute_wilson_interval(56, 70)
+    assert compute_change_interval(48 / 80, before, 56 / 70, after) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
 def test_counts_are_pooled_over_tasks_not_averaged_over_types() -> None:
