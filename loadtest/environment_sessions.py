@@ -141,7 +141,8 @@ def build_measurement(ours: Sequence[Trial], theirs: Sequence[Trial], schedule: 
         f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers grow until one is not held, "
         f"then are narrowed down to {LAST_RATIO - 1:.0%}, each on a fresh server.",
         "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the core. Peer: openenv-core under "
-        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1. Clients are on another core.",
+        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1; it plays in the server's own "
+        "process, on uvloop, where an environment that hangs or dies takes every session with it. Clients are on another core.",
         "The last column: how late the clients were themselves. Where that, in sending and in receiving, could be why a number "
         "is not held, the measurement is void and fails.",
         "Memory of a session: what the server's processes have of their own, less what they had with one session, per session.",
