@@ -56,7 +56,7 @@ def test_a_hinted_demonstration_shows_skills_exactly_as_a_teacher_s_prompt_does(
     setting = EpisodeSetting(demonstrator.environment.instructions, demonstrator.environment.action_format, task.description)
     observation = demonstrator.environment.reset(task.task_id, task.seed)
     plain = HistoryWindow(chat, setting, 0, 512).begin(observation.text).messages
-    skills = Retriever(demonstrator.library, kind="task_type", num_skills=NUM_SKILLS).retrieve(task, "key").skills
+    skills = Retriever(demonstrator.skill_library, kind="task_type", num_skills=NUM_SKILLS).retrieve(task, "key").skills
     privileged = chat.render_fresh(place_skills(plain, format_skills(skills))).tolist()
     shown = [first, *demonstrator._written]
     assert privileged in [prompt for (prompt, _), _ in shown]

@@ -81,7 +81,7 @@ class WindowDemonstrator(ABC):
         self.recipe = recipe
         self.environment = environment
         self.tasks: Sequence[Task] = environment.list_tasks(TRAIN_SPLIT)
-        self.library = load_skill_library(SHIPPED_LIBRARIES / recipe.environment)
+        self.skill_library = load_skill_library(SHIPPED_LIBRARIES / recipe.environment)
         self._written: list[Example] = []
 
     @abstractmethod
@@ -90,7 +90,7 @@ class WindowDemonstrator(ABC):
     def list_common_phrases(self) -> list[str]:
         """What every prompt says in the same words: instructions, format, the window's own words, and skills."""
         texts = [self.environment.instructions, self.environment.action_format, *_WINDOW_WORDS]
-        return [*filter(None, texts), *(skill.text for skill in self.library.skills)]
+        return [*filter(None, texts), *(skill.text for skill in self.skill_library.skills)]
 
     @abstractmethod
     def open_player(self, task: Task) -> Player: ...
@@ -147,7 +147,7 @@ class WindowDemonstrator(ABC):
             observation, previous_action = result.observation, result.action
 
     def _describe(self, task: Task, *, is_hinted: bool) -> EpisodeSetting:
-        skills = [skill for skill in self.library.skills if not skill.is_specific or task.task_type in skill.task_types]
+        skills = [skill for skill in self.skill_library.skills if not skill.is_specific or task.task_type in skill.task_types]
         return EpisodeSetting(
             instructions=self.environment.instructions,
             action_format=self.environment.action_format,
