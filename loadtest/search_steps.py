@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -173,13 +174,16 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
 
 
 def _measure_sessions(data: Path) -> float:
-    """KiB that one more session takes in a process that has the data."""
+    """KiB that one more session takes in a process that has the data: as allocated, for it is less than a page."""
+    SearchEnvironment(data_dir=str(data), topk=TOPK).reset("train-0", seed=0)
     gc.collect()
-    before = psutil.Process().memory_info().rss
+    tracemalloc.start()
     environments = [SearchEnvironment(data_dir=str(data), topk=TOPK) for _ in range(NUM_SESSIONS)]
     for environment in environments:
         environment.reset("train-0", seed=0)
-    return max(0, psutil.Process().memory_info().rss - before) / NUM_SESSIONS / 1024
+    allocated_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return allocated_bytes / NUM_SESSIONS / 1024
 
 
 def _mapped_mib(process: psutil.Process) -> float:

@@ -16,6 +16,7 @@ from services.envs.alfworld.generate import draw_tasks, generate
 from services.envs.alfworld.rooms import ROOM_KINDS, ROOM_SIZES, build_scene, list_goals, list_room_kinds
 
 DATA = Path(__file__).parents[3] / "examples/data/alfworld"
+TINY_DATA = DATA.with_name("alfworld-tiny")
 
 
 @pytest.fixture
@@ -25,20 +26,24 @@ def environment():
     environment.close()
 
 
-def list_shipped():
-    return [entry for split in SPLITS for entry in load_entries(DATA)[split]]
+def list_shipped(directory=DATA):
+    return [entry for split in SPLITS for entry in load_entries(directory)[split]]
 
 
 def read_tree(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_expert_wins_every_shipped_game_at_the_last_command(environment):
-    for entry in list_shipped():
+@pytest.mark.parametrize(("directory", "num_games"), [(DATA, 48), (TINY_DATA, 119)], ids=["alfworld", "alfworld-tiny"])
+def test_the_expert_wins_every_shipped_game_at_the_last_command(directory, num_games):
+    environment, entries = AlfworldEnvironment(data_dir=str(directory)), list_shipped(directory)
+    assert len(entries) == num_games
+    for entry in entries:
         environment.reset(entry.task_id, seed=0)
-        results = [environment.step(text) for text in list_walkthrough(DATA, entry.task_id)]
+        results = [environment.step(text) for text in list_walkthrough(directory, entry.task_id)]
         assert [result.is_success for result in results] == [False] * (len(results) - 1) + [True]
         assert all(result.is_action_valid for result in results)
+    environment.close()
 
 
 @pytest.mark.parametrize("remembers", [True, False])
