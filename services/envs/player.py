@@ -91,15 +91,15 @@ class Player:
 
     def _reset(self, environment: str, session_id: str, task_id: str, seed: int) -> Answer:
         task = self._catalogues[environment].get_task(task_id)
-        game = self._builders[environment]()
+        # In the books before it begins: a close reaches it also while its reset waits in a thread.
+        game = self._games[session_id] = self._builders[environment]()
         try:
             observation = _expect(Observation, game.reset(task_id, seed), "reset")
-            answer = {"task": _task_to_json(task), "observation": _observation_to_json(observation)}
+            return {"task": _task_to_json(task), "observation": _observation_to_json(observation)}
         except BaseException:
-            game.close()
+            if self._games.pop(session_id, None) is not None:
+                game.close()
             raise
-        self._games[session_id] = game
-        return answer
 
     def _step(self, environment: str, session_id: str, text: str) -> Answer:
         result = _expect(StepResult, self._games[session_id].step(text), "step")

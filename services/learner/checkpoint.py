@@ -58,7 +58,8 @@ class CheckpointStore:
         self._config = config
         self._lock = _lock_directory(directory)
         for leftover in directory.glob(f"*{_PARTIAL}"):
-            shutil.rmtree(leftover)
+            # Errors do not matter: a save that was cut off may still be removing it, and a new save begins by removing it.
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def find_newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; logs which newer ones were skipped and why.
