@@ -6,7 +6,6 @@ wire, imports as little as it can, and checks nothing of what an environment ans
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -62,9 +61,10 @@ class Player:
         for session_id in list(self._games):
             self._answer({"call": "close", "environment": "", "arguments": {"session_id": session_id}})
         for catalogue in self._catalogues.values():
-            # The process ends with this: nothing depends on how an environment takes it.
-            with contextlib.suppress(Exception):
+            try:
                 catalogue.close()
+            except Exception:  # noqa: BLE001 - the end: nothing depends on how an environment takes it, but the log tells
+                traceback.print_exc()
         self._threads.shutdown(wait=False)
 
     def _answer(self, request: Request) -> Answer:

@@ -58,8 +58,7 @@ class CheckpointStore:
         self._config = config
         self._lock = _lock_directory(directory)
         for leftover in directory.glob(f"*{_PARTIAL}"):
-            # Errors do not matter: a save that was cut off may still be removing it, and a new save begins by removing it.
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover)
 
     def find_newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; logs which newer ones were skipped and why.

@@ -59,6 +59,8 @@ class Rig:
     async def kill(self):
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        # A killed process takes its threads with it: what this one still saves must not meet the next learner.
+        await asyncio.wrap_future(self.thread.submit(lambda: None))
         self.checkpoints.close()
 
     async def announced(self):
