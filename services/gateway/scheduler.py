@@ -148,7 +148,9 @@ class Scheduler:
         saved = await self._bus.load_state(STATE_NAME)
         if saved is not None:
             self.state = GatewayState.from_bytes(saved)
-            if self.state.phase not in (RunPhase.FINISHED,):
+            if self.state.phase is RunPhase.FINISHED:
+                self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
+            else:
                 # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
                 self.state.phase = RunPhase.STARTING
                 self.state.ledger.num_failed_in_a_row = 0

@@ -202,7 +202,7 @@ def test_no_process_outlives_the_run(finished: Finished) -> None:
 
 
 def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(tmp_path: Path) -> None:
-    changes = {"name": "resumed", "training.num_updates": 6}
+    changes = {"name": "resumed", "training.num_updates": 40}  # more than the drain can finish: an update takes 0.1 s
     with EmbeddedRedis(tmp_path / "redis") as redis:
         with start(tmp_path / "runs", redis.url, **changes) as first:
             before = first.read_until_update(2)
@@ -214,6 +214,6 @@ def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(t
             assert status["policy_version"] >= before["policy_version"]  # equal if nothing was trained while draining
             summary = second.read_until("finished")["summary"]
             assert second.end() == 0
-    assert summary["num_updates"] == 6
-    assert summary["ledger"]["trained"] == 12
+    assert summary["num_updates"] == 40
+    assert summary["ledger"]["trained"] == 80
     assert summary["ledger"]["gap"] == 0

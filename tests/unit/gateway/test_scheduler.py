@@ -190,6 +190,22 @@ async def test_a_restarted_gateway_goes_on_where_it_was_and_issues_nothing_twice
     await second.stop()
 
 
+async def test_a_gateway_restarted_after_the_end_is_ready_at_once() -> None:
+    first = Run(build_config())
+    before, training = await begin(first)
+    await first.answer_evaluations(before, 0)
+    await first.publish_policy(2)
+    await first.report(GroupOutcome.TRAINED, *training, version=2)
+    await first.answer_evaluations(await first.take(6), 2)
+    await first.reach(RunPhase.FINISHED)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await until(lambda: second.scheduler.health.is_ready)
+    assert second.scheduler.state.phase is RunPhase.FINISHED
+    await second.stop()
+
+
 async def test_a_restarted_gateway_plays_where_the_environment_is_now_and_not_where_it_was() -> None:
     first = Run(build_config())
     _, training = await begin(first)
