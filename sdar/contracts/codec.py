@@ -211,6 +211,7 @@ def ledger_event_to_proto(event: LedgerEvent) -> task_pb2.LedgerEvent:
         num_trajectories=event.num_trajectories,
         policy_version=event.policy_version,
         reason=event.reason,
+        episode_turns=event.episode_turns,
     )
 
 
@@ -222,6 +223,7 @@ def ledger_event_from_proto(message: task_pb2.LedgerEvent) -> LedgerEvent:
         num_trajectories=message.num_trajectories,
         policy_version=message.policy_version,
         reason=message.reason,
+        episode_turns=tuple(message.episode_turns),
     )
 
 
@@ -491,13 +493,20 @@ def weights_manifest_to_proto(manifest: WeightsManifest) -> policy_pb2.WeightsMa
         path=manifest.path,
         tensors=[
             policy_pb2.TensorEntry(
-                name=entry.name, dtype=entry.dtype, shape=entry.shape, shard=entry.shard, sha256=entry.sha256
+                name=entry.name,
+                dtype=entry.dtype,
+                shape=entry.shape,
+                shard=entry.shard,
+                sha256=entry.sha256,
+                is_delta=entry.is_delta,
             )
             for entry in manifest.tensors
         ],
         size_bytes=manifest.size_bytes,
         model=model_to_proto(manifest.model),
         created_at_s=manifest.created_at_s,
+        num_updates=manifest.num_updates,
+        base_version=manifest.base_version,
     )
 
 
@@ -508,11 +517,14 @@ def weights_manifest_from_proto(message: policy_pb2.WeightsManifest) -> WeightsM
         policy_version=message.policy_version,
         path=message.path,
         tensors=tuple(
-            TensorEntry(entry.name, entry.dtype, tuple(entry.shape), entry.shard, entry.sha256) for entry in message.tensors
+            TensorEntry(entry.name, entry.dtype, tuple(entry.shape), entry.shard, entry.sha256, entry.is_delta)
+            for entry in message.tensors
         ),
         size_bytes=message.size_bytes,
         model=model_from_proto(message.model),
         created_at_s=message.created_at_s,
+        num_updates=message.num_updates,
+        base_version=message.base_version if message.HasField("base_version") else None,
     )
 
 

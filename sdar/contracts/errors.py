@@ -8,7 +8,11 @@ SdarError
 ├── RefusedError                 well-formed, but the state forbids it now
 │   ├── StaleError               older than the staleness bound
 │   ├── ConflictError            somebody else holds it (a run directory, a port, a step index)
-│   └── CapacityError            full; retry after a while
+│   │   ├── LeaseLostError       an entry of the bus was given to another consumer, or to a later attempt
+│   │   └── SupersededError      another process has taken over a role that only one may hold
+│   ├── CapacityError            full; retry after a while
+│   ├── UnauthenticatedError     no token, or a wrong one
+│   └── ForbiddenError           a token whose role does not allow it
 ├── UnavailableError             a dependency is away; retrying is right
 │   ├── BusUnavailableError      Redis
 │   ├── WeightsUnavailableError  the weight store, or a version in it
@@ -76,6 +80,24 @@ class ConflictError(RefusedError):
     """Held by somebody else, or out of order."""
 
 
+class LeaseLostError(ConflictError):
+    """Work that was given to somebody else meanwhile; nothing of it was published. Drop it and go on."""
+
+
+class SupersededError(ConflictError):
+    """Another process holds this role now: end, without writing anything more."""
+
+
+class UnauthenticatedError(RefusedError):
+    grpc_status = "UNAUTHENTICATED"
+    http_status = http.HTTPStatus.UNAUTHORIZED
+
+
+class ForbiddenError(RefusedError):
+    grpc_status = "PERMISSION_DENIED"
+    http_status = http.HTTPStatus.FORBIDDEN
+
+
 class CapacityError(RefusedError):
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = http.HTTPStatus.TOO_MANY_REQUESTS
@@ -87,7 +109,7 @@ class UnavailableError(SdarError):
 
 
 class BusUnavailableError(UnavailableError):
-    """Redis cannot be reached or refuses writes."""
+    """Redis cannot be reached."""
 
 
 class WeightsUnavailableError(UnavailableError):

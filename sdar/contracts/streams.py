@@ -49,6 +49,34 @@ class RunKeys:
     def dead_letters(self) -> str:
         return f"sdar:{self.run_id}:dead_letters"
 
-    def state(self, name: str) -> str:
-        """Key of a service's small durable state (the gateway's scheduler cursor, for one)."""
-        return f"sdar:{self.run_id}:state:{name}"
+    def states(self) -> str:
+        """Hash of the services' small durable states by name (the gateway's scheduler cursor, for one)."""
+        return f"sdar:{self.run_id}:states"
+
+    def ledger(self) -> str:
+        """Hash of the account's numbers."""
+        return f"sdar:{self.run_id}:ledger"
+
+    def open_groups(self) -> str:
+        """Hash of the groups that are not closed: group number to where it stands."""
+        return f"sdar:{self.run_id}:ledger:open"
+
+    def closed_groups(self, outcome: str) -> str:
+        """Bitmap of the group numbers closed by one outcome."""
+        return f"sdar:{self.run_id}:ledger:{outcome}"
+
+    def commit(self, commit_id: str) -> str:
+        """Mark of a commit that was applied; expires."""
+        return f"sdar:{self.run_id}:commit:{commit_id}"
+
+    def tenure(self, group: ConsumerGroup) -> str:
+        """Counter of the processes that have held a role only one may hold."""
+        return f"sdar:{self.run_id}:tenure:{group.value}"
+
+    def versions_in_use(self) -> str:
+        """Hash of the policy versions that each reader of weights holds, with an expiry."""
+        return f"sdar:{self.run_id}:versions_in_use"
+
+    def versions_retired(self) -> str:
+        """Set of the policy versions that no reader may begin to use."""
+        return f"sdar:{self.run_id}:versions_retired"

@@ -71,8 +71,9 @@ class EpisodeEnd(StrEnum):
 
 
 class GroupOutcome(StrEnum):
-    """What became of a task group. `GENERATED` opens its account, every other value closes it, once."""
+    """What became of a task group. `ISSUED` opens its account, `GENERATED` ends its playing, all others close it, once."""
 
+    ISSUED = "issued"
     GENERATED = "generated"
     TRAINED = "trained"
     SKIPPED = "skipped"
@@ -325,18 +326,24 @@ class SkillOutcome:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a published model. sha256 is over its raw little-endian bytes."""
+    """One tensor of a published model. sha256 is over its raw little-endian bytes, of the whole tensor also where `is_delta`:
+    then the shard holds only the elements that differ from the manifest's base version."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: str
     sha256: str
+    is_delta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsManifest:
-    """What one policy version consists of. `path` is relative to the weight store's root."""
+    """What one policy version consists of. `path` is relative to the weight store's root.
+
+    `num_updates`: optimizer updates these weights have seen; a crash that loses updates leaves it behind `policy_version`.
+    `base_version`: what delta tensors are relative to, None where every tensor is whole.
+    """
 
     run_id: str
     policy_version: int
@@ -345,6 +352,8 @@ class WeightsManifest:
     size_bytes: int
     model: ModelIdentity
     created_at_s: float
+    num_updates: int = 0
+    base_version: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy_version < 0:
@@ -353,7 +362,7 @@ class WeightsManifest:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEvent:
-    """What became of one group. A group is opened by GENERATED and closed by exactly one other outcome."""
+    """One transition of a group's account (`sdar.runtime.ledger`). `episode_turns` counts each episode's, for GENERATED, TRAINED."""
 
     run_id: str
     group_id: str
@@ -361,6 +370,7 @@ class LedgerEvent:
     num_trajectories: int
     policy_version: int
     reason: str = ""
+    episode_turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,40 @@
 """Owns the message bus as services see it: the `Bus` protocol and the records it deals in.
 
-Delivery is at least once and in order of publication. What a service must know:
+Delivery is at least once and in order of publication; the effect of a commit is exactly once. What a service must know:
 
-- An entry belongs to a consumer from `read` until it is acknowledged. A consumer that dies leaves its entries pending; they
-  reach another one through `reclaim`. Work that lasts longer than the group's `min_idle_s` keeps its claim with `renew`.
-- `commit` publishes outputs and acknowledges inputs in one transaction: a crash before it repeats work, none loses it.
-- A producer that repeats a transaction whose reply was lost publishes twice, so consumers are idempotent.
-- A full stream makes its producers wait. Nothing is dropped, except from the broadcast streams, which keep the newest entries.
+- An entry is leased to a consumer from `read` until it is acknowledged. A consumer that dies leaves its entries pending; they
+  reach another one through `reclaim`, as another attempt. Work longer than `min_idle_s` keeps its lease with `renew`.
+- `commit` publishes outputs, acknowledges inputs, saves states and books transitions of groups in one transaction: a crash
+  before it repeats work, none loses it. It is refused whole (`LeaseLostError`) when an input is not held any more: the late
+  results of an attempt that was taken for dead never get in.
+- A commit whose reply was lost is repeated under the same id and applied once.
+- A role that only one process may hold is claimed (`claim_role`); a process that another one has followed is refused
+  (`SupersededError`) from then on, so a learner or gateway that comes back from a pause cannot write beside its successor.
+- A full stream makes its producers wait, and so does a Redis that is away or out of memory. Nothing is dropped, except from the
+  broadcast streams, which keep the newest entries.
 
 It never looks into a payload. Implementations: `sdar.runtime.redis_bus.RedisBus`, `sdar.runtime.memory_bus.MemoryBus`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent
+from sdar.runtime.ledger import LedgerAccount
 
 Publications = Mapping[Stream, Sequence[bytes]]
 Consumers = Mapping[Stream, Sequence[ConsumerGroup]]
 
 BEFORE_FIRST = "0-0"
 """The entry id that every entry comes after."""
+
+SUSPECT_FACTOR = 3
+"""How many times `min_idle_s` a silent consumer that is still connected is waited for: paused is not dead."""
 
 DEAD_LETTERS_MAX_ENTRIES = 10_000
 """The newest dead letters kept. Each is also an error in the log, so an older one is not the only trace of its entry."""
@@ -40,13 +50,14 @@ class BusLimits:
             work (the learner: everything trained since the last checkpoint).
         publish_timeout_s: how long a producer waits for room before `CapacityError`.
         trim_interval_s: least time between two trims of a stream by one bus.
-        outage_tolerance_s: how long an unreachable Redis is retried before `BusUnavailableError`.
+        outage_tolerance_s: how long an unreachable Redis is retried before `BusUnavailableError`. One that answers and refuses
+            writes (out of memory or disk) is waited for without bound: a restart of the service would not help.
     """
 
     max_entries: int = 10_000
     publish_timeout_s: float = 120.0
     trim_interval_s: float = 1.0
-    outage_tolerance_s: float = 15.0
+    outage_tolerance_s: float = 180.0
 
     def __post_init__(self) -> None:
         if self.max_entries < 1 or min(self.publish_timeout_s, self.trim_interval_s, self.outage_tolerance_s) < 0:
@@ -75,7 +86,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An entry that a group gave up on, with the reason. `at_s` is Unix time."""
+    """An entry that a group gave up on, with the reason. `letter_id` names it and orders them; `at_s` is Unix time."""
+
+    letter_id: str
 
     stream: Stream
     group: ConsumerGroup
@@ -95,8 +108,20 @@ class StreamLag:
     oldest_age_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class BusMemory:
+    """What the server holds and may hold, bytes; `max_bytes` is 0 where it has no bound of its own."""
+
+    used_bytes: int
+    max_bytes: int
+
+
 class Bus(Protocol):
-    """A run's streams and small durable states. Every call raises `BusUnavailableError` when the server stays unreachable."""
+    """A run's streams, its account of groups and small durable states.
+
+    Every call raises `BusUnavailableError` when the server stays unreachable, and every writing one `SupersededError` once this
+    process's role was taken over.
+    """
 
     async def publish(self, stream: Stream, payloads: Sequence[bytes]) -> None:
         """Append all payloads, or none, in order; return when the server has them. Same as `commit` with nothing else."""
@@ -106,15 +131,24 @@ class Bus(Protocol):
         publications: Publications,
         acknowledgements: Sequence[Delivery] = (),
         state: Mapping[str, bytes] | None = None,
+        transitions: Sequence[LedgerEvent] = (),
+        retired_letters: Sequence[str] = (),
     ) -> None:
-        """Publish outputs, acknowledge inputs and save states in one transaction.
+        """Publish outputs, acknowledge inputs, save states, book transitions, remove dead letters: one transaction.
 
+        A transition that the account has already seen, or that comes after the group's end, changes nothing. Each that changes
+        something, ISSUED aside, becomes one entry of `Stream.LEDGER`; of groups without an account (an evaluation's) all do.
         Waits while a published stream is full.
 
         Raises:
-            CapacityError: still full after `publish_timeout_s`; nothing was published or acknowledged.
+            LeaseLostError: something is published, saved or booked on the strength of an input this consumer does not hold any
+                more, or a letter is gone; nothing was done.
+            CapacityError: still full after `publish_timeout_s`; nothing was done.
             ConfigurationError: a published stream has no consumer in this run.
         """
+
+    async def claim_role(self, role: ConsumerGroup) -> None:
+        """Be the only process that writes as `role` (learner, gateway) through this bus, until the next one claims it."""
 
     async def read(
         self, stream: Stream, group: ConsumerGroup, consumer: str, max_count: int, block_s: float = 0.0
@@ -129,10 +163,14 @@ class Bus(Protocol):
         min_idle_s: float,
         max_count: int,
         after_id: str = BEFORE_FIRST,
+        held_by: str | None = None,
     ) -> list[Delivery]:
-        """Take over pending entries that nobody renewed for `min_idle_s`, oldest first, of any consumer, this one included.
+        """Take over pending entries of consumers confirmed dead, oldest first, as another attempt; page with `after_id`.
 
-        A group's only consumer passes 0 after a restart to have everything again, and pages with the last entry's `after_id`.
+        An entry that nobody renewed for `min_idle_s` makes its consumer suspect. It is confirmed dead when no connection of its
+        name is left at the server, and taken for dead, connected or not, after `SUSPECT_FACTOR` times `min_idle_s`. With
+        `min_idle_s` 0 everything is taken: by a role's only process after a restart, or, with `held_by` naming this consumer,
+        what an earlier life of it left.
         """
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -141,11 +179,17 @@ class Bus(Protocol):
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """The group is done with these entries. Acknowledging again is harmless."""
 
-    async def dead_letter(self, delivery: Delivery, reason: str, publications: Publications | None = None) -> None:
-        """Set an entry aside with its reason, acknowledge it and publish (the ledger's FAILED event), in one transaction."""
+    async def dead_letter(self, delivery: Delivery, reason: str, transitions: Sequence[LedgerEvent] = ()) -> None:
+        """Set an entry aside with its reason, acknowledge it and book what that means for its group, in one transaction.
 
-    async def list_dead_letters(self, max_count: int = 100) -> list[DeadLetter]:
-        """The newest dead letters, newest first."""
+        Raises LeaseLostError if the entry is not held any more.
+        """
+
+    async def list_dead_letters(self, max_count: int = 100, before_id: str | None = None) -> list[DeadLetter]:
+        """The newest dead letters, newest first; with `before_id` those before that one."""
+
+    async def find_dead_letter(self, letter_id: str) -> DeadLetter | None:
+        """One dead letter, None if it is gone."""
 
     async def count_dead_letters(self) -> int:
         """Dead letters kept, at most `DEAD_LETTERS_MAX_ENTRIES`."""
@@ -161,6 +205,35 @@ class Bus(Protocol):
 
     async def stream_lag(self, stream: Stream, group: ConsumerGroup) -> StreamLag:
         """How far the group is behind on the stream."""
+
+    async def read_ledger(self) -> LedgerAccount:
+        """The account of training groups as of one moment."""
+
+    async def list_closed(self, outcome: GroupOutcome) -> list[int]:
+        """Numbers of all groups that this outcome closed, ascending."""
+
+    async def take_snapshot(self) -> bytes:
+        """States and account as of one moment, for a checkpoint that must survive the loss of the server's disk."""
+
+    async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
+        """Put a snapshot into a server that has no account yet; tells whether it had none.
+
+        Groups that were open are closed: those in `trained` as TRAINED, all others as CANCELLED, for their entries are lost.
+
+        Raises CorruptionError if it cannot be read.
+        """
+
+    async def pin_versions(self, reader: str, versions: Collection[int], ttl_s: float) -> bool:
+        """Declare the policy versions that `reader` holds or begins to load, in place of those before, for `ttl_s`.
+
+        Returns False, and changes nothing, if one of them is retired: it is being deleted.
+        """
+
+    async def retire_versions(self, versions: Collection[int]) -> bool:
+        """Mark all these versions as going to be deleted, unless a reader holds one of them; tells whether they are marked."""
+
+    async def memory(self) -> BusMemory:
+        """How much memory the server uses."""
 
     async def save_state(self, name: str, value: bytes) -> None:
         """Keep a small durable value under the run's name for it."""

@@ -49,6 +49,8 @@ class Health:
     max_silence_s: float = 120.0
     is_ready: bool = False
     detail: str = "starting"
+    blocked: str = ""
+    """What a main loop waits for that is out of its hands (Redis away, or full); empty when nothing."""
     _last_beat: float = field(default_factory=time.monotonic)
 
     def beat(self) -> None:
@@ -60,6 +62,11 @@ class Health:
 
     def mark_unready(self, detail: str) -> None:
         self.is_ready, self.detail = False, detail
+
+    def report_blocked(self, reason: str) -> None:
+        """Waiting for another is neither readiness nor death: called at every try, and with "" when it is over."""
+        self.blocked = reason
+        self.beat()
 
     @property
     def is_alive(self) -> bool:
@@ -130,11 +137,11 @@ def _probe_app(health: Health, registry: CollectorRegistry) -> Callable[..., Ite
         path = environ["PATH_INFO"]
         if path == "/metrics":
             return metrics_app(environ, start_response)  # type: ignore[no-any-return]
-        known = {"/healthz": health.is_alive, "/readyz": health.is_alive and health.is_ready}
+        known = {"/healthz": health.is_alive, "/readyz": health.is_alive and health.is_ready and not health.blocked}
         if path not in known:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"Known paths: /healthz /readyz /metrics\n"]
         start_response("200 OK" if known[path] else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [f"{health.detail}\n".encode()]
+        return [f"{health.blocked or health.detail}\n".encode()]
 
     return answer

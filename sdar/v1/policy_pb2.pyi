@@ -9,21 +9,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TensorEntry(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "shard", "sha256")
+    __slots__ = ("name", "dtype", "shape", "shard", "sha256", "is_delta")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    IS_DELTA_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     shard: str
     sha256: str
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+    is_delta: bool
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., sha256: _Optional[str] = ..., is_delta: _Optional[bool] = ...) -> None: ...
 
 class WeightsManifest(_message.Message):
-    __slots__ = ("run_id", "policy_version", "path", "tensors", "size_bytes", "model", "created_at_s")
+    __slots__ = ("run_id", "policy_version", "path", "tensors", "size_bytes", "model", "created_at_s", "num_updates", "base_version")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +33,8 @@ class WeightsManifest(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     policy_version: int
     path: str
@@ -38,7 +42,9 @@ class WeightsManifest(_message.Message):
     size_bytes: int
     model: _trajectory_pb2.ModelIdentity
     created_at_s: float
-    def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., path: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., model: _Optional[_Union[_trajectory_pb2.ModelIdentity, _Mapping]] = ..., created_at_s: _Optional[float] = ...) -> None: ...
+    num_updates: int
+    base_version: int
+    def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., path: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., model: _Optional[_Union[_trajectory_pb2.ModelIdentity, _Mapping]] = ..., created_at_s: _Optional[float] = ..., num_updates: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
 
 class TokenPrompt(_message.Message):
     __slots__ = ("token_ids",)

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -21,6 +22,7 @@ class GroupOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GROUP_OUTCOME_STALE: _ClassVar[GroupOutcome]
     GROUP_OUTCOME_FAILED: _ClassVar[GroupOutcome]
     GROUP_OUTCOME_CANCELLED: _ClassVar[GroupOutcome]
+    GROUP_OUTCOME_ISSUED: _ClassVar[GroupOutcome]
 PURPOSE_UNSPECIFIED: Purpose
 PURPOSE_TRAIN: Purpose
 PURPOSE_EVALUATION: Purpose
@@ -31,6 +33,7 @@ GROUP_OUTCOME_SKIPPED: GroupOutcome
 GROUP_OUTCOME_STALE: GroupOutcome
 GROUP_OUTCOME_FAILED: GroupOutcome
 GROUP_OUTCOME_CANCELLED: GroupOutcome
+GROUP_OUTCOME_ISSUED: GroupOutcome
 
 class Task(_message.Message):
     __slots__ = ("environment", "split", "task_id", "task_type", "description", "seed")
@@ -83,17 +86,19 @@ class TaskGroup(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., task: _Optional[_Union[Task, _Mapping]] = ..., group_size: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., admitted_version: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., max_turns: _Optional[int] = ..., environment_address: _Optional[str] = ..., evaluation_id: _Optional[str] = ...) -> None: ...
 
 class LedgerEvent(_message.Message):
-    __slots__ = ("run_id", "group_id", "outcome", "num_trajectories", "policy_version", "reason")
+    __slots__ = ("run_id", "group_id", "outcome", "num_trajectories", "policy_version", "reason", "episode_turns")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     NUM_TRAJECTORIES_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_TURNS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     group_id: str
     outcome: GroupOutcome
     num_trajectories: int
     policy_version: int
     reason: str
-    def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., outcome: _Optional[_Union[GroupOutcome, str]] = ..., num_trajectories: _Optional[int] = ..., policy_version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    episode_turns: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., outcome: _Optional[_Union[GroupOutcome, str]] = ..., num_trajectories: _Optional[int] = ..., policy_version: _Optional[int] = ..., reason: _Optional[str] = ..., episode_turns: _Optional[_Iterable[int]] = ...) -> None: ...
