@@ -362,7 +362,7 @@ class WeightsManifest:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEvent:
-    """One step of a group's account (`sdar.runtime.ledger`). `episode_turns` counts each episode's, for GENERATED and TRAINED."""
+    """One step of a group's account (`sdar.runtime.ledger`). `episode_turns` counts each episode's: GENERATED and TRAINED."""
 
     run_id: str
     group_id: str
