@@ -81,11 +81,14 @@ class WeightStore:
         policy_version: int,
         tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         model: ModelIdentity,
+        *,
+        num_updates: int = 0,
     ) -> WeightsManifest:
         """Store a version. Publishing the same content again returns what is there.
 
         Args:
             tensors: by name, on any device; pairs are consumed one by one, so they may be gathered lazily.
+            num_updates: optimizer updates that these weights have seen.
 
         Raises:
             ConflictError: the version exists with other content.
@@ -102,7 +105,9 @@ class WeightStore:
             with self._store_errors(f"Writing {shard_path} in"):
                 obstore.put(self._store, shard_path, safetensors.torch.save(shard, metadata={"format": "pt"}))
             shard.clear()  # or this shard would stay in memory while the next one is gathered
-        manifest = WeightsManifest(self._run_id, policy_version, path, tuple(entries), size_bytes, model, time.time())
+        manifest = WeightsManifest(
+            self._run_id, policy_version, path, tuple(entries), size_bytes, model, time.time(), num_updates
+        )
         _check_names(manifest)
         return self._publish_manifest(manifest)
 
@@ -117,7 +122,7 @@ class WeightStore:
             else:
                 return manifest
         existing = self.fetch_manifest(manifest.policy_version)
-        if (existing.tensors, existing.model) == (manifest.tensors, manifest.model):
+        if _content(existing) == _content(manifest):
             return existing
         kept = {entry.shard for entry in existing.tensors}
         self._delete([f"{manifest.path}/{shard}" for shard in {entry.shard for entry in manifest.tensors} - kept])
@@ -294,6 +299,11 @@ def _open_store(url: str, s3_options: Mapping[str, Any]) -> LocalStore | S3Store
     if "://" not in url and url:
         return LocalStore(prefix=Path(url).absolute(), mkdir=True)
     raise ConfigurationError(f"Weight store {url!r} is not usable. Give a directory, file:///directory or s3://bucket/prefix.")
+
+
+def _content(manifest: WeightsManifest) -> tuple[object, ...]:
+    """What makes two publications of a version the same."""
+    return manifest.tensors, manifest.model, manifest.num_updates
 
 
 def _describe_shard(index: int, shard: Mapping[str, Tensor]) -> list[TensorEntry]:

@@ -181,6 +181,8 @@ def test_a_version_is_never_overwritten_with_other_content(place: Place) -> None
         store.publish(1, make_tensors(2.0), MODEL)
     with pytest.raises(ConflictError):
         store.publish(1, make_tensors(1.0), ModelIdentity("other", "f00d"))
+    with pytest.raises(ConflictError):
+        store.publish(1, make_tensors(1.0), MODEL, num_updates=1)
     assert_same(dict(store.iter_tensors(first)), make_tensors(1.0))
     assert place.paths() == before
 
