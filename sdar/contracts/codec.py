@@ -105,7 +105,7 @@ def _checked(to_proto: Callable[[T], M]) -> Callable[[T], M]:
     def checked(value: T) -> M:
         try:
             return to_proto(value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ContractError(
                 f"{type(value).__name__} cannot be written: {error}. Pass valid Unicode text and numbers in the range that "
                 "proto/sdar/v1 gives."

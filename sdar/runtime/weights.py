@@ -32,6 +32,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 from torch import Tensor
 
+from sdar.contracts.codec import weights_manifest_to_proto
 from sdar.contracts.errors import ConfigurationError, ConflictError, ContractError, CorruptionError, WeightsUnavailableError
 from sdar.contracts.types import ModelIdentity, TensorEntry, WeightsManifest
 
@@ -284,8 +285,10 @@ def manifest_from_json(text: str) -> WeightsManifest:
         tensors = tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields.pop("tensors"))
         manifest = WeightsManifest(**{**fields, "tensors": tensors, "model": ModelIdentity(**fields.pop("model"))})
         _check_paths(manifest)
+        # What cannot be announced is no manifest either: JSON puts any type into any field.
+        weights_manifest_to_proto(manifest)
         return manifest
-    except (ValueError, TypeError, KeyError, AttributeError, ContractError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ContractError) as error:
         raise CorruptionError(f"A weights manifest of {len(text)} characters cannot be decoded: {error}. {_REMEDY}") from error
 
 

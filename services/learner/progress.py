@@ -10,9 +10,10 @@ from typing import Any, Self
 from sdar.contracts.errors import CorruptionError
 from sdar.contracts.types import ScoredTrajectory
 
-REMEMBERED_UPDATES = 1000
-"""Updates whose group ids are remembered: not less than the largest staleness bound there can be, since a duplicate from before
-that is too stale to be trained on in any case."""
+REMEMBERED_UPDATES = 2000
+"""Updates whose group ids are remembered. It must be at least the largest `checkpoint_every` there can be (an entry comes again
+until a checkpoint holds its effect) plus the largest `max_staleness` (a duplicate from before that is too stale to be trained,
+even if a policy sampled it that had got further and was lost)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,18 @@ class Progress:
         first, num_updates = self.lineage[max(0, bisect.bisect_right(first_versions, policy_version) - 1)]
         return num_updates + policy_version - first
 
+    def version_after(self, num_updates: int) -> int:
+        """The version that the weights got with their update of this number, from 1."""
+        lives = [(first, start) for first, start in self.lineage if start < num_updates]
+        first, start = lives[-1]
+        return first + num_updates - start
+
+    def list_trained(self) -> dict[str, int]:
+        """Group id -> the version its update led to, for every group that is remembered."""
+        first = self.num_updates - len(self.trained_groups) + 1
+        versions = [self.version_after(number) for number in range(first, self.num_updates + 1)]
+        return {group_id: v for group_ids, v in zip(self.trained_groups, versions, strict=True) for group_id in group_ids}
+
     def compute_staleness(self, policy_version: int) -> int:
         """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had got further."""
         return max(0, self.num_updates - self.count_updates(policy_version))
@@ -66,11 +79,13 @@ class Progress:
     def from_json(cls, value: dict[str, Any]) -> Self:
         """Raises CorruptionError where a field is missing or of another kind."""
         try:
+            if not value["lineage"]:
+                raise ValueError("its lineage is empty")
             return cls(
                 int(value["num_updates"]),
                 int(value["policy_version"]),
                 tuple((int(version), int(updates)) for version, updates in value["lineage"]),
                 tuple(tuple(str(group_id) for group_id in group_ids) for group_ids in value["trained_groups"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptionError(f"A checkpoint's progress cannot be read: {error!r}. Remove that checkpoint.") from error
