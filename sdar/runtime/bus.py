@@ -18,11 +18,12 @@ It never looks into a payload. Implementations: `sdar.runtime.redis_bus.RedisBus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.errors import ConfigurationError, InvalidInputError, LeaseLostError, SupersededError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 from sdar.runtime.ledger import LedgerAccount
@@ -38,6 +39,8 @@ SUSPECT_FACTOR = 3
 
 DEAD_LETTERS_MAX_ENTRIES = 10_000
 """The newest dead letters kept. Each is also an error in the log, so an older one is not the only trace of its entry."""
+
+_ENTRY_ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ class DeadLetter:
     """An entry that a group gave up on, with the reason. `letter_id` names it and orders them; `at_s` is Unix time."""
 
     letter_id: str
-
     stream: Stream
     group: ConsumerGroup
     entry_id: str
@@ -138,7 +140,7 @@ class Bus(Protocol):
 
         A transition that the account has already seen, or that comes after the group's end, changes nothing. Each that changes
         something, ISSUED aside, becomes one entry of `Stream.LEDGER`; of groups without an account (an evaluation's) all do.
-        Waits while a published stream is full.
+        Waits while a published stream is full. Transitions do not wait: as many as there are groups, which admission bounds.
 
         Raises:
             LeaseLostError: something is published, saved or booked on the strength of an input this consumer does not hold any
@@ -177,7 +179,7 @@ class Bus(Protocol):
         """Restart the idle clock of deliveries still being worked on; returns those that this consumer still holds."""
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
-        """The group is done with these entries. Acknowledging again is harmless."""
+        """The group is done with these entries. Harmless for those that this consumer does not hold any more."""
 
     async def dead_letter(self, delivery: Delivery, reason: str, transitions: Sequence[LedgerEvent] = ()) -> None:
         """Set an entry aside with its reason, acknowledge it and book what that means for its group, in one transaction.
@@ -268,6 +270,14 @@ class Wiring:
                     stream=stream,
                 )
 
+    def check_transitions(self, transitions: Sequence[LedgerEvent]) -> None:
+        if transitions and Stream.LEDGER not in self.groups:
+            raise ConfigurationError(
+                f"Booking transitions of groups: no group consumes {Stream.LEDGER} in this run, so its entries would never "
+                "leave. Declare its consumer when the bus is built.",
+                stream=Stream.LEDGER,
+            )
+
     def check_group(self, stream: Stream, group: ConsumerGroup) -> None:
         if group not in self.groups.get(stream, ()):
             raise ConfigurationError(
@@ -286,6 +296,44 @@ def parse_entry_id(entry_id: str) -> tuple[int, int]:
     """(milliseconds, sequence) of an entry id such as `1700000000000-3`; these order entries."""
     milliseconds, _, sequence = entry_id.partition("-")
     return int(milliseconds), int(sequence or 0)
+
+
+def is_entry_id(text: str) -> bool:
+    """Whether `text` has the form of an entry's or a dead letter's id; it may come from a user."""
+    return _ENTRY_ID.fullmatch(text) is not None
+
+
+def check_letter_id(letter_id: str) -> str:
+    if not is_entry_id(letter_id):
+        raise InvalidInputError(f"{letter_id[:40]!r} is no id of a dead letter; those look like 1700000000000-0.")
+    return letter_id
+
+
+def has_effects(
+    publications: Publications,
+    state: Mapping[str, bytes],
+    transitions: Sequence[LedgerEvent],
+    retired_letters: Sequence[str],
+) -> bool:
+    """Whether a commit does more than acknowledge: then it needs the leases of what it acknowledges."""
+    return bool(any(publications.values()) or state or transitions or retired_letters)
+
+
+def build_lease_error(delivery: Delivery) -> LeaseLostError:
+    return LeaseLostError(
+        f"Entry {delivery.entry_id} of {delivery.stream} is no longer lent to {delivery.consumer} as attempt "
+        f"{delivery.num_deliveries}: it was given to another one, or finished. Nothing was written; drop this work.",
+        stream=delivery.stream,
+        entry_id=delivery.entry_id,
+    )
+
+
+def build_letter_error(letter_id: str) -> LeaseLostError:
+    return LeaseLostError(f"There is no dead letter {letter_id} any more. Nothing was written.", letter_id=letter_id)
+
+
+def build_role_error(role: ConsumerGroup) -> SupersededError:
+    return SupersededError(f"Another process has taken over the role of {role}. Nothing was written; end this one.", role=role)
 
 
 def format_capacity_message(stream: Stream, num_entries: int, limits: BusLimits) -> str:

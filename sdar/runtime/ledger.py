@@ -24,7 +24,10 @@ CLOSING = (
 )
 """The outcomes that end a group. Each group ends in exactly one of them."""
 
-_GROUP_ID = re.compile(r"group-(\d{8,18})")
+MAX_GROUP_NUMBER = 2**32 - 1
+"""The last number an account has room for: it keeps closed groups in bitmaps."""
+
+_GROUP_ID = re.compile(r"group-(\d{8,10})", re.ASCII)
 
 
 def format_group_id(number: int) -> str:
@@ -35,7 +38,8 @@ def format_group_id(number: int) -> str:
 def parse_group_number(group_id: str) -> int | None:
     """Inverse of `format_group_id`; None for any other id (an evaluation's groups have no account)."""
     match = _GROUP_ID.fullmatch(group_id)
-    return int(match[1]) if match and format_group_id(int(match[1])) == group_id else None
+    number = int(match[1]) if match else MAX_GROUP_NUMBER + 1
+    return number if number <= MAX_GROUP_NUMBER and format_group_id(number) == group_id else None
 
 
 @dataclass
@@ -46,12 +50,37 @@ class LedgerAccount:
         num_issued, num_generated: see the module.
         closed: groups by the outcome that closed them.
         open: group number -> whether its playing is over (buffered) or not (running).
+        ended: the closed groups and what closed them. `Bus.read_ledger` leaves it out.
     """
 
     num_issued: int = 0
     num_generated: int = 0
     closed: dict[GroupOutcome, int] = field(default_factory=lambda: dict.fromkeys(CLOSING, 0))
     open: dict[int, bool] = field(default_factory=dict)
+    ended: dict[int, GroupOutcome] = field(default_factory=dict, compare=False, repr=False)
+
+    def apply(self, number: int, outcome: GroupOutcome) -> bool:
+        """Book one transition; False, and nothing changed, if it is a repeat, comes after the group's end or before ISSUED.
+
+        Whatever closes a running group ends its playing too.
+        """
+        is_generated = self.open.get(number)
+        if outcome is GroupOutcome.ISSUED:
+            if is_generated is not None or number in self.ended:
+                return False
+            self.num_issued += 1
+            self.open[number] = False
+            return True
+        if is_generated is None or (is_generated and outcome is GroupOutcome.GENERATED):
+            return False
+        self.num_generated += not is_generated
+        if outcome is GroupOutcome.GENERATED:
+            self.open[number] = True
+        else:
+            del self.open[number]
+            self.closed[outcome] += 1
+            self.ended[number] = outcome
+        return True
 
     @property
     def num_running(self) -> int:

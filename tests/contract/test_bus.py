@@ -10,10 +10,13 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import CapacityError, ConfigurationError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent
 from sdar.runtime.bus import BEFORE_FIRST, Bus, BusLimits, Delivery
 from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.runtime.ledger import format_group_id
 from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.redis_bus import RedisBus
 
@@ -61,6 +64,14 @@ def bus(buses: Callable[[], Bus]) -> Bus:
 
 def payloads(deliveries: list[Delivery]) -> list[bytes]:
     return [delivery.payload for delivery in deliveries]
+
+
+def event(number: int, outcome: GroupOutcome, reason: str = "") -> LedgerEvent:
+    return LedgerEvent("run", format_group_id(number), outcome, num_trajectories=2, policy_version=0, reason=reason)
+
+
+async def read_journal(bus: Bus) -> list[LedgerEvent]:
+    return [decode_ledger_event(entry.payload) for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9999)]
 
 
 async def test_entries_arrive_whole_and_in_the_order_they_were_published(bus: Bus) -> None:
@@ -246,15 +257,16 @@ async def test_a_fully_acknowledged_stream_is_trimmed_to_nothing(bus: Bus) -> No
 
 
 async def test_a_dead_letter_keeps_payload_and_reason_and_leaves_the_group(bus: Bus) -> None:
-    await bus.publish(TASKS, [b"poison"])
+    failed = event(0, GroupOutcome.FAILED, reason="cannot decode: byte 0")
+    await bus.commit({TASKS: [b"poison"]}, transitions=[event(0, GroupOutcome.ISSUED)])
     [delivery] = await bus.read(TASKS, ROLLOUT, "a", max_count=1)
-    await bus.dead_letter(delivery, "cannot decode: byte 0", {LEDGER: [b"failed"]})
+    await bus.dead_letter(delivery, "cannot decode: byte 0", [failed])
     [letter] = await bus.list_dead_letters()
     assert (letter.payload, letter.reason) == (b"poison", "cannot decode: byte 0")
     assert (letter.stream, letter.group, letter.entry_id, letter.num_deliveries) == (TASKS, ROLLOUT, delivery.entry_id, 1)
     assert abs(letter.at_s - time.time()) < 60
     assert await bus.count_dead_letters() == 1
-    assert payloads(await bus.read(LEDGER, GATEWAY, "g", max_count=9)) == [b"failed"]
+    assert await read_journal(bus) == [failed]
     assert await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9) == []
 
 
