@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sdar.contracts import codec
-from sdar.contracts.errors import ConfigurationError, UnknownResourceError
+from sdar.contracts.errors import ConfigurationError, InvalidInputError, UnknownResourceError
 from sdar.contracts.types import Task
 from sdar.runtime import rpc
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+
+ADDRESS_PATTERN = r"^[^\s:/]+:\d{1,5}$"
+"""HOST:PORT and nothing else gRPC could take for a target: whoever registers an environment must not choose a local socket."""
+MAX_NAME_CHARACTERS = 128
 
 _PAGE_SIZE = 1000
 _DEADLINE_S = 30.0
@@ -64,6 +69,15 @@ class GrpcEnvironmentCatalog:
                 token = page.next_page_token
                 if not token or (max_tasks is not None and len(tasks) >= max_tasks):
                     return tasks[:max_tasks]
+
+
+def check_registration(name: str, address: str) -> None:
+    """Raises InvalidInputError for what cannot be the name and address of an environment."""
+    if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.match(ADDRESS_PATTERN, address):
+        raise InvalidInputError(
+            f"Cannot register environment {name!r} at {address!r}: a name of 1 to {MAX_NAME_CHARACTERS} characters and HOST:PORT "
+            "are needed."
+        )
 
 
 class TrainingOrder:

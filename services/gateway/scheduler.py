@@ -1,7 +1,8 @@
 """Owns the decision what is played next. MAIN LOOP: absorb what happened, decide, write it all in one transaction.
 
-A decision, the acknowledgement of the events it rests on and the state it leads to are one commit: a gateway killed anywhere
-comes back to a consistent cursor, and no group is issued twice or forgotten.
+A decision, the groups it issues in the account, the acknowledgement of the events it rests on and the state it leads to are one
+commit: a gateway killed anywhere comes back to a consistent cursor, and no group is issued twice or forgotten. The bus lets
+only one gateway write: one that comes back from a pause to find a successor ends.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import structlog
 from sdar.algorithms.staleness import compute_capacity
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CorruptionError, RefusedError, SdarError, UnavailableError
+from sdar.contracts.errors import CapacityError, CorruptionError, LeaseLostError, RefusedError, SdarError, UnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import LedgerEvent, Purpose, Task, TaskGroup
-from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
+from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, Task, TaskGroup, Trajectory
+from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter, Delivery
+from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id, parse_group_number
 from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.telemetry import Health
 
-from .environments import EnvironmentCatalog, RegisteredEnvironment, TrainingOrder
+from .environments import EnvironmentCatalog, RegisteredEnvironment, TrainingOrder, check_registration
 from .evaluation import Evaluation
 from .history import History
+from .lengths import EpisodeLengths
 from .metrics import GatewayMetrics
+from .retries import Retries, Retry
 from .state import STATE_NAME, GatewayState, RunPhase
 
 log = structlog.get_logger()
@@ -56,7 +60,10 @@ class Scheduler:
         self.history = history
         self.health = health
         self.state = GatewayState()
+        self.ledger = LedgerAccount()
+        self.lengths = EpisodeLengths()
         self.policy_version = -1
+        self.num_updates = 0
         self.environments: dict[str, RegisteredEnvironment] = {}
         self.detail = ""
         self._bus = bus
@@ -68,24 +75,43 @@ class Scheduler:
         self._policy_cursor = BEFORE_FIRST
         self._training: TrainingOrder | None = None
         self._heldout: list[Task] = []
+        self._retries = Retries(bus)
+        self._in_hand: list[Delivery] = []
         self._outbox: list[bytes] = []
+        self._issued: list[LedgerEvent] = []
         self._is_changed = False
+        self._was_empty = False
 
     # --- main loop -----------------------------------------------------------------------------------------------------------
 
     async def run(self, stopping: asyncio.Event) -> None:
+        """Raises SupersededError when another gateway of this run has started."""
+        await self._bus.claim_role(ConsumerGroup.GATEWAY)
         await self._restore()
-        unacknowledged = await self._reclaim()
         while not stopping.is_set():
-            events = unacknowledged or await self._read()
-            unacknowledged = []
-            self._absorb(events)
-            await self._follow()
-            if self.state.phase is RunPhase.STARTING:
-                await self._try_start(stopping)
-            self._decide()
-            await self._write(events)
+            try:
+                await self._turn(stopping)
+            except LeaseLostError as error:
+                # An event was given away, or a letter is gone: nothing of this turn happened. Begin it again from what is saved.
+                log.warning("turn_refused", error=str(error))
+                await self._retries.forget_gone()
+                await self._load()
             self.health.beat()
+
+    async def _turn(self, stopping: asyncio.Event) -> None:
+        events = self._in_hand or await self._read()
+        self._in_hand = []
+        # Before the manifests: whoever sees the groups of an update trained must see the policy it made.
+        self.ledger = await self._bus.read_ledger()
+        self._check_account()
+        readable = await self._absorb(events)
+        await self._follow()
+        if self.state.phase is RunPhase.STARTING:
+            await self._try_start(stopping)
+        self._decide()
+        if self._is_over():
+            await self._finish()
+        await self._write(readable, stopping)
 
     async def _read(self) -> list[Delivery]:
         """Events of the ledger, waited for a moment, and finished evaluation episodes that are there."""
@@ -103,23 +129,34 @@ class Scheduler:
                 after = page[-1].entry_id
         return pending
 
-    def _absorb(self, events: list[Delivery]) -> None:
+    async def _absorb(self, events: list[Delivery]) -> list[Delivery]:
+        """Book events; returns those to be acknowledged. What cannot be read is set aside."""
+        readable = []
         for delivery in events:
             try:
                 if delivery.stream is Stream.LEDGER:
                     self._book(codec.decode_ledger_event(delivery.payload))
                 else:
-                    self._count_evaluation(delivery.payload)
+                    self._count_evaluation(codec.decode_trajectory(delivery.payload, delivery.stream))
             except SdarError as error:
-                # Acknowledged with the others: an unreadable event can't be retried into sense. It leaves a trace here.
                 log.error("event_unreadable", stream=delivery.stream, entry_id=delivery.entry_id, error=str(error))
                 self._metrics.unreadable_events.inc()
-        self._is_changed |= bool(events)
+                await self._bus.dead_letter(delivery, str(error))
+            else:
+                readable.append(delivery)
+        return readable
 
     async def _follow(self) -> None:
         for entry in await self._bus.tail(Stream.POLICY_UPDATES, self._policy_cursor, _MAX_EVENTS):
             self._policy_cursor = entry.entry_id
-            self.policy_version = max(self.policy_version, codec.decode_weights_manifest(entry.payload).policy_version)
+            try:
+                manifest = codec.decode_weights_manifest(entry.payload)
+            except SdarError as error:
+                log.error("manifest_unreadable", entry_id=entry.entry_id, error=str(error))
+                continue
+            if manifest.policy_version >= self.policy_version:
+                # After a crash that lost updates the versions go on and the number of updates falls back.
+                self.policy_version, self.num_updates = manifest.policy_version, manifest.num_updates
         await self.history.follow(self._bus)
 
     def _decide(self) -> None:
@@ -129,32 +166,69 @@ class Scheduler:
             self._give_up_if_hopeless()
         if self.state.phase is RunPhase.RUNNING:
             self._issue_groups()
-        if self._is_over():
-            self._change_phase(RunPhase.FINISHED)
-            self.state.finished_at_s = self._clock()
+        for retry in self._retries.waiting():
+            self._issue_again(retry)
 
-    async def _write(self, events: list[Delivery]) -> None:
-        if self._is_changed or self._outbox or events:
+    async def _write(self, events: list[Delivery], stopping: asyncio.Event) -> None:
+        """Commit the turn; while the tasks nobody plays leave no room, wait: a restart of this process would make none."""
+        retired = self._retries.taken
+        is_due = bool(self._is_changed or self._outbox or events or retired)
+        while is_due and not self._was_empty:
             publications = {Stream.TASKS: self._outbox} if self._outbox else {}
-            await self._bus.commit(publications, events, {STATE_NAME: self.state.to_bytes()})
-            self._outbox, self._is_changed = [], False
-        self._metrics.observe(
-            self.state.ledger, self.state.evaluations, policy_version=self.policy_version, num_updates=self.num_updates
-        )
+            state = {STATE_NAME: self.state.to_bytes()}
+            try:
+                await self._bus.commit(publications, events, state, transitions=self._issued, retired_letters=list(retired))
+            except CapacityError as error:
+                log.warning("tasks_full", error=str(error))
+                self.health.beat()
+                if stopping.is_set():
+                    return
+            else:
+                self._outbox, self._issued, self._is_changed, is_due = [], [], False, False
+                self._retries.settle()
+        self._metrics.observe(self)
+
+    def _check_account(self) -> None:
+        """The account and the cursor change together, so a difference means that Redis lost what it had confirmed."""
+        issued, known = self.ledger.num_issued, self.state.next_group_number
+        if self.state.phase is not RunPhase.STARTING and issued != known:
+            raise CorruptionError(
+                f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or somebody "
+                "else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."
+            )
 
     # --- starting ------------------------------------------------------------------------------------------------------------
 
     async def _restore(self) -> None:
+        await self._load()
+        # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
+        self._was_empty = (await self._bus.read_ledger()).num_issued == 0
+        if self.state.phase is RunPhase.FINISHED:
+            self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
+        else:
+            # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
+            self.state.phase = RunPhase.STARTING
+            self.state.num_failed_in_a_row = 0
+
+    async def _load(self) -> None:
+        """Take the saved state, and what was read and never written down."""
         saved = await self._bus.load_state(STATE_NAME)
         if saved is not None:
             self.state = GatewayState.from_bytes(saved)
-            if self.state.phase is RunPhase.FINISHED:
-                self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
-            else:
-                # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
-                self.state.phase = RunPhase.STARTING
-                self.state.ledger.num_failed_in_a_row = 0
-            log.info("gateway_restored", num_issued=self.state.ledger.num_issued, phase=self.state.phase)
+            log.info("gateway_restored", num_issued=self.state.next_group_number, phase=self.state.phase)
+        self._outbox, self._issued, self._is_changed = [], [], False
+        self._retries.taken.clear()
+        self._in_hand = await self._reclaim()
+
+    async def _adopt_restored(self) -> None:
+        """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in its streams were lost."""
+        environments = self.state.environments
+        await self._load()
+        self.state.environments |= environments
+        self.ledger = await self._bus.read_ledger()
+        self._was_empty = False
+        for evaluation in self.state.evaluations:
+            self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in evaluation.pending]
 
     async def _try_start(self, stopping: asyncio.Event) -> None:
         """Become RUNNING once the environment lists its tasks and a first policy is published."""
@@ -169,6 +243,8 @@ class Scheduler:
         if self.policy_version < 0:
             self.detail = "waiting for the learner to publish the first policy"
             return
+        if self._was_empty:
+            await self._adopt_restored()
         self.detail = ""
         self.state.started_at_s = self.state.started_at_s or self._clock()
         self._change_phase(RunPhase.RUNNING)
@@ -195,15 +271,21 @@ class Scheduler:
     # --- bookkeeping ---------------------------------------------------------------------------------------------------------
 
     def _book(self, event: LedgerEvent) -> None:
-        if event.group_id.startswith("group-"):
-            self.state.ledger.apply(event)
+        """What the account doesn't hold: reasons, failures in a row, lengths of episodes, and evaluations that can't be played."""
+        if parse_group_number(event.group_id) is not None:
+            self.state.apply(event)
+            self.lengths.apply(event)
+            self._metrics.observe_lengths(event)
+            if event.outcome in (GroupOutcome.FAILED, GroupOutcome.CANCELLED):
+                log.info("group_closed", group_id=event.group_id, outcome=event.outcome, reason=event.reason)
             return
         evaluation, index = self._find_evaluation(event.group_id)
-        if evaluation is not None and evaluation.add_failure(index, self._heldout[index].task_type if self._heldout else ""):
+        if evaluation is None or event.outcome is not GroupOutcome.FAILED:
+            return
+        if evaluation.add_failure(index, self._heldout_type(index)):
             log.warning("evaluation_episode_failed", group_id=event.group_id, reason=event.reason)
 
-    def _count_evaluation(self, payload: bytes) -> None:
-        trajectory = codec.decode_trajectory(payload)
+    def _count_evaluation(self, trajectory: Trajectory) -> None:
         evaluation, index = self._find_evaluation(trajectory.group_id)
         if evaluation is None:
             return
@@ -342,6 +424,7 @@ class Scheduler:
 
     async def register_environment(self, name: str, address: str) -> RegisteredEnvironment:
         """Ask the server at `address` for environment `name` and use it from now on."""
+        check_registration(name, address)
         found = await self._describe(name, address)
         self.environments[name] = found
         self.state.environments[name] = address

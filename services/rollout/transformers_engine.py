@@ -10,6 +10,7 @@ Axes: R rows (responses of one wave), P prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,15 +151,15 @@ class TransformersEngine:
             raise EngineFailedError("The sampler has died; the log says why. Restart the service.")
 
     def _build_request(self, prompt_token_ids: Sequence[int], sampling: SamplingParameters) -> _Request:
-        prompt = np.asarray(prompt_token_ids, dtype=np.int32)
+        prompt = np.asarray(prompt_token_ids, dtype=np.int64)  # a caller outside may send any uint32
         if not 0 < len(prompt) < self._max_tokens:
             raise InvalidInputError(
                 f"Prompt of {len(prompt)} tokens; this sampler takes 1 to {self._max_tokens - 1}. "
                 "End the episode earlier or raise model.max_sequence_tokens."
             )
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_response_tokens < 1:
+        if not 0 <= sampling.temperature < math.inf or not 0 < sampling.top_p <= 1 or sampling.max_response_tokens < 1:
             raise InvalidInputError(
-                f"Cannot sample with {sampling}: temperature at least 0, top_p in (0, 1], max_response_tokens at least 1."
+                f"Cannot sample with {sampling}: temperature at least 0 and finite, top_p in (0, 1], max_response_tokens at least 1."
             )
         vocabulary_size = self._model.config.vocab_size
         if prompt.min() < 0 or prompt.max() >= vocabulary_size:
@@ -167,7 +168,7 @@ class TransformersEngine:
             )
         return _Request(
             prompt=prompt.tolist(),
-            key=prompt.tobytes(),
+            key=prompt.astype(np.int32).tobytes(),
             sampling=sampling,
             max_response_tokens=min(sampling.max_response_tokens, self._max_tokens - len(prompt)),
             answer=asyncio.get_running_loop().create_future(),

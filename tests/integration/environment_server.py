@@ -20,8 +20,8 @@ TASK_ID = "polish-apple-drawer-desk"
 class Client:
     """The five calls, with the errors of `sdar.contracts.errors`."""
 
-    def __init__(self, channel) -> None:
-        self.channel = channel
+    def __init__(self, channel, address) -> None:
+        self.channel, self.address = channel, address
         self.stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
 
     async def describe(self, environment=""):
@@ -61,7 +61,8 @@ async def serving(limits: SessionLimits | None = None, host: WorkerHost | None =
         )
     )
     await asyncio.wait((server, port), return_when=asyncio.FIRST_COMPLETED)
-    async with connect(f"127.0.0.1:{await port}") as channel:
-        yield Client(channel), stopping, health
+    address = f"127.0.0.1:{await port}"
+    async with connect(address) as channel:
+        yield Client(channel, address), stopping, health
         stopping.set()
         await server

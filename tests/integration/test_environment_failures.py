@@ -258,7 +258,7 @@ async def running(script: Path):
             line = (await process.stdout.readline()).decode()
         told = re.fullmatch(r"Serving (\w+) on (\S+). Check it: sdar env check \2\n", line)
         async with connect(told[2]) as channel:
-            yield process, server, Client(channel)
+            yield process, server, Client(channel, told[2])
     finally:
         if process.returncode is None:
             process.kill()
