@@ -75,8 +75,8 @@ def check_registration(name: str, address: str) -> None:
     """Raises InvalidInputError for what cannot be the name and address of an environment."""
     if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.match(ADDRESS_PATTERN, address):
         raise InvalidInputError(
-            f"Cannot register environment {name!r} at {address!r}: a name of 1 to {MAX_NAME_CHARACTERS} characters and HOST:PORT "
-            "are needed."
+            f"Cannot register environment {name!r} at {address!r}: a name of 1 to {MAX_NAME_CHARACTERS} characters and "
+            "HOST:PORT are needed."
         )
 
 

@@ -159,7 +159,8 @@ class TransformersEngine:
             )
         if not 0 <= sampling.temperature < math.inf or not 0 < sampling.top_p <= 1 or sampling.max_response_tokens < 1:
             raise InvalidInputError(
-                f"Cannot sample with {sampling}: temperature at least 0 and finite, top_p in (0, 1], max_response_tokens at least 1."
+                f"Cannot sample with {sampling}: temperature at least 0 and finite, top_p in (0, 1], max_response_tokens at "
+                "least 1."
             )
         vocabulary_size = self._model.config.vocab_size
         if prompt.min() < 0 or prompt.max() >= vocabulary_size:

@@ -1,4 +1,4 @@
-"""Whatever bytes arrive on a stream, in a manifest, a checkpoint or from a worker: a typed error says so, and nothing else happens.
+"""Whatever bytes arrive on a stream, in a manifest, a checkpoint or from a worker: a typed error says so, nothing else happens.
 
 Thousands of inputs each, from fixed seeds: random bytes, good payloads with bytes changed, and messages with every field at its
 extremes. Single-byte corruption of weights and checkpoints as wholes is proved elsewhere; here it is about the decoders.
