@@ -1,14 +1,48 @@
-"""Owns how an HTTP server is bound and run beside other parts of a process: uvicorn without its hold on signals."""
+"""Owns how HTTP is spoken: servers beside other parts of a process, the guard before an application, clients with a token.
+
+Server side:  listener = bind_http(host, port); server = build_http_server(app, host, security); await server.serve([listener])
+Client side:  with open_http("host:port", security) as http: http.get("/v1/run")
+
+It knows no route: the guard asks GET and HEAD for the role read, everything else for operate, except where it is told.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import hashlib
+import math
+import re
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Collection, Generator, Iterator
+from http import HTTPStatus
+from typing import Any
 
+import httpx
 import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdar.contracts.errors import ConflictError
+from sdar.contracts.errors import ConflictError, ForbiddenError, InvalidInputError, SdarError
+from sdar.runtime.security import CLIENT, OPEN, Door, Role, Security, is_loopback
+
+MAX_BODY_BYTES = 1 << 20
+MAX_HEADER_BYTES = 64 << 10
+MAX_CONNECTIONS = 4096
+"""Connections and requests a server holds at once; further ones get 503."""
+_BODY_TIMEOUT_S = 30.0
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
+"""Open to whoever reaches the port: the page without its data, and what probes and Prometheus ask. None tells a text."""
+_READ_METHODS = frozenset({"GET", "HEAD"})
+_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+}
 
 
 class HttpServer(uvicorn.Server):
@@ -40,3 +74,203 @@ def bind_http(host: str, port: int) -> socket.socket:
             port=port,
         ) from error
     return listener
+
+
+def build_http_server(
+    app: ASGIApp,
+    host: str,
+    security: Security = OPEN,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    read_posts: Collection[str] = (),
+    **options: Any,
+) -> HttpServer:
+    """A server of the application behind its guard; give `serve` the socket of `bind_http`.
+
+    Args:
+        host: what the socket is bound to.
+        read_posts: paths whose POST changes nothing and takes the role read.
+        options: further ones of uvicorn's.
+
+    Raises:
+        ConfigurationError: beyond loopback without tokens.
+    """
+    security.check_bind(host)
+    guard = Guard(app, security, host, max_body_bytes=max_body_bytes, read_posts=read_posts)
+    if security.tls is not None and security.is_serving_tls:
+        context = security.tls.build_server_context()
+        options["ssl_context_factory"] = lambda config, default: context
+    config = uvicorn.Config(
+        guard,
+        http="h11",  # the other parser of uvicorn's bounds no header
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,  # an address that the client may write itself is none
+        server_header=False,
+        **options,
+    )
+    return HttpServer(config)
+
+
+class Guard:
+    """Before an application: tokens, rate, size of bodies, foreign pages; on each answer, headers that bind a browser."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        security: Security,
+        host: str,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        read_posts: Collection[str] = (),
+    ) -> None:
+        self._app, self._door = app, Door(security)
+        self._is_local = security.tokens is None and is_loopback(host)
+        self._max_body_bytes, self._read_posts = max_body_bytes, frozenset(read_posts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # No application of ours speaks WebSocket, and none has a lifespan.
+            return await send({"type": "websocket.close", "code": 1008}) if scope["type"] == "websocket" else None
+        send = _with_headers(send)
+        try:
+            self._admit(scope)
+            if scope["method"] not in _READ_METHODS:
+                receive = _replay(await self._read_body(scope, receive), receive)
+        except _TooLargeError as error:
+            return await build_error_response(error, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)(scope, receive, send)
+        except TimeoutError:
+            late = InvalidInputError(f"The request's body did not arrive within {_BODY_TIMEOUT_S:g} s. Send it at once.")
+            return await build_error_response(late, HTTPStatus.REQUEST_TIMEOUT)(scope, receive, send)
+        except SdarError as error:
+            return await build_error_response(error)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        method, path = scope["method"], scope["path"]
+        is_reading = method in _READ_METHODS
+        needed: Role | None = Role.READ if is_reading or path in self._read_posts else Role.OPERATE
+        if is_reading and path in OPEN_PATHS:
+            needed = None
+        headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        address = scope["client"][0] if scope.get("client") else ""
+        CLIENT.set(self._door.admit(needed, [value for name, value in headers if name == b"authorization"], address))
+        self._check_page(dict(headers))
+
+    def _check_page(self, headers: dict[bytes, str]) -> None:
+        """Keep pages of other sites, open in the browser of somebody on this machine, from a server that asks for no token."""
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ForbiddenError(f"The page {origin!r} is not of this server. Open the server's own page.")
+        name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+        if self._is_local and not is_loopback(name):
+            raise ForbiddenError(f"This server is for this machine only, asked for as {host!r}. Use 127.0.0.1 or localhost.")
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        told = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
+        body = bytearray()
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            while True:
+                if max(len(body), int(told)) > self._max_body_bytes:
+                    raise _TooLargeError(f"A body of more than {self._max_body_bytes} bytes. Send less in one request.")
+                message = await receive()
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    return bytes(body)
+
+
+class _TooLargeError(InvalidInputError):
+    """A request's body is over the bound."""
+
+    @property
+    def reason(self) -> str:
+        return "INVALID_INPUT"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What the application receives once the body has been read: the body, then whatever comes."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_again
+
+
+def _with_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            present = {name.lower() for name, _ in message.get("headers", ())}
+            added = [(name, value) for name, value in _HEADERS.items() if name not in present]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        await send(message)
+
+    return send_with_headers
+
+
+def build_error_response(error: SdarError, status: int | None = None) -> JSONResponse:
+    """How every HTTP server of ours tells an error."""
+    status = int(error.http_status if status is None else status)
+    headers = {}
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers["Retry-After"] = str(math.ceil(float(error.fields.get("retry_after_s", 1))))
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"reason": error.reason, "message": error.message, "fields": error.fields}
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """The exception handler of our applications."""
+    assert isinstance(error, SdarError)
+    return build_error_response(error)
+
+
+def build_page_policy(page: str) -> str:
+    """Content-Security-Policy of a page: its own inline script and style run, by their hashes, and nothing else does."""
+
+    def hash_inline(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
+
+    return (
+        f"default-src 'none'; script-src {hash_inline('script')}; style-src {hash_inline('style')}; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+# ---- clients
+
+
+class _BearerToken(httpx.Auth):
+    def __init__(self, security: Security) -> None:
+        self._security = security
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if token := self._security.token_to_present():
+            request.headers["Authorization"] = f"Bearer {token}"
+        yield request
+
+
+def find_base_url(address: str, security: Security) -> str:
+    """`http://host:port`, or with https where this process speaks TLS."""
+    return f"{'http' if security.tls is None else 'https'}://{address}"
+
+
+def open_http(address: str, security: Security = OPEN, *, timeout_s: float = 5.0) -> httpx.Client:
+    """A client of one of our HTTP servers: verifies it, shows the token, and goes by no proxy meant for the outside.
+
+    Args:
+        address: `host:port`.
+    """
+    security.check_target(address)
+    return httpx.Client(base_url=find_base_url(address, security), timeout=timeout_s, **client_options(security))
+
+
+def client_options(security: Security) -> dict[str, Any]:
+    """Arguments of `httpx.Client` that make it a client of our own servers."""
+    verify: ssl.SSLContext | bool = True if security.tls is None else security.tls.build_client_context()
+    return {"verify": verify, "auth": _BearerToken(security), "trust_env": False}

@@ -11,21 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdar.contracts.errors import ConfigurationError
+
+MAX_CALLS_PER_S = 5000.0
+"""About what one of our server processes answers at all: a bound against floods. Who wants shares sets less."""
 
 
 class Settings(BaseSettings):
     """Environment variables SDAR_*, the same for every service; each reads what concerns it."""
 
-    model_config = SettingsConfigDict(env_prefix="SDAR_", extra="ignore", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SDAR_", env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
 
     config: Path = Path("run.yaml")
     """Run configuration file."""
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    """Redis that carries the streams."""
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
+    """Redis that carries the streams; rediss://USER:PASSWORD@HOST:PORT/0 for one with TLS."""
     weights_url: str = "weights"
     """Weight store: a directory or s3://bucket/prefix."""
     checkpoints: Path = Path("checkpoints")
@@ -37,7 +42,7 @@ class Settings(BaseSettings):
     search_data: str = ""
     """Directory of Search-QA's questions, where an environment is given no data_dir."""
     host: str = "127.0.0.1"
-    """Address that servers bind to."""
+    """Address that servers bind to. Beyond loopback they ask for tokens (docs/security.md)."""
     http_port: int = Field(default=8080, ge=0, le=65535)
     """Port of the gateway's HTTP API."""
     grpc_port: int = Field(default=9090, ge=0, le=65535)
@@ -48,6 +53,24 @@ class Settings(BaseSettings):
     """Where the run's own environment service listens."""
     teacher_address: str = "127.0.0.1:9092"
     """Where the teacher's gRPC API listens."""
+    tls_cert: Path | None = None
+    """This process's certificate chain (PEM): what its servers show, and its clients where they are asked for one."""
+    tls_key: Path | None = None
+    """The unencrypted key of SDAR_TLS_CERT (PEM)."""
+    tls_ca: Path | None = None
+    """Certificate of the authority (PEM) that peers are verified against; the system's without it."""
+    tls_client_auth: Literal["none", "grpc", "all"] = "none"
+    """Of whom servers demand a certificate: nobody, callers of gRPC, or HTTP's too (a person's browser then needs one)."""
+    tokens_file: Path | None = None
+    """Tokens that servers accept: one read:TOKEN or operate:TOKEN a line. `sdar token` prints a fresh token."""
+    token: SecretStr = SecretStr("")
+    """Token shown to servers; without it the first operate token of SDAR_TOKENS_FILE."""
+    insecure: bool = False
+    """Serve beyond loopback without tokens: anyone who reaches the port may do anything."""
+    max_calls_per_s: float = Field(default=MAX_CALLS_PER_S, gt=0)
+    """Calls a client (a token, or an address without one) may make to one server."""
+    max_sessions_per_client: int = Field(default=0, ge=0)
+    """Sessions a client may hold on an environment server; 0 for all there are."""
     instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     """Unique name of this process: the consumer name in Redis, a label in logs."""
     rank: int = Field(default=0, ge=0, validation_alias="RANK")
