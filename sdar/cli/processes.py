@@ -85,10 +85,15 @@ class ServiceProcess:
 
 
 class Fleet:
-    """All services of a run. `check` restarts what died and raises when that is hopeless."""
+    """All services of a run. `check` restarts what died and raises when that is hopeless.
 
-    def __init__(self) -> None:
+    Args:
+        max_restarts: of one service within ten minutes.
+    """
+
+    def __init__(self, max_restarts: int = _MAX_RESTARTS) -> None:
         self.services: list[ServiceProcess] = []
+        self._max_restarts = max_restarts
 
     def add(self, service: ServiceProcess) -> None:
         service.start()
@@ -115,9 +120,9 @@ class Fleet:
             service.restarts = [at for at in service.restarts if now - at < _RESTART_WINDOW_S]
             if code == REFUSED_EXIT_CODE:
                 raise ServiceFailedError(f"The {service.name} service cannot run: {service.last_words()}")
-            if len(service.restarts) >= _MAX_RESTARTS:
+            if len(service.restarts) >= self._max_restarts:
                 raise ServiceFailedError(
-                    f"The {service.name} service died {_MAX_RESTARTS + 1} times within {_RESTART_WINDOW_S / 60:.0f} minutes, "
+                    f"The {service.name} service died {self._max_restarts + 1} times within {_RESTART_WINDOW_S / 60:.0f} minutes, "
                     f"last with code {code}: {service.last_words()}. Its log is {service.log_path}."
                 )
             service.kill()  # what it left behind in its process group
