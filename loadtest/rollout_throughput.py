@@ -250,7 +250,6 @@ async def _serving(engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script])
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,
-        max_episode_attempts=1,
     )
     worker = RolloutWorker(
         bus,

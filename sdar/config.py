@@ -111,8 +111,8 @@ class RolloutConfig(Section):
     """KV cache of one engine on a CPU; on a GPU vLLM sizes its own."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU that one engine may take."""
-    max_episode_attempts: int = Field(default=3, ge=1, le=100)
-    """Times an episode is played again after its environment failed, before its group is given up."""
+    max_group_attempts: int = Field(default=5, ge=1, le=100)
+    """Times a group is begun in all, again when its environment failed or its worker died, before it is given up."""
 
 
 class TeacherConfig(Section):
@@ -177,7 +177,7 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     offload_reference: bool = False
     """Keep the frozen reference in host memory between batches."""
-    checkpoint_every: int = Field(default=10, ge=1, le=100_000)
+    checkpoint_every: int = Field(default=10, ge=1, le=1000)
     """Updates between durable checkpoints; stream entries are acknowledged only after one holds their effect."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
     """Newest checkpoints that are kept."""

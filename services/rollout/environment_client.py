@@ -24,11 +24,16 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.types import EnvironmentIdentity, Task
 from sdar.runtime.rpc import call, connect
+from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 log = structlog.get_logger()
 
+OPEN_PATIENCE_S = 60.0
+"""An environment that is away or full is waited for so long before an episode begins; only then does the attempt fail."""
 _LONGEST_OPEN_DELAY_S = 5.0
+_CLOSE_PATIENCE_S = 5.0
+"""How long a client that closes waits for sessions that were given up while they opened. The server reaps the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,10 @@ class EnvironmentClient(Protocol):
     async def describe(self, environment: str) -> EnvironmentProfile: ...
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
-        """Begin an episode of the task with its seed; waits while all sessions are taken."""
+        """Begin an episode of the task with its seed; waits while all sessions are taken or the server is away.
+
+        A session that opens after its caller was cancelled is closed at once.
+        """
 
     async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome: ...
 
@@ -93,14 +101,15 @@ class EnvironmentDirectory(Protocol):
 class GrpcEnvironmentDirectory:
     """One client, hence one channel, per address."""
 
-    def __init__(self, *, step_timeout_s: float, open_patience_s: float = 120.0) -> None:
+    def __init__(self, security: Security = OPEN, *, step_timeout_s: float, open_patience_s: float = OPEN_PATIENCE_S) -> None:
+        self._security = security
         self._step_timeout_s, self._open_patience_s = step_timeout_s, open_patience_s
         self._clients: dict[str, GrpcEnvironmentClient] = {}
 
     def get(self, address: str) -> EnvironmentClient:
         if address not in self._clients:
             self._clients[address] = GrpcEnvironmentClient(
-                address, step_timeout_s=self._step_timeout_s, open_patience_s=self._open_patience_s
+                address, self._security, step_timeout_s=self._step_timeout_s, open_patience_s=self._open_patience_s
             )
         return self._clients[address]
 
@@ -118,14 +127,15 @@ class GrpcEnvironmentClient:
         open_patience_s: how long a full or unreachable server is waited for when an episode begins.
     """
 
-    def __init__(self, address: str, *, step_timeout_s: float, open_patience_s: float) -> None:
+    def __init__(self, address: str, security: Security = OPEN, *, step_timeout_s: float, open_patience_s: float) -> None:
         self._address = address
         self._timeout_s = step_timeout_s
         self._open_patience_s = open_patience_s
         # Sessions live in one server process, also where the address stands for several.
-        self._channel = connect(address, is_sticky=True)
+        self._channel = connect(address, security, is_sticky=True)
         self._stub: Any = environment_pb2_grpc.EnvironmentServiceStub(self._channel)
         self._profiles: dict[str, EnvironmentProfile] = {}
+        self._given_up: set[asyncio.Task[None]] = set()
 
     async def describe(self, environment: str) -> EnvironmentProfile:
         if environment not in self._profiles:
@@ -142,7 +152,7 @@ class GrpcEnvironmentClient:
         request = environment_pb2.OpenSessionRequest(
             environment=task.environment, task_id=task.task_id, seed=task.seed, idempotency_key=idempotency_key
         )
-        response = await self._patiently(lambda: self._call(self._stub.OpenSession, request))
+        response = await self._patiently(lambda: self._open(request))
         if not response.session_id or not response.observation:
             raise self._nonsense(f"OpenSession of task {task.task_id!r} without session_id or observation")
         return Session(response.session_id, response.observation, tuple(response.admissible_actions))
@@ -174,7 +184,28 @@ class GrpcEnvironmentClient:
             log.warning("session_not_closed", address=self._address, session_id=session_id, error=str(error))
 
     async def close(self) -> None:
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=_CLOSE_PATIENCE_S)
         await self._channel.close()
+
+    async def _open(self, request: environment_pb2.OpenSessionRequest) -> Any:
+        """One call. The server opens what it was asked for, whether or not the caller is still there: it is closed then."""
+        opening = asyncio.ensure_future(self._call(self._stub.OpenSession, request))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            closing = asyncio.create_task(self._close_given_up(opening), name="close_given_up")
+            self._given_up.add(closing)
+            closing.add_done_callback(self._given_up.discard)
+            raise
+
+    async def _close_given_up(self, opening: asyncio.Future[Any]) -> None:
+        try:
+            response = await opening
+        except SdarError as error:
+            log.info("session_not_opened", address=self._address, error=str(error))
+        else:
+            await self.close_session(response.session_id)
 
     def _check(self, response: environment_pb2.StepResponse, step_index: int) -> None:
         numbers = {"reward": response.reward, **response.reward_components}

@@ -12,9 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import structlog
-
-from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError
+from sdar.contracts.errors import InvalidInputError
 from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
 from sdar.runtime.chat import ChatTokenizer
 from services.rollout.engine import Engine, Generation
@@ -23,8 +21,6 @@ from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, Prom
 
 INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
-
-log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -68,6 +64,14 @@ class EpisodeSlots:
         self._free.release()
 
 
+@dataclass(slots=True)
+class Attempt:
+    """One try at a group: its number, from 0 and never given twice, and the tokens sampled in it, whatever becomes of them."""
+
+    number: int
+    num_sampled_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeRules:
     """What all episodes of a worker have in common.
@@ -76,7 +80,6 @@ class EpisodeRules:
         invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn of the first one; 0
             where the learner applies it turn by turn.
         max_sequence_tokens: longest prompt plus response of a turn.
-        max_episode_attempts: times an episode is begun before its environment's failure fails the group.
     """
 
     tokenizer: ChatTokenizer
@@ -84,13 +87,12 @@ class EpisodeRules:
     model: ModelIdentity
     max_sequence_tokens: int
     invalid_action_penalty: float
-    max_episode_attempts: int
     clock: EpisodeClock = field(default_factory=EpisodeClock)
 
 
 async def play_group(
     group: TaskGroup,
-    attempt: int,
+    attempt: Attempt,
     *,
     engine: Engine,
     environment: EnvironmentClient,
@@ -98,37 +100,24 @@ async def play_group(
     skill_text: str = "",
     slots: EpisodeSlots | None = None,
 ) -> list[Trajectory]:
-    """Play all episodes of a group at once, each again if its environment fails. The first that is given up ends the others.
+    """Play all episodes of a group at once, each once. The first that fails ends the others; all sessions are closed.
 
     Args:
-        attempt: which delivery of the group this is, from 0.
+        attempt: which try at the group this is; no session of another one is continued.
         skill_text: what the student is told of skills; empty for all methods but skill_grpo.
         slots: an episode begins when one is free; none means at once.
 
     Raises:
-        EnvironmentFailedError: an episode failed `max_episode_attempts` times.
+        EnvironmentFailedError, UnavailableError: an environment failed, or is away; another attempt may go well.
         InvalidInputError: the task is unknown, or its first observation leaves no room for a response.
         UnavailableError, EngineFailedError: from the engine.
     """
 
     async def play(episode_index: int) -> Trajectory:
         async with slots or contextlib.nullcontext():
-            for failures in range(rules.max_episode_attempts):
-                try:
-                    return await play_episode(
-                        group,
-                        episode_index,
-                        attempt,
-                        engine=engine,
-                        environment=environment,
-                        rules=rules,
-                        skill_text=skill_text,
-                        session_key=f"{group.run_id}.{group.group_id}.{episode_index}.a{attempt}.{failures}",
-                    )
-                except EnvironmentFailedError as error:
-                    last = error
-                    log.warning("episode_failed", group_id=group.group_id, episode_index=episode_index, error=str(error))
-            raise last
+            return await play_episode(
+                group, episode_index, attempt, engine=engine, environment=environment, rules=rules, skill_text=skill_text
+            )
 
     episodes = [asyncio.ensure_future(play(index)) for index in range(group.group_size)]
     try:
@@ -143,31 +132,31 @@ async def play_group(
 async def play_episode(
     group: TaskGroup,
     episode_index: int,
-    attempt: int,
+    attempt: Attempt,
     *,
     engine: Engine,
     environment: EnvironmentClient,
     rules: EpisodeRules,
     skill_text: str = "",
-    session_key: str = "",
 ) -> Trajectory:
     """Play one episode of a group, once. The session is closed however it ends. Raises as `play_group`."""
     started = time.monotonic()
+    trajectory_id = f"{group.group_id}.{episode_index}.a{attempt.number}"
     with rules.clock.stepping():
         profile = await environment.describe(group.task.environment)
-        session = await environment.open_session(group.task, session_key)
+        session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
         setting = EpisodeSetting(profile.instructions, profile.action_format, group.task.description, skill_text)
         prompts = rules.build_prompts(setting)
-        turns, last = await _play_turns(group, session, prompts, engine, environment, rules)
+        turns, last = await _play_turns(group, attempt, session, prompts, engine, environment, rules)
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
         await asyncio.shield(asyncio.ensure_future(environment.close_session(session.session_id)))
     return Trajectory(
         run_id=group.run_id,
         group_id=group.group_id,
-        trajectory_id=f"{group.group_id}.{episode_index}.a{attempt}",
-        attempt=attempt,
+        trajectory_id=trajectory_id,
+        attempt=attempt.number,
         episode_index=episode_index,
         group_size=group.group_size,
         task=group.task,
@@ -185,6 +174,7 @@ async def play_episode(
 
 async def _play_turns(
     group: TaskGroup,
+    attempt: Attempt,
     session: Session,
     prompts: PromptStyle,
     engine: Engine,
@@ -203,6 +193,7 @@ async def _play_turns(
     while True:
         with rules.clock.sampling():
             generation = await engine.generate(prompt.token_ids, group.sampling)
+        attempt.num_sampled_tokens += len(generation.response_token_ids)
         text = rules.tokenizer.decode_response(generation.response_token_ids)
         with rules.clock.stepping():
             outcome = await environment.step(session.session_id, len(turns), text)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sdar.contracts.types import Trajectory
+from sdar.contracts.types import Purpose, Trajectory
 from services.rollout.engine import EngineStats
 from services.rollout.episode import EpisodeClock
 
 _EPISODE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_TURN_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100)
 _UPDATE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 
 
@@ -25,13 +26,35 @@ class RolloutMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        registry = CollectorRegistry() if registry is None else registry
+        self.registry = registry = CollectorRegistry() if registry is None else registry
         self._episodes = Counter("sdar_rollout_episodes", "Episodes finished.", ["purpose"], registry=registry)
         self._successes = Counter("sdar_rollout_successes", "Episodes that solved their task.", ["purpose"], registry=registry)
         self._tokens = Counter("sdar_rollout_generated_tokens", "Tokens sampled in finished episodes.", registry=registry)
         self._failures = Counter("sdar_rollout_failed_groups", "Groups given up.", ["purpose"], registry=registry)
         self._dead_letters = Counter("sdar_rollout_dead_letters", "Tasks set aside.", registry=registry)
-        self._reclaimed = Counter("sdar_rollout_reclaimed_groups", "Groups taken over from a dead worker.", registry=registry)
+        self._reclaimed = Counter(
+            "sdar_rollout_reclaimed_groups",
+            "Groups taken over from a dead worker, an earlier life of this one included.",
+            registry=registry,
+        )
+        self._retries = Counter(
+            "sdar_rollout_retried_groups", "Groups played again because their environment failed.", registry=registry
+        )
+        self._late_results = Counter(
+            "sdar_rollout_late_results", "Results refused because the group was given to another attempt.", registry=registry
+        )
+        self._repeated_tokens = Counter(
+            "sdar_rollout_repeated_tokens", "Tokens sampled in attempts that were thrown away.", registry=registry
+        )
+        self._refused_policies = Counter(
+            "sdar_rollout_refused_policies", "Times that a published policy could not be read.", registry=registry
+        )
+        self._turns = Histogram(
+            "sdar_rollout_episode_turns",
+            "Turns of a generated training episode.",
+            buckets=_TURN_BUCKETS,
+            registry=registry,
+        )
         self._episode_s = Histogram(
             "sdar_rollout_episode_seconds", "Wall time of an episode.", buckets=_EPISODE_BUCKETS, registry=registry
         )
@@ -55,6 +78,7 @@ class RolloutMetrics:
         self._lag = Gauge("sdar_rollout_policy_lag", "Versions behind the newest published.", registry=registry)
         self._now = now
         self.num_episodes = self.num_successes = self.num_failed_groups = 0
+        self.num_reclaimed_groups = self.num_retried_groups = self.num_late_results = self.num_repeated_tokens = 0
         self._num_running = 0
         self._idle_s, self._idle_since = 0.0, now()
         self._last_record = (now(), EngineStats(), EpisodeClock(), 0.0)
@@ -66,6 +90,8 @@ class RolloutMetrics:
             self._successes.labels(trajectory.purpose).inc(trajectory.is_success)
             self._tokens.inc(trajectory.num_response_tokens)
             self._episode_s.observe(trajectory.duration_s)
+            if trajectory.purpose is Purpose.TRAIN:
+                self._turns.observe(len(trajectory.turns))
             self.num_episodes += 1
             self.num_successes += trajectory.is_success
 
@@ -76,8 +102,24 @@ class RolloutMetrics:
     def observe_dead_letter(self) -> None:
         self._dead_letters.inc()
 
-    def observe_reclaimed(self, number: int) -> None:
-        self._reclaimed.inc(number)
+    def observe_reclaimed(self) -> None:
+        self._reclaimed.inc()
+        self.num_reclaimed_groups += 1
+
+    def observe_retry(self) -> None:
+        self._retries.inc()
+        self.num_retried_groups += 1
+
+    def observe_late_result(self) -> None:
+        self._late_results.inc()
+        self.num_late_results += 1
+
+    def observe_repeated_tokens(self, number: int) -> None:
+        self._repeated_tokens.inc(number)
+        self.num_repeated_tokens += number
+
+    def observe_refused_policy(self) -> None:
+        self._refused_policies.inc()
 
     def observe_running(self, num_groups: int) -> None:
         """Called at every change; the time at zero is the worker's idle time."""
@@ -117,6 +159,10 @@ class RolloutMetrics:
             "num_episodes": float(self.num_episodes),
             "num_successes": float(self.num_successes),
             "num_failed_groups": float(self.num_failed_groups),
+            "num_reclaimed_groups": float(self.num_reclaimed_groups),
+            "num_retried_groups": float(self.num_retried_groups),
+            "num_late_results": float(self.num_late_results),
+            "num_repeated_tokens": float(self.num_repeated_tokens),
             "running_episodes": float(num_running_episodes),
             "waiting_share": min(1.0, (idle_s - old_idle_s) / duration_s),
             "environment_share": environment_s / episode_s,

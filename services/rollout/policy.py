@@ -1,27 +1,43 @@
 """Owns which policy version the engine serves: the version an evaluation is pinned to while one runs, else the newest.
 
-Tokens are stamped by the engine, so training episodes in flight simply go on across any switch.
+Tokens are stamped by the engine, so training episodes in flight simply go on across any switch. A version that cannot be read
+(torn, corrupt, of another base, being deleted, or its store is away) is refused: the previous one goes on serving, the newest
+that can be read is taken, and the refused one is tried again after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 import structlog
 
 from sdar.contracts import codec
-from sdar.contracts.errors import CorruptionError, SdarError, WeightsUnavailableError
+from sdar.contracts.errors import BusUnavailableError, EngineFailedError, SdarError, WeightsUnavailableError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
 from sdar.runtime.bus import BEFORE_FIRST, Bus
+from sdar.runtime.pins import PinnedVersions
 from services.rollout.engine import Engine
+from services.rollout.metrics import RolloutMetrics
 
 log = structlog.get_logger()
 
 _PAGE = 1000
+_MAX_KNOWN = 100
+"""Newest published versions kept in mind, more than the learner keeps in the store; and the first, which it always keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a version could not be read, and from when on it may be tried again."""
+
+    error: SdarError
+    until_s: float
 
 
 class PolicyFollower:
@@ -30,17 +46,25 @@ class PolicyFollower:
     Args:
         block_s: how long one look at the stream waits, hence how long stopping takes.
         retry_delays_s: pauses between attempts to load a version that the store does not have.
+        refusal_s: how long a version that could not be read is left alone.
     """
 
     def __init__(
-        self, bus: Bus, engine: Engine, block_s: float = 0.5, retry_delays_s: Sequence[float] = (0.2, 1.0, 3.0)
+        self,
+        bus: Bus,
+        engine: Engine,
+        pins: PinnedVersions,
+        metrics: RolloutMetrics,
+        block_s: float = 0.5,
+        retry_delays_s: Sequence[float] = (0.2, 1.0, 3.0),
+        refusal_s: float = 10.0,
     ) -> None:
-        self._bus, self._engine = bus, engine
-        self._block_s, self._retry_delays_s = block_s, retry_delays_s
+        self._bus, self._engine, self._pins, self._metrics = bus, engine, pins, metrics
+        self._block_s, self._retry_delays_s, self._refusal_s = block_s, retry_delays_s, refusal_s
         self._cursor = BEFORE_FIRST
         self._manifests: dict[int, WeightsManifest] = {}
         self._newest = engine.policy_version
-        self._refused: dict[int, SdarError] = {}
+        self._refusals: dict[int, _Refusal] = {}
         self._is_switching = False
         self._waiting: Counter[int] = Counter()
         self._serving: Counter[int] = Counter()
@@ -62,15 +86,22 @@ class PolicyFollower:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Follow until stopped. Fails when the engine does."""
-        switching = asyncio.create_task(self._keep_switching(), name="policy_switching")
+        beside = [
+            asyncio.create_task(self._keep_switching(), name="policy_switching"),
+            asyncio.create_task(self._pins.keep(stopping), name="policy_pins"),
+        ]
         try:
-            while not stopping.is_set() and not switching.done():
+            while not stopping.is_set() and not any(task.done() for task in beside):
                 await self._read(self._block_s)
+                async with self._changed:
+                    self._changed.notify_all()  # a refusal may have lapsed
         finally:
-            switching.cancel()
-            await asyncio.wait([switching])
-        if not switching.cancelled() and (error := switching.exception()):
-            raise error
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
+        for task in beside:
+            if not task.cancelled() and (error := task.exception()):
+                raise error
 
     @contextlib.asynccontextmanager
     async def pinned(self, policy_version: int) -> AsyncIterator[None]:
@@ -96,20 +127,20 @@ class PolicyFollower:
         """
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._engine.policy_version >= policy_version or policy_version in self._refused
+                lambda: self._engine.policy_version >= policy_version or self._is_refused(policy_version)
             )
 
     async def _enter(self, version: int) -> None:
         async with self._changed:
             if not self._waiting[version]:
                 # What could not be loaded then may be loadable now.
-                self._refused.pop(version, None)
+                self._refusals.pop(version, None)
             self._waiting[version] += 1
             self._changed.notify_all()
             try:
-                await self._changed.wait_for(lambda: self._is_served(version) or version in self._refused)
+                await self._changed.wait_for(lambda: self._is_served(version) or self._is_refused(version))
                 if not self._is_served(version):
-                    raise self._refused[version]
+                    raise self._refusals[version].error
                 self._serving[version] += 1
             finally:
                 self._waiting -= Counter({version: 1})
@@ -122,8 +153,16 @@ class PolicyFollower:
         """The version due now. A version once entered stays until all who hold it have left."""
         if self._serving:
             return next(iter(self._serving))
-        waiting = [version for version in self._waiting if version not in self._refused]
-        return min(waiting, default=self._newest)
+        waiting = [version for version in self._waiting if not self._is_refused(version)]
+        return min(waiting, default=self._find_newest_usable())
+
+    def _find_newest_usable(self) -> int:
+        usable = (version for version in self._manifests if not self._is_refused(version))
+        return max(usable, default=self._engine.policy_version)
+
+    def _is_refused(self, version: int) -> bool:
+        refusal = self._refusals.get(version)
+        return refusal is not None and time.monotonic() < refusal.until_s
 
     async def _read(self, block_s: float) -> None:
         while entries := await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE, block_s):
@@ -142,6 +181,8 @@ class PolicyFollower:
             return
         self._manifests[manifest.policy_version] = manifest
         self._newest = max(self._newest, manifest.policy_version)
+        if len(self._manifests) > _MAX_KNOWN:
+            del self._manifests[min(version for version in self._manifests if version)]
 
     async def _keep_switching(self) -> None:
         while True:
@@ -152,7 +193,7 @@ class PolicyFollower:
     def _is_due(self) -> bool:
         target = self._target()
         is_known = target in self._manifests or target < self._newest
-        return target != self._engine.policy_version and target not in self._refused and is_known
+        return target != self._engine.policy_version and not self._is_refused(target) and is_known
 
     async def _switch(self) -> None:
         """Bring the engine to the version due; one that cannot be read is refused and the previous goes on serving."""
@@ -162,9 +203,13 @@ class PolicyFollower:
         self._is_switching = True
         try:
             await self._load(target)
-        except (CorruptionError, WeightsUnavailableError) as error:
-            log.error("policy_refused", policy_version=target, error=str(error))
-            self._refused[target] = error
+        except SdarError as error:
+            if isinstance(error, (BusUnavailableError, EngineFailedError)) or not self._engine.is_alive:
+                raise
+            log.error("policy_refused", policy_version=target, serving=self._engine.policy_version, error=str(error))
+            self._metrics.observe_refused_policy()
+            lasting = {version: refusal for version, refusal in self._refusals.items() if self._is_refused(version)}
+            self._refusals = lasting | {target: _Refusal(error, time.monotonic() + self._refusal_s)}
         finally:
             self._is_switching = False
         async with self._changed:
@@ -179,7 +224,8 @@ class PolicyFollower:
             )
         for delay_s in (*self._retry_delays_s, None):
             try:
-                await self._engine.update_weights(self._manifests[version])
+                async with self._pins.loading(version):
+                    await self._engine.update_weights(self._manifests[version])
                 break
             except WeightsUnavailableError as error:
                 # Collected as garbage, or the store is away for a moment: only the second is worth waiting for.

@@ -13,6 +13,7 @@ from sdar.runtime.chat import ChatTokenizer, compute_model_identity
 from sdar.runtime.connect import build_bus
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.rpc import RpcService, build_server
+from sdar.runtime.security import Security
 from sdar.runtime.settings import Settings, apply_environment
 from sdar.runtime.telemetry import Health, serve_probes
 from sdar.runtime.vllm_weights import vllm_environment
@@ -37,17 +38,17 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     Raises:
         ConfigurationError: the model cannot be used. ConflictError: a port is taken. EngineFailedError: the engine died.
     """
-    health = Health(max_silence_s=_MAX_SILENCE_S)
+    health, security = Health(max_silence_s=_MAX_SILENCE_S), Security.from_settings(settings)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings)
         cleanup.push_async_callback(bus.close)
         await bus.ping()
-        environments = GrpcEnvironmentDirectory(step_timeout_s=config.environment.step_timeout_s)
+        environments = GrpcEnvironmentDirectory(security, step_timeout_s=config.environment.step_timeout_s)
         cleanup.push_async_callback(environments.close)
         skills = None
         if config.method.name == "skill_grpo":
-            skills = GrpcSkillSource(settings.teacher_address)
+            skills = GrpcSkillSource(settings.teacher_address, security)
             cleanup.push_async_callback(skills.close)
         engine = build_engine(config, settings)
         cleanup.push_async_callback(engine.stop)
@@ -85,7 +86,6 @@ def build_rules(config: RunConfig) -> EpisodeRules:
         max_sequence_tokens=config.model.max_sequence_tokens,
         # With advantages per turn each invalid turn is penalised on its own, which the learner does.
         invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
-        max_episode_attempts=config.rollout.max_episode_attempts,
     )
 
 
@@ -117,7 +117,7 @@ async def run_worker(
         rules,
         run_id=config.name,
         instance=settings.instance,
-        limits=WorkerLimits(max_concurrent_episodes=max_episodes),
+        limits=WorkerLimits(max_concurrent_episodes=max_episodes, max_attempts=config.rollout.max_group_attempts),
         health=health,
         metrics=metrics,
         skills=skills,
@@ -131,7 +131,7 @@ async def run_worker(
         max_requests=max_episodes,
     )
     service = RpcService(SERVICE_NAME, add_PolicyServiceServicer_to_server, servicer)
-    server = build_server(settings.host, settings.grpc_port, [service])
+    server = build_server(settings.host, settings.grpc_port, [service], Security.from_settings(settings))
 
     async def answer(stopping: asyncio.Event) -> None:
         await server.start()

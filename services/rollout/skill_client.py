@@ -10,6 +10,7 @@ from sdar.contracts.codec import task_to_proto
 from sdar.contracts.errors import UnavailableError
 from sdar.contracts.types import Task
 from sdar.runtime.rpc import call, connect
+from sdar.runtime.security import OPEN, Security
 from sdar.v1 import teacher_pb2, teacher_pb2_grpc
 
 _RETRY_S = 0.5
@@ -33,9 +34,9 @@ class GrpcSkillSource:
         patience_s: how long an unreachable teacher is waited for; it may be restarting.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0, patience_s: float = 120.0) -> None:
+    def __init__(self, address: str, security: Security = OPEN, *, timeout_s: float = 10.0, patience_s: float = 120.0) -> None:
         self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
-        self._channel = connect(address)
+        self._channel = connect(address, security)
         self._stub: Any = teacher_pb2_grpc.TeacherServiceStub(self._channel)
 
     async def retrieve(self, task: Task, key: str) -> str:

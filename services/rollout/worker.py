@@ -1,34 +1,57 @@
 """Owns the rollout worker's MAIN LOOP: task groups off one stream, finished episodes onto the next. Never looks into a prompt.
 
 A group is acknowledged in the transaction that publishes all its episodes, or its failure; until then it belongs to nobody for
-long: a worker that dies stops renewing its claims, and another one plays the group.
+long. Every delivery of a group is one attempt at it, numbered by the bus, so no two workers ever share a number:
+
+- A worker that dies, or is silent for too long, loses its groups to another one; what it still brings is refused.
+- A worker that starts under the name of one that died takes that one's groups back at once.
+- A group whose environment failed is taken back from oneself, after a pause, and played again whole in new sessions. An
+  environment that cannot be reached is first waited for (`environment_client.OPEN_PATIENCE_S`); that costs no attempt.
+
+After `max_attempts` in all, by whomever, a group is given up. What a stop leaves unfinished is not handed back: the lease of a
+process that has ended lapses after `claim_idle_s`, or its successor takes it at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
 from sdar.contracts import codec
-from sdar.contracts.errors import BusUnavailableError, CapacityError, EngineFailedError, SdarError, UnavailableError
+from sdar.contracts.errors import (
+    BusUnavailableError,
+    CapacityError,
+    EngineFailedError,
+    LeaseLostError,
+    SdarError,
+    UnavailableError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, Purpose, TaskGroup, Trajectory
-from sdar.runtime.bus import Bus, Delivery, Publications
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, Publications, parse_entry_id
 from sdar.runtime.lifecycle import wait_or_stop
+from sdar.runtime.pins import PinnedVersions
 from sdar.runtime.telemetry import Health
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
-from services.rollout.episode import EpisodeRules, EpisodeSlots, play_group
+from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy import PolicyFollower
 from services.rollout.skill_client import SkillSource
 
 log = structlog.get_logger()
+
+_PAGE = 100
+_LONGEST_RETRY_S = 10.0
+_LARGEST_SEQUENCE = 2**64 - 1
+"""Of an entry id's second part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +61,33 @@ class WorkerLimits:
     Attributes:
         max_concurrent_episodes: episodes in flight; groups are read while their episodes fit.
         read_block_s: how long a quiet stream is waited on; also how late a stop or a failure is noticed.
-        claim_idle_s: a group that its worker has not renewed for so long is taken over; renewals are four times as frequent.
-        max_deliveries: a group delivered more often than this is taken to kill whoever plays it.
+        claim_idle_s: a group that its worker has not renewed for so long is taken over, if that one is gone (see
+            `Bus.reclaim`); renewals are four times as frequent.
+        max_attempts: times a group is begun in all. One whose environment fails then is failed; one that is delivered once
+            more is taken to kill whoever plays it and set aside.
+        retry_delay_s: pause before the second attempt after an environment failed, half as much more or less by chance; it
+            doubles with every attempt.
         grace_s: how long running groups may go on after a stop; what is not finished then is left to others.
         report_interval_s: time between two records on the `metrics` stream.
     """
 
     max_concurrent_episodes: int
     read_block_s: float = 0.5
-    claim_idle_s: float = 20.0
-    max_deliveries: int = 5
+    claim_idle_s: float = 10.0
+    max_attempts: int = 5
+    retry_delay_s: float = 1.0
     grace_s: float = 20.0
     report_interval_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _InHand:
-    """A group being played, and how many episodes it takes."""
+    """An attempt at a group, how many episodes it has, and whether it only waits to be followed by the next one."""
 
     delivery: Delivery
-    num_episodes: int
-    task: asyncio.Task[None]
+    num_episodes: int = 0
+    is_waiting: bool = False
+    task: asyncio.Task[None] = field(init=False)
 
 
 class RolloutWorker:
@@ -88,16 +117,17 @@ class RolloutWorker:
         self._run_id, self._instance = run_id, instance
         self._limits, self._health, self._metrics, self._skills = limits, health, metrics, skills
         self._slots = EpisodeSlots(limits.max_concurrent_episodes)
-        self._follower = PolicyFollower(bus, engine, limits.read_block_s)
-        self._in_hand: dict[str, _InHand] = {}
+        pins = PinnedVersions(bus, f"{ConsumerGroup.ROLLOUT}.{instance}")
+        self._follower = PolicyFollower(bus, engine, pins, metrics, limits.read_block_s)
+        self._in_hand: set[_InHand] = set()
         self._largest_group = 0
         self._failure: BaseException | None = None
 
     async def run(self, stopping: asyncio.Event) -> None:
         """MAIN LOOP: read, play, publish and acknowledge, until told to stop; then finish what is in hand."""
         await self._follower.catch_up()
-        self._health.mark_ready()
         async with self._background():
+            self._health.mark_ready()
             while not stopping.is_set():
                 for delivery in await self._read():
                     self._begin(delivery)
@@ -109,7 +139,7 @@ class RolloutWorker:
     async def _read(self) -> list[Delivery]:
         room = self._room()
         if room < 1:
-            tasks = [group.task for group in self._in_hand.values()]
+            tasks = [hand.task for hand in self._in_hand]
             await asyncio.wait(tasks, timeout=self._limits.read_block_s, return_when=asyncio.FIRST_COMPLETED)
             return []
         return await self._bus.read(
@@ -117,41 +147,60 @@ class RolloutWorker:
         )
 
     def _begin(self, delivery: Delivery) -> None:
-        """Start on a group. Its size counts at once, so that no more is read than can be played."""
+        """Start on an attempt. Its size counts at once, so that no more is read than can be played."""
+        hand = _InHand(delivery)
         try:
             group = codec.decode_task_group(delivery.payload)
         except SdarError as error:
-            work, num_episodes = self._set_aside(delivery, None, f"The task group cannot be read: {error}"), 0
+            work = self._refuse(delivery, f"The task group cannot be read: {error}")
         else:
-            work, num_episodes = self._handle(group, delivery), group.group_size
+            work = self._handle(group, hand)
+            hand.num_episodes = group.group_size
             self._largest_group = max(self._largest_group, group.group_size)
-        task = asyncio.create_task(work, name=f"group_{delivery.entry_id}")
-        self._in_hand[delivery.entry_id] = _InHand(delivery, num_episodes, task)
+        hand.task = asyncio.create_task(work, name=f"group_{delivery.entry_id}")
+        self._in_hand.add(hand)
         self._metrics.observe_running(len(self._in_hand))
-        task.add_done_callback(lambda task: self._finish(delivery.entry_id, task))
+        hand.task.add_done_callback(lambda task: self._finish(hand))
 
-    async def _handle(self, group: TaskGroup, delivery: Delivery) -> None:
-        """Play one group, then publish and acknowledge it. Whatever happens here ends in the ledger or with the service."""
-        if delivery.num_deliveries > self._limits.max_deliveries:
-            reason = f"Delivered {delivery.num_deliveries} times without an end. Look for what kills its workers."
-            return await self._set_aside(delivery, group, reason)
+    async def _handle(self, group: TaskGroup, hand: _InHand) -> None:
+        """One attempt. Whatever happens here ends in the ledger, in the next attempt, or with the service."""
+        attempt, is_published = Attempt(hand.delivery.num_deliveries - 1), False
         try:
-            trajectories = await self._play(group, delivery.num_deliveries - 1)
+            if attempt.number >= self._limits.max_attempts:
+                reason = f"Delivered {attempt.number + 1} times without an end. Look for what kills its workers."
+                await self._set_aside(group, hand.delivery, reason)
+            elif trajectories := await self._try(group, hand, attempt):
+                await self._publish(group, trajectories, hand.delivery)
+                is_published = True
+        except LeaseLostError as error:
+            # Another attempt at the group is under way: nothing of this one may get in beside it.
+            log.warning("late_result_refused", group_id=group.group_id, attempt=attempt.number, error=str(error))
+            self._metrics.observe_late_result()
+        finally:
+            if not is_published:
+                self._metrics.observe_repeated_tokens(attempt.num_sampled_tokens)
+
+    async def _try(self, group: TaskGroup, hand: _InHand, attempt: Attempt) -> list[Trajectory]:
+        """Play the group; empty if it failed and that has been dealt with."""
+        try:
+            return await self._play(group, attempt)
         except (EngineFailedError, BusUnavailableError):
             raise
+        except WeightsUnavailableError as error:
+            await self._give_up(group, hand.delivery, error.message)
         except UnavailableError as error:
             if not self._engine.is_alive:
                 raise
-            return await self._give_up(group, delivery, error)
+            await self._try_again(group, hand, error)
         except SdarError as error:
-            return await self._give_up(group, delivery, error)
+            await self._give_up(group, hand.delivery, error.message)
         except Exception as error:
             # The worker's boundary: one group must not end the others.
             log.exception("group_broke_worker", group_id=group.group_id)
-            return await self._set_aside(delivery, group, f"Playing it raised {type(error).__name__}: {error}.")
-        await self._publish(group, trajectories, delivery)
+            await self._set_aside(group, hand.delivery, f"Playing it raised {type(error).__name__}: {error}.")
+        return []
 
-    async def _play(self, group: TaskGroup, attempt: int) -> list[Trajectory]:
+    async def _play(self, group: TaskGroup, attempt: Attempt) -> list[Trajectory]:
         is_evaluation = group.purpose is Purpose.EVALUATION
         skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
         if not is_evaluation:
@@ -167,46 +216,77 @@ class RolloutWorker:
                 slots=self._slots,
             )
 
+    async def _try_again(self, group: TaskGroup, hand: _InHand, error: UnavailableError) -> None:
+        """Begin the next attempt after a pause in which this one holds no slot; give the group up if there is none left."""
+        num_attempts = hand.delivery.num_deliveries
+        if num_attempts >= self._limits.max_attempts:
+            return await self._give_up(group, hand.delivery, f"Given up after {num_attempts} attempts: {error.message}")
+        delay_s = min(_LONGEST_RETRY_S, self._limits.retry_delay_s * 2 ** (num_attempts - 1)) * random.uniform(0.5, 1.5)
+        log.warning(
+            "group_retried",
+            group_id=group.group_id,
+            attempt=num_attempts - 1,
+            retry_in_s=round(delay_s, 2),
+            error=str(error),
+        )
+        self._metrics.observe_retry()
+        hand.is_waiting = True
+        await asyncio.sleep(delay_s)
+        if await self._bus.renew([hand.delivery]):
+            for delivery in await self._reclaim_own(_precede(hand.delivery.entry_id), 1):
+                self._begin(delivery)
+
     async def _publish(self, group: TaskGroup, trajectories: list[Trajectory], delivery: Delivery) -> None:
         payloads = [codec.encode_trajectory(trajectory) for trajectory in trajectories]
+        version = max(trajectory.max_policy_version for trajectory in trajectories)
         if group.purpose is Purpose.EVALUATION:
-            publications: Publications = {Stream.EVALUATIONS: payloads}
+            await self._commit({Stream.EVALUATIONS: payloads}, delivery)
         else:
-            version = max(trajectory.max_policy_version for trajectory in trajectories)
-            event = LedgerEvent(self._run_id, group.group_id, GroupOutcome.GENERATED, len(trajectories), version)
-            publications = {Stream.TRAJECTORIES: payloads, Stream.LEDGER: [codec.encode_ledger_event(event)]}
-        await self._commit(publications, delivery)
+            turns = tuple(len(trajectory.turns) for trajectory in trajectories)
+            outcome = GroupOutcome.GENERATED
+            event = LedgerEvent(self._run_id, group.group_id, outcome, len(trajectories), version, episode_turns=turns)
+            await self._commit({Stream.TRAJECTORIES: payloads}, delivery, event)
         self._metrics.observe_group(trajectories)
         log.info(
             "group_played",
             group_id=group.group_id,
+            attempt=delivery.num_deliveries - 1,
             purpose=group.purpose.value,
             num_episodes=len(trajectories),
             num_successes=sum(trajectory.is_success for trajectory in trajectories),
-            policy_version=max(trajectory.max_policy_version for trajectory in trajectories),
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
+            policy_version=version,
         )
 
-    async def _give_up(self, group: TaskGroup, delivery: Delivery, error: SdarError) -> None:
+    async def _give_up(self, group: TaskGroup, delivery: Delivery, reason: str) -> None:
         """Close the group's account. An evaluation's too: its gateway must not wait for what will never come."""
-        log.error("group_failed", group_id=group.group_id, purpose=group.purpose.value, error=str(error))
-        await self._commit({Stream.LEDGER: [self._failure_event(group, error.message)]}, delivery)
+        log.error("group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason)
+        await self._commit({}, delivery, self._describe_failure(group, reason))
         self._metrics.observe_failure(group.purpose)
 
-    async def _set_aside(self, delivery: Delivery, group: TaskGroup | None, reason: str) -> None:
-        log.error("dead_letter", entry_id=delivery.entry_id, group_id=group.group_id if group else None, reason=reason)
-        publications: Publications = {Stream.LEDGER: [self._failure_event(group, reason)]} if group else {}
-        await self._bus.dead_letter(delivery, reason, publications)
+    async def _set_aside(self, group: TaskGroup, delivery: Delivery, reason: str) -> None:
+        log.error("dead_letter", entry_id=delivery.entry_id, group_id=group.group_id, reason=reason)
+        await self._bus.dead_letter(delivery, reason, [self._describe_failure(group, reason)])
         self._metrics.observe_dead_letter()
 
-    def _failure_event(self, group: TaskGroup, reason: str) -> bytes:
-        event = LedgerEvent(self._run_id, group.group_id, GroupOutcome.FAILED, 0, self._engine.policy_version, reason)
-        return codec.encode_ledger_event(event)
+    async def _refuse(self, delivery: Delivery, reason: str) -> None:
+        """Set aside what names no group."""
+        log.error("dead_letter", entry_id=delivery.entry_id, reason=reason)
+        try:
+            await self._bus.dead_letter(delivery, reason)
+        except LeaseLostError as error:
+            log.warning("late_result_refused", entry_id=delivery.entry_id, error=str(error))
+        else:
+            self._metrics.observe_dead_letter()
 
-    async def _commit(self, publications: Publications, delivery: Delivery) -> None:
-        """Publish and acknowledge in one transaction: a crash before it repeats work, it never loses it."""
+    def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
+        return LedgerEvent(self._run_id, group.group_id, GroupOutcome.FAILED, 0, self._engine.policy_version, reason)
+
+    async def _commit(self, publications: Publications, delivery: Delivery, *transitions: LedgerEvent) -> None:
+        """Publish, acknowledge and book in one transaction: a crash before it repeats work, it never loses it."""
         while True:
             try:
-                return await self._bus.commit(publications, [delivery])
+                return await self._bus.commit(publications, [delivery], transitions=transitions)
             except CapacityError as error:
                 # The bus has waited already; what is played is not thrown away because its readers are slow.
                 log.warning("stream_full", error=str(error))
@@ -218,45 +298,69 @@ class RolloutWorker:
         """Follow the policy, keep claims and report while the loop runs; a loop that dies takes the worker along."""
         over = asyncio.Event()
         loops = (self._follower.run, self._keep_claims, self._report)
-        tasks = [asyncio.create_task(loop(over), name=loop.__qualname__) for loop in loops]
-        for task in tasks:
-            task.add_done_callback(self._note_failure)
+        tasks: list[asyncio.Task[None]] = []
         try:
+            await self._take_back()
+            tasks += [asyncio.create_task(loop(over), name=loop.__qualname__) for loop in loops]
+            for task in tasks:
+                task.add_done_callback(self._note_failure)
             yield
         finally:
             over.set()
-            for group in self._in_hand.values():
+            for hand in self._in_hand:
                 # Not finished within the grace: left pending, for another worker to claim.
-                group.task.cancel()
-            await asyncio.gather(*tasks, *(group.task for group in self._in_hand.values()), return_exceptions=True)
+                hand.task.cancel()
+            await asyncio.gather(*tasks, *(hand.task for hand in self._in_hand), return_exceptions=True)
         self._check_alive()
 
+    async def _take_back(self) -> None:
+        """Begin anew, before anything else, what an earlier life of this worker held."""
+        after_id = BEFORE_FIRST
+        while deliveries := await self._reclaim_own(after_id, _PAGE):
+            self._begin_reclaimed(deliveries)
+            after_id = deliveries[-1].entry_id
+
+    async def _reclaim_own(self, after_id: str, max_count: int) -> list[Delivery]:
+        """What this worker's name holds, as another attempt; results of the one before are refused from now on."""
+        name = self._instance
+        return await self._bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, name, 0.0, max_count, after_id, held_by=name)
+
     async def _keep_claims(self, over: asyncio.Event) -> None:
-        """Renew what is in hand, take over what dead workers left."""
+        """Renew what is in hand, take over what dead workers left.
+
+        A worker that was out of touch itself, paused or without Redis, cannot tell who else is silent: it lets all others
+        renew first.
+        """
+        idle_s = self._limits.claim_idle_s
+        renewed_at = judging_from = time.monotonic()
         is_over = False
         while not is_over:
             await self._renew()
-            if (room := self._room()) > 0:
-                await self._reclaim(self._max_groups(room))
-            is_over = await wait_or_stop(over, self._limits.claim_idle_s / 4)
+            now = time.monotonic()
+            if now - renewed_at >= idle_s:
+                judging_from = now + idle_s
+            renewed_at = now
+            if now >= judging_from and (room := self._room()) > 0:
+                tasks, rollout = Stream.TASKS, ConsumerGroup.ROLLOUT
+                self._begin_reclaimed(await self._bus.reclaim(tasks, rollout, self._instance, idle_s, self._max_groups(room)))
+            is_over = await wait_or_stop(over, idle_s / 4)
 
     async def _renew(self) -> None:
-        in_hand = list(self._in_hand.values())
-        held = {delivery.entry_id for delivery in await self._bus.renew([group.delivery for group in in_hand])}
-        for group in in_hand:
-            entry_id = group.delivery.entry_id
-            # A group that has just been published is acknowledged, hence not held, and not lost.
-            if entry_id not in held and entry_id in self._in_hand and not group.task.done():
-                log.warning("claim_lost", entry_id=entry_id)
-                group.task.cancel()
+        in_hand = list(self._in_hand)
+        held = {(one.entry_id, one.num_deliveries) for one in await self._bus.renew([hand.delivery for hand in in_hand])}
+        for hand in in_hand:
+            # Not held and not lost: an attempt that has just been published, or that its own follower has replaced.
+            is_over = hand.is_waiting or hand.task.done() or hand.task.cancelling()
+            entry_id, number = hand.delivery.entry_id, hand.delivery.num_deliveries
+            if (entry_id, number) not in held and not is_over:
+                log.warning("claim_lost", entry_id=entry_id, attempt=number - 1)
+                hand.task.cancel()
 
-    async def _reclaim(self, max_groups: int) -> None:
-        idle_s = self._limits.claim_idle_s
-        for delivery in await self._bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, self._instance, idle_s, max_groups):
-            if delivery.entry_id not in self._in_hand:
-                log.info("group_reclaimed", entry_id=delivery.entry_id, num_deliveries=delivery.num_deliveries)
-                self._metrics.observe_reclaimed(1)
-                self._begin(delivery)
+    def _begin_reclaimed(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            log.info("group_reclaimed", entry_id=delivery.entry_id, num_deliveries=delivery.num_deliveries)
+            self._metrics.observe_reclaimed()
+            self._begin(delivery)
 
     async def _report(self, over: asyncio.Event) -> None:
         """What this worker did, on the `metrics` stream and to Prometheus."""
@@ -271,22 +375,26 @@ class RolloutWorker:
         deadline = time.monotonic() + self._limits.grace_s
         while self._in_hand and (remaining_s := deadline - time.monotonic()) > 0:
             self._check_alive()
-            tasks = [group.task for group in self._in_hand.values()]
+            tasks = [hand.task for hand in self._in_hand]
             await asyncio.wait(tasks, timeout=min(remaining_s, self._limits.read_block_s))
             self._health.beat()
         log.info("worker_drained", num_left=len(self._in_hand))
 
     def _room(self) -> int:
-        return self._limits.max_concurrent_episodes - sum(group.num_episodes for group in self._in_hand.values())
+        """Episodes that may be begun. Waiting groups take no room, up to as many as may be played."""
+        most = self._limits.max_concurrent_episodes
+        num_in_hand = sum(hand.num_episodes for hand in self._in_hand)
+        num_playing = sum(hand.num_episodes for hand in self._in_hand if not hand.is_waiting)
+        return min(most - num_playing, 2 * most - num_in_hand)
 
     def _max_groups(self, room: int) -> int:
         """Groups that fit if all are as large as the largest seen; one until any was seen. Its episodes wait for slots."""
         return max(1, room // self._largest_group) if self._largest_group else 1
 
-    def _finish(self, entry_id: str, task: asyncio.Task[None]) -> None:
-        del self._in_hand[entry_id]
+    def _finish(self, hand: _InHand) -> None:
+        self._in_hand.remove(hand)
         self._metrics.observe_running(len(self._in_hand))
-        self._note_failure(task)
+        self._note_failure(hand.task)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -298,3 +406,9 @@ class RolloutWorker:
             raise self._failure
         if not self._engine.is_alive:
             raise EngineFailedError("The engine has died; its log on stderr says why. Restart the service.")
+
+
+def _precede(entry_id: str) -> str:
+    """The id right before an entry's: what comes after it begins with that entry."""
+    milliseconds, sequence = parse_entry_id(entry_id)
+    return f"{milliseconds}-{sequence - 1}" if sequence else f"{milliseconds - 1}-{_LARGEST_SEQUENCE}"

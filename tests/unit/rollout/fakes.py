@@ -86,14 +86,13 @@ def make_manifest(version: int) -> WeightsManifest:
     return WeightsManifest(RUN_ID, version, f"v{version}", (), 0, MODEL, 0.0)
 
 
-def make_rules(tokenizer, *, max_sequence_tokens=512, penalty=0.1, max_episode_attempts=2) -> EpisodeRules:
+def make_rules(tokenizer, *, max_sequence_tokens=512, penalty=0.1) -> EpisodeRules:
     return EpisodeRules(
         tokenizer=tokenizer,
         build_prompts=lambda setting: Conversation(tokenizer, setting),
         model=MODEL,
         max_sequence_tokens=max_sequence_tokens,
         invalid_action_penalty=penalty,
-        max_episode_attempts=max_episode_attempts,
     )
 
 

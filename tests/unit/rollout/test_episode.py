@@ -9,7 +9,7 @@ import pytest
 
 from sdar.contracts.errors import EnvironmentFailedError, InvalidInputError
 from sdar.contracts.types import EpisodeEnd, StopReason
-from services.rollout.episode import EpisodeSlots, play_episode, play_group
+from services.rollout.episode import Attempt, EpisodeSlots, play_episode, play_group
 from services.rollout.prompting import HistoryWindow
 from tests.support import until
 from tests.unit.rollout.fakes import ScriptedEngine, ScriptedEnvironment, answer, make_group, make_rules
@@ -21,7 +21,7 @@ async def play(tokenizer, environment, engine=None, *, group=None, skill_text=""
     return await play_episode(
         group or make_group(size=1),
         0,
-        0,
+        Attempt(0),
         engine=engine or ScriptedEngine([A, EOS]),
         environment=environment,
         rules=make_rules(tokenizer, **rules),
@@ -50,7 +50,7 @@ async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_his
     )
     environment = ScriptedEnvironment(answer("two", actions=("go", "stop")), answer(over=True), instructions="Rules.")
     trajectory = await play_episode(
-        make_group(size=1), 0, 0, engine=ScriptedEngine([A, EOS]), environment=environment, rules=rules
+        make_group(size=1), 0, Attempt(0), engine=ScriptedEngine([A, EOS]), environment=environment, rules=rules
     )
     assert [turn.extends_previous for turn in trajectory.turns] == [False, False]
     assert [message.content for message in trajectory.turns[1].messages] == [
@@ -119,33 +119,37 @@ async def test_skills_are_shown_to_the_student_in_the_first_message(tokenizer):
     assert trajectory.turns[0].messages[0].content == "use sink . Task: clean the mug .\nstart"
 
 
-async def test_an_episode_is_played_again_after_its_environment_failed(tokenizer):
-    environment = ScriptedEnvironment(num_failures=1)
-    (trajectory,) = await play_group(
-        make_group(size=1), 2, engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
-    )
-    assert environment.keys == ["test.group-1.0.a2.0", "test.group-1.0.a2.1"]
-    assert environment.closed == environment.opened
-    assert trajectory.trajectory_id == "group-1.0.a2"
+async def test_every_attempt_has_sessions_and_trajectories_of_its_own(tokenizer):
+    environment = ScriptedEnvironment()
+    for number in range(2):
+        (trajectory,) = await play_group(
+            make_group(size=1), Attempt(number), engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
+        )
+        assert (trajectory.attempt, trajectory.trajectory_id) == (number, f"group-1.0.a{number}")
+    assert environment.keys == ["test.group-1.0.a0", "test.group-1.0.a1"]
 
 
-async def test_an_episode_given_up_ends_its_group_and_closes_all_sessions(tokenizer):
-    environment = ScriptedEnvironment(*[answer()] * 99, num_failures=6)
+async def test_a_failed_episode_ends_its_group_closes_all_sessions_and_what_was_sampled_is_known(tokenizer):
+    environment, attempt = ScriptedEnvironment(*[answer()] * 99, num_failures=1), Attempt(0)
+    engine = ScriptedEngine()
     with pytest.raises(EnvironmentFailedError, match="simulator died"):
         await play_group(
             make_group(size=4, max_turns=99),
-            0,
-            engine=ScriptedEngine(),
+            attempt,
+            engine=engine,
             environment=environment,
             rules=make_rules(tokenizer, max_sequence_tokens=9999),
         )
     assert environment.closed == environment.opened
+    assert attempt.num_sampled_tokens == 3 * len(engine.prompts) > 0
 
 
 async def test_a_cancelled_group_closes_its_sessions(tokenizer):
     environment = ScriptedEnvironment(gate=asyncio.Event())
     playing = asyncio.create_task(
-        play_group(make_group(size=3), 0, engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer))
+        play_group(
+            make_group(size=3), Attempt(0), engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
+        )
     )
     await until(lambda: len(environment.opened) == 3)
     playing.cancel()
@@ -159,6 +163,6 @@ async def test_episodes_of_all_groups_share_the_slots(tokenizer):
     slots, rules = EpisodeSlots(3), make_rules(tokenizer)
     groups = [make_group(f"g{index}", size=4) for index in range(3)]
     await asyncio.gather(
-        *(play_group(g, 0, engine=ScriptedEngine(), environment=environment, rules=rules, slots=slots) for g in groups)
+        *(play_group(g, Attempt(0), engine=ScriptedEngine(), environment=environment, rules=rules, slots=slots) for g in groups)
     )
     assert (environment.max_open, len(environment.opened), slots.num_running) == (3, 12, 0)

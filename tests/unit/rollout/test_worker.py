@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 
 from sdar.contracts import codec
-from sdar.contracts.errors import EngineFailedError, UnknownResourceError
+from sdar.contracts.errors import EngineFailedError, UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose
 from sdar.runtime.bus import BEFORE_FIRST, BusLimits
@@ -39,7 +40,14 @@ class Bench:
         self.bus = MemoryBus(CONSUMERS, bus_limits)
         self.engine = engine or ScriptedEngine()
         self.environment = environment or ScriptedEnvironment()
-        self.limits = {"max_concurrent_episodes": 8, "read_block_s": 0.01, "claim_idle_s": 0.2, "grace_s": 0.5} | limits
+        self.limits = {
+            "max_concurrent_episodes": 8,
+            "read_block_s": 0.01,
+            "claim_idle_s": 0.2,
+            "grace_s": 0.5,
+            "retry_delay_s": 0.01,
+        } | limits
+        self.metrics = RolloutMetrics()
         self.health = Health()
         self.tokenizer = tokenizer
 
@@ -53,7 +61,7 @@ class Bench:
             instance=instance,
             limits=WorkerLimits(**self.limits),
             health=self.health,
-            metrics=RolloutMetrics(),
+            metrics=self.metrics,
             skills=skills,
         )
 
@@ -115,14 +123,66 @@ async def test_evaluation_episodes_are_pinned_published_apart_and_not_booked(tok
 
 @pytest.mark.parametrize("purpose", list(Purpose))
 async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason(tokenizer, purpose):
-    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99))
+    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     async with bench.running():
-        await bench.issue(make_group("g1", purpose=purpose))
+        await bench.issue(make_group("g1", size=1, purpose=purpose))
         await bench.settled()
     (event,) = await bench.ledger()
     assert (event.outcome, event.num_trajectories) == (GroupOutcome.FAILED, 0)
-    assert "simulator died" in event.reason
+    assert event.reason == "Given up after 3 attempts: the simulator died"
+    assert bench.environment.keys == [f"test.g1.0.a{number}" for number in range(3)]
+    assert bench.environment.closed == bench.environment.opened
     assert await bench.entries(Stream.TRAJECTORIES) == []
+
+
+@pytest.mark.parametrize("purpose", list(Purpose))
+async def test_a_group_whose_environment_failed_is_played_again_whole_as_another_attempt(tokenizer, purpose):
+    environment = ScriptedEnvironment(answer(), answer(over=True), num_failures=1)
+    bench = Bench(tokenizer, environment)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=3, purpose=purpose))
+        await bench.settled()
+    stream = Stream.TRAJECTORIES if purpose is Purpose.TRAIN else Stream.EVALUATIONS
+    trajectories = [codec.decode_trajectory(payload, stream) for payload in await bench.entries(stream)]
+    assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1", "g1.2.a1"]
+    assert environment.closed == environment.opened
+    num_kept = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    assert bench.metrics.num_retried_groups == 1
+    assert bench.metrics.num_repeated_tokens == 3 * len(bench.engine.prompts) - num_kept > 0
+
+
+async def test_attempts_are_counted_across_workers(tokenizer):
+    """One attempt died with its worker, so of three two are left to an environment that keeps failing."""
+    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
+    await bench.issue(make_group("g1", size=1))
+    await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
+    async with bench.running():
+        await bench.settled()
+    assert bench.environment.keys == ["test.g1.0.a1", "test.g1.0.a2"]
+    assert (await bench.ledger())[0].reason.startswith("Given up after 3 attempts")
+
+
+async def test_a_group_that_waits_for_its_next_attempt_holds_no_place_for_episodes(tokenizer):
+    """There is room for one group. The first one's environment fails and its next attempt is far off; the second is played."""
+    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=1), max_concurrent_episodes=1, retry_delay_s=60.0, grace_s=0.0)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=1), make_group("g2", size=1))
+        async with asyncio.timeout(5):
+            while not await bench.ledger():  # noqa: ASYNC110  the bus offers no event for it
+                await asyncio.sleep(0.005)
+    assert [event.group_id for event in await bench.ledger()] == ["g2"]
+    assert await bench.num_open_tasks() == 1
+
+
+async def test_an_environment_that_went_away_in_the_middle_costs_an_attempt_not_the_group(tokenizer):
+    environment = ScriptedEnvironment(UnavailableError("connection refused"))
+    bench = Bench(tokenizer, environment, retry_delay_s=0.1)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=1))
+        await until(lambda: bench.metrics.num_retried_groups == 1)
+        environment.script = (answer(over=True),)
+        await bench.settled()
+    assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
 
 
 async def test_an_unknown_task_is_not_tried_again(tokenizer):
@@ -216,8 +276,76 @@ async def test_a_group_that_was_taken_over_is_dropped_by_the_worker_that_lost_it
         environment.gate.set()
 
 
+async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer):
+    """The claim is lost while the last step is played, long before the next renewal would tell."""
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment, claim_idle_s=60.0)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=2))
+        await until(lambda: len(environment.opened) == 2)
+        (taken,) = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 0.0, 1)
+        environment.gate.set()
+        await until(lambda: bench.metrics.num_late_results == 1)
+        assert await bench.bus.renew([taken]) == [taken]
+        await bench.issue(make_group("g2", size=2))
+        await until(lambda: bench.metrics.num_episodes == 2)
+    assert [event.group_id for event in await bench.ledger()] == ["g2"]
+    assert len(await bench.entries(Stream.TRAJECTORIES)) == 2
+    assert (bench.metrics.num_repeated_tokens, environment.closed) == (6, environment.opened)
+
+
+async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(tokenizer):
+    bench = Bench(tokenizer, claim_idle_s=60.0)
+    await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
+    await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-1", 2)
+    await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "silent", 1)
+    async with bench.running(instance="worker-1"):
+        await until(lambda: bench.metrics.num_episodes == 3)
+    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
+    assert [t.trajectory_id for t in trajectories] == ["g0.0.a1", "g1.0.a1", "g3.0.a0"]
+    assert bench.metrics.num_reclaimed_groups == 2
+    assert await bench.num_open_tasks() == 1
+
+
+async def test_a_paused_worker_is_spared_while_it_is_connected_and_loses_its_groups_in_the_end(tokenizer):
+    """Suspect after 0.2 s, taken for dead after three times as long."""
+    bench = Bench(tokenizer)
+    paused = bench.bus.view("paused")
+    await bench.issue(make_group("g1", size=1))
+    await paused.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "paused", 1)
+    began_s = time.monotonic()
+    async with bench.running():
+        await bench.settled()
+    assert time.monotonic() - began_s >= 0.6
+    assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
+
+
+async def test_a_worker_that_was_out_of_touch_lets_the_others_renew_before_it_judges_them(tokenizer):
+    class OutOfTouch(MemoryBus):
+        """Its second renewal takes longer than a claim lasts, as when Redis is away."""
+
+        num_renewals = 0
+
+        async def renew(self, deliveries):
+            self.num_renewals += 1
+            if self.num_renewals == 2:
+                await asyncio.sleep(0.3)
+            return await super().renew(deliveries)
+
+    bench = Bench(tokenizer)
+    bench.bus = OutOfTouch(CONSUMERS)
+    async with bench.running():
+        await until(lambda: bench.bus.num_renewals == 2)
+        await bench.issue(make_group("g1", size=1))
+        await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 1)
+        await until(lambda: bench.bus.num_renewals == 3)
+        assert bench.metrics.num_reclaimed_groups == 0
+        await bench.settled()
+        assert bench.metrics.num_reclaimed_groups == 1
+
+
 async def test_a_group_that_kills_its_workers_is_set_aside(tokenizer):
-    bench = Bench(tokenizer, max_deliveries=2)
+    bench = Bench(tokenizer, max_attempts=2)
     await bench.issue(make_group("g1"))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
     await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead too", 0.0, 1)
@@ -283,8 +411,9 @@ async def test_episodes_played_while_the_stream_was_full_are_published_when_ther
     async with bench.running():
         await bench.issue(make_group("g1"))
         await until(lambda: len(bench.environment.closed) == 2)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.7)  # longer than the claim would last without renewals
         assert await bench.ledger() == []
+        assert not await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "greedy", 0.2, 1)
         taken = await bench.bus.read(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, "learner", 2)
         await bench.bus.acknowledge(taken)
         await bench.settled()
