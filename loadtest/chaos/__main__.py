@@ -1,0 +1,126 @@
+"""Owns the command `python -m loadtest.chaos`: run, check, tell. Exit code 0 if every promise was kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtest.chaos import checks
+from loadtest.chaos.checks import Check
+from loadtest.chaos.faults import build_schedule
+from loadtest.chaos.report import build_report, format_table, write_json, write_markdown
+from loadtest.chaos.run import ChaosRun, Evidence
+from loadtest.page import ROOT
+from sdar.config import RunConfig, load_config
+from sdar.contracts.errors import SdarError
+from sdar.contracts.types import GroupOutcome
+from sdar.runtime.bus import SUSPECT_FACTOR
+from services.rollout.worker import WorkerLimits
+
+DEFAULT_MINUTES = 10.0
+DEFAULT_SEED = 4
+_UPDATES_PER_MINUTE = 24
+"""What two cores manage between the faults, about."""
+NUM_ROLLOUTS = 2
+_PAGE = ROOT / "docs" / "chaos.md"
+SETTINGS = {
+    "name": "chaos",
+    "training.groups_per_update": 4,
+    "training.group_size": 8,
+    "training.checkpoint_every": 3,
+    "evaluation.num_tasks": 24,
+    "rollout.num_workers": NUM_ROLLOUTS,
+    "rollout.max_concurrent_episodes": 32,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    config = _configure(options.minutes)
+    lease_s = WorkerLimits(max_concurrent_episodes=1).claim_idle_s * SUSPECT_FACTOR
+    schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
+
+    root = Path(options.out or tempfile.mkdtemp(prefix="sdar-chaos-"))
+    if (root / config.name).exists():
+        print(f"error: {root / config.name} holds an earlier run. Remove it or choose another --out.", file=sys.stderr)
+        return 2
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        evidence = ChaosRun(config, root / config.name, schedule, options.minutes, say).run()
+    except SdarError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    command = f"python -m loadtest.chaos --seed {options.seed} --minutes {options.minutes:g}"
+    report = build_report(evidence, judge(evidence), seed=options.seed, minutes=options.minutes, command=command)
+    write_json(report, evidence, root / "chaos.json")
+    write_markdown(report, root / "chaos.md")
+    print(f"\n{format_table(report)}")
+    if options.page:
+        shutil.copyfile(root / "chaos.md", _PAGE)
+    if report.is_sound and not options.out:
+        shutil.rmtree(root)
+    else:
+        print(f"\nLogs and all figures: {root}")
+    return 0 if report.is_sound else 1
+
+
+def judge(evidence: Evidence) -> list[Check]:
+    """Every promise of the run."""
+    training = evidence.config.training
+    status, injuries = evidence.status, evidence.injuries
+    checkpoints = evidence.directory / "checkpoints"
+    partial = [path.name for folder in (checkpoints, evidence.directory / "weights") for path in folder.rglob("*.partial*")]
+    reclaimed = [event.fields["entry_id"] for event in evidence.of("group_reclaimed")]
+    return [
+        checks.check_end(status.get("phase", "unknown"), status.get("num_updates", 0), training.num_updates),
+        checks.check_faults(injuries, evidence.num_planned, NUM_ROLLOUTS),
+        checks.check_closed(evidence.account, evidence.closed),
+        checks.check_trained(
+            read_trained_groups(checkpoints),
+            evidence.closed[GroupOutcome.TRAINED],
+            training.groups_per_update,
+            training.num_updates,
+        ),
+        checks.check_samples(evidence.samples, evidence.num_samples_missed),
+        checks.check_recovered(injuries),
+        checks.check_rollout_recovery(injuries),
+        checks.check_regenerated(reclaimed, injuries),
+        checks.check_nothing_left(evidence.num_sessions_left, evidence.orphans, partial, evidence.not_drained),
+        checks.check_memory(evidence.memory),
+        checks.check_redis_memory(evidence.samples),
+    ]
+
+
+def read_trained_groups(checkpoints: Path) -> list[list[str]]:
+    """Group ids of every optimizer step, from the newest checkpoint."""
+    newest = max(checkpoints.glob("update-" + "[0-9]" * 8))
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    return [list(update) for update in state["progress"]["trained_groups"]]
+
+
+def _configure(minutes: float) -> RunConfig:
+    num_updates = max(1, round(_UPDATES_PER_MINUTE * minutes))
+    return load_config(ROOT / "examples" / "household.yaml", SETTINGS | {"training.num_updates": num_updates})
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.chaos", description="A real run under random faults, checked.")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the faults: the same seed, the same schedule")
+    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of faults; the start and the end come on top")
+    parser.add_argument("--out", help="directory for the run, its logs and the figures; kept (default: kept only on a failure)")
+    parser.add_argument("--page", action="store_true", help="write docs/chaos.md")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

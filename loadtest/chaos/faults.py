@@ -1,0 +1,149 @@
+"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed. Pure; it hurts nobody itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+REDIS = "redis"
+GATEWAY = "gateway"
+LEARNER = "learner"
+TEACHER = "teacher"
+ENVS = "envs"
+SERVICES = (REDIS, GATEWAY, LEARNER, TEACHER, ENVS)
+"""One process each; rollout workers, `rollout-0` and so on, come on top."""
+
+OUTAGE_S = 60.0
+
+
+class FaultKind(StrEnum):
+    """What is done to a target."""
+
+    KILL = "kill"
+    """SIGKILL of the service's process; its supervisor starts it again."""
+    KILL_TWICE = "kill twice"
+    """SIGKILL, and again while the next process starts."""
+    KILL_CHILD = "kill child"
+    """SIGKILL of a process that the service started: a worker of the environments, vLLM's engine core."""
+    PAUSE = "pause"
+    """SIGSTOP of all its processes, SIGCONT after `duration_s`."""
+    SEVER = "sever"
+    """All its connections (to Redis; of the environments: of their clients) are cut; new ones are let through."""
+    REFUSE = "refuse"
+    """They are cut, and new ones refused for `duration_s`."""
+    DELAY = "delay"
+    """What they carry comes late for `duration_s`."""
+    OUTAGE = "outage"
+    """Redis is killed and stays away for `duration_s`."""
+
+
+KILLS = (FaultKind.KILL, FaultKind.KILL_TWICE, FaultKind.KILL_CHILD, FaultKind.OUTAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planned fault. It is due `at_s` after the start, or once `at_progress` of the updates are done if that is earlier."""
+
+    at_s: float
+    at_progress: float
+    kind: FaultKind
+    target: str
+    duration_s: float = 0.0
+
+    @property
+    def num_kills(self) -> int:
+        return 2 if self.kind is FaultKind.KILL_TWICE else int(self.kind in KILLS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How often in ten minutes; `times_s` bounds the duration. A short run has at least `least` of it."""
+
+    kind: FaultKind
+    target: str
+    number: int
+    times_s: tuple[float, float] = (0.0, 0.0)
+    least: int = 0
+
+
+def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
+    """Slow starters are killed less often: vLLM needs twenty seconds of a core each time."""
+    yield _Row(FaultKind.KILL, GATEWAY, 10, least=1)
+    yield _Row(FaultKind.KILL, ENVS, 9, least=1)
+    yield _Row(FaultKind.KILL, REDIS, 9, least=1)
+    yield _Row(FaultKind.KILL, TEACHER, 8, least=1)
+    yield _Row(FaultKind.KILL, LEARNER, 9, least=1)
+    for target in (GATEWAY, TEACHER, LEARNER, ENVS):
+        yield _Row(FaultKind.KILL_TWICE, target, 1)
+    rollouts = [f"rollout-{index}" for index in range(num_rollouts)]
+    for target in rollouts:
+        yield _Row(FaultKind.KILL, target, max(1, 8 // num_rollouts), least=1)
+        yield _Row(FaultKind.KILL_CHILD, target, 1)
+        yield _Row(FaultKind.SEVER, target, 1)
+    yield _Row(FaultKind.KILL_CHILD, ENVS, 3, least=1)
+    yield _Row(FaultKind.PAUSE, rollouts[0], 1, (2.0, 5.0))
+    # Beyond its lease, and beyond what a silent worker is waited for: it is taken for dead, and its late results are refused.
+    yield _Row(FaultKind.PAUSE, rollouts[-1], 1, (lease_s + 2.0, lease_s + 5.0))
+    yield _Row(FaultKind.PAUSE, LEARNER, 1, (2.0, 25.0))
+    yield _Row(FaultKind.PAUSE, TEACHER, 1, (2.0, 25.0), least=1)
+    yield _Row(FaultKind.PAUSE, GATEWAY, 1, (2.0, 10.0))
+    yield _Row(FaultKind.PAUSE, ENVS, 1, (2.0, 10.0))
+    yield _Row(FaultKind.PAUSE, REDIS, 1, (2.0, 8.0))
+    for target in (GATEWAY, TEACHER, LEARNER):
+        yield _Row(FaultKind.SEVER, target, 1, least=int(target == LEARNER))
+    yield _Row(FaultKind.SEVER, ENVS, 2, least=1)
+    yield _Row(FaultKind.REFUSE, ENVS, 1, (2.0, 6.0))
+    yield _Row(FaultKind.REFUSE, LEARNER, 1, (2.0, 10.0))
+    yield _Row(FaultKind.REFUSE, rollouts[0], 1, (2.0, 10.0))
+    yield _Row(FaultKind.DELAY, ENVS, 1, (3.0, 6.0))
+    yield _Row(FaultKind.DELAY, TEACHER, 1, (3.0, 6.0))
+    yield _Row(FaultKind.OUTAGE, REDIS, 1, (OUTAGE_S, OUTAGE_S))
+
+
+def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float) -> list[Fault]:
+    """Faults for a run of about `minutes`, by time. The same arguments give the same faults.
+
+    Args:
+        lease_s: silence after which a rollout worker is taken for dead although it is connected.
+    """
+    draw = random.Random(seed)
+    planned = []
+    for row in _rows(num_rollouts, lease_s):
+        number = max(row.least, int(row.number * minutes / 10.0))
+        planned += [(row.kind, row.target, round(draw.uniform(*row.times_s), 1)) for _ in range(number)]
+    ordered = _spread(planned, draw)
+    step_s = _FAULT_SHARE * minutes * 60.0 / len(ordered)
+    faults = []
+    for index, (kind, target, duration_s) in enumerate(ordered):
+        place = index + draw.uniform(0.0, 0.9)
+        faults.append(
+            Fault(round(place * step_s, 1), round(_LAST_PROGRESS * place / len(ordered), 4), kind, target, duration_s)
+        )
+    return faults
+
+
+_FAULT_SHARE = 0.85
+"""Part of the minutes in which faults begin; the rest is for what has to recover and for the run's end."""
+_LAST_PROGRESS = 0.9
+"""The last fault comes before this share of the updates is done, however fast the machine."""
+
+_Planned = tuple[FaultKind, str, float]
+
+
+def _spread(planned: list[_Planned], draw: random.Random) -> list[_Planned]:
+    """Shuffle round by round: each round holds every target at most once, so no service is left out for long."""
+    by_target: dict[str, list[_Planned]] = {}
+    for item in planned:
+        by_target.setdefault(item[1], []).append(item)
+    num_rounds = max(len(items) for items in by_target.values())
+    rounds: list[list[_Planned]] = [[] for _ in range(num_rounds)]
+    for items in by_target.values():
+        draw.shuffle(items)
+        # Those with few faults get theirs all over the run, not at its beginning.
+        for item, index in zip(items, sorted(draw.sample(range(num_rounds), len(items))), strict=True):
+            rounds[index].append(item)
+    for one in rounds:
+        draw.shuffle(one)
+    return [item for one in rounds for item in one]

@@ -1,0 +1,363 @@
+"""Owns a chaos run from its start to its last check. MAIN LOOP: keep everything up, hurt what is due, look, until finished."""
+
+from __future__ import annotations
+
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from loadtest.chaos.deployment import Deployment, find_marked
+from loadtest.chaos.faults import LEARNER, REDIS, TEACHER, Fault, FaultKind
+from loadtest.chaos.logs import LogEvent, LogFollower
+from loadtest.chaos.observer import Observer, Sample
+from loadtest.chaos.proxy import Link
+from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
+from sdar.cli.run_directory import RunDirectory
+from sdar.config import RunConfig
+from sdar.contracts.errors import UnavailableError
+from sdar.contracts.types import GroupOutcome, MetricRecord
+from sdar.runtime.ledger import LedgerAccount
+from sdar.runtime.settings import apply_environment
+
+log = structlog.get_logger()
+
+_STEP_S = 0.05
+_START_TIMEOUT_S = 300.0
+_END_TIMEOUT_S = 300.0
+"""How long the run may take beyond its minutes to reach its target once nothing hurts it any more."""
+_WAIT_FOR_RECOVERY_S = 60.0
+"""A target that has not recovered from its last fault is left alone for so long, then hit all the same."""
+_KILL_AGAIN_AFTER_S = 1.5
+_DELAY_S = 0.2
+_MEMORY_EVERY_S = 2.0
+_TELL_EVERY_S = 30.0
+_SESSIONS_END_TIMEOUT_S = 90.0
+"""Sessions whose client was killed end with their lease."""
+_PROCESSES_END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySample:
+    """Resident memory of one life (process id) of a service, children included."""
+
+    service: str
+    pid: int
+    at_s: float
+    num_bytes: int
+
+
+@dataclass
+class Evidence:
+    """All that was seen of a run, for the checks and the report."""
+
+    config: RunConfig
+    directory: Path
+    injuries: list[Injury] = field(default_factory=list)
+    num_planned: int = 0
+    events: list[LogEvent] = field(default_factory=list)
+    memory: list[MemorySample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    num_samples_missed: int = 0
+    records: list[MetricRecord] = field(default_factory=list)
+    duration_s: float = 0.0
+    status: dict[str, Any] = field(default_factory=dict)
+    account: LedgerAccount = field(default_factory=LedgerAccount)
+    closed: dict[GroupOutcome, list[int]] = field(default_factory=dict)
+    num_dead_letters: int = 0
+    num_sessions_left: float = -1.0
+    not_drained: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    num_restarts: dict[str, int] = field(default_factory=dict)
+
+    def of(self, name: str, service: str = "") -> list[LogEvent]:
+        """Log events of one name, of services whose name begins with `service`."""
+        return [event for event in self.events if event.name == name and event.service.startswith(service)]
+
+
+class ChaosRun:
+    """One run under `schedule`. Use `run` once."""
+
+    def __init__(
+        self, config: RunConfig, root: Path, schedule: list[Fault], minutes: float, say: Callable[[str], None]
+    ) -> None:
+        self._directory = RunDirectory(root)
+        self._schedule = list(schedule)
+        self._minutes = minutes
+        self._say = say
+        self._marker = uuid.uuid4().hex
+        self.evidence = Evidence(config, root, num_planned=len(schedule))
+        self._endings: list[tuple[float, Callable[[], None]]] = []
+        self._next_memory_s = self._next_told_s = 0.0
+        self._began_s = 0.0
+
+    def run(self) -> Evidence:
+        """To the run's end. Raises UnavailableError: it did not start, or did not end in time."""
+        config = self.evidence.config
+        apply_environment({"CHAOS_RUN": self._marker})
+        with self._directory as directory:
+            directory.prepare(config)
+            self._deployment = Deployment(config, directory)
+            with self._deployment.redis, Observer(config, self._deployment.redis.url) as self._observer:
+                try:
+                    self._start()
+                    self._disturb()
+                    self._finish()
+                finally:
+                    self._deployment.fleet.kill()
+        self._look_for_orphans()
+        return self.evidence
+
+    # --- up ------------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        deployment = self._deployment
+        self._observer.call(deployment.open_links)
+        deployment.start(self._marker)
+        self._logs = [LogFollower(self._directory.logs / f"{name}.log", name) for name in deployment.names]
+        self._observer.watch({name: deployment.probe_url(name) for name in deployment.names})
+        self._say("Starting all services.")
+        if not self._wait(lambda: set(deployment.names) <= set(self._observer.seen.ready_at_s), _START_TIMEOUT_S):
+            waiting = sorted(set(deployment.names) - set(self._observer.seen.ready_at_s))
+            raise UnavailableError(f"Not ready: {', '.join(waiting)}. See the services' logs in {self._directory.logs}.")
+        self._began_s = time.time()
+        self._say("All services are ready.")
+
+    # --- the faults ----------------------------------------------------------------------------------------------------------
+
+    def _disturb(self) -> None:
+        deadline_s = time.monotonic() + self._minutes * 60.0 + _END_TIMEOUT_S
+        while self._observer.seen.status.get("phase") != "finished" or self._endings:
+            self._turn()
+            if (fault := self._choose_due()) is not None:
+                self._schedule.remove(fault)
+                self._inject(fault)
+            if time.monotonic() > deadline_s:
+                raise UnavailableError(
+                    f"The run did not reach its end: {self._describe_progress()} after {self._elapsed_s:.0f} s. "
+                    f"See the services' logs in {self._directory.logs}."
+                )
+        self.evidence.duration_s = self._elapsed_s
+
+    def _choose_due(self) -> Fault | None:
+        """The first fault that is due and whose target can take it; none while Redis is away, which is enough."""
+        if self._deployment.is_redis_held_down:
+            return None
+        return next((fault for fault in self._schedule if self._is_due(fault) and self._can_take(fault)), None)
+
+    def _is_due(self, fault: Fault) -> bool:
+        status = self._observer.seen.status
+        progress = status.get("num_updates", 0) / self.evidence.config.training.num_updates
+        return self._elapsed_s >= fault.at_s or progress >= fault.at_progress
+
+    def _can_take(self, fault: Fault) -> bool:
+        if not self._deployment.is_running(fault.target):
+            return False
+        last = next((injury for injury in reversed(self.evidence.injuries) if injury.target == fault.target), None)
+        if last is None or last.is_closed:
+            return True
+        return last.over_s is not None and time.time() - last.over_s > _WAIT_FOR_RECOVERY_S
+
+    def _inject(self, fault: Fault) -> None:
+        for injury in self.evidence.injuries:
+            if injury.target == fault.target and not injury.is_closed:
+                injury.is_overtaken = True
+        injury = Injury(fault, time.time())
+        self._say(self._describe(fault))
+        {
+            FaultKind.KILL: self._kill,
+            FaultKind.KILL_TWICE: self._kill_twice,
+            FaultKind.KILL_CHILD: self._kill_child,
+            FaultKind.PAUSE: self._pause,
+            FaultKind.SEVER: self._sever,
+            FaultKind.REFUSE: self._refuse,
+            FaultKind.DELAY: self._delay,
+            FaultKind.OUTAGE: self._hold_down,
+        }[fault.kind](injury)
+        self.evidence.injuries.append(injury)
+
+    def _kill(self, injury: Injury) -> None:
+        self._deployment.kill(injury.target)
+        injury.over_s = time.time()
+        self._note_held(injury)
+
+    def _kill_twice(self, injury: Injury) -> None:
+        self._deployment.kill(injury.target)
+
+        def again() -> None:
+            if self._deployment.is_running(injury.target):
+                self._deployment.kill(injury.target)
+            injury.over_s = time.time()
+
+        self._later(_KILL_AGAIN_AFTER_S, again)
+
+    def _kill_child(self, injury: Injury) -> None:
+        self._deployment.kill_child(injury.target, which=len(self.evidence.injuries))
+        injury.over_s = time.time()
+        self._note_held(injury)
+
+    def _pause(self, injury: Injury) -> None:
+        self._deployment.signal_all(injury.target, signal.SIGSTOP)
+        self._note_held(injury)
+
+        def go_on() -> None:
+            self._deployment.signal_all(injury.target, signal.SIGCONT)
+            injury.over_s = time.time()
+
+        self._later(injury.fault.duration_s, go_on)
+
+    def _sever(self, injury: Injury) -> None:
+        self._observer.call(self._link(injury).sever)
+        injury.over_s = time.time()
+
+    def _refuse(self, injury: Injury) -> None:
+        link = self._link(injury)
+        self._observer.call(link.close)
+
+        def let_through() -> None:
+            self._observer.call(link.open)
+            injury.over_s = time.time()
+
+        self._later(injury.fault.duration_s, let_through)
+
+    def _delay(self, injury: Injury) -> None:
+        link = self._link(injury)
+        link.delay_s = _DELAY_S
+
+        def let_through() -> None:
+            link.delay_s = 0.0
+            injury.over_s = time.time()
+
+        self._later(injury.fault.duration_s, let_through)
+
+    def _hold_down(self, injury: Injury) -> None:
+        self._deployment.is_redis_held_down = True
+        self._deployment.kill(REDIS)
+
+        def bring_back() -> None:
+            self._deployment.is_redis_held_down = False
+            self._deployment.keep_up()
+            injury.over_s = time.time()
+
+        self._later(injury.fault.duration_s, bring_back)
+
+    def _link(self, injury: Injury) -> Link:
+        return self._deployment.links[injury.target]
+
+    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._endings.append((time.monotonic() + delay_s, action))
+
+    def _note_held(self, injury: Injury) -> None:
+        if injury.target.startswith(ROLLOUT_PREFIX):
+            injury.held_entries = self._observer.list_held(injury.target)
+
+    # --- one turn ------------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Keep everything up, end what has lasted long enough, take in what there is to see."""
+        for name in self._deployment.keep_up():
+            self._say(f"{name} was started again.")
+        now = time.monotonic()
+        due = [ending for ending in self._endings if ending[0] <= now]
+        self._endings = [ending for ending in self._endings if ending[0] > now]
+        for _, action in due:
+            action()
+        self._take_in()
+        if self._observer.failure is not None:
+            raise self._observer.failure
+        if now >= self._next_memory_s:
+            self._next_memory_s = now + _MEMORY_EVERY_S
+            self._weigh()
+        if now >= self._next_told_s:
+            self._next_told_s = now + _TELL_EVERY_S
+            self._say(self._describe_progress())
+        time.sleep(_STEP_S)
+
+    def _take_in(self) -> None:
+        new = [event for follower in self._logs for event in follower.read()]
+        self.evidence.events += new
+        seen = self._observer.seen
+        for injury in self.evidence.injuries:
+            if injury.is_closed:
+                continue
+            for event in new:
+                if event.service == injury.target and event.name == "engine_started":
+                    injury.see_engine(event.at_s, float(event.fields["duration_s"]))
+            injury.see_ready(seen.ready_at_s.get(injury.target, 0.0))
+            for event in new:
+                if event.service == injury.target and is_sign(event):
+                    injury.see_sign(event.at_s)
+            injury.see_sign(seen.sign_at_s.get(injury.target, 0.0))
+
+    def _weigh(self) -> None:
+        seen, now_s = self._observer.seen, time.time()
+        for name in self._deployment.names:
+            pid, num_bytes = self._deployment.pid(name), self._deployment.resident_bytes(name)
+            # Only what is at work: a starting process grows, and that is no leak.
+            if pid is not None and num_bytes is not None and now_s - seen.ready_at_s.get(name, 0.0) < _MEMORY_EVERY_S:
+                self.evidence.memory.append(MemorySample(name, pid, now_s, num_bytes))
+
+    def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
+        """Turn until it is true; tells whether it became so in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while not is_true():
+            if time.monotonic() > deadline_s:
+                return False
+            self._turn()
+        return True
+
+    # --- down ----------------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Read the account while everything is up, then end all services as `sdar run` does."""
+        evidence, seen = self.evidence, self._observer.seen
+        self._wait(lambda: seen.env_gauges.get("sdar_env_sessions") == 0.0, _SESSIONS_END_TIMEOUT_S)
+        evidence.num_sessions_left = seen.env_gauges.get("sdar_env_sessions", -1.0)
+        evidence.status = seen.status
+        evidence.account = self._observer.read_account()
+        evidence.closed = self._observer.list_closed()
+        evidence.num_dead_letters = self._observer.catch_up()
+        evidence.samples, evidence.num_samples_missed, evidence.records = seen.samples, seen.num_samples_missed, seen.records
+        evidence.not_drained = self._deployment.stop()
+        self._take_in()
+        evidence.num_restarts = dict(self._deployment.num_restarts)
+
+    def _look_for_orphans(self) -> None:
+        """Children that notice their parent's end get a moment for it."""
+        deadline_s = time.monotonic() + _PROCESSES_END_TIMEOUT_S
+        while (left := list(find_marked(self._marker))) and time.monotonic() < deadline_s:
+            time.sleep(_STEP_S)
+        self.evidence.orphans = [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in left]
+        for process in left:
+            process.kill()
+
+    # --- telling -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.time() - self._began_s if self._began_s else 0.0
+
+    def _describe(self, fault: Fault) -> str:
+        number = len(self.evidence.injuries) + 1
+        lasting = f" for {fault.duration_s:g} s" if fault.duration_s else ""
+        return f"fault {number}/{self.evidence.num_planned}: {fault.kind} {fault.target}{lasting}; {self._describe_progress()}"
+
+    def _describe_progress(self) -> str:
+        status = self._observer.seen.status
+        return (
+            f"{status.get('num_updates', 0)}/{self.evidence.config.training.num_updates} updates, "
+            f"phase {status.get('phase', 'unknown')}"
+        )
+
+
+_SIGNS = {ROLLOUT_PREFIX: "group_played", TEACHER: "batch_scored", LEARNER: "batch_trained"}
+
+
+def is_sign(event: LogEvent) -> bool:
+    """Whether a log line tells that its service did its part of the run."""
+    return any(event.service.startswith(service) and event.name == name for service, name in _SIGNS.items())
