@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow lint format proto bench bench-gpu compare docs lock clean
+.PHONY: help setup demo test test-slow lint format proto bench bench-gpu chaos compare docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench: setup ## Measure, as ratios against named peers; writes docs/benchmarks.m
 
 bench-gpu: ## Measure the learner's step on a CUDA machine that has torch and transformers
 	$(PYTHON) loadtest/bench_gpu.py
+
+chaos: setup ## Kill, pause and cut everything for 10 minutes of a real run, then check that nothing was lost
+	$(PY) -m loadtest.chaos --page
 
 compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml
