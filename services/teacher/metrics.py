@@ -17,6 +17,8 @@ CounterName = Literal[
     "dropped_skills",
     "dead_letters",
     "reclaimed_entries",
+    "late_results",
+    "refused_policies",
 ]
 
 _COUNTERS: dict[CounterName, str] = {
@@ -27,7 +29,9 @@ _COUNTERS: dict[CounterName, str] = {
     "swapped_contexts": "Trajectories shown a wrong skill on purpose.",
     "dropped_skills": "Specific skills left out because the privileged prompt was too long.",
     "dead_letters": "Trajectories set aside.",
-    "reclaimed_entries": "Entries taken over from consumers that died.",
+    "reclaimed_entries": "Entries taken over from consumers that died, an earlier life of this one included.",
+    "late_results": "Scores refused because their entry was given to another teacher.",
+    "refused_policies": "Times that a published policy could not be read.",
 }
 
 

@@ -1,4 +1,8 @@
-"""Owns how a teacher keeps up with the policy: which version is newest, and when it is loaded. Never scores."""
+"""Owns how a teacher keeps up with the policy: which version is newest, and when it is loaded. Never scores.
+
+A version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away) is passed over: the newest
+one that can be read and is due is taken; where there is none, whoever asked waits for the next.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,19 @@ from collections.abc import Callable
 import structlog
 
 from sdar.contracts import codec
-from sdar.contracts.errors import CorruptionError, StaleError, WeightsUnavailableError
+from sdar.contracts.errors import (
+    CorruptionError,
+    InvalidInputError,
+    RefusedError,
+    SdarError,
+    StaleError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
 from sdar.runtime.bus import BEFORE_FIRST, Bus
+from sdar.runtime.pins import PinnedVersions
+from services.teacher.metrics import TeacherMetrics
 from services.teacher.scorer import Scorer
 
 log = structlog.get_logger()
@@ -20,6 +33,9 @@ _PAGE = 1000
 
 EAGER_LOADING_SHARE = 0.2
 """A version that is not due yet is loaded when loading has taken less than this share of the time since the last one."""
+
+_UNREADABLE = (CorruptionError, WeightsUnavailableError, InvalidInputError, RefusedError)
+"""What a version raises that cannot be loaded; the weights in use are untouched by it."""
 
 
 class PolicyFollower:
@@ -30,20 +46,30 @@ class PolicyFollower:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, bus: Bus, scorer: Scorer, max_lag: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        scorer: Scorer,
+        pins: PinnedVersions,
+        metrics: TeacherMetrics,
+        max_lag: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pins = pins
         self._bus = bus
         self._scorer = scorer
+        self._metrics = metrics
         self._max_lag = max_lag
         self._clock = clock
         self._cursor = BEFORE_FIRST
-        self._newest: WeightsManifest | None = None
+        self._manifests: dict[int, WeightsManifest] = {}
         self._tried_at = -float("inf")
         self.last_load_s = 0.0
 
     @property
     def newest_version(self) -> int:
         """Newest published version seen; the base is version 0."""
-        return max(self._newest.policy_version if self._newest else 0, self._scorer.teacher_version)
+        return max([self._scorer.teacher_version, *self._manifests])
 
     @property
     def lag(self) -> int:
@@ -57,7 +83,7 @@ class PolicyFollower:
 
         Raises:
             StaleError: `min_version` has not been published yet.
-            CorruptionError, WeightsUnavailableError: the version that is due cannot be read.
+            WeightsUnavailableError: no version that is due can be read.
         """
         await self._follow()
         if self.newest_version < min_version:
@@ -67,32 +93,56 @@ class PolicyFollower:
                 newest_version=self.newest_version,
                 min_version=min_version,
             )
-        if self._scorer.teacher_version < max(min_version, self.newest_version - self._max_lag):
-            await self._load()
+        least = max(min_version, self.newest_version - self._max_lag)
+        if self._scorer.teacher_version < least:
+            await self._load(least)
         elif self.lag and self._is_loading_cheap():
             try:
-                await self._load()
-            except (CorruptionError, WeightsUnavailableError) as error:
+                await self._load(self.newest_version)
+            except WeightsUnavailableError as error:
                 log.warning("policy_not_loaded", policy_version=self.newest_version, lag=self.lag, error=str(error))
 
     async def _follow(self) -> None:
         while entries := await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE):
-            self._newest = codec.decode_weights_manifest(entries[-1].payload)
+            for entry in entries[-self._max_lag - 1 :]:
+                self._remember(entry.payload)
             self._cursor = entries[-1].entry_id
+
+    def _remember(self, payload: bytes) -> None:
+        """Keep the versions that may still be loaded: the newest, and those no further behind it than scores may be."""
+        try:
+            manifest = codec.decode_weights_manifest(payload)
+        except SdarError as error:
+            log.error("policy_update_unreadable", error=str(error))
+            return
+        self._manifests[manifest.policy_version] = manifest
+        oldest = max(self._manifests) - self._max_lag
+        self._manifests = {version: kept for version, kept in self._manifests.items() if version >= oldest}
 
     def _is_loading_cheap(self) -> bool:
         return self.last_load_s < EAGER_LOADING_SHARE * (self._clock() - self._tried_at)
 
-    async def _load(self) -> None:
-        """Load the newest version; one that is gone again by then has a successor."""
-        while (manifest := self._newest) is not None:
-            started_at = self._clock()
+    async def _load(self, least: int) -> None:
+        """Load the newest version that can be read, of at least `least`; one that is published meanwhile is newer still."""
+        tried: set[int] = set()
+        reasons: list[str] = []
+        while due := [version for version in self._manifests if version >= least and version not in tried]:
+            version = max(due)
+            tried.add(version)
             try:
-                return await self._scorer.update_weights(manifest)
-            except WeightsUnavailableError:
+                return await self._install(self._manifests[version])
+            except _UNREADABLE as error:
+                log.error("policy_refused", policy_version=version, serving=self._scorer.teacher_version, error=str(error))
+                self._metrics.count("refused_policies")
+                reasons.append(str(error))
                 await self._follow()
-                if self._newest is manifest:
-                    raise
-            finally:
-                self._tried_at = self._clock()
-                self.last_load_s = self._tried_at - started_at
+        raise WeightsUnavailableError(f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}")
+
+    async def _install(self, manifest: WeightsManifest) -> None:
+        started_at = self._clock()
+        try:
+            async with self.pins.loading(manifest.policy_version):
+                await self._scorer.update_weights(manifest)
+        finally:
+            self._tried_at = self._clock()
+            self.last_load_s = self._tried_at - started_at

@@ -8,12 +8,15 @@ import contextlib
 import torch
 
 from sdar.config import RunConfig
+from sdar.contracts.streams import ConsumerGroup
 from sdar.runtime.bus import Bus
 from sdar.runtime.causal_lm import load_causal_lm
 from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.connect import build_bus, build_weight_store
 from sdar.runtime.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
+from sdar.runtime.pins import PinnedVersions
 from sdar.runtime.rpc import RpcService, build_server
+from sdar.runtime.security import Security
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, serve_probes
 from sdar.v1.teacher_pb2_grpc import add_TeacherServiceServicer_to_server
@@ -103,7 +106,8 @@ def build_teacher(config: RunConfig, settings: Settings, bus: Bus, scorer: Score
     """A teacher by configuration; bus and scorer may be any."""
     retriever = build_retriever(config, settings, bus)
     contexts = ContextBuilder(ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens)
-    follower = PolicyFollower(bus, scorer, config.teacher.max_lag)
+    pins = PinnedVersions(bus, f"{ConsumerGroup.TEACHER}.{settings.instance}")
+    follower = PolicyFollower(bus, scorer, pins, metrics, config.teacher.max_lag)
     return Teacher(contexts, scorer, follower, metrics, config.teacher.max_lag)
 
 
@@ -112,6 +116,7 @@ async def _run(config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher
         settings.host,
         settings.grpc_port,
         [RpcService(SERVICE_NAME, add_TeacherServiceServicer_to_server, TeacherServicer(teacher))],
+        Security.from_settings(settings),
     )
     worker = TeacherWorker(
         bus,
@@ -134,4 +139,4 @@ async def _run(config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher
         while not await wait_or_stop(stopping, 1.0):
             health.beat()
 
-    await run_until_stopped(worker.run if config.needs_teacher else idle, worker.report, answer)
+    await run_until_stopped(worker.run if config.needs_teacher else idle, worker.report, teacher.keep_pins, answer)

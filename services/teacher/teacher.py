@@ -47,6 +47,10 @@ class Teacher:
             await self._follower.catch_up()
             self.metrics.observe_version(self._scorer.teacher_version, self._follower.lag)
 
+    async def keep_pins(self, stopping: asyncio.Event) -> None:
+        """Keep the version that scores from being deleted, until told to stop."""
+        await self._follower.pins.keep(stopping)
+
     async def retrieve(self, task: Task, key: str) -> Retrieval:
         """The skills for a task, as a student that may see them gets them; misses are counted and reported."""
         await self.contexts.retriever.prepare(task, key)
@@ -72,7 +76,7 @@ class Teacher:
 
         Raises:
             StaleError: that version has not been published yet.
-            UnavailableError, CorruptionError: it cannot be loaded, or the bus is away.
+            UnavailableError: it cannot be loaded, or the bus is away.
         """
         async with self._turnstile:
             for group_id, task in {trajectory.group_id: trajectory.task for trajectory in trajectories}.items():

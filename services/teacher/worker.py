@@ -1,13 +1,16 @@
-"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next. Never looks into a prompt."""
+"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next. Never looks into a prompt.
+
+A score gets in once: of a batch whose claims were lost in part, what is still held is published, and the rest belongs to the
+teacher that took it. An episode that cannot be scored fails its whole group, whose other scores the learner drops.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import structlog
 
@@ -16,6 +19,7 @@ from sdar.contracts.errors import (
     CapacityError,
     ContractError,
     CorruptionError,
+    LeaseLostError,
     SdarError,
     StaleError,
     UnavailableError,
@@ -23,7 +27,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, Purpose, ScoredTrajectory, Trajectory
-from sdar.runtime.bus import Bus, Delivery, Publications
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
 from sdar.runtime.lifecycle import retry_while_unavailable, wait_or_stop
 from sdar.runtime.telemetry import Health
 from services.teacher.metrics import TeacherMetrics
@@ -41,7 +45,8 @@ class WorkerLimits:
             that its scores are late. Known only by the mean of what came before, so it is a target.
         max_batch: most trajectories read at once.
         read_block_s: how long a quiet stream is waited on; also how late a stop is noticed.
-        claim_idle_s: an entry that its consumer has not renewed for so long is taken over.
+        claim_idle_s: an entry that its consumer has not renewed for so long is taken over, if that one is gone (see
+            `Bus.reclaim`).
         max_deliveries: an entry delivered more often than this is taken to kill whoever scores it.
         report_interval_s: time between two records on the `metrics` stream.
     """
@@ -49,7 +54,7 @@ class WorkerLimits:
     batch_tokens: int = 65_536
     max_batch: int = 256
     read_block_s: float = 0.5
-    claim_idle_s: float = 60.0
+    claim_idle_s: float = 20.0
     max_deliveries: int = 5
     report_interval_s: float = 2.0
 
@@ -99,6 +104,8 @@ class TeacherWorker:
         self._limits = limits or WorkerLimits()
         self._clock = clock
         self._reclaim_at = clock()
+        self._after_own: str | None = BEFORE_FIRST
+        """Up to where what an earlier life held has been taken back; None when it is all."""
 
     async def run(self, stopping: asyncio.Event) -> None:
         """MAIN LOOP: read, score, publish and acknowledge, until told to stop."""
@@ -110,7 +117,8 @@ class TeacherWorker:
             async with self._keep_claims(deliveries):
                 batch = await self._score(deliveries, stopping)
                 # Publish and acknowledge in one transaction: a crash before it repeats work, it never loses it.
-                await self._publish(batch, stopping)
+                await self._publish(batch.accepted, stopping)
+                await self._set_aside(batch.rejected)
 
     async def report(self, stopping: asyncio.Event) -> None:
         """Second loop: what this process did, on the `metrics` stream."""
@@ -124,22 +132,29 @@ class TeacherWorker:
                 log.warning("metrics_not_published", error=str(error))
 
     async def _receive(self) -> list[Delivery]:
-        """New entries, as many as are there and make a batch; now and then what a dead peer held."""
-        if self._clock() >= self._reclaim_at:
-            self._reclaim_at = self._clock() + self._limits.claim_idle_s / 4
-            taken = await self._bus.reclaim(
-                Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._limits.claim_idle_s, self._batch_size()
-            )
-            if taken:
-                self._metrics.count("reclaimed_entries", len(taken))
-                log.info("entries_reclaimed", num_entries=len(taken))
-                return taken
+        """New entries, as many as are there and make a batch; before them what an earlier life or a dead peer held."""
+        if taken := await self._reclaim():
+            self._metrics.count("reclaimed_entries", len(taken))
+            log.info("entries_reclaimed", num_entries=len(taken))
+            return taken
         started_at = self._clock()
         deliveries = await self._bus.read(
             Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._batch_size(), self._limits.read_block_s
         )
         self._metrics.observe_waiting(self._clock() - started_at)
         return deliveries
+
+    async def _reclaim(self) -> list[Delivery]:
+        """At first what an earlier life of this teacher held, at once; then, now and then, what a dead peer held."""
+        stream, group, name, size = Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._batch_size()
+        if self._after_own is not None:
+            own = await self._bus.reclaim(stream, group, name, 0.0, size, self._after_own, held_by=name)
+            self._after_own = own[-1].entry_id if own else None
+            return own
+        if self._clock() < self._reclaim_at:
+            return []
+        self._reclaim_at = self._clock() + self._limits.claim_idle_s / 4
+        return await self._bus.reclaim(stream, group, name, self._limits.claim_idle_s, size)
 
     def _batch_size(self) -> int:
         """Entries to ask for, from the mean length of those scored so far; few before anything is known."""
@@ -235,33 +250,41 @@ class TeacherWorker:
             return [part for pair in wanted for part in await self._score_trajectories([pair], stopping)]
         return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
 
-    async def _publish(self, batch: _Batch, stopping: asyncio.Event) -> None:
-        payloads = [codec.encode_scored_trajectory(scored) for _, scored in batch.accepted]
-        if payloads:
-            outcomes = self._teacher.list_outcomes([scored for _, scored in batch.accepted])
-            publications = {Stream.SCORED: payloads, **outcomes}
-            commit = partial(self._bus.commit, publications, [delivery for delivery, _ in batch.accepted])
-            await self._wait_for_room(commit, stopping)
-        for rejected in batch.rejected:
-            log.error("trajectory_rejected", entry_id=rejected.delivery.entry_id, reason=rejected.reason)
-            await self._bus.dead_letter(rejected.delivery, rejected.reason, self._report_loss(rejected))
-            self._metrics.count("dead_letters")
-
-    async def _wait_for_room(self, commit: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
+    async def _publish(self, accepted: Sequence[tuple[Delivery, ScoredTrajectory]], stopping: asyncio.Event) -> None:
         """Commit, however long the learner takes to make room; when the service stops first, the entries stay pending."""
-        while True:
+        while accepted:
             self._health.beat()
+            scored, deliveries = [item for _, item in accepted], [delivery for delivery, _ in accepted]
+            payloads = [codec.encode_scored_trajectory(item) for item in scored]
+            publications = {Stream.SCORED: payloads, **self._teacher.list_outcomes(scored)}
             try:
-                return await commit()
+                return await self._bus.commit(publications, deliveries)
             except CapacityError as error:
                 log.warning("scored_stream_full", error=str(error))
                 if stopping.is_set():
                     return
+            except LeaseLostError as error:
+                held = await self._bus.renew(deliveries)
+                num_lost = len(deliveries) - len(held)
+                log.warning("late_result_refused", num_entries=num_lost, error=str(error))
+                self._metrics.count("late_results", num_lost)
+                accepted = [pair for pair in accepted if pair[0] in held]
 
-    def _report_loss(self, rejected: _Rejected) -> Publications:
+    async def _set_aside(self, rejected: Sequence[_Rejected]) -> None:
         """A group that misses an episode is never trained on; its account is closed here."""
+        for item in rejected:
+            log.error("trajectory_rejected", entry_id=item.delivery.entry_id, reason=item.reason)
+            try:
+                await self._bus.dead_letter(item.delivery, item.reason, self._describe_loss(item))
+            except LeaseLostError as error:
+                log.warning("late_result_refused", num_entries=1, error=str(error))
+                self._metrics.count("late_results")
+            else:
+                self._metrics.count("dead_letters")
+
+    def _describe_loss(self, rejected: _Rejected) -> list[LedgerEvent]:
         if rejected.trajectory is None:
-            return {}
+            return []
         trajectory = rejected.trajectory
         event = LedgerEvent(
             run_id=self._run_id,
@@ -271,7 +294,7 @@ class TeacherWorker:
             policy_version=trajectory.max_policy_version,
             reason=f"teacher: {rejected.reason}",
         )
-        return {Stream.LEDGER: [codec.encode_ledger_event(event)]}
+        return [event]
 
 
 def _describe(error: Exception) -> str:

@@ -47,7 +47,6 @@ from services.rollout.policy_service import PolicyServicer
 from services.rollout.transformers_engine import TransformersEngine
 from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
 from services.teacher.scorer import TransformersScorer
 from services.teacher.teacher import Teacher
@@ -55,7 +54,7 @@ from services.teacher.teacher_service import TeacherServicer
 from tests.fuzzing import Fuzzer, hostile_inputs, resident_bytes
 from tests.integration.environment_server import TASK_ID, serving
 from tests.support import EXAMPLES, until
-from tests.unit.teacher.builders import LIBRARY, MemoryWeights, play
+from tests.unit.teacher.builders import LIBRARY, MemoryWeights, build_follower, play
 
 MODEL_PATH = EXAMPLES / "models" / "household-tiny"
 MODEL = ModelIdentity("household-tiny", "f00d")
@@ -126,7 +125,7 @@ async def teacher() -> AsyncIterator[Target]:
     scorer = TransformersScorer(load_causal_lm(MODEL_PATH, "float32"), MemoryWeights({}), batch_tokens=4096, chunk_tokens=512)
     contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="task_type", num_skills=3), MAX_MODEL_TOKENS)
     metrics = TeacherMetrics(CollectorRegistry())
-    servicer = TeacherServicer(Teacher(contexts, scorer, PolicyFollower(bus, scorer, 2), metrics, max_lag=2))
+    servicer = TeacherServicer(Teacher(contexts, scorer, build_follower(bus, scorer, 2), metrics, max_lag=2))
     trajectory = codec.trajectory_to_proto(play(chat))
     add = teacher_pb2_grpc.add_TeacherServiceServicer_to_server
     async with serve("sdar.v1.TeacherService", add, servicer) as address:

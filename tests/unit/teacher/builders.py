@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from sdar.contracts.errors import WeightsUnavailableError
+from sdar.contracts.errors import CorruptionError, WeightsUnavailableError
 from sdar.contracts.types import (
     ChatMessage,
     EnvironmentIdentity,
@@ -26,8 +26,11 @@ from sdar.contracts.types import (
     WeightsManifest,
 )
 from sdar.runtime.chat import ChatTokenizer
+from sdar.runtime.pins import PinnedVersions
 from services.envs.household.game import HouseholdGame, list_household_tasks
 from services.teacher.context import PrivilegedContext
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import TurnLogProbs
 from services.teacher.skills import Skill, SkillLibrary
@@ -173,6 +176,7 @@ class FakeScorer:
         self.teacher_version = 0
         self.loaded: list[int] = []
         self.missing: set[int] = set()
+        self.corrupt: set[int] = set()
         self.num_calls = 0
         self._poison = set(poison)
 
@@ -195,5 +199,11 @@ class FakeScorer:
     async def update_weights(self, manifest: WeightsManifest) -> None:
         if manifest.policy_version in self.missing:
             raise WeightsUnavailableError(f"No version {manifest.policy_version}.")
+        if manifest.policy_version in self.corrupt:
+            raise CorruptionError("bad checksum")
         self.loaded.append(manifest.policy_version)
         self.teacher_version = manifest.policy_version
+
+
+def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> PolicyFollower:
+    return PolicyFollower(bus, scorer, PinnedVersions(bus, "me"), metrics or TeacherMetrics(), max_lag, **options)

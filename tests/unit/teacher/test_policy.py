@@ -6,8 +6,8 @@ from sdar.contracts import codec
 from sdar.contracts.errors import StaleError, WeightsUnavailableError
 from sdar.contracts.streams import Stream
 from sdar.runtime.memory_bus import MemoryBus
-from services.teacher.policy import PolicyFollower
-from tests.unit.teacher.builders import FakeScorer, make_manifest
+from services.teacher.metrics import TeacherMetrics
+from tests.unit.teacher.builders import FakeScorer, build_follower, make_manifest
 
 
 class Clock:
@@ -36,14 +36,14 @@ async def publish(bus, *versions):
 
 async def test_before_anything_is_published_the_base_scores_as_version_zero():
     scorer = FakeScorer()
-    await PolicyFollower(MemoryBus({}), scorer, max_lag=0).catch_up()
+    await build_follower(MemoryBus({}), scorer, max_lag=0).catch_up()
     assert (scorer.teacher_version, scorer.loaded) == (0, [])
 
 
 async def test_the_newest_version_is_loaded_and_those_between_are_skipped():
     bus, scorer = MemoryBus({}), FakeScorer()
     await publish(bus, 1, 2, 3)
-    follower = PolicyFollower(bus, scorer, max_lag=2)
+    follower = build_follower(bus, scorer, max_lag=2)
     await follower.catch_up()
     assert (scorer.loaded, follower.lag) == ([3], 0)
 
@@ -52,7 +52,7 @@ async def test_a_teacher_never_scores_past_its_lag_bound_however_slow_loading_is
     """Loading takes 100 s, versions come every 10 s: loads happen only when the third unseen version is out."""
     clock = Clock()
     bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
-    follower = PolicyFollower(bus, scorer, max_lag=2, clock=clock)
+    follower = build_follower(bus, scorer, max_lag=2, clock=clock)
     for version in range(1, 10):
         await publish(bus, version)
         await follower.catch_up()
@@ -64,7 +64,7 @@ async def test_a_teacher_never_scores_past_its_lag_bound_however_slow_loading_is
 async def test_a_cheap_load_is_taken_before_it_is_due():
     clock = Clock()
     bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=1.0)
-    follower = PolicyFollower(bus, scorer, max_lag=5, clock=clock)
+    follower = build_follower(bus, scorer, max_lag=5, clock=clock)
     for version in range(1, 4):
         await publish(bus, version)
         await follower.catch_up()
@@ -75,7 +75,7 @@ async def test_a_cheap_load_is_taken_before_it_is_due():
 async def test_an_asked_for_version_is_loaded_and_an_unpublished_one_refused():
     clock = Clock()
     bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
-    follower = PolicyFollower(bus, scorer, max_lag=5, clock=clock)
+    follower = build_follower(bus, scorer, max_lag=5, clock=clock)
     await publish(bus, 1)
     await follower.catch_up()
     await publish(bus, 2)
@@ -99,7 +99,7 @@ async def test_a_version_that_was_collected_meanwhile_has_a_successor():
 
     scorer = LateScorer()
     await publish(bus, 1)
-    await PolicyFollower(bus, scorer, max_lag=0).catch_up()
+    await build_follower(bus, scorer, max_lag=0).catch_up()
     assert scorer.loaded == [2]
 
 
@@ -107,8 +107,60 @@ async def test_a_version_that_cannot_be_read_is_an_error_only_when_it_is_due():
     bus, scorer = MemoryBus({}), FakeScorer()
     scorer.missing = {1}
     await publish(bus, 1)
-    follower = PolicyFollower(bus, scorer, max_lag=1)
+    follower = build_follower(bus, scorer, max_lag=1)
     await follower.catch_up()
     assert follower.lag == 1
     with pytest.raises(WeightsUnavailableError):
-        await PolicyFollower(bus, scorer, max_lag=0).catch_up()
+        await build_follower(bus, scorer, max_lag=0).catch_up()
+
+
+async def test_of_two_versions_within_the_lag_bound_the_one_that_can_be_read_is_taken():
+    bus, scorer, metrics = MemoryBus({}), FakeScorer(), TeacherMetrics()
+    scorer.corrupt, scorer.missing = {5}, {4}
+    await publish(bus, 1, 2, 3, 4, 5)
+    await build_follower(bus, scorer, max_lag=2, metrics=metrics).catch_up()
+    assert (scorer.loaded, metrics.totals["refused_policies"]) == ([3], 2)
+
+
+async def test_nothing_older_than_the_lag_bound_is_taken_in_place_of_what_cannot_be_read():
+    bus, scorer = MemoryBus({}), FakeScorer()
+    scorer.corrupt = {4, 5}
+    await publish(bus, 1, 2, 3, 4, 5)
+    with pytest.raises(WeightsUnavailableError, match="from 4 to 5 can be read: bad checksum"):
+        await build_follower(bus, scorer, max_lag=1).catch_up()
+    assert scorer.loaded == []
+
+
+async def test_an_update_that_cannot_be_decoded_is_passed_over():
+    bus, scorer = MemoryBus({}), FakeScorer()
+    await publish(bus, 1)
+    await bus.publish(Stream.POLICY_UPDATES, [b"\xff\xff"])
+    await build_follower(bus, scorer, max_lag=1).catch_up()
+    assert scorer.loaded == [1]
+
+
+async def test_the_version_that_scores_and_the_one_being_loaded_are_in_use_and_no_other():
+    bus = MemoryBus({})
+
+    class WatchedScorer(FakeScorer):
+        async def update_weights(self, manifest):
+            self.could_retire = [await bus.retire_versions([version]) for version in (1, manifest.policy_version)]
+            await super().update_weights(manifest)
+
+    scorer = WatchedScorer()
+    follower = build_follower(bus, scorer, max_lag=0)
+    for version in (1, 2):
+        await publish(bus, version)
+        await follower.catch_up()
+    assert scorer.could_retire == [False, False]
+    assert await bus.retire_versions([1])
+    assert not await bus.retire_versions([2])
+
+
+async def test_a_version_that_is_being_deleted_is_not_begun():
+    bus, scorer = MemoryBus({}), FakeScorer()
+    await publish(bus, 1)
+    await bus.retire_versions([1])
+    with pytest.raises(WeightsUnavailableError, match="being deleted"):
+        await build_follower(bus, scorer, max_lag=0).catch_up()
+    assert scorer.loaded == []

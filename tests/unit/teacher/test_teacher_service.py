@@ -16,12 +16,11 @@ from sdar.v1.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServi
 from services.teacher.context import ContextBuilder
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
 from services.teacher.utility import SkillUtility
-from tests.unit.teacher.builders import CLEAN, LIBRARY, FakeScorer, make_manifest, play
+from tests.unit.teacher.builders import CLEAN, LIBRARY, FakeScorer, build_follower, make_manifest, play
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def scorer():
 async def stub(chat, bus, scorer):
     """A client of a real server on a free port."""
     contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="task_type", num_skills=3), 1000)
-    teacher = Teacher(contexts, scorer, PolicyFollower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
+    teacher = Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
     service = RpcService(SERVICE_NAME, add_TeacherServiceServicer_to_server, TeacherServicer(teacher))
     server = build_server("127.0.0.1", 0, [service])
     await server.start()
@@ -114,7 +113,7 @@ async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same
     utility = SkillUtility(bus, 0.5) if kind == "ucb" else None
     retriever = Retriever(LIBRARY, kind=kind, num_skills=1, index=index, utility=utility)
     contexts = ContextBuilder(chat, retriever, 1000)
-    teacher = Teacher(contexts, scorer, PolicyFollower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
+    teacher = Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
     request = teacher_pb2.RetrieveSkillsRequest(task=codec.task_to_proto(CLEAN), key="g0")
     answers = [await TeacherServicer(teacher).RetrieveSkills(request, None) for _ in range(2)]
     assert answers[0] == answers[1]
@@ -125,6 +124,6 @@ async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same
 
 async def test_no_skills_are_no_text(chat, bus, scorer):
     contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="none", num_skills=3), 1000)
-    servicer = TeacherServicer(Teacher(contexts, scorer, PolicyFollower(bus, scorer, 2), TeacherMetrics(), max_lag=2))
+    servicer = TeacherServicer(Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2))
     response = await servicer.RetrieveSkills(teacher_pb2.RetrieveSkillsRequest(task=codec.task_to_proto(CLEAN)), None)
     assert (response.text, list(response.skill_ids)) == ("", [])

@@ -4,25 +4,22 @@ import asyncio
 import contextlib
 import dataclasses
 
-import pytest
-
 from sdar.contracts import codec
-from sdar.contracts.errors import CorruptionError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose
 from sdar.runtime.bus import BusLimits
+from sdar.runtime.ledger import format_group_id
 from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.telemetry import Health
 from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import Skill, SkillLibrary
 from services.teacher.teacher import Teacher
 from services.teacher.utility import SkillUtility
 from services.teacher.worker import TeacherWorker, WorkerLimits
 from tests.support import until
-from tests.unit.teacher.builders import CLEAN, LIBRARY, RUN_ID, FakeScorer, make_manifest, play
+from tests.unit.teacher.builders import CLEAN, LIBRARY, RUN_ID, FakeScorer, build_follower, make_manifest, play
 
 CONSUMERS = {
     Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,),
@@ -48,6 +45,7 @@ class House:
         tokens=1000,
         kind="task_type",
         bus=None,
+        instance="me",
     ) -> None:
         self.bus = bus or MemoryBus(CONSUMERS, bus_limits or BusLimits())
         self.scorer = scorer or FakeScorer()
@@ -56,9 +54,10 @@ class House:
             chat, Retriever(library, kind=kind, num_skills=1 if self.utility else 3, utility=self.utility), tokens
         )
         self.metrics = TeacherMetrics()
-        self.teacher = Teacher(contexts, self.scorer, PolicyFollower(self.bus, self.scorer, max_lag), self.metrics, max_lag)
+        follower = build_follower(self.bus, self.scorer, max_lag, metrics=self.metrics)
+        self.teacher = Teacher(contexts, self.scorer, follower, self.metrics, max_lag)
         self.health = Health()
-        self.worker = TeacherWorker(self.bus, self.teacher, run_id=RUN_ID, instance="me", health=self.health, limits=limits)
+        self.worker = TeacherWorker(self.bus, self.teacher, run_id=RUN_ID, instance=instance, health=self.health, limits=limits)
 
     @contextlib.asynccontextmanager
     async def running(self):
@@ -267,20 +266,85 @@ async def test_the_metrics_stream_tells_what_was_done(chat):
     assert 0 <= record.values["waiting_share"] <= 1
 
 
-async def test_weights_that_are_due_and_corrupt_stop_the_worker_with_its_entries_kept(chat):
+async def test_a_policy_that_is_due_and_corrupt_is_waited_out_and_the_next_one_scores(chat):
     house = House(chat, max_lag=0)
-
-    async def fail(manifest):
-        raise CorruptionError("bad checksum")
-
-    house.scorer.update_weights = fail
+    house.scorer.corrupt = {1}
     await house.publish_policy(1)
     await house.publish(play(chat))
-    with pytest.raises(CorruptionError):
-        async with house.running() as task:
-            await asyncio.wait({task}, timeout=5)
-    lag = await house.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)
-    assert lag.num_pending == 1
+    async with house.running():
+        await until(lambda: house.metrics.totals["refused_policies"] > 0)
+        assert await house.scored() == []
+        await house.publish_policy(2)
+        await house.until_finished(1)
+    assert [item.score.teacher_version for item in await house.scored()] == [2]
+
+
+async def test_of_a_batch_whose_claims_were_lost_in_part_the_rest_is_published_once(chat):
+    """Two of four entries go to another teacher while they are scored; it alone publishes their scores."""
+
+    class SlowScorer(FakeScorer):
+        gate = asyncio.Event()
+
+        async def score(self, contexts):
+            await self.gate.wait()
+            return await super().score(contexts)
+
+    house = House(chat, SlowScorer())
+    peer = House(chat, bus=house.bus, instance="me too")
+    await house.publish(*(play(chat, episode_index=index) for index in range(4)))
+    async with house.running():
+        await house.until_claimed()
+        taken = await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "me too", 0.0, 2)
+        house.scorer.gate.set()
+        await until(lambda: house.metrics.totals["late_results"] == 2)
+    assert [item.trajectory.episode_index for item in await house.scored()] == [2, 3]
+    assert await house.bus.renew(taken) == taken
+    async with peer.running():
+        await house.until_finished(4)
+    assert sorted(item.trajectory.episode_index for item in await house.scored()) == [0, 1, 2, 3]
+
+
+async def test_an_entry_that_another_teacher_took_is_not_set_aside(chat):
+    class SlowlyPoisoned(FakeScorer):
+        gate = asyncio.Event()
+
+        async def score(self, contexts):
+            await self.gate.wait()
+            return await super().score(contexts)
+
+    house = House(chat, SlowlyPoisoned(poison=["g0.0.a0"]))
+    await house.publish(play(chat))
+    async with house.running():
+        await house.until_claimed()
+        await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "other", 0.0, 1)
+        house.scorer.gate.set()
+        await until(lambda: house.metrics.totals["late_results"] == 1)
+    assert (await house.bus.count_dead_letters(), await house.ledger()) == (0, [])
+
+
+async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(chat):
+    house = House(chat)
+    episodes = [play(chat, episode_index=index) for index in range(4)]
+    await house.publish(*episodes[:3])
+    await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "me", 2)
+    await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "silent", 1)
+    await house.publish(episodes[3])
+    async with house.running():
+        await until(lambda: house.metrics.totals["scored_trajectories"] == 3)
+    assert [item.trajectory.episode_index for item in await house.scored()] == [0, 1, 3]
+    assert house.metrics.totals["reclaimed_entries"] == 2
+
+
+async def test_an_episode_that_cannot_be_scored_fails_its_group_in_the_account_and_its_siblings_change_nothing(chat):
+    group_id = format_group_id(1)
+    house = House(chat, FakeScorer(poison=[f"{group_id}.1.a0"]))
+    events = [LedgerEvent(RUN_ID, group_id, outcome, 4, 0) for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED)]
+    await house.bus.commit({}, transitions=events)
+    await house.publish(*(play(chat, group_id=group_id, episode_index=index) for index in range(4)))
+    async with house.running():
+        await house.until_finished(4)
+    counts = (await house.bus.read_ledger()).counts()
+    assert (counts["failed"], counts["buffered"], len(await house.scored())) == (1, 0, 3)
 
 
 async def learned(house, task_type):
