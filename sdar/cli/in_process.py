@@ -40,6 +40,7 @@ from services.gateway.app import describe_run
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import RunPhase
+from services.gateway.watch import Watch
 from services.learner.checkpoint import CheckpointStore
 from services.learner.progress import Progress
 from services.learner.ranks import stand_alone
@@ -92,6 +93,7 @@ async def play_run(config: RunConfig, directory: Path, on_updates: OnUpdates = l
         await sessions.start()
         cleanup.push_async_callback(sessions.close_all)
         scheduler = _build_scheduler(config, bus, sessions)
+        watch = Watch(scheduler, bus)
         mains: list[Main] = [
             scheduler.run,
             await _build_rollout(config, settings, bus, sessions, cleanup),
@@ -101,7 +103,8 @@ async def play_run(config: RunConfig, directory: Path, on_updates: OnUpdates = l
         ]
         await run_until_stopped(*mains)
         await scheduler.history.follow(bus)
-        status = (await describe_run(scheduler, bus)).model_dump(mode="json")
+        await watch.refresh()
+        status = describe_run(scheduler, watch).model_dump(mode="json")
     if scheduler.state.phase is RunPhase.FAILED:
         raise UnavailableError(f"Run {config.name} gave up: {scheduler.detail}")
     if scheduler.state.phase is not RunPhase.FINISHED:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdar.contracts.errors import SdarError
-from sdar.contracts.types import ScoredTrajectory
-from sdar.runtime.bus import BEFORE_FIRST, Bus
+from sdar.contracts.errors import SdarError, UnknownResourceError
+from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter
 from sdar.runtime.chat import ChatTokenizer
+from sdar.runtime.ledger import format_group_id
 
+from .describe import describe_letter, describe_trajectory, replace_non_finite
 from .scheduler import Scheduler
+from .watch import Watch
 
 _PAGE = Path(__file__).parent / "web" / "index.html"
+_ENTRY_ID = r"^\d{1,19}-\d{1,19}$"
+_SHOWN_FAILURES = 10
+
+LetterId = Annotated[str, PathParameter(pattern=_ENTRY_ID)]
 
 
 class Reply(BaseModel):
@@ -47,6 +55,25 @@ class EvaluationReply(Reply):
     """[successes, episodes] of each task type."""
 
 
+class AlarmReply(Reply):
+    name: str
+    message: str
+    since_s: float
+    """Unix time since when it is up."""
+
+
+class BusReply(Reply):
+    state: str
+    """ok, unreachable (Redis does not answer) or full (it answers and refuses writes). Unless ok, what else is told here is as
+    it was last seen."""
+    since_s: float
+    """Unix time since when it is in that state."""
+    message: str
+    used_bytes: int
+    max_bytes: int
+    """0 where Redis has no bound of its own."""
+
+
 class RunReply(Reply):
     run_id: str
     phase: str
@@ -62,6 +89,15 @@ class RunReply(Reply):
     """Training groups by state of their account."""
     ledger_gap: int
     """Groups the ledger cannot explain; anything but 0 is a defect."""
+    ledger_gap_ids: list[str]
+    """Which they are, as far as the check at the end of the run names them."""
+    failures: dict[str, str]
+    """Why the newest groups failed or were cancelled, by id."""
+    length_drift: float
+    """How much the lengths of episodes that are trained differ from those played: total variation distance, 0 to 1."""
+    alarms: list[AlarmReply]
+    """What is wrong now."""
+    bus: BusReply
     dead_letters: int
     stream_lags: dict[str, dict[str, float]]
     """Per stream: entries never delivered, delivered but unfinished, and the age of the oldest in seconds."""
@@ -70,6 +106,35 @@ class RunReply(Reply):
     evaluations: list[EvaluationReply]
     started_at_s: float
     finished_at_s: float
+
+
+class DeadLetterReply(Reply):
+    letter_id: str
+    stream: str
+    group: str
+    """The consumer group that gave it up."""
+    entry_id: str
+    num_deliveries: int
+    reason: str
+    at_s: float
+    """Unix time when it was set aside."""
+    age_s: float
+    size_bytes: int
+
+
+class FullDeadLetterReply(DeadLetterReply):
+    payload: Any
+    """The record it holds; null where it cannot be read."""
+    payload_error: str
+    """Why it cannot be read; empty otherwise."""
+    payload_base64: str
+    """Its bytes, where it cannot be read; empty otherwise."""
+
+
+class RetryReply(Reply):
+    letter_id: str
+    group_id: str
+    """The group that was issued for it."""
 
 
 class EnvironmentRequest(Reply):
@@ -94,21 +159,29 @@ class MetricReply(Reply):
     instance: str
     policy_version: int
     at_s: float
-    values: dict[str, float]
+    values: dict[str, float | None]
+    """null where a value is not finite."""
 
 
 def build_app(
-    scheduler: Scheduler, bus: Bus, *, tokenizer: ChatTokenizer | None = None, registry: CollectorRegistry = REGISTRY
+    scheduler: Scheduler,
+    watch: Watch,
+    bus: Bus,
+    *,
+    tokenizer: ChatTokenizer | None = None,
+    registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
-    """The gateway's application.
+    """The gateway's application. It answers at once while Redis is away: from what the watch saw last, or with 503.
 
     Args:
+        bus: is asked for dead letters; its calls are given up after a moment.
         tokenizer: renders a trajectory's tokens as text; without it tokens are shown as numbers only.
     """
     app = FastAPI(title="sdar gateway", version="1", docs_url="/docs", redoc_url=None)
     app.add_exception_handler(SdarError, _answer_error)
     _add_probes(app, scheduler, registry)
-    _add_run(app, scheduler, bus)
+    _add_run(app, scheduler, watch)
+    _add_dead_letters(app, scheduler, watch, bus)
     _add_lookups(app, scheduler, tokenizer)
 
     @app.get("/", include_in_schema=False)
@@ -134,8 +207,9 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry)
     @app.get("/readyz", response_class=PlainTextResponse, tags=["probes"])
     async def readyz() -> Response:
         """200 once the run is running: the environment lists its tasks and a first policy is published."""
-        is_ready = scheduler.health.is_alive and scheduler.health.is_ready
-        return PlainTextResponse(f"{scheduler.detail or scheduler.health.detail}\n", 200 if is_ready else 503)
+        health = scheduler.health
+        is_ready = health.is_alive and health.is_ready and not health.blocked
+        return PlainTextResponse(f"{health.blocked or scheduler.detail or health.detail}\n", 200 if is_ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["probes"])
     async def metrics() -> Response:
@@ -143,29 +217,29 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_run(app: FastAPI, scheduler: Scheduler, bus: Bus) -> None:
+def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
     @app.get("/v1/run", tags=["run"])
     async def get_run() -> RunReply:
         """Where the run stands."""
-        return await describe_run(scheduler, bus)
+        return describe_run(scheduler, watch)
 
     @app.post("/v1/run/pause", tags=["run"])
     async def pause() -> RunReply:
         """Issue no more groups; what is in flight goes on. 409 unless running."""
         scheduler.pause()
-        return await describe_run(scheduler, bus)
+        return describe_run(scheduler, watch)
 
     @app.post("/v1/run/resume", tags=["run"])
     async def resume() -> RunReply:
         """Go on issuing groups. 409 unless paused."""
         scheduler.resume()
-        return await describe_run(scheduler, bus)
+        return describe_run(scheduler, watch)
 
     @app.post("/v1/run/stop", tags=["run"])
     async def stop() -> RunReply:
         """End early: no more groups, one last evaluation. 409 before the run has started."""
         scheduler.stop()
-        return await describe_run(scheduler, bus)
+        return describe_run(scheduler, watch)
 
     @app.get("/v1/environments", tags=["environments"])
     async def list_environments() -> list[EnvironmentReply]:
@@ -176,6 +250,39 @@ def _add_run(app: FastAPI, scheduler: Scheduler, bus: Bus) -> None:
     async def register_environment(request: EnvironmentRequest) -> EnvironmentReply:
         """Add an environment by its address, or move one: later groups are played there."""
         return EnvironmentReply(**dataclasses.asdict(await scheduler.register_environment(request.name, request.address)))
+
+
+def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus) -> None:
+    @app.get("/v1/dead-letters", tags=["dead letters"])
+    async def list_dead_letters(
+        before: Annotated[str | None, Query(pattern=_ENTRY_ID)] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> list[DeadLetterReply]:
+        """Entries that were set aside, newest first. Pass the last one's id as `before` for older ones."""
+        return [DeadLetterReply(**_summarize(letter)) for letter in await watch.ask(bus.list_dead_letters(limit, before))]
+
+    @app.get("/v1/dead-letters/{letter_id}", tags=["dead letters"])
+    async def get_dead_letter(letter_id: LetterId) -> FullDeadLetterReply:
+        """One of them, with its payload. 404 if it is not there."""
+        letter = await watch.ask(bus.find_dead_letter(letter_id))
+        if letter is None:
+            raise UnknownResourceError(f"There is no dead letter {letter_id}.", letter_id=letter_id)
+        return FullDeadLetterReply(**_summarize(letter), **describe_letter(letter))
+
+    @app.post("/v1/dead-letters/{letter_id}/retry", tags=["dead letters"])
+    async def retry_dead_letter(letter_id: LetterId) -> RetryReply:
+        """Do its work again and remove it, both or neither: a training task as a new group, an evaluation's as it was.
+
+        404 if it is not there, so also the second time. 409 if its payload tells of no work, or the run issues nothing.
+        """
+        group_id = await watch.ask(scheduler.retry_dead_letter(letter_id))
+        return RetryReply(letter_id=letter_id, group_id=group_id)
+
+
+def _summarize(letter: DeadLetter) -> dict[str, Any]:
+    names = ("letter_id", "stream", "group", "entry_id", "num_deliveries", "reason", "at_s")
+    shown = {name: getattr(letter, name) for name in names}
+    return shown | {"age_s": max(0.0, time.time() - letter.at_s), "size_bytes": len(letter.payload)}
 
 
 def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | None) -> None:
@@ -193,7 +300,7 @@ def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | 
                 instance=entry.record.instance,
                 policy_version=entry.record.policy_version,
                 at_s=entry.record.at_s,
-                values=entry.record.values,
+                values=replace_non_finite(entry.record.values),
             )
             for entry in found
         ]
@@ -206,17 +313,14 @@ def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | 
     @app.get("/v1/trajectories/{trajectory_id}", tags=["lookups"])
     async def get_trajectory(trajectory_id: str) -> dict[str, Any]:
         """One of the newest trajectories: task, turns, log-probs, versions and the teacher's score. 404 if it is not there."""
-        return _describe_trajectory(scheduler.history.trajectory(trajectory_id), tokenizer)
+        return describe_trajectory(scheduler.history.trajectory(trajectory_id), tokenizer)
 
 
-async def describe_run(scheduler: Scheduler, bus: Bus) -> RunReply:
+def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
     """The run's status as the API gives it."""
     config, state = scheduler.config, scheduler.state
-    lags = {}
-    for stream, groups in config.stream_consumers.items():
-        for group in groups:
-            lag = await bus.stream_lag(stream, group)
-            lags[str(stream)] = dataclasses.asdict(lag)
+    newest_failures = list(state.failure_reasons.items())[-_SHOWN_FAILURES:]
+    memory = watch.memory
     return RunReply(
         run_id=config.name,
         phase=str(state.phase),
@@ -226,62 +330,17 @@ async def describe_run(scheduler: Scheduler, bus: Bus) -> RunReply:
         num_updates=scheduler.num_updates,
         target_updates=config.training.num_updates,
         max_staleness=config.training.max_staleness,
-        ledger=state.ledger.counts(),
-        ledger_gap=state.ledger.find_gap(),
-        dead_letters=await bus.count_dead_letters(),
-        stream_lags=lags,
+        ledger=scheduler.ledger.counts(),
+        ledger_gap=scheduler.ledger_gap,
+        ledger_gap_ids=[format_group_id(number) for number in state.unaccounted],
+        failures=dict(reversed(newest_failures)),
+        length_drift=scheduler.lengths.compute_drift(),
+        alarms=[AlarmReply(**dataclasses.asdict(alarm)) for alarm in watch.board.alarms],
+        bus=BusReply(**dataclasses.asdict(watch.condition), used_bytes=memory.used_bytes, max_bytes=memory.max_bytes),
+        dead_letters=watch.num_dead_letters,
+        stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
         instances={name: scheduler.history.count_instances(name) for name in ("rollout", "teacher", "learner")},
         evaluations=[EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations],
         started_at_s=state.started_at_s,
         finished_at_s=state.finished_at_s,
     )
-
-
-def _describe_trajectory(scored: ScoredTrajectory, tokenizer: ChatTokenizer | None) -> dict[str, Any]:
-    """Plain JSON of a trajectory. Texts are data: whoever shows them escapes them."""
-    trajectory, score = scored.trajectory, scored.score
-    turns = []
-    for turn in trajectory.turns:
-        shown = {
-            "turn_index": turn.turn_index,
-            "messages": [dataclasses.asdict(message) for message in turn.messages],
-            "response_text": turn.response_text,
-            "action": turn.action,
-            "is_action_valid": turn.is_action_valid,
-            "reward": turn.reward,
-            "reward_components": turn.reward_components,
-            "stop_reason": str(turn.stop_reason),
-            "num_prompt_tokens": len(turn.prompt_token_ids),
-            "response_token_ids": turn.response_token_ids.tolist(),
-            "behavior_logprobs": turn.behavior_logprobs.tolist(),
-            "policy_versions": turn.policy_versions.tolist(),
-        }
-        if tokenizer is not None:
-            shown["response_tokens"] = [tokenizer.tokenizer.decode([token]) for token in turn.response_token_ids.tolist()]
-        if score is not None:
-            shown["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
-        turns.append(shown)
-    described = {
-        name: getattr(trajectory, name)
-        for name in ("run_id", "group_id", "trajectory_id", "attempt", "episode_index", "is_success", "duration_s")
-    }
-    described |= {
-        "task": dataclasses.asdict(trajectory.task),
-        "environment": dataclasses.asdict(trajectory.environment),
-        "model": dataclasses.asdict(trajectory.model),
-        "sampling": dataclasses.asdict(trajectory.sampling),
-        "end": str(trajectory.end),
-        "episode_return": trajectory.episode_return,
-        "turns": turns,
-    }
-    if score is not None:
-        described["teacher"] = {
-            "teacher_version": score.teacher_version,
-            "skill_ids": score.skill_ids,
-            "num_specific_skills": score.num_specific_skills,
-            "skill_library_hash": score.skill_library_hash,
-            "template_hash": score.template_hash,
-            "retrieval": score.retrieval,
-            "scorer": score.scorer,
-        }
-    return described

@@ -11,6 +11,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, UnknownResourceError
 from sdar.contracts.types import Task
 from sdar.runtime import rpc
+from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 ADDRESS_PATTERN = r"^[^\s:/]+:\d{1,5}$"
@@ -42,9 +43,12 @@ class EnvironmentCatalog(Protocol):
 class GrpcEnvironmentCatalog:
     """Asks EnvironmentService servers."""
 
+    def __init__(self, security: Security = OPEN) -> None:
+        self._security = security
+
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
         """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't served there."""
-        async with rpc.connect(address) as channel:
+        async with rpc.connect(address, self._security) as channel:
             stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
             request = environment_pb2.DescribeRequest(environment=name)
             answer = await rpc.call(stub.Describe, request, timeout_s=_DEADLINE_S, peer=f"environment {name} at {address}")
@@ -58,7 +62,7 @@ class GrpcEnvironmentCatalog:
         """All tasks of a split in the server's fixed order, or its first `max_tasks`."""
         tasks: list[Task] = []
         token = ""
-        async with rpc.connect(address) as channel:
+        async with rpc.connect(address, self._security) as channel:
             stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
             while True:
                 request = environment_pb2.ListTasksRequest(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sdar.contracts.types import Trajectory
 
 NORMAL_QUANTILE_95 = 1.959963984540054
+_MAX_INDEX_DIGITS = 7
 
 
 def compute_wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
@@ -41,7 +42,7 @@ class Evaluation:
     Attributes:
         pending: task indexes without a result.
         successes: by task type, [successes, episodes]; pooled, never averaged over batches.
-        num_failed: episodes that could not be played; they count as no success.
+        failed: indexes of the tasks whose episode could not be played; they count as no success.
         component_sums: reward components by name, summed over turns and episodes: a benchmark's own score is one of them.
     """
 
@@ -52,7 +53,7 @@ class Evaluation:
     num_tasks: int
     pending: list[int] = field(default_factory=list)
     successes: dict[str, list[int]] = field(default_factory=dict)
-    num_failed: int = 0
+    failed: list[int] = field(default_factory=list)
     num_turns: int = 0
     component_sums: dict[str, float] = field(default_factory=dict)
 
@@ -75,6 +76,12 @@ class Evaluation:
     def group_id(self, task_index: int) -> str:
         return f"{self.evaluation_id}-{task_index:05d}"
 
+    def find_index(self, text: str) -> int | None:
+        """The task index that ends the id of one of this evaluation's groups; None for any other text."""
+        is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_INDEX_DIGITS
+        index = int(text) if is_number else self.num_tasks
+        return index if index < self.num_tasks and self.group_id(index).endswith(f"-{text}") else None
+
     def add(self, task_index: int, trajectory: Trajectory) -> bool:
         """Count one episode; a second result for the same task is ignored. Tells whether it counted."""
         if task_index not in self.pending:
@@ -91,8 +98,16 @@ class Evaluation:
         if task_index not in self.pending:
             return False
         self._count(task_index, task_type, False)
-        self.num_failed += 1
+        self.failed.append(task_index)
         return True
+
+    def reopen(self, task_index: int, task_type: str) -> bool:
+        """Wait again for an episode that could not be played; tells whether it is waited for now."""
+        if task_index in self.failed:
+            self.failed.remove(task_index)
+            self.successes[task_type][1] -= 1
+            self.pending.append(task_index)
+        return task_index in self.pending
 
     def is_pinned(self, trajectory: Trajectory) -> bool:
         """Whether every token was sampled under the version this evaluation is about."""
@@ -118,7 +133,7 @@ class Evaluation:
             "is_complete": self.is_complete,
             "num_tasks": self.num_tasks,
             "num_episodes": self.num_episodes,
-            "num_failed": self.num_failed,
+            "num_failed": len(self.failed),
             "success": self.success,
             "interval": compute_wilson_interval(num_successes, self.num_episodes),
             "reward_components": {

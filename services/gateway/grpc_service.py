@@ -45,7 +45,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             state=_STATES[scheduler.state.phase],
             policy_version=scheduler.policy_version,
             target_policy_version=scheduler.config.training.num_updates,
-            num_groups=scheduler.state.ledger.counts(),
+            num_groups=scheduler.ledger.counts(),
             reason=scheduler.detail,
         )
 

@@ -6,6 +6,9 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+
+import structlog
 
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError, UnknownResourceError
@@ -13,7 +16,11 @@ from sdar.contracts.streams import Stream
 from sdar.contracts.types import MetricRecord, ScoredTrajectory
 from sdar.runtime.bus import BEFORE_FIRST, Bus, parse_entry_id
 
+log = structlog.get_logger()
+
 _PAGE = 2000
+_TRAJECTORY_PAGE = 100
+"""A trajectory can weigh megabytes."""
 _INSTANCE_SILENCE_S = 30.0
 
 
@@ -37,7 +44,7 @@ class History:
         trajectory_stream: Stream,
         *,
         max_metrics: int = 50_000,
-        max_trajectories: int = 2_000,
+        max_trajectories: int = 500,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics: deque[MetricEntry] = deque(maxlen=max_metrics)
@@ -46,18 +53,20 @@ class History:
         self._max_trajectories = max_trajectories
         self._cursors = dict.fromkeys((Stream.METRICS, trajectory_stream), BEFORE_FIRST)
         self._last_seen: dict[tuple[str, str], float] = {}
-        self._latest: dict[str, MetricRecord] = {}
         self._clock = clock
 
     async def follow(self, bus: Bus) -> None:
         """Take in what is new."""
         for entry in await bus.tail(Stream.METRICS, self._cursors[Stream.METRICS], _PAGE):
             self._cursors[Stream.METRICS] = entry.entry_id
-            record = codec.decode_metric_record(entry.payload)
+            try:
+                record = codec.decode_metric_record(entry.payload)
+            except SdarError as error:
+                log.error("metric_record_unreadable", entry_id=entry.entry_id, error=str(error))
+                continue
             self.metrics.append(MetricEntry(entry.entry_id, record))
             self._last_seen[record.service, record.instance] = record.at_s
-            self._latest[record.service] = record
-        for entry in await bus.tail(self._trajectory_stream, self._cursors[self._trajectory_stream], _PAGE):
+        for entry in await bus.tail(self._trajectory_stream, self._cursors[self._trajectory_stream], _TRAJECTORY_PAGE):
             self._cursors[self._trajectory_stream] = entry.entry_id
             try:
                 scored = self._decode(entry.payload)
@@ -72,8 +81,14 @@ class History:
         oldest = self._clock() - _INSTANCE_SILENCE_S
         return sum(1 for (name, _), at_s in self._last_seen.items() if name == service and at_s >= oldest)
 
-    def latest(self, service: str) -> MetricRecord | None:
-        return self._latest.get(service)
+    def last_heard_s(self, service: str) -> float | None:
+        """Unix time of the newest record of a service; None before the first."""
+        return max((at_s for (name, _), at_s in self._last_seen.items() if name == service), default=None)
+
+    def newest_values(self, service: str, count: int) -> list[dict[str, float]]:
+        """Values of a service's newest records, newest first."""
+        records = (entry.record for entry in reversed(self.metrics))
+        return list(islice((record.values for record in records if record.service == service), count))
 
     def metrics_after(self, entry_id: str, limit: int) -> list[MetricEntry]:
         """Metric records after an entry id, oldest first."""

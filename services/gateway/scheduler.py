@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import structlog
@@ -20,7 +21,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import CapacityError, CorruptionError, LeaseLostError, RefusedError, SdarError, UnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, Task, TaskGroup, Trajectory
-from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter, Delivery
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
 from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id, parse_group_number
 from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.telemetry import Health
@@ -39,6 +40,8 @@ _POLL_S = 0.2
 _MAX_EVENTS = 2000
 _RETRY_S = 1.0
 _LEAST_HOPELESS_FAILURES = 8
+MAX_SHOWN_GAP = 1000
+"""Groups of a gap that are named."""
 
 
 class Scheduler:
@@ -92,18 +95,20 @@ class Scheduler:
             try:
                 await self._turn(stopping)
             except LeaseLostError as error:
-                # An event was given away, or a letter is gone: nothing of this turn happened. Begin it again from what is saved.
+                # An event was given away, or a letter is gone: nothing of this turn happened. Begin again from what is saved.
                 log.warning("turn_refused", error=str(error))
                 await self._retries.forget_gone()
                 await self._load()
             self.health.beat()
 
     async def _turn(self, stopping: asyncio.Event) -> None:
-        events = self._in_hand or await self._read()
-        self._in_hand = []
+        # Events of evaluations name tasks, and an empty Redis may still be given the state that they belong to.
+        is_blind = self.state.phase is RunPhase.STARTING and (self._training is None or self._was_empty)
+        events = [] if is_blind else self._in_hand or await self._read()
+        self._in_hand = self._in_hand if is_blind else []
         # Before the manifests: whoever sees the groups of an update trained must see the policy it made.
         self.ledger = await self._bus.read_ledger()
-        self._check_account()
+        await self._check_account()
         readable = await self._absorb(events)
         await self._follow()
         if self.state.phase is RunPhase.STARTING:
@@ -186,46 +191,53 @@ class Scheduler:
             else:
                 self._outbox, self._issued, self._is_changed, is_due = [], [], False, False
                 self._retries.settle()
-        self._metrics.observe(self)
+        self._metrics.observe_run(
+            self.ledger,
+            self.state.evaluations,
+            ledger_gap=self.ledger_gap,
+            policy_version=self.policy_version,
+            num_updates=self.num_updates,
+            length_drift=self.lengths.compute_drift(),
+        )
 
-    def _check_account(self) -> None:
-        """The account and the cursor change together, so a difference means that Redis lost what it had confirmed."""
+    async def _check_account(self) -> None:
+        """The account and the cursor change together: a difference means a successor, or a Redis that lost writes."""
         issued, known = self.ledger.num_issued, self.state.next_group_number
         if self.state.phase is not RunPhase.STARTING and issued != known:
+            await self._bus.save_state(f"{STATE_NAME}_check", b"")  # any write tells a gateway that it was followed
             raise CorruptionError(
-                f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or somebody "
-                "else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."
+                f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or "
+                "somebody else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."
             )
 
     # --- starting ------------------------------------------------------------------------------------------------------------
 
     async def _restore(self) -> None:
         await self._load()
-        # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
-        self._was_empty = (await self._bus.read_ledger()).num_issued == 0
+        self.ledger = await self._bus.read_ledger()
         if self.state.phase is RunPhase.FINISHED:
             self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
-        else:
-            # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
-            self.state.phase = RunPhase.STARTING
-            self.state.num_failed_in_a_row = 0
+            return
+        # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
+        self.state.phase = RunPhase.STARTING
+        self.state.num_failed_in_a_row = 0
+        # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
+        self._was_empty = self.ledger.num_issued == 0
 
     async def _load(self) -> None:
         """Take the saved state, and what was read and never written down."""
         saved = await self._bus.load_state(STATE_NAME)
+        self.state = GatewayState() if saved is None else GatewayState.from_bytes(saved)
         if saved is not None:
-            self.state = GatewayState.from_bytes(saved)
             log.info("gateway_restored", num_issued=self.state.next_group_number, phase=self.state.phase)
         self._outbox, self._issued, self._is_changed = [], [], False
-        self._retries.taken.clear()
         self._in_hand = await self._reclaim()
 
     async def _adopt_restored(self) -> None:
         """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in its streams were lost."""
         environments = self.state.environments
-        await self._load()
+        await self._restore()
         self.state.environments |= environments
-        self.ledger = await self._bus.read_ledger()
         self._was_empty = False
         for evaluation in self.state.evaluations:
             self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in evaluation.pending]
@@ -242,10 +254,13 @@ class Scheduler:
                 return
         if self.policy_version < 0:
             self.detail = "waiting for the learner to publish the first policy"
+            await wait_or_stop(stopping, _POLL_S)
             return
         if self._was_empty:
             await self._adopt_restored()
         self.detail = ""
+        if self.state.phase is not RunPhase.STARTING:
+            return
         self.state.started_at_s = self.state.started_at_s or self._clock()
         self._change_phase(RunPhase.RUNNING)
         self.health.mark_ready("running")
@@ -271,7 +286,7 @@ class Scheduler:
     # --- bookkeeping ---------------------------------------------------------------------------------------------------------
 
     def _book(self, event: LedgerEvent) -> None:
-        """What the account doesn't hold: reasons, failures in a row, lengths of episodes, and evaluations that can't be played."""
+        """What the account doesn't hold: reasons, failures in a row, lengths, and evaluations that can't be played."""
         if parse_group_number(event.group_id) is not None:
             self.state.apply(event)
             self.lengths.apply(event)
@@ -280,14 +295,13 @@ class Scheduler:
                 log.info("group_closed", group_id=event.group_id, outcome=event.outcome, reason=event.reason)
             return
         evaluation, index = self._find_evaluation(event.group_id)
-        if evaluation is None or event.outcome is not GroupOutcome.FAILED:
-            return
-        if evaluation.add_failure(index, self._heldout_type(index)):
+        if evaluation is not None and index in evaluation.pending and event.outcome is GroupOutcome.FAILED:
+            evaluation.add_failure(index, self._heldout[index].task_type)
             log.warning("evaluation_episode_failed", group_id=event.group_id, reason=event.reason)
 
     def _count_evaluation(self, trajectory: Trajectory) -> None:
         evaluation, index = self._find_evaluation(trajectory.group_id)
-        if evaluation is None:
+        if evaluation is None or index not in evaluation.pending:
             return
         if not evaluation.is_pinned(trajectory):
             # Sampled across a change of weights: play it again, or the number would be about no policy at all.
@@ -301,63 +315,96 @@ class Scheduler:
     def _find_evaluation(self, group_id: str) -> tuple[Evaluation | None, int]:
         evaluation_id, _, index = group_id.rpartition("-")
         for evaluation in self.state.evaluations:
-            if evaluation.evaluation_id == evaluation_id and index.isdigit():
-                return evaluation, int(index)
+            if evaluation.evaluation_id == evaluation_id and (found := evaluation.find_index(index)) is not None:
+                return evaluation, found
         return None, -1
 
     # --- deciding ------------------------------------------------------------------------------------------------------------
 
     @property
-    def num_updates(self) -> int:
-        """Optimizer updates so far. Each trains exactly groups_per_update groups, so the ledger knows."""
-        return self.state.ledger.num_trained // self.config.training.groups_per_update
-
-    @property
     def is_training_done(self) -> bool:
-        return self.num_updates >= self.config.training.num_updates
+        """Whether the last update is durable: the learner closes a group only then, and cancels what it needs no more."""
+        return self.num_updates >= self.config.training.num_updates and not self.ledger.open
 
     def _begin_due_evaluations(self) -> None:
-        ledger = self.state.ledger
-        done = {(evaluation.num_updates, evaluation.is_greedy) for evaluation in self.state.evaluations}
-        is_last = self.is_training_done or (self.state.phase is RunPhase.STOPPING and ledger.num_running == 0)
-        wanted = [(self.num_updates, False), (self.num_updates, True)] if is_last or not done else []
+        begun = self.state.evaluations
+        is_last = self.is_training_done or (self.state.phase is RunPhase.STOPPING and self.ledger.num_running == 0)
+        if is_last or not begun:
+            if not self._is_evaluated(is_greedy=False):
+                self._begin_evaluation(is_greedy=False)
+            if not self._is_evaluated(is_greedy=True):
+                self._begin_evaluation(is_greedy=True)
+            return
         every = self.config.evaluation.every_updates
-        if every and not is_last and all(evaluation.is_complete for evaluation in self.state.evaluations):
-            last = max((number for number, _ in done), default=0)
-            if self.num_updates >= last + every:
-                wanted.append((self.num_updates, False))
-        for num_updates, is_greedy in wanted:
-            if (num_updates, is_greedy) not in done:
-                self._begin_evaluation(num_updates, is_greedy)
+        last = max(evaluation.num_updates for evaluation in begun)
+        if every and self.num_updates >= last + every and all(evaluation.is_complete for evaluation in begun):
+            self._begin_evaluation(is_greedy=False)
 
-    def _begin_evaluation(self, num_updates: int, is_greedy: bool) -> None:
-        evaluation = Evaluation.begin(self.policy_version, num_updates, is_greedy=is_greedy, num_tasks=len(self._heldout))
+    def _is_evaluated(self, *, is_greedy: bool) -> bool:
+        """Whether an evaluation of the newest policy was begun. By version: a crash may have lost what others had trained."""
+        return any(e.policy_version == self.policy_version and e.is_greedy is is_greedy for e in self.state.evaluations)
+
+    def _begin_evaluation(self, *, is_greedy: bool) -> None:
+        num_tasks = len(self._heldout)
+        evaluation = Evaluation.begin(self.policy_version, self.num_updates, is_greedy=is_greedy, num_tasks=num_tasks)
         self.state.evaluations.append(evaluation)
-        self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in range(len(self._heldout))]
+        self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in range(num_tasks)]
         self._is_changed = True
-        log.info("evaluation_begun", evaluation_id=evaluation.evaluation_id, num_tasks=len(self._heldout))
+        log.info("evaluation_begun", evaluation_id=evaluation.evaluation_id, num_tasks=num_tasks)
 
     def _issue_groups(self) -> None:
-        training, ledger = self.config.training, self.state.ledger
-        wanted = training.num_updates * training.groups_per_update
+        training, ledger = self.config.training, self.ledger
+        # Groups that are trained and not yet durable are buffered. A learner that had to begin from an older checkpoint than
+        # the account knows (the newest was damaged) has lost the effect of some that count as trained: others replace them.
+        num_effective = min(ledger.num_trained, self.num_updates * training.groups_per_update)
+        num_accepted = num_effective + ledger.num_buffered
         capacity = compute_capacity(
             max_concurrent_groups=self.max_concurrent_groups,
             max_staleness=training.max_staleness,
             groups_per_update=training.groups_per_update,
             policy_version=self.num_updates,
-            num_accepted=ledger.num_trained + ledger.num_buffered,
+            num_accepted=num_accepted,
             num_running=ledger.num_running,
         )
-        missing = wanted - ledger.num_trained - ledger.num_buffered - ledger.num_running
-        for _ in range(min(capacity, max(0, missing))):
-            self._outbox.append(codec.encode_task_group(self._training_group()))
+        missing = training.num_updates * training.groups_per_update - num_accepted - ledger.num_running
+        if self.num_updates < training.num_updates:
+            assert self._training is not None, "groups are issued only after the task list was loaded"
+            for _ in range(min(capacity, max(0, missing))):
+                self._issue(self._training.at(self.state.next_group_number))
+
+    def _issue(self, task: Task) -> str:
+        """Open the account of a new training group and send it out; returns its id."""
+        group_id = format_group_id(self.state.next_group_number)
+        self.state.next_group_number += 1
+        group = self._group(group_id, task, self.config.training.group_size, Purpose.TRAIN)
+        self._outbox.append(codec.encode_task_group(group))
+        self._issued.append(LedgerEvent(self.config.name, group_id, GroupOutcome.ISSUED, 0, self.policy_version))
+        return group_id
+
+    def _issue_again(self, retry: Retry) -> None:
+        """Send the work of a dead letter out once more: a training task as a new group, an evaluation's task as it was."""
+        if self.state.phase not in (RunPhase.RUNNING, RunPhase.PAUSED):
+            return self._retries.refuse(
+                retry, RefusedError(f"Run {self.config.name} is {self.state.phase}; it issues nothing.")
+            )
+        if retry.purpose is Purpose.TRAIN:
+            group_id = self._issue(retry.task)
+        else:
+            group_id = retry.group_id
+            evaluation, index = self._find_evaluation(group_id)
+            if evaluation is None or not evaluation.reopen(index, self._heldout[index].task_type):
+                message = f"No evaluation waits for {group_id}: it has its result, or is none of this run's."
+                return self._retries.refuse(retry, RefusedError(message))
+            self._outbox.append(retry.payload)
+        self._retries.taken[retry.letter_id] = group_id
+        log.info("dead_letter_retried", letter_id=retry.letter_id, of_group=retry.group_id, group_id=group_id)
 
     def _give_up_if_hopeless(self) -> None:
         """A broken environment fails every group: say so rather than issue them for ever."""
-        ledger = self.state.ledger
-        if ledger.num_failed_in_a_row >= max(_LEAST_HOPELESS_FAILURES, 2 * self.config.training.groups_per_update):
-            reason = next(reversed(ledger.failure_reasons.values()), "")
-            self.detail = f"{ledger.num_failed_in_a_row} groups failed in a row, the last one because: {reason}"
+        state = self.state
+        if state.num_failed_in_a_row >= max(_LEAST_HOPELESS_FAILURES, 2 * self.config.training.groups_per_update):
+            reason = next(reversed(state.failure_reasons.values()), "")
+            self.detail = f"{state.num_failed_in_a_row} groups failed in a row, the last one because: {reason}"
             log.error("run_failed", detail=self.detail)
             self._change_phase(RunPhase.FAILED)
 
@@ -366,14 +413,6 @@ class Scheduler:
         """Groups the living rollout workers can play at once."""
         num_workers = max(self.config.rollout.num_workers, self.history.count_instances("rollout"))
         return num_workers * (self.config.rollout.max_concurrent_episodes // self.config.training.group_size)
-
-    def _training_group(self) -> TaskGroup:
-        number = self.state.next_group_number
-        self.state.next_group_number += 1
-        assert self._training is not None, "groups are issued only after the task list was loaded"
-        group_id = f"group-{number:08d}"
-        self.state.ledger.open_group(group_id)
-        return self._group(group_id, self._training.at(number), self.config.training.group_size, Purpose.TRAIN)
 
     def _evaluation_group(self, evaluation: Evaluation, index: int) -> TaskGroup:
         return self._group(evaluation.group_id(index), self._heldout[index], 1, Purpose.EVALUATION, evaluation)
@@ -398,15 +437,35 @@ class Scheduler:
     def _is_over(self) -> bool:
         if self.state.phase not in (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING):
             return False
-        is_last_begun = any(e.num_updates == self.num_updates and e.is_greedy for e in self.state.evaluations)
         are_all_complete = all(evaluation.is_complete for evaluation in self.state.evaluations)
-        ledger = self.state.ledger
-        if self.state.phase is RunPhase.STOPPING:
-            is_drained = ledger.num_running == 0
-        else:
-            # The learner cancels what arrives after its last update, so every group closes by itself.
-            is_drained = self.is_training_done and not ledger.open
-        return is_drained and is_last_begun and are_all_complete
+        is_drained = self.ledger.num_running == 0 if self.state.phase is RunPhase.STOPPING else self.is_training_done
+        return is_drained and are_all_complete and self._is_evaluated(is_greedy=True)
+
+    async def _finish(self) -> None:
+        """End the run. Each group must have exactly one outcome; only after an early stop may some still be buffered."""
+        closed = Counter([number for outcome in CLOSING for number in await self._bus.list_closed(outcome)])
+        may_be_open = self.ledger.open
+        numbers = range(self.state.next_group_number)
+        gap = [n for n in numbers if closed[n] != 1 and not (closed[n] == 0 and n in may_be_open)]
+        gap += sorted(n for n in closed if n >= self.state.next_group_number)
+        if gap:
+            ids = [format_group_id(number) for number in gap[:MAX_SHOWN_GAP]]
+            log.error("ledger_gap", num_groups=len(gap), group_ids=ids, ledger=self.ledger.counts())
+        self.state.unaccounted = gap[:MAX_SHOWN_GAP]
+        self.state.finished_at_s = self._clock()
+        self._change_phase(RunPhase.FINISHED)
+
+    @property
+    def ledger_gap(self) -> int:
+        """Groups that the account cannot explain; anything but 0 is a defect."""
+        return max(self.ledger.find_gap(), len(self.state.unaccounted))
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Changes whenever the run gets on."""
+        num_episodes = sum(evaluation.num_episodes for evaluation in self.state.evaluations)
+        num_closed = sum(self.ledger.closed.values())
+        return self.policy_version, self.ledger.num_issued, self.ledger.num_generated, num_closed, num_episodes
 
     # --- controls ------------------------------------------------------------------------------------------------------------
 
@@ -421,6 +480,16 @@ class Scheduler:
     def stop(self) -> None:
         """End the run early: issue no more groups, evaluate the newest policy, finish. Raises RefusedError before it runs."""
         self._control(RunPhase.STOPPING, allowed=(RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING))
+
+    async def retry_dead_letter(self, letter_id: str) -> str:
+        """Send the work of a dead letter out again, in the transaction that removes the letter; returns the group's id.
+
+        An operator asks for it, so it goes out at once, beyond what admission allows if need be.
+
+        Raises:
+            UnknownResourceError: there is no such letter. RefusedError: it holds no work of this run that could be done again.
+        """
+        return await self._retries.ask(letter_id)
 
     async def register_environment(self, name: str, address: str) -> RegisteredEnvironment:
         """Ask the server at `address` for environment `name` and use it from now on."""

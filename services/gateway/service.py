@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-import uvicorn
-
 from sdar.config import RunConfig
 from sdar.contracts.streams import Stream
 from sdar.runtime import rpc
 from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.connect import build_bus
-from sdar.runtime.http import HttpServer, bind_http
+from sdar.runtime.http import bind_http, build_http_server
 from sdar.runtime.lifecycle import run_until_stopped
+from sdar.runtime.security import Security
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health
 from sdar.v1 import gateway_pb2_grpc
@@ -23,23 +22,37 @@ from .grpc_service import GatewayServicer
 from .history import History
 from .metrics import build_metrics
 from .scheduler import Scheduler
+from .watch import Watch
+
+_MAX_SILENCE_S = 300.0
+"""Longest healthy silence of the main loop: it may wait two minutes for room in a full stream."""
 
 
 async def serve(config: RunConfig, settings: Settings) -> None:
     """Run the gateway of one run until SIGTERM."""
+    security = Security.from_settings(settings)
     listener = bind_http(settings.host, settings.http_port)
+    health = Health(max_silence_s=_MAX_SILENCE_S)
     bus = build_bus(config, settings)
+    watch_bus = build_bus(config, settings)
     await bus.ping()
-    health = Health()
+    metrics = build_metrics()
     history = History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES)
     scheduler = Scheduler(
-        config, bus, GrpcEnvironmentCatalog(), history, health, default_address=settings.envs_address, metrics=build_metrics()
+        config,
+        bus,
+        GrpcEnvironmentCatalog(security),
+        history,
+        health,
+        default_address=settings.envs_address,
+        metrics=metrics,
     )
-    app = build_app(scheduler, bus, tokenizer=ChatTokenizer(config.model.path))
-    http_server = HttpServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    watch = Watch(scheduler, watch_bus, metrics)
+    app = build_app(scheduler, watch, watch_bus, tokenizer=ChatTokenizer(config.model.path))
+    http_server = build_http_server(app, settings.host, security)
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
     grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
-    grpc_server = rpc.build_server(settings.host, settings.grpc_port, [grpc_service])
+    grpc_server = rpc.build_server(settings.host, settings.grpc_port, [grpc_service], security)
 
     async def answer_http(stopping: asyncio.Event) -> None:
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
@@ -56,6 +69,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         await grpc_server.stop(grace_s=2.0)
 
     try:
-        await run_until_stopped(scheduler.run, answer_http, answer_grpc)
+        await run_until_stopped(scheduler.run, watch.run, answer_http, answer_grpc)
     finally:
         await bus.close()
+        await watch_bus.close()

@@ -1,4 +1,7 @@
-"""Owns the gateway's durable memory: one small JSON record, saved in the same transaction as what it decided."""
+"""Owns the gateway's durable memory: one small JSON record, saved in the same transaction as what it decided.
+
+The account of groups isn't in it: the bus keeps that (`sdar.runtime.ledger`). Here is what the account's journal adds to it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sdar.contracts.errors import CorruptionError
-from sdar.contracts.types import GroupOutcome
+from sdar.contracts.types import GroupOutcome, LedgerEvent
 
 from .evaluation import Evaluation
-from .ledger import Ledger
 
 STATE_NAME = "gateway"
+KEPT_REASONS = 100
+"""Newest failures remembered. The record is written with every decision, so it stays small; the log has them all."""
 
 
 class RunPhase(StrEnum):
@@ -30,15 +34,34 @@ class RunPhase(StrEnum):
 
 @dataclass
 class GatewayState:
-    """Everything a restarted gateway must know."""
+    """Everything a restarted gateway must know.
+
+    Attributes:
+        next_group_number: always the number of groups the account has seen issued: both change in one transaction.
+        failure_reasons: of the newest failed and cancelled groups, by id.
+        num_failed_in_a_row: failures since a group was last generated.
+        unaccounted: what the check at the end of the run found: numbers of groups without exactly one outcome.
+    """
 
     phase: RunPhase = RunPhase.STARTING
     next_group_number: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
     evaluations: list[Evaluation] = field(default_factory=list)
     environments: dict[str, str] = field(default_factory=dict)
+    failure_reasons: dict[str, str] = field(default_factory=dict)
+    num_failed_in_a_row: int = 0
+    unaccounted: list[int] = field(default_factory=list)
     started_at_s: float = 0.0
     finished_at_s: float = 0.0
+
+    def apply(self, event: LedgerEvent) -> None:
+        """Take in one entry of the account's journal about a training group."""
+        if event.outcome is GroupOutcome.GENERATED:
+            self.num_failed_in_a_row = 0
+        self.num_failed_in_a_row += event.outcome is GroupOutcome.FAILED
+        if event.outcome in (GroupOutcome.FAILED, GroupOutcome.CANCELLED):
+            self.failure_reasons[event.group_id] = event.reason
+            while len(self.failure_reasons) > KEPT_REASONS:
+                self.failure_reasons.pop(next(iter(self.failure_reasons)))
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
@@ -48,12 +71,10 @@ class GatewayState:
         """Raises CorruptionError if the record can't be read."""
         try:
             raw = json.loads(payload)
-            ledger = raw.pop("ledger")
-            ledger["closed"] = {GroupOutcome(name): number for name, number in ledger["closed"].items()}
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
             phase = RunPhase(raw.pop("phase"))
-            return cls(phase=phase, ledger=Ledger(**ledger), evaluations=evaluations, **raw)
-        except (ValueError, TypeError, KeyError) as error:
+            return cls(phase=phase, evaluations=evaluations, **raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(
                 f"The gateway's saved state can't be read ({error}). It was written by another version of sdar; "
                 "start the run under a new name."

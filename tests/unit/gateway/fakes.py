@@ -46,8 +46,9 @@ class FakeCatalog:
         return tasks[:max_tasks]
 
 
-def build_manifest(policy_version: int) -> WeightsManifest:
-    return WeightsManifest("test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0)
+def build_manifest(policy_version: int, num_updates: int | None = None) -> WeightsManifest:
+    num_updates = policy_version if num_updates is None else num_updates
+    return WeightsManifest("test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0, num_updates)
 
 
 def play(

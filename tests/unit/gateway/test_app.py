@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import base64
+import dataclasses
+import math
+
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
 from sdar.contracts import codec
-from sdar.contracts.streams import Stream
-from sdar.contracts.types import MetricRecord
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import ChatMessage, GroupOutcome, MetricRecord, Trajectory
 from services.gateway.app import build_app
+from services.gateway.watch import Watch
 
 from .fakes import build_config, play
 from .test_scheduler import Run, begin
+
+HOSTILE = "<script>alert(1)</script>"
 
 
 @pytest.fixture
@@ -22,7 +29,7 @@ async def run():
 
 @pytest.fixture
 async def client(run: Run):
-    app = build_app(run.scheduler, run.bus, registry=CollectorRegistry())
+    app = build_app(run.scheduler, Watch(run.scheduler, run.bus), run.bus, registry=CollectorRegistry())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         yield client
 
@@ -91,6 +98,88 @@ async def test_a_trajectory_is_found_by_its_id_and_a_stranger_is_a_404(run: Run,
     assert shown["turns"][0]["policy_versions"] == [0, 0]
     assert (await client.get("/v1/trajectories")).json() == [trajectory.trajectory_id]
     assert (await client.get("/v1/trajectories/nobody")).status_code == 404
+
+
+async def test_a_value_that_is_not_finite_is_null_and_no_error(run: Run, client: httpx.AsyncClient) -> None:
+    record = MetricRecord("test", "learner", "l", 1, 1.0, {"loss": math.nan, "gradient_norm": math.inf, "entropy": 0.5})
+    await run.bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
+    await begin(run)
+    values = (await client.get("/v1/metrics")).json()[0]["values"]
+    assert values == {"loss": None, "gradient_norm": None, "entropy": 0.5}
+
+
+def play_hostile(trajectory: Trajectory) -> Trajectory:
+    turn = dataclasses.replace(trajectory.turns[0], messages=(ChatMessage("user", HOSTILE),), response_text=HOSTILE)
+    return dataclasses.replace(trajectory, turns=(turn,))
+
+
+async def test_markup_in_an_observation_stays_text_in_json(run: Run, client: httpx.AsyncClient) -> None:
+    _, training = await begin(run)
+    trajectory = play_hostile(play(training[0], 0))
+    await run.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory)])
+    await run.scheduler.history.follow(run.bus)
+    answer = await client.get(f"/v1/trajectories/{trajectory.trajectory_id}")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["turns"][0]["messages"][0]["content"] == HOSTILE
+
+
+async def test_dead_letters_are_listed_in_pages_and_shown_with_their_payload(run: Run, client: httpx.AsyncClient) -> None:
+    _, training = await begin(run)
+    payloads = [codec.encode_trajectory(play_hostile(play(training[0], 0))), b"\xff nonsense"]
+    for payload in payloads:
+        await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, payload)
+    newest = (await client.get("/v1/dead-letters", params={"limit": 1})).json()
+    older = (await client.get("/v1/dead-letters", params={"before": newest[0]["letter_id"]})).json()
+    assert [letter["size_bytes"] for letter in newest + older] == [len(payload) for payload in reversed(payloads)]
+    assert {(letter["reason"], letter["stream"], letter["group"]) for letter in newest + older} == {
+        ("no good", "trajectories", "learner")
+    }
+    readable = (await client.get(f"/v1/dead-letters/{older[0]['letter_id']}")).json()
+    assert readable["payload"]["turns"][0]["response_text"] == HOSTILE
+    assert (readable["payload_error"], readable["payload_base64"]) == ("", "")
+    unreadable = (await client.get(f"/v1/dead-letters/{newest[0]['letter_id']}")).json()
+    assert unreadable["payload"] is None
+    assert "trajectories" in unreadable["payload_error"]
+    assert base64.b64decode(unreadable["payload_base64"]) == payloads[1]
+
+
+async def test_a_retry_answers_with_the_new_group_and_a_second_one_finds_nothing(run: Run, client: httpx.AsyncClient) -> None:
+    _, training = await begin(run)
+    payload = codec.encode_trajectory(play(training[0], 0))
+    letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, payload)
+    answer = await client.post(f"/v1/dead-letters/{letter_id}/retry")
+    assert answer.json() == {"letter_id": letter_id, "group_id": "group-00000004"}
+    assert (await client.post(f"/v1/dead-letters/{letter_id}/retry")).status_code == 404
+    assert (await client.get(f"/v1/dead-letters/{letter_id}")).status_code == 404
+    assert (await client.get("/v1/dead-letters")).json() == []
+
+
+async def test_a_retry_of_what_cannot_be_read_is_a_409_that_says_why(run: Run, client: httpx.AsyncClient) -> None:
+    await begin(run)
+    letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, b"\xff nonsense")
+    answer = await client.post(f"/v1/dead-letters/{letter_id}/retry")
+    assert answer.status_code == 409
+    assert "cannot be read" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("letter_id", ["nobody", "1", "1-2-3", "9" * 30 + "-0", "%2e%2e"])
+async def test_what_is_no_letter_id_is_refused(client: httpx.AsyncClient, letter_id: str) -> None:
+    assert (await client.get(f"/v1/dead-letters/{letter_id}")).status_code in (404, 422)
+    assert (await client.post(f"/v1/dead-letters/{letter_id}/retry")).status_code in (404, 422)
+
+
+async def test_failures_are_told_with_their_reasons(run: Run, client: httpx.AsyncClient) -> None:
+    _, training = await begin(run)
+    await run.report(GroupOutcome.FAILED, training[0])
+    await run.settle()
+    assert (await client.get("/v1/run")).json()["failures"] == {training[0].group_id: "because"}
+
+
+async def test_the_page_puts_what_it_is_told_into_text_and_never_into_markup(client: httpx.AsyncClient) -> None:
+    page = (await client.get("/")).text
+    assert "textContent" in page
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "eval(", "setHTML", "srcdoc"):
+        assert way not in page
 
 
 async def test_the_openapi_document_names_every_route(client: httpx.AsyncClient) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import RefusedError
+from sdar.contracts.errors import CorruptionError, RefusedError, SupersededError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, Task, TaskGroup
+from sdar.runtime.bus import BusLimits
+from sdar.runtime.ledger import parse_group_number
 from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.telemetry import Health
 from services.gateway.history import History
@@ -24,6 +27,10 @@ def evaluation_group(task_type: str) -> TaskGroup:
     return TaskGroup("test", "e-00000", task, 1, Purpose.EVALUATION, 3, SamplingParameters(1.0, 1.0, 4), 3, "here:1", "e")
 
 
+def group_named(group_id: str) -> TaskGroup:
+    return dataclasses.replace(evaluation_group("a"), group_id=group_id)
+
+
 class Run:
     """A scheduler on an in-memory bus, and the test in the place of every other service."""
 
@@ -32,7 +39,7 @@ class Run:
         self.bus = bus or MemoryBus(config.stream_consumers)
         self.stopping = asyncio.Event()
         history = History(Stream.TRAJECTORIES)
-        self.scheduler = Scheduler(config, self.bus, FakeCatalog(), history, Health(), default_address=address)
+        self.scheduler = Scheduler(config, self.bus.view(), FakeCatalog(), history, Health(), default_address=address)
         self.task = asyncio.create_task(self.scheduler.run(self.stopping))
 
     async def take(self, number: int) -> list[TaskGroup]:
@@ -58,12 +65,22 @@ class Run:
         await self.settle()
         return (await self.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)).num_undelivered
 
-    async def publish_policy(self, version: int) -> None:
-        await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(build_manifest(version))])
+    async def publish_policy(self, version: int, num_updates: int | None = None) -> None:
+        manifest = build_manifest(version, num_updates)
+        await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
+        await until(lambda: self.scheduler.policy_version == version)
 
     async def report(self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0) -> None:
         events = [LedgerEvent("test", g.group_id, outcome, g.group_size, version, "because") for g in groups]
-        await self.bus.publish(Stream.LEDGER, [codec.encode_ledger_event(event) for event in events])
+        await self.bus.commit({}, transitions=events)
+
+    async def set_aside(self, stream: Stream, group: ConsumerGroup, payload: bytes) -> str:
+        """Let a consumer give an entry up; returns its letter's id."""
+        await self.bus.publish(stream, [payload])
+        deliveries = await self.bus.read(stream, group, "r", 100, block_s=1)
+        await self.bus.dead_letter(deliveries[-1], "no good")
+        await self.bus.acknowledge(deliveries[:-1])
+        return (await self.bus.list_dead_letters(1))[0].letter_id
 
     async def answer_evaluations(self, groups: list[TaskGroup], version: int, *, is_success: bool = True) -> None:
         played = [codec.encode_trajectory(play(group, version, is_success=is_success)) for group in groups]
@@ -91,6 +108,16 @@ async def begin(run: Run) -> tuple[list[TaskGroup], list[TaskGroup]]:
     return groups[:6], groups[6:]
 
 
+async def finish(run: Run) -> None:
+    """Play and train everything, from the start to the last evaluation."""
+    before, training = await begin(run)
+    await run.answer_evaluations(before, 0)
+    await run.publish_policy(2)
+    await run.report(GroupOutcome.TRAINED, *training, version=2)
+    await run.answer_evaluations(await run.take(6), 2)
+    await run.reach(RunPhase.FINISHED)
+
+
 async def test_nothing_is_issued_before_a_first_policy(run: Run) -> None:
     await until(lambda: run.scheduler.detail.startswith("waiting for the learner"))
     assert await run.num_waiting() == 0
@@ -110,6 +137,7 @@ async def test_groups_in_flight_never_exceed_what_staleness_allows(run: Run) -> 
     assert await run.num_waiting() == 0
     await run.report(GroupOutcome.GENERATED, *training)
     assert await run.num_waiting() == 0
+    await run.publish_policy(1)
     await run.report(GroupOutcome.TRAINED, *training[:2], version=1)
     # The target of 2 updates needs 4 groups: 2 trained, 2 buffered, none missing.
     assert await run.num_waiting() == 0
@@ -121,7 +149,7 @@ async def test_a_stale_or_failed_group_is_replaced(run: Run) -> None:
     await run.report(GroupOutcome.FAILED, training[1])
     replacements = await run.take(2)
     assert {group.group_id for group in replacements}.isdisjoint({group.group_id for group in training})
-    assert run.scheduler.state.ledger.find_gap() == 0
+    assert run.scheduler.ledger_gap == 0
 
 
 async def test_the_run_finishes_after_the_last_evaluation_with_a_closed_ledger(run: Run) -> None:
@@ -134,8 +162,9 @@ async def test_the_run_finishes_after_the_last_evaluation_with_a_closed_ledger(r
     assert {group.admitted_version for group in after} == {2}
     await run.answer_evaluations(after, 2)
     await run.reach(RunPhase.FINISHED)
-    counts = run.scheduler.state.ledger.counts()
+    counts = run.scheduler.ledger.counts()
     assert counts["issued"] == counts["trained"] == 4
+    assert (run.scheduler.ledger_gap, run.scheduler.state.unaccounted) == (0, [])
     assert [evaluation.summary()["success"] for evaluation in run.scheduler.state.evaluations] == [0.0, 0.0, 1.0, 1.0]
 
 
@@ -186,18 +215,13 @@ async def test_a_restarted_gateway_goes_on_where_it_was_and_issues_nothing_twice
     await second.report(GroupOutcome.STALE, training[0])
     replacement = (await second.take(1))[0]
     assert replacement.group_id == "group-00000004"
-    assert second.scheduler.state.ledger.counts()["issued"] == 5
+    assert (await second.bus.read_ledger()).num_issued == 5
     await second.stop()
 
 
 async def test_a_gateway_restarted_after_the_end_is_ready_at_once() -> None:
     first = Run(build_config())
-    before, training = await begin(first)
-    await first.answer_evaluations(before, 0)
-    await first.publish_policy(2)
-    await first.report(GroupOutcome.TRAINED, *training, version=2)
-    await first.answer_evaluations(await first.take(6), 2)
-    await first.reach(RunPhase.FINISHED)
+    await finish(first)
     await first.settle()
     await first.stop()
     second = Run(build_config(), first.bus)
@@ -226,18 +250,229 @@ async def test_events_read_by_a_gateway_that_died_are_booked_by_the_next() -> No
     _, training = await begin(first)
     await first.settle()
     await first.stop()
-    await first.report(GroupOutcome.GENERATED, training[0])
+    await first.report(GroupOutcome.FAILED, training[0])
     assert await first.bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 10)  # read, and never acknowledged
     second = Run(build_config(), first.bus)
-    await until(lambda: second.scheduler.state.ledger.num_generated == 1)
+    await until(lambda: second.scheduler.state.failure_reasons == {training[0].group_id: "because"})
     await second.stop()
 
 
-async def test_an_unreadable_event_does_not_stop_the_scheduler(run: Run) -> None:
+async def test_an_unreadable_event_is_set_aside_and_does_not_stop_the_scheduler(run: Run) -> None:
     _, training = await begin(run)
-    await run.bus.publish(Stream.LEDGER, [b"\xff\xff nonsense"])
+    await run.bus.publish(Stream.EVALUATIONS, [b"\xff\xff nonsense"])
     await run.report(GroupOutcome.FAILED, training[0])
     assert len(await run.take(1)) == 1
+    await run.settle()
+    assert [letter.payload for letter in await run.bus.list_dead_letters()] == [b"\xff\xff nonsense"]
+
+
+@pytest.mark.parametrize("group_id", ["sampled-000000-v000000-99999", "sampled-000000-v000000-²", "group-99999999", "-", ""])
+async def test_what_is_told_of_a_group_that_nobody_issued_changes_nothing(run: Run, group_id: str) -> None:
+    evaluations, training = await begin(run)
+    await run.report(GroupOutcome.FAILED, dataclasses.replace(training[0], group_id=group_id))
+    await run.answer_evaluations([dataclasses.replace(evaluations[0], group_id=group_id)], 7)
+    assert await run.num_waiting() == 0
+    assert run.scheduler.ledger.counts()["running"] == 4
+    assert not any(evaluation.num_episodes for evaluation in run.scheduler.state.evaluations)
+
+
+async def test_a_manifest_that_cannot_be_read_is_passed_over(run: Run) -> None:
+    await run.bus.publish(Stream.POLICY_UPDATES, [b"\xff\xff nonsense"])
+    assert await begin(run)
+
+
+async def test_after_a_crash_that_lost_updates_no_more_is_issued_than_they_leave_room_for() -> None:
+    run = Run(build_config(num_updates=100))
+    _, training = await begin(run)
+    await run.report(GroupOutcome.GENERATED, *training)
+    await run.publish_policy(1)  # trained by the learner, not durable: they stay buffered and make room for an update ahead
+    training += await run.take(2)
+    await run.publish_policy(2)
+    training += await run.take(2)
+    await run.publish_policy(3, num_updates=0)  # the learner died before its first checkpoint and begins again from nothing
+    await run.report(GroupOutcome.STALE, training[0])
+    assert run.scheduler.num_updates == 0
+    assert await run.num_waiting() == 0  # 7 groups are out, updates 0 and 1 need 4
+    await run.publish_policy(4, num_updates=1)
+    await run.publish_policy(5, num_updates=2)
+    assert len(await run.take(1)) == 1  # 8 fit again, one is missing
+    await run.stop()
+
+
+async def test_groups_whose_effect_a_damaged_checkpoint_took_along_are_replaced() -> None:
+    run = Run(build_config(num_updates=3))
+    _, training = await begin(run)
+    await run.publish_policy(2)
+    await run.report(GroupOutcome.TRAINED, *training, version=2)
+    assert len(await run.take(2)) == 2
+    await run.publish_policy(3, num_updates=1)  # what 2 of the 4 taught is gone; updates 2 and 3 need 4 groups, 2 are out
+    assert await run.num_waiting() == 2
+    await run.stop()
+
+
+async def test_the_last_evaluation_is_of_the_policy_that_is_durable(run: Run) -> None:
+    before, training = await begin(run)
+    await run.answer_evaluations(before, 0)
+    await run.report(GroupOutcome.GENERATED, *training)
+    await run.publish_policy(2)
+    assert await run.num_waiting() == 0  # its groups are not closed: a crash may still lose it
+    await run.publish_policy(3, num_updates=0)
+    await run.publish_policy(5, num_updates=2)
+    await run.report(GroupOutcome.TRAINED, *training, version=5)
+    assert {group.admitted_version for group in await run.take(6)} == {5}
+
+
+async def test_a_gateway_that_another_one_has_followed_ends_without_writing() -> None:
+    first = Run(build_config())
+    _, training = await begin(first)
+    second = Run(build_config(), first.bus)
+    await second.reach(RunPhase.RUNNING)
+    await second.report(GroupOutcome.FAILED, training[0])
+    assert len(await second.take(1)) == 1
+    await second.settle()
+    first.scheduler.pause()
+    with pytest.raises(SupersededError, match="gateway"):
+        await first.task
+    assert second.scheduler.state.next_group_number == (await second.bus.read_ledger()).num_issued == 5
+    await second.stop()
+
+
+async def test_a_redis_that_forgot_what_it_confirmed_ends_the_gateway(run: Run) -> None:
+    await begin(run)
+    await run.bus.commit({}, transitions=[LedgerEvent("test", "group-00000004", GroupOutcome.ISSUED, 0, 0)])
+    with pytest.raises(CorruptionError, match="has 5 groups, this gateway issued 4"):
+        await run.task
+    run.task = asyncio.create_task(asyncio.sleep(0))
+
+
+async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_learner_puts_back() -> None:
+    first = Run(build_config())
+    evaluations, training = await begin(first)
+    await first.answer_evaluations(evaluations[:5], 0)
+    await first.report(GroupOutcome.GENERATED, *training[:2])
+    await first.settle()
+    snapshot = await first.bus.take_snapshot()
+    await first.stop()
+    second = Run(build_config())
+    await until(lambda: second.scheduler.detail.startswith("waiting for the learner"))
+    await second.scheduler.register_environment("other", "there:1")
+    assert await second.bus.restore_snapshot(snapshot, trained=[0, 1])
+    await second.publish_policy(1)
+    groups = await second.take(3)
+    assert groups[0].group_id == evaluations[5].group_id  # its task was lost with the streams
+    assert [group.group_id for group in groups[1:]] == ["group-00000004", "group-00000005"]
+    assert second.scheduler.state.environments == {"other": "there:1"}
+    assert second.scheduler.ledger_gap == 0
+    await second.stop()
+
+
+async def test_a_group_without_an_outcome_at_the_end_is_named_and_the_run_finishes(run: Run) -> None:
+    before, training = await begin(run)
+    await run.answer_evaluations(before, 0)
+    await run.publish_policy(2)
+    await run.report(GroupOutcome.TRAINED, *training, version=2)
+    after = await run.take(6)
+    account = run.bus._store.account
+    account.ended[1] = GroupOutcome.ISSUED  # somebody wrote into Redis: the group counts as trained, and nothing says which
+    await run.answer_evaluations(after, 2)
+    await run.reach(RunPhase.FINISHED)
+    assert (run.scheduler.state.unaccounted, run.scheduler.ledger_gap) == ([1], 1)
+
+
+async def test_groups_still_buffered_after_an_early_stop_are_no_gap(run: Run) -> None:
+    before, training = await begin(run)
+    await run.answer_evaluations(before, 0)
+    await run.report(GroupOutcome.GENERATED, *training)
+    await run.settle()
+    run.scheduler.stop()
+    await run.reach(RunPhase.FINISHED)
+    assert run.scheduler.ledger.num_buffered == 4
+    assert run.scheduler.ledger_gap == 0
+
+
+async def test_a_gateway_waits_for_room_in_a_full_stream_and_lives() -> None:
+    config = build_config()
+    run = Run(config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=0.01)))
+    await run.publish_policy(0)
+    # Ten groups in one commit pass the bound once; the next commit finds the stream full.
+    await until(lambda: run.scheduler.state.next_group_number == 4)
+    await run.scheduler.register_environment("other", "there:1")
+    await run.report(GroupOutcome.FAILED, group_named("group-00000000"))
+    await until(lambda: run.scheduler.state.next_group_number == 5)
+    assert not run.task.done()
+    groups = await run.take(11)
+    assert groups[-1].group_id == "group-00000004"
+    await run.settle()
+    await run.stop()
+
+
+async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(run: Run) -> None:
+    _, training = await begin(run)
+    trajectory = codec.encode_trajectory(play(training[0], 0))
+    letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, trajectory)
+    first, second = await asyncio.gather(*(run.scheduler.retry_dead_letter(letter_id) for _ in range(2)))
+    assert first == second == "group-00000004"
+    again = await run.take(1)
+    assert (again[0].group_id, again[0].task) == ("group-00000004", training[0].task)
+    assert await run.bus.count_dead_letters() == 0
+    assert (await run.bus.read_ledger()).num_issued == 5
+    with pytest.raises(UnknownResourceError, match=letter_id):
+        await run.scheduler.retry_dead_letter(letter_id)
+
+
+async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_failure_no_longer_counts(run: Run) -> None:
+    evaluations, _ = await begin(run)
+    await run.report(GroupOutcome.FAILED, evaluations[0])
+    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0]))
+    await run.settle()
+    assert len(run.scheduler.state.evaluations[0].failed) == 1
+    assert await run.scheduler.retry_dead_letter(letter_id) == evaluations[0].group_id
+    assert await run.take(1) == [evaluations[0]]
+    assert run.scheduler.state.evaluations[0].failed == []
+    await run.answer_evaluations(evaluations[:1], 0)
+    await run.settle()
+    assert run.scheduler.state.evaluations[0].num_episodes == 1
+    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0]))
+    with pytest.raises(RefusedError, match="it has its result"):
+        await run.scheduler.retry_dead_letter(letter_id)
+
+
+async def test_a_letter_that_tells_of_no_work_is_refused(run: Run) -> None:
+    await begin(run)
+    letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, b"\xff nonsense")
+    with pytest.raises(RefusedError, match="cannot be read"):
+        await run.scheduler.retry_dead_letter(letter_id)
+    await run.bus.publish(Stream.EVALUATIONS, [b"\xff nonsense"])
+    await run.settle()
+    letter_id = (await run.bus.list_dead_letters(1))[0].letter_id
+    with pytest.raises(RefusedError, match="no work"):
+        await run.scheduler.retry_dead_letter(letter_id)
+
+
+async def test_a_letter_that_vanished_under_its_retry_is_not_found_and_the_run_goes_on(run: Run) -> None:
+    _, training = await begin(run)
+    trajectory = codec.encode_trajectory(play(training[0], 0))
+    letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, trajectory)
+    retry = asyncio.ensure_future(run.scheduler.retry_dead_letter(letter_id))
+    await until(lambda: bool(run.scheduler._retries._waiting))
+    await run.bus.commit({}, retired_letters=[letter_id])
+    with pytest.raises(UnknownResourceError, match=letter_id):
+        await retry
+    await run.report(GroupOutcome.FAILED, training[1])
+    assert parse_group_number((await run.take(1))[0].group_id) == 4
+    assert run.scheduler.ledger_gap == 0
+
+
+async def test_a_finished_run_retries_nothing() -> None:
+    run = Run(build_config())
+    _, training = await begin(run)
+    await run.stop()
+    run = Run(build_config())
+    await finish(run)
+    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(training[0]))
+    with pytest.raises(RefusedError, match="finished"):
+        await run.scheduler.retry_dead_letter(letter_id)
+    await run.stop()
 
 
 async def test_a_run_whose_groups_all_fail_gives_up_and_says_why(run: Run) -> None:

@@ -1,0 +1,212 @@
+"""Owns the alarms: what is wrong with a run, told as early as it can be known. Pure; acting on it is up to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+
+from sdar.contracts.streams import Stream
+from sdar.runtime.bus import BusMemory, StreamLag
+
+from .state import RunPhase
+
+log = structlog.get_logger()
+
+SILENCE_S = 60.0
+"""Rollout workers and teachers report every few seconds; this many missed in a row are no hiccup."""
+LEARNER_LEAST_SILENCE_S = 300.0
+"""The learner reports once an update. The first one compiles kernels, so less would cry wolf."""
+LEARNER_SILENCE_FACTOR = 3.0
+"""An update that takes this many times the slowest of the newest ones isn't merely slow."""
+TEACHER_LAG_S = 120.0
+"""A trajectory is scored in seconds; one that has waited this long will soon be stale."""
+MEMORY_SHARE = 0.8
+"""Share of Redis' memory in use that leaves time to act before writes are refused."""
+LENGTH_DRIFT = 0.25
+"""A quarter of all episodes would have to be of other lengths for what is trained to look like what is played."""
+NO_PROGRESS_S = 600.0
+"""No group played or closed, no evaluation episode, no new policy: longer than the longest episode should take."""
+
+_ACTIVE = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
+
+
+class BusState(StrEnum):
+    """UNREACHABLE: Redis does not answer; FULL: it answers and refuses writes."""
+
+    OK = "ok"
+    UNREACHABLE = "unreachable"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class BusCondition:
+    """Where the bus stands since the Unix time `since_s`, and what it last said."""
+
+    state: BusState
+    since_s: float
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something is wrong since the Unix time `since_s`."""
+
+    name: str
+    message: str
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the alarms judge, as of one moment. Times are Unix times.
+
+    Attributes:
+        lags: of each consumed stream, as last known.
+        heard_at_s: by service, when one of its processes last reported; for one never heard, since when it is waited for.
+        learner_busy_s: the slowest of the learner's newest updates, without its waiting; 0 before the first.
+        progress_at_s: when the account, the policy or an evaluation last moved.
+    """
+
+    now_s: float
+    phase: RunPhase
+    bus: BusCondition
+    memory: BusMemory
+    lags: Mapping[Stream, StreamLag]
+    heard_at_s: Mapping[str, float]
+    learner_busy_s: float
+    learner_input: Stream
+    num_dead_letters: int
+    ledger_gap: int
+    length_drift: float
+    progress_at_s: float
+
+    def is_waiting(self, stream: Stream) -> bool:
+        lag = self.lags.get(stream)
+        return lag is not None and lag.num_undelivered + lag.num_pending > 0
+
+    def silence_s(self, service: str) -> float:
+        """How long nothing was heard of a service over a bus that could have carried it."""
+        if self.bus.state is not BusState.OK or self.phase not in _ACTIVE:
+            return 0.0
+        return self.now_s - max(self.heard_at_s.get(service, self.now_s), self.bus.since_s)
+
+
+def find_redis_unreachable(situation: Situation) -> str:
+    bus = situation.bus
+    if bus.state is not BusState.UNREACHABLE:
+        return ""
+    return f"Redis does not answer for {situation.now_s - bus.since_s:.0f} s: {bus.message} Everything waits for it."
+
+
+def find_redis_full(situation: Situation) -> str:
+    if situation.bus.state is not BusState.FULL:
+        return ""
+    return f"Redis refuses writes: {situation.bus.message} Everything waits; give it memory or disk."
+
+
+def find_redis_memory(situation: Situation) -> str:
+    memory = situation.memory
+    if not memory.max_bytes or memory.used_bytes <= MEMORY_SHARE * memory.max_bytes:
+        return ""
+    used, most = memory.used_bytes / 2**20, memory.max_bytes / 2**20
+    return f"Redis holds {used:.0f} of {most:.0f} MiB; beyond that it refuses writes. Raise its maxmemory."
+
+
+def find_rollout_silent(situation: Situation) -> str:
+    silence_s = situation.silence_s("rollout")
+    if silence_s <= SILENCE_S or not situation.is_waiting(Stream.TASKS):
+        return ""
+    return f"No rollout worker was heard from for {silence_s:.0f} s while task groups wait. See its log."
+
+
+def find_teacher_silent(situation: Situation) -> str:
+    silence_s = situation.silence_s("teacher")
+    has_teacher = situation.learner_input is not Stream.TRAJECTORIES
+    if silence_s <= SILENCE_S or not has_teacher or not situation.is_waiting(Stream.TRAJECTORIES):
+        return ""
+    return f"No teacher was heard from for {silence_s:.0f} s while trajectories wait for their scores. See its log."
+
+
+def find_teacher_lagging(situation: Situation) -> str:
+    lag = situation.lags.get(Stream.TRAJECTORIES)
+    if situation.learner_input is Stream.TRAJECTORIES or situation.phase not in _ACTIVE or lag is None:
+        return ""
+    if lag.oldest_age_s <= TEACHER_LAG_S:
+        return ""
+    waiting = lag.num_undelivered + lag.num_pending
+    return f"{waiting} trajectories wait for the teacher, the oldest for {lag.oldest_age_s:.0f} s; they may go stale."
+
+
+def find_learner_silent(situation: Situation) -> str:
+    silence_s = situation.silence_s("learner")
+    lag = situation.lags.get(situation.learner_input)
+    bound_s = max(LEARNER_LEAST_SILENCE_S, LEARNER_SILENCE_FACTOR * situation.learner_busy_s)
+    # What it has read and holds until its next checkpoint is no sign of trouble; what it doesn't read is.
+    if silence_s <= bound_s or lag is None or not lag.num_undelivered:
+        return ""
+    return f"No update for {silence_s:.0f} s while {lag.num_undelivered} episodes wait for the learner. See its log."
+
+
+def find_dead_letters(situation: Situation) -> str:
+    if not situation.num_dead_letters:
+        return ""
+    return f"{situation.num_dead_letters} entries were set aside. Look at them with `sdar dead-letter list`."
+
+
+def find_ledger_gap(situation: Situation) -> str:
+    if not situation.ledger_gap:
+        return ""
+    return f"The account of groups cannot explain {situation.ledger_gap} of them: a defect, or somebody wrote into Redis."
+
+
+def find_length_drift(situation: Situation) -> str:
+    drift = situation.length_drift
+    if drift <= LENGTH_DRIFT:
+        return ""
+    return (
+        f"Episodes that are trained differ in length from those played by {drift:.2f} (total variation): long ones are dropped "
+        "more often. Raise training.max_staleness or add rollout workers."
+    )
+
+
+def find_no_progress(situation: Situation) -> str:
+    idle_s = situation.now_s - situation.progress_at_s
+    if idle_s <= NO_PROGRESS_S or situation.phase not in (RunPhase.STARTING, RunPhase.RUNNING, RunPhase.STOPPING):
+        return ""
+    return f"Nothing was played, trained or evaluated for {idle_s / 60:.0f} minutes."
+
+
+JUDGES: dict[str, Callable[[Situation], str]] = {
+    "redis_unreachable": find_redis_unreachable,
+    "redis_full": find_redis_full,
+    "redis_memory": find_redis_memory,
+    "rollout_silent": find_rollout_silent,
+    "teacher_silent": find_teacher_silent,
+    "teacher_lagging": find_teacher_lagging,
+    "learner_silent": find_learner_silent,
+    "dead_letters": find_dead_letters,
+    "ledger_gap": find_ledger_gap,
+    "length_drift": find_length_drift,
+    "no_progress": find_no_progress,
+}
+"""Every alarm by its name; each tells what is wrong in a sentence, or nothing."""
+
+
+class AlarmBoard:
+    """The alarms that are up, each since when; a change is logged."""
+
+    def __init__(self) -> None:
+        self.alarms: list[Alarm] = []
+
+    def update(self, situation: Situation) -> None:
+        since_s = {alarm.name: alarm.since_s for alarm in self.alarms}
+        found = {name: judge(situation) for name, judge in JUDGES.items()}
+        self.alarms = [Alarm(name, text, since_s.get(name, situation.now_s)) for name, text in found.items() if text]
+        for alarm in self.alarms:
+            if alarm.name not in since_s:
+                log.warning("alarm_raised", name=alarm.name, message=alarm.message)
+        for name in since_s.keys() - {alarm.name for alarm in self.alarms}:
+            log.info("alarm_cleared", name=name)

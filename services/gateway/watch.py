@@ -1,0 +1,125 @@
+"""Owns what is known of the bus and what is wrong with the run, looked up once a second so that no request waits for Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from sdar.contracts.errors import BusUnavailableError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.runtime.bus import Bus, BusMemory, StreamLag
+from sdar.runtime.lifecycle import wait_or_stop
+
+from .alarms import AlarmBoard, BusCondition, BusState, Situation
+from .metrics import GatewayMetrics
+from .scheduler import Scheduler
+
+T = TypeVar("T")
+
+_REFRESH_S = 1.0
+ANSWER_S = 2.0
+"""Longest wait for Redis' answer to a small question: a status page and a dead letter are asked for by people."""
+_NEWEST_UPDATES = 20
+_BUSY_PARTS = ("step_s", "publish_s", "checkpoint_s")
+
+
+class Watch:
+    """A second look at the bus beside the scheduler's, which may be waiting in a call of its own.
+
+    Args:
+        bus: one whose calls nobody else depends on: they are given up after `ANSWER_S`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        bus: Bus,
+        metrics: GatewayMetrics | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.lags: dict[Stream, StreamLag] = {}
+        self.memory = BusMemory(0, 0)
+        self.num_dead_letters = 0
+        self.condition = BusCondition(BusState.OK, clock())
+        self.board = AlarmBoard()
+        self._scheduler = scheduler
+        self._bus = bus
+        self._metrics = metrics or GatewayMetrics()
+        self._clock = clock
+        self._began_s = clock()
+        self._progress, self._progress_at_s = scheduler.progress, clock()
+        self._was_blocked = False
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Look once a second, until told to stop."""
+        while not stopping.is_set():
+            await self.refresh()
+            await wait_or_stop(stopping, _REFRESH_S)
+
+    async def refresh(self) -> None:
+        """Look now. Never raises for a Redis that is away."""
+        try:
+            await self.ask(self._look())
+        except BusUnavailableError as error:
+            self._change(BusState.UNREACHABLE, error.message)
+        else:
+            # Twice in a row: the scheduler's own call takes a moment to notice that Redis is back.
+            blocked = self._scheduler.health.blocked
+            is_full = bool(blocked) and self._was_blocked
+            self._change(BusState.FULL if is_full else BusState.OK, blocked if is_full else "")
+            self._was_blocked = bool(blocked)
+        self._note_progress()
+        self.board.update(self._describe_situation())
+        self._metrics.observe_bus(self.condition.state, self.lags, self.memory, self.num_dead_letters, self.board.alarms)
+
+    async def ask(self, question: Awaitable[T]) -> T:
+        """The answer to a question to Redis, for somebody who waits.
+
+        Raises:
+            BusUnavailableError: there is none within `ANSWER_S`.
+        """
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await question
+        except TimeoutError as error:
+            reason = self._scheduler.health.blocked or f"Redis gave no answer within {ANSWER_S:g} s."
+            raise BusUnavailableError(reason) from error
+
+    async def _look(self) -> None:
+        lags = {stream: await self._bus.stream_lag(stream, group) for stream, group in self._consumers()}
+        memory = await self._bus.memory()
+        self.num_dead_letters = await self._bus.count_dead_letters()
+        self.lags, self.memory = lags, memory
+
+    def _consumers(self) -> list[tuple[Stream, ConsumerGroup]]:
+        """Each consumed stream with its group; one role reads a stream."""
+        return [(stream, group) for stream, groups in self._scheduler.config.stream_consumers.items() for group in groups]
+
+    def _change(self, state: BusState, message: str) -> None:
+        since_s = self.condition.since_s if state is self.condition.state else self._clock()
+        self.condition = BusCondition(state, since_s, message)
+
+    def _note_progress(self) -> None:
+        if self._scheduler.progress != self._progress:
+            self._progress, self._progress_at_s = self._scheduler.progress, self._clock()
+
+    def _describe_situation(self) -> Situation:
+        scheduler, history = self._scheduler, self._scheduler.history
+        heard = {name: history.last_heard_s(name) or self._began_s for name in ("rollout", "teacher", "learner")}
+        updates = history.newest_values("learner", _NEWEST_UPDATES)
+        return Situation(
+            now_s=self._clock(),
+            phase=scheduler.state.phase,
+            bus=self.condition,
+            memory=self.memory,
+            lags=self.lags,
+            heard_at_s=heard,
+            learner_busy_s=max((sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0),
+            learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
+            num_dead_letters=self.num_dead_letters,
+            ledger_gap=scheduler.ledger_gap,
+            length_drift=scheduler.lengths.compute_drift(),
+            progress_at_s=self._progress_at_s,
+        )
