@@ -119,7 +119,7 @@ def hostile_documents(name: str, good: Any) -> list[str]:
 def test_a_weights_manifest_is_read_or_refused_as_corrupt() -> None:
     manifest = codec.decode_weights_manifest((GOLDEN / "weights_manifest.bin").read_bytes())
     good = json.loads(manifest_to_json(manifest)) | {"path": "run/v00000012"}
-    good["tensors"] = [entry | {"shard": f"shard-00000-{'0' * 16}.safetensors"} for entry in good["tensors"]]
+    good["tensors"] = [entry | {"shard": f"shard-00000-{'0' * 64}.safetensors"} for entry in good["tensors"]]
     manifest_from_json(json.dumps(good))
     for text in hostile_documents("weights manifest", good):
         try:
