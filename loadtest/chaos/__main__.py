@@ -24,8 +24,8 @@ from sdar.runtime.bus import SUSPECT_FACTOR
 from services.rollout.worker import WorkerLimits
 
 DEFAULT_MINUTES = 10.0
-DEFAULT_SEED = 4
-_UPDATES_PER_MINUTE = 24
+DEFAULT_SEED = 27
+_UPDATES_PER_MINUTE = 40
 """What two cores manage between the faults, about."""
 NUM_ROLLOUTS = 2
 _PAGE = ROOT / "docs" / "chaos.md"

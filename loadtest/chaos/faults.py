@@ -126,7 +126,7 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
 
 _FAULT_SHARE = 0.85
 """Part of the minutes in which faults begin; the rest is for what has to recover and for the run's end."""
-_LAST_PROGRESS = 0.9
+_LAST_PROGRESS = 0.85
 """The last fault comes before this share of the updates is done, however fast the machine."""
 
 _Planned = tuple[FaultKind, str, float]

@@ -24,12 +24,13 @@ from sdar.contracts.errors import UnavailableError
 from sdar.contracts.types import GroupOutcome, MetricRecord
 from sdar.runtime.ledger import LedgerAccount
 from sdar.runtime.settings import apply_environment
+from services.envs.sessions import SessionLimits
 
 log = structlog.get_logger()
 
 _STEP_S = 0.05
 _START_TIMEOUT_S = 300.0
-_END_TIMEOUT_S = 300.0
+_END_TIMEOUT_S = 600.0
 """How long the run may take beyond its minutes to reach its target once nothing hurts it any more."""
 _WAIT_FOR_RECOVERY_S = 60.0
 """A target that has not recovered from its last fault is left alone for so long, then hit all the same."""
@@ -37,7 +38,7 @@ _KILL_AGAIN_AFTER_S = 1.5
 _DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
 _TELL_EVERY_S = 30.0
-_SESSIONS_END_TIMEOUT_S = 90.0
+_SESSIONS_END_TIMEOUT_S = SessionLimits().default_lease_s + 30.0
 """Sessions whose client was killed end with their lease."""
 _PROCESSES_END_TIMEOUT_S = 10.0
 
