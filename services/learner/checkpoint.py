@@ -4,11 +4,14 @@
       update-00000020/                     appears under this name by one rename, when everything in it is on the disk
         weights.safetensors                the policy, by Hugging Face names
         optimizer-00000-of-00001.safetensors   each rank's shard: master weights, AdamW moments, random state
+        bus.snapshot                       states and account of the bus (the gateway's cursor is one), taken before
         state.json                         progress, and what the shards were made for
-        manifest.json                      size and sha256 of every other file; written last
+        manifest.json                      size and sha256 of every other file, and its own sha256; written last
       update-00000030.partial/             being written; removed at the next start
+      update-00000030.replaced/            a damaged one of that name, until its successor is in place
 
-It never decides when to write one, and never acknowledges anything.
+The learning rate is a function of the update number (`Trainer`), so no scheduler has state to be held. It never decides when to
+write a checkpoint, and never acknowledges anything.
 """
 
 from __future__ import annotations
@@ -36,14 +39,17 @@ from services.learner.ranks import Ranks
 log = structlog.get_logger()
 
 _PARTIAL = ".partial"
+_REPLACED = ".replaced"
+_MANIFEST, _STATE, _SNAPSHOT, _WEIGHTS = "manifest.json", "state.json", "bus.snapshot", "weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An intact checkpoint."""
+    """An intact checkpoint. `snapshot` is what `Bus.restore_snapshot` takes."""
 
     path: Path
     progress: Progress
+    snapshot: bytes
 
 
 class CheckpointStore:
@@ -57,62 +63,86 @@ class CheckpointStore:
         self._directory = directory
         self._config = config
         self._lock = _lock_directory(directory)
+        self._damaged: set[Path] = set()
         for leftover in directory.glob(f"*{_PARTIAL}"):
             shutil.rmtree(leftover)
+        for replaced in directory.glob(f"*{_REPLACED}"):
+            if replaced.with_suffix("").exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(replaced.with_suffix(""))
 
     def find_newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; logs which newer ones were skipped and why.
+        """The newest intact checkpoint, None where none was ever written; logs which newer ones were skipped and why.
 
         Raises:
+            CorruptionError: there are checkpoints, and all are damaged.
             ConfigurationError: it was made for other ranks, another ZeRO stage, number format or model.
         """
-        for path in sorted(self._directory.glob("update-" + "[0-9]" * 8), reverse=True):
+        skipped = {}
+        for path in _list_newest_first(self._directory):
             try:
                 state = _verify(path)
-                progress = Progress.from_json(state["progress"])
+                found = Checkpoint(path, Progress.from_json(state["progress"]), (path / _SNAPSHOT).read_bytes())
             except CorruptionError as error:
-                log.warning("checkpoint_skipped", path=str(path), reason=str(error))
+                log.error("checkpoint_skipped", path=str(path), reason=str(error))
+                skipped[path] = str(error)
                 continue
             self._check_fits(path, state["made_for"])
+            self._damaged = set(skipped)
+            progress = found.progress
             log.info("checkpoint_found", path=str(path), num_updates=progress.num_updates, version=progress.policy_version)
-            return Checkpoint(path, progress)
+            return found
+        if skipped:
+            raise _all_damaged(self._directory, skipped)
         return None
 
-    def write(self, progress: Progress, write_shards: Callable[[Path], None]) -> Path:
+    def write(self, progress: Progress, snapshot: bytes, write_shards: Callable[[Path], None]) -> Path:
         """Make `progress` durable; `write_shards` puts every rank's files into the directory it is given.
 
         Raises:
-            CapacityError: the disk is full; nothing is left behind and earlier checkpoints stand.
+            CapacityError: the disk is full, or cannot be written; nothing is left behind and earlier checkpoints stand.
         """
         final = self._directory / f"update-{progress.num_updates:08d}"
-        partial = final.with_name(final.name + _PARTIAL)
+        partial = final.with_suffix(_PARTIAL)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_shards(partial)
-            _write_json(partial / "state.json", {"progress": progress.to_json(), "made_for": self._made_for()})
-            files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-            _write_json(partial / "manifest.json", {"files": files})
+            _write_file(partial / _SNAPSHOT, snapshot)
+            _write_file(partial / _STATE, _to_json({"progress": progress.to_json(), "made_for": self._made_for()}))
+            _write_file(partial / _MANIFEST, _describe_all(partial))
             _sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync(self._directory)
+            self._put_in_place(partial, final)
+            self._remove_old(final)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
                 raise _disk_error(final, error) from error
             raise
-        self._remove_old()
         return final
+
+    def _put_in_place(self, partial: Path, final: Path) -> None:
+        """Nothing goes before its successor is there, even if it is damaged: who has the name was not resumed from."""
+        replaced = final.with_suffix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        partial.rename(final)
+        _sync(self._directory)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def close(self) -> None:
         """Let another learner have the directory."""
         os.close(self._lock)
 
-    def _remove_old(self) -> None:
-        paths = sorted(self._directory.glob("update-" + "[0-9]" * 8))
-        for path in paths[: -self._config.training.keep_checkpoints]:
+    def _remove_old(self, newest: Path) -> None:
+        """Keep the newest whole ones. Those found damaged don't count, and go once a newer one is there."""
+        self._damaged.discard(newest)
+        whole = [path for path in _list_newest_first(self._directory) if path not in self._damaged]
+        for path in [*whole[self._config.training.keep_checkpoints :], *(path for path in self._damaged if path < newest)]:
             shutil.rmtree(path)
+            self._damaged.discard(path)
 
     def _made_for(self) -> dict[str, Any]:
         training = self._config.training
@@ -130,6 +160,19 @@ class CheckpointStore:
             raise ConfigurationError(
                 f"Checkpoint {path} was made with {changes}. Continue with the same values, or start another run."
             )
+
+
+def read_trained_groups(directory: Path) -> list[tuple[str, ...]]:
+    """Group ids of each update (the last `REMEMBERED_UPDATES`) that the newest intact checkpoint holds, oldest first.
+
+    For those who check a run from outside: it takes no lock, so it may be called beside a running learner.
+    """
+    for path in _list_newest_first(directory):
+        try:
+            return list(Progress.from_json(_verify(path)["progress"]).trained_groups)
+        except CorruptionError as error:
+            log.warning("checkpoint_skipped", path=str(path), reason=str(error))
+    return []
 
 
 def write_rank_shard(
@@ -156,8 +199,8 @@ def write_rank_shard(
         save_file(shard, path, metadata={"num_steps": str(num_steps)})
         _sync(path)
         if ranks.is_leader:
-            save_file(weights, directory / "weights.safetensors", metadata={"format": "pt"})
-            _sync(directory / "weights.safetensors")
+            save_file(weights, directory / _WEIGHTS, metadata={"format": "pt"})
+            _sync(directory / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise _disk_error(path, error) from error
 
@@ -197,18 +240,35 @@ def _lock_directory(directory: Path) -> int:
     return handle
 
 
+def _list_newest_first(directory: Path) -> list[Path]:
+    return sorted(directory.glob("update-" + "[0-9]" * 8), reverse=True)
+
+
 def _verify(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose every file is what its manifest says."""
+    """The state of a checkpoint that holds exactly the files its manifest names, each as it says.
+
+    Raises:
+        CorruptionError: one byte, file or name is not as it was written.
+    """
     try:
-        files = json.loads((path / "manifest.json").read_bytes())["files"]
+        written = (path / _MANIFEST).read_bytes()
+        files = json.loads(written)["files"]
+        if written != _seal(files):
+            raise CorruptionError(f"{_MANIFEST} does not have the sha256 that it states of itself.")
+        names = sorted(entry.name for entry in path.iterdir() if entry.name != _MANIFEST)
+        if names != sorted(files) or not {_STATE, _SNAPSHOT, _WEIGHTS} <= files.keys():
+            raise CorruptionError(f"It holds the files {names}, its manifest names {sorted(files)}.")
         for name, expected in files.items():
-            found = _describe(path / name)
-            if found != expected:
+            if (found := _describe(path / name)) != expected:
                 raise CorruptionError(f"{name} is {found}, its manifest says {expected}.")
-        state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-        return {"progress": state["progress"], "made_for": state["made_for"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
+        return {"progress": state["progress"], "made_for": dict(state["made_for"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"unreadable: {error!r}") from error
+
+
+def _describe_all(directory: Path) -> bytes:
+    return _seal({path.name: _describe(path) for path in directory.iterdir()})
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -216,8 +276,17 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+def _seal(files: dict[str, Any]) -> bytes:
+    """A manifest's only spelling: what reads the same and is written otherwise is damaged, too."""
+    return _to_json({"files": files, "sha256": hashlib.sha256(_to_json(files)).hexdigest()})
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     _sync(path)
 
 
@@ -231,6 +300,14 @@ def _sync(path: Path) -> None:
 
 def _disk_error(path: Path, error: Exception) -> CapacityError:
     return CapacityError(
-        f"Cannot write {path}: {error}. Nothing was half-written and earlier checkpoints stand; free space or set "
-        "SDAR_CHECKPOINTS to a larger disk, then start again."
+        f"Cannot write {path}: {error}. Nothing was half-written and earlier checkpoints stand; the learner tries again until "
+        "there is room. Free space on that disk."
+    )
+
+
+def _all_damaged(directory: Path, skipped: dict[Path, str]) -> CorruptionError:
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
+    return CorruptionError(
+        f"All checkpoints in {directory} are damaged ({reasons}). Put an intact copy back, or delete them (rm -r "
+        f"{directory}/update-*) to let the policy begin again from the model."
     )

@@ -2,7 +2,11 @@
 
 `GroupBuffer` decides and does no I/O; `GroupSource` reads the stream and writes what was decided. An entry of a group that will
 be trained stays unacknowledged: the main loop acknowledges it when a checkpoint holds its effect. Everything else is
-acknowledged in the transaction that tells the ledger why. What is held is bounded by the gateway's admission.
+acknowledged in the transaction that books why. What is held is bounded by the gateway's admission.
+
+Groups are served earliest deadline first: the one that goes stale soonest is trained first, so a long episode, which arrives
+late and with old tokens, is not the one that waits. The choice depends on what has arrived and on nothing else: a learner that
+resumes makes the batches again that it would have made.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +28,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
-from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, parse_entry_id
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
 log = structlog.get_logger()
@@ -34,15 +39,44 @@ _BLOCK_S = 0.25
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Episodes of one task from one attempt, in the order of their index, and the stream entries that brought them."""
+    """Episodes of one task from one attempt, in the order of their index, and the stream entries that brought them.
+
+    Attributes:
+        policy_version: of the oldest sampled token.
+        teacher_version: of the oldest score, None if there is none.
+        arrived: place in the stream of the last entry.
+    """
 
     group_id: str
     items: tuple[ScoredTrajectory, ...]
     deliveries: tuple[Delivery, ...]
+    policy_version: int
+    teacher_version: int | None
+    arrived: tuple[int, int]
+
+    @classmethod
+    def of(cls, group_id: str, pairs: Iterable[tuple[ScoredTrajectory, Delivery]]) -> Self:
+        items, deliveries = zip(*sorted(pairs, key=_by_episode), strict=True)
+        return cls(
+            group_id,
+            items,
+            deliveries,
+            min(item.trajectory.min_policy_version for item in items),
+            min((item.score.teacher_version for item in items if item.score is not None), default=None),
+            max(parse_entry_id(delivery.entry_id) for delivery in deliveries),
+        )
 
     @property
     def payloads(self) -> list[bytes]:
         return [delivery.payload for delivery in self.deliveries]
+
+    @property
+    def episode_turns(self) -> tuple[int, ...]:
+        return tuple(len(item.trajectory.turns) for item in self.items)
+
+
+def _by_episode(pair: tuple[ScoredTrajectory, Delivery]) -> int:
+    return pair[0].trajectory.episode_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +89,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dropped:
-    """A group that won't be trained, with every entry it brought."""
+    """A group that won't be trained, with every entry it brought and the turns of each episode that was judged."""
 
     group_id: str
     verdict: Verdict
     deliveries: tuple[Delivery, ...]
+    episode_turns: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -71,29 +106,46 @@ class IngestCounts:
     num_cancelled: int = 0
     num_failed: int = 0
     num_duplicates: int = 0
+    stale_turns: list[int] = field(default_factory=list)
+    """Turns of each episode that was dropped as stale."""
 
     def take(self) -> IngestCounts:
-        taken = IngestCounts(self.num_skipped, self.num_stale, self.num_cancelled, self.num_failed, self.num_duplicates)
-        self.num_skipped = self.num_stale = self.num_cancelled = self.num_failed = self.num_duplicates = 0
+        """The counts so far; they begin again at nothing."""
+        taken, fresh = replace(self), IngestCounts()
+        for each in fields(self):
+            setattr(self, each.name, getattr(fresh, each.name))
         return taken
 
 
-@dataclass(slots=True)
-class _Partial:
-    """Episodes of one attempt at a group so far, by episode index."""
+class _Remembered:
+    """The last `count` group ids that were added."""
 
-    items: dict[int, tuple[ScoredTrajectory, Delivery]] = field(default_factory=dict)
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._order: deque[str] = deque()
+        self._ids: set[str] = set()
 
-    def to_group(self, group_id: str) -> Group:
-        pairs = [self.items[index] for index in sorted(self.items)]
-        return Group(group_id, tuple(item for item, _ in pairs), tuple(delivery for _, delivery in pairs))
+    def __contains__(self, group_id: str) -> bool:
+        return group_id in self._ids
+
+    def add(self, group_ids: Iterable[str]) -> None:
+        for group_id in group_ids:
+            if group_id not in self._ids:
+                self._ids.add(group_id)
+                self._order.append(group_id)
+            if len(self._order) > self._count:
+                self._ids.remove(self._order.popleft())
+
+
+_Pairs = dict[int, tuple[ScoredTrajectory, Delivery]]
+"""Episodes of one attempt at a group so far, by episode index."""
 
 
 class GroupBuffer:
-    """Groups on their way to a batch, oldest arrival first."""
+    """Groups on their way to a batch."""
 
     def __init__(self) -> None:
-        self._partial: dict[tuple[str, int], _Partial] = {}
+        self._partial: dict[tuple[str, int], _Pairs] = {}
         self._complete: dict[str, Group] = {}
 
     @property
@@ -112,15 +164,13 @@ class GroupBuffer:
         """
         trajectory = item.trajectory
         key = (trajectory.group_id, trajectory.attempt)
-        partial = self._partial.setdefault(key, _Partial())
-        if trajectory.group_id in self._complete or trajectory.episode_index in partial.items:
-            if not partial.items:
-                del self._partial[key]
+        if trajectory.group_id in self._complete or trajectory.episode_index in self._partial.get(key, ()):
             return [delivery]
-        partial.items[trajectory.episode_index] = (item, delivery)
-        if len(partial.items) < trajectory.group_size:
+        partial = self._partial.setdefault(key, {})
+        partial[trajectory.episode_index] = (item, delivery)
+        if len(partial) < trajectory.group_size:
             return []
-        self._complete[trajectory.group_id] = self._partial.pop(key).to_group(trajectory.group_id)
+        self._complete[trajectory.group_id] = Group.of(trajectory.group_id, self._partial.pop(key).values())
         return [d for group in self._pop_partial(trajectory.group_id) for d in group.deliveries]
 
     def drop(self, group_id: str) -> list[Delivery]:
@@ -132,27 +182,28 @@ class GroupBuffer:
 
     def drop_where(self, judge: Callable[[Group, bool], Verdict | None]) -> list[Dropped]:
         """Take out the groups that `judge(group, is_complete)` gives a verdict on; it sees the last attempt."""
-        newest = {group_id: partial.to_group(group_id) for (group_id, _), partial in sorted(self._partial.items(), key=_by_key)}
-        verdicts = {group.group_id: judge(group, True) for group in self._complete.values()}
-        verdicts |= {group_id: judge(group, False) for group_id, group in newest.items()}
+        newest = {key[0]: Group.of(key[0], pairs.values()) for key, pairs in sorted(self._partial.items(), key=_by_attempt)}
+        judged = [(group, judge(group, True)) for group in self._complete.values()]
+        judged += [(group, judge(group, False)) for group in newest.values()]
         return [
-            Dropped(group_id, verdict, tuple(self.drop(group_id)))
-            for group_id, verdict in verdicts.items()
+            Dropped(group.group_id, verdict, tuple(self.drop(group.group_id)), group.episode_turns)
+            for group, verdict in judged
             if verdict is not None
         ]
 
-    def take(self, count: int) -> list[Group] | None:
-        """The `count` groups that were complete first, or None if there are fewer."""
+    def take(self, count: int, deadline: Callable[[Group], int]) -> list[Group] | None:
+        """The `count` whole groups with the earliest deadlines, by arrival among equals; None if there are fewer."""
         if len(self._complete) < count:
             return None
-        return [self._complete.pop(group_id) for group_id in list(self._complete)[:count]]
+        urgent = sorted(self._complete.values(), key=lambda group: (deadline(group), group.arrived))[:count]
+        return [self._complete.pop(group.group_id) for group in urgent]
 
     def _pop_partial(self, group_id: str) -> list[Group]:
         keys = [key for key in self._partial if key[0] == group_id]
-        return [self._partial.pop(key).to_group(group_id) for key in keys]
+        return [Group.of(group_id, self._partial.pop(key).values()) for key in keys]
 
 
-def _by_key(entry: tuple[tuple[str, int], _Partial]) -> tuple[str, int]:
+def _by_attempt(entry: tuple[tuple[str, int], _Pairs]) -> tuple[str, int]:
     return entry[0]
 
 
@@ -170,26 +221,30 @@ class GroupSource:
         self._stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
         self._max_count = config.training.groups_per_update * config.training.group_size
         self._progress = Progress()
-        self._finished: deque[str] = deque(maxlen=REMEMBERED_UPDATES * config.training.groups_per_update)
-        self._finished_ids: set[str] = set()
-        self._durable_ids: frozenset[str] = frozenset()
+        # Apart, so that a run that skips most groups does not forget the few it trains.
+        num_remembered = REMEMBERED_UPDATES * config.training.groups_per_update
+        self._trained, self._dropped = _Remembered(num_remembered), _Remembered(num_remembered)
+        self._versions_in_checkpoint: dict[str, int] = {}
 
     async def reclaim(self, progress: Progress) -> None:
-        """After a start: have again what an earlier life read and did not acknowledge.
+        """After a start: have again all that an earlier life read and did not acknowledge.
 
-        Entries that the checkpoint holds are acknowledged, and the ledger is told again, in case the crash came before.
+        Groups that the checkpoint holds are booked as trained in the transaction that acknowledges their entries: the crash
+        came between the checkpoint and that.
         """
         self._progress = progress
-        self._durable_ids = frozenset(group_id for group_ids in progress.trained_groups for group_id in group_ids)
-        self._finish(group_id for group_ids in progress.trained_groups for group_id in group_ids)
-        after_id, num_entries = BEFORE_FIRST, 0
+        self._versions_in_checkpoint = progress.list_trained()
+        self._trained.add(self._versions_in_checkpoint)
+        deliveries: list[Delivery] = []
+        after_id = BEFORE_FIRST
         while page := await self._bus.reclaim(
             self._stream, ConsumerGroup.LEARNER, self._consumer, 0.0, self._max_count, after_id
         ):
-            after_id, num_entries = page[-1].entry_id, num_entries + len(page)
-            await self._accept(page)
-        if num_entries:
-            log.info("entries_reclaimed", num_entries=num_entries, num_groups=self.buffer.num_complete)
+            after_id = page[-1].entry_id
+            deliveries += page
+        await self._accept(deliveries)
+        if deliveries:
+            log.info("entries_reclaimed", num_entries=len(deliveries), num_groups=self.buffer.num_complete)
 
     async def next_batch(
         self, progress: Progress, stopping: asyncio.Event, beat: Callable[[], None] = lambda: None
@@ -200,28 +255,32 @@ class GroupSource:
             beat: called at every look at the stream: waiting long is not being dead.
         """
         self._progress = progress
+        count = self._config.training.groups_per_update
         while not stopping.is_set():
             beat()
+            await self._read(_BLOCK_S if self.buffer.num_complete < count else 0.0)
             await self._settle(self.buffer.drop_where(self._judge))
-            if groups := self.buffer.take(self._config.training.groups_per_update):
-                self._finish(group.group_id for group in groups)
+            if groups := self.buffer.take(count, self._compute_deadline):
+                self._trained.add(group.group_id for group in groups)
                 return groups
-            await self._read()
         return None
 
     async def cancel_all(self, reason: str) -> None:
         """Close every group that is here or arrives now as CANCELLED: there is no update left for it."""
-        await self._read()
+        await self._read(_BLOCK_S)
         await self._settle(self.buffer.drop_where(lambda *_: Verdict(GroupOutcome.CANCELLED, reason)))
 
-    async def _read(self) -> None:
-        await self._accept(
-            await self._bus.read(self._stream, ConsumerGroup.LEARNER, self._consumer, self._max_count, block_s=_BLOCK_S)
-        )
+    async def _read(self, block_s: float) -> None:
+        """Take in all that is there, waiting up to `block_s` for the first: who chooses by deadline must see everything."""
+        num_read = self._max_count
+        while num_read == self._max_count:
+            page = await self._bus.read(self._stream, ConsumerGroup.LEARNER, self._consumer, self._max_count, block_s)
+            await self._accept(page)
+            num_read, block_s = len(page), 0.0
 
     async def _accept(self, deliveries: Sequence[Delivery]) -> None:
         superfluous: list[Delivery] = []
-        trained_before: set[str] = set()
+        durable: dict[str, _Pairs] = {}
         for delivery in deliveries:
             try:
                 item = self._decode(delivery.payload)
@@ -230,17 +289,19 @@ class GroupSource:
                 log.error("entry_unreadable", entry_id=delivery.entry_id, error=str(error))
                 continue
             group_id = item.trajectory.group_id
-            if group_id in self._finished_ids:
+            if group_id in self._versions_in_checkpoint:
+                durable.setdefault(group_id, {})[item.trajectory.episode_index] = (item, delivery)
+            if group_id in self._trained or group_id in self._dropped:
                 superfluous.append(delivery)
-                trained_before |= {group_id} & self._durable_ids
             elif reason := self._find_fault(item):
                 await self._refuse(item, delivery, reason)
             else:
                 superfluous += self.buffer.add(item, delivery)
         if superfluous:
             self.counts.num_duplicates += len(superfluous)
-            events = [self._event(group_id, GroupOutcome.TRAINED, "before a restart", 0) for group_id in sorted(trained_before)]
-            await self._bus.commit({Stream.LEDGER: [codec.encode_ledger_event(event) for event in events]}, superfluous)
+            groups = [Group.of(group_id, pairs.values()) for group_id, pairs in durable.items()]
+            booked = [book_trained(self._config, group, self._versions_in_checkpoint[group.group_id]) for group in groups]
+            await self._bus.commit({}, superfluous, transitions=booked)
 
     def _decode(self, payload: bytes) -> ScoredTrajectory:
         return decode_item(payload, needs_teacher=self._method.needs_teacher)
@@ -266,9 +327,9 @@ class GroupSource:
         """Set one entry aside; its group can never be whole again, so it fails as a whole."""
         group_id = item.trajectory.group_id
         others = self.buffer.drop(group_id)
-        self._finish([group_id])
+        self._dropped.add([group_id])
         event = self._event(group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0)
-        await self._bus.dead_letter(delivery, reason, {Stream.LEDGER: [codec.encode_ledger_event(event)]})
+        await self._bus.dead_letter(delivery, reason, [event])
         await self._bus.acknowledge(others)
         self.counts.num_failed += 1
         log.error("trajectory_refused", trajectory_id=item.trajectory.trajectory_id, reason=reason)
@@ -276,49 +337,53 @@ class GroupSource:
     def _judge(self, group: Group, is_complete: bool) -> Verdict | None:
         """STALE or SKIPPED, or None for a group that may be trained (or completed) now."""
         training, progress = self._config.training, self._progress
-        staleness = progress.compute_group_staleness(group.items)
-        if staleness > training.max_staleness:
+        if progress.num_updates > self._compute_deadline(group):
+            staleness = progress.compute_staleness(group.policy_version)
             here = "" if is_complete else f", {len(group.items)} of {group.items[0].trajectory.group_size} episodes here"
-            return Verdict(GroupOutcome.STALE, f"oldest token {staleness} updates behind, bound {training.max_staleness}{here}")
-        lag_bound = training.max_staleness + self._config.teacher.max_lag
-        lag = max((progress.compute_staleness(i.score.teacher_version) for i in group.items if i.score is not None), default=0)
-        if lag > lag_bound:
-            return Verdict(GroupOutcome.STALE, f"teacher {lag} updates behind, bound {lag_bound}")
+            reason = f"oldest token {staleness} updates behind, bound {training.max_staleness}{here}"
+            if staleness <= training.max_staleness:
+                reason = f"teacher past its lag of {self._config.teacher.max_lag}"
+            return Verdict(GroupOutcome.STALE, reason)
         is_skipping = training.skip_zero_signal and not self._method.learns_without_advantage
         if is_complete and is_skipping and not self._has_signal(group):
             return Verdict(GroupOutcome.SKIPPED, "every episode scored the same")
         return None
 
+    def _compute_deadline(self, group: Group) -> int:
+        """The last number of updates done at which the group may still be trained."""
+        progress, max_staleness = self._progress, self._config.training.max_staleness
+        deadline = progress.count_updates(group.policy_version) + max_staleness
+        if group.teacher_version is None:
+            return deadline
+        return min(deadline, progress.count_updates(group.teacher_version) + max_staleness + self._config.teacher.max_lag)
+
     def _has_signal(self, group: Group) -> bool:
         return has_signal(compute_group_advantages(self._config, group.items))
 
     async def _settle(self, dropped: Sequence[Dropped]) -> None:
-        """Tell the ledger about groups that won't be trained and acknowledge their entries, in one transaction."""
+        """Book what became of groups that won't be trained and acknowledge their entries, in one transaction."""
         if not dropped:
             return
         events = [self._event(d.group_id, d.verdict.outcome, d.verdict.reason, len(d.deliveries)) for d in dropped]
-        await self._bus.commit(
-            {Stream.LEDGER: [codec.encode_ledger_event(event) for event in events]},
-            [delivery for group in dropped for delivery in group.deliveries],
-        )
-        self._finish(group.group_id for group in dropped)
-        for event in events:
-            self.counts.num_stale += event.outcome is GroupOutcome.STALE
-            self.counts.num_skipped += event.outcome is GroupOutcome.SKIPPED
-            self.counts.num_cancelled += event.outcome is GroupOutcome.CANCELLED
+        await self._bus.commit({}, [delivery for group in dropped for delivery in group.deliveries], transitions=events)
+        self._dropped.add(group.group_id for group in dropped)
+        for group in dropped:
+            outcome = group.verdict.outcome
+            self.counts.num_stale += outcome is GroupOutcome.STALE
+            self.counts.num_skipped += outcome is GroupOutcome.SKIPPED
+            self.counts.num_cancelled += outcome is GroupOutcome.CANCELLED
+            self.counts.stale_turns += group.episode_turns if outcome is GroupOutcome.STALE else ()
         log.info("groups_dropped", num_groups=len(events), first=f"{events[0].outcome}: {events[0].reason}")
-
-    def _finish(self, group_ids: Iterable[str]) -> None:
-        """Remember that these groups need nothing more; the oldest are forgotten in their order."""
-        for group_id in group_ids:
-            if len(self._finished) == self._finished.maxlen:
-                self._finished_ids.discard(self._finished[0])
-            self._finished.append(group_id)
-            self._finished_ids.add(group_id)
 
     def _event(self, group_id: str, outcome: GroupOutcome, reason: str, num_trajectories: int) -> LedgerEvent:
         version = self._progress.policy_version
         return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
+
+
+def book_trained(config: RunConfig, group: Group, policy_version: int) -> LedgerEvent:
+    """That a durable checkpoint holds what this group did to the weights; `policy_version` is what its update led to."""
+    turns = group.episode_turns
+    return LedgerEvent(config.name, group.group_id, GroupOutcome.TRAINED, len(turns), policy_version, episode_turns=turns)
 
 
 def decode_item(payload: bytes, *, needs_teacher: bool) -> ScoredTrajectory:

@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 # A teacher that sees the skill differs from the student by far more than this, in nats per token.
 _LEAST_TEACHER_GAP = 0.01
+_TURNS_BUCKETS = (1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 75, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,13 @@ class LearnerMetrics:
         self._seconds = prometheus_client.Histogram(
             "sdar_learner_seconds", "Seconds of an update by part.", ["part"], registry=registry
         )
+        self._turns = prometheus_client.Histogram(
+            "sdar_learner_episode_turns",
+            "Turns of each episode trained, and of each dropped as stale.",
+            ["outcome"],
+            registry=registry,
+            buckets=_TURNS_BUCKETS,
+        )
         self._values = prometheus_client.Gauge(
             "sdar_learner_value", "Last value of each training metric.", ["name"], registry=registry
         )
@@ -73,6 +81,12 @@ class LearnerMetrics:
         for name, value in values.items():
             self._values.labels(name).set(value)
 
+    def observe_turns(self, trained: Sequence[int], stale: Sequence[int]) -> None:
+        """Lengths of the episodes of one update, and of those that came too late for it."""
+        for outcome, lengths in (("trained", trained), ("stale", stale)):
+            for num_turns in lengths:
+                self._turns.labels(outcome).observe(num_turns)
+
 
 def build_record(
     groups: Sequence[Group],
@@ -90,9 +104,10 @@ def build_record(
     """
     items = [item for group in groups for item in group.items]
     dropped = {
-        f"num_groups_{name.removeprefix('num_')}": float(count)
-        for name, count in asdict(counts).items()
-        if name != "num_duplicates"
+        "num_groups_skipped": float(counts.num_skipped),
+        "num_groups_stale": float(counts.num_stale),
+        "num_groups_cancelled": float(counts.num_cancelled),
+        "num_groups_failed": float(counts.num_failed),
     }
     tokens = sum(item.trajectory.num_response_tokens for item in items)
     record = {

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdar.contracts.errors import ConfigurationError, ConflictError, SdarError
+from sdar.contracts.errors import CapacityError, ConfigurationError, ConflictError
 from sdar.runtime.settings import apply_environment
 
 # Followers wait in a broadcast for as long as no batch is complete, and that may be a whole outage of the rollout.
@@ -74,13 +74,13 @@ class Ranks:
             dist.all_reduce(values, group=self._control)
         return values
 
-    def raise_together(self, error: SdarError | None, what: str) -> None:
-        """Raise on every rank if `what` failed on any: its own error, or a sentence that another rank failed."""
+    def raise_together(self, error: CapacityError | None, what: str) -> None:
+        """Raise on every rank if a disk refused `what` on any: its own error, or a sentence that another rank failed."""
         num_failed = int(self.sum(torch.tensor([0 if error is None else 1])))
         if error is not None:
             raise error
         if num_failed:
-            raise SdarError(f"{what} failed on {num_failed} of {self.world_size} ranks. The log of those ranks says why.")
+            raise CapacityError(f"{what} failed on {num_failed} of {self.world_size} ranks. The log of those ranks says why.")
 
 
 def stand_alone(device: str | None = None) -> Ranks:

@@ -23,7 +23,7 @@ from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, serve_probes
 from sdar.runtime.weights import WeightStore
-from services.learner.checkpoint import CheckpointStore
+from services.learner.checkpoint import Checkpoint, CheckpointStore
 from services.learner.followers import FollowerProcesses, follow
 from services.learner.metrics import LearnerMetrics
 from services.learner.progress import Progress
@@ -40,7 +40,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
 
     Raises:
         ConfigurationError: model, checkpoint or ranks cannot be used. ConflictError: a port or the checkpoints are taken.
-        CapacityError: the disk is full.
+        CorruptionError: every checkpoint is damaged. SupersededError: another learner has taken over.
     """
     if settings.world_size > 1 and settings.world_size != config.training.num_ranks:
         raise ConfigurationError(
@@ -52,7 +52,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
-        bus = build_bus(config, settings)
+        bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         followers = FollowerProcesses(config) if settings.world_size == 1 and config.training.num_ranks > 1 else None
         if followers is not None:
@@ -92,7 +92,7 @@ async def open_learner(
     checkpoints = CheckpointStore(checkpoint_dir, config)
     with contextlib.closing(checkpoints), ThreadPoolExecutor(1, "torch") as torch_thread:
         loop = asyncio.get_running_loop()
-        trainer, progress = await loop.run_in_executor(torch_thread, _build, config, checkpoints, store_address)
+        trainer, found = await loop.run_in_executor(torch_thread, _build, config, checkpoints, store_address)
         try:
             yield Learner(
                 config,
@@ -100,9 +100,10 @@ async def open_learner(
                 weights,
                 trainer,
                 checkpoints,
-                progress,
+                Progress() if found is None else found.progress,
                 torch_thread=torch_thread,
                 consumer=consumer,
+                snapshot=None if found is None else found.snapshot,
                 health=health,
                 metrics=metrics,
             )
@@ -110,7 +111,9 @@ async def open_learner(
             await loop.run_in_executor(torch_thread, trainer.stop)
 
 
-def _build(config: RunConfig, checkpoints: CheckpointStore, store_address: tuple[str, int] | None) -> tuple[Trainer, Progress]:
+def _build(
+    config: RunConfig, checkpoints: CheckpointStore, store_address: tuple[str, int] | None
+) -> tuple[Trainer, Checkpoint | None]:
     """In the torch thread: thread counts are a property of the thread that sets them."""
     torch.set_num_threads(config.training.num_threads)
     found = checkpoints.find_newest()
@@ -118,7 +121,7 @@ def _build(config: RunConfig, checkpoints: CheckpointStore, store_address: tuple
     ranks: Ranks = stand_alone() if num_ranks == 1 else join_ranks(0, num_ranks, store_address)
     path = None if found is None else found.path
     ranks.send_checkpoint(path)
-    return build_trainer(config, ranks, path), Progress() if found is None else found.progress
+    return build_trainer(config, ranks, path), found
 
 
 async def _serve_follower(config: RunConfig, settings: Settings) -> None:

@@ -1,15 +1,15 @@
-"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> ledger -> checkpoint -> acknowledge.
+"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> report -> checkpoint -> acknowledge and book.
 
 Everything asynchronous happens here, everything of torch in one thread of its own, so the event loop never waits for a step.
-The order is the promise: weights are published before the ledger says trained, and entries are acknowledged only when a
-checkpoint that contains their effect is durable. A crash anywhere repeats work and loses none.
+The order is the promise: entries are acknowledged, and their groups booked as trained, in one transaction after the checkpoint
+that contains their effect is durable. A crash anywhere repeats work and loses none, and ends with the same weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.streams import Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, WeightsManifest
+from sdar.contracts.errors import CapacityError, WeightsUnavailableError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
 from sdar.runtime.bus import Bus, Delivery
 from sdar.runtime.chat import compute_model_identity
+from sdar.runtime.ledger import parse_group_number
+from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.telemetry import Health
 from sdar.runtime.weights import WeightStore
 from services.learner.checkpoint import CheckpointStore
-from services.learner.ingest import Group, GroupSource
+from services.learner.ingest import Group, GroupSource, book_trained
 from services.learner.metrics import LearnerMetrics, Timing, build_record
 from services.learner.progress import Progress
 from services.learner.update import Trainer
@@ -37,6 +40,8 @@ T = TypeVar("T")
 _KEPT_VERSIONS = 8
 """Published versions kept beyond the staleness bound: an evaluation pins one while newer ones appear."""
 _RUN_FINISHED = "run finished"
+_STORAGE_RETRY_S = 5.0
+"""Between two tries to write to a disk that is full or a weight store that is away."""
 
 
 class Learner:
@@ -44,6 +49,7 @@ class Learner:
 
     Args:
         progress: of the checkpoint that `trainer` was built from, or a new one.
+        snapshot: of the same checkpoint: what a bus that lost its disk is given back.
         torch_thread: one thread; every call of `trainer` runs there.
     """
 
@@ -58,8 +64,10 @@ class Learner:
         *,
         torch_thread: Executor,
         consumer: str,
+        snapshot: bytes | None = None,
         health: Health | None = None,
         metrics: LearnerMetrics | None = None,
+        storage_retry_s: float = _STORAGE_RETRY_S,
     ) -> None:
         self.config = config
         self.progress = progress
@@ -69,11 +77,15 @@ class Learner:
         self._checkpoints = checkpoints
         self._torch_thread = torch_thread
         self._consumer = consumer
+        self._snapshot = snapshot
+        self._storage_retry_s = storage_retry_s
+        self._stopping = asyncio.Event()
         self._health = health or Health()
         self._metrics = metrics or LearnerMetrics()
         self._source = GroupSource(config, bus, consumer, trainer.model.vocabulary_size)
         self._durable_updates, self._durable_version = progress.num_updates, progress.policy_version
         self._unacknowledged: list[Delivery] = []
+        self._unbooked: list[LedgerEvent] = []
         self._clock = _Clock()
 
     @property
@@ -81,12 +93,19 @@ class Learner:
         return self.progress.num_updates >= self.config.training.num_updates
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made durable."""
+        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made durable.
+
+        Raises:
+            SupersededError: another learner has taken over; nothing was published since.
+            CapacityError, WeightsUnavailableError: stopped while it waited for a disk or the weight store.
+        """
+        self._stopping = stopping
         await self._resume()
         while not self.is_finished and (groups := await self._next_batch(stopping)):
             before = self.progress
             measured, tensors = await self._train(groups)
             self.progress = before.after_update(group.group_id for group in groups)
+            self._unbooked += [book_trained(self.config, group, self.progress.policy_version) for group in groups]
             await self._publish(tensors)
             await self._report(groups, before, measured)
             if self._is_checkpoint_due:
@@ -97,6 +116,8 @@ class Learner:
 
     async def _resume(self) -> None:
         """Let the others have a policy, under a version that names only it, and take back what was read before."""
+        await self._bus.claim_role(ConsumerGroup.LEARNER)
+        await self._restore_bus()
         entry = await self._bus.newest(Stream.POLICY_UPDATES)
         announced = -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
         stored = await self._in_torch(self._weights.list_versions)
@@ -110,6 +131,18 @@ class Learner:
         await self._source.reclaim(self.progress)
         self._health.mark_ready("training")
         log.info("learner_ready", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+
+    async def _restore_bus(self) -> None:
+        """Before the others see a policy: a bus without an account gets back what it was at the checkpoint."""
+        if self._snapshot is None:
+            return
+        numbers = map(parse_group_number, self.progress.list_trained())
+        if await self._bus.restore_snapshot(self._snapshot, trained=[number for number in numbers if number is not None]):
+            log.error(
+                "bus_restored_from_checkpoint",
+                num_updates=self.progress.num_updates,
+                hint="Redis came up without this run: its disk was lost. What was on its way is closed as cancelled",
+            )
 
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
         with self._clock.measure("wait"):
@@ -127,32 +160,32 @@ class Learner:
 
     async def _publish(self, tensors: dict[str, Tensor]) -> None:
         with self._clock.measure("publish"):
-            manifest = await self._in_torch(self._write_weights, tensors, self.progress.policy_version)
+            manifest = await self._insist(self._write_weights, tensors, self.progress)
             await self._bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
+            if manifest.policy_version % _KEPT_VERSIONS == 0:
+                await self._insist(self._collect_garbage, asyncio.get_running_loop())
 
-    def _write_weights(self, tensors: dict[str, Tensor], version: int) -> WeightsManifest:
-        manifest = self._weights.publish(version, tensors, compute_model_identity(self.config.model.path))
-        if version % _KEPT_VERSIONS == 0:
-            keep_newest = _KEPT_VERSIONS + self.config.training.max_staleness
-            self._weights.collect_garbage(keep_newest, in_use=(0, self._durable_version))
-        return manifest
+    def _write_weights(self, tensors: dict[str, Tensor], progress: Progress) -> WeightsManifest:
+        model = compute_model_identity(self.config.model.path)
+        return self._weights.publish(progress.policy_version, tensors, model, num_updates=progress.num_updates)
+
+    def _collect_garbage(self, loop: asyncio.AbstractEventLoop) -> None:
+        def retire(versions: Sequence[int]) -> bool:
+            return asyncio.run_coroutine_threadsafe(self._bus.retire_versions(versions), loop).result()
+
+        keep_newest = _KEPT_VERSIONS + self.config.training.max_staleness
+        self._weights.collect_garbage(keep_newest, in_use=(0, self._durable_version), retire=retire)
 
     async def _report(self, groups: list[Group], before: Progress, measured: dict[str, float]) -> None:
-        """Tell the ledger that the groups are trained, and everyone what the update was like."""
+        """Tell everyone what the update was like."""
         num_buffered = self._source.buffer.num_complete
-        values = build_record(groups, before, measured, self._clock.take(), self._source.counts.take(), num_buffered)
+        counts = self._source.counts.take()
+        values = build_record(groups, before, measured, self._clock.take(), counts, num_buffered)
         version = self.progress.policy_version
-        events = [
-            LedgerEvent(self.config.name, group.group_id, GroupOutcome.TRAINED, len(group.items), version) for group in groups
-        ]
         record = MetricRecord(self.config.name, "learner", self._consumer, version, time.time(), values)
-        await self._bus.commit(
-            {
-                Stream.LEDGER: [codec.encode_ledger_event(event) for event in events],
-                Stream.METRICS: [codec.encode_metric_record(record)],
-            }
-        )
+        await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
         self._metrics.observe(self.progress, values, num_buffered, len(self._unacknowledged))
+        self._metrics.observe_turns([n for group in groups for n in group.episode_turns], counts.stale_turns)
         self._health.beat()
         shown = ("loss", "success_mean", "reward_mean", "gate_mean", "staleness_mean", "tokens_per_s", "step_s", "wait_share")
         log.info("batch_trained", policy_version=version, **{n: round(values[n], 4) for n in shown if n in values})
@@ -162,23 +195,41 @@ class Learner:
         return self.is_finished or self.progress.num_updates % self.config.training.checkpoint_every == 0
 
     async def _make_durable(self) -> None:
-        """Write a checkpoint, then acknowledge what it contains."""
+        """Write a checkpoint, then acknowledge what it contains and book it as trained."""
+        snapshot = await self._bus.take_snapshot()
         with self._clock.measure("checkpoint"):
-            path = await self._in_torch(self._checkpoints.write, self.progress, self._trainer.save)
+            path = await self._insist(self._checkpoints.write, self.progress, snapshot, self._trainer.save)
         self._durable_updates, self._durable_version = self.progress.num_updates, self.progress.policy_version
-        # Acknowledge after the checkpoint: a crash between the two brings entries back, and their ids tell that they are done.
-        await self._bus.acknowledge(self._unacknowledged)
+        # After the checkpoint: a crash between the two brings the entries back, and their ids tell that they are done.
+        await self._bus.commit({}, self._unacknowledged, transitions=self._unbooked)
         log.info("checkpoint_written", path=str(path), num_acknowledged=len(self._unacknowledged))
-        self._unacknowledged = []
+        self._unacknowledged, self._unbooked = [], []
 
     async def _close_accounts(self, stopping: asyncio.Event) -> None:
         """After the last update: groups that are still on their way are cancelled, so that the ledger closes."""
         if self.is_finished:
             self._health.mark_ready(_RUN_FINISHED)
             log.info("training_finished", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+            await self._source.cancel_all(_RUN_FINISHED)
+            # Nothing is held any more: what is still pending was read by someone who never told.
+            await self._source.reclaim(self.progress)
         while self.is_finished and not stopping.is_set():
             await self._source.cancel_all(_RUN_FINISHED)
             self._health.beat()
+
+    async def _insist(self, function: Callable[..., T], *args: Any) -> T:
+        """In the torch thread, again and again while a full disk or an absent store refuses: a restart would meet the same."""
+        while True:
+            try:
+                result = await self._in_torch(function, *args)
+            except (CapacityError, WeightsUnavailableError) as error:
+                log.error("storage_refused", error=error.message, retry_in_s=self._storage_retry_s)
+                self._health.report_blocked(error.message)
+                if await wait_or_stop(self._stopping, self._storage_retry_s):
+                    raise
+            else:
+                self._health.report_blocked("")
+                return result
 
     async def _in_torch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         loop = asyncio.get_running_loop()

@@ -12,18 +12,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import structlog
 import torch
 from torch import Tensor
 
 from sdar.algorithms.batching import MicroBatch, TokenSequence, build_microbatches, build_sequences, count_response_tokens
 from sdar.algorithms.methods import LossSettings, Metrics, compute_loss, get_method, reduce_metrics
 from sdar.config import RunConfig
-from sdar.contracts.errors import SdarError
+from sdar.contracts.errors import CapacityError
 from sdar.contracts.types import ScoredTrajectory
 from services.learner.checkpoint import read_rank_shard, write_rank_shard
 from services.learner.ingest import compute_group_advantages, decode_item
 from services.learner.model import PolicyModel
 from services.learner.ranks import Ranks
+
+log = structlog.get_logger()
 
 Items = Sequence[ScoredTrajectory]
 
@@ -102,7 +105,14 @@ class Trainer:
             elif command["do"] == "export":
                 self.model.export()
             else:
-                self._save(Path(command["directory"]))
+                self._save_or_wait(Path(command["directory"]))
+
+    def _save_or_wait(self, directory: Path) -> None:
+        try:
+            self._save(directory)
+        except CapacityError as error:
+            # Rank 0 has got the error, too, and says when to try again.
+            log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
     # --- on every rank ---------------------------------------------------------------------------------------------------
 
@@ -148,16 +158,17 @@ class Trainer:
             yield _Minibatch(own, count_response_tokens(sequences))
 
     def _learning_rate(self, update_index: int) -> float:
+        """A function of the update's number alone: a checkpoint need hold no scheduler."""
         training = self.config.training
         return training.learning_rate * min(1.0, (update_index + 1) / max(1, training.warmup_updates))
 
     def _save(self, directory: Path) -> None:
-        error: SdarError | None = None
+        error: CapacityError | None = None
         weights = self.model.export()
         try:
             tensors, num_steps = self.model.export_optimizer()
             write_rank_shard(directory, self._ranks, weights, tensors, num_steps, self.model.device)
-        except SdarError as caught:
+        except CapacityError as caught:
             error = caught
         self._ranks.raise_together(error, f"Writing checkpoint {directory.name}")
 

@@ -13,6 +13,8 @@ from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import (
     EnvironmentIdentity,
     EpisodeEnd,
+    GroupOutcome,
+    LedgerEvent,
     ModelIdentity,
     Purpose,
     SamplingParameters,
@@ -23,6 +25,7 @@ from sdar.contracts.types import (
     Trajectory,
     Turn,
 )
+from sdar.runtime.ledger import format_group_id
 from sdar.runtime.memory_bus import MemoryBus
 
 RUN = "test"
@@ -132,12 +135,32 @@ async def send(bus, *items):
             await bus.publish(Stream.SCORED, [codec.encode_scored_trajectory(item)])
 
 
+async def issue(bus, numbers, make=make_group, **item):
+    """Groups as gateway, rollout and teacher bring them: with an account, and on the learner's stream. Returns their ids."""
+    group_ids = [format_group_id(number) for number in numbers]
+    for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED):
+        await bus.commit({}, transitions=[LedgerEvent(RUN, group_id, outcome, 2, 0) for group_id in group_ids])
+    await send(bus, *[episode for group_id in group_ids for episode in make(group_id, **item)])
+    return group_ids
+
+
+async def read_account(bus):
+    """The account's numbers that are not 0; it must have no gap."""
+    account = await bus.read_ledger()
+    assert account.find_gap() == 0
+    return {name: count for name, count in account.counts().items() if count}
+
+
+async def read_journal(bus):
+    """All ledger events not read before, in order."""
+    entries = await bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 1000)
+    await bus.acknowledge(entries)
+    return [codec.decode_ledger_event(entry.payload) for entry in entries]
+
+
 async def read_ledger(bus):
     """(group id, outcome) of all events not read before, in order."""
-    entries = await bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 1000)
-    events = [codec.decode_ledger_event(entry.payload) for entry in entries]
-    await bus.acknowledge(entries)
-    return [(event.group_id, str(event.outcome)) for event in events]
+    return [(event.group_id, str(event.outcome)) for event in await read_journal(bus)]
 
 
 async def count_pending(bus, stream=Stream.SCORED):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from sdar.contracts import codec
-from sdar.contracts.streams import Stream
-from sdar.contracts.types import Purpose
-from services.learner.ingest import GroupSource, compute_group_advantages
+from sdar.contracts.errors import LeaseLostError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.runtime.bus import Delivery
+from sdar.runtime.ledger import format_group_id
+from services.learner.ingest import GroupBuffer, GroupSource, Verdict, _Remembered, compute_group_advantages
 from services.learner.progress import Progress
 from tests.unit.learner.builders import (
     VOCABULARY,
     count_pending,
+    issue,
     make_bus,
     make_config,
     make_group,
     make_item,
+    read_account,
+    read_journal,
     read_ledger,
     send,
 )
@@ -51,7 +59,7 @@ def rig():
     return Rig()
 
 
-async def test_a_batch_holds_the_groups_that_were_complete_first(rig):
+async def test_among_equally_urgent_groups_those_complete_first_are_served(rig):
     a, b, c = make_group("a"), make_group("b"), make_group("c")
     await send(rig.bus, a[0], b[0], b[1], c[0], c[1], a[1])
     assert await rig.next_ids() == ["b", "c"]
@@ -200,14 +208,134 @@ async def test_after_a_restart_unacknowledged_groups_come_again(rig):
     assert await rig.next_ids() == ["a", "b"]
 
 
-async def test_after_a_restart_groups_in_the_checkpoint_are_acknowledged_and_announced_again(rig):
-    await send(rig.bus, *make_group("a"), *make_group("b"))
-    assert await rig.next_ids() == ["a", "b"]
+async def test_after_a_restart_groups_in_the_checkpoint_are_booked_as_trained_and_acknowledged(rig):
+    """As many entries come again as fit into three pages, so groups are cut by their borders."""
+    ids = await issue(rig.bus, range(6), make=lambda group_id: make_group(group_id, num_turns=3))
+    assert await rig.next_ids() == ids[:2]
     rig.source = rig.make_source()
-    await rig.source.reclaim(Progress().after_update(["a", "x"]))
-    assert await count_pending(rig.bus) == 2
-    assert await read_ledger(rig.bus) == [("a", "trained")]
-    assert rig.source.buffer.num_complete == 1
+    await rig.source.reclaim(Progress().after_update(ids[:2]).after_update([ids[3]]))
+    assert await count_pending(rig.bus) == 6
+    assert await read_account(rig.bus) == {"issued": 6, "generated": 6, "trained": 3, "buffered": 3}
+    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
+    assert [(event.group_id, event.policy_version) for event in trained] == [(ids[0], 1), (ids[1], 1), (ids[3], 2)]
+    assert {event.episode_turns for event in trained} == {(3, 3)}
+    assert rig.source.buffer.num_complete == 3
+
+
+async def test_each_way_out_is_booked_with_the_acknowledgement_of_the_groups_entries():
+    rig = Rig(method="grpo")
+    stale, skipped, failed, cancelled = ids = [format_group_id(number) for number in range(4)]
+    await issue(rig.bus, range(1), has_score=False, version=0)
+    await issue(rig.bus, range(1, 2), make=lambda group_id: make_group(group_id, (1.0, 1.0), has_score=False, version=3))
+    await issue(rig.bus, range(2, 3), has_score=False, largest_token=10_000, version=3)
+    await issue(rig.bus, range(3, 4), has_score=False, version=3)
+    assert await rig.next_ids(num_updates=3) is None
+    await rig.source.cancel_all("run finished")
+    outcomes = dict(await read_ledger(rig.bus))
+    assert outcomes == {stale: "stale", skipped: "skipped", failed: "failed", cancelled: "cancelled"}
+    assert sorted(outcomes) == ids
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, **dict.fromkeys(outcomes.values(), 1)}
+    assert await count_pending(rig.bus, Stream.TRAJECTORIES) == 0
+
+
+async def test_a_group_that_goes_stale_sooner_is_trained_before_fresher_ones_that_arrived_earlier(rig):
+    """A long episode is under way for two updates: its group comes last, with the oldest tokens."""
+    await send(rig.bus, *make_group("fresh", version=2), *make_group("fresher", version=3))
+    await send(rig.bus, *make_group("long", version=1, num_turns=9))
+    assert await rig.next_ids(num_updates=3) == ["long", "fresh"]
+
+
+async def test_an_old_score_makes_a_group_urgent_like_an_old_token(rig):
+    """Bound 2, teacher 1 later still: the score of version 0 is good until update 3, the tokens of version 2 until 4."""
+    await send(rig.bus, *make_group("a", version=2), *make_group("b", version=2))
+    await send(rig.bus, *make_group("c", version=3, teacher_version=0))
+    assert await rig.next_ids(num_updates=3) == ["c", "a"]
+
+
+async def test_all_that_has_arrived_is_seen_before_a_batch_is_chosen(rig):
+    """Five pages of fresh groups lie before the urgent one."""
+    await send(rig.bus, *[item for index in range(10) for item in make_group(f"f{index}", version=2)])
+    await send(rig.bus, *make_group("urgent", version=0))
+    assert await rig.next_ids(num_updates=2) == ["urgent", "f0"]
+
+
+@pytest.mark.parametrize("page", [1, 3, 100])
+async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
+    """Given what has arrived, a batch depends on the checkpoint alone: not on pages, nor on what an earlier life had read."""
+
+    async def play(restarts):
+        rig, progress, batches = Rig(groups_per_update=2, max_staleness=6), Progress(), []
+        rig.source._max_count = page
+        versions = np.random.default_rng(5).integers(0, 4, 12).tolist()
+        for index, version in enumerate(versions):
+            await send(rig.bus, *make_group(f"g{index:02d}", version=version))
+        for _ in range(6):
+            if restarts:
+                rig.source = rig.make_source()
+                rig.source._max_count = page
+                await rig.source.reclaim(progress)
+            batch = await rig.next_ids(progress=progress)
+            batches.append(batch)
+            progress = progress.after_update(batch)
+        return batches
+
+    assert await play(restarts=True) == await play(restarts=False)
+
+
+def test_under_pressure_the_earliest_deadline_first_loses_fewer_groups_than_first_come_first_served():
+    """One update takes one group, and a little more than one arrives. Half of them were long under way. A hundred histories."""
+    num_better = 0
+    for seed in range(100):
+        by_deadline, by_arrival = (play_pressure(seed, is_by_deadline) for is_by_deadline in (True, False))
+        assert by_deadline <= by_arrival
+        num_better += by_deadline < by_arrival
+    assert num_better >= 90
+
+
+def play_pressure(seed, is_by_deadline):
+    """Number of groups that went stale in 40 updates."""
+    rng, buffer, arrivals, num_stale = np.random.default_rng(seed), GroupBuffer(), itertools.count(), 0
+    stale = Verdict(GroupOutcome.STALE, "")
+    for num_updates in range(4, 44):
+        for _ in range(rng.poisson(1.2)):
+            number, delay = next(arrivals), int(rng.choice([0, 3]))
+            for item in make_group(f"g{number}", version=num_updates - delay, num_turns=1, seed=0):
+                entry_id = f"{number}-{item.trajectory.episode_index}"
+                buffer.add(item, Delivery(Stream.SCORED, ConsumerGroup.LEARNER, "learner", entry_id, b""))
+        num_stale += len(buffer.drop_where(lambda group, _, now=num_updates: stale if now - group.policy_version > 4 else None))
+        buffer.take(1, lambda group: group.policy_version if is_by_deadline else 0)
+    return num_stale
+
+
+async def test_lengths_of_stale_episodes_are_counted(rig):
+    await send(rig.bus, *make_group("a", version=0, num_turns=4), *make_group("b", version=3), *make_group("c", version=3))
+    assert await rig.next_ids(num_updates=3) == ["b", "c"]
+    assert rig.source.counts.take().stale_turns == [4, 4]
+    assert rig.source.counts.take().stale_turns == []
+
+
+async def test_many_dropped_groups_never_make_a_trained_one_be_forgotten(rig):
+    remembered = _Remembered(3)
+    remembered.add(["a", "b", "a", "c"])
+    assert all(name in remembered for name in "abc")
+    remembered.add(["d"])
+    assert [name in remembered for name in "abcd"] == [False, True, True, True]
+    rig.source._dropped = _Remembered(1)
+    await send(rig.bus, *make_group("a", version=3), *make_group("b", version=3))
+    assert await rig.next_ids(num_updates=3) == ["a", "b"]
+    await send(rig.bus, *make_group("c"), *make_group("d"), *make_group("a", version=3), *make_group("b", version=3))
+    assert await rig.next_ids(num_updates=3) is None
+    assert rig.source.counts.take().num_duplicates == 4
+
+
+async def test_a_learner_that_was_followed_by_another_books_nothing(rig):
+    """Its entries went to the successor: its results come too late."""
+    await issue(rig.bus, range(1), version=0)
+    assert await rig.next_ids() is None
+    await GroupSource(rig.config, rig.bus, "successor", VOCABULARY).reclaim(Progress())
+    with pytest.raises(LeaseLostError):
+        await rig.next_ids(num_updates=3)
+    assert await read_account(rig.bus) == {"issued": 1, "generated": 1, "buffered": 1}
 
 
 async def test_cancelling_closes_each_group_once_and_takes_late_episodes(rig):

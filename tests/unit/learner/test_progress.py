@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from sdar.config import TrainingConfig
 from sdar.contracts.errors import CorruptionError
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 from tests.unit.learner.builders import make_group
@@ -59,3 +60,26 @@ def test_trained_ids_are_bounded():
     progress = after_updates(REMEMBERED_UPDATES + 5)
     assert len(progress.trained_groups) == REMEMBERED_UPDATES
     assert progress.trained_groups[-1] == (f"g{REMEMBERED_UPDATES + 4}",)
+
+
+def test_no_id_is_forgotten_that_could_come_again_and_be_trained():
+    """Unacknowledged at most `checkpoint_every` updates, too stale `max_staleness` after those that a crash may have lost."""
+    fields = TrainingConfig.model_fields
+    largest = [
+        bound.le for name in ("checkpoint_every", "max_staleness") for bound in fields[name].metadata if hasattr(bound, "le")
+    ]
+    assert len(largest) == 2
+    assert sum(largest) <= REMEMBERED_UPDATES
+
+
+def test_each_update_is_known_by_the_version_it_led_to_in_the_life_that_made_it():
+    twice = after_updates(3).continue_after(5).after_update(["x"]).continue_after(9).continue_after(12).after_update(["y", "z"])
+    assert [twice.version_after(number) for number in range(1, 6)] == [1, 2, 3, 7, 14]
+    assert twice.list_trained() == {"g0": 1, "g1": 2, "g2": 3, "x": 7, "y": 14, "z": 14}
+    assert twice.policy_version == 14
+
+
+def test_versions_of_groups_are_right_when_the_oldest_are_forgotten():
+    trained = after_updates(REMEMBERED_UPDATES + 5).list_trained()
+    assert trained["g5"] == 6
+    assert "g4" not in trained

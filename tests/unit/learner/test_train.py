@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 
+import prometheus_client
 import pytest
 
 from sdar.contracts import codec
-from sdar.contracts.errors import BusUnavailableError
-from sdar.contracts.streams import Stream
+from sdar.contracts.errors import BusUnavailableError, CapacityError, SupersededError, WeightsUnavailableError
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import GroupOutcome
+from sdar.runtime.ledger import format_group_id
+from sdar.runtime.telemetry import Health
 from sdar.runtime.weights import WeightStore
 from services.learner.checkpoint import CheckpointStore
+from services.learner.metrics import LearnerMetrics
 from services.learner.progress import Progress
 from services.learner.train import Learner
 from tests.support import until
-from tests.unit.learner.builders import CountingTrainer, count_pending, make_bus, make_config, make_group, read_ledger, send
+from tests.unit.learner.builders import (
+    CountingTrainer,
+    count_pending,
+    issue,
+    make_bus,
+    make_config,
+    make_group,
+    read_account,
+    read_journal,
+    read_ledger,
+    send,
+)
 
 
 class Rig:
@@ -27,6 +45,8 @@ class Rig:
         self.weights = WeightStore(str(path / "weights"), self.config.name)
         self.directory = path / "checkpoints"
         self.thread = ThreadPoolExecutor(1)
+        self.health, self.registry = Health(), prometheus_client.CollectorRegistry()
+        self.metrics = LearnerMetrics(self.registry)
         self.stopping = asyncio.Event()
         self.task = self.checkpoints = self.learner = self.trainer = None
 
@@ -45,6 +65,10 @@ class Rig:
             progress,
             torch_thread=self.thread,
             consumer="learner",
+            snapshot=None if found is None else found.snapshot,
+            health=self.health,
+            metrics=self.metrics,
+            storage_retry_s=0.01,
         )
         self.task = asyncio.create_task(self.learner.run(self.stopping))
 
@@ -71,6 +95,10 @@ class Rig:
         entries = await self.bus.tail(Stream.METRICS, "0-0", 100)
         return [codec.decode_metric_record(entry.payload) for entry in entries]
 
+    async def lose_bus(self):
+        """A server whose disk was lost: nothing of the run is there."""
+        self.bus = make_bus(self.config)
+
     def weight_of(self, version):
         return next(iter(self.weights.iter_tensors(self.weights.fetch_manifest(version))))[1].item()
 
@@ -92,14 +120,19 @@ async def test_version_0_is_published_before_anything_is_trained(rig):
     await rig.stop()
 
 
-async def test_each_update_publishes_a_version_and_tells_ledger_and_metrics(rig):
+async def test_each_update_publishes_a_version_and_its_measurements(rig):
     await rig.start()
     await send(rig.bus, *groups("a", "b", "c", "d"))
     await rig.reach(2)
     await rig.stop()
     assert await rig.announced() == [0, 1, 2]
     assert [rig.weight_of(version) for version in (1, 2)] == [1.0, 2.0]
-    assert await read_ledger(rig.bus) == [(name, "trained") for name in "abcd"]
+    assert [rig.weights.fetch_manifest(version).num_updates for version in (0, 1, 2)] == [0, 1, 2]
+    turns = {
+        labels: rig.registry.get_sample_value("sdar_learner_episode_turns_sum", {"outcome": labels})
+        for labels in ("trained", "stale")
+    }
+    assert turns == {"trained": 4 * 2 * 2, "stale": None}
     first, second = await rig.records()
     assert (first.policy_version, second.policy_version) == (1, 2)
     assert first.values["success_mean"] == 0.5
@@ -109,18 +142,25 @@ async def test_each_update_publishes_a_version_and_tells_ledger_and_metrics(rig)
     assert second.values["staleness_tokens_1"] == second.values["num_tokens"]
 
 
-async def test_entries_are_acknowledged_only_with_a_checkpoint(rig):
+async def test_entries_are_acknowledged_and_groups_booked_as_trained_only_with_a_checkpoint(rig):
     rig.config = make_config(checkpoint_every=2)
     await rig.start()
-    await send(rig.bus, *groups("a", "b"))
+    await issue(rig.bus, range(2))
     await rig.reach(1)
     while len(await rig.records()) < 1:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert await count_pending(rig.bus) == 4
-    await send(rig.bus, *groups("c", "d", version=1))
+    assert await read_account(rig.bus) == {"issued": 2, "generated": 2, "buffered": 2}
+    await issue(rig.bus, range(2, 4), version=1)
     while await count_pending(rig.bus):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert rig.checkpoints.find_newest().progress.num_updates == 2
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "trained": 4}
+    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
+    assert [(event.group_id, event.policy_version) for event in trained] == [
+        (format_group_id(number), 1 + number // 2) for number in range(4)
+    ]
+    assert {(event.num_trajectories, event.episode_turns) for event in trained} == {(2, (2, 2))}
     await rig.stop()
 
 
@@ -155,10 +195,13 @@ async def test_after_a_kill_lost_updates_are_trained_again_under_new_versions(ri
     assert rig.weight_of(versions[-1]) == 3.0
 
 
-@pytest.mark.parametrize("failing", ["publish", "commit", "acknowledge"])
+BUS_CALLS = ["claim_role", "newest", "publish", "reclaim", "read", "take_snapshot", "commit"]
+
+
+@pytest.mark.parametrize("failing", BUS_CALLS)
 async def test_a_crash_between_any_two_steps_trains_every_group_exactly_once(rig, failing):
     """The bus fails once at each kind of call, at every place of the loop in turn."""
-    await send(rig.bus, *groups("a", "b", "c", "d", "e", "f"))
+    ids = await issue(rig.bus, range(6))
     original = getattr(rig.bus, failing)
     for place in range(4):
         calls = iter(range(1000))
@@ -177,10 +220,153 @@ async def test_a_crash_between_any_two_steps_trains_every_group_exactly_once(rig
     await rig.reach(3)
     await rig.stop()
     trained = [group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids]
-    assert sorted(trained) == list("abcdef")
+    assert sorted(trained) == ids
     assert rig.weight_of((await rig.announced())[-1]) == 3.0
-    assert {outcome for _, outcome in await read_ledger(rig.bus)} == {"trained"}
+    assert await read_account(rig.bus) == {"issued": 6, "generated": 6, "trained": 6}
     assert await count_pending(rig.bus) == 0
+
+
+async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_groups_at_the_next_start(rig):
+    rig.config = make_config(num_updates=4)
+    await issue(rig.bus, range(4))
+    original = rig.bus.commit
+
+    async def fail_to_acknowledge(publications, acknowledgements=(), *rest, **kwargs):
+        if acknowledgements:
+            raise BusUnavailableError("gone")
+        await original(publications, acknowledgements, *rest, **kwargs)
+
+    rig.bus.commit = fail_to_acknowledge
+    await rig.start()
+    await until(rig.task.done)
+    await rig.kill()
+    rig.bus.commit = original
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
+    await rig.start()
+    async with asyncio.timeout(5):
+        while await count_pending(rig.bus):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await rig.stop()
+    assert rig.trainer.batches == []
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "trained": 4}
+    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
+    assert [event.policy_version for event in trained] == [1, 1, 2, 2]
+    assert {event.episode_turns for event in trained} == {(2, 2)}
+
+
+async def test_a_learner_that_was_superseded_ends_and_has_published_nothing_since(rig):
+    await rig.start()
+    while await rig.announced() != [0]:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    successor = rig.bus.view()
+    await successor.claim_role(ConsumerGroup.LEARNER)
+    await issue(successor, range(4))
+    await until(rig.task.done)
+    with pytest.raises(SupersededError, match="learner"):
+        await rig.stop()
+    rig.checkpoints.close()
+    assert await rig.announced() == [0]
+    assert await rig.records() == []
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
+
+
+async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_nothing_is_trained_twice(rig):
+    """Update 2 is durable, update 3 is not, and group 6 was waiting when the server came back empty."""
+    rig.config = make_config(num_updates=4)
+    await rig.bus.save_state("scheduler", b"cursor")
+    await rig.start()
+    await issue(rig.bus, range(7))
+    await rig.reach(3)
+    await rig.kill()
+    await rig.lose_bus()
+    await rig.start()
+    while not await rig.announced():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert await rig.bus.load_state("scheduler") == b"cursor", "the gateway goes on when it sees the policy"
+    assert await read_account(rig.bus) == {"issued": 7, "generated": 7, "trained": 4, "cancelled": 3}
+    await issue(rig.bus, range(7, 11), version=2)
+    await rig.reach(4)
+    await rig.stop()
+    trained = [group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids]
+    assert trained == [format_group_id(number) for number in (0, 1, 2, 3, 7, 8, 9, 10)]
+    assert rig.trainer.batches == [trained[4:6], trained[6:]]
+    assert await read_account(rig.bus) == {"issued": 11, "generated": 11, "trained": 8, "cancelled": 3}
+
+
+async def test_a_bus_that_kept_its_account_is_left_as_it_is(rig):
+    await issue(rig.bus, range(2))
+    await rig.start()
+    await rig.reach(1)
+    await rig.stop()
+    await rig.bus.save_state("scheduler", b"later")
+    await rig.start()
+    await until(lambda: rig.health.is_ready)
+    await rig.stop()
+    assert await rig.bus.load_state("scheduler") == b"later"
+
+
+async def test_a_full_disk_at_a_checkpoint_is_waited_out_and_said(rig):
+    """Nothing is acknowledged meanwhile, nothing is trained, and the learner neither dies nor is ready."""
+    is_full = True
+
+    def save(directory, original=CountingTrainer.save):
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(rig.trainer, directory)
+
+    await issue(rig.bus, range(6))
+    await rig.start()
+    rig.trainer.save = save
+    await until(lambda: rig.health.blocked)
+    assert "No space left on device" in rig.health.blocked
+    assert "update-00000002" in rig.health.blocked
+    assert rig.health.is_alive
+    assert not rig.task.done()
+    assert await count_pending(rig.bus) >= 8
+    assert rig.learner.progress.num_updates == 2
+    is_full = False
+    await rig.reach(3)
+    await rig.stop()
+    assert rig.health.blocked == ""
+    assert await read_account(rig.bus) == {"issued": 6, "generated": 6, "trained": 6}
+
+
+async def test_a_learner_that_waits_for_room_on_the_disk_can_be_stopped_and_loses_nothing(rig):
+    await issue(rig.bus, range(4))
+    await rig.start()
+
+    def save(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rig.trainer.save = save
+    await until(lambda: rig.health.blocked)
+    with pytest.raises(CapacityError):
+        await rig.stop()
+    rig.checkpoints.close()
+    assert await count_pending(rig.bus) == 8
+    await rig.start()
+    await rig.reach(2)
+    await rig.stop()
+    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "trained": 4}
+
+
+async def test_a_weight_store_that_is_away_is_waited_out_and_said(rig):
+    is_away, publish = True, rig.weights.publish
+
+    def refuse(*args, **kwargs):
+        if is_away:
+            raise WeightsUnavailableError("The weight store is away.")
+        return publish(*args, **kwargs)
+
+    rig.weights.publish = refuse
+    await rig.start()
+    await until(lambda: rig.health.blocked)
+    assert await rig.announced() == []
+    is_away = False
+    await until(lambda: rig.health.is_ready)
+    await rig.stop()
+    assert rig.health.blocked == ""
+    assert await rig.announced() == [0]
 
 
 async def test_a_finished_run_cancels_what_still_arrives_until_it_is_stopped(rig):
@@ -197,6 +383,20 @@ async def test_a_finished_run_cancels_what_still_arrives_until_it_is_stopped(rig
     assert not rig.task.done()
     await rig.stop()
     assert await count_pending(rig.bus) == 0
+
+
+async def test_a_finished_run_cancels_what_a_reader_before_it_left_pending(rig):
+    """Such as entries that a superseded learner had read on: the account closes without another restart."""
+    await issue(rig.bus, range(6))
+    await rig.start()
+    await rig.reach(2)
+    await issue(rig.bus, range(6, 7))
+    assert len(await rig.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "superseded", 100)) == 2
+    async with asyncio.timeout(5):
+        while await count_pending(rig.bus):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await rig.stop()
+    assert await read_account(rig.bus) == {"issued": 7, "generated": 7, "trained": 6, "cancelled": 1}
 
 
 async def test_a_finished_run_that_starts_again_trains_nothing(rig):
