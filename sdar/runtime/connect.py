@@ -9,6 +9,7 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.runtime.bus import BusLimits
 from sdar.runtime.causal_lm import check_model_files
 from sdar.runtime.redis_bus import RedisBus
+from sdar.runtime.redis_connection import OnBlocked
 from sdar.runtime.settings import Settings
 from sdar.runtime.weights import WeightStore
 
@@ -41,13 +42,17 @@ def _fetch_from_hub(path: Path) -> Path:
         ) from error
 
 
-def build_bus(config: RunConfig, settings: Settings) -> RedisBus:
-    """The run's bus, bounded so that everything admission allows fits twice, with what waits for a checkpoint."""
+def build_bus(config: RunConfig, settings: Settings, *, on_blocked: OnBlocked | None = None) -> RedisBus:
+    """The run's bus, bounded so that everything admission allows fits twice, with what waits for a checkpoint.
+
+    `on_blocked` is told when Redis holds this service up (`Health.report_blocked`).
+    """
     training = config.training
     num_batches = training.max_staleness + 1 + training.checkpoint_every
     num_entries = 2 * num_batches * training.groups_per_update * training.group_size
     limits = BusLimits(max_entries=max(_LEAST_ENTRIES, num_entries))
-    return RedisBus(settings.redis_url, config.name, config.stream_consumers, limits)
+    consumers = config.stream_consumers
+    return RedisBus(settings.redis_url, config.name, consumers, limits, client_name=settings.instance, on_blocked=on_blocked)
 
 
 def build_weight_store(config: RunConfig, settings: Settings) -> WeightStore:

@@ -1,36 +1,38 @@
-"""Owns the bus over Redis Streams. It speaks to one Redis (6.2 or newer) and knows no payload type.
+"""Owns the bus over Redis Streams. It speaks to one Redis (6.2 or newer) and looks into no payload but the account's.
 
 How the protocol's promises are kept:
 
-- One MULTI/EXEC per commit. Redis refuses the whole transaction, or runs all of it.
+- One script per commit (`redis_scripts.COMMIT`), applied whole or not at all. Its id leaves a mark that outlives every retry: a
+  commit whose reply was lost is recognised when it comes again.
+- Leases are the groups' pending lists: consumer and delivery count of an entry must still be those of the delivery.
 - Capacity is known from the length that each commit brings back, so a commit that finds room costs one round trip.
 - Trimming goes up to the oldest entry that some group has not acknowledged, declared or merely existing in Redis. A group
   that does not exist yet has acknowledged nothing.
-- Outages shorter than `outage_tolerance_s` are waited out. redis-py's own retries are off: it nests one around connecting
-  within one around the command, and together they have no deadline.
+- Outages and a Redis without room are waited out: `redis_connection`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import redis.asyncio as redis
 from redis import exceptions as redis_errors
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from sdar.contracts.errors import BusUnavailableError, CapacityError, ConfigurationError
+from sdar.contracts.codec import encode_ledger_event
+from sdar.contracts.errors import CapacityError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, RunKeys, Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent
+from sdar.runtime import redis_scripts
 from sdar.runtime.bus import (
     BEFORE_FIRST,
     DEAD_LETTERS_MAX_ENTRIES,
+    SUSPECT_FACTOR,
     BusLimits,
+    BusMemory,
     Consumers,
     DeadLetter,
     Delivery,
@@ -38,31 +40,29 @@ from sdar.runtime.bus import (
     Publications,
     StreamLag,
     Wiring,
+    build_lease_error,
+    build_letter_error,
+    build_role_error,
+    check_letter_id,
     format_capacity_message,
+    has_effects,
+    is_entry_id,
     parse_entry_id,
 )
+from sdar.runtime.ledger import CLOSING, LedgerAccount, parse_group_number
+from sdar.runtime.redis_connection import Command, OnBlocked, RedisConnection, format_client_name
+from sdar.runtime.snapshot import BusSnapshot, build_account, decode_snapshot, encode_snapshot, unpack_numbers
 
-_Command = tuple[Any, ...]
+_Argument = str | bytes | int | float
 
 _PAYLOAD = b"p"
-_CONNECT_TIMEOUT_S = 10.0
-_REPLY_TIMEOUT_S = 20.0
 _MAX_BLOCK_S = 5.0
 """Longest single blocking read: well under the reply timeout, so that a silent server and a quiet stream look different."""
-_ALL = 1_000_000
-_FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
+_PAGE = 256
 _FIRST_POLL_S, _MAX_POLL_S = 0.01, 0.25
-
-# Redis before 7.0 does not report a group's lag. Counting by pages keeps the server's copy small; the stream is bounded.
-_COUNT_AFTER = """
-local start, count = '(' .. ARGV[1], 0
-while true do
-    local page = redis.call('XRANGE', KEYS[1], start, '+', 'COUNT', 256)
-    count = count + #page
-    if #page < 256 then return count end
-    start = '(' .. page[#page][1]
-end
-"""
+_LEAST_MARK_S = 600.0
+"""Least life of a commit's mark. It is longer than any retry of one reply goes on."""
+_BUFFERED = b"b"
 
 
 class RedisBus:
@@ -73,27 +73,32 @@ class RedisBus:
         run_id: prefix of every key.
         consumers: the groups that consume each stream in this run; the same in every process of the run.
         limits: bounds on entries and waits.
+        client_name: the consumer name that this process reads under. While it is connected, others take it for alive.
+        on_blocked: called with a reason at every retry while Redis is away or full, and with "" when that is over.
     """
 
-    def __init__(self, url: str, run_id: str, consumers: Consumers, limits: BusLimits | None = None) -> None:
-        self._url = url
+    def __init__(
+        self,
+        url: str,
+        run_id: str,
+        consumers: Consumers,
+        limits: BusLimits | None = None,
+        *,
+        client_name: str = "",
+        on_blocked: OnBlocked | None = None,
+    ) -> None:
+        self._run_id = run_id
         self._keys = RunKeys(run_id)
         self._wiring = Wiring(consumers)
         self._limits = limits or BusLimits()
         self._known_length: dict[Stream, int] = {}
         self._next_trim_at: dict[Stream, float] = {}
-        try:
-            self._redis = redis.Redis.from_url(
-                url,
-                protocol=2,
-                # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a cancellation. See _run.
-                socket_timeout=None,
-                socket_connect_timeout=_CONNECT_TIMEOUT_S,
-                socket_keepalive=True,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"Redis address {url!r} is not usable: {error}. Use redis://host:port/0.") from error
+        self._tenures: dict[ConsumerGroup, int] = {}
+        name = format_client_name(run_id, client_name) if client_name else ""
+        self._connection = RedisConnection(url, name, self._limits.outage_tolerance_s, on_blocked)
+        self._redis = self._connection.client
+        self._run = self._connection.run
+        self._send = self._connection.send
 
     # --- publishing -------------------------------------------------------------------------------------------------------
 
@@ -105,41 +110,79 @@ class RedisBus:
         publications: Publications,
         acknowledgements: Sequence[Delivery] = (),
         state: Mapping[str, bytes] | None = None,
+        transitions: Sequence[LedgerEvent] = (),
+        retired_letters: Sequence[str] = (),
     ) -> None:
         self._wiring.check_publish(publications)
+        self._wiring.check_transitions(transitions)
         for stream in self._wiring.bounded(publications):
             await self._wait_for_room(stream)
         # Before the transaction: a trim that fails after it would make a commit that happened look as if it had not.
         await self._trim_now_and_then({delivery.stream for delivery in acknowledgements})
-        await self._transact(publications, acknowledgements, state or {})
+        await self._transact(publications, acknowledgements, state or {}, transitions, retired_letters)
 
-    async def dead_letter(self, delivery: Delivery, reason: str, publications: Publications | None = None) -> None:
-        self._wiring.check_publish(publications or {})
-        # No wait for room: a poisonous entry must be able to leave even when the stream it reports to is full.
-        await self._transact(publications or {}, [delivery], {}, dead_letters=[(delivery, reason)])
+    async def dead_letter(self, delivery: Delivery, reason: str, transitions: Sequence[LedgerEvent] = ()) -> None:
+        self._wiring.check_transitions(transitions)
+        await self._transact({}, [delivery], {}, transitions, dead_letters=[(delivery, reason)])
+
+    async def claim_role(self, role: ConsumerGroup) -> None:
+        self._tenures[role] = int(await self._run_script(redis_scripts.CLAIM_ROLE, [self._keys.tenure(role)], ()))
 
     async def _transact(
         self,
         publications: Publications,
-        acknowledgements: Iterable[Delivery],
+        acknowledgements: Sequence[Delivery],
         state: Mapping[str, bytes],
+        transitions: Sequence[LedgerEvent] = (),
+        retired_letters: Sequence[str] = (),
         dead_letters: Sequence[tuple[Delivery, str]] = (),
     ) -> None:
+        for letter_id in retired_letters:
+            if not is_entry_id(letter_id):
+                raise build_letter_error(letter_id)
         bounded = self._wiring.bounded(publications)
-        commands: list[_Command] = []
-        for stream, payloads in publications.items():
-            key = self._keys.stream(stream)
-            bound = ("MAXLEN", BROADCAST_MAX_ENTRIES[stream]) if stream in BROADCAST_MAX_ENTRIES else ()
-            commands += [("XADD", key, *bound, "*", _PAYLOAD, payload) for payload in payloads]
-        for delivery, reason in dead_letters:
-            fields = _dead_letter_fields(delivery, reason)
-            commands.append(("XADD", self._keys.dead_letters(), "MAXLEN", DEAD_LETTERS_MAX_ENTRIES, "*", *fields))
-        commands += [("SET", self._keys.state(name), value) for name, value in state.items()]
-        for (stream, group), entry_ids in _ids_by_group(acknowledgements).items():
-            commands.append(("XACK", self._keys.stream(stream), group, *entry_ids))
-        commands += [("XLEN", self._keys.stream(stream)) for stream in bounded]
-        replies = await self._send(commands, transaction=True)
-        self._known_length.update(zip(bounded, replies[len(replies) - len(bounded) :], strict=True))
+        request = _Request(self._name_commit_keys())
+        request.add_list([request.index(self._keys.stream(stream))] for stream in bounded)
+        request.add(int(1000 * max(_LEAST_MARK_S, 2 * self._limits.outage_tolerance_s)))
+        self._add_roles(request)
+        request.add(int(bool(dead_letters) or has_effects(publications, state, transitions, retired_letters)))
+        request.add_list(
+            (request.index(self._keys.stream(lent.stream)), lent.group, lent.consumer, lent.entry_id, lent.num_deliveries)
+            for lent in acknowledgements
+        )
+        request.add_list([letter_id] for letter_id in retired_letters)
+        request.add_list(
+            (request.index(self._keys.stream(stream)), BROADCAST_MAX_ENTRIES.get(stream, ""), len(payloads), *payloads)
+            for stream, payloads in publications.items()
+        )
+        request.add_list(state.items())
+        request.add_list((_format_number(event), event.outcome, encode_ledger_event(event)) for event in transitions)
+        request.add_list(
+            (DEAD_LETTERS_MAX_ENTRIES, *_count(_dead_letter_fields(delivery, reason))) for delivery, reason in dead_letters
+        )
+        status, *details = await self._run_script(redis_scripts.COMMIT, request.keys, request.arguments)
+        if status == b"lost":
+            raise build_lease_error(acknowledgements[details[0]])
+        if status == b"gone":
+            raise build_letter_error(details[0].decode())
+        _check_role_reply(status, details)
+        self._known_length.update(zip(bounded, details, strict=True))
+
+    def _name_commit_keys(self) -> list[str]:
+        """The keys that every commit has, in the order of `redis_scripts.COMMIT`, under a new commit's id."""
+        names = self._keys
+        mark = names.commit(secrets.token_hex(8))
+        closed = [names.closed_groups(outcome) for outcome in CLOSING]
+        account = [names.ledger(), names.open_groups(), names.stream(Stream.LEDGER)]
+        return [mark, names.states(), names.dead_letters(), *account, *closed]
+
+    def _add_roles(self, request: _Request) -> None:
+        request.add_list((request.index(self._keys.tenure(role)), role, tenure) for role, tenure in self._tenures.items())
+
+    async def _run_script(self, script: str, keys: Sequence[str], arguments: Sequence[_Argument]) -> Any:
+        # A registered script is sent by its digest, and whole to a server that does not know it (any more).
+        registered = self._redis.register_script(script)
+        return await self._run(lambda: registered(keys, arguments))
 
     async def _wait_for_room(self, stream: Stream) -> None:
         """Returns when the stream is below its bound; trims it while waiting, for its consumers trim only now and then."""
@@ -186,27 +229,64 @@ class RedisBus:
         min_idle_s: float,
         max_count: int,
         after_id: str = BEFORE_FIRST,
+        held_by: str | None = None,
     ) -> list[Delivery]:
         self._wiring.check_group(stream, group)
-        key = self._keys.stream(stream)
-        milliseconds, sequence = parse_entry_id(after_id)
-        cursor = f"{milliseconds}-{sequence + 1}"
-        claimed: list[tuple[str, bytes]] = []
-        # Redis scans a bounded part of the pending list a call and tells where to go on; 0-0 is the end.
-        while cursor != BEFORE_FIRST and len(claimed) < max_count:
+        taken: list[Delivery] = []
+        while len(taken) < max_count:
+            page = await self._list_pending(stream, group, min_idle_s, after_id, held_by)
+            if not page:
+                break
+            after_id = _decode(page[-1]["message_id"])
+            dead = await self._select_dead(page, min_idle_s)
+            while dead and len(taken) < max_count:
+                num_wanted = max_count - len(taken)
+                taken += await self._take_over(stream, group, consumer, min_idle_s, dead[:num_wanted])
+                dead = dead[num_wanted:]
+        return taken
 
-            async def claim_once(start: str = cursor, count: int = max_count - len(claimed)) -> Any:
-                return await self._redis.xautoclaim(key, group, consumer, int(min_idle_s * 1000), start, count=count)
+    async def _list_pending(
+        self, stream: Stream, group: ConsumerGroup, min_idle_s: float, after_id: str, held_by: str | None
+    ) -> list[dict[str, Any]]:
+        """One page of the entries pending for at least `min_idle_s`: Redis' record of each."""
 
-            reply = await self._with_group(stream, group, claim_once)
-            cursor = reply[0].decode()
-            claimed += [(entry_id.decode(), fields[_PAYLOAD]) for entry_id, fields in reply[1] if entry_id is not None]
-        num_deliveries = await self._fetch_held(stream, group, consumer, [entry_id for entry_id, _ in claimed])
+        async def list_once() -> Any:
+            return await self._redis.xpending_range(
+                self._keys.stream(stream),
+                group,
+                idle=int(min_idle_s * 1000),
+                min=f"({after_id}",
+                max="+",
+                count=_PAGE,
+                consumername=held_by,
+            )
+
+        page: list[dict[str, Any]] = await self._with_group(stream, group, list_once)
+        return page
+
+    async def _select_dead(self, pending: list[dict[str, Any]], min_idle_s: float) -> list[dict[str, Any]]:
+        """Those whose consumers are dead, of entries that have been idle for `min_idle_s`."""
+        if not min_idle_s:
+            return pending
+        witness = await self._connection.fetch_witness()
+        if witness.settled_s < min_idle_s:
+            # Redis or the network was away, which makes everybody idle and nobody connected. Let them come back and renew.
+            return []
         return [
-            Delivery(stream, group, consumer, entry_id, payload, num_deliveries[entry_id])
-            for entry_id, payload in claimed
-            if entry_id in num_deliveries
+            row
+            for row in pending
+            if row["time_since_delivered"] >= SUSPECT_FACTOR * min_idle_s * 1000
+            or (witness.names is not None and format_client_name(self._run_id, _decode(row["consumer"])) not in witness.names)
         ]
+
+    async def _take_over(
+        self, stream: Stream, group: ConsumerGroup, consumer: str, min_idle_s: float, pending: list[dict[str, Any]]
+    ) -> list[Delivery]:
+        request = _Request([self._keys.stream(stream)])
+        request.add(group, consumer, int(min_idle_s * 1000))
+        request.add_list((row["message_id"], row["times_delivered"]) for row in pending)
+        rows = await self._run_script(redis_scripts.RECLAIM, request.keys, request.arguments)
+        return [Delivery(stream, group, consumer, row[0].decode(), row[1], row[2]) for row in rows]
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         held: set[Delivery] = set()
@@ -214,35 +294,15 @@ class RedisBus:
         for delivery in deliveries:
             by_holder[delivery.stream, delivery.group, delivery.consumer].append(delivery)
         for (stream, group, consumer), lent in by_holder.items():
-            ids = await self._fetch_held(stream, group, consumer, [delivery.entry_id for delivery in lent])
-            held.update(delivery for delivery in lent if delivery.entry_id in ids)
-            if ids:
-                # JUSTID leaves the delivery count alone: renewing is not another attempt.
-                await self._run(
-                    partial(self._redis.xclaim, self._keys.stream(stream), group, consumer, 0, list(ids), justid=True)
-                )
+            request = _Request([self._keys.stream(stream)])
+            request.add(group, consumer)
+            request.add_list((delivery.entry_id, delivery.num_deliveries) for delivery in lent)
+            indices = await self._run_script(redis_scripts.RENEW, request.keys, request.arguments)
+            held.update(lent[index] for index in indices)
         return [delivery for delivery in deliveries if delivery in held]
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         await self.commit({}, deliveries)
-
-    async def _fetch_held(
-        self, stream: Stream, group: ConsumerGroup, consumer: str, entry_ids: Sequence[str]
-    ) -> dict[str, int]:
-        """entry id -> number of deliveries, for those of `entry_ids` that are pending with this consumer."""
-        if not entry_ids:
-            return {}
-        key, wanted = self._keys.stream(stream), sorted(entry_ids, key=parse_entry_id)
-        try:
-            rows = await self._run(
-                lambda: self._redis.xpending_range(key, group, wanted[0], wanted[-1], count=_ALL, consumername=consumer)
-            )
-        except redis_errors.ResponseError as error:
-            if not _is_missing_group(error):
-                raise
-            return {}
-        deliveries = {row["message_id"].decode(): int(row["times_delivered"]) for row in rows}
-        return {entry_id: deliveries[entry_id] for entry_id in wanted if entry_id in deliveries}
 
     async def _with_group(self, stream: Stream, group: ConsumerGroup, operation: Callable[[], Awaitable[Any]]) -> Any:
         """Run `operation`; if the group is missing (first use, or Redis was flushed), create it at the beginning and repeat."""
@@ -282,9 +342,16 @@ class RedisBus:
         reply = await self._run(lambda: self._redis.xrevrange(self._keys.stream(stream), count=1))
         return Entry(reply[0][0].decode(), reply[0][1][_PAYLOAD]) if reply else None
 
-    async def list_dead_letters(self, max_count: int = 100) -> list[DeadLetter]:
-        reply = await self._run(lambda: self._redis.xrevrange(self._keys.dead_letters(), count=max_count))
-        return [_parse_dead_letter(fields) for _, fields in reply]
+    async def list_dead_letters(self, max_count: int = 100, before_id: str | None = None) -> list[DeadLetter]:
+        newest = "+" if before_id is None else f"({check_letter_id(before_id)}"
+        reply = await self._run(lambda: self._redis.xrevrange(self._keys.dead_letters(), max=newest, count=max_count))
+        return [_parse_dead_letter(letter_id, fields) for letter_id, fields in reply]
+
+    async def find_dead_letter(self, letter_id: str) -> DeadLetter | None:
+        if not is_entry_id(letter_id):
+            return None
+        reply = await self._run(lambda: self._redis.xrange(self._keys.dead_letters(), letter_id, letter_id))
+        return _parse_dead_letter(*reply[0]) if reply else None
 
     async def count_dead_letters(self) -> int:
         return int(await self._run(lambda: self._redis.xlen(self._keys.dead_letters())))
@@ -340,12 +407,12 @@ class RedisBus:
         key = self._keys.stream(stream)
         info = (await self._fetch_groups(stream)).get(group, {"last-delivered-id": BEFORE_FIRST, "pending": 0})
         last_delivered = _decode(info["last-delivered-id"])
-        commands: list[_Command] = [("TIME",), ("XRANGE", key, f"({last_delivered}", "+", "COUNT", 1)]
+        commands: list[Command] = [("TIME",), ("XRANGE", key, f"({last_delivered}", "+", "COUNT", 1)]
         commands += [("XPENDING", key, group)] if info["pending"] else []
         (seconds, microseconds), undelivered, *pending = await self._send(commands)
         num_undelivered = info.get("lag") if undelivered else 0
         if num_undelivered is None:
-            num_undelivered = await self._run(lambda: self._redis.eval(_COUNT_AFTER, 1, key, last_delivered))
+            num_undelivered = await self._run_script(redis_scripts.COUNT_AFTER, [key], [last_delivered])
         ids = [entry_id for entry_id, _ in undelivered] + [summary["min"] for summary in pending if summary["min"]]
         oldest_ms = min((parse_entry_id(_decode(entry_id))[0] for entry_id in ids), default=None)
         age_s = 0.0 if oldest_ms is None else max(0.0, seconds + microseconds / 1e6 - oldest_ms / 1e3)
@@ -355,61 +422,137 @@ class RedisBus:
         await self.commit({}, state={name: value})
 
     async def load_state(self, name: str) -> bytes | None:
-        value: bytes | None = await self._run(lambda: self._redis.get(self._keys.state(name)))
+        value: bytes | None = await self._run(lambda: self._redis.hget(self._keys.states(), name))
         return value
+
+    # --- the account ------------------------------------------------------------------------------------------------------
+
+    async def read_ledger(self) -> LedgerAccount:
+        numbers, open_groups = await self._read_together(self._account_reads())
+        totals = _parse_numbers(numbers)
+        counts = {outcome: totals.get(outcome, 0) for outcome in CLOSING}
+        return LedgerAccount(totals.get("issued", 0), totals.get("generated", 0), counts, _parse_open(open_groups))
+
+    async def list_closed(self, outcome: GroupOutcome) -> list[int]:
+        bitmap = await self._run(lambda: self._redis.get(self._keys.closed_groups(outcome)))
+        return unpack_numbers(bitmap or b"")
+
+    async def take_snapshot(self) -> bytes:
+        bitmaps = [("GET", self._keys.closed_groups(outcome)) for outcome in CLOSING]
+        reads = [*self._account_reads(), ("HGETALL", self._keys.states()), *bitmaps]
+        numbers, open_groups, states, *closed = await self._read_together(reads)
+        totals, packed = _parse_numbers(numbers), {o: bitmap or b"" for o, bitmap in zip(CLOSING, closed, strict=True)}
+        account = build_account(totals.get("issued", 0), totals.get("generated", 0), _parse_open(open_groups), packed)
+        return encode_snapshot(BusSnapshot({name.decode(): value for name, value in _pairs(states)}, account))
+
+    async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
+        restored = decode_snapshot(snapshot)
+        restored.close_open_groups(trained)
+        account = restored.account
+        totals: dict[str, int] = {"issued": account.num_issued, "generated": account.num_generated}
+        totals |= {outcome.value: number for outcome, number in account.closed.items()}
+        request = _Request([self._keys.ledger(), self._keys.states()])
+        self._add_roles(request)
+        request.add_list(
+            (request.index(self._keys.closed_groups(outcome)), bitmap)
+            for outcome, bitmap in restored.pack_closed().items()
+            if bitmap
+        )
+        request.add_list(totals.items())
+        request.add_list(restored.states.items())
+        status, *details = await self._run_script(redis_scripts.RESTORE, request.keys, request.arguments)
+        _check_role_reply(status, details)
+        return bool(status == b"done")
+
+    def _account_reads(self) -> list[tuple[str, str]]:
+        return [("HGETALL", self._keys.ledger()), ("HGETALL", self._keys.open_groups())]
+
+    async def _read_together(self, reads: Sequence[tuple[str, str]]) -> list[Any]:
+        """The replies to reading commands of one key each, as of one moment."""
+        keys, commands = [key for _, key in reads], [command for command, _ in reads]
+        replies: list[Any] = await self._run_script(redis_scripts.READ_TOGETHER, keys, commands)
+        return replies
+
+    # --- versions in use, the server --------------------------------------------------------------------------------------
+
+    async def pin_versions(self, reader: str, versions: Collection[int], ttl_s: float) -> bool:
+        request = _Request([self._keys.versions_in_use(), self._keys.versions_retired()])
+        request.add(reader, int(ttl_s * 1000))
+        request.add_list([version] for version in versions)
+        return bool(await self._run_script(redis_scripts.PIN_VERSIONS, request.keys, request.arguments))
+
+    async def retire_versions(self, versions: Collection[int]) -> bool:
+        request = _Request([self._keys.versions_in_use(), self._keys.versions_retired()])
+        self._add_roles(request)
+        request.add_list([version] for version in versions)
+        status, *details = await self._run_script(redis_scripts.RETIRE_VERSIONS, request.keys, request.arguments)
+        _check_role_reply(status, details)
+        return bool(status == b"done")
+
+    async def memory(self) -> BusMemory:
+        info = await self._run(lambda: self._redis.info("memory"))
+        return BusMemory(used_bytes=int(info["used_memory"]), max_bytes=int(info["maxmemory"]))
 
     async def ping(self) -> None:
         await self._run(lambda: self._redis.ping())
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await self._connection.close()
 
-    async def _send(self, commands: Sequence[_Command], transaction: bool = False) -> list[Any]:
-        """Send all commands in one round trip; the replies in their order."""
 
-        async def send_once() -> list[Any]:
-            pipeline = self._redis.pipeline(transaction=transaction)
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies: list[Any] = await pipeline.execute()
-            return replies
+class _Request:
+    """Keys and arguments of one script, as its `take` reads them: a list is its length and then its items' arguments."""
 
-        return await self._run(send_once) if commands else []
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = list(keys)
+        self.arguments: list[_Argument] = []
+        self._indices: dict[str, int] = {}
 
-    async def _run(self, operation: Callable[[], Awaitable[Any]]) -> Any:
-        """Run one Redis operation, again after lost connections until the outage lasts too long.
+    def index(self, key: str) -> int:
+        """The key's index in Lua's KEYS; it is added if it is not there."""
+        if key not in self._indices:
+            self.keys.append(key)
+            self._indices[key] = len(self.keys)
+        return self._indices[key]
 
-        Repeating a transaction whose reply was lost can publish it twice: at least once, never less.
-        """
-        give_up_at, delay_s = time.monotonic() + self._limits.outage_tolerance_s, _FIRST_RETRY_S
-        while True:
-            try:
-                async with asyncio.timeout(_REPLY_TIMEOUT_S):
-                    return await operation()
-            except (redis_errors.AuthenticationError, redis_errors.AuthorizationError) as error:
-                raise ConfigurationError(f"Redis refuses the credentials of {self._place}: {error}. Fix its URL.") from error
-            except (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError) as error:
-                if time.monotonic() + delay_s > give_up_at:
-                    raise BusUnavailableError(
-                        f"Redis at {self._place} did not answer for {self._limits.outage_tolerance_s:g} s ({error!r}). "
-                        "Check that it runs and that SDAR_REDIS_URL names it; nothing acknowledged is lost.",
-                        address=self._place,
-                    ) from error
-            except redis_errors.ResponseError as error:
-                if not _is_write_refusal(error):
-                    raise
-                raise BusUnavailableError(
-                    f"Redis at {self._place} refuses writes: {error}. Give it memory or disk, or address the primary.",
-                    address=self._place,
-                ) from error
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-            delay_s = min(2 * delay_s, _MAX_RETRY_S)
+    def add(self, *arguments: _Argument) -> None:
+        self.arguments += arguments
 
-    @property
-    def _place(self) -> str:
-        """The address without credentials."""
-        scheme, _, rest = self._url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2]}"
+    def add_list(self, items: Iterable[Iterable[_Argument]]) -> None:
+        at, num_items = len(self.arguments), 0
+        self.arguments.append(0)
+        for item in items:
+            self.arguments += item
+            num_items += 1
+        self.arguments[at] = num_items
+
+
+def _format_number(event: LedgerEvent) -> str:
+    """The number of the event's group, "" for one without an account."""
+    number = parse_group_number(event.group_id)
+    return "" if number is None else str(number)
+
+
+def _count(fields: list[_Argument]) -> list[_Argument]:
+    return [len(fields), *fields]
+
+
+def _check_role_reply(status: bytes, details: list[bytes]) -> None:
+    if status == b"superseded":
+        raise build_role_error(ConsumerGroup(details[0].decode()))
+
+
+def _pairs(flat: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:
+    """Fields and values of a hash as a script returns it."""
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _parse_numbers(fields: Sequence[bytes]) -> dict[str, int]:
+    return {name.decode(): int(number) for name, number in _pairs(fields)}
+
+
+def _parse_open(fields: Sequence[bytes]) -> dict[int, bool]:
+    return {int(number): standing == _BUFFERED for number, standing in _pairs(fields)}
 
 
 def _decode(value: bytes | str) -> str:
@@ -426,27 +569,16 @@ def _is_missing_group(reply: object) -> bool:
     return isinstance(reply, redis_errors.ResponseError) and str(reply).startswith(("NOGROUP", "UNBLOCKED"))
 
 
-def _is_write_refusal(error: redis_errors.ResponseError) -> bool:
-    refusals = (redis_errors.OutOfMemoryError, redis_errors.ReadOnlyError)
-    return isinstance(error, refusals) or "MISCONF" in str(error)
-
-
-def _ids_by_group(deliveries: Iterable[Delivery]) -> dict[tuple[Stream, ConsumerGroup], list[str]]:
-    ids: defaultdict[tuple[Stream, ConsumerGroup], list[str]] = defaultdict(list)
-    for delivery in deliveries:
-        ids[delivery.stream, delivery.group].append(delivery.entry_id)
-    return dict(ids)
-
-
-def _dead_letter_fields(delivery: Delivery, reason: str) -> list[str | bytes | int | float]:
+def _dead_letter_fields(delivery: Delivery, reason: str) -> list[_Argument]:
     return [
         *(b"stream", delivery.stream, b"group", delivery.group, b"entry_id", delivery.entry_id),
         *(b"num_deliveries", delivery.num_deliveries, b"reason", reason, b"at_s", time.time(), _PAYLOAD, delivery.payload),
     ]
 
 
-def _parse_dead_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
+def _parse_dead_letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> DeadLetter:
     return DeadLetter(
+        letter_id=letter_id.decode(),
         stream=Stream(fields[b"stream"].decode()),
         group=ConsumerGroup(fields[b"group"].decode()),
         entry_id=fields[b"entry_id"].decode(),

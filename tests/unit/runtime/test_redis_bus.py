@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,10 @@ import redis.asyncio as redis
 
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent
 from sdar.runtime.bus import BEFORE_FIRST, BusLimits
 from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.runtime.ledger import format_group_id
 from sdar.runtime.redis_bus import RedisBus
 
 TASKS, LEDGER, ROLLOUT, GATEWAY = Stream.TASKS, Stream.LEDGER, ConsumerGroup.ROLLOUT, ConsumerGroup.GATEWAY
@@ -40,6 +43,28 @@ async def client(server: EmbeddedRedis) -> AsyncIterator[redis.Redis]:
     client = redis.Redis.from_url(server.url)
     yield client
     await client.aclose()
+
+
+def event(number: int, outcome: GroupOutcome) -> LedgerEvent:
+    return LedgerEvent("run", format_group_id(number), outcome, num_trajectories=2, policy_version=0)
+
+
+class Reports:
+    """What the bus said about being held up, in order; `arrived` is set by each."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.arrived = asyncio.Event()
+
+    def __call__(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.arrived.set()
+
+    async def wait_for(self, num_reasons: int) -> None:
+        async with asyncio.timeout(10.0):
+            while len(self.reasons) < num_reasons:
+                self.arrived.clear()
+                await self.arrived.wait()
 
 
 @pytest.mark.parametrize(("fsync", "end"), [("everysec", EmbeddedRedis.stop), ("always", EmbeddedRedis.kill)])
@@ -96,16 +121,34 @@ async def test_wrong_credentials_fail_at_once(bus: RedisBus, client: redis.Redis
         await bus.ping()
 
 
-async def test_a_redis_without_memory_refuses_the_whole_commit(bus: RedisBus, client: redis.Redis) -> None:
-    await bus.publish(TASKS, [b"1"])
-    held = await bus.read(TASKS, ROLLOUT, "a", max_count=1)
+async def test_a_redis_without_memory_is_waited_out_and_reported_and_nothing_is_half_done(
+    server: EmbeddedRedis, client: redis.Redis
+) -> None:
+    reports = Reports()
+    bus = RedisBus(server.url, "run", WIRING, replace(LIMITS, outage_tolerance_s=0.0), on_blocked=reports)
+    await bus.publish(TASKS, [b"1", b"2"])
+    held = await bus.read(TASKS, ROLLOUT, "a", max_count=2)
     await client.config_set("maxmemory", 1)
-    with pytest.raises(BusUnavailableError, match="refuses writes"):
-        await bus.commit({LEDGER: [b"done"]}, held, {"cursor": b"1"})
-    await client.config_set("maxmemory", 0)
-    assert [d.payload for d in await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)] == [b"1"]
+    committing = asyncio.create_task(
+        bus.commit({LEDGER: [b"done"]}, held[:1], {"cursor": b"1"}, [event(0, GroupOutcome.ISSUED)])
+    )
+    await reports.wait_for(3)
+    assert not committing.done()
+    assert all("is full: " in reason and "OOM command not allowed" in reason for reason in reports.reasons)
+    await bus.acknowledge(held[1:])  # frees memory, so it must not wait
+    assert await bus.renew(held) == held[:1]
     assert await bus.newest(LEDGER) is None
     assert await bus.load_state("cursor") is None
+    assert (await bus.read_ledger()).num_issued == 0
+    assert len([key async for key in client.scan_iter("*:commit:*")]) == 1, "the mark of the first publication alone"
+    await client.config_set("maxmemory", 0)
+    async with asyncio.timeout(10.0):
+        await committing
+    assert reports.reasons[-1] == ""
+    assert await bus.load_state("cursor") == b"1"
+    assert (await bus.read_ledger()).num_issued == 1
+    assert await bus.renew(held) == []
+    await bus.close()
 
 
 async def test_groups_come_back_after_redis_was_flushed_even_under_a_blocked_read(bus: RedisBus, client: redis.Redis) -> None:

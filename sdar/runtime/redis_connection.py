@@ -1,0 +1,218 @@
+"""Owns one process's connections to a Redis: waiting out outages, saying so, and judging which other processes are connected.
+
+- An unreachable Redis (away, loading its file, silent) is retried for `outage_tolerance_s`. One that answers and refuses writes
+  (out of memory or disk, read-only) is waited for without bound. redis-py's own retries are off: it nests one around connecting
+  within one around the command, and together they have no deadline.
+- Connections are named after run and process. A process without any at the server is dead, unless the server or the network was
+  away: then the others may not be back yet. `fetch_witness` therefore tells since when this process has been in touch with a
+  server that has been up.
+
+It knows no stream and no key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio as redis
+import structlog
+from redis import exceptions as redis_errors
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from sdar.contracts.errors import BusUnavailableError, ConfigurationError
+
+log = structlog.get_logger()
+
+Command = tuple[Any, ...]
+OnBlocked = Callable[[str], None]
+
+_CONNECT_TIMEOUT_S = 10.0
+_REPLY_TIMEOUT_S = 20.0
+_FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
+_LOG_EVERY_S = 30.0
+_REFUSALS = ("OOM ", "MISCONF ", "READONLY ", "-OOM ", "-MISCONF ", "-READONLY ")
+"""How write refusals begin, and how Redis before 7.0 quotes them when a script meets one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """What this process can say of the others.
+
+    Attributes:
+        names: the names of all connections at the server, None where the server does not tell.
+        settled_s: for how long the others have been able to be connected: no less than this.
+    """
+
+    names: frozenset[str] | None
+    settled_s: float
+
+
+def format_client_name(run_id: str, instance: str) -> str:
+    """The name of an instance's connections; Redis takes visible ASCII without spaces."""
+    return re.sub(r"[^!-~]", "_", f"sdar:{run_id}:{instance}")
+
+
+class RedisConnection:
+    """Runs operations on one Redis. Connects at the first.
+
+    Args:
+        url: redis://, rediss:// or unix:// address.
+        client_name: what the connections are called at the server; "" leaves them without a name.
+        outage_tolerance_s: see the module.
+        on_blocked: called with a reason at every retry of any operation, and with "" when no operation is held up any more.
+    """
+
+    def __init__(self, url: str, client_name: str, outage_tolerance_s: float, on_blocked: OnBlocked | None) -> None:
+        self._url = url
+        self._outage_tolerance_s = outage_tolerance_s
+        self._on_blocked = on_blocked or (lambda reason: None)
+        self._blocked: dict[object, str] = {}
+        self._next_log_at = 0.0
+        self._in_touch_since: float | None = None
+        try:
+            self.client = redis.Redis.from_url(
+                url,
+                protocol=2,
+                client_name=client_name or None,
+                # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a cancellation. See run.
+                socket_timeout=None,
+                socket_connect_timeout=_CONNECT_TIMEOUT_S,
+                socket_keepalive=True,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"Redis address {url!r} is not usable: {error}. Use redis://host:port/0.") from error
+
+    async def run(self, operation: Callable[[], Awaitable[Any]]) -> Any:
+        """The result of `operation`, repeated until Redis does it. It must be one that may be repeated after a lost reply.
+
+        Raises:
+            BusUnavailableError: unreachable for too long. ConfigurationError: credentials or rights are missing.
+        """
+        waiting = _Waiting(self._outage_tolerance_s)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(_REPLY_TIMEOUT_S):
+                        result = await operation()
+                    self._in_touch_since = self._in_touch_since or time.monotonic()
+                    return result
+                except (redis_errors.RedisError, TimeoutError, OSError) as error:
+                    reason = self._judge(error, waiting)
+                self._report(waiting, reason)
+                await asyncio.sleep(waiting.next_delay_s())
+        finally:
+            self._report(waiting, "")
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """Send all commands in one round trip; the replies in their order."""
+
+        async def send_once() -> list[Any]:
+            pipeline = self.client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = await pipeline.execute()
+            return replies
+
+        return await self.run(send_once) if commands else []
+
+    async def fetch_witness(self) -> Witness:
+        """Who is connected now, and what that is worth."""
+        clients = await self.run(lambda: _unless_forbidden(self.client.client_list()))
+        # After the list: if the server restarts in between, its age tells.
+        info = await self.run(lambda: _unless_forbidden(self.client.info("server")))
+        in_touch_s = time.monotonic() - (self._in_touch_since or time.monotonic())
+        # A server restarted between two operations of this process breaks no operation of it; its age tells.
+        up_s = in_touch_s if info is None else float(info["uptime_in_seconds"])
+        names = None if clients is None else frozenset(client["name"] for client in clients)
+        return Witness(names, min(in_touch_s, up_s))
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    def _judge(self, error: Exception, waiting: _Waiting) -> str:
+        """Why the operation has to wait; raises where waiting is no help."""
+        if isinstance(error, redis_errors.AuthenticationError | redis_errors.AuthorizationError):
+            raise ConfigurationError(f"Redis refuses the credentials of {self._place}: {error}. Fix its URL.") from error
+        if isinstance(error, redis_errors.NoPermissionError):
+            raise ConfigurationError(f"Redis at {self._place} denies its user a command: {error}. Fix its ACL.") from error
+        if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError | TimeoutError | OSError):
+            self._in_touch_since = None
+            if waiting.is_outage_over_tolerance():
+                raise BusUnavailableError(
+                    f"Redis at {self._place} did not answer for {self._outage_tolerance_s:g} s ({error!r}). "
+                    "Check that it runs and that SDAR_REDIS_URL names it; nothing acknowledged is lost.",
+                    address=self._place,
+                ) from error
+            return f"Redis at {self._place} does not answer: {error!r}."
+        if is_write_refusal(error):
+            waiting.end_outage()
+            state = "is full" if "OOM " in str(error) or isinstance(error, redis_errors.OutOfMemoryError) else "refuses writes"
+            return f"Redis at {self._place} {state}: {error} Give it memory or disk, or address the primary."
+        raise error
+
+    def _report(self, waiting: _Waiting, reason: str) -> None:
+        was_blocked = bool(self._blocked)
+        if reason:
+            self._blocked[waiting] = reason
+        else:
+            self._blocked.pop(waiting, None)
+        if reason:
+            self._on_blocked(reason)
+            if time.monotonic() >= self._next_log_at:
+                self._next_log_at = time.monotonic() + _LOG_EVERY_S
+                log.warning("bus_blocked", reason=reason)
+        elif was_blocked and not self._blocked:
+            self._on_blocked("")
+            self._next_log_at = 0.0
+            log.info("bus_unblocked")
+
+    @property
+    def _place(self) -> str:
+        """The address without credentials."""
+        scheme, _, rest = self._url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+class _Waiting:
+    """One operation that is being repeated: how long Redis has been away for it, and when it tries next."""
+
+    def __init__(self, outage_tolerance_s: float) -> None:
+        self._tolerance_s = outage_tolerance_s
+        self._give_up_at: float | None = None
+        self._delay_s = _FIRST_RETRY_S
+
+    def is_outage_over_tolerance(self) -> bool:
+        """Whether the next try would come too late."""
+        if self._give_up_at is None:
+            self._give_up_at = time.monotonic() + self._tolerance_s
+        return time.monotonic() + self._delay_s > self._give_up_at
+
+    def end_outage(self) -> None:
+        self._give_up_at = None
+
+    def next_delay_s(self) -> float:
+        delay_s = self._delay_s * random.uniform(0.5, 1.0)
+        self._delay_s = min(2 * self._delay_s, _MAX_RETRY_S)
+        return delay_s
+
+
+def is_write_refusal(error: Exception) -> bool:
+    if isinstance(error, redis_errors.OutOfMemoryError | redis_errors.ReadOnlyError):
+        return True
+    return isinstance(error, redis_errors.ResponseError) and any(refusal in str(error) for refusal in _REFUSALS)
+
+
+async def _unless_forbidden(reply: Awaitable[Any]) -> Any:
+    """The reply, None where the server's ACL forbids the command: managed Redis often forbids its administrative ones."""
+    try:
+        return await reply
+    except redis_errors.NoPermissionError:
+        return None
