@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import json
 from enum import StrEnum
@@ -77,15 +78,17 @@ def check(
 
     from sdar.cli.conformance import check_server
     from sdar.cli.conformance.report import print_report, to_json
+    from sdar.runtime.security import Security
+    from sdar.runtime.settings import load_settings
 
+    try_all = functools.partial(check_server, parse_address(address), environment, Security.from_settings(load_settings()))
     if is_json:
-        report = asyncio.run(check_server(parse_address(address), environment))
+        report = asyncio.run(try_all())
         typer.echo(json.dumps(to_json(report)))
     else:
         console = Console()
         with console.status("") as status:
-            checking = check_server(parse_address(address), environment, on_begin=lambda check: status.update(check.check_id))
-            report = asyncio.run(checking)
+            report = asyncio.run(try_all(on_begin=lambda begun: status.update(begun.check_id)))
         print_report(report, console)
     raise typer.Exit(0 if report.is_passed else 1)
 

@@ -20,6 +20,8 @@ from sdar.cli.conformance.failure import FailedCheck
 from sdar.cli.conformance.runner import find_environment
 from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.runtime.rpc import call, connect
+from sdar.runtime.security import Security, escape_controls
+from sdar.runtime.settings import load_settings
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 _PROMPT = "> "
@@ -37,10 +39,11 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
     Raises:
         ConfigurationError: nobody answers, or no such environment. UnknownResourceError: no such split or task.
     """
+    security = Security.from_settings(load_settings())
     with asyncio.Runner() as runner:
 
         async def begin() -> tuple[grpc.aio.Channel, Bench]:
-            channel = connect(address)
+            channel = connect(address, security)
             return channel, Bench(channel, await find_environment(channel, address, environment))
 
         channel, bench = runner.run(begin())
@@ -152,7 +155,7 @@ class _Game:
         self._say(f"The end after {num_turns} turns: {why}, reward {total:g}{f' ({parts})' if parts else ''}.", "bold")
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style)
+        self._console.print(escape_controls(text, keep="\n\t"), style=style)
 
     def _call(self, method: Callable[..., Awaitable[Any]], request: Any) -> Any:
         return self._runner.run(call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=self._address))

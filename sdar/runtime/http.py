@@ -1,7 +1,6 @@
-"""Owns how HTTP is spoken: servers beside other parts of a process, the guard before an application, clients with a token.
+"""Owns how HTTP is served: a server beside other parts of a process, and the guard before its application.
 
-Server side:  listener = bind_http(host, port); server = build_http_server(app, host, security); await server.serve([listener])
-Client side:  with open_http("host:port", security) as http: http.get("/v1/run")
+listener = bind_http(host, port); server = build_http_server(app, host, security); await server.serve([listener])
 
 It knows no route: the guard asks GET and HEAD for the role read, everything else for operate, except where it is told.
 """
@@ -15,12 +14,10 @@ import hashlib
 import math
 import re
 import socket
-import ssl
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Iterator
 from http import HTTPStatus
 from typing import Any
 
-import httpx
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -140,8 +137,6 @@ class Guard:
             self._admit(scope)
             if scope["method"] not in _READ_METHODS:
                 receive = _replay(await self._read_body(scope, receive), receive)
-        except _TooLargeError as error:
-            return await build_error_response(error, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)(scope, receive, send)
         except TimeoutError:
             late = InvalidInputError(f"The request's body did not arrive within {_BODY_TIMEOUT_S:g} s. Send it at once.")
             return await build_error_response(late, HTTPStatus.REQUEST_TIMEOUT)(scope, receive, send)
@@ -175,19 +170,17 @@ class Guard:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
             while True:
                 if max(len(body), int(told)) > self._max_body_bytes:
-                    raise _TooLargeError(f"A body of more than {self._max_body_bytes} bytes. Send less in one request.")
+                    raise TooLargeError(f"A body of more than {self._max_body_bytes} bytes. Send less in one request.")
                 message = await receive()
                 body += message.get("body", b"")
                 if not message.get("more_body", False):
                     return bytes(body)
 
 
-class _TooLargeError(InvalidInputError):
+class TooLargeError(InvalidInputError):
     """A request's body is over the bound."""
 
-    @property
-    def reason(self) -> str:
-        return "INVALID_INPUT"
+    http_status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -240,37 +233,3 @@ def build_page_policy(page: str) -> str:
         f"default-src 'none'; script-src {hash_inline('script')}; style-src {hash_inline('style')}; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-# ---- clients
-
-
-class _BearerToken(httpx.Auth):
-    def __init__(self, security: Security) -> None:
-        self._security = security
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if token := self._security.token_to_present():
-            request.headers["Authorization"] = f"Bearer {token}"
-        yield request
-
-
-def find_base_url(address: str, security: Security) -> str:
-    """`http://host:port`, or with https where this process speaks TLS."""
-    return f"{'http' if security.tls is None else 'https'}://{address}"
-
-
-def open_http(address: str, security: Security = OPEN, *, timeout_s: float = 5.0) -> httpx.Client:
-    """A client of one of our HTTP servers: verifies it, shows the token, and goes by no proxy meant for the outside.
-
-    Args:
-        address: `host:port`.
-    """
-    security.check_target(address)
-    return httpx.Client(base_url=find_base_url(address, security), timeout=timeout_s, **client_options(security))
-
-
-def client_options(security: Security) -> dict[str, Any]:
-    """Arguments of `httpx.Client` that make it a client of our own servers."""
-    verify: ssl.SSLContext | bool = True if security.tls is None else security.tls.build_client_context()
-    return {"verify": verify, "auth": _BearerToken(security), "trust_env": False}

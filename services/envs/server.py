@@ -12,6 +12,7 @@ from sdar.contracts.codec import task_to_proto
 from sdar.contracts.errors import InvalidInputError
 from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.rpc import RpcServer, RpcService, build_server
+from sdar.runtime.security import CLIENT, OPEN, Security
 from sdar.runtime.telemetry import Health
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 from services.envs.sessions import SessionManager
@@ -53,6 +54,7 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # t
             request.seed,
             idempotency_key=request.idempotency_key,
             lease_s=request.lease_s,
+            client=CLIENT.get(),
         )
         return environment_pb2.OpenSessionResponse(
             session_id=opened.session_id,
@@ -112,6 +114,7 @@ async def serve_environments(
     host: str,
     port: int,
     health: Health,
+    security: Security = OPEN,
     on_ready: Callable[[int], None] = lambda port: None,
     reap_every_s: float = 1.0,
     drain_s: float = 5.0,
@@ -125,9 +128,10 @@ async def serve_environments(
         port: 0 takes a free one; `on_ready` is told which, once calls are answered.
 
     Raises:
-        ConflictError: the port is taken. ConfigurationError: an environment cannot be built.
+        ConflictError: the port is taken. ConfigurationError: an environment cannot be built, or no token guards a port beyond
+            loopback.
     """
-    server = build_environment_server(sessions, host, port)
+    server = build_environment_server(sessions, host, port, security)
     try:
         await _start(sessions, stopping, health)
         await server.start()
@@ -171,10 +175,10 @@ async def _tell_ready(sessions: SessionManager, server: RpcServer, health: Healt
         await server.set_ready(False)
 
 
-def build_environment_server(sessions: SessionManager, host: str, port: int) -> RpcServer:
+def build_environment_server(sessions: SessionManager, host: str, port: int, security: Security = OPEN) -> RpcServer:
     """A bound server, not yet started."""
     add = environment_pb2_grpc.add_EnvironmentServiceServicer_to_server
-    return build_server(host, port, [RpcService(SERVICE_NAME, add, EnvironmentServicer(sessions))])
+    return build_server(host, port, [RpcService(SERVICE_NAME, add, EnvironmentServicer(sessions))], security)
 
 
 def _parse_page_token(token: str, num_tasks: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,7 @@ from prometheus_client import REGISTRY
 from sdar.config import RunConfig
 from sdar.contracts.errors import ConfigurationError
 from sdar.runtime.lifecycle import run_until_stopped
+from sdar.runtime.security import Security
 from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
 from sdar.runtime.telemetry import Health, configure_logging, serve_probes
 from services.envs.registry import EnvironmentSource, is_loading, load_environment
@@ -32,6 +34,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     await _serve(
         {chosen.name: load_environment(chosen.name, chosen.options)},
         SessionLimits(max_sessions=chosen.capacity, step_timeout_s=chosen.step_timeout_s),
+        settings,
         host=settings.host,
         port=settings.grpc_port,
         probe_port=settings.probe_port,
@@ -71,6 +74,7 @@ def serve_until_stopped(
         _serve(
             environments,
             limits or SessionLimits(),
+            settings,
             host=host,
             port=port,
             probe_port=probe_port,
@@ -83,6 +87,7 @@ def serve_until_stopped(
 async def _serve(
     environments: Mapping[str, EnvironmentSource],
     limits: SessionLimits,
+    settings: Settings,
     *,
     host: str,
     port: int,
@@ -90,12 +95,19 @@ async def _serve(
     num_workers: int = 0,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
-    health = Health()
-    sessions = SessionManager(WorkerHost(environments, num_workers), limits)
+    health, security = Health(), Security.from_settings(settings)
+    limits = dataclasses.replace(limits, max_sessions_per_client=settings.max_sessions_per_client)
+    serve = functools.partial(
+        serve_environments,
+        sessions=SessionManager(WorkerHost(environments, num_workers), limits),
+        host=host,
+        port=port,
+        health=health,
+        security=security,
+        on_ready=on_ready,
+    )
     with serve_probes(host, probe_port, health, REGISTRY):
-        await run_until_stopped(
-            functools.partial(serve_environments, sessions=sessions, host=host, port=port, health=health, on_ready=on_ready)
-        )
+        await run_until_stopped(serve)
 
 
 def _tell_address(names: list[str], host: str, port: int) -> None:

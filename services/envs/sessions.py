@@ -56,6 +56,8 @@ class SessionLimits:
     """Bounds the manager enforces; times in seconds."""
 
     max_sessions: int = 512
+    max_sessions_per_client: int = 0
+    """0 for all there are."""
     max_text_bytes: int = 1 << 20
     step_timeout_s: float = 30.0
     default_lease_s: float = 300.0
@@ -96,6 +98,7 @@ class _Session:
     lease_s: float
     expires_at: float
     idempotency_key: str
+    client: str = ""
     last_step: _Step | None = None
 
     @property
@@ -138,7 +141,8 @@ class SessionManager:
     _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
     _lost: dict[str, _Lost] = field(default_factory=dict, init=False)
     _keyed: dict[str, _Keyed] = field(default_factory=dict, init=False)
-    _opening: set[asyncio.Task[OpenedSession]] = field(default_factory=set, init=False)
+    _opening: dict[asyncio.Task[OpenedSession], str] = field(default_factory=dict, init=False)
+    """What is being opened, and for which client."""
     _is_draining: bool = field(default=False, init=False)
     _closed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
@@ -167,13 +171,21 @@ class SessionManager:
         return await self.host.list_tasks(environment, split, start, splits[split] if end is None else end)
 
     async def open(
-        self, environment: str, task_id: str, seed: int, *, idempotency_key: str = "", lease_s: float = 0.0
+        self,
+        environment: str,
+        task_id: str,
+        seed: int,
+        *,
+        idempotency_key: str = "",
+        lease_s: float = 0.0,
+        client: str = "",
     ) -> OpenedSession:
         """Start an episode; with a key, a repeated call gets the same session while that lives.
 
         Args:
             idempotency_key: unique per session wanted; "" is never deduplicated.
             lease_s: idle seconds after which the session may be reaped, 0 for the default; cut to the longest allowed.
+            client: whose session it is; each may hold `limits.max_sessions_per_client`.
 
         Raises:
             UnknownResourceError: no such environment or task. InvalidInputError: a bad key or lease.
@@ -183,13 +195,13 @@ class SessionManager:
         request = _Request(environment, task_id, seed, self._grant_lease(lease_s))
         _check_length("idempotency_key", idempotency_key, MAX_KEY_CHARACTERS)
         _check_length("task_id", task_id, MAX_TASK_ID_CHARACTERS)
-        if self.num_sessions >= self.limits.max_sessions or idempotency_key in self._keyed:
+        if self._find_full(client) or idempotency_key in self._keyed:
             self.reap()
         if not idempotency_key:
-            return await self._open_once(request)
+            return await self._open_once(request, client)
         keyed = self._keyed.get(idempotency_key)
         if keyed is None:
-            keyed = self._keyed[idempotency_key] = _Keyed(request, self._start_opening(request, idempotency_key))
+            keyed = self._keyed[idempotency_key] = _Keyed(request, self._start_opening(request, idempotency_key, client))
         elif keyed.request != request:
             raise ConflictError(
                 f"Idempotency key {idempotency_key!r} opened task {keyed.request.task_id!r} of {keyed.request.environment} "
@@ -260,8 +272,8 @@ class SessionManager:
             self._drop(session)
         await self.host.stop()
 
-    async def _open_once(self, request: _Request) -> OpenedSession:
-        opening = self._start_opening(request, "")
+    async def _open_once(self, request: _Request, client: str) -> OpenedSession:
+        opening = self._start_opening(request, "", client)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -273,22 +285,31 @@ class SessionManager:
         if not opening.cancelled() and opening.exception() is None:
             self.close(opening.result().session_id)
 
-    def _start_opening(self, request: _Request, key: str) -> asyncio.Task[OpenedSession]:
+    def _start_opening(self, request: _Request, key: str, client: str) -> asyncio.Task[OpenedSession]:
         """Reserve a place now, build without holding anything up, and give the place back if that fails."""
         self.host.describe(request.environment)
         if self._is_draining:
             raise UnavailableError("This environment server is shutting down. Open the session on another, or once it is back.")
-        if self.num_sessions >= self.limits.max_sessions:
+        if full := self._find_full(client):
             raise CapacityError(
-                f"All {self.limits.max_sessions} sessions are taken. Retry after a while, close finished sessions, or raise "
-                "environment.capacity.",
-                max_sessions=self.limits.max_sessions,
+                f"{full}. Retry after a while, or close finished sessions.", max_sessions=self.limits.max_sessions
             )
-        opening = _spawn(self._open(request, key))
-        self._opening.add(opening)
+        opening = _spawn(self._open(request, key, client))
+        self._opening[opening] = client
         return opening
 
-    async def _open(self, request: _Request, key: str) -> OpenedSession:
+    def _find_full(self, client: str) -> str:
+        """Which bound leaves this client no place; empty if there is one."""
+        if self.num_sessions >= self.limits.max_sessions:
+            return f"All {self.limits.max_sessions} sessions are taken (environment.capacity)"
+        bound = self.limits.max_sessions_per_client
+        if bound:
+            held = sum(session.client == client for session in self._sessions.values())
+            if held + sum(owner == client for owner in self._opening.values()) >= bound:
+                return f"This client holds its {bound} sessions (SDAR_MAX_SESSIONS_PER_CLIENT)"
+        return ""
+
+    async def _open(self, request: _Request, key: str, client: str) -> OpenedSession:
         session_id = uuid.uuid4().hex
         try:
             task, observation = await self.host.open(session_id, request.environment, request.task_id, request.seed)
@@ -300,9 +321,9 @@ class SessionManager:
             raise
         finally:
             # Here and not in a done-callback: the place must not count twice once the session is in the books.
-            self._opening.discard(cast("asyncio.Task[OpenedSession]", asyncio.current_task()))
+            self._opening.pop(cast("asyncio.Task[OpenedSession]", asyncio.current_task()), None)
             self._closed.set()
-        session = _Session(session_id, request.environment, request.lease_s, self.clock() + request.lease_s, key)
+        session = _Session(session_id, request.environment, request.lease_s, self.clock() + request.lease_s, key, client)
         self._sessions[session_id] = session
         SESSIONS.set(self.num_sessions)
         OPENED.labels(request.environment).inc()

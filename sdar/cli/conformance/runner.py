@@ -15,6 +15,7 @@ from sdar.cli.conformance.check import Check, Outcome, Verdict
 from sdar.cli.conformance.failure import CheckNotRun, FailedCheck
 from sdar.contracts.errors import ConfigurationError, SdarError, UnavailableError
 from sdar.runtime.rpc import call, connect
+from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 ALL_CHECKS: tuple[Check, ...] = (
@@ -52,6 +53,7 @@ class Report:
 async def check_server(
     address: str,
     environment: str = "",
+    security: Security = OPEN,
     *,
     checks: Sequence[Check] = ALL_CHECKS,
     settle_timeout_s: float = SETTLE_TIMEOUT_S,
@@ -67,7 +69,7 @@ async def check_server(
         ConfigurationError: nobody answers there, or the server has no such environment.
     """
     began_s = time.monotonic()
-    async with connect(address) as channel:
+    async with connect(address, security) as channel:
         bench = Bench(channel, await find_environment(channel, address, environment), settle_timeout_s)
         outcomes = [await _try(_FIND_ACTIONS, bench)]
         for check in checks:

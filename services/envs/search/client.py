@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 
 from sdar.contracts.errors import ConfigurationError, UnavailableError
+from sdar.runtime.http_client import client_options
+from sdar.runtime.security import Security
+from sdar.runtime.settings import load_settings
 from services.envs.search.passages import Hit, Passage
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -150,8 +153,8 @@ def _borrow_http() -> httpx.Client:
     with _http_lock:
         if _http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
-            # A retriever is a service of one's own: never by way of a proxy meant for the outside.
-            _http = httpx.Client(limits=limits, trust_env=False)
+            # A retriever is a service of one's own: it is shown our token, and never by way of a proxy meant for the outside.
+            _http = httpx.Client(limits=limits, **client_options(Security.from_settings(load_settings())))
         _num_borrowers += 1
         return _http
 

@@ -26,6 +26,7 @@ def retriever(
 
     from sdar.contracts.errors import ConfigurationError
     from sdar.runtime.lifecycle import run_until_stopped
+    from sdar.runtime.security import Security
     from sdar.runtime.settings import load_settings
     from sdar.runtime.telemetry import configure_logging
     from services.envs.search.passages import Retriever
@@ -48,5 +49,12 @@ def retriever(
 
     settings = load_settings()
     configure_logging("retriever", settings.instance, settings.log_level, settings.log_format)
-    serve = functools.partial(serve_retriever, open_retriever=open_retriever, host=host, port=port, on_ready=tell)
+    serve = functools.partial(
+        serve_retriever,
+        open_retriever=open_retriever,
+        host=host,
+        port=port,
+        security=Security.from_settings(settings),
+        on_ready=tell,
+    )
     asyncio.run(run_until_stopped(serve))

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import structlog
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from sdar.contracts.errors import InvalidInputError, SdarError, UnavailableError
-from sdar.runtime.http import HttpServer, bind_http
+from sdar.runtime.http import HttpServer, answer_error, bind_http, build_http_server
 from sdar.runtime.lifecycle import wait_or_stop
+from sdar.runtime.security import OPEN, Security
 from sdar.runtime.telemetry import Health
 from services.envs.search.batching import Batcher
 from services.envs.search.passages import Hit, Retriever
@@ -57,12 +57,12 @@ class RetrieverState:
 def build_app(state: RetrieverState) -> FastAPI:
     """The service's application."""
     app = FastAPI(title="sdar retriever", version="1", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(SdarError, _answer_error)
+    app.add_exception_handler(SdarError, answer_error)
 
     @app.post("/retrieve")
     async def retrieve(request: Request) -> Response:
         """{"result": [[{"document": {"id", "contents"}, "score"}]]}, or without return_scores the documents alone."""
-        asked = parse_request(await _read_body(request))
+        asked = parse_request(await request.body())
         if state.batcher is None:
             raise UnavailableError(f"The retriever is {state.health.detail}. Retry once GET /readyz answers 200.")
         queries = [asked.query] if asked.query is not None else asked.queries or []
@@ -106,6 +106,7 @@ async def serve_retriever(
     open_retriever: Callable[[], Retriever],
     host: str,
     port: int,
+    security: Security = OPEN,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
     """Answer probes at once and queries once the retriever is loaded, until `stopping` is set; requests in flight are ended.
@@ -115,19 +116,20 @@ async def serve_retriever(
         port: 0 takes a free one; `on_ready` is told which, once queries are answered.
 
     Raises:
-        ConflictError: the port is taken. Whatever `open_retriever` raises.
+        ConflictError: the port is taken. ConfigurationError: no token guards a port beyond loopback. Whatever
+        `open_retriever` raises.
     """
     state, listener = RetrieverState(), bind_http(host, port)
     bound_port = listener.getsockname()[1]
-    config = uvicorn.Config(
+    server = build_http_server(
         build_app(state),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
+        host,
+        security,
+        max_body_bytes=MAX_BODY_BYTES,
+        read_posts=("/retrieve",),
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
-    server = HttpServer(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     state.health.detail = "loading"
     log.info("retriever_loading", host=host, port=bound_port)
@@ -147,7 +149,7 @@ async def serve_retriever(
         await _stop(server, serving, state.health)
 
 
-async def _stop(server: uvicorn.Server, serving: asyncio.Task[None], health: Health) -> None:
+async def _stop(server: HttpServer, serving: asyncio.Task[None], health: Health) -> None:
     health.mark_unready("draining")
     server.should_exit = True
     await serving
@@ -180,22 +182,6 @@ async def _load(open_retriever: Callable[[], Retriever], stopping: asyncio.Event
         return loaded.result() if loaded.done() else None
     finally:
         stop.cancel()
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidInputError(f"/retrieve got more than {MAX_BODY_BYTES} bytes. Send fewer queries at a time.")
-    return bytes(body)
-
-
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, SdarError)
-    body = {"reason": error.reason, "message": error.message, "fields": error.fields}
-    headers = {"Retry-After": "1"} if error.http_status in (429, 503) else {}
-    return JSONResponse({"error": body}, status_code=int(error.http_status), headers=headers)
 
 
 def _hit_to_json(hit: Hit, has_score: bool) -> dict[str, Any]:
