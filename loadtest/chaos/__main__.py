@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import SdarError
 from sdar.contracts.types import GroupOutcome
 from sdar.runtime.bus import SUSPECT_FACTOR
+from services.learner.checkpoint import read_trained_groups
 from services.rollout.worker import WorkerLimits
 
 DEFAULT_MINUTES = 10.0
@@ -100,13 +100,6 @@ def judge(evidence: Evidence) -> list[Check]:
         checks.check_memory(evidence.memory),
         checks.check_redis_memory(evidence.samples),
     ]
-
-
-def read_trained_groups(checkpoints: Path) -> list[list[str]]:
-    """Group ids of every optimizer step, from the newest checkpoint."""
-    newest = max(checkpoints.glob("update-" + "[0-9]" * 8))
-    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    return [list(update) for update in state["progress"]["trained_groups"]]
 
 
 def _configure(minutes: float) -> RunConfig:
