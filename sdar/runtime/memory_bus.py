@@ -93,7 +93,7 @@ class _Store:
     account: LedgerAccount = field(default_factory=LedgerAccount)
     letters: dict[_Id, DeadLetter] = field(default_factory=dict)
     last_letter_id: _Id = (0, 0)
-    tenures: Counter[ConsumerGroup] = field(default_factory=Counter)
+    tenures: dict[ConsumerGroup, object] = field(default_factory=dict)
     connections: Counter[str] = field(default_factory=Counter)
     pins: dict[str, tuple[float, frozenset[int]]] = field(default_factory=dict)
     retired: set[int] = field(default_factory=set)
@@ -118,7 +118,7 @@ class MemoryBus:
         self._limits = limits or BusLimits()
         self._store = _Store(wiring, logs)
         self._name = ""
-        self._held_tenures: dict[ConsumerGroup, int] = {}
+        self._held_tenures: dict[ConsumerGroup, object] = {}
 
     def view(self, client_name: str = "") -> MemoryBus:
         """Another process's handle on this bus: it claims roles for itself, and is connected as `client_name` until `close`."""
@@ -153,8 +153,7 @@ class MemoryBus:
             self._store.letters.pop(parse_entry_id(letter_id), None)
 
     async def claim_role(self, role: ConsumerGroup) -> None:
-        self._store.tenures[role] += 1
-        self._held_tenures[role] = self._store.tenures[role]
+        self._held_tenures[role] = self._store.tenures[role] = object()
 
     async def dead_letter(self, delivery: Delivery, reason: str, transitions: Sequence[LedgerEvent] = ()) -> None:
         store = self._store
@@ -180,7 +179,7 @@ class MemoryBus:
 
     def _check_role(self) -> None:
         for role, tenure in self._held_tenures.items():
-            if self._store.tenures[role] != tenure:
+            if self._store.tenures.get(role) is not tenure:
                 raise build_role_error(role)
 
     def _check_fences(
@@ -236,6 +235,7 @@ class MemoryBus:
         log = self._store.logs[stream]
         position = log.groups[group]
         await self._wait_until(lambda: log.last_id > position.last_delivered, block_s)
+        self._check_role()
         deliveries = []
         for entry_id in log.after(position.last_delivered)[:max_count]:
             position.last_delivered = entry_id
@@ -254,6 +254,7 @@ class MemoryBus:
         held_by: str | None = None,
     ) -> list[Delivery]:
         self._store.wiring.check_group(stream, group)
+        self._check_role()
         log, now, floor = self._store.logs[stream], time.monotonic(), parse_entry_id(after_id)
         deliveries: list[Delivery] = []
         for entry_id, claim in log.groups[group].pending.items():
@@ -334,6 +335,7 @@ class MemoryBus:
         return sorted(number for number, ending in self._store.account.ended.items() if ending is outcome)
 
     async def take_snapshot(self) -> bytes:
+        self._check_role()
         return encode_snapshot(BusSnapshot(self._store.states, self._store.account))
 
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
