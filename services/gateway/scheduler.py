@@ -18,7 +18,15 @@ import structlog
 from sdar.algorithms.staleness import compute_capacity
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CapacityError, CorruptionError, LeaseLostError, RefusedError, SdarError, UnavailableError
+from sdar.contracts.errors import (
+    CapacityError,
+    CorruptionError,
+    LeaseLostError,
+    RefusedError,
+    SdarError,
+    SupersededError,
+    UnavailableError,
+)
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, Task, TaskGroup, Trajectory
 from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
@@ -88,12 +96,20 @@ class Scheduler:
     # --- main loop -----------------------------------------------------------------------------------------------------------
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Raises SupersededError when another gateway of this run has started."""
+        """Raises SupersededError when another gateway of this run has started, CorruptionError when Redis lost what it had."""
         await self._bus.claim_role(ConsumerGroup.GATEWAY)
         await self._restore()
         while not stopping.is_set():
             try:
                 await self._turn(stopping)
+            except SupersededError as error:
+                # An emptied Redis has forgotten this gateway too; that one shall begin again, and a followed one shall not.
+                if (await self._bus.read_ledger()).num_issued < self.state.next_group_number:
+                    raise CorruptionError(
+                        "Redis has lost the account of this run. The gateway ends; the next one waits for the learner, which "
+                        "puts back the snapshot of its newest checkpoint. Give Redis an append-only file."
+                    ) from error
+                raise
             except LeaseLostError as error:
                 # An event was given away, or a letter is gone: nothing of this turn happened. Begin again from what is saved.
                 log.warning("turn_refused", error=str(error))

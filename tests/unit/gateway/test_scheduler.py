@@ -11,7 +11,7 @@ from sdar.contracts.errors import CorruptionError, RefusedError, SupersededError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, Task, TaskGroup
 from sdar.runtime.bus import BusLimits
-from sdar.runtime.ledger import parse_group_number
+from sdar.runtime.ledger import LedgerAccount, parse_group_number
 from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.telemetry import Health
 from services.gateway.history import History
@@ -341,6 +341,16 @@ async def test_a_redis_that_forgot_what_it_confirmed_ends_the_gateway(run: Run) 
     await begin(run)
     await run.bus.commit({}, transitions=[LedgerEvent("test", "group-00000004", GroupOutcome.ISSUED, 0, 0)])
     with pytest.raises(CorruptionError, match="has 5 groups, this gateway issued 4"):
+        await run.task
+    run.task = asyncio.create_task(asyncio.sleep(0))
+
+
+async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_again(run: Run) -> None:
+    await begin(run)
+    run.bus._store.account = LedgerAccount()
+    run.bus._store.tenures.clear()
+    run.scheduler.pause()
+    with pytest.raises(CorruptionError, match=r"lost the account|has 0 groups"):
         await run.task
     run.task = asyncio.create_task(asyncio.sleep(0))
 
