@@ -137,11 +137,13 @@ def check_token(secret: str, source: str) -> str:
     return secret
 
 
-def find_token(tokens: Sequence[Token], presented: str) -> Token | None:
+def find_token(
+    tokens: Sequence[Token], presented: str, compare: Callable[[bytes, bytes], bool] = hmac.compare_digest
+) -> Token | None:
     """The accepted token that was presented, in a time that tells nothing: every one is compared, as digests of one length."""
     digest, found = hashlib.sha256(presented.encode(errors="replace")).digest(), None
     for token in tokens:
-        if hmac.compare_digest(token.digest, digest):
+        if compare(token.digest, digest):
             found = token
     return found
 
