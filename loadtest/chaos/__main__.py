@@ -37,6 +37,7 @@ SETTINGS = {
     "evaluation.num_tasks": 24,
     "rollout.num_workers": NUM_ROLLOUTS,
     "rollout.max_concurrent_episodes": 32,
+    "rollout.kv_cache_gib": 0.05,  # its pages are touched in the first seconds, so what grows later is a leak
     "rollout.max_group_attempts": 20,  # a group may be hit again and again; none is to fail for it
 }
 

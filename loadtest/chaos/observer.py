@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -239,9 +238,3 @@ def read_gauges(text: str) -> dict[str, float]:
         for sample in family.samples:
             values[sample.name] = values.get(sample.name, 0.0) + sample.value
     return values
-
-
-def sum_over_lives(values: Sequence[float]) -> float:
-    """The whole of a counter that begins at 0 in every life of its process."""
-    ends = [before for before, after in itertools.pairwise(values) if after < before]
-    return sum(ends) + (values[-1] if values else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from loadtest.chaos.checks import Check
 from loadtest.chaos.faults import FaultKind
-from loadtest.chaos.observer import sum_over_lives
+from loadtest.chaos.logs import LogEvent
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
 from loadtest.chaos.run import Evidence
 from loadtest.page import describe_machine
@@ -55,8 +56,6 @@ def summarize_work(evidence: Evidence) -> dict[str, float]:
     """What the faults cost, and what the run came to."""
     played = evidence.of("group_played")
     updates = [r.values for r in evidence.records if r.service == "learner" and "staleness_max" in r.values]
-    num_sampled = _sum_lives(evidence.records, "rollout", "num_tokens_generated")
-    num_published = sum(int(event.fields.get("num_tokens", 0)) for event in played)
     num_updates = evidence.status.get("num_updates", 0)
     beyond = [
         injury.resumed_after_s - injury.engine_start_s
@@ -71,8 +70,8 @@ def summarize_work(evidence: Evidence) -> dict[str, float]:
         "groups regenerated": sum(int(event.fields.get("attempt", 0)) > 0 for event in played),
         "groups taken over": len(evidence.of("group_reclaimed")),
         "episodes played again": len(evidence.of("episode_failed")),
-        "tokens published": num_published,
-        "tokens repeated": max(0.0, num_sampled - num_published),
+        "tokens published": sum(count_tokens(event) for event in played),
+        "tokens repeated": count_repeated_tokens(evidence.records, played),
         "late results refused": sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS),
         "dead letters": evidence.num_dead_letters,
         "staleness max": max((values["staleness_max"] for values in updates), default=0.0),
@@ -156,6 +155,7 @@ def write_json(report: ChaosReport, evidence: Evidence, path: Path) -> None:
     path.write_text(json.dumps(report.to_json() | {"faults": faults}, indent=1) + "\n", encoding="utf-8")
 
 
+_SAMPLED = "num_tokens_generated"
 _RECOVERY_HEAD = ["service", "faults", "ready p50", "ready max", "resumed p50", "resumed max"]
 
 
@@ -180,12 +180,26 @@ def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return (median(values), max(values)) if values else (None, None)
 
 
-def _sum_lives(records: Iterable[MetricRecord], service: str, name: str) -> float:
-    by_instance: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        if record.service == service and name in record.values:
-            by_instance[record.instance].append(record.values[name])
-    return sum(sum_over_lives(values) for values in by_instance.values())
+def count_tokens(event: LogEvent) -> int:
+    """Sampled tokens of a group that was played."""
+    return int(event.fields.get("num_tokens", 0))
+
+
+def count_repeated_tokens(records: Sequence[MetricRecord], played: Sequence[LogEvent]) -> float:
+    """Tokens that were sampled for nothing: of each life of a rollout worker, those it had sampled at its last record but not
+    published by then. A worker records every two seconds; what it sampled after its last record nobody counts.
+    """
+    total = 0.0
+    for instance in {record.instance for record in records if record.service == "rollout"}:
+        own = [record for record in records if record.instance == instance and _SAMPLED in record.values]
+        events = [event for event in played if event.service == instance]
+        began_s = 0.0
+        for record, following in itertools.zip_longest(own, own[1:]):
+            if following is None or following.values[_SAMPLED] < record.values[_SAMPLED]:
+                published = sum(count_tokens(event) for event in events if began_s < event.at_s <= record.at_s)
+                total += max(0.0, record.values[_SAMPLED] - published)
+                began_s = record.at_s
+    return total
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

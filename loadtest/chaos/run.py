@@ -317,6 +317,7 @@ class ChaosRun:
     def _finish(self) -> None:
         """Read the account while everything is up, then end all services as `sdar run` does."""
         evidence, seen = self.evidence, self._observer.seen
+        self._wait(lambda: all(i.is_overtaken or i.ready_s is not None for i in evidence.injuries), _START_TIMEOUT_S)
         self._wait(lambda: seen.env_gauges.get("sdar_env_sessions") == 0.0, _SESSIONS_END_TIMEOUT_S)
         evidence.num_sessions_left = seen.env_gauges.get("sdar_env_sessions", -1.0)
         evidence.status = seen.status

@@ -11,13 +11,13 @@ import pytest
 
 from loadtest.chaos import checks
 from loadtest.chaos.faults import ENVS, KILLS, REDIS, SERVICES, Fault, FaultKind, build_schedule
-from loadtest.chaos.logs import LogFollower, parse_line
-from loadtest.chaos.observer import Sample, read_gauges, sum_over_lives
+from loadtest.chaos.logs import LogEvent, LogFollower, parse_line
+from loadtest.chaos.observer import Sample, read_gauges
 from loadtest.chaos.proxy import Link
 from loadtest.chaos.recovery import Injury
-from loadtest.chaos.report import summarize_recoveries
+from loadtest.chaos.report import count_repeated_tokens, summarize_recoveries
 from loadtest.chaos.run import MemorySample
-from sdar.contracts.types import GroupOutcome
+from sdar.contracts.types import GroupOutcome, MetricRecord
 from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id
 
 ROLLOUTS = ["rollout-0", "rollout-1"]
@@ -84,9 +84,19 @@ def test_a_log_is_read_on_where_it_was_left_also_in_the_middle_of_a_line(tmp_pat
     assert [event.name for event in follower.read()] == ["two"]
 
 
-def test_a_counter_is_summed_over_the_lives_of_its_process():
-    assert sum_over_lives([1, 5, 9, 2, 4, 4, 1]) == 9 + 4 + 1
-    assert sum_over_lives([]) == 0
+def sampled(at_s: float, num_tokens: float) -> MetricRecord:
+    return MetricRecord("run", "rollout", "rollout-0", 0, at_s, {"num_tokens_generated": num_tokens})
+
+
+def played(at_s: float, num_tokens: int) -> LogEvent:
+    return LogEvent("rollout-0", "group_played", at_s, {"num_tokens": num_tokens})
+
+
+def test_tokens_are_repeated_that_a_life_had_sampled_and_not_published():
+    records = [sampled(1.0, 100.0), sampled(3.0, 200.0), sampled(10.0, 50.0), sampled(12.0, 80.0)]
+    events = [played(0.5, 90), played(2.5, 60), played(9.0, 50), played(11.5, 30)]
+    assert count_repeated_tokens(records, events) == 50.0
+    assert count_repeated_tokens([], []) == 0.0
 
 
 def test_prometheus_values_are_summed_over_their_labels():
