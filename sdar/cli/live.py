@@ -16,6 +16,7 @@ from rich.text import Text
 from sdar.cli.metrics_log import MetricsLog
 from sdar.cli.report import describe_change
 from sdar.config import RunConfig
+from sdar.runtime.security import escape_controls
 
 _LINE_EVERY_S = 10.0
 
@@ -54,8 +55,13 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
         "gate": f"mean {_format(learner, 'gate_mean')}, gap {_format(learner, 'teacher_gap_mean')}",
         "queues": ", ".join(f"{name} {lag['num_undelivered'] + lag['num_pending']:.0f}" for name, lag in lags.items()),
         "ledger": ", ".join(f"{name} {number}" for name, number in ledger.items() if number) + f", gap {status['ledger_gap']}",
+        "alarms": "; ".join(_list_alarms(status)) or "none",
         "wall clock": _format_s(wall_s),
     }
+
+
+def _list_alarms(status: dict[str, Any]) -> list[str]:
+    return [escape_controls(f"{alarm['name']}: {alarm['message']}") for alarm in status["alarms"]]
 
 
 class LiveView:
@@ -94,6 +100,7 @@ class LineView:
     def __init__(self, config: RunConfig) -> None:
         self._last_line_at = 0.0
         self._last_waiting: list[str] = []
+        self._last_alarms: list[str] = []
 
     def say(self, message: str) -> None:
         print(message, flush=True)
@@ -104,6 +111,10 @@ class LineView:
         self._last_waiting = waiting
 
     def show(self, status: dict[str, Any], metrics: MetricsLog, wall_s: float) -> None:
+        names = [alarm["name"] for alarm in status["alarms"]]
+        if names != self._last_alarms:
+            print(f"alarms: {'; '.join(_list_alarms(status)) or 'none any more'}", flush=True)
+        self._last_alarms = names
         if time.monotonic() - self._last_line_at < _LINE_EVERY_S:
             return
         self._last_line_at = time.monotonic()
@@ -133,9 +144,10 @@ class JsonView:
         self._last = ("starting", *waiting)
 
     def show(self, status: dict[str, Any], metrics: MetricsLog, wall_s: float) -> None:
-        if self._last != ("update", status["num_updates"], status["phase"]):
+        now = ("update", status["num_updates"], status["phase"], *(alarm["name"] for alarm in status["alarms"]))
+        if self._last != now:
             self._emit("update", wall_s=round(wall_s, 1), status=status, learner=metrics.latest("learner"))
-        self._last = ("update", status["num_updates"], status["phase"])
+        self._last = now
 
     def finished(self, summary: dict[str, Any], report: Path) -> None:
         self._emit("finished", summary=summary, report=str(report))

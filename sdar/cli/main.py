@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
+from sdar.cli.dead_letters import GatewayOption, JsonOption, RunsOption, dead_letter_app
 from sdar.cli.environments import env_app
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
 from services.envs.search.retriever_cli import retriever
@@ -27,13 +28,13 @@ app = typer.Typer(
 model_app = typer.Typer(help="Make tiny models to try things with.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(env_app, name="env")
+app.add_typer(dead_letter_app, name="dead-letter")
 app.command()(retriever)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as training.num_updates=20.")
 ]
-RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are kept.")]
 
 
 class Output(StrEnum):
@@ -91,6 +92,14 @@ def serve(
     from sdar.cli.serve import serve_service
 
     serve_service(service.value, config)
+
+
+@app.command()
+def status(gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False) -> None:
+    """Show where a run stands: phase, progress, the account of its groups, streams, evaluations, alarms."""
+    from sdar.cli.status import show_status
+
+    show_status(gateway, runs_dir, is_json=is_json)
 
 
 @app.command()

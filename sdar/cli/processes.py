@@ -122,8 +122,8 @@ class Fleet:
                 raise ServiceFailedError(f"The {service.name} service cannot run: {service.last_words()}")
             if len(service.restarts) >= self._max_restarts:
                 raise ServiceFailedError(
-                    f"The {service.name} service died {self._max_restarts + 1} times within {_RESTART_WINDOW_S / 60:.0f} minutes, "
-                    f"last with code {code}: {service.last_words()}. Its log is {service.log_path}."
+                    f"The {service.name} service died {self._max_restarts + 1} times within {_RESTART_WINDOW_S / 60:.0f} "
+                    f"minutes, last with code {code}: {service.last_words()}. Its log is {service.log_path}."
                 )
             service.kill()  # what it left behind in its process group
             service.restarts.append(now)

@@ -59,6 +59,7 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "num_policy_versions_in_flight_max": staleness_max + 1,
         "num_policy_versions_in_batch_max": int(max(_values(updates, "num_policy_versions"), default=1)),
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
+        "ledger_gap_ids": status["ledger_gap_ids"],
         "dead_letters": status["dead_letters"],
         "by_task_type": {"before": before["by_task_type"], "after": after["by_task_type"]},
         "reward_components": {"before": before["reward_components"], "after": after["reward_components"]},

@@ -9,7 +9,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,22 @@ from sdar.cli.metrics_log import MetricsLog
 from sdar.cli.processes import Fleet, ServiceFailedError, ServiceProcess, choose_port
 from sdar.cli.report import build_summary, write_report
 from sdar.cli.run_directory import RunDirectory
+from sdar.cli.status import format_gap
 from sdar.config import RunConfig
-from sdar.contracts.errors import BusUnavailableError, UnavailableError
+from sdar.contracts.errors import BusUnavailableError, CorruptionError
 from sdar.runtime.connect import locate_model
 from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.runtime.http_client import find_base_url, open_http
+from sdar.runtime.security import Security
+from sdar.runtime.settings import load_settings
 
 _HOST = "127.0.0.1"
 _POLL_S = 1.0
 _START_TIMEOUT_S = 300.0
 _DRAIN_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
+_FLOW = (("rollout",), ("teacher",), ("learner",), ("gateway", "envs"))
+"""Services in the order of the data's flow, in which they are stopped."""
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -41,10 +47,10 @@ def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str 
     """Run `config` to its end on this machine.
 
     Returns:
-        0 when the run finished, 130 when it was interrupted and drained.
+        0 when the run finished, 130 when it was interrupted and drained before its end.
 
     Raises:
-        SdarError: it cannot begin, or a service cannot go on; everything started is stopped by then.
+        SdarError: it cannot begin, a service cannot go on, or the account of groups has a gap; what was started is stopped.
     """
     config = locate_model(config)  # a bad model is said now, not by four services a minute later
     choose_port(_HOST, port)
@@ -74,10 +80,12 @@ class _Session:
         self.directory = directory
         self.fleet = Fleet()
         self.view = view
-        self.url = f"http://{_HOST}:{http_port}"
+        self.address = f"{_HOST}:{http_port}"
+        self._security = Security.from_settings(load_settings())
+        self.url = find_base_url(self.address, self._security)
         self._redis = redis
         self._http_port = http_port
-        self._http = httpx.Client(base_url=self.url, timeout=5.0)
+        self._http = open_http(self.address, self._security)
         self._metrics = MetricsLog(directory.metrics)
         self._earlier_s = directory.read_wall_s()
         self._began = time.monotonic()
@@ -85,19 +93,22 @@ class _Session:
     def run(self) -> int:
         try:
             self._start()
-            self._watch()
+            status = self._watch()
         except _Interrupted:
             self.view.say("Draining: finishing running episodes and writing a checkpoint. Ctrl-C again to stop at once.")
-            self._drain()
-            self.view.say(f"Stopped. `sdar run` with the same configuration resumes in {self.directory.root}.")
-            return INTERRUPTED_EXIT_CODE
+            drained = self._drain()
+            if drained is None:
+                self.view.say(f"Stopped. `sdar run` with the same configuration resumes in {self.directory.root}.")
+                return INTERRUPTED_EXIT_CODE
+            status = drained
         except ServiceFailedError:
             self._stop_all()
             raise
         finally:
             self._save_wall_clock()
+            self.directory.gateway.unlink(missing_ok=True)
             self.view.close()
-        return self._finish()
+        return self._finish(status)
 
     @property
     def wall_s(self) -> float:
@@ -106,6 +117,7 @@ class _Session:
     # --- up ------------------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        self.directory.write_json(self.directory.gateway, {"address": self.address})
         ports = self.directory.choose_ports(_HOST, ("teacher", "envs"))
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
@@ -148,7 +160,8 @@ class _Session:
 
     # --- watching ------------------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _watch(self) -> dict[str, Any]:
+        """Keep everything up until the run is over; returns its status then."""
         while True:
             self._keep_redis()
             for name in self.fleet.check():
@@ -157,7 +170,7 @@ class _Session:
             if status is not None:
                 self.view.show(status, self._metrics, self.wall_s)
                 if status["phase"] == "finished":
-                    return
+                    return status
                 if status["phase"] == "failed":
                     raise ServiceFailedError(f"The run gave up: {status['detail']} Logs are in {self.directory.logs}.")
             time.sleep(_POLL_S)
@@ -179,35 +192,44 @@ class _Session:
 
     # --- down ----------------------------------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
-        """Stop issuing, let running episodes end, then stop the services in the order of the data's flow."""
+    def _drain(self) -> dict[str, Any] | None:
+        """Stop issuing, let running episodes end, then stop the services in the order of the data's flow.
+
+        Returns the run's last status if it came to its end meanwhile, else None.
+        """
+        status = None
         with contextlib.suppress(_Interrupted):
             with contextlib.suppress(httpx.HTTPError):
                 self._http.post("/v1/run/pause")
             deadline = time.monotonic() + _DRAIN_TIMEOUT_S
             while time.monotonic() < deadline:
                 status = self._status()
-                if status is None or status["ledger"]["running"] == 0:
+                if status is None or status["ledger"]["running"] == 0 or status["phase"] == "finished":
                     break
                 time.sleep(0.2)
-            self._stop_all()
+            self._stop(_FLOW[:-1])
+            status = self._status()  # what the learner reported at its end may have been the last that was missing
+            self._stop(_FLOW[-1:])
+        return status if status is not None and status["phase"] == "finished" else None
 
     def _stop_all(self) -> None:
-        for names in (("rollout",), ("teacher",), ("learner",), ("gateway", "envs")):
+        self._stop(_FLOW)
+
+    def _stop(self, flow: Sequence[tuple[str, ...]]) -> None:
+        for names in flow:
             for killed in self.fleet.stop(names, _STOP_TIMEOUT_S):
                 self.view.say(f"The {killed} service did not stop within {_STOP_TIMEOUT_S:.0f} s and was killed.")
 
-    def _finish(self) -> int:
-        status = self._status()
-        if status is None:
-            raise UnavailableError(
-                f"The gateway stopped answering at the end of the run. See {self.directory.logs}/gateway.log."
-            )
+    def _finish(self, status: dict[str, Any]) -> int:
         self._stop_all()
         summary = build_summary(self.config, status, self._metrics.records(), self.wall_s)
         self.directory.write_json(self.directory.summary, summary)
         report = write_report(self.directory.root)
         self.view.finished(summary, report)
+        if status["ledger_gap"]:
+            raise CorruptionError(
+                f"The run finished with a defect. {format_gap(status)} Keep {self.directory.root} and tell the project."
+            )
         return 0
 
     def _save_wall_clock(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -62,6 +63,11 @@ class RunDirectory:
     def ports(self) -> Path:
         """Ports of the servers that tasks in flight name."""
         return self.root / "ports.json"
+
+    @property
+    def gateway(self) -> Path:
+        """Where the gateway of the sitting in progress answers; it counts only while the directory is locked."""
+        return self.root / "gateway.json"
 
     @property
     def wall_clock(self) -> Path:
@@ -141,6 +147,30 @@ class RunDirectory:
                 f"Only {free / 2**20:.0f} MiB are free under {self.root}; a run needs {_LEAST_FREE_BYTES // 2**20} MiB to "
                 "begin. Free some space or choose another --runs-dir."
             )
+
+
+def list_running(runs_dir: Path) -> dict[str, str]:
+    """Name and gateway address of every run under `runs_dir` whose `sdar run` is alive."""
+    found = {}
+    for path in sorted(runs_dir.glob("*/gateway.json")):
+        if _is_locked(path.parent):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone, or being written
+                found[path.parent.name] = str(json.loads(path.read_text(encoding="utf-8"))["address"])
+    return found
+
+
+def _is_locked(root: Path) -> bool:
+    try:
+        descriptor = os.open(root / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     """Address that servers bind to. Beyond loopback they ask for tokens (docs/security.md)."""
     http_port: int = Field(default=8080, ge=0, le=65535)
     """Port of the gateway's HTTP API."""
+    gateway_url: str = ""
+    """Where the run's gateway answers, for `sdar status` and `sdar dead-letter`: http://HOST:PORT."""
     grpc_port: int = Field(default=9090, ge=0, le=65535)
     """Port of this service's gRPC API."""
     probe_port: int = Field(default=9100, ge=0, le=65535)

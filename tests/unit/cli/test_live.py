@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sdar.cli.live import LiveView, compute_figures
+from sdar.cli.live import LineView, LiveView, compute_figures
 from sdar.cli.metrics_log import MetricsLog
 from sdar.config import EnvironmentConfig, ModelConfig, RunConfig
 
@@ -25,6 +25,7 @@ def status() -> dict[str, Any]:
         "stream_lags": {"tasks": lag},
         "ledger": {"issued": 9, "stale": 0},
         "ledger_gap": 0,
+        "alarms": [],
     }
 
 
@@ -47,6 +48,22 @@ def test_the_figures_say_where_the_run_stands(status: dict[str, Any], metrics: M
     assert figures["queues"] == "tasks 7"
     assert figures["gate"] == "mean -, gap -"  # a method without a teacher measures none
     assert figures["wall clock"] == "1 min 15 s"
+
+
+def test_an_alarm_is_shown_without_what_a_terminal_would_obey(status: dict[str, Any], metrics: MetricsLog) -> None:
+    status["alarms"] = [{"name": "dead_letters", "message": "3 entries \x1b[2J", "since_s": 1.0}]
+    assert compute_figures(status, metrics, wall_s=75.0)["alarms"] == r"dead_letters: 3 entries \x1b[2J"
+
+
+def test_a_plain_view_tells_alarms_when_they_change(
+    status: dict[str, Any], metrics: MetricsLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = LineView(RunConfig(name="a", model=ModelConfig(path=Path("m")), environment=EnvironmentConfig(name="household")))
+    alarm = {"name": "no_progress", "message": "Nothing was played.", "since_s": 1.0}
+    for alarms in ([], [alarm], [alarm], []):
+        view.show(status | {"alarms": alarms}, metrics, wall_s=75.0)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarms")]
+    assert told == ["alarms: no_progress: Nothing was played.", "alarms: none any more"]
 
 
 def test_every_figure_stands_on_a_line_of_its_own(status: dict[str, Any], metrics: MetricsLog) -> None:

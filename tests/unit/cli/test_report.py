@@ -38,7 +38,8 @@ def make_evaluation(num_updates: int, success: float, *, is_greedy: bool = False
 
 def make_status(*evaluations: dict[str, Any]) -> dict[str, Any]:
     ledger = {"issued": 4, "running": 0, "generated": 4, "trained": 4, "buffered": 0}
-    return {"evaluations": list(evaluations), "num_updates": 2, "ledger": ledger, "ledger_gap": 0, "dead_letters": 0}
+    account = {"ledger": ledger, "ledger_gap": 0, "ledger_gap_ids": []}
+    return {"evaluations": list(evaluations), "num_updates": 2, **account, "dead_letters": 0}
 
 
 def make_finished_status() -> dict[str, Any]:

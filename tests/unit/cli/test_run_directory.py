@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdar.cli import run_directory
-from sdar.cli.run_directory import RunDirectory
+from sdar.cli.run_directory import RunDirectory, list_running
 from sdar.config import EnvironmentConfig, ModelConfig, RunConfig, TrainingConfig
 from sdar.contracts.errors import ConfigurationError, ConflictError, UnavailableError
 
@@ -28,6 +28,14 @@ def test_a_second_run_on_the_same_directory_is_refused_while_the_first_lives(tmp
             second.__enter__()
     with second:
         assert second.root.is_dir()  # free again
+
+
+def test_a_run_is_running_while_its_directory_is_locked(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a") as directory:
+        assert list_running(tmp_path) == {}
+        directory.write_json(directory.gateway, {"address": "127.0.0.1:1"})
+        assert list_running(tmp_path) == {"a": "127.0.0.1:1"}
+    assert list_running(tmp_path) == {}  # killed before it could clean up
 
 
 def test_a_repeated_run_is_resumed(tmp_path: Path) -> None:

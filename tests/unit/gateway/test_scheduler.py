@@ -70,15 +70,15 @@ class Run:
         await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
         await until(lambda: self.scheduler.policy_version == version)
 
-    async def report(self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0) -> None:
-        events = [LedgerEvent("test", g.group_id, outcome, g.group_size, version, "because") for g in groups]
+    async def report(self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0, reason: str = "because") -> None:
+        events = [LedgerEvent("test", g.group_id, outcome, g.group_size, version, reason) for g in groups]
         await self.bus.commit({}, transitions=events)
 
-    async def set_aside(self, stream: Stream, group: ConsumerGroup, payload: bytes) -> str:
+    async def set_aside(self, stream: Stream, group: ConsumerGroup, payload: bytes, reason: str = "no good") -> str:
         """Let a consumer give an entry up; returns its letter's id."""
         await self.bus.publish(stream, [payload])
         deliveries = await self.bus.read(stream, group, "r", 100, block_s=1)
-        await self.bus.dead_letter(deliveries[-1], "no good")
+        await self.bus.dead_letter(deliveries[-1], reason)
         await self.bus.acknowledge(deliveries[:-1])
         return (await self.bus.list_dead_letters(1))[0].letter_id
 

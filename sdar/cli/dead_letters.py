@@ -1,0 +1,107 @@
+"""Owns `sdar dead-letter list | show | retry`: what a run set aside, and its second chance. The gateway does the work.
+
+What speaks HTTP is imported where it is used: `sdar --help` should not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+dead_letter_app = typer.Typer(help="Look at entries that a run set aside, and try them again.", no_args_is_help=True)
+
+GatewayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gateway", metavar="URL", help="The run's gateway; SDAR_GATEWAY_URL, or the run of RUNS_DIR that is running."
+    ),
+]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are kept.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
+LetterArgument = Annotated[str, typer.Argument(metavar="ID", help="Its id, from `sdar dead-letter list`.", show_default=False)]
+
+_PATH = "/v1/dead-letters"
+_MAX_REASON = 100
+
+
+@dead_letter_app.command("list")
+def list_letters(
+    limit: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 50,
+    before: Annotated[str | None, typer.Option(metavar="ID", help="Only older ones than this.", show_default=False)] = None,
+    gateway: GatewayOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    is_json: JsonOption = False,
+) -> None:
+    """List what was set aside, newest first."""
+    from sdar.cli.gateway import open_gateway
+
+    query: dict[str, str | int] = {"limit": limit} | ({} if before is None else {"before": before})
+    with open_gateway(gateway, runs_dir) as client:
+        letters = client.get(_PATH, **query)
+    if is_json:
+        print(json.dumps(letters), flush=True)
+    elif not letters:
+        print("No dead letters.")
+    else:
+        Console(highlight=False).print(render_letters(letters))
+
+
+@dead_letter_app.command("show")
+def show_letter(
+    letter_id: LetterArgument, gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False
+) -> None:
+    """Show one with its payload."""
+    from sdar.cli.gateway import open_gateway
+
+    with open_gateway(gateway, runs_dir) as client:
+        letter = client.get(f"{_PATH}/{quote(letter_id, safe='')}")
+    print(json.dumps(letter) if is_json else format_letter(letter), flush=True)
+
+
+@dead_letter_app.command("retry")
+def retry_letter(
+    letter_id: LetterArgument, gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False
+) -> None:
+    """Do its work again and remove it: a training task as a new group, an evaluation's task as it was."""
+    from sdar.cli.gateway import open_gateway
+
+    with open_gateway(gateway, runs_dir) as client:
+        answer = client.post(f"{_PATH}/{quote(letter_id, safe='')}/retry")
+    told = f"Issued {answer['group_id']} for dead letter {answer['letter_id']}, which is gone."
+    print(json.dumps(answer) if is_json else told, flush=True)
+
+
+def render_letters(letters: list[dict[str, Any]]) -> Table:
+    """A line each; reasons are cut, and shown as text."""
+    from sdar.runtime.security import escape_controls
+
+    table = Table("id", "stream", "given up by", "attempts", "age", "bytes", "reason", box=box.SIMPLE)
+    for letter in letters:
+        reason = letter["reason"]
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
+        values = (letter["letter_id"], letter["stream"], letter["group"], letter["num_deliveries"])
+        row = (*values, f"{letter['age_s']:.0f} s", letter["size_bytes"], reason)
+        table.add_row(*(Text(escape_controls(str(cell))) for cell in row))
+    return table
+
+
+def format_letter(letter: dict[str, Any]) -> str:
+    """Everything known of one, its payload last; as text without control characters."""
+    from sdar.runtime.security import escape_controls
+
+    payload, error = letter["payload"], letter["payload_error"]
+    names = ("letter_id", "stream", "group", "entry_id", "num_deliveries", "reason", "age_s", "size_bytes")
+    lines = [f"{name}: {letter[name]}" for name in names]
+    if payload is None:
+        lines += [f"payload (base64), which cannot be read: {error}", letter["payload_base64"]]
+    else:
+        lines += ["payload:", json.dumps(payload, indent=2, ensure_ascii=False)]
+    return "\n".join(escape_controls(line, keep="\n") for line in lines)

@@ -1,0 +1,93 @@
+"""Owns `sdar status`: where a run stands, as its gateway tells it. Shows, never decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sdar.cli.gateway import open_gateway
+from sdar.runtime.security import escape_controls
+
+CLOSING = ("trained", "skipped", "stale", "failed", "cancelled")
+
+
+def show_status(gateway: str | None, runs_dir: Path, *, is_json: bool) -> None:
+    """Print the status of a run, for a person or as JSON."""
+    with open_gateway(gateway, runs_dir) as client:
+        status = client.get("/v1/run")
+    if is_json:
+        print(json.dumps(status), flush=True)
+    else:
+        Console(highlight=False).print(render_status(status))
+
+
+def render_status(status: dict[str, Any]) -> RenderableType:
+    """The status as a table. What services and environments wrote is shown as text: no markup, no control characters."""
+    parts: list[RenderableType] = [_show(f"{status['run_id']}: {status['method']}, {status['phase']}", "bold")]
+    if status["detail"]:
+        parts.append(_show(status["detail"]))
+    parts.append(_show(format_progress(status)))
+    parts += [_show(f"{alarm['name']}: {alarm['message']}", "bold red") for alarm in status["alarms"]]
+    parts += [_show(line) for line in format_ledger(status)]
+    parts.append(_render_streams(status["stream_lags"]))
+    if status["evaluations"]:
+        parts.append(_render_evaluations(status["evaluations"]))
+    if status["dead_letters"]:
+        parts.append(_show(f"dead letters: {status['dead_letters']} (sdar dead-letter list)"))
+    parts += [_show(f"{group_id}: {reason}", "dim") for group_id, reason in status["failures"].items()]
+    return Group(*parts)
+
+
+def format_progress(status: dict[str, Any]) -> str:
+    instances = ", ".join(f"{number} {name}" for name, number in status["instances"].items())
+    used, most = (status["bus"][name] / 2**20 for name in ("used_bytes", "max_bytes"))
+    memory = f"{used:.0f} of {most:.0f} MiB" if most else f"{used:.0f} MiB"
+    return (
+        f"update {status['num_updates']} of {status['target_updates']}, policy version {status['policy_version']}; "
+        f"{instances}; Redis {status['bus']['state']}, {memory}"
+    )
+
+
+def format_ledger(status: dict[str, Any]) -> list[str]:
+    """The two equations of the account, and what they do not explain."""
+    ledger = status["ledger"]
+    parts = " + ".join(f"{name} {ledger[name]}" for name in (*CLOSING, "buffered"))
+    lines = [
+        f"issued {ledger['issued']} = running {ledger['running']} + generated {ledger['generated']}",
+        f"generated {ledger['generated']} = {parts}",
+    ]
+    return [*lines, format_gap(status)] if status["ledger_gap"] else lines
+
+
+def format_gap(status: dict[str, Any]) -> str:
+    ids = ", ".join(status["ledger_gap_ids"]) or "which ones is known at the end of the run"
+    return f"The account cannot explain {status['ledger_gap']} groups: {ids}."
+
+
+def _render_streams(lags: dict[str, Any]) -> Table:
+    table = Table("stream", "waiting", "in hand", "oldest", box=box.SIMPLE)
+    for name, lag in lags.items():
+        row = (name, str(lag["num_undelivered"]), str(lag["num_pending"]), f"{lag['oldest_age_s']:.1f} s")
+        table.add_row(*(_show(cell) for cell in row))
+    return table
+
+
+def _render_evaluations(evaluations: list[dict[str, Any]]) -> Table:
+    table = Table("after", "policy", "sampling", "success", "95% interval", "episodes", "not played", box=box.SIMPLE)
+    for e in evaluations:
+        low, high = e["interval"]
+        sampling = "greedy" if e["is_greedy"] else "sampled"
+        row = [f"{e['num_updates']} updates", f"v{e['policy_version']}", sampling, f"{e['success']:.3f}"]
+        row += [f"{low:.3f} to {high:.3f}", f"{e['num_episodes']} of {e['num_tasks']}", str(e["num_failed"])]
+        table.add_row(*(_show(cell) for cell in row))
+    return table
+
+
+def _show(text: str, style: str = "") -> Text:
+    return Text(escape_controls(text), style=style)
