@@ -30,7 +30,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 4096
 """Connections and requests a server holds at once; further ones get 503."""
-_BODY_TIMEOUT_S = 30.0
+BODY_TIMEOUT_S = 30.0
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 """Open to whoever reaches the port: the page without its data, and what probes and Prometheus ask. None tells a text."""
 _READ_METHODS = frozenset({"GET", "HEAD"})
@@ -122,11 +122,13 @@ class Guard:
         host: str,
         *,
         max_body_bytes: int = MAX_BODY_BYTES,
+        body_timeout_s: float = BODY_TIMEOUT_S,
         read_posts: Collection[str] = (),
     ) -> None:
         self._app, self._door = app, Door(security)
         self._is_local = security.tokens is None and is_loopback(host)
-        self._max_body_bytes, self._read_posts = max_body_bytes, frozenset(read_posts)
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._read_posts = frozenset(read_posts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,7 +140,7 @@ class Guard:
             if scope["method"] not in _READ_METHODS:
                 receive = _replay(await self._read_body(scope, receive), receive)
         except TimeoutError:
-            late = InvalidInputError(f"The request's body did not arrive within {_BODY_TIMEOUT_S:g} s. Send it at once.")
+            late = InvalidInputError(f"The request's body did not arrive within {self._body_timeout_s:g} s. Send it at once.")
             return await build_error_response(late, HTTPStatus.REQUEST_TIMEOUT)(scope, receive, send)
         except SdarError as error:
             return await build_error_response(error)(scope, receive, send)
@@ -167,7 +169,7 @@ class Guard:
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         told = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
         body = bytearray()
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
+        async with asyncio.timeout(self._body_timeout_s):
             while True:
                 if max(len(body), int(told)) > self._max_body_bytes:
                     raise TooLargeError(f"A body of more than {self._max_body_bytes} bytes. Send less in one request.")
