@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 
 from sdar.contracts.errors import ConflictError, SdarError
+from sdar.runtime.http_client import client_options
+from sdar.runtime.security import OPEN, Security
 
 _PR_SET_PDEATHSIG = 1
 _MAX_RESTARTS = 5
@@ -38,6 +40,8 @@ class ServiceProcess:
     environment: Mapping[str, str]
     log_path: Path
     probe_url: str
+    security: Security = OPEN
+    """What its probe's server is verified by: the gateway's is its HTTP API."""
     process: subprocess.Popen[bytes] | None = None
     restarts: list[float] = field(default_factory=list)
 
@@ -62,7 +66,7 @@ class ServiceProcess:
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.probe_url}/readyz", timeout=2.0).status_code == 200
+            return httpx.get(f"{self.probe_url}/readyz", timeout=2.0, **client_options(self.security)).status_code == 200
         except httpx.HTTPError:
             return False
 

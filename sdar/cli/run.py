@@ -26,7 +26,7 @@ from sdar.contracts.errors import BusUnavailableError, CorruptionError
 from sdar.runtime.connect import locate_model
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.http_client import find_base_url, open_http
-from sdar.runtime.security import Security
+from sdar.runtime.security import OPEN, Security
 from sdar.runtime.settings import load_settings
 
 _HOST = "127.0.0.1"
@@ -155,7 +155,10 @@ class _Session:
         probe_port = self._http_port if role == "gateway" else choose_port(_HOST)
         own = {"SDAR_PROBE_PORT": str(probe_port), "SDAR_HTTP_PORT": str(self._http_port), "SDAR_INSTANCE": name}
         log_path = self.directory.logs / f"{name}.log"
-        service = ServiceProcess(name, ("serve", role), environment | own, log_path, f"http://{_HOST}:{probe_port}")
+        is_gateway = role == "gateway"
+        probe_url = self.url if is_gateway else f"http://{_HOST}:{probe_port}"
+        service = ServiceProcess(name, ("serve", role), environment | own, log_path, probe_url)
+        service.security = self._security if is_gateway else OPEN
         self.fleet.add(service)
 
     # --- watching ------------------------------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query
 from fastapi import Path as PathParameter
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdar.contracts.errors import SdarError, UnknownResourceError
 from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter
 from sdar.runtime.chat import ChatTokenizer
+from sdar.runtime.http import answer_error, build_page_policy
 from sdar.runtime.ledger import format_group_id
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
@@ -177,25 +178,21 @@ def build_app(
         bus: is asked for dead letters; its calls are given up after a moment.
         tokenizer: renders a trajectory's tokens as text; without it tokens are shown as numbers only.
     """
-    app = FastAPI(title="sdar gateway", version="1", docs_url="/docs", redoc_url=None)
-    app.add_exception_handler(SdarError, _answer_error)
+    app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None)
+    app.add_exception_handler(SdarError, answer_error)
     _add_probes(app, scheduler, registry)
     _add_run(app, scheduler, watch)
     _add_dead_letters(app, scheduler, watch, bus)
     _add_lookups(app, scheduler, tokenizer)
 
+    text = _PAGE.read_text(encoding="utf-8")
+    policy = build_page_policy(text)
+
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     return app
-
-
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, SdarError)
-    body = {"reason": error.reason, "message": error.message, "fields": error.fields}
-    headers = {"Retry-After": "1"} if error.http_status in (429, 503) else {}
-    return JSONResponse({"error": body}, status_code=int(error.http_status), headers=headers)
 
 
 def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import re
 
 import httpx
 import pytest
@@ -180,6 +181,17 @@ async def test_the_page_puts_what_it_is_told_into_text_and_never_into_markup(cli
     assert "textContent" in page
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "eval(", "setHTML", "srcdoc"):
         assert way not in page
+
+
+async def test_the_page_runs_under_a_policy_that_lets_nothing_in_but_its_own_text(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/")
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.count("'sha256-") == answer.text.count("<script>") + answer.text.count("<style>") == 2
+    assert "unsafe" not in policy
+    # Neither has a hash: a policy without 'unsafe-inline' would leave them dead.
+    assert not re.search(r"<[^>]+\s(on[a-z]+|style)=", answer.text)
+    assert not re.search(r"(src|href)=.?(http|//)", answer.text)
+    assert "location" not in answer.text  # a token never goes into an address
 
 
 async def test_the_openapi_document_names_every_route(client: httpx.AsyncClient) -> None:
