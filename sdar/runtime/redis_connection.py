@@ -71,6 +71,7 @@ class RedisConnection:
 
     def __init__(self, url: str, client_name: str, outage_tolerance_s: float, on_blocked: OnBlocked | None) -> None:
         self._url = url
+        self._client_name = client_name
         self._outage_tolerance_s = outage_tolerance_s
         self._on_blocked = on_blocked or (lambda reason: None)
         self._blocked: dict[object, str] = {}
@@ -80,7 +81,7 @@ class RedisConnection:
             self.client = redis.Redis.from_url(
                 url,
                 protocol=2,
-                client_name=client_name or None,
+                redis_connect_func=self._introduce,
                 # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a cancellation. See run.
                 socket_timeout=None,
                 socket_connect_timeout=_CONNECT_TIMEOUT_S,
@@ -137,6 +138,12 @@ class RedisConnection:
     async def close(self) -> None:
         await self.client.aclose()
 
+    async def _introduce(self, connection: Any) -> None:
+        await connection.on_connect()
+        if self._client_name:
+            await connection.send_command("CLIENT", "SETNAME", self._client_name)
+            await _unless_forbidden(connection.read_response())
+
     def _judge(self, error: Exception, waiting: _Waiting) -> str:
         """Why the operation has to wait; raises where waiting is no help."""
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.AuthorizationError):
@@ -145,13 +152,14 @@ class RedisConnection:
             raise ConfigurationError(f"Redis at {self._place} denies its user a command: {error}. Fix its ACL.") from error
         if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError | TimeoutError | OSError):
             self._in_touch_since = None
+            problem = f"{type(error).__name__}: {error}" if str(error) else f"no reply in {_REPLY_TIMEOUT_S:g} s"
             if waiting.is_outage_over_tolerance():
                 raise BusUnavailableError(
-                    f"Redis at {self._place} did not answer for {self._outage_tolerance_s:g} s ({error!r}). "
+                    f"Redis at {self._place} did not answer for {self._outage_tolerance_s:g} s ({problem}). "
                     "Check that it runs and that SDAR_REDIS_URL names it; nothing acknowledged is lost.",
                     address=self._place,
                 ) from error
-            return f"Redis at {self._place} does not answer: {error!r}."
+            return f"Redis at {self._place} does not answer ({problem})."
         if is_write_refusal(error):
             waiting.end_outage()
             state = "is full" if "OOM " in str(error) or isinstance(error, redis_errors.OutOfMemoryError) else "refuses writes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import Literal
 import pytest
 import redis.asyncio as redis
 
-from sdar.contracts.errors import BusUnavailableError, ConfigurationError
+from sdar.contracts.codec import decode_ledger_event
+from sdar.contracts.errors import BusUnavailableError, ConfigurationError, SupersededError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
-from sdar.runtime.bus import BEFORE_FIRST, BusLimits
-from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.runtime.bus import BEFORE_FIRST, SUSPECT_FACTOR, BusLimits
+from sdar.runtime.embedded_redis import EmbeddedRedis, _find_executable
 from sdar.runtime.ledger import format_group_id
 from sdar.runtime.redis_bus import RedisBus
 
@@ -85,18 +87,275 @@ async def test_nothing_is_lost_when_redis_restarts(
         await bus.close()
 
 
-async def test_calls_wait_out_a_short_outage(server: EmbeddedRedis, bus: RedisBus) -> None:
+async def test_calls_wait_out_a_short_outage_and_say_so_until_the_last_is_through(server: EmbeddedRedis) -> None:
+    reports = Reports()
+    bus = RedisBus(server.url, "run", WIRING, LIMITS, on_blocked=reports)
     reading = asyncio.create_task(bus.read(TASKS, ROLLOUT, "a", max_count=1, block_s=30.0))
     await bus.ping()
     server.kill()
     publishing = asyncio.create_task(bus.publish(TASKS, [b"1"]))
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await reports.wait_for(5)
     assert not publishing.done()
+    assert all("does not answer" in reason for reason in reports.reasons)
     server.start()
     async with asyncio.timeout(10.0):
         await publishing
         assert [delivery.payload for delivery in await reading] == [b"1"]
+    assert reports.reasons.index("") == len(reports.reasons) - 1, "once, and last: the read waited longer than the publication"
+    await bus.close()
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_is_no_longer_held_up(server: EmbeddedRedis) -> None:
+    reports = Reports()
+    bus = RedisBus(server.url, "run", WIRING, LIMITS, on_blocked=reports)
+    server.kill()
+    calls = [asyncio.create_task(bus.ping()) for _ in range(2)]
+    await reports.wait_for(4)
+    for call in calls:
+        assert reports.reasons[-1] != ""
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+    assert reports.reasons[-1] == ""
+    await bus.close()
+
+
+async def test_a_redis_that_is_still_loading_its_file_is_waited_for(tmp_path: Path) -> None:
+    """The server takes 5 ms for each of 160 keys and looks up every 2 MB, to answer that it is loading."""
+    slow = tmp_path / "slow-redis"
+    slow.write_text(f'#!/bin/sh\nexec {_find_executable()} "$@" --key-load-delay 5000\n')
+    slow.chmod(0o700)
+    reports = Reports()
+    with EmbeddedRedis(tmp_path / "data", executable=slow) as server:
+        bus = RedisBus(server.url, "run", WIRING, LIMITS, on_blocked=reports)
+        await bus.save_state("cursor", b"7")
+        async with redis.Redis.from_url(server.url) as client:
+            await client.mset({f"key {number}": random.randbytes(1 << 16) for number in range(160)})
+            await client.bgrewriteaof()
+            is_rewriting = True
+            while is_rewriting:
+                await asyncio.sleep(0.01)
+                state = await client.info("persistence")
+                is_rewriting = state["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]
+        server.stop()
+        starting = asyncio.create_task(asyncio.to_thread(server.start))
+        assert await bus.load_state("cursor") == b"7"
+        await starting
+        await bus.close()
+    assert any("BusyLoadingError" in reason for reason in reports.reasons)
+    assert reports.reasons[-1] == ""
+
+
+class ForgetfulProxy:
+    """Stands before a Redis. Once armed, it drops the connection in place of the next reply to a script."""
+
+    def __init__(self, url: str) -> None:
+        self._target = parse_address(url)
+        self._connections: set[asyncio.Task[None]] = set()
+        self.is_armed = False
+        self.num_dropped = 0
+
+    async def __aenter__(self) -> str:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/0"
+
+    async def __aexit__(self, *error: object) -> None:
+        self._listener.close()
+        await asyncio.gather(*self._connections)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(asyncio.current_task())
+        redis_reader, redis_writer = await asyncio.open_connection(*self._target)
+        is_script = False
+
+        async def forward_requests() -> None:
+            nonlocal is_script
+            while data := await reader.read(1 << 16):
+                is_script = b"EVALSHA" in data
+                redis_writer.write(data)
+            redis_writer.write_eof()
+
+        requests = asyncio.create_task(forward_requests())
+        while data := await redis_reader.read(1 << 16):
+            if self.is_armed and is_script:
+                self.is_armed, self.num_dropped = False, self.num_dropped + 1
+                break
+            writer.write(data)
+        requests.cancel()
+        await asyncio.wait([requests])
+        for side in (writer, redis_writer):
+            side.close()
+            await side.wait_closed()
+
+
+def parse_address(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("redis://").removesuffix("/0").split(":")
+    return host, int(port)
+
+
+async def test_a_commit_whose_reply_was_lost_is_applied_once(server: EmbeddedRedis, bus: RedisBus) -> None:
+    proxy = ForgetfulProxy(server.url)
+    async with proxy as url:
+        far = RedisBus(url, "run", WIRING, LIMITS)
+        await far.commit({TASKS: [b"1", b"2"]}, transitions=[event(0, GroupOutcome.ISSUED), event(1, GroupOutcome.ISSUED)])
+        first, second = await far.read(TASKS, ROLLOUT, "a", max_count=2)
+        proxy.is_armed = True
+        await far.commit({LEDGER: [b"done"]}, [first], {"cursor": b"1"}, [event(0, GroupOutcome.GENERATED)])
+        proxy.is_armed = True
+        await far.dead_letter(second, "bad", [event(1, GroupOutcome.FAILED)])
+        assert proxy.num_dropped == 2
+        await far.close()
+    payloads = [entry.payload for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9)]
+    assert payloads[0] == b"done"
+    booked = [event(0, GroupOutcome.GENERATED), event(1, GroupOutcome.FAILED)]
+    assert [decode_ledger_event(payload) for payload in payloads[1:]] == booked
+    assert (await bus.read_ledger()).counts()["generated"] == 2
+    assert await bus.count_dead_letters() == 1
+
+
+async def test_entries_taken_over_by_a_call_whose_reply_was_lost_are_returned_by_its_repeat(server: EmbeddedRedis) -> None:
+    proxy = ForgetfulProxy(server.url)
+    async with proxy as url:
+        far = RedisBus(url, "run", WIRING, LIMITS)
+        await far.publish(TASKS, [b"1", b"2"])
+        first, _ = await far.read(TASKS, ROLLOUT, "dead", max_count=2)
+        assert len(await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 1)) == 1  # so that Redis knows the script
+        proxy.is_armed = True
+        taken = await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 9, after_id=first.entry_id)
+        assert proxy.num_dropped == 1
+        assert [(delivery.payload, delivery.num_deliveries) for delivery in taken] == [(b"2", 2)]
+        assert await far.renew(taken) == taken
+        await far.close()
+
+
+async def test_the_mark_of_a_commit_outlives_every_retry_and_then_expires(server: EmbeddedRedis, client: redis.Redis) -> None:
+    bus = RedisBus(server.url, "run", WIRING, replace(LIMITS, outage_tolerance_s=1000.0))
+    await bus.publish(TASKS, [b"1"])
+    [mark] = [key async for key in client.scan_iter("*:commit:*")]
+    assert 1000 < await client.ttl(mark) <= 2000
+    await bus.close()
+
+
+async def test_an_acknowledgement_alone_leaves_no_mark(bus: RedisBus, client: redis.Redis) -> None:
+    await bus.publish(TASKS, [b"1"])
+    await bus.acknowledge(await bus.read(TASKS, ROLLOUT, "a", max_count=1))
+    assert len([key async for key in client.scan_iter("*:commit:*")]) == 1
+
+
+async def test_a_commit_of_thousands_goes_through(server: EmbeddedRedis) -> None:
+    many = 5_000
+    bus = RedisBus(server.url, "run", WIRING, BusLimits(max_entries=2 * many))
+    await bus.commit({TASKS: [b"x"] * many}, transitions=[event(number, GroupOutcome.ISSUED) for number in range(many)])
+    held = await bus.read(TASKS, ROLLOUT, "a", max_count=many)
+    assert await bus.renew(held) == held
+    taken = await bus.reclaim(TASKS, ROLLOUT, "a", 0.0, many)
+    await bus.commit({}, taken, transitions=[event(number, GroupOutcome.CANCELLED) for number in range(many)])
+    assert (await bus.stream_lag(TASKS, ROLLOUT)).num_pending == 0
+    assert await bus.list_closed(GroupOutcome.CANCELLED) == list(range(many))
+    await bus.close()
+
+
+def tear(file: Path, num_cut: int) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:-num_cut] if num_cut else data + b"*3\r\n$3\r\nSET\r\n$100\r\nabc")
+
+
+@pytest.mark.parametrize("num_cut", [0, 5])
+async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whole_or_not(tmp_path: Path, num_cut: int) -> None:
+    """Killed with fsync "always". Without a cut the tail is a write that nobody was told of; the cut goes into one that was."""
+    with EmbeddedRedis(tmp_path, fsync="always") as server:
+        bus = RedisBus(server.url, "run", WIRING, LIMITS)
+        await bus.commit({TASKS: [b"1", b"2"]}, transitions=[event(0, GroupOutcome.ISSUED)])
+        first, second = await bus.read(TASKS, ROLLOUT, "a", max_count=2)
+        await bus.commit({LEDGER: [b"first"]}, [first], {"cursor": b"1"})
+        await bus.commit({LEDGER: [b"second"]}, [second], {"cursor": b"2"}, [event(0, GroupOutcome.GENERATED)])
+        server.kill()
+        tear(tmp_path / "appendonly.aof", num_cut)
+        server.start()
+        is_there = not num_cut
+        ledger = await bus.tail(LEDGER, BEFORE_FIRST, max_count=9)
+        assert len(ledger) == (3 if is_there else 1)
+        assert await bus.load_state("cursor") == (b"2" if is_there else b"1")
+        assert (await bus.read_ledger()).open == {0: is_there}
+        assert await bus.renew([first, second]) == ([] if is_there else [second])
+        await bus.close()
+
+
+async def test_after_a_restart_of_redis_nobody_living_is_taken_for_dead(tmp_path: Path) -> None:
+    """All were idle for longer than any bound, and the first one that is back finds nobody else connected."""
+    min_idle_s = 0.3
+    with EmbeddedRedis(tmp_path, fsync="always") as server:
+        client = redis.Redis.from_url(server.url)
+        worker = RedisBus(server.url, "run", WIRING, LIMITS, client_name="worker")
+        peer = RedisBus(server.url, "run", WIRING, LIMITS, client_name="peer")
+        await peer.publish(TASKS, [b"1"])
+        held = await worker.read(TASKS, ROLLOUT, "worker", max_count=1)
+        await asyncio.sleep(SUSPECT_FACTOR * min_idle_s)
+        server.kill()
+        server.start()
+        assert await peer.reclaim(TASKS, ROLLOUT, "peer", 0.0, 9, held_by="nobody") == []
+        [row] = await client.xpending_range(RunKeys("run").stream(TASKS), ROLLOUT, "-", "+", 9)
+        assert row["time_since_delivered"] >= SUSPECT_FACTOR * min_idle_s * 1000, "the idle clock survives the restart"
+        assert await peer.reclaim(TASKS, ROLLOUT, "peer", min_idle_s, 9) == []
+        for _ in range(30):
+            assert await worker.renew(held) == held
+            assert await peer.reclaim(TASKS, ROLLOUT, "peer", min_idle_s, 9) == []
+            await asyncio.sleep(min_idle_s / 6)
+        await worker.close()
+        async with asyncio.timeout(10.0):
+            taken = []
+            while not taken:
+                taken = await peer.reclaim(TASKS, ROLLOUT, "peer", min_idle_s, 9)
+        assert [delivery.payload for delivery in taken] == [b"1"]
+        await peer.close()
+        await client.aclose()
+
+
+async def test_a_server_that_tells_nobody_who_is_connected_leaves_only_the_long_bound(
+    server: EmbeddedRedis, bus: RedisBus, client: redis.Redis
+) -> None:
+    """So do the managed ones: the user may not use administrative commands, naming its connections among them."""
+    await client.execute_command("ACL", "SETUSER", "limited", "on", ">secret", "~*", "+@all", "-@dangerous", "+xinfo")
+    limited = RedisBus(server.url.replace("//", "//limited:secret@"), "run", WIRING, LIMITS, client_name="limited")
+    await limited.publish(TASKS, [b"1"])
+    started = asyncio.get_running_loop().time()
+    await bus.read(TASKS, ROLLOUT, "dead", max_count=1)
+    min_idle_s, taken = 0.2, []
+    async with asyncio.timeout(10.0):
+        while not taken:
+            taken = await limited.reclaim(TASKS, ROLLOUT, "limited", min_idle_s, 9)
+    assert asyncio.get_running_loop().time() - started >= SUSPECT_FACTOR * min_idle_s
+    with pytest.raises(ConfigurationError, match="denies its user a command"):
+        await limited.memory()
+    await limited.close()
+
+
+async def test_a_claim_is_newer_than_one_before_redis_lost_its_disk(
+    server: EmbeddedRedis, bus: RedisBus, client: redis.Redis
+) -> None:
+    before = RedisBus(server.url, "run", WIRING, LIMITS)
+    for _ in range(3):
+        await before.claim_role(GATEWAY)
+    await client.flushall()
+    await before.save_state("cursor", b"1")
+    await bus.claim_role(GATEWAY)
+    await bus.save_state("cursor", b"2")
+    with pytest.raises(SupersededError):
+        await before.save_state("cursor", b"3")
+    await before.close()
+
+
+async def test_scripts_come_back_after_redis_forgot_them(bus: RedisBus, client: redis.Redis) -> None:
+    await bus.publish(TASKS, [b"1"])
+    await client.script_flush()
+    await bus.publish(TASKS, [b"2"])
+    assert len(await bus.read(TASKS, ROLLOUT, "a", max_count=9)) == 2
+
+
+async def test_the_bound_of_memory_is_the_server_s(bus: RedisBus, client: redis.Redis) -> None:
+    await client.config_set("maxmemory", 123_456_789)
+    memory = await bus.memory()
+    assert 0 < memory.used_bytes < memory.max_bytes == 123_456_789
 
 
 async def test_a_long_outage_says_where_and_what_to_do(server: EmbeddedRedis) -> None:
