@@ -20,6 +20,7 @@ from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import SdarError
 from sdar.contracts.types import GroupOutcome
 from sdar.runtime.bus import SUSPECT_FACTOR
+from sdar.runtime.telemetry import configure_logging
 from services.learner.checkpoint import read_trained_groups
 from services.rollout.worker import WorkerLimits
 
@@ -44,6 +45,7 @@ SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    configure_logging("chaos", "observer", "error", "text")  # that Redis is away is no news to the observer
     config = _configure(options.minutes)
     lease_s = WorkerLimits(max_concurrent_episodes=1).claim_idle_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)

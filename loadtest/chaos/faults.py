@@ -44,7 +44,8 @@ KILLS = (FaultKind.KILL, FaultKind.KILL_TWICE, FaultKind.KILL_CHILD, FaultKind.O
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One planned fault. It is due `at_s` after the start, or once `at_progress` of the updates are done if that is earlier."""
+    """One planned fault. It is due `at_s` after the start, outages of Redis not counted, or once `at_progress` of the updates
+    are done if that is earlier."""
 
     at_s: float
     at_progress: float
@@ -114,7 +115,8 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
         number = max(row.least, int(row.number * minutes / 10.0))
         planned += [(row.kind, row.target, round(draw.uniform(*row.times_s), 1)) for _ in range(number)]
     ordered = _spread(planned, draw)
-    step_s = _FAULT_SHARE * minutes * 60.0 / len(ordered)
+    num_outages = sum(kind is FaultKind.OUTAGE for kind, _, _ in ordered)
+    step_s = (_FAULT_SHARE * minutes * 60.0 - num_outages * OUTAGE_S) / len(ordered)
     faults = []
     for index, (kind, target, duration_s) in enumerate(ordered):
         place = index + draw.uniform(0.0, 0.9)

@@ -96,6 +96,7 @@ class ChaosRun:
         self._endings: list[tuple[float, Callable[[], None]]] = []
         self._next_memory_s = self._next_told_s = 0.0
         self._began_s = 0.0
+        self._away_s = 0.0  # of Redis: no fault comes then, and what is left comes later
 
     def run(self) -> Evidence:
         """To the run's end. Raises UnavailableError: it did not start, or did not end in time."""
@@ -154,7 +155,7 @@ class ChaosRun:
     def _is_due(self, fault: Fault) -> bool:
         status = self._observer.seen.status
         progress = status.get("num_updates", 0) / self.evidence.config.training.num_updates
-        return self._elapsed_s >= fault.at_s or progress >= fault.at_progress
+        return self._elapsed_s - self._away_s >= fault.at_s or progress >= fault.at_progress
 
     def _can_take(self, fault: Fault) -> bool:
         if not self._deployment.is_running(fault.target):
@@ -244,6 +245,7 @@ class ChaosRun:
             self._deployment.is_redis_held_down = False
             self._deployment.keep_up()
             injury.over_s = time.time()
+            self._away_s += injury.over_s - injury.began_s
 
         self._later(injury.fault.duration_s, bring_back)
 
