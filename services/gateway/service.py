@@ -33,7 +33,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     security = Security.from_settings(settings)
     listener = bind_http(settings.host, settings.http_port)
     health = Health(max_silence_s=_MAX_SILENCE_S)
-    bus = build_bus(config, settings)
+    bus = build_bus(config, settings, on_blocked=health.report_blocked)
     watch_bus = build_bus(config, settings)
     await bus.ping()
     metrics = build_metrics()
