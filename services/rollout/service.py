@@ -41,7 +41,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health, security = Health(max_silence_s=_MAX_SILENCE_S), Security.from_settings(settings)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
-        bus = build_bus(config, settings)
+        bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         await bus.ping()
         environments = GrpcEnvironmentDirectory(security, step_timeout_s=config.environment.step_timeout_s)

@@ -326,23 +326,14 @@ class RolloutWorker:
         return await self._bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, name, 0.0, max_count, after_id, held_by=name)
 
     async def _keep_claims(self, over: asyncio.Event) -> None:
-        """Renew what is in hand, take over what dead workers left.
-
-        A worker that was out of touch itself, paused or without Redis, cannot tell who else is silent: it lets all others
-        renew first.
-        """
-        idle_s = self._limits.claim_idle_s
-        renewed_at = judging_from = time.monotonic()
+        """Renew what is in hand, take over what dead workers left: before new groups, hence without room for them, too."""
+        tasks, rollout, idle_s = Stream.TASKS, ConsumerGroup.ROLLOUT, self._limits.claim_idle_s
         is_over = False
         while not is_over:
             await self._renew()
-            now = time.monotonic()
-            if now - renewed_at >= idle_s:
-                judging_from = now + idle_s
-            renewed_at = now
-            if now >= judging_from and (room := self._room()) > 0:
-                tasks, rollout = Stream.TASKS, ConsumerGroup.ROLLOUT
-                self._begin_reclaimed(await self._bus.reclaim(tasks, rollout, self._instance, idle_s, self._max_groups(room)))
+            if (room := self._room_in_hand()) > 0:
+                taken = await self._bus.reclaim(tasks, rollout, self._instance, idle_s, self._max_groups(room))
+                self._begin_reclaimed(taken)
             is_over = await wait_or_stop(over, idle_s / 4)
 
     async def _renew(self) -> None:
@@ -381,11 +372,13 @@ class RolloutWorker:
         log.info("worker_drained", num_left=len(self._in_hand))
 
     def _room(self) -> int:
-        """Episodes that may be begun. Waiting groups take no room, up to as many as may be played."""
-        most = self._limits.max_concurrent_episodes
-        num_in_hand = sum(hand.num_episodes for hand in self._in_hand)
+        """Episodes that may be begun. Groups that wait for their next attempt take no room while there are few of them."""
         num_playing = sum(hand.num_episodes for hand in self._in_hand if not hand.is_waiting)
-        return min(most - num_playing, 2 * most - num_in_hand)
+        return min(self._limits.max_concurrent_episodes - num_playing, self._room_in_hand())
+
+    def _room_in_hand(self) -> int:
+        """Episodes that may be held: twice as many as are played at once."""
+        return 2 * self._limits.max_concurrent_episodes - sum(hand.num_episodes for hand in self._in_hand)
 
     def _max_groups(self, room: int) -> int:
         """Groups that fit if all are as large as the largest seen; one until any was seen. Its episodes wait for slots."""

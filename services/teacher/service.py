@@ -48,7 +48,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
-        bus = build_bus(config, settings)
+        bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         scorer = build_scorer(config, build_weight_store(config, settings), settings)
         cleanup.push_async_callback(scorer.stop)

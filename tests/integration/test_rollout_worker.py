@@ -168,19 +168,26 @@ async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_vers
 class Nonsense(environment_pb2_grpc.EnvironmentServiceServicer):
     """Answers what it is given; counts calls."""
 
-    def __init__(self, step=None, opened=None, num_full=0) -> None:
+    def __init__(self, step=None, opened=None, num_full=0, gate=None) -> None:
         self.step = step or environment_pb2.StepResponse(observation="seen")
         self.opened = opened or environment_pb2.OpenSessionResponse(session_id="s", observation="start")
         self.num_full, self.num_opens = num_full, 0
+        self.gate, self.closed = gate, []
 
     async def Describe(self, request, context):
         return environment_pb2.DescribeResponse()
 
     async def OpenSession(self, request, context):
         self.num_opens += 1
+        if self.gate is not None:
+            await self.gate.wait()
         if self.num_opens <= self.num_full:
             raise CapacityError("All sessions are taken.")
         return self.opened
+
+    async def CloseSession(self, request, context):
+        self.closed.append(request.session_id)
+        return environment_pb2.CloseSessionResponse()
 
     async def Step(self, request, context):
         if isinstance(self.step, Exception):
@@ -255,6 +262,22 @@ async def test_a_full_server_is_waited_for():
     async with client_of(servicer) as client:
         assert (await client.open_session(TASK, "key")).observation == "start"
     assert servicer.num_opens == 4
+
+
+@pytest.mark.parametrize("is_client_closed", [False, True])
+async def test_a_session_that_opens_after_its_caller_gave_up_is_closed(is_client_closed):
+    servicer = Nonsense(gate=asyncio.Event())
+    async with client_of(servicer) as client:
+        opening = asyncio.create_task(client.open_session(TASK, "key"))
+        await until(lambda: servicer.num_opens == 1)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        closing = asyncio.create_task(client.close()) if is_client_closed else None
+        asyncio.get_running_loop().call_later(0.05, servicer.gate.set)
+        await until(lambda: servicer.closed == ["s"])
+        if closing:
+            await closing
 
 
 async def test_a_server_that_stays_away_fails_the_episode_after_a_while():

@@ -320,30 +320,6 @@ async def test_a_paused_worker_is_spared_while_it_is_connected_and_loses_its_gro
     assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
 
 
-async def test_a_worker_that_was_out_of_touch_lets_the_others_renew_before_it_judges_them(tokenizer):
-    class OutOfTouch(MemoryBus):
-        """Its second renewal takes longer than a claim lasts, as when Redis is away."""
-
-        num_renewals = 0
-
-        async def renew(self, deliveries):
-            self.num_renewals += 1
-            if self.num_renewals == 2:
-                await asyncio.sleep(0.3)
-            return await super().renew(deliveries)
-
-    bench = Bench(tokenizer)
-    bench.bus = OutOfTouch(CONSUMERS)
-    async with bench.running():
-        await until(lambda: bench.bus.num_renewals == 2)
-        await bench.issue(make_group("g1", size=1))
-        await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 1)
-        await until(lambda: bench.bus.num_renewals == 3)
-        assert bench.metrics.num_reclaimed_groups == 0
-        await bench.settled()
-        assert bench.metrics.num_reclaimed_groups == 1
-
-
 async def test_a_group_that_kills_its_workers_is_set_aside(tokenizer):
     bench = Bench(tokenizer, max_attempts=2)
     await bench.issue(make_group("g1"))
