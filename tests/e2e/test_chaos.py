@@ -18,7 +18,7 @@ from sdar.cli.processes import end_with_parent
 ROOT = Path(__file__).parents[2]
 MINUTES = 1.0
 SEED = 27
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 900.0
 
 
 @dataclass
