@@ -1,4 +1,4 @@
-"""Owns bytes under names, in a directory or in an S3 bucket: durable when a write returns, and never outside the root.
+"""Owns bytes under names, in a directory or in an S3 bucket: durable once `create` has returned, and never outside the root.
 
 It knows nothing of what the bytes mean. All calls block.
 """
@@ -33,10 +33,13 @@ class ObjectStore(Protocol):
     """Objects by path, such as `run/v00000001/manifest.json`. Errors are OSError's or obstore's, but for those named."""
 
     def put(self, path: str, content: bytes) -> None:
-        """Write an object, in place of any there was. Readers see it whole or not at all."""
+        """Write an object, in place of any there was. Readers see it whole or not at all.
+
+        It survives the loss of power once an object was created beside it.
+        """
 
     def create(self, path: str, content: bytes) -> bool:
-        """As `put`, but only if there is none; tells whether there was none. Of several callers one succeeds."""
+        """As `put`, but only if there is none, and durable; tells whether there was none. Of several callers one succeeds."""
 
     def get(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -65,7 +68,7 @@ def open_object_store(url: str, s3_options: Mapping[str, str | bool]) -> ObjectS
 
 
 class DirectoryStore:
-    """Objects are files. A write is on the disk, with the directories that lead to it, before its name appears."""
+    """Objects are files: on the disk before their name appears, and `create` waits for the directories that lead there too."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,6 @@ class DirectoryStore:
     def put(self, path: str, content: bytes) -> None:
         target, partial = self._write_partial(path, content)
         partial.replace(target)
-        self._sync_directories(target)
 
     def create(self, path: str, content: bytes) -> bool:
         target, partial = self._write_partial(path, content)

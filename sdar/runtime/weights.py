@@ -331,7 +331,8 @@ class WeightStore:
         # Manifests go first, newest first: whenever this ends, what still has one has its bases too.
         self._delete([f"{_version_path(self._run_id, version)}/{_MANIFEST}" for version in sorted(doomed, reverse=True)])
         leftovers = [version for version in objects if versions and version < versions[-1] and version not in versions]
-        self._delete([path for version in (*doomed, *leftovers) for path in objects[version]])
+        others = [path for version in (*doomed, *leftovers) for path in objects[version]]
+        self._delete([path for path in others if not path.endswith(f"/{_MANIFEST}")])
         return sorted(doomed)
 
     def _list_chains(self, versions: Sequence[int]) -> list[list[int]]:

@@ -3,103 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import threading
-import urllib.request
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import obstore
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
-from obstore.store import LocalStore, S3Store
 from torch import Tensor
 
 from sdar.contracts.errors import ConfigurationError, ConflictError, ContractError, CorruptionError, WeightsUnavailableError
 from sdar.contracts.types import ModelIdentity, WeightsManifest
 from sdar.runtime.weights import WeightStore, manifest_from_json, manifest_to_json
-
-MODEL = ModelIdentity("tiny", "f00d")
-BUCKET = "weights"
-prefix_numbers = itertools.count()
-
-
-@dataclass
-class Place:
-    """Where a store keeps its objects, with a back door for damage."""
-
-    url: str
-    objects: LocalStore | S3Store
-    s3_options: dict[str, str | bool] = field(default_factory=dict)
-
-    def open(self, run_id: str = "run", max_shard_bytes: int = 1 << 20) -> WeightStore:
-        return WeightStore(self.url, run_id, max_shard_bytes, self.s3_options)
-
-    def paths(self) -> list[str]:
-        return sorted(item["path"] for batch in obstore.list(self.objects) for item in batch)
-
-    def damage(self, path: str, change: Callable[[bytes], bytes]) -> None:
-        obstore.put(self.objects, path, change(bytes(obstore.get(self.objects, path).bytes())))
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")):
-        yield endpoint
-    server.stop()
-
-
-@pytest.fixture(params=["directory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "directory":
-        return Place(str(tmp_path / "store"), LocalStore(prefix=tmp_path / "store", mkdir=True))
-    prefix = f"demo/{next(prefix_numbers)}"
-    options: dict[str, str | bool] = {
-        "endpoint": request.getfixturevalue("s3_endpoint"),
-        "access_key_id": "test",
-        "secret_access_key": "test",
-        "region": "us-east-1",
-        "allow_http": True,
-    }
-    client_options = {"allow_http": True}
-    config = {name: value for name, value in options.items() if name != "allow_http"}
-    objects = S3Store(BUCKET, prefix=prefix, client_options=client_options, config=config)
-    return Place(f"s3://{BUCKET}/{prefix}", objects, options)
-
-
-@dataclass
-class Gathered(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, as a sharded learner gathers its own."""
-
-    names: list[str]
-    gather: Callable[[str], Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.gather(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def make_tensors(value: float = 1.0) -> dict[str, Tensor]:
-    return {"embed.weight": torch.full((4, 3), value), "norm.weight": torch.full((3,), -value, dtype=torch.bfloat16)}
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert list(got) == list(want)
-    for name, tensor in want.items():
-        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(got[name], tensor), name
+from tests.contract.weight_places import MODEL, Gathered, Place, assert_same, make_tensors
 
 
 def test_tensors_come_back_bit_for_bit_and_in_order(place: Place) -> None:
