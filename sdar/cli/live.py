@@ -74,7 +74,7 @@ class LiveView:
         self._live.start()
 
     def say(self, message: str) -> None:
-        self._live.console.print(message, highlight=False, markup=False)
+        self._live.console.print(escape_controls(message, keep="\n"), highlight=False, markup=False)
 
     def starting(self, waiting: list[str]) -> None:
         self._live.update(Text(f"Starting, waiting for {', '.join(waiting)} (vLLM takes half a minute)"))
@@ -103,7 +103,7 @@ class LineView:
         self._last_alarms: list[str] = []
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        print(escape_controls(message, keep="\n"), flush=True)
 
     def starting(self, waiting: list[str]) -> None:
         if waiting != self._last_waiting:

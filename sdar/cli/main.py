@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -30,6 +31,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(env_app, name="env")
 app.add_typer(dead_letter_app, name="dead-letter")
 app.command()(retriever)
+
+_TOKEN_BYTES = 32
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
 SetOption = Annotated[
@@ -121,6 +124,12 @@ def compare(
 
 
 @app.command()
+def token() -> None:
+    """Print a fresh token for SDAR_TOKENS_FILE: operate:TOKEN or read:TOKEN a line."""
+    typer.echo(secrets.token_urlsafe(_TOKEN_BYTES))
+
+
+@app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="runs/NAME", show_default=False)]) -> None:
     """Draw a run's plots and report.html again from its metrics."""
     from sdar.cli.report import write_report
@@ -159,7 +168,11 @@ def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
     if "--json" in arguments or "--output json" in " ".join(arguments).replace("--output=json", "--output json"):
         event = {"event": "error", "reason": error.reason, "message": error.message, "fields": error.fields}
         print(json.dumps(event), flush=True)
-    print(f"error: {error.message}", file=sys.stderr, flush=True)
+    # Imported here: `sdar --help` should not wait for it.
+    from sdar.runtime.security import escape_controls
+
+    # A server's words, or a file's, may be in it.
+    print("error: " + escape_controls(error.message, keep="\n"), file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InvalidInputError | RefusedError) else 1)
 
 

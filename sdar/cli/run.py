@@ -26,7 +26,7 @@ from sdar.contracts.errors import BusUnavailableError, CorruptionError
 from sdar.runtime.connect import locate_model
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.http_client import find_base_url, open_http
-from sdar.runtime.security import OPEN, Security
+from sdar.runtime.security import OPEN, Security, hide_credentials
 from sdar.runtime.settings import load_settings
 
 _HOST = "127.0.0.1"
@@ -264,5 +264,6 @@ def _check_redis(url: str) -> None:
     except (redis.RedisError, ValueError, OSError) as error:
         reason = str(error).rstrip(".")
         raise BusUnavailableError(
-            f"No Redis answers at {url}: {reason}. Start one there, correct --redis, or leave it out to have one started."
+            f"No Redis answers at {hide_credentials(url)}: {reason}. Start one there, correct --redis, or leave it out to "
+            "have one started."
         ) from error

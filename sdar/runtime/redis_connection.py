@@ -27,6 +27,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError
+from sdar.runtime.security import hide_credentials
 
 log = structlog.get_logger()
 
@@ -88,8 +89,12 @@ class RedisConnection:
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise ConfigurationError(f"Redis address {url!r} is not usable: {error}. Use redis://host:port/0.") from error
+        except ValueError:
+            # Without the reason's text: it may quote a password that was taken for a port.
+            place = hide_credentials(url)
+            raise ConfigurationError(
+                f"Redis address {place!r} is not usable. Use redis://host:port/0, special characters of a password as %XX."
+            ) from None
 
     async def run(self, operation: Callable[[], Awaitable[Any]]) -> Any:
         """The result of `operation`, repeated until Redis does it. It must be one that may be repeated after a lost reply.
@@ -185,8 +190,7 @@ class RedisConnection:
     @property
     def _place(self) -> str:
         """The address without credentials."""
-        scheme, _, rest = self._url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2]}"
+        return hide_credentials(self._url)
 
 
 class _Waiting:

@@ -32,6 +32,7 @@ _MAX_CLIENTS = 10_000
 _TOKEN = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_TOKEN_CHARACTERS},{MAX_TOKEN_CHARACTERS}}}")
 _TARGET_SCHEME = re.compile(r"^(dns|ipv4|ipv6):(//[^/]*/)?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
 _CLIENT_NAME_DIGITS = 12
 
 CLIENT: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
@@ -408,6 +409,11 @@ class Door:
         # Two headers: whoever stands between might have looked at the other one.
         scheme, _, presented = authorizations[0].partition(" ") if len(authorizations) == 1 else ("", "", "")
         return find_token(tokens, presented.strip()) if scheme.lower() == "bearer" else None
+
+
+def hide_credentials(url: str) -> str:
+    """A URL fit to be shown: without user, password and what follows a question mark."""
+    return _CREDENTIALS.sub("***@", url.partition("?")[0])
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:

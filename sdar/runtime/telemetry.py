@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import socket
+import socketserver
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
 from sdar.contracts.errors import ConflictError
+from sdar.runtime.security import escape_controls
 
 log = structlog.get_logger()
+
+_SILENCE_TIMEOUT_S = 5.0
+"""Longest silence of a client in the middle of its request."""
 
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
     """Send structlog events to stderr, one line each, with the service and instance on every line."""
-    # A plain traceback: structlog's default one prints local variables, and prompts don't belong in logs.
-    console = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
-    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else console
+    # JSON escapes by itself.
+    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else _TextRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -40,6 +46,27 @@ def configure_logging(service: str, instance: str, level: str, format: str) -> N
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
+
+
+class _TextRenderer:
+    """A line an event that nobody's words can break: an event or value holds no control characters, a traceback's lines are
+    indented under it. Tracebacks are plain: structlog's default ones print local variables, and prompts don't belong in logs.
+    """
+
+    def __init__(self) -> None:
+        self._console = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=_write_traceback)
+
+    def __call__(self, logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+        for key, value in event.items():
+            if isinstance(value, str):
+                event[key] = escape_controls(value)
+        return escape_controls(self._console(logger, name, event), keep="\n")
+
+
+def _write_traceback(stream: TextIO, exception: Any) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exception)
+    stream.write(textwrap.indent(text.getvalue(), "    ", lambda line: True))
 
 
 @dataclass
@@ -78,7 +105,7 @@ class ProbeServer:
 
     def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
         try:
-            kind = _WsgiServer6 if ":" in host else WSGIServer
+            kind = _WsgiServer6 if ":" in host else _WsgiServer
             self._server = make_server(host, port, _probe_app(health, registry), server_class=kind, handler_class=_QuietHandler)
         except OSError as error:
             raise ConflictError(
@@ -121,11 +148,19 @@ def serve_probes(
         server.stop()
 
 
-class _WsgiServer6(WSGIServer):
+class _WsgiServer(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread a request: a client that connects and says nothing must not keep the next probe waiting."""
+
+    daemon_threads = True
+
+
+class _WsgiServer6(_WsgiServer):
     address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = _SILENCE_TIMEOUT_S
+
     def log_message(self, format: str, *args: Any) -> None:
         """A probe a second isn't worth a log line."""
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sdar.cli.conformance.check import Outcome, Verdict
 from sdar.cli.conformance.runner import Report
+from sdar.runtime.security import escape_controls
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "yellow"}
 
 
 def print_report(report: Report, console: Console) -> None:
-    table = Table(title=f"{report.environment}, version {report.version}, at {report.address}", title_justify="left")
+    title = f"{report.environment}, version {report.version}, at {report.address}"
+    table = Table(title=escape(title), title_justify="left")
     for name, justify in (("check", "left"), ("claim", "left"), ("verdict", "left"), ("seconds", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for outcome in report.outcomes:
@@ -31,6 +33,11 @@ def print_report(report: Report, console: Console) -> None:
 
 
 _WORDS = {Verdict.PASS: "passed", Verdict.FAIL: "failed", Verdict.NOT_RUN: "not run"}
+
+
+def escape(text: str) -> str:
+    """What a server told, as text: no markup of ours, no control characters of the terminal's."""
+    return markup.escape(escape_controls(text))
 
 
 def _explain(outcome: Outcome, console: Console) -> None:

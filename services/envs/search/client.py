@@ -13,7 +13,7 @@ import httpx
 
 from sdar.contracts.errors import ConfigurationError, UnavailableError
 from sdar.runtime.http_client import client_options
-from sdar.runtime.security import Security
+from sdar.runtime.security import Security, hide_credentials
 from sdar.runtime.settings import load_settings
 from services.envs.search.passages import Hit, Passage
 
@@ -65,7 +65,7 @@ class RetrieverClient:
                 is_over = time.monotonic() + delay_s >= ends_at or not error.is_worth_retrying
                 if is_over or self._closed.wait(delay_s):
                     raise RetrieverFailedError(
-                        f"Retriever {self._url} failed, attempt {num_attempts} with {error}. "
+                        f"Retriever {hide_credentials(self._url)} failed, attempt {num_attempts} with {error}. "
                         "Check that it runs and is ready (GET /readyz)."
                     ) from error
                 delay_s = min(2 * delay_s, MAX_DELAY_S)

@@ -21,6 +21,7 @@ from sdar.runtime.security import (
     Watched,
     escape_controls,
     find_token,
+    hide_credentials,
     is_loopback,
     is_loopback_target,
     parse_tokens,
@@ -331,3 +332,17 @@ def test_escaped_text_holds_no_control_character_and_the_rest_is_kept(text):
 
 def test_what_is_kept_is_kept():
     assert escape_controls("a\n\tb\x1b[31m", keep="\n\t") == "a\n\tb\\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+        ("rediss://user:hunter2@redis:6379/0", "rediss://***@redis:6379/0"),
+        ("redis://:hun/t@er2@redis:6379/0", "redis://***@redis:6379/0"),
+        ("redis://redis:6379/0?password=hunter2", "redis://redis:6379/0"),
+        ("unix://:hunter2@/run/redis.sock", "unix://***@/run/redis.sock"),
+    ],
+)
+def test_a_shown_url_holds_no_credentials(url, shown):
+    assert hide_credentials(url) == shown
