@@ -195,6 +195,7 @@ class Scheduler:
         retired = self._retries.taken
         is_due = bool(self._is_changed or self._outbox or events or retired)
         while is_due and not self._was_empty:
+            self._is_changed = False  # before it is written: a request may change it again meanwhile
             publications = {Stream.TASKS: self._outbox} if self._outbox else {}
             state = {STATE_NAME: self.state.to_bytes()}
             try:
@@ -205,7 +206,7 @@ class Scheduler:
                 if stopping.is_set():
                     return
             else:
-                self._outbox, self._issued, self._is_changed, is_due = [], [], False, False
+                self._outbox, self._issued, is_due = [], [], False
                 self._retries.settle()
         self._metrics.observe_run(
             self.ledger,
@@ -234,7 +235,7 @@ class Scheduler:
         if self.state.phase is RunPhase.FINISHED:
             self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
             return
-        # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told.
+        # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told, a stop does.
         self.state.phase = RunPhase.STARTING
         self.state.num_failed_in_a_row = 0
         # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
@@ -278,7 +279,7 @@ class Scheduler:
         if self.state.phase is not RunPhase.STARTING:
             return
         self.state.started_at_s = self.state.started_at_s or self._clock()
-        self._change_phase(RunPhase.RUNNING)
+        self._change_phase(RunPhase.STOPPING if self.state.is_stop_asked else RunPhase.RUNNING)
         self.health.mark_ready("running")
 
     async def _load_tasks(self) -> None:
@@ -496,6 +497,7 @@ class Scheduler:
     def stop(self) -> None:
         """End the run early: issue no more groups, evaluate the newest policy, finish. Raises RefusedError before it runs."""
         self._control(RunPhase.STOPPING, allowed=(RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING))
+        self.state.is_stop_asked = True
 
     async def retry_dead_letter(self, letter_id: str) -> str:
         """Send the work of a dead letter out again, in the transaction that removes the letter; returns the group's id.

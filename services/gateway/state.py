@@ -44,6 +44,7 @@ class GatewayState:
     """
 
     phase: RunPhase = RunPhase.STARTING
+    is_stop_asked: bool = False
     next_group_number: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
     environments: dict[str, str] = field(default_factory=dict)

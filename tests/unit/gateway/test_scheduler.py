@@ -198,6 +198,19 @@ async def test_stop_ends_the_run_early_with_an_evaluation(run: Run) -> None:
     await run.reach(RunPhase.FINISHED)
 
 
+async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
+    first = Run(build_config())
+    _, training = await begin(first)
+    first.scheduler.stop()
+    await first.report(GroupOutcome.FAILED, training[0])
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await second.reach(RunPhase.STOPPING)
+    assert await second.num_waiting() == 0
+    await second.stop()
+
+
 async def test_a_run_that_has_not_started_cannot_be_paused(run: Run) -> None:
     with pytest.raises(RefusedError, match="starting"):
         run.scheduler.pause()
