@@ -24,7 +24,6 @@ from sdar.contracts.errors import (
     LeaseLostError,
     RefusedError,
     SdarError,
-    SupersededError,
     UnavailableError,
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
@@ -96,20 +95,15 @@ class Scheduler:
     # --- main loop -----------------------------------------------------------------------------------------------------------
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Raises SupersededError when another gateway of this run has started, CorruptionError when Redis lost what it had."""
+        """Raises SupersededError when another gateway of this run has started, CorruptionError when Redis lost what it had.
+
+        The first one stays ended; the second is to be started again, and finds its way from what Redis and the learner have.
+        """
         await self._bus.claim_role(ConsumerGroup.GATEWAY)
         await self._restore()
         while not stopping.is_set():
             try:
                 await self._turn(stopping)
-            except SupersededError as error:
-                # An emptied Redis has forgotten this gateway too; that one shall begin again, and a followed one shall not.
-                if (await self._bus.read_ledger()).num_issued < self.state.next_group_number:
-                    raise CorruptionError(
-                        "Redis has lost the account of this run. The gateway ends; the next one waits for the learner, which "
-                        "puts back the snapshot of its newest checkpoint. Give Redis an append-only file."
-                    ) from error
-                raise
             except LeaseLostError as error:
                 # An event was given away, or a letter is gone: nothing of this turn happened. Begin again from what is saved.
                 log.warning("turn_refused", error=str(error))
@@ -124,7 +118,7 @@ class Scheduler:
         self._in_hand = self._in_hand if is_blind else []
         # Before the manifests: whoever sees the groups of an update trained must see the policy it made.
         self.ledger = await self._bus.read_ledger()
-        await self._check_account()
+        self._check_account()
         readable = await self._absorb(events)
         await self._follow()
         if self.state.phase is RunPhase.STARTING:
@@ -217,11 +211,10 @@ class Scheduler:
             length_drift=self.lengths.compute_drift(),
         )
 
-    async def _check_account(self) -> None:
-        """The account and the cursor change together: a difference means a successor, or a Redis that lost writes."""
+    def _check_account(self) -> None:
+        """The account and the cursor change together: a difference means a Redis that lost writes it had confirmed."""
         issued, known = self.ledger.num_issued, self.state.next_group_number
         if self.state.phase is not RunPhase.STARTING and issued != known:
-            await self._bus.save_state(f"{STATE_NAME}_check", b"")  # any write tells a gateway that it was followed
             raise CorruptionError(
                 f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or "
                 "somebody else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."
@@ -230,15 +223,16 @@ class Scheduler:
     # --- starting ------------------------------------------------------------------------------------------------------------
 
     async def _restore(self) -> None:
-        await self._load()
+        # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
+        # Asked before the state is loaded: a snapshot that comes in between must be noticed.
         self.ledger = await self._bus.read_ledger()
+        await self._load()
         if self.state.phase is RunPhase.FINISHED:
             self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
             return
         # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told, a stop does.
         self.state.phase = RunPhase.STARTING
         self.state.num_failed_in_a_row = 0
-        # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back before its first policy.
         self._was_empty = self.ledger.num_issued == 0
 
     async def _load(self) -> None:

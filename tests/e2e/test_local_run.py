@@ -95,7 +95,7 @@ async def first_scored_group(bus: RedisBus, config: RunConfig) -> list[ScoredTra
     """All trajectories of one group of the first policy, as the learner gets them."""
     groups: dict[str, list[ScoredTrajectory]] = {}
     cursor = BEFORE_FIRST
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(240):
         while True:
             for entry in await bus.tail(Stream.SCORED, cursor, 100, block_s=1.0):
                 cursor = entry.entry_id

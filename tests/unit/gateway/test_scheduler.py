@@ -363,7 +363,7 @@ async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_
     run.bus._store.account = LedgerAccount()
     run.bus._store.tenures.clear()
     run.scheduler.pause()
-    with pytest.raises(CorruptionError, match=r"lost the account|has 0 groups"):
+    with pytest.raises(CorruptionError, match="came back without this run"):
         await run.task
     run.task = asyncio.create_task(asyncio.sleep(0))
 
