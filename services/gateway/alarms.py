@@ -65,7 +65,7 @@ class Situation:
 
     Attributes:
         lags: of each consumed stream, as last known.
-        heard_at_s: by service, when one of its processes last reported; for one never heard, since when it is waited for.
+        heard_at_s: by service, when one of its processes last reported; for one never heard, from when on it is missed.
         learner_busy_s: the slowest of the learner's newest updates, without its waiting; 0 before the first.
         progress_at_s: when the account, the policy or an evaluation last moved.
     """

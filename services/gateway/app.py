@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from sdar.runtime.http import answer_error, build_page_policy
 from sdar.runtime.ledger import format_group_id
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
+from .environments import ADDRESS_PATTERN, MAX_NAME_CHARACTERS
 from .scheduler import Scheduler
 from .watch import Watch
 
@@ -34,6 +36,31 @@ class Reply(BaseModel):
     """An answer of the API. Fields are documented where they are declared."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ErrorBody(Reply):
+    reason: str
+    """The kind of error, the same name as over gRPC."""
+    message: str
+    """What failed, where, and what to do."""
+    fields: dict[str, str]
+
+
+class ErrorReply(Reply):
+    error: ErrorBody
+
+
+def _errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    return {int(status): {"model": ErrorReply, "description": status.phrase} for status in statuses}
+
+
+_ERRORS = _errors(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+"""What the door before every route answers, or a dependency that is away."""
+_CONFLICT = _errors(HTTPStatus.CONFLICT)
+_NOT_FOUND = _errors(HTTPStatus.NOT_FOUND)
+_NOT_NOW: dict[int | str, dict[str, Any]] = {
+    503: {"content": {"text/plain": {}}, "description": "Not so now; the text says why."}
+}
 
 
 class EvaluationReply(Reply):
@@ -140,8 +167,8 @@ class RetryReply(Reply):
 
 class EnvironmentRequest(Reply):
     model_config = ConfigDict(extra="forbid")
-    name: str = Field(min_length=1, max_length=128)
-    address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$", description="HOST:PORT of a running EnvironmentService.")
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARACTERS)
+    address: str = Field(pattern=ADDRESS_PATTERN, description="HOST:PORT of a running EnvironmentService.")
 
 
 class EnvironmentReply(Reply):
@@ -178,7 +205,7 @@ def build_app(
         bus: is asked for dead letters; its calls are given up after a moment.
         tokenizer: renders a trajectory's tokens as text; without it tokens are shown as numbers only.
     """
-    app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS)
     app.add_exception_handler(SdarError, answer_error)
     _add_probes(app, scheduler, registry)
     _add_run(app, scheduler, watch)
@@ -196,12 +223,12 @@ def build_app(
 
 
 def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry) -> None:
-    @app.get("/healthz", response_class=PlainTextResponse, tags=["probes"])
+    @app.get("/healthz", response_class=PlainTextResponse, responses=_NOT_NOW, tags=["probes"])
     async def healthz() -> Response:
         """200 while the main loop turns."""
         return PlainTextResponse(f"{scheduler.health.detail}\n", 200 if scheduler.health.is_alive else 503)
 
-    @app.get("/readyz", response_class=PlainTextResponse, tags=["probes"])
+    @app.get("/readyz", response_class=PlainTextResponse, responses=_NOT_NOW, tags=["probes"])
     async def readyz() -> Response:
         """200 once the run is running: the environment lists its tasks and a first policy is published."""
         health = scheduler.health
@@ -220,19 +247,19 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         """Where the run stands."""
         return describe_run(scheduler, watch)
 
-    @app.post("/v1/run/pause", tags=["run"])
+    @app.post("/v1/run/pause", responses=_CONFLICT, tags=["run"])
     async def pause() -> RunReply:
         """Issue no more groups; what is in flight goes on. 409 unless running."""
         scheduler.pause()
         return describe_run(scheduler, watch)
 
-    @app.post("/v1/run/resume", tags=["run"])
+    @app.post("/v1/run/resume", responses=_CONFLICT, tags=["run"])
     async def resume() -> RunReply:
         """Go on issuing groups. 409 unless paused."""
         scheduler.resume()
         return describe_run(scheduler, watch)
 
-    @app.post("/v1/run/stop", tags=["run"])
+    @app.post("/v1/run/stop", responses=_CONFLICT, tags=["run"])
     async def stop() -> RunReply:
         """End early: no more groups, one last evaluation. 409 before the run has started."""
         scheduler.stop()
@@ -243,7 +270,7 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         """The environments this run knows."""
         return [EnvironmentReply(**dataclasses.asdict(item)) for item in scheduler.environments.values()]
 
-    @app.post("/v1/environments", tags=["environments"])
+    @app.post("/v1/environments", responses=_NOT_FOUND, tags=["environments"])
     async def register_environment(request: EnvironmentRequest) -> EnvironmentReply:
         """Add an environment by its address, or move one: later groups are played there."""
         return EnvironmentReply(**dataclasses.asdict(await scheduler.register_environment(request.name, request.address)))
@@ -258,7 +285,7 @@ def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus
         """Entries that were set aside, newest first. Pass the last one's id as `before` for older ones."""
         return [DeadLetterReply(**_summarize(letter)) for letter in await watch.ask(bus.list_dead_letters(limit, before))]
 
-    @app.get("/v1/dead-letters/{letter_id}", tags=["dead letters"])
+    @app.get("/v1/dead-letters/{letter_id}", responses=_NOT_FOUND, tags=["dead letters"])
     async def get_dead_letter(letter_id: LetterId) -> FullDeadLetterReply:
         """One of them, with its payload. 404 if it is not there."""
         letter = await watch.ask(bus.find_dead_letter(letter_id))
@@ -266,7 +293,7 @@ def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus
             raise UnknownResourceError(f"There is no dead letter {letter_id}.", letter_id=letter_id)
         return FullDeadLetterReply(**_summarize(letter), **describe_letter(letter))
 
-    @app.post("/v1/dead-letters/{letter_id}/retry", tags=["dead letters"])
+    @app.post("/v1/dead-letters/{letter_id}/retry", responses=_NOT_FOUND | _CONFLICT, tags=["dead letters"])
     async def retry_dead_letter(letter_id: LetterId) -> RetryReply:
         """Do its work again and remove it, both or neither: a training task as a new group, an evaluation's as it was.
 
@@ -307,7 +334,7 @@ def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | 
         """Ids of the newest training trajectories, newest first."""
         return scheduler.history.trajectory_ids(limit)
 
-    @app.get("/v1/trajectories/{trajectory_id}", tags=["lookups"])
+    @app.get("/v1/trajectories/{trajectory_id}", responses=_NOT_FOUND, tags=["lookups"])
     async def get_trajectory(trajectory_id: str) -> dict[str, Any]:
         """One of the newest trajectories: task, turns, log-probs, versions and the teacher's score. 404 if it is not there."""
         return describe_trajectory(scheduler.history.trajectory(trajectory_id), tokenizer)

@@ -21,6 +21,8 @@ T = TypeVar("T")
 _REFRESH_S = 1.0
 ANSWER_S = 2.0
 """Longest wait for Redis' answer to a small question: a status page and a dead letter are asked for by people."""
+_STARTUP_S = 300.0
+"""An engine may take minutes to load its model: a service that never reported isn't missed before."""
 _NEWEST_UPDATES = 20
 _BUSY_PARTS = ("step_s", "publish_s", "checkpoint_s")
 
@@ -107,7 +109,8 @@ class Watch:
 
     def _describe_situation(self) -> Situation:
         scheduler, history = self._scheduler, self._scheduler.history
-        heard = {name: history.last_heard_s(name) or self._began_s for name in ("rollout", "teacher", "learner")}
+        expected_s = self._began_s + _STARTUP_S
+        heard = {name: history.last_heard_s(name) or expected_s for name in ("rollout", "teacher", "learner")}
         updates = history.newest_values("learner", _NEWEST_UPDATES)
         return Situation(
             now_s=self._clock(),

@@ -13,7 +13,9 @@ import pytest
 import redis.asyncio as redis
 from prometheus_client import CollectorRegistry
 
+from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.types import MetricRecord
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.redis_bus import RedisBus
 from sdar.runtime.telemetry import Health
@@ -22,6 +24,7 @@ from services.gateway.app import build_app
 from services.gateway.history import History
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.scheduler import Scheduler
+from services.gateway.state import RunPhase
 from services.gateway.watch import ANSWER_S, Watch
 
 from .fakes import FakeCatalog, build_config
@@ -128,6 +131,23 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     health.report_blocked("")
     await watch.refresh()
     assert watch.condition.state is BusState.OK
+
+
+async def test_a_worker_is_missed_a_minute_after_its_last_report_and_only_later_before_its_first(
+    scheduler: Scheduler, bus: RedisBus
+) -> None:
+    now = [1000.0]
+    watch = Watch(scheduler, bus, clock=lambda: now[0])
+    scheduler.state.phase = RunPhase.RUNNING
+    await bus.publish(Stream.TASKS, [b"one"])
+    now[0] = 1301.0
+    await watch.refresh()
+    assert watch.board.alarms == []
+    await bus.publish(Stream.METRICS, [codec.encode_metric_record(MetricRecord("test", "rollout", "r", 0, now[0], {}))])
+    await scheduler.history.follow(bus)
+    now[0] += 61
+    await watch.refresh()
+    assert [alarm.name for alarm in watch.board.alarms] == ["rollout_silent"]
 
 
 async def test_progress_is_whatever_moves_the_account_the_policy_or_an_evaluation(scheduler: Scheduler, bus: RedisBus) -> None:
