@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sdar.contracts.errors import ConfigurationError, InvalidInputError, LeaseLostError, SupersededError
+from sdar.contracts.errors import ConfigurationError, CorruptionError, InvalidInputError, LeaseLostError, SupersededError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 from sdar.runtime.ledger import LedgerAccount
@@ -121,8 +121,9 @@ class BusMemory:
 class Bus(Protocol):
     """A run's streams, its account of groups and small durable states.
 
-    Every call raises `BusUnavailableError` when the server stays unreachable, and every writing one `SupersededError` once this
-    process's role was taken over.
+    Every call raises `BusUnavailableError` when the server stays unreachable. In a process that has claimed a role, every call
+    that writes, takes entries or reads the account raises `SupersededError` once another one has claimed it, and
+    `CorruptionError` once the server came back empty: then the process must start again, to restore its checkpoint's snapshot.
     """
 
     async def publish(self, stream: Stream, payloads: Sequence[bytes]) -> None:
@@ -334,6 +335,14 @@ def build_letter_error(letter_id: str) -> LeaseLostError:
 
 def build_role_error(role: ConsumerGroup) -> SupersededError:
     return SupersededError(f"Another process has taken over the role of {role}. Nothing was written; end this one.", role=role)
+
+
+def build_emptied_error(role: ConsumerGroup) -> CorruptionError:
+    return CorruptionError(
+        f"Redis came back without this run's data: nobody holds the role of {role} there, and this process did. Start it "
+        "again: the run goes on from the newest checkpoint. Give Redis a disk and an append-only file to keep more.",
+        role=role,
+    )
 
 
 def format_capacity_message(stream: Stream, num_entries: int, limits: BusLimits) -> str:

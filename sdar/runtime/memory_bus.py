@@ -33,6 +33,7 @@ from sdar.runtime.bus import (
     Publications,
     StreamLag,
     Wiring,
+    build_emptied_error,
     build_lease_error,
     build_letter_error,
     build_role_error,
@@ -179,7 +180,9 @@ class MemoryBus:
 
     def _check_role(self) -> None:
         for role, tenure in self._held_tenures.items():
-            if self._store.tenures.get(role) is not tenure:
+            if role not in self._store.tenures:
+                raise build_emptied_error(role)
+            if self._store.tenures[role] is not tenure:
                 raise build_role_error(role)
 
     def _check_fences(
@@ -328,6 +331,7 @@ class MemoryBus:
         return StreamLag(len(undelivered), len(position.pending), age_s)
 
     async def read_ledger(self) -> LedgerAccount:
+        self._check_role()
         account = self._store.account
         return LedgerAccount(account.num_issued, account.num_generated, dict(account.closed), dict(account.open))
 

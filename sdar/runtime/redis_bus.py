@@ -40,6 +40,7 @@ from sdar.runtime.bus import (
     Publications,
     StreamLag,
     Wiring,
+    build_emptied_error,
     build_lease_error,
     build_letter_error,
     build_role_error,
@@ -54,6 +55,7 @@ from sdar.runtime.redis_connection import Command, OnBlocked, RedisConnection, f
 from sdar.runtime.snapshot import BusSnapshot, build_account, decode_snapshot, encode_snapshot, unpack_numbers
 
 _Argument = str | bytes | int | float
+_Reader = tuple[Stream, ConsumerGroup, str]
 
 _PAYLOAD = b"p"
 _MAX_BLOCK_S = 5.0
@@ -94,6 +96,8 @@ class RedisBus:
         self._known_length: dict[Stream, int] = {}
         self._next_trim_at: dict[Stream, float] = {}
         self._tenures: dict[ConsumerGroup, int] = {}
+        self._last_read: dict[_Reader, str] = {}
+        self._interrupted_reads: set[_Reader] = set()
         name = format_client_name(run_id, client_name) if client_name else ""
         self._connection = RedisConnection(url, name, self._limits.outage_tolerance_s, on_blocked)
         self._redis = self._connection.client
@@ -126,7 +130,7 @@ class RedisBus:
         await self._transact({}, [delivery], {}, transitions, dead_letters=[(delivery, reason)])
 
     async def claim_role(self, role: ConsumerGroup) -> None:
-        self._tenures[role] = int(await self._run_script(redis_scripts.CLAIM_ROLE, [self._keys.tenure(role)], ()))
+        self._tenures[role] = int(await self._run_script(redis_scripts.CLAIM_ROLE, _Request([self._keys.tenure(role)])))
 
     async def _transact(
         self,
@@ -160,12 +164,11 @@ class RedisBus:
         request.add_list(
             (DEAD_LETTERS_MAX_ENTRIES, *_count(_dead_letter_fields(delivery, reason))) for delivery, reason in dead_letters
         )
-        status, *details = await self._run_script(redis_scripts.COMMIT, request.keys, request.arguments)
+        status, *details = await self._run_in_role(redis_scripts.COMMIT, request)
         if status == b"lost":
             raise build_lease_error(acknowledgements[details[0]])
         if status == b"gone":
             raise build_letter_error(details[0].decode())
-        _check_role_reply(status, details)
         self._known_length.update(zip(bounded, details, strict=True))
 
     def _name_commit_keys(self) -> list[str]:
@@ -179,10 +182,16 @@ class RedisBus:
     def _add_roles(self, request: _Request) -> None:
         request.add_list((request.index(self._keys.tenure(role)), role, tenure) for role, tenure in self._tenures.items())
 
-    async def _run_script(self, script: str, keys: Sequence[str], arguments: Sequence[_Argument]) -> Any:
+    async def _run_in_role(self, script: str, request: _Request) -> list[Any]:
+        """The reply of a script that checks the roles: a status and more."""
+        return _check_roles(await self._run_script(script, request))
+
+    async def _run_script(self, script: str, request: _Request) -> Any:
+        return await self._run(lambda: self._call_script(script, request))
+
+    async def _call_script(self, script: str, request: _Request) -> Any:
         # A registered script is sent by its digest, and whole to a server that does not know it (any more).
-        registered = self._redis.register_script(script)
-        return await self._run(lambda: registered(keys, arguments))
+        return await self._redis.register_script(script)(request.keys, request.arguments)
 
     async def _wait_for_room(self, stream: Stream) -> None:
         """Returns when the stream is below its bound; trims it while waiting, for its consumers trim only now and then."""
@@ -205,21 +214,60 @@ class RedisBus:
         self, stream: Stream, group: ConsumerGroup, consumer: str, max_count: int, block_s: float = 0.0
     ) -> list[Delivery]:
         self._wiring.check_group(stream, group)
-        key = self._keys.stream(stream)
+        reader = (stream, group, consumer)
         deadline = time.monotonic() + block_s
         while True:
             block_ms = _to_block_ms(deadline - time.monotonic())
 
             async def read_once(block_ms: int | None = block_ms) -> Any:
-                return await self._redis.xreadgroup(group, consumer, {key: ">"}, count=max_count, block=block_ms)
+                try:
+                    return await self._read_once(reader, max_count, block_ms)
+                except BaseException:
+                    # Entries may have been lent to this consumer by a reply that never came; see _read_once.
+                    self._interrupted_reads.add(reader)
+                    raise
 
-            reply = await self._with_group(stream, group, read_once)
-            if reply or time.monotonic() >= deadline:
-                return [
-                    Delivery(stream, group, consumer, entry_id.decode(), fields[_PAYLOAD])
-                    for _, entries in reply or ()
-                    for entry_id, fields in entries
-                ]
+            entries = await self._with_group(stream, group, read_once)
+            if entries:
+                self._last_read[reader] = _decode(entries[-1][0])
+            if entries or time.monotonic() >= deadline:
+                return [Delivery(stream, group, consumer, _decode(entry_id), payload) for entry_id, payload in entries]
+
+    async def _read_once(self, reader: _Reader, max_count: int, block_ms: int | None) -> list[tuple[bytes, bytes]]:
+        """Ids and payloads of new entries: first of those that an interrupted read was lent."""
+        if reader in self._interrupted_reads:
+            unseen = await self._list_unseen(reader, max_count)
+            if unseen:
+                return unseen
+            self._interrupted_reads.discard(reader)
+        if self._tenures:
+            return await self._read_in_role(reader, max_count, block_ms)
+        stream, group, consumer = reader
+        key = self._keys.stream(stream)
+        reply: Any = await self._redis.xreadgroup(group, consumer, {key: ">"}, count=max_count, block=block_ms)
+        return [(entry_id, fields[_PAYLOAD]) for _, entries in reply or () for entry_id, fields in entries]
+
+    async def _list_unseen(self, reader: _Reader, max_count: int) -> list[tuple[bytes, bytes]]:
+        """Entries lent to this consumer that no read has returned: newer than those, and at their first attempt."""
+        stream, group, consumer = reader
+        request = _Request([self._keys.stream(stream)])
+        request.add(group, consumer, self._last_read.get(reader, BEFORE_FIRST), max_count)
+        entries = await self._call_script(redis_scripts.LIST_UNSEEN, request)
+        return [(entry_id, fields[1]) for entry_id, fields in entries]
+
+    async def _read_in_role(self, reader: _Reader, max_count: int, block_ms: int | None) -> list[tuple[bytes, bytes]]:
+        """As the holder of a role: who is followed in it must not take entries that its successor would wait for."""
+        stream, group, consumer = reader
+        key = self._keys.stream(stream)
+        request = _Request([key])
+        self._add_roles(request)
+        request.add(group, consumer, max_count)
+        _, entries, *last_id = _check_roles(await self._call_script(redis_scripts.READ_IN_ROLE, request))
+        if not entries and block_ms is not None:
+            # A script cannot block: wait for the entry after the group's last, then take it.
+            await self._redis.xread({key: last_id[0]}, count=1, block=block_ms)
+            _, entries, *_ = _check_roles(await self._call_script(redis_scripts.READ_IN_ROLE, request))
+        return [(entry_id, fields[1]) for entry_id, fields in entries]
 
     async def reclaim(
         self,
@@ -283,9 +331,10 @@ class RedisBus:
         self, stream: Stream, group: ConsumerGroup, consumer: str, min_idle_s: float, pending: list[dict[str, Any]]
     ) -> list[Delivery]:
         request = _Request([self._keys.stream(stream)])
+        self._add_roles(request)
         request.add(group, consumer, int(min_idle_s * 1000))
         request.add_list((row["message_id"], row["times_delivered"]) for row in pending)
-        rows = await self._run_script(redis_scripts.RECLAIM, request.keys, request.arguments)
+        _, *rows = await self._run_in_role(redis_scripts.RECLAIM, request)
         return [Delivery(stream, group, consumer, row[0].decode(), row[1], row[2]) for row in rows]
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -297,7 +346,7 @@ class RedisBus:
             request = _Request([self._keys.stream(stream)])
             request.add(group, consumer)
             request.add_list((delivery.entry_id, delivery.num_deliveries) for delivery in lent)
-            indices = await self._run_script(redis_scripts.RENEW, request.keys, request.arguments)
+            indices = await self._run_script(redis_scripts.RENEW, request)
             held.update(lent[index] for index in indices)
         return [delivery for delivery in deliveries if delivery in held]
 
@@ -412,7 +461,9 @@ class RedisBus:
         (seconds, microseconds), undelivered, *pending = await self._send(commands)
         num_undelivered = info.get("lag") if undelivered else 0
         if num_undelivered is None:
-            num_undelivered = await self._run_script(redis_scripts.COUNT_AFTER, [key], [last_delivered])
+            request = _Request([key])
+            request.add(last_delivered)
+            num_undelivered = await self._run_script(redis_scripts.COUNT_AFTER, request)
         ids = [entry_id for entry_id, _ in undelivered] + [summary["min"] for summary in pending if summary["min"]]
         oldest_ms = min((parse_entry_id(_decode(entry_id))[0] for entry_id in ids), default=None)
         age_s = 0.0 if oldest_ms is None else max(0.0, seconds + microseconds / 1e6 - oldest_ms / 1e3)
@@ -460,8 +511,7 @@ class RedisBus:
         )
         request.add_list(totals.items())
         request.add_list(restored.states.items())
-        status, *details = await self._run_script(redis_scripts.RESTORE, request.keys, request.arguments)
-        _check_role_reply(status, details)
+        [status] = await self._run_in_role(redis_scripts.RESTORE, request)
         return bool(status == b"done")
 
     def _account_reads(self) -> list[tuple[str, str]]:
@@ -469,8 +519,10 @@ class RedisBus:
 
     async def _read_together(self, reads: Sequence[tuple[str, str]]) -> list[Any]:
         """The replies to reading commands of one key each, as of one moment."""
-        keys, commands = [key for _, key in reads], [command for command, _ in reads]
-        replies: list[Any] = await self._run_script(redis_scripts.READ_TOGETHER, keys, commands)
+        request = _Request([])
+        self._add_roles(request)
+        request.add_list((command, request.index(key)) for command, key in reads)
+        _, *replies = await self._run_in_role(redis_scripts.READ_TOGETHER, request)
         return replies
 
     # --- versions in use, the server --------------------------------------------------------------------------------------
@@ -479,14 +531,13 @@ class RedisBus:
         request = _Request([self._keys.versions_in_use(), self._keys.versions_retired()])
         request.add(reader, int(ttl_s * 1000))
         request.add_list([version] for version in versions)
-        return bool(await self._run_script(redis_scripts.PIN_VERSIONS, request.keys, request.arguments))
+        return bool(await self._run_script(redis_scripts.PIN_VERSIONS, request))
 
     async def retire_versions(self, versions: Collection[int]) -> bool:
         request = _Request([self._keys.versions_in_use(), self._keys.versions_retired()])
         self._add_roles(request)
         request.add_list([version] for version in versions)
-        status, *details = await self._run_script(redis_scripts.RETIRE_VERSIONS, request.keys, request.arguments)
-        _check_role_reply(status, details)
+        status, *_ = await self._run_in_role(redis_scripts.RETIRE_VERSIONS, request)
         return bool(status == b"done")
 
     async def memory(self) -> BusMemory:
@@ -533,13 +584,16 @@ def _format_number(event: LedgerEvent) -> str:
     return "" if number is None else str(number)
 
 
+def _check_roles(reply: list[Any]) -> list[Any]:
+    if reply[0] == b"superseded":
+        raise build_role_error(ConsumerGroup(reply[1].decode()))
+    if reply[0] == b"emptied":
+        raise build_emptied_error(ConsumerGroup(reply[1].decode()))
+    return reply
+
+
 def _count(fields: list[_Argument]) -> list[_Argument]:
     return [len(fields), *fields]
-
-
-def _check_role_reply(status: bytes, details: list[bytes]) -> None:
-    if status == b"superseded":
-        raise build_role_error(ConsumerGroup(details[0].decode()))
 
 
 def _pairs(flat: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:

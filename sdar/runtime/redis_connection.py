@@ -86,7 +86,7 @@ class RedisConnection:
                 # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a cancellation. See run.
                 socket_timeout=None,
                 socket_connect_timeout=_CONNECT_TIMEOUT_S,
-                socket_keepalive=True,
+                **({} if url.startswith("unix:") else {"socket_keepalive": True}),
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError:

@@ -19,12 +19,14 @@ local function take_number()
 end
 """
 
-# A tenure is the time when the role was claimed, or one more than the last: a claim stays newer than all before it also when
-# Redis has lost its disk, and with it the last one.
+# A tenure is the time when the role was claimed, or one more than the last: no two are the same, also when Redis lost its disk
+# in between, and with it the last one.
 _ROLES = """
 for _ = 1, take_number() do
-    local key, role, tenure = KEYS[take_number()], take(), take_number()
-    if tonumber(redis.call('GET', key) or '0') > tenure then return {'superseded', role} end
+    local key, role, tenure = KEYS[take_number()], take(), take()
+    local current = redis.call('GET', key)
+    if not current then return {'emptied', role} end
+    if current ~= tenure then return {'superseded', role} end
 end
 """
 
@@ -127,6 +129,7 @@ publications; states; transitions; dead letters. Replies `done` and the lengths,
 
 RECLAIM = f"""
 {_TAKE}
+{_ROLES}
 local stream, group, consumer, min_idle_ms = KEYS[1], take(), take(), take_number()
 local taken = {{}}
 for _ = 1, take_number() do
@@ -140,9 +143,35 @@ for _ = 1, take_number() do
     end
     if entry then taken[#taken + 1] = {{id, entry[2][2], num_deliveries + 1}} end
 end
-return taken
+return {{'done', unpack(taken)}}
 """
-"""Takes over entries that are pending as the caller saw them. Of two that try, one gets an entry."""
+"""Takes over entries that are pending as the caller saw them, a page at most. Of two that try, one gets an entry."""
+
+READ_IN_ROLE = f"""
+{_TAKE}
+{_ROLES}
+local stream, group, consumer, max_count = KEYS[1], take(), take(), take()
+local reply = redis.pcall('XREADGROUP', 'GROUP', group, consumer, 'COUNT', max_count, 'STREAMS', stream, '>')
+if reply and reply.err then return reply end
+if reply then return {{'done', reply[1][2]}} end
+for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    if info[2] == group then return {{'done', {{}}, info[8]}} end
+end
+"""
+"""New entries for the holder of a role; if there are none, the id of the last one that the group was given."""
+
+LIST_UNSEEN = f"""
+{_TAKE}
+local stream, group, consumer, after_id, max_count = KEYS[1], take(), take(), take(), take()
+local unseen = {{}}
+local rows = redis.pcall('XPENDING', stream, group, '(' .. after_id, '+', max_count, consumer)
+for _, row in ipairs(rows) do
+    local entry = row[4] == 1 and redis.call('XRANGE', stream, row[1], row[1])[1]
+    if entry then unseen[#unseen + 1] = entry end
+end
+return unseen
+"""
+"""Entries read once by this consumer after an id: those of a read whose reply was lost."""
 
 RENEW = f"""
 {_TAKE}
@@ -212,12 +241,14 @@ return {{'done'}}
 """
 
 # Not a transaction: Redis refuses even the reads of one while it is full.
-READ_TOGETHER = """
-local replies = {}
-for index, key in ipairs(KEYS) do replies[index] = redis.call(ARGV[index], key) end
+READ_TOGETHER = f"""
+{_TAKE}
+{_ROLES}
+local replies = {{'done'}}
+for index = 1, take_number() do replies[index + 1] = redis.call(take(), KEYS[take_number()]) end
 return replies
 """
-"""The replies to one command per key, as of one moment."""
+"""The replies to commands of one key each, as of one moment."""
 
 # Redis before 7.0 does not report a group's lag. Counting by pages keeps the server's copy small; the stream is bounded.
 COUNT_AFTER = """

@@ -440,24 +440,29 @@ async def test_who_is_followed_in_its_role_is_refused_from_then_on(buses: Maker)
     await before.publish(TASKS, [b"1"])
     held = await before.read(TASKS, ROLLOUT, "a", max_count=1)
     snapshot = await before.take_snapshot()
+    await after.publish(TASKS, [b"2"])
     await after.claim_role(LEARNER)
     refused: list[Callable[[], Awaitable[object]]] = [
-        lambda: before.publish(TASKS, [b"2"]),
+        lambda: before.publish(TASKS, [b"late"]),
         lambda: before.acknowledge(held),
         lambda: before.dead_letter(held[0], "late"),
         lambda: before.save_state("cursor", b"1"),
         lambda: before.retire_versions([1]),
         lambda: before.restore_snapshot(snapshot, []),
+        lambda: before.take_snapshot(),
+        lambda: before.read(TASKS, ROLLOUT, "a", max_count=1),
+        lambda: before.reclaim(TASKS, ROLLOUT, "b", 0.0, 1),
     ]
     for write in refused:
         with pytest.raises(SupersededError, match="taken over the role of learner"):
             await write()
     await after.save_state("cursor", b"2")
     await gateway.publish(TASKS, [b"3"])
-    assert [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)] == [b"1", b"3"]
+    assert [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)] == [b"1", b"2", b"3"]
     assert await after.load_state("cursor") == b"2"
     assert await after.count_dead_letters() == 0
     assert await after.renew(held) == held
+    assert payloads(await after.read(TASKS, ROLLOUT, "a", max_count=9)) == [b"2", b"3"]
 
 
 async def test_every_group_is_accounted_for_at_every_step(bus: Bus) -> None:
