@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     root.mkdir(parents=True, exist_ok=True)
     try:
-        evidence = ChaosRun(config, root / config.name, schedule, options.minutes, say).run()
+        evidence = ChaosRun(config, root / config.name, schedule, say).run()
     except SdarError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1

@@ -152,7 +152,18 @@ def write_json(report: ChaosReport, evidence: Evidence, path: Path) -> None:
         }
         for injury in evidence.injuries
     ]
-    path.write_text(json.dumps(report.to_json() | {"faults": faults}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(report.to_json() | {"faults": faults, "memory": _list_memory(evidence)}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def _list_memory(evidence: Evidence) -> dict[str, list[tuple[float, int]]]:
+    """Of each life of a service: seconds since the first fault, and MiB."""
+    lives: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for sample in evidence.memory:
+        at_s = round(sample.at_s - evidence.injuries[0].began_s, 1)
+        lives[f"{sample.service} {sample.pid}"].append((at_s, sample.num_bytes >> 20))
+    return lives
 
 
 _SAMPLED = "num_tokens_generated"
