@@ -4,11 +4,15 @@ Two steps, so that generation pauses only for the second: `stage` reads and veri
 tokens are still sampled; vLLM's own weight-transfer session then installs them between two tokens. Whatever is wrong
 with a publication shows in the first step, which never touches the model.
 
-Importing this module registers the backend with vLLM; a worker imports it as its extension class.
+Importing this module registers the backend with vLLM; a worker imports it as its extension class. From then on the process ends
+with the one that started it, however that one ends: a killed service leaves no engine behind.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -112,3 +116,18 @@ class StagingWorker:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, StoreWeightTransfer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return  # an engine inside the service's own process
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)  # nothing here is worth saving, and vLLM's own shutdown would wait for the dead
+
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+_end_with_parent()
