@@ -30,7 +30,11 @@ def load_causal_lm(model_path: Path, dtype: str) -> Any:
     transformers_logging.disable_progress_bar()  # a service's log is no terminal
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(model_path), dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=False
+            str(model_path),
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(

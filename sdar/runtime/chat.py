@@ -27,7 +27,7 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model_path))
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"Cannot load a tokenizer from model.path {model_path}: {error}. Point it at a Hugging Face model directory, "

@@ -47,6 +47,8 @@ def build_llm(model_path: str, **arguments: Any) -> Any:
 
     full = AsyncEngineArgs(
         model=model_path,
+        load_format="safetensors",
+        trust_remote_code=False,
         weight_transfer_config=WeightTransferConfig(backend="sdar_weight_store"),
         worker_extension_cls="sdar.runtime.vllm_worker.StagingWorker",
         enforce_eager=True,
@@ -208,5 +210,6 @@ def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
     from sdar.runtime.causal_lm import export_tensors
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: tuple(tensor.shape) for name, tensor in export_tensors(model).items()}

@@ -70,7 +70,7 @@ class SentenceEncoder:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
             self._model: Any = AutoModel.from_pretrained(
-                str(directory), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                str(directory), dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigurationError(

@@ -39,8 +39,9 @@ class Encoder:
     def __init__(self, directory: Path) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            self._model = AutoModel.from_pretrained(directory, local_files_only=True).to(self._device).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            model = AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+            self._model = model.to(self._device).eval()
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"Encoder {directory} cannot be loaded: {error}. Give a directory with a model."

@@ -78,7 +78,7 @@ class PreparedCatalogue:
         self.goals = tuple(
             Goal(**{**goal, "attributes": tuple(goal["attributes"]), "options": tuple(goal["options"])}) for goal in goals
         )
-        self._offsets = np.load(directory / "offsets.npy", mmap_mode="r")
+        self._offsets = np.load(directory / "offsets.npy", mmap_mode="r", allow_pickle=False)
         with (directory / "products.jsonl").open("rb") as file:
             self._products = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.get_product = lru_cache(maxsize=_NUM_DECODED)(self._decode_product)
@@ -164,6 +164,6 @@ def _write(files: SourceFiles, is_human: bool, directory: Path) -> None:
             raise ConfigurationError(f"{files.products.parent}: no product has an instruction, so there is no task. Add some.")
 
     build_index(iterate_texts(), directory / "index")
-    np.save(directory / "offsets.npy", np.array(offsets, np.int64))
+    np.save(directory / "offsets.npy", np.array(offsets, np.int64), allow_pickle=False)
     content = json.dumps([_list_fields(goal) for goal in shuffle_goals(goals)])
     (directory / "goals.json").write_text(content, encoding="utf-8")
