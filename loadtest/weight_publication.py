@@ -2,6 +2,8 @@
 
 Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then `VllmEngine.update_weights` (read, verify,
 install between two tokens). The peer: the same bytes, already one file, copied and flushed to the same disk, nothing installed.
+
+Then what deltas save: each update of a bfloat16 policy published as what changed, against the same update published whole.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from loadtest.comparison import Comparison, Measurement, Say, Table, describe_pair, format_figure
+from loadtest.comparison import Comparison, Measurement, Say, Table, Target, describe_pair, format_figure
 from loadtest.peers import copy_durably
 from loadtest.workloads import MODEL_PATH, RUN_ID, SEED
 from sdar.contracts.types import ModelIdentity
@@ -40,21 +42,22 @@ class Size:
     shape: dict[str, int] | None = None
 
 
+LARGE = {
+    "vocab_size": 32_000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 512,
+}
+"""Qwen2 configuration values of a model of 100M parameters."""
+STEP_SIZE = 1e-6
+"""A usual one for reinforcement learning of language models."""
+NUM_UPDATES = 5
 SIZES = (
     Size("household model", num_pairs=7),
-    Size(
-        "100M parameters",
-        num_pairs=4,
-        shape={
-            "vocab_size": 32_000,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 12,
-            "max_position_embeddings": 512,
-        },
-    ),
+    Size("100M parameters", num_pairs=4, shape=LARGE),
 )
 
 
@@ -70,6 +73,7 @@ async def _measure(say: Say) -> Measurement:
         comparison, row = await _compare(size, say)
         comparisons.append(comparison)
         rows.append(row)
+    comparisons += _compare_deltas(say)
     columns = ("model", "MiB", "publish, s", "read and verify, s", "generation paused, s")
     return Measurement(
         tuple(comparisons),
@@ -78,6 +82,8 @@ async def _measure(say: Say) -> Measurement:
             "float32 weights, engine idle, store and copy on the same disk, one thread each side. Every tensor is hashed when "
             "it is published and again before it is installed; a copy checks nothing and installs nothing.",
             "Generation goes on while a version is read and verified; it is held only for the last column.",
+            f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 master weights, published in "
+            "bfloat16 after every update; the reader holds the version before. Each side of a pair is the same update.",
         ),
     )
 
@@ -111,6 +117,53 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         f"weights from publish to serving, {size.name}", "copy and fsync of the same bytes", "s", tuple(pairs)
     )
     return comparison, (size.name, *map(format_figure, parts))
+
+
+def _compare_deltas(say: Say) -> list[Comparison]:
+    """Publish and read each update as a delta and whole. A store that has just been opened has no base, and publishes whole."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(SEED)
+    model = Qwen2ForCausalLM(Qwen2Config(**LARGE, tie_word_embeddings=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=STEP_SIZE)
+    mebibytes, publish_s, read_s = [], [], []
+    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
+        publisher, reader = WeightStore(name, "deltas"), WeightStore(name, "deltas")
+        for index in range(1 + NUM_UPDATES):
+            tensors = {tensor_name: tensor.to(torch.bfloat16) for tensor_name, tensor in export_tensors(model).items()}
+            delta = _publish_and_read(publisher, reader, index, tensors)
+            whole = _publish_and_read(WeightStore(name, "whole"), WeightStore(name, "whole"), index, tensors)
+            if index:
+                for pairs, pair in zip((mebibytes, publish_s, read_s), zip(delta, whole, strict=True), strict=True):
+                    pairs.append(pair)
+                say(f"delta {describe_pair(index, NUM_UPDATES, mebibytes[-1])}")
+            _update(model, optimizer)
+    what = "of an update, bfloat16, 100M parameters, as a delta"
+    return [
+        Comparison(f"size {what}", "the update whole", "MiB", tuple(mebibytes), Target("at_most", 0.5)),
+        Comparison(f"publishing {what}", "the update whole", "s", tuple(publish_s)),
+        Comparison(f"reading and verifying {what}", "the update whole", "s", tuple(read_s)),
+    ]
+
+
+def _publish_and_read(
+    publisher: WeightStore, reader: WeightStore, version: int, tensors: dict[str, torch.Tensor]
+) -> tuple[float, float, float]:
+    """MiB, seconds to publish, seconds to read."""
+    began = time.perf_counter()
+    manifest = publisher.publish(version, tensors, IDENTITY)
+    published = time.perf_counter()
+    for _ in reader.iter_tensors(manifest):
+        pass
+    return manifest.size_bytes / 2**20, published - began, time.perf_counter() - published
+
+
+def _update(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """One step on random text: as in training, each token of the vocabulary is in few batches."""
+    tokens = torch.randint(LARGE["vocab_size"], (4, 128))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _write_model(path: Path, shape: dict[str, int]) -> Path:

@@ -78,6 +78,15 @@ class Policies:
         self.tensors[version] = tensors
         return self.store.publish(version, tensors | (change or {}), ModelIdentity("tiny", "fingerprint"))
 
+    def publish_bfloat16(self) -> WeightsManifest:
+        """Publish the next version in bfloat16: the last with every fiftieth weight changed, a delta if that was one too."""
+        version = len(self.tensors)
+        tensors = {name: value.to(torch.bfloat16, copy=True) for name, value in self.tensors[version - 1].items()}
+        for tensor in tensors.values():
+            tensor.view(-1)[version % 50 :: 50] += 0.3
+        self.tensors[version] = tensors
+        return self.store.publish(version, tensors, ModelIdentity("tiny", "fingerprint"))
+
     def locate_shard(self, manifest: WeightsManifest) -> Path:
         return self.store_path / manifest.path / manifest.tensors[0].shard
 
@@ -318,6 +327,26 @@ async def test_a_bad_publication_leaves_the_previous_weights_serving(
     assert engine.stats.num_weight_updates == num_updates
     await engine.update_weights(policies.publish())
     assert engine.policy_version > version
+
+
+async def test_deltas_are_served_and_a_damaged_one_is_not(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+    """The worker process remembers the version it read last, and goes back to the store when there is none to remember."""
+    whole, first, second, damaged, _, later = (policies.publish_bfloat16() for _ in range(6))
+    assert [manifest.base_version for manifest in (whole, first)] == [None, whole.policy_version]
+    shard = policies.locate_shard(damaged)
+    *intact, last = shard.read_bytes()
+    prompt = next(prompts)
+    for manifest in (whole, first, second, damaged, first, later):
+        is_damaged = manifest is damaged
+        shard.write_bytes(bytes([*intact, last ^ 1]) if is_damaged else bytes([*intact, last]))
+        if is_damaged:
+            with pytest.raises(CorruptionError, match="SHA-256"):
+                await engine.update_weights(manifest)
+        else:
+            await engine.update_weights(manifest)
+        generation = await engine.generate(prompt, WARM)
+        assert set(generation.policy_versions.tolist()) == {(second if is_damaged else manifest).policy_version}
+        assert policies.measure_error(prompt, generation) < TOLERANCE
 
 
 async def test_a_cancelled_caller_neither_stalls_generation_nor_the_update(
