@@ -122,7 +122,7 @@ class Bus(Protocol):
     """A run's streams, its account of groups and small durable states.
 
     Every call raises `BusUnavailableError` when the server stays unreachable. In a process that has claimed a role, every call
-    that writes, takes entries or reads the account raises `SupersededError` once another one has claimed it, and
+    that writes, takes entries or takes a snapshot raises `SupersededError` once another one has claimed it, and
     `CorruptionError` once the server came back empty: then the process must start again, to restore its checkpoint's snapshot.
     """
 

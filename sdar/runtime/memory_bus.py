@@ -331,7 +331,6 @@ class MemoryBus:
         return StreamLag(len(undelivered), len(position.pending), age_s)
 
     async def read_ledger(self) -> LedgerAccount:
-        self._check_role()
         account = self._store.account
         return LedgerAccount(account.num_issued, account.num_generated, dict(account.closed), dict(account.open))
 

@@ -479,7 +479,7 @@ class RedisBus:
     # --- the account ------------------------------------------------------------------------------------------------------
 
     async def read_ledger(self) -> LedgerAccount:
-        numbers, open_groups = await self._read_together(self._account_reads())
+        numbers, open_groups = await self._read_together(self._account_reads(), in_role=False)
         totals = _parse_numbers(numbers)
         counts = {outcome: totals.get(outcome, 0) for outcome in CLOSING}
         return LedgerAccount(totals.get("issued", 0), totals.get("generated", 0), counts, _parse_open(open_groups))
@@ -491,7 +491,7 @@ class RedisBus:
     async def take_snapshot(self) -> bytes:
         bitmaps = [("GET", self._keys.closed_groups(outcome)) for outcome in CLOSING]
         reads = [*self._account_reads(), ("HGETALL", self._keys.states()), *bitmaps]
-        numbers, open_groups, states, *closed = await self._read_together(reads)
+        numbers, open_groups, states, *closed = await self._read_together(reads, in_role=True)
         totals, packed = _parse_numbers(numbers), {o: bitmap or b"" for o, bitmap in zip(CLOSING, closed, strict=True)}
         account = build_account(totals.get("issued", 0), totals.get("generated", 0), _parse_open(open_groups), packed)
         return encode_snapshot(BusSnapshot({name.decode(): value for name, value in _pairs(states)}, account))
@@ -517,10 +517,13 @@ class RedisBus:
     def _account_reads(self) -> list[tuple[str, str]]:
         return [("HGETALL", self._keys.ledger()), ("HGETALL", self._keys.open_groups())]
 
-    async def _read_together(self, reads: Sequence[tuple[str, str]]) -> list[Any]:
+    async def _read_together(self, reads: Sequence[tuple[str, str]], *, in_role: bool) -> list[Any]:
         """The replies to reading commands of one key each, as of one moment."""
         request = _Request([])
-        self._add_roles(request)
+        if in_role:
+            self._add_roles(request)
+        else:
+            request.add_list([])
         request.add_list((command, request.index(key)) for command, key in reads)
         _, *replies = await self._run_in_role(redis_scripts.READ_TOGETHER, request)
         return replies
