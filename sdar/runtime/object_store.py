@@ -94,7 +94,7 @@ class DirectoryStore:
             return file.read()
 
     def list(self, prefix: str) -> list[str]:
-        walk = os.walk(self._root / prefix)
+        walk = os.walk(self._locate(f"{prefix}/.all").parent)
         return [Path(directory, name).relative_to(self._root).as_posix() for directory, _, names in walk for name in names]
 
     def delete(self, path: str) -> None:
