@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,33 +45,6 @@ def load_causal_lm(model_path: Path, dtype: str) -> Any:
             f"{type(model).__name__} has no separate body and lm_head; use a decoder such as Qwen2 or Qwen3."
         )
     return model.eval()
-
-
-def check_model_files(model_path: Path) -> None:
-    """Read the headers of a model directory's files: cheap, and finds what is missing, cut short or no model at all.
-
-    Raises:
-        ConfigurationError: names the file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    hint = "Point model.path at a complete Hugging Face model directory, or make a tiny one with `sdar model create`."
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        try:
-            json.loads((model_path / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigurationError(f"Cannot read {model_path / name}: {error.strerror}. {hint}") from error
-        except ValueError as error:
-            raise ConfigurationError(f"{model_path / name} is not valid JSON: {error}. {hint}") from error
-    shards = sorted(model_path.glob("*.safetensors"))
-    if not shards:
-        raise ConfigurationError(f"{model_path} holds no *.safetensors weights. {hint}")
-    for shard in shards:
-        try:
-            with safe_open(shard, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigurationError(f"{shard} is no complete safetensors file: {error}. {hint}") from error
 
 
 def export_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import ConfigurationError
 from sdar.runtime.bus import BusLimits
-from sdar.runtime.causal_lm import check_model_files
+from sdar.runtime.model_files import check_model_files
 from sdar.runtime.redis_bus import RedisBus
 from sdar.runtime.redis_connection import OnBlocked
 from sdar.runtime.settings import Settings
-from sdar.runtime.weights import WeightStore
+
+if TYPE_CHECKING:
+    from sdar.runtime.weights import WeightStore
 
 _LEAST_ENTRIES = 10_000
 
@@ -57,4 +60,6 @@ def build_bus(config: RunConfig, settings: Settings, *, on_blocked: OnBlocked | 
 
 def build_weight_store(config: RunConfig, settings: Settings) -> WeightStore:
     """The run's weight store."""
+    from sdar.runtime.weights import WeightStore  # torch, which the gateway and `sdar run` need not wait for
+
     return WeightStore(settings.weights_url, config.name)
