@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,9 @@ async def open_learner(
     checkpoints = CheckpointStore(checkpoint_dir, config)
     with contextlib.closing(checkpoints), ThreadPoolExecutor(1, "torch") as torch_thread:
         loop = asyncio.get_running_loop()
-        trainer, found = await loop.run_in_executor(torch_thread, _build, config, checkpoints, store_address)
+        trainer, found = await loop.run_in_executor(
+            torch_thread, contextvars.copy_context().run, _build, config, checkpoints, store_address
+        )
         try:
             yield Learner(
                 config,

@@ -8,9 +8,11 @@ that contains their effect is durable. A crash anywhere repeats work and loses n
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -232,8 +234,9 @@ class Learner:
                 return result
 
     async def _in_torch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._torch_thread, lambda: function(*args, **kwargs))
+        # With this context, in which a log line finds the service's name.
+        call = partial(contextvars.copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, call)
 
 
 class _Clock:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
 
-import prometheus_client
 import pytest
 
-from sdar.contracts import codec
 from sdar.contracts.errors import BusUnavailableError, CapacityError, SupersededError, WeightsUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome
 from sdar.runtime.ledger import format_group_id
-from sdar.runtime.telemetry import Health
-from sdar.runtime.weights import WeightStore
-from services.learner.checkpoint import CheckpointStore
-from services.learner.metrics import LearnerMetrics
-from services.learner.progress import Progress
-from services.learner.train import Learner
 from tests.support import until
 from tests.unit.learner.builders import (
     CountingTrainer,
@@ -34,73 +25,7 @@ from tests.unit.learner.builders import (
     read_ledger,
     send,
 )
-
-
-class Rig:
-    """One run's surroundings; `start` begins a life of the learner, `kill` ends it as SIGKILL would."""
-
-    def __init__(self, path, **training):
-        self.config = make_config(**training)
-        self.bus = make_bus(self.config)
-        self.weights = WeightStore(str(path / "weights"), self.config.name)
-        self.directory = path / "checkpoints"
-        self.thread = ThreadPoolExecutor(1)
-        self.health, self.registry = Health(), prometheus_client.CollectorRegistry()
-        self.metrics = LearnerMetrics(self.registry)
-        self.stopping = asyncio.Event()
-        self.task = self.checkpoints = self.learner = self.trainer = None
-
-    async def start(self):
-        self.checkpoints = CheckpointStore(self.directory, self.config)
-        found = self.checkpoints.find_newest()
-        progress = Progress() if found is None else found.progress
-        self.trainer = CountingTrainer(progress.num_updates)
-        self.stopping = asyncio.Event()
-        self.learner = Learner(
-            self.config,
-            self.bus,
-            self.weights,
-            self.trainer,
-            self.checkpoints,
-            progress,
-            torch_thread=self.thread,
-            consumer="learner",
-            snapshot=None if found is None else found.snapshot,
-            health=self.health,
-            metrics=self.metrics,
-            storage_retry_s=0.01,
-        )
-        self.task = asyncio.create_task(self.learner.run(self.stopping))
-
-    async def reach(self, num_updates):
-        await until(lambda: self.task.done() or self.learner.progress.num_updates >= num_updates)
-
-    async def stop(self):
-        self.stopping.set()
-        await self.task
-        self.checkpoints.close()
-
-    async def kill(self):
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-        # A killed process takes its threads with it: what this one still saves must not meet the next learner.
-        await asyncio.wrap_future(self.thread.submit(lambda: None))
-        self.checkpoints.close()
-
-    async def announced(self):
-        entries = await self.bus.tail(Stream.POLICY_UPDATES, "0-0", 100)
-        return [codec.decode_weights_manifest(entry.payload).policy_version for entry in entries]
-
-    async def records(self):
-        entries = await self.bus.tail(Stream.METRICS, "0-0", 100)
-        return [codec.decode_metric_record(entry.payload) for entry in entries]
-
-    async def lose_bus(self):
-        """A server whose disk was lost: nothing of the run is there."""
-        self.bus = make_bus(self.config)
-
-    def weight_of(self, version):
-        return next(iter(self.weights.iter_tensors(self.weights.fetch_manifest(version))))[1].item()
+from tests.unit.learner.rig import Rig
 
 
 @pytest.fixture
@@ -278,7 +203,7 @@ async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_noth
     await issue(rig.bus, range(7))
     await rig.reach(3)
     await rig.kill()
-    await rig.lose_bus()
+    rig.bus = make_bus(rig.config)
     await rig.start()
     while not await rig.announced():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
