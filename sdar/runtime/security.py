@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextvars
 import enum
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -91,18 +92,18 @@ def _read_file(path: Path, setting: str) -> bytes:
 # ---- tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Token:
     """One accepted token."""
 
     role: Role
     secret: str = field(repr=False)
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         return hashlib.sha256(self.secret.encode()).digest()
 
-    @property
+    @functools.cached_property
     def client(self) -> str:
         """A name for its bearer that tells nothing of the token."""
         return f"token-{self.digest.hex()[:_CLIENT_NAME_DIGITS]}"
