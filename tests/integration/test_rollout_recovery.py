@@ -40,10 +40,15 @@ from tests.integration.environment_server import Client, serving
 from tests.integration.rollout_process import RUN_ID, Order, make_config
 from tests.unit.rollout.fakes import ScriptedEngine, make_group, make_rules, write_model
 
+LEASE_S = 10.0
+"""Of a session whose worker died: longer than a busy machine takes for a step."""
 GROUP_SIZE = 2
 NUM_GROUPS = 6
 THINK_S = 0.3
-START_S = 120.0
+CLAIM_IDLE_S = 2.0
+RECOVERY_S = 30.0
+"""From a worker's death to the publication of all its groups by another that runs."""
+START_S = 180.0
 """What a worker's process may take to start on a busy machine."""
 
 
@@ -125,10 +130,10 @@ class House:
         await self.bus.close()
 
 
-async def reached(condition: Callable, timeout_s: float = 30.0) -> None:
+async def reached(condition: Callable, timeout_s: float = 90.0) -> None:
     """Return once the coroutine of `condition` tells something true."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110  the bus offers no event for it
             await asyncio.sleep(0.02)
 
 
@@ -143,9 +148,9 @@ async def house(tmp_path, lease_s: float) -> AsyncIterator[House]:
                 await run.stop()
 
 
-async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_other_one(tmp_path, capsys):
-    async with house(tmp_path, lease_s=3.0) as run:
-        await asyncio.gather(run.start("one", 1.0), run.start("two", 1.0))
+async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_other_one(tmp_path):
+    async with house(tmp_path, lease_s=LEASE_S) as run:
+        await asyncio.gather(run.start("one", CLAIM_IDLE_S), run.start("two", CLAIM_IDLE_S))
         for name in run.processes:
             await reached(lambda name=name: run.values(name), START_S)
         await run.issue()
@@ -160,10 +165,9 @@ async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_ot
         run.processes["one"].kill()
         killed_at_s = time.monotonic()
         await reached(lambda: all_published(run))
-        with capsys.disabled():
-            print(
-                f"\n{num_lost} groups of a killed worker were published {time.monotonic() - killed_at_s:.1f} s after its death"
-            )
+        recovery_s = time.monotonic() - killed_at_s
+        print(f"{num_lost} groups of a killed worker were published {recovery_s:.1f} s after its death")
+        assert recovery_s < RECOVERY_S
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
         assert (await run.values("two"))["num_reclaimed_groups"] == num_lost > 0
         await run.check_account()
@@ -178,16 +182,10 @@ async def no_session_is_left(run: House) -> bool:
     return await run.num_sessions() == 0
 
 
-@pytest.mark.parametrize(
-    ("claim_idle_s", "is_refused"),
-    [pytest.param(600.0, True, id="late results are refused"), pytest.param(1.0, False, id="lost claims are given up")],
-)
-async def test_a_worker_paused_past_its_lease_loses_its_groups_and_publishes_nothing_of_them(
-    tmp_path, claim_idle_s, is_refused
-):
-    """The paused worker renews either so seldom that it finds out when it publishes, or at once when it goes on."""
+async def test_a_worker_paused_past_its_lease_loses_its_groups_and_its_late_results_are_refused(tmp_path):
+    """It renews so seldom that it finds out only when it publishes."""
     async with house(tmp_path, lease_s=300.0) as run:
-        await run.start("paused", claim_idle_s)
+        await run.start("paused", 600.0)
         await reached(lambda: run.values("paused"), START_S)
         await run.issue()
 
@@ -197,24 +195,23 @@ async def test_a_worker_paused_past_its_lease_loses_its_groups_and_publishes_not
         await reached(plays)
         run.processes["paused"].send_signal(signal.SIGSTOP)
         num_lost = await run.held_by("paused")
-        await run.start("other", 1.0)
+        await run.start("other", CLAIM_IDLE_S)
         await reached(lambda: all_published(run), START_S)
         run.processes["paused"].send_signal(signal.SIGCONT)
-        await reached(lambda: no_session_is_left(run))
-        key = "num_late_results" if is_refused else "num_repeated_tokens"
 
-        async def is_told() -> bool:
-            return (await run.values("paused"))[key] > 0
+        async def all_refused() -> bool:
+            values = await run.values("paused")
+            return values["num_late_results"] == num_lost and values["num_repeated_tokens"] > 0
 
-        await reached(is_told)
-        assert (await run.values("paused"))["num_late_results"] == (num_lost if is_refused else 0)
+        await reached(all_refused)
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
         await run.check_account()
+        await reached(lambda: no_session_is_left(run))
 
 
-async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_once(tmp_path, capsys):
+async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_once(tmp_path):
     """A claim would last for ten minutes."""
-    async with house(tmp_path, lease_s=3.0) as run:
+    async with house(tmp_path, lease_s=LEASE_S) as run:
         await run.start("one", 600.0)
         await reached(lambda: run.values("one"), START_S)
         await run.issue()
@@ -234,8 +231,7 @@ async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_
             return (await run.values("one")).get("num_reclaimed_groups") == num_lost
 
         await reached(is_back, START_S)
-        with capsys.disabled():
-            print(f"\n{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the death, start included")
+        print(f"{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the death, start included")
         await reached(lambda: all_published(run))
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
         await run.check_account()
