@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,16 @@ async def server_process(command: Sequence[str], directory: Path = ROOT) -> Asyn
             await process.wait()
 
 
-async def run_sdar(*arguments: str, typed: str = "") -> Ended:
-    """Run `sdar ARGUMENTS`, with `typed` on its standard input; a lone surrogate there is a byte that is no text."""
-    process = await asyncio.create_subprocess_exec(*SDAR, *arguments, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+async def run_sdar(*arguments: str, typed: str = "", environment: Mapping[str, str] | None = None) -> Ended:
+    """Run `sdar ARGUMENTS`, with `typed` on its standard input; a lone surrogate there is a byte that is no text.
+
+    Args:
+        environment: variables beside those of the test.
+    """
+    variables = {**os.environ, **(environment or {})}
+    process = await asyncio.create_subprocess_exec(
+        *SDAR, *arguments, cwd=ROOT, env=variables, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
     stdout, stderr = await process.communicate(typed.encode(errors="surrogateescape"))
     assert process.returncode is not None
     return Ended(process.returncode, stdout.decode(), stderr.decode())

@@ -40,7 +40,7 @@ from services.envs.server import SERVICE_NAME, build_environment_server
 from services.envs.sessions import SessionLimits, SessionManager
 from services.rollout.environment_client import GrpcEnvironmentClient
 from tests.certificates import Authority, Files
-from tests.integration.commands import ROOT, SDAR, server_process
+from tests.integration.commands import ROOT, SDAR, run_sdar, server_process
 
 TASK_ID = "place-plate-desk-cabinet"
 READ_TOKEN, OPERATE_TOKEN = "r" * 40, "o" * 40
@@ -332,6 +332,10 @@ async def test_a_gateway_and_an_environment_server_meet_behind_locked_doors(plac
         address = f"127.0.0.1:{ports[0]}"
         http = stack.enter_context(open_http(address, place.build_client(), timeout_s=10))
         await until_the_gateway_lists(http, "household", gateway)
+        checked = await run_sdar("env", "check", own["SDAR_ENVS_ADDRESS"], "--json", environment=shared)
+        assert (checked.code, checked.told["num_failed"]) == (0, 0), checked.stderr
+        refused = await run_sdar("env", "check", own["SDAR_ENVS_ADDRESS"], environment=shared | {"SDAR_TOKEN": "w" * 40})
+        assert (refused.code, "not accepted" in refused.stderr) == (2, True)
         await asyncio.to_thread(check_https, place, address)
 
 

@@ -90,7 +90,8 @@ async def find_environment(channel: grpc.aio.Channel, address: str, name: str) -
         )
     except UnavailableError as error:
         raise ConfigurationError(
-            f"No environment server answers at {address}. Start one with `sdar env serve NAME`, or correct HOST:PORT."
+            f"No environment server answers at {address}. Start one with `sdar env serve NAME`, or correct HOST:PORT. "
+            f"What came back: {error.message}"
         ) from error
     except SdarError as error:
         raise ConfigurationError(f"{address} does not answer {SERVICE_NAME}.Describe: {error.message}") from error
