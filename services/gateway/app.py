@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
-from sdar.contracts.errors import SdarError, UnknownResourceError
+from sdar.contracts.errors import InvalidInputError, SdarError, UnknownResourceError
 from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter
 from sdar.runtime.chat import ChatTokenizer
-from sdar.runtime.http import answer_error, build_page_policy
+from sdar.runtime.http import answer_error, build_error_response, build_page_policy
 from sdar.runtime.ledger import format_group_id
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
@@ -26,7 +30,7 @@ from .scheduler import Scheduler
 from .watch import Watch
 
 _PAGE = Path(__file__).parent / "web" / "index.html"
-_ENTRY_ID = r"^\d{1,19}-\d{1,19}$"
+_ENTRY_ID = r"^[0-9]{1,19}-[0-9]{1,19}$"
 _SHOWN_FAILURES = 10
 
 LetterId = Annotated[str, PathParameter(pattern=_ENTRY_ID)]
@@ -54,7 +58,11 @@ def _errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     return {int(status): {"model": ErrorReply, "description": status.phrase} for status in statuses}
 
 
-_ERRORS = _errors(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+_ERRORS = _errors(
+    *(HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.REQUEST_TIMEOUT),
+    *(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.TOO_MANY_REQUESTS),
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
 """What the door before every route answers, or a dependency that is away."""
 _CONFLICT = _errors(HTTPStatus.CONFLICT)
 _NOT_FOUND = _errors(HTTPStatus.NOT_FOUND)
@@ -196,21 +204,23 @@ def build_app(
     watch: Watch,
     bus: Bus,
     *,
-    tokenizer: ChatTokenizer | None = None,
+    load_tokenizer: Callable[[], ChatTokenizer] | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """The gateway's application. It answers at once while Redis is away: from what the watch saw last, or with 503.
 
     Args:
         bus: is asked for dead letters; its calls are given up after a moment.
-        tokenizer: renders a trajectory's tokens as text; without it tokens are shown as numbers only.
+        load_tokenizer: the first trajectory that is asked for waits for it; without it tokens are shown as numbers only.
     """
     app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS)
     app.add_exception_handler(SdarError, answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_error)
     _add_probes(app, scheduler, registry)
     _add_run(app, scheduler, watch)
     _add_dead_letters(app, scheduler, watch, bus)
-    _add_lookups(app, scheduler, tokenizer)
+    _add_lookups(app, scheduler, load_tokenizer)
 
     text = _PAGE.read_text(encoding="utf-8")
     policy = build_page_policy(text)
@@ -220,6 +230,21 @@ def build_app(
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     return app
+
+
+async def _answer_invalid(_: Request, error: Exception) -> Response:
+    """Says where and what, never what was sent: that may be anything, also no text."""
+    assert isinstance(error, RequestValidationError)
+    faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+    return build_error_response(InvalidInputError("; ".join(faults) + ". See /openapi.json."))
+
+
+async def _answer_http_error(_: Request, error: Exception) -> Response:
+    """No such route or method, or a body that is no JSON: in the form of all errors."""
+    assert isinstance(error, HTTPException)
+    response = build_error_response(InvalidInputError(f"{error.detail}. See /openapi.json."), error.status_code)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry) -> None:
@@ -309,10 +334,10 @@ def _summarize(letter: DeadLetter) -> dict[str, Any]:
     return shown | {"age_s": max(0.0, time.time() - letter.at_s), "size_bytes": len(letter.payload)}
 
 
-def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | None) -> None:
+def _add_lookups(app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[], ChatTokenizer] | None) -> None:
     @app.get("/v1/metrics", tags=["lookups"])
     async def get_metrics(
-        after: Annotated[str, Query(pattern=r"^\d{1,20}-\d{1,20}$")] = BEFORE_FIRST,
+        after: Annotated[str, Query(pattern=_ENTRY_ID)] = BEFORE_FIRST,
         limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
     ) -> list[MetricReply]:
         """History of every service's metrics, oldest first."""
@@ -337,7 +362,8 @@ def _add_lookups(app: FastAPI, scheduler: Scheduler, tokenizer: ChatTokenizer | 
     @app.get("/v1/trajectories/{trajectory_id}", responses=_NOT_FOUND, tags=["lookups"])
     async def get_trajectory(trajectory_id: str) -> dict[str, Any]:
         """One of the newest trajectories: task, turns, log-probs, versions and the teacher's score. 404 if it is not there."""
-        return describe_trajectory(scheduler.history.trajectory(trajectory_id), tokenizer)
+        found = scheduler.history.trajectory(trajectory_id)
+        return describe_trajectory(found, None if load_tokenizer is None else await asyncio.to_thread(load_tokenizer))
 
 
 def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:

@@ -14,7 +14,7 @@ from sdar.runtime import rpc
 from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
 
-ADDRESS_PATTERN = r"^[^\s:/]+:\d{1,5}$"
+ADDRESS_PATTERN = r"^[A-Za-z0-9._-]+:[0-9]{1,5}$"
 """HOST:PORT and nothing else gRPC could take for a target: whoever registers an environment must not choose a local socket."""
 MAX_NAME_CHARACTERS = 128
 
@@ -77,7 +77,7 @@ class GrpcEnvironmentCatalog:
 
 def check_registration(name: str, address: str) -> None:
     """Raises InvalidInputError for what cannot be the name and address of an environment."""
-    if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.match(ADDRESS_PATTERN, address):
+    if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.fullmatch(ADDRESS_PATTERN, address):
         raise InvalidInputError(
             f"Cannot register environment {name!r} at {address!r}: a name of 1 to {MAX_NAME_CHARACTERS} characters and "
             "HOST:PORT are needed."

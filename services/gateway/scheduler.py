@@ -118,7 +118,7 @@ class Scheduler:
         self._in_hand = self._in_hand if is_blind else []
         # Before the manifests: whoever sees the groups of an update trained must see the policy it made.
         self.ledger = await self._bus.read_ledger()
-        self._check_account()
+        await self._check_account()
         readable = await self._absorb(events)
         await self._follow()
         if self.state.phase is RunPhase.STARTING:
@@ -211,10 +211,11 @@ class Scheduler:
             length_drift=self.lengths.compute_drift(),
         )
 
-    def _check_account(self) -> None:
-        """The account and the cursor change together: a difference means a Redis that lost writes it had confirmed."""
+    async def _check_account(self) -> None:
+        """The account and the cursor change together: a difference means a successor, or a Redis that lost writes."""
         issued, known = self.ledger.num_issued, self.state.next_group_number
         if self.state.phase is not RunPhase.STARTING and issued != known:
+            await self._bus.save_state(f"{STATE_NAME}_check", b"")  # any write tells a gateway that it was followed
             raise CorruptionError(
                 f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or "
                 "somebody else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."

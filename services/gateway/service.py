@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from sdar.config import RunConfig
 from sdar.contracts.streams import Stream
@@ -48,7 +49,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         metrics=metrics,
     )
     watch = Watch(scheduler, watch_bus, metrics)
-    app = build_app(scheduler, watch, watch_bus, tokenizer=ChatTokenizer(config.model.path))
+    # Loaded when it is first asked for: a restarted gateway need not wait for transformers and torch.
+    load_tokenizer = functools.cache(lambda: ChatTokenizer(config.model.path))
+    app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer)
     http_server = build_http_server(app, settings.host, security)
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
     grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))

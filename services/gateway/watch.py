@@ -31,7 +31,7 @@ class Watch:
     """A second look at the bus beside the scheduler's, which may be waiting in a call of its own.
 
     Args:
-        bus: one whose calls nobody else depends on: they are given up after `ANSWER_S`.
+        bus: one whose calls nobody else depends on: they are given up after `answer_s`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Watch:
         bus: Bus,
         metrics: GatewayMetrics | None = None,
         clock: Callable[[], float] = time.time,
+        answer_s: float = ANSWER_S,
     ) -> None:
         self.lags: dict[Stream, StreamLag] = {}
         self.memory = BusMemory(0, 0)
@@ -50,6 +51,7 @@ class Watch:
         self._bus = bus
         self._metrics = metrics or GatewayMetrics()
         self._clock = clock
+        self._answer_s = answer_s
         self._began_s = clock()
         self._progress, self._progress_at_s = scheduler.progress, clock()
         self._was_blocked = False
@@ -80,13 +82,13 @@ class Watch:
         """The answer to a question to Redis, for somebody who waits.
 
         Raises:
-            BusUnavailableError: there is none within `ANSWER_S`.
+            BusUnavailableError: there is none in time.
         """
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 return await question
         except TimeoutError as error:
-            reason = self._scheduler.health.blocked or f"Redis gave no answer within {ANSWER_S:g} s."
+            reason = self._scheduler.health.blocked or f"Redis gave no answer within {self._answer_s:g} s."
             raise BusUnavailableError(reason) from error
 
     async def _look(self) -> None:

@@ -53,7 +53,7 @@ class ServedRun:
         try:
             run = Run(build_config())
             await self._prepare(run)
-            watch = Watch(run.scheduler, run.bus)
+            watch = Watch(run.scheduler, run.bus, answer_s=30.0)  # however busy the machine is
             await watch.refresh()
             app = build_app(run.scheduler, watch, run.bus, registry=CollectorRegistry())
             server = build_http_server(app, "127.0.0.1")

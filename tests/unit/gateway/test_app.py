@@ -30,7 +30,8 @@ async def run():
 
 @pytest.fixture
 async def client(run: Run):
-    app = build_app(run.scheduler, Watch(run.scheduler, run.bus), run.bus, registry=CollectorRegistry())
+    watch = Watch(run.scheduler, run.bus, answer_s=30.0)  # however busy the machine is
+    app = build_app(run.scheduler, watch, run.bus, registry=CollectorRegistry())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         yield client
 
