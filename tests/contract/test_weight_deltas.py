@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,18 @@ def test_a_follower_needs_nothing_of_the_versions_it_has_read(place: Place) -> N
     assert_same_bits(read(follower, manifests[2]), versions[2])
     with pytest.raises(WeightsUnavailableError, match=r"run/v00000001/manifest\.json is not in"):
         read(place.open(), manifests[2])
+
+
+def test_a_follower_lets_go_of_its_base_as_it_reads_on(place: Place) -> None:
+    """One copy of the weights, not two."""
+    tensors = {str(index): torch.zeros(100, dtype=torch.bfloat16) for index in range(8)}
+    publisher, follower = place.open(), place.open()
+    first = publisher.publish(0, tensors, MODEL)
+    bases = [weakref.ref(tensor) for tensor in read(follower, first).values()]
+    assert sum(base() is not None for base in bases) == len(tensors), "remembered by the follower alone"
+    tensors["0"][0] = 1
+    for num_read, _ in enumerate(follower.iter_tensors(publisher.publish(1, tensors, MODEL)), start=1):
+        assert sum(base() is not None for base in bases) == len(tensors) - num_read
 
 
 def test_float32_weights_are_published_whole(place: Place) -> None:
