@@ -73,7 +73,7 @@ def format_gap(status: dict[str, Any]) -> str:
 def _render_streams(lags: dict[str, Any]) -> Table:
     table = Table("stream", "waiting", "in hand", "oldest", box=box.SIMPLE)
     for name, lag in lags.items():
-        row = (name, str(lag["num_undelivered"]), str(lag["num_pending"]), f"{lag['oldest_age_s']:.1f} s")
+        row = (name, f"{lag['num_undelivered']:.0f}", f"{lag['num_pending']:.0f}", f"{lag['oldest_age_s']:.1f} s")
         table.add_row(*(_show(cell) for cell in row))
     return table
 
