@@ -82,11 +82,18 @@ class WorkerLimits:
 
 @dataclass(slots=True, eq=False)
 class _InHand:
-    """An attempt at a group, how many episodes it has, and whether it only waits to be followed by the next one."""
+    """An attempt at a group.
+
+    Attributes:
+        num_episodes: how many it plays.
+        is_waiting: it failed and will be followed by the next attempt.
+        is_ending: its end is being committed; the commit finds out whether the claim was lost.
+    """
 
     delivery: Delivery
     num_episodes: int = 0
     is_waiting: bool = False
+    is_ending: bool = False
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -152,7 +159,7 @@ class RolloutWorker:
         try:
             group = codec.decode_task_group(delivery.payload)
         except SdarError as error:
-            work = self._refuse(delivery, f"The task group cannot be read: {error}")
+            work = self._refuse(hand, f"The task group cannot be read: {error}")
         else:
             work = self._handle(group, hand)
             hand.num_episodes = group.group_size
@@ -168,9 +175,9 @@ class RolloutWorker:
         try:
             if attempt.number >= self._limits.max_attempts:
                 reason = f"Delivered {attempt.number + 1} times without an end. Look for what kills its workers."
-                await self._set_aside(group, hand.delivery, reason)
+                await self._set_aside(group, hand, reason)
             elif trajectories := await self._try(group, hand, attempt):
-                await self._publish(group, trajectories, hand.delivery)
+                await self._publish(group, trajectories, hand)
                 is_published = True
         except LeaseLostError as error:
             # Another attempt at the group is under way: nothing of this one may get in beside it.
@@ -187,17 +194,17 @@ class RolloutWorker:
         except (EngineFailedError, BusUnavailableError):
             raise
         except WeightsUnavailableError as error:
-            await self._give_up(group, hand.delivery, error.message)
+            await self._give_up(group, hand, error.message)
         except UnavailableError as error:
             if not self._engine.is_alive:
                 raise
             await self._try_again(group, hand, error)
         except SdarError as error:
-            await self._give_up(group, hand.delivery, error.message)
+            await self._give_up(group, hand, error.message)
         except Exception as error:
             # The worker's boundary: one group must not end the others.
             log.exception("group_broke_worker", group_id=group.group_id)
-            await self._set_aside(group, hand.delivery, f"Playing it raised {type(error).__name__}: {error}.")
+            await self._set_aside(group, hand, f"Playing it raised {type(error).__name__}: {error}.")
         return []
 
     async def _play(self, group: TaskGroup, attempt: Attempt) -> list[Trajectory]:
@@ -220,7 +227,7 @@ class RolloutWorker:
         """Begin the next attempt after a pause in which this one holds no slot; give the group up if there is none left."""
         num_attempts = hand.delivery.num_deliveries
         if num_attempts >= self._limits.max_attempts:
-            return await self._give_up(group, hand.delivery, f"Given up after {num_attempts} attempts: {error.message}")
+            return await self._give_up(group, hand, f"Given up after {num_attempts} attempts: {error.message}")
         delay_s = min(_LONGEST_RETRY_S, self._limits.retry_delay_s * 2 ** (num_attempts - 1)) * random.uniform(0.5, 1.5)
         log.warning(
             "group_retried",
@@ -236,21 +243,21 @@ class RolloutWorker:
             for delivery in await self._reclaim_own(_precede(hand.delivery.entry_id), 1):
                 self._begin(delivery)
 
-    async def _publish(self, group: TaskGroup, trajectories: list[Trajectory], delivery: Delivery) -> None:
+    async def _publish(self, group: TaskGroup, trajectories: list[Trajectory], hand: _InHand) -> None:
         payloads = [codec.encode_trajectory(trajectory) for trajectory in trajectories]
         version = max(trajectory.max_policy_version for trajectory in trajectories)
         if group.purpose is Purpose.EVALUATION:
-            await self._commit({Stream.EVALUATIONS: payloads}, delivery)
+            await self._commit({Stream.EVALUATIONS: payloads}, hand)
         else:
             turns = tuple(len(trajectory.turns) for trajectory in trajectories)
             outcome = GroupOutcome.GENERATED
             event = LedgerEvent(self._run_id, group.group_id, outcome, len(trajectories), version, episode_turns=turns)
-            await self._commit({Stream.TRAJECTORIES: payloads}, delivery, event)
+            await self._commit({Stream.TRAJECTORIES: payloads}, hand, event)
         self._metrics.observe_group(trajectories)
         log.info(
             "group_played",
             group_id=group.group_id,
-            attempt=delivery.num_deliveries - 1,
+            attempt=hand.delivery.num_deliveries - 1,
             purpose=group.purpose.value,
             num_episodes=len(trajectories),
             num_successes=sum(trajectory.is_success for trajectory in trajectories),
@@ -258,35 +265,38 @@ class RolloutWorker:
             policy_version=version,
         )
 
-    async def _give_up(self, group: TaskGroup, delivery: Delivery, reason: str) -> None:
+    async def _give_up(self, group: TaskGroup, hand: _InHand, reason: str) -> None:
         """Close the group's account. An evaluation's too: its gateway must not wait for what will never come."""
         log.error("group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason)
-        await self._commit({}, delivery, self._describe_failure(group, reason))
+        await self._commit({}, hand, self._describe_failure(group, reason))
         self._metrics.observe_failure(group.purpose)
 
-    async def _set_aside(self, group: TaskGroup, delivery: Delivery, reason: str) -> None:
-        log.error("dead_letter", entry_id=delivery.entry_id, group_id=group.group_id, reason=reason)
-        await self._bus.dead_letter(delivery, reason, [self._describe_failure(group, reason)])
+    async def _set_aside(self, group: TaskGroup, hand: _InHand, reason: str) -> None:
+        log.error("dead_letter", entry_id=hand.delivery.entry_id, group_id=group.group_id, reason=reason)
+        hand.is_ending = True
+        await self._bus.dead_letter(hand.delivery, reason, [self._describe_failure(group, reason)])
         self._metrics.observe_dead_letter()
 
-    async def _refuse(self, delivery: Delivery, reason: str) -> None:
+    async def _refuse(self, hand: _InHand, reason: str) -> None:
         """Set aside what names no group."""
-        log.error("dead_letter", entry_id=delivery.entry_id, reason=reason)
+        log.error("dead_letter", entry_id=hand.delivery.entry_id, reason=reason)
+        hand.is_ending = True
         try:
-            await self._bus.dead_letter(delivery, reason)
+            await self._bus.dead_letter(hand.delivery, reason)
         except LeaseLostError as error:
-            log.warning("late_result_refused", entry_id=delivery.entry_id, error=str(error))
+            log.warning("late_result_refused", entry_id=hand.delivery.entry_id, error=str(error))
         else:
             self._metrics.observe_dead_letter()
 
     def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
         return LedgerEvent(self._run_id, group.group_id, GroupOutcome.FAILED, 0, self._engine.policy_version, reason)
 
-    async def _commit(self, publications: Publications, delivery: Delivery, *transitions: LedgerEvent) -> None:
+    async def _commit(self, publications: Publications, hand: _InHand, *transitions: LedgerEvent) -> None:
         """Publish, acknowledge and book in one transaction: a crash before it repeats work, it never loses it."""
+        hand.is_ending = True
         while True:
             try:
-                return await self._bus.commit(publications, [delivery], transitions=transitions)
+                return await self._bus.commit(publications, [hand.delivery], transitions=transitions)
             except CapacityError as error:
                 # The bus has waited already; what is played is not thrown away because its readers are slow.
                 log.warning("stream_full", error=str(error))
@@ -340,8 +350,8 @@ class RolloutWorker:
         in_hand = list(self._in_hand)
         held = {(one.entry_id, one.num_deliveries) for one in await self._bus.renew([hand.delivery for hand in in_hand])}
         for hand in in_hand:
-            # Not held and not lost: an attempt that has just been published, or that its own follower has replaced.
-            is_over = hand.is_waiting or hand.task.done() or hand.task.cancelling()
+            # Not held and not lost: an attempt that is published already, or that its own follower has replaced.
+            is_over = hand.is_ending or hand.is_waiting or hand.task.done() or hand.task.cancelling()
             entry_id, number = hand.delivery.entry_id, hand.delivery.num_deliveries
             if (entry_id, number) not in held and not is_over:
                 log.warning("claim_lost", entry_id=entry_id, attempt=number - 1)
@@ -390,8 +400,9 @@ class RolloutWorker:
         self._note_failure(hand.task)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            self._failure = self._failure or task.exception()
+        error = None if task.cancelled() else task.exception()
+        if self._failure is None:
+            self._failure = error
 
     def _check_alive(self) -> None:
         """A dead engine, a lost bus or a dead background loop ends the service: it must not live on half alive."""

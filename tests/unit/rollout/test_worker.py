@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from contextlib import asynccontextmanager
 
@@ -294,6 +295,31 @@ async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer)
     assert (bench.metrics.num_repeated_tokens, environment.closed) == (6, environment.opened)
 
 
+async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
+    """The bus has committed and its reply is on its way while the group is renewed, hence found not held any more."""
+
+    class SlowToReply(MemoryBus):
+        num_renewals = 0
+
+        async def commit(self, *args, **kwargs):
+            await super().commit(*args, **kwargs)
+            if kwargs.get("transitions"):
+                seen = self.num_renewals
+                await until(lambda: self.num_renewals > seen)
+
+        async def renew(self, deliveries):
+            held = await super().renew(deliveries)
+            self.num_renewals += 1
+            return held
+
+    bench = Bench(tokenizer, claim_idle_s=0.04)
+    bench.bus = SlowToReply(CONSUMERS)
+    async with bench.running():
+        await bench.issue(make_group("g1", size=2))
+        await until(lambda: bench.metrics.num_episodes == 2)
+    assert (bench.metrics.num_repeated_tokens, bench.metrics.num_late_results) == (0, 0)
+
+
 async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(tokenizer):
     bench = Bench(tokenizer, claim_idle_s=60.0)
     await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
@@ -358,17 +384,23 @@ async def test_what_is_not_finished_within_the_grace_is_left_to_others_with_its_
 
 
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
+    """Many groups fail at once; none of their errors is left for nobody to take."""
+    unhandled = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     environment = ScriptedEnvironment(answer(), answer(over=True), gate=asyncio.Event())
     bench = Bench(tokenizer, environment)
     worker = asyncio.create_task(bench.build().run(asyncio.Event()))
-    await bench.issue(make_group("g1"))
-    await until(lambda: len(environment.opened) == 2)
+    await bench.issue(*(make_group(f"g{number}") for number in range(4)))
+    await until(lambda: len(environment.opened) == 8)
     bench.engine.is_alive = False
     environment.gate.set()
     with pytest.raises(EngineFailedError):
         await worker
+    del worker
+    gc.collect()
+    assert unhandled == []
     assert await bench.ledger() == []
-    assert await bench.num_open_tasks() == 1
+    assert await bench.num_open_tasks() == 4
     assert environment.closed == environment.opened
 
 
