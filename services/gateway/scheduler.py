@@ -275,6 +275,7 @@ class Scheduler:
             return
         self.state.started_at_s = self.state.started_at_s or self._clock()
         self._change_phase(RunPhase.STOPPING if self.state.is_stop_asked else RunPhase.RUNNING)
+        await self._check_account()
         self.health.mark_ready("running")
 
     async def _load_tasks(self) -> None:

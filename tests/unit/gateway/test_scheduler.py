@@ -16,7 +16,7 @@ from sdar.runtime.memory_bus import MemoryBus
 from sdar.runtime.telemetry import Health
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
-from services.gateway.state import RunPhase
+from services.gateway.state import STATE_NAME, RunPhase
 from tests.support import until
 
 from .fakes import FakeCatalog, build_config, build_manifest, play
@@ -356,6 +356,17 @@ async def test_a_redis_that_forgot_what_it_confirmed_ends_the_gateway(run: Run) 
     with pytest.raises(CorruptionError, match="has 5 groups, this gateway issued 4"):
         await run.task
     run.task = asyncio.create_task(asyncio.sleep(0))
+
+
+async def test_a_gateway_that_finds_an_account_and_no_state_of_its_own_issues_nothing() -> None:
+    config = build_config()
+    bus = MemoryBus(config.stream_consumers)
+    await bus.commit({}, transitions=[LedgerEvent("test", "group-00000000", GroupOutcome.ISSUED, 0, 0)])
+    run = Run(config, bus)
+    await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(build_manifest(0))])
+    with pytest.raises(CorruptionError, match="has 1 groups, this gateway issued 0"):
+        await run.task
+    assert await bus.load_state(STATE_NAME) is None
 
 
 async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_again(run: Run) -> None:
