@@ -74,6 +74,14 @@ async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
         assert await count_sessions(server.address) == 0
 
 
+async def test_what_an_environment_writes_cannot_take_over_a_terminal() -> None:
+    async with server_process(command("tests.misbehaving:Misbehaving")) as server:
+        ended = await run_sdar("env", "play", server.address, typed="echo \x1b]0;owned\x07\x1b[2J\u202e\n")
+        assert ended.code == 0, ended.stderr
+        assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e" in ended.stdout
+        assert not set(ended.stdout) & set("\x1b\x07\u202e")
+
+
 async def test_what_no_keyboard_types_is_refused_and_the_game_goes_on() -> None:
     async with server_process(command("household")) as server:
         ended = await run_sdar("env", "play", server.address, typed="9" * 5000 + "\n\udcff\udcfe\n1\n")
