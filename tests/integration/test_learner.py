@@ -141,7 +141,7 @@ class Run:
         async with open_learner(self.config, self.bus, self.store, self.checkpoints) as learner:
             stopping = asyncio.Event()
             task = asyncio.create_task(learner.run(stopping))
-            await until(lambda: self.has_published(until_update) or task.done(), timeout_s=120)
+            await until(lambda: self.has_published(learner.progress, until_update) or task.done(), timeout_s=120)
             if is_killed:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -150,8 +150,8 @@ class Run:
                 await task
             return learner.progress
 
-    def has_published(self, num_updates):
-        return any(self.store.fetch_manifest(version).num_updates == num_updates for version in self.store.list_versions()[-1:])
+    def has_published(self, progress, until_update):
+        return progress.num_updates >= until_update and self.store.list_versions()[-1] == progress.policy_version
 
     def weights(self):
         return dict(self.store.iter_tensors(self.store.fetch_manifest()))
