@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdar.contracts.errors import ConfigurationError
 
-MAX_CALLS_PER_S = 5000.0
-"""About what one of our server processes answers at all: a bound against floods. Who wants shares sets less."""
+MAX_CALLS_PER_S = 10_000.0
+"""More than one of our server processes answers at all: a bound against floods. Who wants shares sets less."""
 
 
 class Settings(BaseSettings):
