@@ -130,12 +130,12 @@ publications; states; transitions; dead letters. Replies `done` and the lengths,
 RECLAIM = f"""
 {_TAKE}
 {_ROLES}
-local stream, group, consumer, min_idle_ms = KEYS[1], take(), take(), take_number()
+local stream, group, consumer, min_idle_ms = KEYS[1], take(), take(), take()
 local taken = {{}}
 for _ = 1, take_number() do
     local id, num_deliveries = take(), take_number()
     local row, entry = redis.pcall('XPENDING', stream, group, id, id, 1)[1], nil
-    if row and row[4] == num_deliveries and row[3] >= min_idle_ms then
+    if row and row[4] == num_deliveries then
         entry = redis.call('XCLAIM', stream, group, consumer, min_idle_ms, id)[1]
     elseif row and row[4] == num_deliveries + 1 and row[2] == consumer then
         -- Claimed by this very call, whose reply was lost.

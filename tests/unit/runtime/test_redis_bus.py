@@ -162,11 +162,26 @@ class ForgetfulProxy:
 
     async def __aexit__(self, *error: object) -> None:
         self._listener.close()
-        await asyncio.gather(*self._connections)
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.wait(self._connections)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(asyncio.current_task())
         redis_reader, redis_writer = await asyncio.open_connection(*self._target)
+        try:
+            await self._forward(reader, writer, redis_reader, redis_writer)
+        finally:
+            for side in (writer, redis_writer):
+                side.close()
+
+    async def _forward(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        redis_reader: asyncio.StreamReader,
+        redis_writer: asyncio.StreamWriter,
+    ) -> None:
         is_chosen = False
 
         async def forward_requests() -> None:
@@ -177,16 +192,14 @@ class ForgetfulProxy:
             redis_writer.write_eof()
 
         requests = asyncio.create_task(forward_requests())
-        while data := await redis_reader.read(1 << 16):
-            if self.is_armed and is_chosen:
-                self.is_armed, self.num_dropped = False, self.num_dropped + 1
-                break
-            writer.write(data)
-        requests.cancel()
-        await asyncio.wait([requests])
-        for side in (writer, redis_writer):
-            side.close()
-            await side.wait_closed()
+        try:
+            while data := await redis_reader.read(1 << 16):
+                if self.is_armed and is_chosen:
+                    self.is_armed, self.num_dropped = False, self.num_dropped + 1
+                    break
+                writer.write(data)
+        finally:
+            requests.cancel()
 
 
 def parse_address(url: str) -> tuple[str, int]:
