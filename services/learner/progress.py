@@ -30,11 +30,19 @@ class Progress:
     lineage: tuple[tuple[int, int], ...] = ((0, 0),)
     trained_groups: tuple[tuple[str, ...], ...] = ()
     """Group ids of each of the last updates, oldest first: what must not be trained again."""
+    num_groups: int = 0
+    """Groups trained since the run began."""
 
     def after_update(self, group_ids: Iterable[str]) -> Self:
         """One update later: the next version, and these groups trained."""
-        trained = (*self.trained_groups, tuple(group_ids))[-REMEMBERED_UPDATES:]
-        return replace(self, num_updates=self.num_updates + 1, policy_version=self.policy_version + 1, trained_groups=trained)
+        batch = tuple(group_ids)
+        return replace(
+            self,
+            num_updates=self.num_updates + 1,
+            policy_version=self.policy_version + 1,
+            trained_groups=(*self.trained_groups, batch)[-REMEMBERED_UPDATES:],
+            num_groups=self.num_groups + len(batch),
+        )
 
     def continue_after(self, newest_version: int) -> Self:
         """The same weights under the version after `newest_version`, beginning another life of the run."""
@@ -73,6 +81,7 @@ class Progress:
             "policy_version": self.policy_version,
             "lineage": [list(entry) for entry in self.lineage],
             "trained_groups": [list(group_ids) for group_ids in self.trained_groups],
+            "num_groups": self.num_groups,
         }
 
     @classmethod
@@ -86,6 +95,7 @@ class Progress:
                 int(value["policy_version"]),
                 tuple((int(version), int(updates)) for version, updates in value["lineage"]),
                 tuple(tuple(str(group_id) for group_id in group_ids) for group_ids in value["trained_groups"]),
+                int(value["num_groups"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptionError(f"A checkpoint's progress cannot be read: {error!r}. Remove that checkpoint.") from error

@@ -131,6 +131,7 @@ class Learner:
         if announced != self.progress.policy_version:
             await self._publish(await self._in_torch(self._trainer.export))
         await self._source.reclaim(self.progress)
+        await self._compare_account()
         self._health.mark_ready("training")
         log.info("learner_ready", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
 
@@ -145,6 +146,15 @@ class Learner:
                 num_updates=self.progress.num_updates,
                 hint="Redis came up without this run: its disk was lost. What was on its way is closed as cancelled",
             )
+
+    async def _compare_account(self) -> None:
+        """All that the checkpoint holds is booked by now; what is booked beyond it was in one that is damaged or gone."""
+        num_lost = (await self._bus.read_ledger()).num_trained - self.progress.num_groups
+        if num_lost > 0:
+            hint = (
+                "they are booked as trained, and the weights have lost them: see checkpoint_skipped. Training goes on without"
+            )
+            log.error("trained_groups_lost", num_groups=num_lost, hint=hint)
 
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
         with self._clock.measure("wait"):

@@ -7,6 +7,7 @@ import errno
 import os
 
 import pytest
+import structlog
 
 from sdar.contracts.errors import BusUnavailableError, CapacityError, SupersededError, WeightsUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
@@ -216,6 +217,26 @@ async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_noth
     assert trained == [format_group_id(number) for number in (0, 1, 2, 3, 7, 8, 9, 10)]
     assert rig.trainer.batches == [trained[4:6], trained[6:]]
     assert await read_account(rig.bus) == {"issued": 11, "generated": 11, "trained": 8, "cancelled": 3}
+
+
+async def test_groups_whose_checkpoint_was_damaged_after_they_were_booked_are_told_of(rig):
+    rig.config = make_config(num_updates=4, checkpoint_every=1)
+    await issue(rig.bus, range(4))
+    await rig.start()
+    await rig.reach(2)
+    await rig.stop()
+    with structlog.testing.capture_logs() as logs:
+        await rig.start()
+        await until(lambda: any(entry["event"] == "learner_ready" for entry in logs))
+        await rig.stop()
+        assert "trained_groups_lost" not in {entry["event"] for entry in logs}
+        (rig.directory / "update-00000002" / "state.json").unlink()
+        await rig.start()
+        await until(lambda: [entry["event"] for entry in logs].count("learner_ready") == 2)
+        await rig.stop()
+    [lost] = [entry for entry in logs if entry["event"] == "trained_groups_lost"]
+    assert (lost["num_groups"], lost["log_level"]) == (2, "error")
+    assert rig.learner.progress.num_updates == 1
 
 
 async def test_a_bus_that_kept_its_account_is_left_as_it_is(rig):
