@@ -29,6 +29,7 @@ MEASUREMENTS = {
     "logprobs": "loadtest.logprob_memory",
     "stream": "loadtest.stream_throughput",
     "weights": "loadtest.weight_publication",
+    "guarantees": "loadtest.guarantees",
     "waiting": "loadtest.service_waiting",
     "sessions": "loadtest.environment_sessions",
     "alfworld": "loadtest.alfworld_engine",

@@ -24,3 +24,23 @@ class InstantEnvironment(Environment):
 
     def step(self, text: str) -> StepResult:
         return StepResult(Observation(OBSERVATION), action=text)
+
+
+class ShortEpisodes(Environment):
+    """Many tasks whose episodes end after a fixed number of turns, whatever is done."""
+
+    name = "short"
+    version = "1"
+    splits = ("train",)
+    tasks = {"train": tuple(Task("short", "train", f"task-{i}", "short", "Look around.", i) for i in range(64))}  # noqa: RUF012
+    num_turns = 4
+    max_turns = num_turns
+
+    def reset(self, task_id: str, seed: int) -> Observation:
+        self._num_steps = 0
+        return Observation(f"{task_id}. {OBSERVATION}")
+
+    def step(self, text: str) -> StepResult:
+        self._num_steps += 1
+        is_over = self._num_steps == self.num_turns
+        return StepResult(Observation("" if is_over else OBSERVATION), float(is_over), terminated=is_over, action=text)

@@ -86,9 +86,9 @@ async def _measure(say: Say) -> Measurement:
         redis = cleanup.enter_context(EmbeddedRedis(directory / "redis"))
         bus = RedisBus(redis.url, RUN_ID, CONSUMERS)
         cleanup.push_async_callback(bus.close)
-        _log_to(cleanup.enter_context((directory / "log").open("w")))
+        log_to(cleanup.enter_context((directory / "log").open("w")))
         say("starting vLLM")
-        engine = _build_engine(_copy_model_without_end(directory / "household-tiny"), directory / "weights")
+        engine = build_engine(copy_model_without_end(directory / "household-tiny"), directory / "weights")
         cleanup.push_async_callback(engine.stop)
         await engine.start()
         for workload in WORKLOADS:
@@ -105,13 +105,13 @@ async def _measure(say: Say) -> Measurement:
     )
 
 
-def _log_to(file: TextIO) -> None:
+def log_to(file: TextIO) -> None:
     """Log as a service does, into a file: its lines are part of its cost, a terminal is not."""
     with contextlib.redirect_stderr(file):
         configure_logging("rollout", "bench", "info", "text")
 
 
-def _copy_model_without_end(path: Path) -> Path:
+def copy_model_without_end(path: Path) -> Path:
     """The tiny model, less the end token that vLLM would read from its configuration."""
     shutil.copytree(MODEL_PATH, path)
     for name in ("config.json", "generation_config.json"):
@@ -120,7 +120,7 @@ def _copy_model_without_end(path: Path) -> Path:
     return path
 
 
-def _build_engine(model_path: Path, weights: Path) -> VllmEngine:
+def build_engine(model_path: Path, weights: Path) -> VllmEngine:
     return VllmEngine(
         model_path,
         dtype="float32",
@@ -143,9 +143,9 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
         for index in range(1 + workload.num_pairs):
             before = engine.stats.num_generated_tokens
             ours = num_tokens / await service.play(workload, index)
-            _check_count(engine.stats.num_generated_tokens - before, num_tokens)
+            check_count(engine.stats.num_generated_tokens - before, num_tokens)
             theirs = num_tokens / await peer.play()
-            _check_count(peer.take_count(), num_tokens)
+            check_count(peer.take_count(), num_tokens)
             if index:
                 pairs.append((ours, theirs))
                 say(describe_pair(index, workload.num_pairs, (ours, theirs)))
@@ -153,7 +153,7 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
     return Comparison(what, "bare AsyncLLM", "tokens/s", tuple(pairs), TARGET)
 
 
-def _check_count(num_tokens: int, expected: int) -> None:
+def check_count(num_tokens: int, expected: int) -> None:
     if num_tokens != expected:
         raise RuntimeError(f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not compare.")
 

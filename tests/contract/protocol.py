@@ -143,6 +143,12 @@ class Process:
         elif error is not None:
             raise error
 
+    def take_suspects(self) -> list[str]:
+        """Peers whose leases have run out since somebody looked."""
+        found = {name for name in self.world.suspects if name[:-1] == self.name[:-1] and name != self.name}
+        self.world.suspects -= found
+        return sorted(found)
+
     async def crash(self) -> None:
         """Lose everything in memory."""
         task, self._task = self._task, None
@@ -234,7 +240,7 @@ class Rollout(Process):
             for delivery in deliveries:
                 await self._play(delivery)
             deliveries = []
-            for suspect in self.world.suspects - {self.name}:
+            for suspect in self.take_suspects():
                 deliveries += await self._take_over(suspect)
             deliveries += await self.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, self.name, 1)
 
@@ -270,7 +276,7 @@ class Teacher(Process):
             if deliveries:
                 await self._score(deliveries)
             deliveries = []
-            for suspect in self.world.suspects - {self.name}:
+            for suspect in self.take_suspects():
                 deliveries += await self._take_over(suspect)
             deliveries += await self.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name, TEACHER_BATCH)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import redis.asyncio
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -20,10 +23,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sdar.contracts import codec
 from sdar.contracts.errors import LeaseLostError
-from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, TaskGroup
-from sdar.runtime.bus import Bus, Delivery
+from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, parse_entry_id
+from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.memory_bus import MemoryBus
+from sdar.runtime.redis_bus import RedisBus
 from services.learner.ingest import GroupSource
 from services.learner.progress import Progress
 from tests.contract.protocol import (
@@ -55,6 +60,7 @@ COMMON = {
 
 
 EXAMPLES, MUTANT_EXAMPLES, STEPS = 60, 100, 25
+REDIS_EXAMPLES, REDIS_STEPS = 6, 15
 ROUNDS_TO_A_POINT = 60
 MAX_DISKS_LOST = 2
 
@@ -130,7 +136,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(name=WORKERS)
     def expire_leases(self, name: str) -> None:
         """Silent for too long, dead or paused: others take over what it holds, and it may go on."""
-        self.world.suspects ^= {name}
+        self.world.suspects.add(name)
 
     @rule(name=st.sampled_from(World.UNIQUE), count=st.integers(0, 10))
     def take_over(self, name: str, count: int) -> None:
@@ -371,3 +377,76 @@ def test_a_bus_that_breaks_its_promise_is_found(mutant: type[MemoryBus]) -> None
 
     with pytest.raises(ProtocolBroken):
         run(Mutated, max_examples=MUTANT_EXAMPLES, step_count=STEPS)
+
+
+# ---- the same machine on a real Redis, in a short form
+
+
+class RedisWorld(World):
+    """Every process has a connection of its own. The server may be killed; its disk stays, or is lost with all it held."""
+
+    server: ClassVar[EmbeddedRedis]
+
+    async def open(self) -> None:
+        self._run_id = f"run-{secrets.token_hex(4)}"
+        self._keys = RunKeys(self._run_id)
+        self._redis = redis.asyncio.Redis.from_url(self.server.url)
+        self._buses: list[RedisBus] = []
+
+    def connect(self, name: str) -> Bus:
+        self._buses.append(RedisBus(self.server.url, self._run_id, CONSUMERS))
+        return self._buses[-1]
+
+    async def list_unacknowledged(self, stream: Stream, group: ConsumerGroup) -> list[bytes]:
+        key = self._keys.stream(stream)
+        if not await self._redis.exists(key):
+            return []
+        groups = {info["name"].decode(): info for info in await self._redis.xinfo_groups(key)}
+        entries = [(entry_id.decode(), fields) for entry_id, fields in await self._redis.xrange(key)]
+        pending: set[str] = set()
+        last = BEFORE_FIRST
+        if str(group) in groups:
+            page = await self._redis.xpending_range(key, str(group), "-", "+", 1000)
+            pending = {item["message_id"].decode() for item in page}
+            last = groups[str(group)]["last-delivered-id"].decode()
+        return [
+            data
+            for entry_id, fields in entries
+            for data in fields.values()
+            if entry_id in pending or parse_entry_id(entry_id) > parse_entry_id(last)
+        ]
+
+    async def lose_disk(self) -> None:
+        self.num_disks_lost += 1
+        await self._redis.flushall()
+        self.letters_to_retry.clear()
+
+    async def restart_under(self, name: str) -> None:
+        """Kill the server while a process makes a call; both come to their end."""
+        stepping = asyncio.create_task(self.step(name, 1))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(self.server.kill)
+        await asyncio.to_thread(self.server.start)
+        await stepping
+        await self._redis.connection_pool.disconnect()
+
+    async def close(self) -> None:
+        await super().close()
+        for bus in self._buses:
+            await bus.close()
+        await self._redis.aclose()
+
+
+class RedisMachine(ProtocolMachine):
+    kind = RedisWorld
+    world: RedisWorld
+
+    @rule(name=NAMES)
+    def restart_redis(self, name: str) -> None:
+        self.do(self.world.restart_under(name))
+
+
+def test_the_same_holds_on_a_real_redis_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        RedisWorld.server = server
+        run(RedisMachine, max_examples=REDIS_EXAMPLES, step_count=REDIS_STEPS)
