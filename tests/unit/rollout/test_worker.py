@@ -384,24 +384,34 @@ async def test_what_is_not_finished_within_the_grace_is_left_to_others_with_its_
 
 
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
-    """Many groups fail at once; none of their errors is left for nobody to take."""
-    unhandled = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     environment = ScriptedEnvironment(answer(), answer(over=True), gate=asyncio.Event())
     bench = Bench(tokenizer, environment)
     worker = asyncio.create_task(bench.build().run(asyncio.Event()))
-    await bench.issue(*(make_group(f"g{number}") for number in range(4)))
-    await until(lambda: len(environment.opened) == 8)
+    await bench.issue(make_group("g1"))
+    await until(lambda: len(environment.opened) == 2)
     bench.engine.is_alive = False
     environment.gate.set()
     with pytest.raises(EngineFailedError):
         await worker
-    del worker
+    assert await bench.ledger() == []
+    assert await bench.num_open_tasks() == 1
+    assert environment.closed == environment.opened
+
+
+async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_is_left_for_nobody(tokenizer):
+    class DyingEngine(ScriptedEngine):
+        async def generate(self, prompt_token_ids, sampling):
+            raise EngineFailedError("out of memory")
+
+    unhandled = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    bench = Bench(tokenizer, engine=DyingEngine())
+    await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
+    with pytest.raises(EngineFailedError, match="out of memory"):
+        await bench.build().run(asyncio.Event())
     gc.collect()
     assert unhandled == []
-    assert await bench.ledger() == []
     assert await bench.num_open_tasks() == 4
-    assert environment.closed == environment.opened
 
 
 async def test_an_engine_that_dies_while_nothing_is_played_ends_the_worker_too(tokenizer):
