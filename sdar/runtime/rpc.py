@@ -51,8 +51,6 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A trajectory of 50 turns and 100,000 tokens takes about 1 MiB; texts of an environment take more."""
 MAX_CONCURRENT_CALLS = 16_384
 """Calls a server holds at once; further ones are refused."""
-MAX_CALLS_PER_CONNECTION = 4_096
-"""Calls one connection holds at once; further ones wait at their client."""
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -382,7 +380,9 @@ def build_server(
             ("grpc.max_send_message_length", max_message_bytes),
             # Two servers on one port would share its calls in silence.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+            # Its own bound is 1000 calls that no handler has begun; from there it cancels them at random.
+            ("grpc.server.max_pending_requests", max_concurrent_calls),
+            ("grpc.server.max_pending_requests_hard_limit", max_concurrent_calls),
             # Our channels ping while they wait; the default server takes that for an attack.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_time_ms", 60_000),

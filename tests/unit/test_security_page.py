@@ -38,7 +38,7 @@ def test_the_limits_on_the_page_are_those_of_the_code():
     assert rows["an HTTP body"] == f"{bodies}; {http.BODY_TIMEOUT_S:g} s to arrive"
     assert f"{http.MAX_HEADER_BYTES >> 10} KiB HTTP" in rows["headers"]
     assert f", {settings.MAX_CALLS_PER_S:g}," in rows["calls of a client in a second"]
-    assert rows["calls at once"] == f"{rpc.MAX_CALLS_PER_CONNECTION} a connection, {rpc.MAX_CONCURRENT_CALLS} a server"
+    assert rows["gRPC calls at once"] == str(rpc.MAX_CONCURRENT_CALLS)
     assert rows["HTTP connections and requests at once"] == str(http.MAX_CONNECTIONS)
     texts = f"{sessions.SessionLimits().max_text_bytes >> 20} MiB, {sessions.MAX_KEY_CHARACTERS}"
     assert rows["a text of an episode, a session key, a task id"] == f"{texts} and {sessions.MAX_TASK_ID_CHARACTERS} characters"

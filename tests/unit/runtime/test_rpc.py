@@ -323,3 +323,14 @@ def test_every_method_of_the_contract_says_whether_it_may_be_repeated():
             for method in service.methods:
                 level = method.GetOptions().idempotency_level
                 assert level != descriptor_pb2.MethodOptions.IDEMPOTENCY_UNKNOWN, method.full_name
+
+
+async def test_a_burst_of_thousands_of_calls_over_one_channel_is_answered_whole():
+    """gRPC's own default cancels at random what waits beyond a thousand: a worker that begins its episodes at once."""
+    num_calls = 3000
+    async with serving(answer_ok) as (server, servicer), connect(f"127.0.0.1:{server.port}") as channel:
+        stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+        asked = [call(stub.Step, environment_pb2.StepRequest(text="look"), timeout_s=60) for _ in range(num_calls)]
+        answers = await asyncio.gather(*asked)
+    assert [answer.observation for answer in answers] == ["look"] * num_calls
+    assert servicer.num_calls == num_calls
