@@ -184,6 +184,31 @@ async def test_the_page_puts_what_it_is_told_into_text_and_never_into_markup(cli
         assert way not in page
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "%2e%2e",
+        "..%2f..%2fetc%2fpasswd",
+        "%00",
+        "%0d%0aSet-Cookie:%20a=b",
+        "..%5c",
+        "%ff",
+        "%e2%80%ae",
+        "a" * 5000,
+        "/etc/passwd",
+    ],
+)
+async def test_an_id_that_names_nothing_is_refused_and_names_no_file(client: httpx.AsyncClient, name: str) -> None:
+    for path in ("/v1/trajectories/", "/v1/dead-letters/"):
+        url = httpx.URL(scheme="http", host="gateway", raw_path=f"{path}{name}".encode())
+        answer = await client.get(url)
+        assert answer.status_code in (404, 422), (path, answer.text)
+        assert "set-cookie" not in answer.headers
+        assert len(answer.text) < 12_000
+        assert "root:" not in answer.text
+
+
 async def test_the_page_runs_under_a_policy_that_lets_nothing_in_but_its_own_text(client: httpx.AsyncClient) -> None:
     answer = await client.get("/")
     policy = answer.headers["Content-Security-Policy"]
