@@ -83,7 +83,6 @@ def judge(evidence: Evidence) -> list[Check]:
     training = evidence.config.training
     status, injuries = evidence.status, evidence.injuries
     checkpoints = evidence.directory / "checkpoints"
-    partial = [path.name for folder in (checkpoints, evidence.directory / "weights") for path in folder.rglob("*.partial*")]
     reclaimed = [event.fields["entry_id"] for event in evidence.of("group_reclaimed")]
     return [
         checks.check_end(status.get("phase", "unknown"), status.get("num_updates", 0), training.num_updates),
@@ -99,10 +98,18 @@ def judge(evidence: Evidence) -> list[Check]:
         checks.check_recovered(injuries),
         checks.check_rollout_recovery(injuries),
         checks.check_regenerated(reclaimed, injuries),
-        checks.check_nothing_left(evidence.num_sessions_left, evidence.orphans, partial, evidence.not_drained),
+        checks.check_nothing_left(
+            evidence.num_sessions_left, evidence.orphans, find_half_written(evidence.directory), evidence.not_drained
+        ),
         checks.check_memory(evidence.memory),
         checks.check_redis_memory(evidence.samples),
     ]
+
+
+def find_half_written(directory: Path) -> list[str]:
+    """Checkpoints under their temporary name, and versions of weights without a manifest."""
+    versions = (path for path in directory.glob("weights/*/v*") if not (path / "manifest.json").exists())
+    return [str(path.relative_to(directory)) for path in (*directory.glob("checkpoints/*.partial"), *versions)]
 
 
 def _configure(minutes: float) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -42,6 +41,7 @@ class Deployment:
         self.is_redis_held_down = False
         self.num_restarts: dict[str, int] = {}
         self._probe_ports: dict[str, int] = {}
+        self._ever_seen: set[psutil.Process] = set()
 
     @property
     def names(self) -> list[str]:
@@ -147,7 +147,9 @@ class Deployment:
         if pid is None:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
-            return list(psutil.Process(pid).children(recursive=True))
+            found = list(psutil.Process(pid).children(recursive=True))
+            self._ever_seen.update(found)
+            return found
         return []
 
     def resident_bytes(self, name: str) -> int | None:
@@ -164,14 +166,24 @@ class Deployment:
     def _service(self, name: str) -> ServiceProcess:
         return next(service for service in self.fleet.services if service.name == name)
 
+    def list_left(self, marker: str) -> list[psutil.Process]:
+        """Living processes of the run: those with its marker, and those once seen as a child (vLLM's writes its title over its
+        environment)."""
+        return [process for process in self._ever_seen | set(_find_marked(marker)) if _is_alive(process)]
 
-def find_marked(marker: str) -> Iterator[psutil.Process]:
-    """Living processes that inherited this marker, zombies left out."""
+
+def _find_marked(marker: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            is_marked = process.environ().get(MARKER) == marker
-            if is_marked and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARKER) == marker and process.pid != os.getpid():
                 yield process
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Not a zombie, and not another process under its number."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -180,8 +192,3 @@ def _is_worker(process: psutil.Process) -> bool:
         return not any("resource_tracker" in part for part in process.cmdline())
     except psutil.NoSuchProcess:
         return False
-
-
-def run_in(loop: asyncio.AbstractEventLoop, coroutine: object, timeout_s: float = 10.0) -> object:
-    """Run a coroutine in another thread's loop and wait for it."""
-    return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout_s)  # type: ignore[arg-type]

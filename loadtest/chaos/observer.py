@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -106,9 +106,8 @@ class Observer:
             looks = [self._every(_LOOK_EVERY_S, self._look_at(name, url)) for name, url in urls.items()]
             looks.append(self._every(_LOOK_EVERY_S, self._look_at_redis))
             looks.append(self._every(_SAMPLE_EVERY_S, self._sample))
-            self._tasks = [asyncio.create_task(look) for look in looks]
-            for task in self._tasks:
-                task.add_done_callback(self._note_failure)
+            for look in looks:
+                self._start(look)
 
         self.call(begin)
 
@@ -121,21 +120,18 @@ class Observer:
         found: dict[GroupOutcome, list[int]] = self.call(read)
         return found
 
-    def list_held(self, consumer: str) -> tuple[str, ...]:
-        """Ids of the task groups that a rollout worker holds; nothing while Redis is away."""
+    def find_held(self, consumer: str, tell: Callable[[tuple[str, ...]], None]) -> None:
+        """Tell, as soon as Redis answers, the ids of the task groups that a rollout worker which was just hit holds."""
 
-        async def read() -> tuple[str, ...]:
-            keys = RunKeys(self._config.name)
-            try:
-                pending = await self._redis.xpending_range(
-                    keys.stream(Stream.TASKS), ConsumerGroup.ROLLOUT.value, "-", "+", _MAX_RECORDS, consumername=consumer
-                )
-            except redis.RedisError:
-                return ()
-            return tuple(entry["message_id"].decode() for entry in pending)
+        async def read() -> None:
+            stream, group = RunKeys(self._config.name).stream(Stream.TASKS), ConsumerGroup.ROLLOUT.value
+            while True:
+                with contextlib.suppress(redis.RedisError):
+                    found = await self._redis.xpending_range(stream, group, "-", "+", _MAX_RECORDS, consumername=consumer)
+                    return tell(tuple(entry["message_id"].decode() for entry in found))
+                await asyncio.sleep(_LOOK_EVERY_S)
 
-        found: tuple[str, ...] = self.call(read)
-        return found
+        self.loop.call_soon_threadsafe(self._start, read())
 
     def read_account(self) -> LedgerAccount:
         found: LedgerAccount = self.call(self._bus.read_ledger)
@@ -165,6 +161,12 @@ class Observer:
             await self._http.aclose()
             await self._bus.close()
             await self._redis.aclose()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """In the loop's thread: a task that is over at the end and whose failure is the run's."""
+        task = self.loop.create_task(work)
+        task.add_done_callback(self._note_failure)
+        self._tasks.append(task)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:

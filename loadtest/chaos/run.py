@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from loadtest.chaos.deployment import Deployment, find_marked
+from loadtest.chaos.deployment import Deployment
 from loadtest.chaos.faults import LEARNER, REDIS, TEACHER, Fault, FaultKind
 from loadtest.chaos.logs import LogEvent, LogFollower
 from loadtest.chaos.observer import Observer, Sample
@@ -47,12 +48,13 @@ _PROCESSES_END_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Resident memory of one life (process id) of a service, children included."""
+    """Resident memory of one life (process id) of a service, children included, and the signs of work it has given till then."""
 
     service: str
     pid: int
     at_s: float
     num_bytes: int
+    num_signs: int
 
 
 @dataclass
@@ -95,6 +97,7 @@ class ChaosRun:
         self._endings: list[tuple[float, Callable[[], None]]] = []
         self._next_memory_s = self._next_told_s = 0.0
         self._began_s = 0.0
+        self._num_signs: Counter[str] = Counter()
         self._away_s = 0.0  # of Redis: no fault comes then, and what is left comes later
 
     def run(self) -> Evidence:
@@ -262,7 +265,11 @@ class ChaosRun:
 
     def _note_held(self, injury: Injury) -> None:
         if injury.target.startswith(ROLLOUT_PREFIX):
-            injury.held_entries = self._observer.list_held(injury.target)
+
+            def note(found: tuple[str, ...]) -> None:
+                injury.held_entries = found
+
+            self._observer.find_held(injury.target, note)
 
     # --- one turn ------------------------------------------------------------------------------------------------------------
 
@@ -289,6 +296,7 @@ class ChaosRun:
     def _take_in(self) -> None:
         new = [event for follower in self._logs for event in follower.read()]
         self.evidence.events += new
+        self._num_signs.update(event.service for event in new if is_sign(event))
         seen = self._observer.seen
         for injury in self.evidence.injuries:
             if injury.is_closed:
@@ -308,7 +316,7 @@ class ChaosRun:
             pid, num_bytes = self._deployment.pid(name), self._deployment.resident_bytes(name)
             # Only what is at work: a starting process grows, and that is no leak.
             if pid is not None and num_bytes is not None and now_s - seen.ready_at_s.get(name, 0.0) < _MEMORY_EVERY_S:
-                self.evidence.memory.append(MemorySample(name, pid, now_s, num_bytes))
+                self.evidence.memory.append(MemorySample(name, pid, now_s, num_bytes, self._num_signs[name]))
 
     def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         """Turn until it is true; tells whether it became so in time."""
@@ -339,7 +347,7 @@ class ChaosRun:
     def _look_for_orphans(self) -> None:
         """Children that notice their parent's end get a moment for it."""
         deadline_s = time.monotonic() + _PROCESSES_END_TIMEOUT_S
-        while (left := list(find_marked(self._marker))) and time.monotonic() < deadline_s:
+        while (left := self._deployment.list_left(self._marker)) and time.monotonic() < deadline_s:
             time.sleep(_STEP_S)
         self.evidence.orphans = [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in left]
         for process in left:

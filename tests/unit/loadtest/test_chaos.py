@@ -233,7 +233,10 @@ def test_an_orphan_of_any_kind_is_found():
 
 
 def life(service: str, pid: int, megabytes: list[float]) -> list[MemorySample]:
-    return [MemorySample(service, pid, 2.0 * index, int(value * 2**20)) for index, value in enumerate(megabytes)]
+    return [
+        MemorySample(service, pid, 2.0 * index, int(value * 2**20), num_signs=5 * index)
+        for index, value in enumerate(megabytes)
+    ]
 
 
 def test_memory_that_grows_within_a_life_is_found_and_a_start_that_grows_is_not():
@@ -244,6 +247,13 @@ def test_memory_that_grows_within_a_life_is_found_and_a_start_that_grows_is_not(
     check = checks.check_memory([*steady, *leaking])
     assert not check.is_kept
     assert "learner from" in check.evidence
+
+
+def test_an_engines_warm_up_is_counted_in_groups_not_in_seconds():
+    warming = [1200.0 + 10.0 * index for index in range(30)]
+    assert checks.check_memory([*life("rollout-0", 1, [*warming, *[1500.0] * 12]), *life("envs", 2, [100.0] * 30)]).is_kept
+    leaking = [1200.0 + 10.0 * index for index in range(60)]
+    assert not checks.check_memory(life("rollout-0", 1, leaking)).is_kept
 
 
 def test_memory_is_compared_within_one_life_alone():
