@@ -48,7 +48,7 @@ _PROCESSES_END_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Resident memory of one life (process id) of a service, children included, and the signs of work it has given till then."""
+    """Resident memory of one life (process id) of a service, children included, and its signs of work up to then."""
 
     service: str
     pid: int
