@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import redis.asyncio as redis
@@ -293,6 +293,26 @@ async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whol
         assert (await bus.read_ledger()).open == {0: is_there}
         assert await bus.renew([first, second]) == ([] if is_there else [second])
         await bus.close()
+
+
+async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_is(server: EmbeddedRedis, bus: RedisBus) -> None:
+    class Thief(RedisBus):
+        num_found = 0
+
+        async def _select_dead(self, pending: list[dict[str, Any]], min_idle_s: float) -> list[dict[str, Any]]:
+            dead = await super()._select_dead(pending, min_idle_s)
+            self.num_found += len(dead)
+            await bus.renew(held)
+            return dead
+
+    thief = Thief(server.url, "run", WIRING, LIMITS)
+    await bus.publish(TASKS, [b"1"])
+    held = await bus.read(TASKS, ROLLOUT, "slow", max_count=1)
+    async with asyncio.timeout(10.0):
+        while not thief.num_found:
+            assert await thief.reclaim(TASKS, ROLLOUT, "thief", 0.3, 9) == []
+    assert await bus.renew(held) == held
+    await thief.close()
 
 
 async def test_after_a_restart_of_redis_nobody_living_is_taken_for_dead(tmp_path: Path) -> None:
