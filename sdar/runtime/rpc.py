@@ -137,6 +137,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
         kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
         # Not through kwargs: a peer may name a field "message".
         told = kind(detail.message or f"Call{at} failed with {code.name}.")
+        if peer and isinstance(told, UnauthenticatedError | ForbiddenError):
+            # A door does not know by which name it was found; whoever mends the token must.
+            told = kind(f"Refused by {peer}: {told.message}")
         told.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
         return told
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:

@@ -17,10 +17,12 @@ from sdar.contracts.errors import (
     ConflictError,
     CorruptionError,
     EnvironmentFailedError,
+    ForbiddenError,
     InvalidInputError,
     RefusedError,
     SdarError,
     StaleError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownResourceError,
 )
@@ -102,7 +104,8 @@ async def test_every_error_arrives_as_the_class_that_was_raised(kind):
         with pytest.raises(kind) as caught:
             await step(server.port)
     assert type(caught.value) is kind
-    assert caught.value.message == "What, where, got, fix."
+    where = "Refused by envs: " if issubclass(kind, UnauthenticatedError | ForbiddenError) else ""
+    assert caught.value.message == f"{where}What, where, got, fix."
     assert caught.value.fields == {"session_id": "s1", "bound": "3", "grpc_code": kind.grpc_status, "peer": "envs"}
 
 
