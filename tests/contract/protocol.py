@@ -367,8 +367,11 @@ class Learner(Process):
         snapshot = await self.bus.take_snapshot()
         if self.world.checkpoint_owner is not self:
             raise ConflictError("Another learner holds the checkpoint directory.")
-        self.world.checkpoint = Checkpoint(self.progress.to_json(), self.weights, snapshot)
+        self.world.checkpoint = self.build_checkpoint(snapshot)
         await self.pause("checkpoint")
+
+    def build_checkpoint(self, snapshot: bytes) -> Checkpoint:
+        return Checkpoint(self.progress.to_json(), self.weights, snapshot)
 
     async def acknowledge(self) -> None:
         await self.bus.commit({}, self.unacknowledged, transitions=self.unbooked)

@@ -60,7 +60,7 @@ COMMON = {
 
 
 EXAMPLES, MUTANT_EXAMPLES, STEPS = 60, 100, 25
-REDIS_EXAMPLES, REDIS_STEPS = 6, 15
+REDIS_EXAMPLES, REDIS_STEPS = 4, 8
 ROUNDS_TO_A_POINT = 60
 MAX_DISKS_LOST = 2
 
@@ -89,14 +89,11 @@ class MemoryWorld(World):
 
 
 NAMES = st.sampled_from(sorted(ROLES))
-POINTS = st.sampled_from(
-    [
-        *(("learner", call) for call in ("reclaim", "store", "publish", "take_snapshot", "checkpoint", "commit", "read")),
-        *(("gateway", call) for call in ("claim_role", "load_state", "reclaim", "read", "commit")),
-        *((worker, call) for worker in ("rollout-1", "teacher-1") for call in ("read", "commit")),
-    ]
-)
+LEARNER_POINTS = st.sampled_from(["reclaim", "store", "publish", "take_snapshot", "checkpoint", "commit", "read"])
+GATEWAY_POINTS = st.sampled_from(["claim_role", "load_state", "reclaim", "read", "commit"])
+WORKER_POINTS = st.sampled_from(["read", "commit"])
 WORKERS = st.sampled_from(["rollout-1", "rollout-2", "teacher-1", "teacher-2"])
+RESTARTS = st.lists(st.tuples(st.sampled_from(World.UNIQUE), st.integers(1, 5)), max_size=4)
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -151,20 +148,32 @@ class ProtocolMachine(RuleBasedStateMachine):
     def retry_dead_letters(self) -> None:
         self.do(self.world.retry_letters())
 
-    @rule(point=POINTS, is_taken_over=st.booleans())
-    def strike_right_after(self, point: tuple[str, str], is_taken_over: bool) -> None:
+    @rule(call=LEARNER_POINTS, is_taken_over=st.booleans())
+    def strike_the_learner_right_after(self, call: str, is_taken_over: bool) -> None:
         """The moments that matter, however rare: between two effects of one piece of work."""
-        name, call = point
+        self._strike("learner", call, is_taken_over)
+
+    @rule(call=GATEWAY_POINTS, is_taken_over=st.booleans())
+    def strike_the_gateway_right_after(self, call: str, is_taken_over: bool) -> None:
+        self._strike("gateway", call, is_taken_over)
+
+    @rule(name=WORKERS, call=WORKER_POINTS)
+    def strike_a_worker_right_after(self, name: str, call: str) -> None:
+        self._strike(name, call, is_taken_over=False)
+
+    def _strike(self, name: str, call: str, is_taken_over: bool) -> None:
         self.do(self.world.step_until(name, call, ROUNDS_TO_A_POINT))
-        if is_taken_over and name in World.UNIQUE:
+        if is_taken_over:
             self.world.take_over(name)
         else:
             self.do(self.world.crash(name))
 
     @precondition(lambda self: self.world.checkpoint is not None and self.world.num_disks_lost < MAX_DISKS_LOST)
-    @rule()
-    def lose_disk(self) -> None:
+    @rule(restarts=RESTARTS)
+    def lose_disk(self, restarts: list[tuple[str, int]]) -> None:
         self.do(self.world.lose_disk())
+        for name, count in restarts:
+            self.do(self.world.step(name, count))
 
     @invariant()
     def holds(self) -> None:
@@ -210,12 +219,10 @@ class BooksTrainedBeforeItIsDurable(Learner):
 
 
 class ForgetsWhatItTrained(Learner):
-    async def write_checkpoint(self) -> None:
-        await super().write_checkpoint()
-        kept = self.world.checkpoint
-        assert kept is not None
+    def build_checkpoint(self, snapshot: bytes) -> Checkpoint:
+        kept = super().build_checkpoint(snapshot)
         progress = kept.progress | {"trained_groups": [[] for _ in kept.progress["trained_groups"]]}
-        self.world.checkpoint = Checkpoint(progress, kept.weights, kept.snapshot)
+        return dataclasses.replace(kept, progress=progress)
 
 
 class DropsDurableEntriesUnbooked(Learner):
@@ -237,12 +244,9 @@ class NeverRestores(Learner):
 
 
 class KeepsItsFirstSnapshot(Learner):
-    async def write_checkpoint(self) -> None:
+    def build_checkpoint(self, snapshot: bytes) -> Checkpoint:
         before = self.world.checkpoint
-        await super().write_checkpoint()
-        kept = self.world.checkpoint
-        if before is not None and kept is not None:
-            self.world.checkpoint = Checkpoint(kept.progress, kept.weights, before.snapshot)
+        return super().build_checkpoint(snapshot if before is None else before.snapshot)
 
 
 class IssuesBeforeItSavesItsCursor(Gateway):

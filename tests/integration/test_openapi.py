@@ -36,7 +36,7 @@ from tests.fuzzing import Fuzzer, resident_bytes
 from tests.unit.gateway.fakes import build_config, play
 from tests.unit.gateway.test_scheduler import Run, begin
 
-EXAMPLES_PER_ROUTE = 60
+EXAMPLES_PER_ROUTE = 120
 NUM_RUBBISH = 400
 MIN_ROUTES_WITH_INPUT = 6
 ANSWER_WITHIN_S = 10.0
@@ -113,7 +113,7 @@ def test_every_route_answers_as_documented_whatever_it_is_asked(port: int, mode:
     assert not [key for key in seen if key[1] >= 500 and key[1] not in SERVER_ERRORS_ALLOWED]
     # Routes without anything to choose can be asked in one way only; all others were asked many times, and both ways.
     assert len(operations) - len(never_wrong) >= MIN_ROUTES_WITH_INPUT, never_wrong
-    assert sum(seen.values()) > EXAMPLES_PER_ROUTE * MIN_ROUTES_WITH_INPUT, seen
+    assert sum(seen.values()) >= EXAMPLES_PER_ROUTE * MIN_ROUTES_WITH_INPUT, seen
 
 
 def exchange(port: int, data: bytes) -> bytes:
