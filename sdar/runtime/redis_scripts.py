@@ -162,16 +162,21 @@ end
 
 LIST_UNSEEN = f"""
 {_TAKE}
-local stream, group, consumer, after_id, max_count = KEYS[1], take(), take(), take(), take()
-local unseen = {{}}
-local rows = redis.pcall('XPENDING', stream, group, '(' .. after_id, '+', max_count, consumer)
-for _, row in ipairs(rows) do
-    local entry = row[4] == 1 and redis.call('XRANGE', stream, row[1], row[1])[1]
-    if entry then unseen[#unseen + 1] = entry end
+local stream, group, consumer, after_id, max_count = KEYS[1], take(), take(), take(), take_number()
+local unseen, page_size = {{}}, 256
+while true do
+    local rows = redis.pcall('XPENDING', stream, group, '(' .. after_id, '+', page_size, consumer)
+    for _, row in ipairs(rows) do
+        local entry = row[4] == 1 and redis.call('XRANGE', stream, row[1], row[1])[1]
+        if entry then unseen[#unseen + 1] = entry end
+        if #unseen == max_count then return unseen end
+    end
+    if #rows < page_size then return unseen end
+    after_id = rows[page_size][1]
 end
-return unseen
 """
-"""Entries read once by this consumer after an id: those of a read whose reply was lost."""
+"""Entries read once by this consumer after an id: those of a read whose reply was lost. Others may stand between them, taken
+over from somebody else."""
 
 RENEW = f"""
 {_TAKE}

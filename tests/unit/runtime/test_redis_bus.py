@@ -431,6 +431,29 @@ async def test_entries_of_a_read_whose_reply_was_lost_are_returned_by_the_next(s
         await far.close()
 
 
+@pytest.mark.parametrize("has_role", [False, True])
+async def test_entries_of_a_lost_reply_are_found_behind_those_taken_over(server: EmbeddedRedis, has_role: bool) -> None:
+    """As after a start: more is pending from an earlier life than one read asks for, and the first read is the one lost."""
+    proxy = ForgetfulProxy(server.url, b"EVALSHA" if has_role else b"XREADGROUP")
+    async with proxy as url:
+        far = RedisBus(url, "run", WIRING, LIMITS)
+        if has_role:
+            await far.claim_role(GATEWAY)
+        await far.publish(TASKS, [str(number).encode() for number in range(5)])
+        await far.read(TASKS, ROLLOUT, "a", max_count=3)
+        await far.close()
+        far = RedisBus(url, "run", WIRING, LIMITS)
+        if has_role:
+            await far.claim_role(GATEWAY)
+        taken = await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 9, held_by="a")
+        proxy.is_armed = True
+        held = await far.read(TASKS, ROLLOUT, "a", max_count=2)
+        assert proxy.num_dropped == 1
+        assert [delivery.payload for delivery in taken] == [b"0", b"1", b"2"]
+        assert [(delivery.payload, delivery.num_deliveries) for delivery in held] == [(b"3", 1), (b"4", 1)]
+        await far.close()
+
+
 async def test_a_redis_on_a_unix_socket_will_do(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path, unix_socket=tmp_path / "redis.sock") as server:
         bus = RedisBus(server.url, "run", WIRING, LIMITS, client_name="a")
