@@ -225,6 +225,7 @@ def _shard_name(ranks: Ranks) -> str:
 def _lock_directory(directory: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        _sync(directory.parent)
         handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise ConfigurationError(

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import structlog
@@ -245,6 +246,31 @@ def test_a_damaged_checkpoint_is_replaced_and_never_counts_among_those_kept(tmp_
     store.write(second.after_update(["y"]), SNAPSHOT, write_shards(3.0))
     assert list_names(tmp_path) == ["update-00000002", "update-00000003"]
     store.close()
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(store, tmp_path, monkeypatch):
+    """A power cut keeps what was synced: no name may be durable before what it names."""
+    done, directory = [], tmp_path / "checkpoints"
+    fsync, rename = os.fsync, Path.rename
+
+    def fsync_and_tell(handle):
+        done.append(("sync", Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def rename_and_tell(path, target):
+        done.append(("rename", path, target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_and_tell)
+    monkeypatch.setattr(Path, "rename", rename_and_tell)
+    final = write(store, 1)
+    partial = directory / "update-00000001.partial"
+    *files, last, in_partial, renamed, in_directory = done
+    assert {path.name for _, path in files} | {"manifest.json"} == {path.name for path in final.iterdir()}
+    assert last == ("sync", partial / "manifest.json")
+    assert in_partial == ("sync", partial)
+    assert renamed == ("rename", partial, final)
+    assert in_directory == ("sync", directory)
 
 
 def write_and_die(directory, config, progress, place):
