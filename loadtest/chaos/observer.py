@@ -27,7 +27,7 @@ from sdar.runtime.bus import BEFORE_FIRST, BusLimits, parse_entry_id
 from sdar.runtime.ledger import CLOSING, LedgerAccount
 from sdar.runtime.redis_bus import RedisBus
 
-_LOOK_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.5
 _SAMPLE_EVERY_S = 1.0
 _TIMEOUT_S = 2.0
 _COMMITTED = (Stream.TASKS, Stream.TRAJECTORIES, Stream.SCORED, Stream.LEDGER, Stream.METRICS, Stream.POLICY_UPDATES)

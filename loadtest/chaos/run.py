@@ -29,7 +29,7 @@ from services.envs.sessions import SessionLimits
 
 log = structlog.get_logger()
 
-_STEP_S = 0.05
+_STEP_S = 0.1
 _START_TIMEOUT_S = 300.0
 _MAX_STILL_S = 300.0
 """How long neither an update nor a fault may come: then the run is stuck."""
