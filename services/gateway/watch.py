@@ -70,13 +70,18 @@ class Watch:
             self._change(BusState.UNREACHABLE, error.message)
         else:
             # Twice in a row: the scheduler's own call takes a moment to notice that Redis is back.
-            blocked = self._scheduler.health.blocked
+            blocked = self._scheduler.health.blocked or self._describe_fullness()
             is_full = bool(blocked) and self._was_blocked
             self._change(BusState.FULL if is_full else BusState.OK, blocked if is_full else "")
             self._was_blocked = bool(blocked)
         self._note_progress()
         self.board.update(self._describe_situation())
         self._metrics.observe_bus(self.condition.state, self.lags, self.memory, self.num_dead_letters, self.board.alarms)
+
+    def _describe_fullness(self) -> str:
+        """That Redis has no room, which a gateway with nothing to write would not meet; empty if it has."""
+        used, most = self.memory.used_bytes, self.memory.max_bytes
+        return f"Redis is full: it holds {used} bytes and may hold {most}." if most and used >= most else ""
 
     async def ask(self, question: Awaitable[T]) -> T:
         """The answer to a question to Redis, for somebody who waits.

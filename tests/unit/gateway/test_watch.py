@@ -70,6 +70,12 @@ async def client(scheduler: Scheduler, watch: Watch, bus: RedisBus, registry: Co
         yield client
 
 
+async def set_max_memory(server: EmbeddedRedis, max_bytes: int) -> None:
+    admin = redis.Redis.from_url(server.url)
+    await admin.config_set("maxmemory", max_bytes)
+    await admin.aclose()
+
+
 async def test_the_watch_sees_lags_memory_and_dead_letters(watch: Watch, bus: RedisBus, registry: CollectorRegistry) -> None:
     await bus.publish(Stream.TASKS, [b"one", b"two", b"three"])
     delivery = (await bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "r", 2))[0]
@@ -115,9 +121,7 @@ async def test_while_redis_hangs_the_status_is_told_at_once_and_questions_are_pu
 async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     watch: Watch, health: Health, server: EmbeddedRedis, client: httpx.AsyncClient
 ) -> None:
-    admin = redis.Redis.from_url(server.url)
-    await admin.config_set("maxmemory", 1)
-    await admin.aclose()
+    await set_max_memory(server, 1)
     health.mark_ready()
     health.report_blocked("Redis refuses writes: OOM")  # as the scheduler's bus tells at every try
     await watch.refresh()
@@ -129,8 +133,20 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     assert "refuses writes" in (await client.get("/readyz")).text
     assert (await client.get("/healthz")).status_code == 200
     health.report_blocked("")
+    await set_max_memory(server, 1 << 30)
     await watch.refresh()
     assert watch.condition.state is BusState.OK
+
+
+async def test_a_full_redis_is_told_of_by_a_gateway_that_has_nothing_to_write(watch: Watch, server: EmbeddedRedis) -> None:
+    await set_max_memory(server, 1)
+    await watch.refresh()
+    await watch.refresh()
+    assert watch.condition.state is BusState.FULL
+    assert {alarm.name for alarm in watch.board.alarms} == {"redis_full", "redis_memory"}
+    await set_max_memory(server, 1 << 30)
+    await watch.refresh()
+    assert (watch.condition.state, watch.board.alarms) == (BusState.OK, [])
 
 
 async def test_a_worker_is_missed_a_minute_after_its_last_report_and_only_later_before_its_first(
