@@ -18,6 +18,7 @@ It never looks into a payload. Implementations: `sdar.runtime.redis_bus.RedisBus
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,6 +247,9 @@ class Bus(Protocol):
 
     async def ping(self) -> None:
         """Returns if the server answers."""
+
+    async def hurry(self, stopping: asyncio.Event) -> None:
+        """Beside a service's mains: once that is asked to stop, no call waits for long for a server that is away or full."""
 
     async def close(self) -> None:
         """Release connections. What was read and not acknowledged stays pending."""

@@ -378,6 +378,9 @@ class MemoryBus:
     async def ping(self) -> None:
         """Memory is always there."""
 
+    async def hurry(self, stopping: asyncio.Event) -> None:
+        await stopping.wait()
+
     async def close(self) -> None:
         """Others may still use what this handle shares; only its name goes."""
         if self._name:

@@ -550,6 +550,10 @@ class RedisBus:
     async def ping(self) -> None:
         await self._run(lambda: self._redis.ping())
 
+    async def hurry(self, stopping: asyncio.Event) -> None:
+        """Beside a service's mains: once that is asked to stop, no call waits long for a Redis that is away or full."""
+        await self._connection.hurry(stopping)
+
     async def close(self) -> None:
         await self._connection.close()
 

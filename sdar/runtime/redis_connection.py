@@ -3,6 +3,7 @@
 - An unreachable Redis (away, loading its file, silent) is retried for `outage_tolerance_s`. One that answers and refuses writes
   (out of memory or disk, read-only) is waited for without bound. redis-py's own retries are off: it nests one around connecting
   within one around the command, and together they have no deadline.
+- Who is asked to stop waits `LEAVE_S` more for either: a process that ends loses nothing that Redis was not told.
 - Connections are named after run and process. A process without any at the server is dead, unless the server or the network was
   away: then the others may not be back yet. `fetch_witness` therefore tells since when this process has been in touch with a
   server that has been up.
@@ -38,7 +39,9 @@ _CONNECT_TIMEOUT_S = 10.0
 _REPLY_TIMEOUT_S = 20.0
 _FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
 _LOG_EVERY_S = 30.0
-_REFUSALS = ("OOM ", "MISCONF ", "READONLY ", "-OOM ", "-MISCONF ", "-READONLY ")
+LEAVE_S = 10.0
+"""How long a process that is asked to stop goes on waiting in one call: a fraction of what its supervisor gives it to end."""
+_REFUSALS = ("OOM ", "MISCONF ", "READONLY ", "NOREPLICAS ", "-OOM ", "-MISCONF ", "-READONLY ", "-NOREPLICAS ")
 """How write refusals begin, and how Redis before 7.0 quotes them when a script meets one."""
 
 
@@ -78,6 +81,7 @@ class RedisConnection:
         self._blocked: dict[object, str] = {}
         self._next_log_at = 0.0
         self._in_touch_since: float | None = None
+        self._leaves_at: float | None = None
         try:
             self.client = redis.Redis.from_url(
                 url,
@@ -100,7 +104,8 @@ class RedisConnection:
         """The result of `operation`, repeated until Redis does it. It must be one that may be repeated after a lost reply.
 
         Raises:
-            BusUnavailableError: unreachable for too long. ConfigurationError: credentials or rights are missing.
+            BusUnavailableError: unreachable for too long, or held up while this process is to end. ConfigurationError:
+                credentials or rights are missing.
         """
         waiting = _Waiting(self._outage_tolerance_s)
         try:
@@ -112,6 +117,7 @@ class RedisConnection:
                     return result
                 except (redis_errors.RedisError, TimeoutError, OSError) as error:
                     reason = self._judge(error, waiting)
+                    self._check_leaving(reason, waiting)
                 self._report(waiting, reason)
                 await asyncio.sleep(waiting.next_delay_s())
         finally:
@@ -139,6 +145,11 @@ class RedisConnection:
         up_s = in_touch_s if info is None else float(info["uptime_in_seconds"])
         names = None if clients is None else frozenset(client["name"] for client in clients)
         return Witness(names, min(in_touch_s, up_s))
+
+    async def hurry(self, stopping: asyncio.Event) -> None:
+        """Returns when this process is asked to stop; from then on no call waits for long."""
+        await stopping.wait()
+        self._leaves_at = time.monotonic() + LEAVE_S
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -171,6 +182,13 @@ class RedisConnection:
             return f"Redis at {self._place} {state}: {error} Give it memory or disk, or address the primary."
         raise error
 
+    def _check_leaving(self, reason: str, waiting: _Waiting) -> None:
+        if self._leaves_at is not None and time.monotonic() >= max(self._leaves_at, waiting.began_at + LEAVE_S):
+            raise BusUnavailableError(
+                f"{reason} Asked to stop meanwhile; what was not written is done again after the next start.",
+                address=self._place,
+            )
+
     def _report(self, waiting: _Waiting, reason: str) -> None:
         was_blocked = bool(self._blocked)
         if reason:
@@ -197,6 +215,7 @@ class _Waiting:
     """One operation that is being repeated: how long Redis has been away for it, and when it tries next."""
 
     def __init__(self, outage_tolerance_s: float) -> None:
+        self.began_at = time.monotonic()
         self._tolerance_s = outage_tolerance_s
         self._give_up_at: float | None = None
         self._delay_s = _FIRST_RETRY_S

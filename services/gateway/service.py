@@ -72,7 +72,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         await grpc_server.stop(grace_s=2.0)
 
     try:
-        await run_until_stopped(scheduler.run, watch.run, answer_http, answer_grpc)
+        await run_until_stopped(scheduler.run, watch.run, answer_http, answer_grpc, bus.hurry)
     finally:
         await bus.close()
         await watch_bus.close()

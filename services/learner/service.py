@@ -70,7 +70,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
                 metrics=LearnerMetrics(registry),
             )
         )
-        await run_until_stopped(learner.run, *([followers.watch] if followers is not None else []))
+        await run_until_stopped(learner.run, bus.hurry, *([followers.watch] if followers is not None else []))
 
 
 @contextlib.asynccontextmanager

@@ -139,4 +139,4 @@ async def run_worker(
         await stopping.wait()
         await server.stop(_DRAIN_S)
 
-    await run_until_stopped(worker.run, answer)
+    await run_until_stopped(worker.run, answer, bus.hurry)

@@ -139,4 +139,5 @@ async def _run(config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher
         while not await wait_or_stop(stopping, 1.0):
             health.beat()
 
-    await run_until_stopped(worker.run if config.needs_teacher else idle, worker.report, teacher.keep_pins, answer)
+    main = worker.run if config.needs_teacher else idle
+    await run_until_stopped(main, worker.report, teacher.keep_pins, answer, bus.hurry)

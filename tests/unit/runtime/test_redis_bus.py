@@ -17,6 +17,7 @@ from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError, CorruptionError, SupersededError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
+from sdar.runtime import redis_connection
 from sdar.runtime.bus import BEFORE_FIRST, SUSPECT_FACTOR, BusLimits
 from sdar.runtime.embedded_redis import EmbeddedRedis, _find_executable
 from sdar.runtime.ledger import format_group_id
@@ -523,6 +524,28 @@ async def test_a_redis_without_memory_is_waited_out_and_reported_and_nothing_is_
     assert await bus.load_state("cursor") == b"1"
     assert (await bus.read_ledger()).num_issued == 1
     assert await bus.renew(held) == []
+    await bus.close()
+
+
+@pytest.mark.parametrize("is_away", [True, False])
+async def test_who_is_asked_to_stop_does_not_wait_for_redis_for_long(
+    server: EmbeddedRedis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, is_away: bool
+) -> None:
+    monkeypatch.setattr(redis_connection, "LEAVE_S", 0.5)
+    reports, stopping = Reports(), asyncio.Event()
+    bus = RedisBus(server.url, "run", WIRING, LIMITS, on_blocked=reports)
+    hurrying = asyncio.create_task(bus.hurry(stopping))
+    await client.config_set("maxmemory", 1)
+    if is_away:
+        server.kill()
+    publishing = asyncio.create_task(bus.publish(TASKS, [b"1"]))
+    await reports.wait_for(3)
+    assert not publishing.done()
+    stopping.set()
+    async with asyncio.timeout(5.0):
+        await hurrying
+        with pytest.raises(BusUnavailableError, match="Asked to stop meanwhile"):
+            await publishing
     await bus.close()
 
 
