@@ -218,6 +218,7 @@ def work(directory: Path, points: Sequence[tuple[str, Saved, Point]], expected: 
     for name, saved, point in points:
         if fault := kill_and_resume(world, saved, point, expected):
             wrong.append(f"{name}, before {Path(point[0]).name}:{point[1]} (execution {point[2]}): {fault}")
+            print(wrong[-1], file=sys.stderr, flush=True)
     world.close()
     (directory / "wrong.json").write_text(json.dumps(wrong))
 
