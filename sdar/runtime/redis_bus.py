@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from typing import Any
 
 from redis import exceptions as redis_errors
+from redis.commands.core import AsyncScript
 
 from sdar.contracts.codec import encode_ledger_event
 from sdar.contracts.errors import CapacityError
@@ -101,6 +102,7 @@ class RedisBus:
         name = format_client_name(run_id, client_name) if client_name else ""
         self._connection = RedisConnection(url, name, self._limits.outage_tolerance_s, on_blocked)
         self._redis = self._connection.client
+        self._scripts: dict[str, AsyncScript] = {}
         self._run = self._connection.run
         self._send = self._connection.send
 
@@ -191,7 +193,9 @@ class RedisBus:
 
     async def _call_script(self, script: str, request: _Request) -> Any:
         # A registered script is sent by its digest, and whole to a server that does not know it (any more).
-        return await self._redis.register_script(script)(request.keys, request.arguments)
+        if script not in self._scripts:
+            self._scripts[script] = self._redis.register_script(script)
+        return await self._scripts[script](request.keys, request.arguments)
 
     async def _wait_for_room(self, stream: Stream) -> None:
         """Returns when the stream is below its bound; trims it while waiting, for its consumers trim only now and then."""
