@@ -41,8 +41,15 @@ _FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
 _LOG_EVERY_S = 30.0
 LEAVE_S = 10.0
 """How long a process that is asked to stop goes on waiting in one call: a fraction of what its supervisor gives it to end."""
-_REFUSALS = ("OOM ", "MISCONF ", "READONLY ", "NOREPLICAS ", "-OOM ", "-MISCONF ", "-READONLY ", "-NOREPLICAS ")
-"""How write refusals begin, and how Redis before 7.0 quotes them when a script meets one."""
+_REFUSAL_HINTS = {
+    "OOM": "is full ({words}). Raise its maxmemory.",
+    "MISCONF": "cannot write to its disk ({words}). Give it room there.",
+    "READONLY": "is a replica and takes no writes ({words}). Address the primary.",
+    "NOREPLICAS": "misses its replicas ({words}). Bring them back.",
+}
+"""What Redis' write refusals mean, by the code they begin with."""
+_REFUSAL = re.compile(rf"\b({'|'.join(_REFUSAL_HINTS)}) (.*)", re.DOTALL)
+"""A refusal within an error: Redis before 7.0 puts much before one that a script meets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +183,9 @@ class RedisConnection:
                     address=self._place,
                 ) from error
             return f"Redis at {self._place} does not answer ({problem})."
-        if is_write_refusal(error):
+        if refusal := describe_write_refusal(error):
             waiting.end_outage()
-            state = "is full" if "OOM " in str(error) or isinstance(error, redis_errors.OutOfMemoryError) else "refuses writes"
-            return f"Redis at {self._place} {state}: {error} Give it memory or disk, or address the primary."
+            return f"Redis at {self._place} {refusal}"
         raise error
 
     def _check_leaving(self, reason: str, waiting: _Waiting) -> None:
@@ -235,10 +241,15 @@ class _Waiting:
         return delay_s
 
 
-def is_write_refusal(error: Exception) -> bool:
-    if isinstance(error, redis_errors.OutOfMemoryError | redis_errors.ReadOnlyError):
-        return True
-    return isinstance(error, redis_errors.ResponseError) and any(refusal in str(error) for refusal in _REFUSALS)
+def describe_write_refusal(error: Exception) -> str:
+    """Why Redis refuses to write for now; empty if the error says something else."""
+    words = str(error)
+    if isinstance(error, redis_errors.OutOfMemoryError):
+        words = f"OOM {words}"  # redis-py takes the code off errors that have a class
+    elif isinstance(error, redis_errors.ReadOnlyError):
+        words = f"READONLY {words}"
+    found = _REFUSAL.search(words) if isinstance(error, redis_errors.ResponseError) else None
+    return _REFUSAL_HINTS[found[1]].format(words=found[2].strip().rstrip(".")) if found else ""
 
 
 async def _unless_forbidden(reply: Awaitable[Any]) -> Any:

@@ -98,13 +98,14 @@ def find_redis_unreachable(situation: Situation) -> str:
     bus = situation.bus
     if bus.state is not BusState.UNREACHABLE:
         return ""
-    return f"Redis does not answer for {situation.now_s - bus.since_s:.0f} s: {bus.message} Everything waits for it."
+    return f"{bus.message} Everything waits for it, for {situation.now_s - bus.since_s:.0f} s now."
 
 
 def find_redis_full(situation: Situation) -> str:
-    if situation.bus.state is not BusState.FULL:
+    bus = situation.bus
+    if bus.state is not BusState.FULL:
         return ""
-    return f"Redis refuses writes: {situation.bus.message} Everything waits; give it memory or disk."
+    return f"{bus.message} Everything waits until it takes writes again, for {situation.now_s - bus.since_s:.0f} s now."
 
 
 def find_redis_memory(situation: Situation) -> str:

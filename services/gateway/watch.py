@@ -81,7 +81,7 @@ class Watch:
     def _describe_fullness(self) -> str:
         """That Redis has no room, which a gateway with nothing to write would not meet; empty if it has."""
         used, most = self.memory.used_bytes, self.memory.max_bytes
-        return f"Redis is full: it holds {used} bytes and may hold {most}." if most and used >= most else ""
+        return f"Redis is full ({used} of {most} bytes). Raise its maxmemory." if most and used >= most else ""
 
     async def ask(self, question: Awaitable[T]) -> T:
         """The answer to a question to Redis, for somebody who waits.

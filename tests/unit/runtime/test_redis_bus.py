@@ -510,7 +510,8 @@ async def test_a_redis_without_memory_is_waited_out_and_reported_and_nothing_is_
     )
     await reports.wait_for(3)
     assert not committing.done()
-    assert all("is full: " in reason and "OOM command not allowed" in reason for reason in reports.reasons)
+    [reason] = set(reports.reasons)  # in Redis' own words, without those of the script that met it
+    assert reason.endswith(" is full (command not allowed when used memory > 'maxmemory'). Raise its maxmemory.")
     await bus.acknowledge(held[1:])  # frees memory, so it must not wait
     assert await bus.renew(held) == held[:1]
     assert await bus.newest(LEDGER) is None
