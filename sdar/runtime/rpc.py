@@ -311,7 +311,9 @@ def find_needed_role(method: str) -> Role | None:
 
 
 class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # Generic in its stubs only.
-    """Asks every call whose it is before its bytes are parsed. Health is open: probes have no token."""
+    """Asks every call whose it is. One that may not come in is refused before its message is taken from the connection: a
+    stranger's 64 MiB must not fill the memory. Health is open: probes have no token.
+    """
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -322,17 +324,24 @@ class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(handler_call_details)
-        needed = find_needed_role(handler_call_details.method)
-        if handler is None or needed is None:
-            return handler
+        if handler is None:
+            return None
         metadata: Any = handler_call_details.invocation_metadata or ()
         shown = [value for key, value in metadata if key == "authorization"]
+        bearer, refusal = self._door.judge(find_needed_role(handler_call_details.method), shown)
 
         async def admit(context: Any) -> None:
+            client = bearer or _address_of(context.peer())
             try:
-                CLIENT.set(self._door.admit(needed, shown, _address_of(context.peer())))
+                self._door.count(client)
+                if refusal:
+                    raise refusal
             except SdarError as error:
                 await _abort(context, error)
+            CLIENT.set(client)
+
+        async def refuse(_: Any, context: Any) -> None:
+            await admit(context)
 
         async def answer_unary(request: Any, context: Any) -> Any:
             await admit(context)
@@ -348,11 +357,14 @@ class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        if refusal:
+            return grpc.stream_stream_rpc_method_handler(refuse)  # reads only what it asks for, which is nothing
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(answer_unary, **codec)
         if handler.stream_stream is not None:  # reflection
             return grpc.stream_stream_rpc_method_handler(answer_stream, **codec)
-        return None  # no service of ours has any other kind, and what is not guarded is not offered
+        # Health.Watch, which anyone could hold open without end. What is not guarded is not offered.
+        return None
 
 
 def _address_of(peer: str) -> str:

@@ -20,7 +20,7 @@ from typing import Generic, Literal, TypeVar
 
 import structlog
 
-from sdar.contracts.errors import CapacityError, ConfigurationError, ForbiddenError, UnauthenticatedError
+from sdar.contracts.errors import CapacityError, ConfigurationError, ForbiddenError, SdarError, UnauthenticatedError
 from sdar.runtime.settings import MAX_CALLS_PER_S, Settings
 
 T = TypeVar("T")
@@ -384,26 +384,39 @@ class Door:
             UnauthenticatedError: no token, or a wrong one. ForbiddenError: a token of too low a role.
             CapacityError: too many calls of this client.
         """
-        token = None if self._tokens is None else self._find(self._tokens.get(), authorizations)
-        client = address if token is None else token.client
+        bearer, refusal = self.judge(needed, authorizations)
+        self.count(bearer or address)
+        if refusal:
+            raise refusal
+        return bearer or address
+
+    def judge(self, needed: Role | None, authorizations: Sequence[str]) -> tuple[str, SdarError | None]:
+        """Whose token a call shows, "" for none of ours, and why the call may not come in, None if it may."""
+        if self._tokens is None:
+            return "", None
+        token = self._find(self._tokens.get(), authorizations)
+        bearer = "" if token is None else token.client
+        if needed is None:
+            return bearer, None
+        if token is None:
+            told = "has one that is not accepted" if authorizations else "has none"
+            return bearer, UnauthenticatedError(
+                f"This server asks for a token and the call {told}. Send `authorization: Bearer TOKEN`; commands and "
+                "services of sdar take it from SDAR_TOKEN."
+            )
+        if token.role < needed:
+            return bearer, ForbiddenError(
+                f"The token's role is {token.role.name.lower()}, this call needs {needed.name.lower()}. Use another token."
+            )
+        return bearer, None
+
+    def count(self, client: str) -> None:
+        """Count a call of a client, let in or not. Raises CapacityError for one too many."""
         if wait_s := self._rate.take(client):
             raise CapacityError(
                 f"Too many calls. Wait {wait_s:.2f} s, or have SDAR_MAX_CALLS_PER_S of the server raised.",
                 retry_after_s=f"{wait_s:.3f}",
             )
-        if needed is None or self._tokens is None:
-            return client
-        if token is None:
-            told = "has one that is not accepted" if authorizations else "has none"
-            raise UnauthenticatedError(
-                f"This server asks for a token and the call {told}. Send `authorization: Bearer TOKEN`; commands and "
-                "services of sdar take it from SDAR_TOKEN."
-            )
-        if token.role < needed:
-            raise ForbiddenError(
-                f"The token's role is {token.role.name.lower()}, this call needs {needed.name.lower()}. Use another token."
-            )
-        return client
 
     @staticmethod
     def _find(tokens: Sequence[Token], authorizations: Sequence[str]) -> Token | None:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +22,7 @@ from sdar.contracts.errors import (
     ConfigurationError,
     EnvironmentFailedError,
     ForbiddenError,
+    InvalidInputError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -158,6 +160,33 @@ async def test_what_is_sent_is_not_parsed_before_the_token_is_judged(place):
             async with connect(address, place.build_client(token)) as channel:
                 with pytest.raises(Exception, match=refusal):
                     await call(channel.unary_unary(f"/{SERVICE_NAME}/Step"), b"\xff\xff", timeout_s=5)
+
+
+async def test_a_strangers_message_stays_outside(place):
+    """The bound on messages is not even asked: whoever may not come in is refused before anything is collected."""
+    server = build_server("127.0.0.1", 0, [], place.build_server(), max_message_bytes=1000)
+    await server.start()
+    try:
+        address, method = f"127.0.0.1:{server.port}", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        for token, refusal in ((OPERATE_TOKEN, InvalidInputError), ("w" * 40, UnauthenticatedError)):
+            async with connect(address, place.build_client(token)) as channel:
+                with pytest.raises(refusal):
+                    await call(channel.unary_unary(method), bytes(100_000), timeout_s=5)
+    finally:
+        await server.stop(grace_s=0.0)
+
+
+async def test_open_calls_count_and_none_can_be_held(place):
+    async with (
+        household(place.build_server(max_calls_per_s=1.0)) as address,
+        connect(address, place.build(place.client)) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="Method not found"):
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        checks = [call(stub.Check, health_pb2.HealthCheckRequest(), timeout_s=5) for _ in range(10)]
+        answers = await asyncio.gather(*checks, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {health_pb2.HealthCheckResponse, CapacityError}
 
 
 def strangers_certificate(place):
