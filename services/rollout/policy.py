@@ -82,7 +82,13 @@ class PolicyFollower:
             EngineFailedError, UnavailableError: from the engine.
         """
         await self._read(block_s=0.0)
-        await self._switch()
+        is_loaded = asyncio.Event()
+        keeping = asyncio.create_task(self._pins.keep(is_loaded), name="policy_pins")  # loading may take minutes
+        try:
+            await self._switch()
+        finally:
+            is_loaded.set()
+            await keeping
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Follow until stopped. Fails when the engine does."""

@@ -172,6 +172,20 @@ async def test_a_version_is_in_use_before_it_is_read_and_its_predecessor_until_i
     assert not await bus.retire_versions([2])
 
 
+async def test_a_first_load_that_outlasts_its_declaration_is_still_in_use():
+    class SlowEngine(ScriptedEngine):
+        async def update_weights(self, manifest):
+            await asyncio.sleep(3 * ttl_s)
+            assert not await bus.retire_versions([manifest.policy_version])
+            await super().update_weights(manifest)
+
+    ttl_s, bus, engine = 0.2, MemoryBus({}), SlowEngine()
+    await publish(bus, 1)
+    follower = PolicyFollower(bus, engine, PinnedVersions(bus, "me", ttl_s), RolloutMetrics())
+    await follower.catch_up()
+    assert engine.policy_version == 1
+
+
 async def test_a_version_that_is_being_deleted_is_refused_and_the_newest_other_one_is_taken():
     engine = ScriptedEngine()
     bus = MemoryBus({})
