@@ -32,35 +32,36 @@ def render_status(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_show(f"{status['run_id']}: {status['method']}, {status['phase']}", "bold")]
     if status["detail"]:
         parts.append(_show(status["detail"]))
-    parts.append(_show(format_progress(status)))
+    parts += [_show(line) for line in format_progress(status)]
     parts += [_show(f"{alarm['name']}: {alarm['message']}", "bold red") for alarm in status["alarms"]]
     parts += [_show(line) for line in format_ledger(status)]
     parts.append(_render_streams(status["stream_lags"]))
     if status["evaluations"]:
         parts.append(_render_evaluations(status["evaluations"]))
-    if status["dead_letters"]:
-        parts.append(_show(f"dead letters: {status['dead_letters']} (sdar dead-letter list)"))
     parts += [_show(f"{group_id}: {reason}", "dim") for group_id, reason in status["failures"].items()]
     return Group(*parts)
 
 
-def format_progress(status: dict[str, Any]) -> str:
-    instances = ", ".join(f"{number} {name}" for name, number in status["instances"].items())
+def format_progress(status: dict[str, Any]) -> list[str]:
+    """How far the run is, and who is there."""
+    workers = ", ".join(f"{number} {name}" for name, number in status["instances"].items())
     used, most = (status["bus"][name] / 2**20 for name in ("used_bytes", "max_bytes"))
     memory = f"{used:.0f} of {most:.0f} MiB" if most else f"{used:.0f} MiB"
-    return (
-        f"update {status['num_updates']} of {status['target_updates']}, policy version {status['policy_version']}; "
-        f"{instances}; Redis {status['bus']['state']}, {memory}"
-    )
+    return [
+        f"update {status['num_updates']} of {status['target_updates']}, policy version {status['policy_version']}",
+        f"heard from lately: {workers}; Redis {status['bus']['state']}, {memory}",
+    ]
 
 
 def format_ledger(status: dict[str, Any]) -> list[str]:
-    """The two equations of the account, and what they do not explain."""
+    """The two equations of the account, and what they do not explain; short enough for a terminal of 80 columns."""
     ledger = status["ledger"]
-    parts = " + ".join(f"{name} {ledger[name]}" for name in (*CLOSING, "buffered"))
+    parts = [f"{name} {ledger[name]}" for name in (*CLOSING, "buffered")]
+    generated = f"generated {ledger['generated']}"
     lines = [
-        f"issued {ledger['issued']} = running {ledger['running']} + generated {ledger['generated']}",
-        f"generated {ledger['generated']} = {parts}",
+        f"issued {ledger['issued']} = running {ledger['running']} + {generated}",
+        f"{generated} = {' + '.join(parts[:3])}",
+        f"{' ' * len(generated)} + {' + '.join(parts[3:])}",
     ]
     return [*lines, format_gap(status)] if status["ledger_gap"] else lines
 
@@ -79,12 +80,13 @@ def _render_streams(lags: dict[str, Any]) -> Table:
 
 
 def _render_evaluations(evaluations: list[dict[str, Any]]) -> Table:
-    table = Table("after", "policy", "sampling", "success", "95% interval", "episodes", "not played", box=box.SIMPLE)
+    table = Table("updates", "policy", "sampling", "success", "95% interval", "episodes", "failed", box=box.SIMPLE)
     for e in evaluations:
         low, high = e["interval"]
         sampling = "greedy" if e["is_greedy"] else "sampled"
-        row = [f"{e['num_updates']} updates", f"v{e['policy_version']}", sampling, f"{e['success']:.3f}"]
-        row += [f"{low:.3f} to {high:.3f}", f"{e['num_episodes']} of {e['num_tasks']}", str(e["num_failed"])]
+        found = (f"{e['success']:.3f}", f"{low:.3f} to {high:.3f}") if e["num_episodes"] else ("-", "-")
+        row = [str(e["num_updates"]), f"v{e['policy_version']}", sampling, *found]
+        row += [f"{e['num_episodes']} of {e['num_tasks']}", str(e["num_failed"])]
         table.add_row(*(_show(cell) for cell in row))
     return table
 

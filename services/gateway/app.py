@@ -138,7 +138,7 @@ class RunReply(Reply):
     stream_lags: dict[str, dict[str, float]]
     """Per stream: entries never delivered, delivered but unfinished, and the age of the oldest in seconds."""
     instances: dict[str, int]
-    """Processes heard from in the last seconds, by service."""
+    """Workers heard from in the last half minute, by service. The learner, which reports once an update, is not among them."""
     evaluations: list[EvaluationReply]
     started_at_s: float
     finished_at_s: float
@@ -389,7 +389,10 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         bus=BusReply(**dataclasses.asdict(watch.condition), used_bytes=memory.used_bytes, max_bytes=memory.max_bytes),
         dead_letters=watch.num_dead_letters,
         stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
-        instances={name: scheduler.history.count_instances(name) for name in ("rollout", "teacher", "learner")},
+        instances={
+            name: scheduler.history.count_instances(name)
+            for name in (("rollout", "teacher") if scheduler.config.needs_teacher else ("rollout",))
+        },
         evaluations=[EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations],
         started_at_s=state.started_at_s,
         finished_at_s=state.finished_at_s,

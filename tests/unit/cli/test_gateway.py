@@ -112,7 +112,7 @@ def test_status_shows_both_equations_and_the_alarms(run_sdar: Command) -> None:
     assert "update 0 of 2, policy version 0" in out
     assert re.search(r"tasks +0 +0 +0\.0 s", out)
     assert "issued 5 = running 4 + generated 1" in out
-    assert "generated 1 = trained 0 + skipped 0 + stale 0 + failed 1 + cancelled 0 + buffered 0" in out
+    assert "generated 1 = trained 0 + skipped 0 + stale 0 + failed 1 + cancelled 0 + buffered 0" in " ".join(out.split())
     assert "dead_letters: 2 entries were set aside." in out
 
 

@@ -1,0 +1,65 @@
+"""`sdar status` for a person: the whole account on a terminal of 80 columns, and nothing told that is not known."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from sdar.cli.status import render_status
+
+LEDGER = {"issued": 4540, "running": 90, "generated": 4450, "trained": 3200, "skipped": 11, "stale": 12, "failed": 13}
+STATUS: dict[str, Any] = {
+    "run_id": "household",
+    "method": "sdar",
+    "phase": "running",
+    "detail": "",
+    "num_updates": 250,
+    "target_updates": 1000,
+    "policy_version": 251,
+    "instances": {"rollout": 12, "teacher": 3},
+    "bus": {"state": "ok", "used_bytes": 5 << 20, "max_bytes": 1 << 30},
+    "ledger": LEDGER | {"cancelled": 14, "buffered": 1200},
+    "ledger_gap": 0,
+    "ledger_gap_ids": [],
+    "stream_lags": {"trajectories": {"num_undelivered": 2.0, "num_pending": 3.0, "oldest_age_s": 1.25}},
+    "evaluations": [],
+    "alarms": [],
+    "dead_letters": 0,
+    "failures": {},
+}
+
+
+def render(status: dict[str, Any]) -> list[str]:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(render_status(status))
+    return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+
+
+def describe_evaluation(**changes: Any) -> dict[str, Any]:
+    evaluation = {"num_updates": 1000, "policy_version": 1003, "is_greedy": False, "success": 0.5, "interval": [0.412, 0.588]}
+    return evaluation | {"num_episodes": 120, "num_tasks": 240, "num_failed": 7} | changes
+
+
+def test_no_line_of_a_status_is_broken_on_eighty_columns() -> None:
+    lines = render(STATUS | {"evaluations": [describe_evaluation()]})
+    assert lines == [
+        "household: sdar, running",
+        "update 250 of 1000, policy version 251",
+        "heard from lately: 12 rollout, 3 teacher; Redis ok, 5 of 1024 MiB",
+        "issued 4540 = running 90 + generated 4450",
+        "generated 4450 = trained 3200 + skipped 11 + stale 12",
+        "               + failed 13 + cancelled 14 + buffered 1200",
+        "  stream         waiting   in hand   oldest",
+        " " + "─" * 43,
+        "  trajectories   2         3         1.2 s",
+        "  updates   policy   sampling   success   95% interval     episodes     failed",
+        " " + "─" * 78,
+        "  1000      v1003    sampled    0.500     0.412 to 0.588   120 of 240   7",
+    ]
+
+
+def test_an_evaluation_without_an_episode_claims_no_success() -> None:
+    line = render(STATUS | {"evaluations": [describe_evaluation(num_episodes=0, success=0.0, interval=[0.0, 1.0])]})[-1]
+    assert line.split() == ["1000", "v1003", "sampled", "-", "-", "0", "of", "240", "7"]
