@@ -19,7 +19,9 @@ class _BearerToken(httpx.Auth):
         self._security = security
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if token := self._security.token_to_present():
+        # Where this process verifies its peers, one that is addressed without TLS is not verified.
+        is_unverified = self._security.tls is not None and request.url.scheme != "https"
+        if (token := self._security.token_to_present()) and not is_unverified:
             request.headers["Authorization"] = f"Bearer {token}"
         yield request
 

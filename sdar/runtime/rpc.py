@@ -416,14 +416,16 @@ def build_server(
 
 def _bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    is_tls = security.is_serving_tls
     try:
-        if security.tls is not None and security.is_serving_tls:
+        if security.tls is not None and is_tls:
             return server.add_secure_port(address, _build_server_credentials(security.tls))
         return server.add_insecure_port(address)
     except RuntimeError as error:
+        key = " If the port is free, the key in SDAR_TLS_KEY is of a kind that gRPC lacks: use P-256." if is_tls else ""
         raise ConflictError(
             f"Cannot serve gRPC on {address}. Free the port, or give another port or host (a service of a run takes them from "
-            "SDAR_GRPC_PORT and SDAR_HOST).",
+            f"SDAR_GRPC_PORT and SDAR_HOST).{key}",
             address=address,
         ) from error
 

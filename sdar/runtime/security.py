@@ -33,7 +33,7 @@ _MAX_CLIENTS = 10_000
 _TOKEN = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_TOKEN_CHARACTERS},{MAX_TOKEN_CHARACTERS}}}")
 _TARGET_SCHEME = re.compile(r"^(dns|ipv4|ipv6):(//[^/]*/)?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]+://")
 _CLIENT_NAME_DIGITS = 12
 
 CLIENT: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
@@ -115,7 +115,7 @@ def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
     Raises:
         ConfigurationError: a line that is none; its number is told, never its text.
     """
-    tokens = []
+    tokens: list[Token] = []
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -123,7 +123,10 @@ def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
         role, _, secret = line.partition(":")
         if role not in ("read", "operate"):
             raise ConfigurationError(f"{source} line {number} names no role. Write read:TOKEN or operate:TOKEN.")
-        tokens.append(Token(Role[role.upper()], check_token(secret.strip(), f"{source} line {number}")))
+        token = Token(Role[role.upper()], check_token(secret.strip(), f"{source} line {number}"))
+        if find_token(tokens, token.secret):
+            raise ConfigurationError(f"{source} line {number} repeats the token of an earlier line. Give each role its own.")
+        tokens.append(token)
     if not tokens:
         raise ConfigurationError(f'{source} holds no token. Write one: echo "operate:$(sdar token)" > FILE')
     return tuple(tokens)
@@ -264,7 +267,7 @@ class Security:
             tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_client_auth)
         if (path := settings.tokens_file) is not None:
             tokens = Watched([path], lambda: _read_tokens(path))
-        own = settings.token.get_secret_value()
+        own = settings.token.get_secret_value().strip()
         return cls(tls, tokens, check_token(own, "SDAR_TOKEN") if own else "", settings.insecure, settings.max_calls_per_s)
 
     @property
@@ -306,7 +309,7 @@ OPEN = Security()
 
 
 def _read_tokens(path: Path) -> tuple[Token, ...]:
-    return parse_tokens(_read_file(path, "SDAR_TOKENS_FILE").decode(errors="replace"), str(path))
+    return parse_tokens(_read_file(path, "SDAR_TOKENS_FILE").decode("utf-8-sig", errors="replace"), str(path))
 
 
 def is_loopback(host: str) -> bool:
@@ -427,7 +430,11 @@ class Door:
 
 def hide_credentials(url: str) -> str:
     """A URL fit to be shown: without user, password and what follows a question mark."""
-    return _CREDENTIALS.sub("***@", url.partition("?")[0])
+    scheme = match[0] if (match := _SCHEME.match(url)) else ""
+    place, _, query = url[len(scheme) :].partition("?")
+    if "@" in query:
+        return f"{scheme}***"  # of a password with a question mark or a query with an at sign: nobody can tell
+    return f"{scheme}***@{place.rpartition('@')[2]}" if "@" in place else scheme + place
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:

@@ -29,7 +29,7 @@ from sdar.contracts.errors import (
 from sdar.contracts.types import Task
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.http import bind_http, build_http_server
-from sdar.runtime.http_client import open_http
+from sdar.runtime.http_client import client_options, open_http
 from sdar.runtime.rpc import build_server, call, connect
 from sdar.runtime.security import Security
 from sdar.runtime.settings import Settings
@@ -232,6 +232,22 @@ async def test_a_client_that_speaks_tls_gives_no_token_to_a_server_that_does_not
     async with household(plain) as address:
         with pytest.raises(UnavailableError, match="SDAR_TLS_CERT"):
             await describe(address, place.build_client())
+
+
+@pytest.mark.parametrize("is_verifying", [True, False])
+def test_an_address_without_tls_gets_no_token_of_a_process_that_verifies_its_peers(place, is_verifying):
+    shown = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        shown.append(request.headers.get("authorization"))
+        return httpx.Response(200)
+
+    security = place.build_client() if is_verifying else Security(own_token=OPERATE_TOKEN)
+    with httpx.Client(**client_options(security), transport=httpx.MockTransport(answer)) as http:
+        http.post("http://retriever:8000/retrieve")
+        http.post("https://retriever:8000/retrieve")
+    bearer = f"Bearer {OPERATE_TOKEN}"
+    assert shown == [None if is_verifying else bearer, bearer]
 
 
 async def test_a_renewed_certificate_is_shown_without_a_restart(place):

@@ -44,7 +44,9 @@ class RetrieverClient:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         if not _is_address(url):
-            raise ConfigurationError(f"retriever_url is {url!r}, expected an address such as http://127.0.0.1:8000.")
+            raise ConfigurationError(
+                f"retriever_url is {hide_credentials(url)!r}, expected an address such as http://127.0.0.1:8000."
+            )
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ConfigurationError(
                 f"retriever_timeout_s is {timeout_s}, expected above 0 and at most {MAX_TIMEOUT_S} seconds."

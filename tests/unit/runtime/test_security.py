@@ -18,6 +18,7 @@ from sdar.runtime.security import (
     Role,
     Security,
     Tls,
+    Token,
     Watched,
     escape_controls,
     find_token,
@@ -125,6 +126,7 @@ def test_every_candidate_is_compared_at_one_length_whatever_was_found():
         (f"read:{READ_TOKEN}\noperate:tooshort", "line 2: a token of 8 characters"),
         (f"read:{'ü' * 40}", "line 1: a token of 40 characters"),
         (f"read:{'a' * 20} {'b' * 20}", "line 1: a token of 41"),
+        (f"operate:{READ_TOKEN}\nread:{READ_TOKEN}", "line 2 repeats the token of an earlier line"),
     ],
 )
 def test_a_bad_token_file_is_told_by_line_and_never_by_its_text(text, told):
@@ -132,6 +134,14 @@ def test_a_bad_token_file_is_told_by_line_and_never_by_its_text(text, told):
         parse_tokens(text, "FILE")
     for secret in ("tooshort", READ_TOKEN, "a" * 20):
         assert secret not in str(caught.value)
+
+
+def test_what_editors_and_shells_leave_around_a_token_is_no_part_of_it(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_bytes(b"\xef\xbb\xbf" + f"\r\nread: {READ_TOKEN} \r\n\r\n".encode())
+    security = Security.from_settings(Settings(tokens_file=tokens, token=SecretStr(f"{OPERATE_TOKEN}\n")))
+    assert security.tokens.get() == (Token(Role.READ, READ_TOKEN),)
+    assert security.token_to_present() == OPERATE_TOKEN
 
 
 def test_a_short_token_of_ones_own_is_refused_without_being_shown():
@@ -342,6 +352,10 @@ def test_what_is_kept_is_kept():
         ("redis://:hun/t@er2@redis:6379/0", "redis://***@redis:6379/0"),
         ("redis://redis:6379/0?password=hunter2", "redis://redis:6379/0"),
         ("unix://:hunter2@/run/redis.sock", "unix://***@/run/redis.sock"),
+        ("redis://:hun?ter2@redis:6379/0", "redis://***"),
+        ("redis://redis:6379/0?password=hun@ter2", "redis://***"),
+        ("user:hunter2@redis:6379", "***@redis:6379"),
+        ("user:hun?ter2@redis:6379", "***"),
     ],
 )
 def test_a_shown_url_holds_no_credentials(url, shown):
