@@ -209,6 +209,8 @@ class _Session:
                 status = self._status()
                 if status is None or status["ledger"]["running"] == 0 or status["phase"] == "finished":
                     break
+                if status["bus"]["state"] != "ok":
+                    break  # no episode can be handed in
                 time.sleep(0.2)
             self._stop(_FLOW[:-1])
             status = self._status()  # what the learner reported at its end may have been the last that was missing

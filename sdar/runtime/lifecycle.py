@@ -28,7 +28,7 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
             loop.add_signal_handler(number, stopping.set)
     tasks = [asyncio.create_task(main(stopping), name=getattr(main, "__qualname__", "main")) for main in mains]
     try:
-        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         stopping.set()
         if pending:
             await asyncio.wait(pending)
@@ -38,9 +38,11 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-    for task in tasks:
-        if not task.cancelled() and (error := task.exception()):
-            raise error
+    # Asked of every task: asyncio prints the traceback of an error that nobody took.
+    in_order = [*done, *pending]
+    errors = [error for task in in_order if not task.cancelled() and (error := task.exception())]
+    if errors:
+        raise errors[0]
 
 
 async def wait_or_stop(stopping: asyncio.Event, timeout_s: float) -> bool:
