@@ -59,8 +59,9 @@ class GatewayClient:
             answer = self._http.request(method, path, params=query)
             body = answer.json()
         except (httpx.HTTPError, json.JSONDecodeError) as error:
+            reason = str(error).rstrip(".") or type(error).__name__
             raise UnavailableError(
-                f"No gateway answers at {self.address}: {str(error) or type(error).__name__}. Start the run, give another "
+                f"No gateway answers at {self.address}: {reason}. Start the run, give another "
                 "address with --gateway, or correct SDAR_TLS_CA: both sides speak TLS, or neither does."
             ) from error
         if answer.is_success:
