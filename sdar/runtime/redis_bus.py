@@ -132,6 +132,7 @@ class RedisBus:
         await self._transact({}, [delivery], {}, transitions, dead_letters=[(delivery, reason)])
 
     async def claim_role(self, role: ConsumerGroup) -> None:
+        await self._connection.check_eviction()
         self._tenures[role] = int(await self._run_script(redis_scripts.CLAIM_ROLE, _Request([self._keys.tenure(role)])))
 
     async def _transact(

@@ -153,6 +153,16 @@ class RedisConnection:
         names = None if clients is None else frozenset(client["name"] for client in clients)
         return Witness(names, min(in_touch_s, up_s))
 
+    async def check_eviction(self) -> None:
+        """Raises ConfigurationError where the server makes room by throwing away what it was told to keep."""
+        info = await self.run(lambda: _unless_forbidden(self.client.info("memory"))) or {}
+        policy = info.get("maxmemory_policy", "noeviction")
+        if info.get("maxmemory") and policy != "noeviction":
+            raise ConfigurationError(
+                f"Redis at {self._place} evicts keys when it is full (maxmemory-policy {policy}): a run would lose its groups "
+                "without a word. Set it to noeviction."
+            )
+
     async def hurry(self, stopping: asyncio.Event) -> None:
         """Returns when this process is asked to stop; from then on no call waits for long."""
         await stopping.wait()

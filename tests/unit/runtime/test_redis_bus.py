@@ -550,6 +550,14 @@ async def test_who_is_asked_to_stop_does_not_wait_for_redis_for_long(
     await bus.close()
 
 
+async def test_a_redis_that_would_evict_is_refused_by_whoever_claims_a_role(bus: RedisBus, client: redis.Redis) -> None:
+    await client.config_set("maxmemory-policy", "volatile-lru")
+    with pytest.raises(ConfigurationError, match=r"maxmemory-policy volatile-lru.*Set it to noeviction"):
+        await bus.claim_role(GATEWAY)
+    await client.config_set("maxmemory", 0)
+    await bus.claim_role(GATEWAY)  # without a bound it never evicts
+
+
 async def test_groups_come_back_after_redis_was_flushed_even_under_a_blocked_read(bus: RedisBus, client: redis.Redis) -> None:
     reading = asyncio.create_task(bus.read(TASKS, ROLLOUT, "a", max_count=1, block_s=30.0))
     async with asyncio.timeout(10.0):
