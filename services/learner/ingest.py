@@ -152,10 +152,6 @@ class GroupBuffer:
     def num_complete(self) -> int:
         return len(self._complete)
 
-    @property
-    def num_partial(self) -> int:
-        return len(self._partial)
-
     def add(self, item: ScoredTrajectory, delivery: Delivery) -> list[Delivery]:
         """Take one episode in; returns entries that are superfluous and may be acknowledged at once.
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sdar.contracts.errors import CorruptionError
-from sdar.contracts.types import ScoredTrajectory
 
 REMEMBERED_UPDATES = 2000
 """Updates whose group ids are remembered. It must be at least the largest `checkpoint_every` there can be (an entry comes again
@@ -70,10 +69,6 @@ class Progress:
     def compute_staleness(self, policy_version: int) -> int:
         """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had got further."""
         return max(0, self.num_updates - self.count_updates(policy_version))
-
-    def compute_group_staleness(self, items: Iterable[ScoredTrajectory]) -> int:
-        """Staleness of the oldest sampled token among `items`."""
-        return max((self.compute_staleness(item.trajectory.min_policy_version) for item in items), default=0)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,6 @@ import pytest
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import CorruptionError
 from services.learner.progress import REMEMBERED_UPDATES, Progress
-from tests.unit.learner.builders import make_group
 
 
 def after_updates(count):
@@ -38,11 +37,6 @@ def test_a_second_crash_adds_a_second_life():
     twice = after_updates(3).continue_after(5).after_update(["x"]).continue_after(9)
     assert (twice.num_updates, twice.policy_version) == (4, 10)
     assert [twice.count_updates(version) for version in (5, 6, 7, 10, 11)] == [5, 3, 4, 4, 5]
-
-
-def test_staleness_of_a_group_is_that_of_its_oldest_token():
-    items = make_group("g", version=2) + make_group("h", version=1)
-    assert after_updates(3).compute_group_staleness(items) == 2
 
 
 def test_json_round_trip_keeps_everything():
