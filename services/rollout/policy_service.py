@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections import OrderedDict
 from typing import Any
@@ -77,10 +78,18 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 request_id=request.request_id,
             )
         if known is None or _has_failed(known[1]):
-            self._answers[request.request_id] = content, asyncio.create_task(self._generate(request))
+            task = asyncio.create_task(self._generate(request))
+            task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
+            self._answers[request.request_id] = content, task
         self._answers.move_to_end(request.request_id)
         self._forget_oldest()
         return self._answers[request.request_id][1]
+
+    def _drop_failed(self, request_id: str, task: asyncio.Task[Any]) -> None:
+        """A failure is no answer to keep: it would hold the whole request, in its traceback."""
+        known = self._answers.get(request_id)
+        if known is not None and known[1] is task and _has_failed(task):
+            del self._answers[request_id]
 
     def _forget_oldest(self) -> None:
         """Finished answers only: an unfinished one is somebody's, and there are never more than `max_requests` of them."""

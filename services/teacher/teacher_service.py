@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections import OrderedDict
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import structlog
 
 from sdar.contracts.codec import task_from_proto, teacher_score_to_proto, trajectory_from_proto
-from sdar.contracts.errors import ConflictError, SdarError
+from sdar.contracts.errors import ConflictError, InvalidInputError, SdarError
 from sdar.contracts.types import TeacherScore, Trajectory
 from sdar.v1 import teacher_pb2, teacher_pb2_grpc
 from services.teacher.skills import format_skills
 from services.teacher.teacher import Teacher
 
 SERVICE_NAME = "sdar.v1.TeacherService"
+MAX_REQUEST_ID_CHARACTERS = 128
 
 log = structlog.get_logger()
 
@@ -50,6 +52,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
         )
 
     def _start_or_join(self, request: teacher_pb2.ScoreRequest) -> asyncio.Task[TeacherScore]:
+        if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
+            raise InvalidInputError(
+                f"request_id has {len(request.request_id)} characters, the limit is {MAX_REQUEST_ID_CHARACTERS}. Shorten it."
+            )
         content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         known = self._answers.get(request.request_id) if request.request_id else None
         if known is not None and known[0] != content:
@@ -62,10 +68,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
         trajectory = trajectory_from_proto(request.trajectory)
         task = asyncio.create_task(self._score(trajectory, request.min_teacher_version, request.request_id))
         if request.request_id:
+            task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
             self._answers[request.request_id] = (content, task)
             while len(self._answers) > _MAX_ANSWERS:
                 self._answers.popitem(last=False)
         return task
+
+    def _drop_failed(self, request_id: str, task: asyncio.Task[Any]) -> None:
+        """A failure is no answer to keep: it would hold the whole request, in its traceback."""
+        known = self._answers.get(request_id)
+        if known is not None and known[1] is task and _has_failed(task):
+            del self._answers[request_id]
 
     async def _score(self, trajectory: Trajectory, min_teacher_version: int, request_id: str) -> TeacherScore:
         (outcome,) = await self._teacher.score([trajectory], min_teacher_version)
