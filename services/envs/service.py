@@ -21,6 +21,8 @@ from services.envs.server import serve_environments
 from services.envs.sessions import SessionLimits, SessionManager
 from services.envs.workers import WorkerHost
 
+_EVERY_ADDRESS = ("0.0.0.0", "::")
+
 log = structlog.get_logger()
 
 
@@ -112,4 +114,6 @@ async def _serve(
 
 def _tell_address(names: list[str], host: str, port: int) -> None:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"Serving {', '.join(names)} on {address}. Check it: sdar env check {address}", flush=True)
+    # What is bound to every address is called by one, and a certificate names that.
+    called = f"localhost:{port}" if host in _EVERY_ADDRESS else address
+    print(f"Serving {', '.join(names)} on {address}. Check it: sdar env check {called}", flush=True)
