@@ -185,13 +185,13 @@ class _Session:
             self._redis.start()
 
     def _status(self) -> dict[str, Any] | None:
-        """The gateway's answer; None while it restarts."""
+        """The gateway's answer; None while it restarts and has not yet read where the run stands."""
         try:
             status = self._http.get("/v1/run").raise_for_status().json()
             self._metrics.extend(self._http.get("/v1/metrics", params=self._metrics.query()).raise_for_status().json())
         except httpx.HTTPError:
             return None
-        return dict(status)
+        return dict(status) if status["policy_version"] >= 0 else None
 
     # --- down ----------------------------------------------------------------------------------------------------------------
 

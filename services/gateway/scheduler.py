@@ -75,7 +75,7 @@ class Scheduler:
         self.policy_version = -1
         self.num_updates = 0
         self.environments: dict[str, RegisteredEnvironment] = {}
-        self.detail = ""
+        self.detail = "reading where the run stands"
         self._bus = bus
         self._catalog = catalog
         self._default_address = config.environment.address or default_address
@@ -229,6 +229,7 @@ class Scheduler:
         self.ledger = await self._bus.read_ledger()
         await self._load()
         if self.state.phase is RunPhase.FINISHED:
+            self.detail = ""
             self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
             return
         # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told, a stop does.
