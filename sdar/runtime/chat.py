@@ -18,6 +18,10 @@ from sdar.contracts.types import ChatMessage, ModelIdentity, TokenIds
 
 # Any text that no template contains; it marks where the response stands in a rendered conversation.
 _RESPONSE_MARK = "\u2060response\u2060"
+# Tokenising takes seconds and gigabytes for tens of megabytes of text. No tokenizer makes fewer tokens of a long text than this,
+# but for one that reads a known sentence as a single token: the allowance is for its sentences.
+_CHARACTERS_PER_TOKEN = 16
+_CHARACTERS_ALLOWANCE = 1 << 20
 
 
 class ChatTokenizer:
@@ -48,6 +52,20 @@ class ChatTokenizer:
     def template_hash(self) -> str:
         """Identity of the chat template: scores made under different templates are not comparable."""
         return hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
+
+    def check_size(self, messages: Sequence[ChatMessage], max_tokens: int) -> None:
+        """Refuse a text from outside that cannot be a prompt of `max_tokens`, before time and memory are spent on it.
+
+        Raises ContractError.
+        """
+        num_characters = sum(len(message.content) for message in messages)
+        limit = _CHARACTERS_ALLOWANCE + _CHARACTERS_PER_TOKEN * max_tokens
+        if num_characters > limit:
+            raise ContractError(
+                f"{num_characters} characters in {len(messages)} messages; for {max_tokens} tokens at most {limit} are read. "
+                "Shorten them.",
+                limit=limit,
+            )
 
     def render_fresh(self, messages: Sequence[ChatMessage]) -> TokenIds:
         """Token ids [P] of a whole prompt that asks the assistant for its next message."""

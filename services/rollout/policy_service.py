@@ -134,7 +134,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             case "tokens":
                 return list(request.tokens.token_ids)
             case "chat" if request.chat.messages:
-                return self._tokenizer.render_fresh(chat_messages_from_proto(request.chat.messages)).tolist()
+                messages = chat_messages_from_proto(request.chat.messages)
+                self._tokenizer.check_size(messages, self._max_model_tokens)
+                return self._tokenizer.render_fresh(messages).tolist()
             case _:
                 raise InvalidInputError("GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one message.")
 

@@ -94,6 +94,7 @@ class ContextBuilder:
         for turn in trajectory.turns:
             if not _is_fresh(turn.turn_index, turn.extends_previous):
                 continue
+            self.chat.check_size(turn.messages, self._max_sequence_tokens)
             if not turn.messages or not np.array_equal(self.chat.render_fresh(turn.messages), turn.prompt_token_ids):
                 raise ContractError(
                     f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its {len(turn.prompt_token_ids)} prompt "

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from sdar.contracts.codec import sampling_to_proto
-from sdar.contracts.errors import CapacityError
+from sdar.contracts.errors import CapacityError, ContractError
 from sdar.v1 import policy_pb2
 from services.rollout.policy_service import PolicyServicer
 from tests.unit.rollout.fakes import MODEL, RUN_ID, SAMPLING, ScriptedEngine
@@ -57,3 +57,10 @@ async def test_more_requests_than_allowed_are_told_to_come_back(tokenizer):
     engine.go.set()
     await asyncio.gather(*running)
     await servicer.Generate(request(), None)
+
+
+async def test_a_text_that_no_context_can_hold_is_refused_before_it_is_tokenised(tokenizer):
+    servicer = build(SlowEngine(), tokenizer)
+    chat = {"messages": [{"role": "user", "content": "x" * (2 << 20)}]}
+    with pytest.raises(ContractError, match="2097152 characters"):
+        await servicer.Generate(policy_pb2.GenerateRequest(chat=chat, sampling=sampling_to_proto(SAMPLING)), None)

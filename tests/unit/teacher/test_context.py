@@ -160,3 +160,10 @@ def test_a_prompt_without_a_user_message_cannot_hold_skills(chat):
     turn = dataclasses.replace(trajectory.turns[0], messages=messages, prompt_token_ids=chat.render_fresh(messages))
     with pytest.raises(ContractError, match="no user message"):
         make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,)))
+
+
+def test_a_text_that_no_context_can_hold_is_refused_before_it_is_tokenised(chat):
+    trajectory = play(chat, num_turns=1)
+    huge = dataclasses.replace(trajectory.turns[0], messages=(ChatMessage("user", "x" * (2 << 20)),))
+    with pytest.raises(ContractError, match="2097152 characters"):
+        make_builder(chat).build(dataclasses.replace(trajectory, turns=(huge,)))
