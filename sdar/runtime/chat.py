@@ -18,8 +18,8 @@ from sdar.contracts.types import ChatMessage, ModelIdentity, TokenIds
 
 # Any text that no template contains; it marks where the response stands in a rendered conversation.
 _RESPONSE_MARK = "\u2060response\u2060"
-# Tokenising takes seconds and gigabytes for tens of megabytes of text. No tokenizer makes fewer tokens of a long text than this,
-# but for one that reads a known sentence as a single token: the allowance is for its sentences.
+# Tokenising takes seconds and gigabytes for tens of megabytes of text. The tokens of a long text are shorter than this on
+# average; the allowance is for tokenizers that read a known sentence as one token.
 _CHARACTERS_PER_TOKEN = 16
 _CHARACTERS_ALLOWANCE = 1 << 20
 

@@ -41,11 +41,15 @@ async def test_while_a_version_is_loaded_its_predecessor_is_in_use_and_stays_so_
     pins = PinnedVersions(bus, "me")
     async with pins.loading(1):
         pass
-    with pytest.raises(WeightsUnavailableError, match="torn"):
+
+    async def load_a_torn_version() -> None:
         async with pins.loading(2):
             assert not await bus.retire_versions([1])
             assert not await bus.retire_versions([2])
             raise WeightsUnavailableError("torn")
+
+    with pytest.raises(WeightsUnavailableError, match="torn"):
+        await load_a_torn_version()
     async with pins.loading(3):
         assert await bus.retire_versions([2])
         assert not await bus.retire_versions([1])
