@@ -31,6 +31,8 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 4096
 """Connections and requests a server holds at once; further ones get 503."""
 BODY_TIMEOUT_S = 30.0
+_DRAIN_S = 3
+"""Longest wait for connections when a server stops: over TLS an idle client that does not look holds one for 30 s."""
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 """Open to whoever reaches the port: the page without its data, and what probes and Prometheus ask. None tells a text."""
 _READ_METHODS = frozenset({"GET", "HEAD"})
@@ -107,6 +109,7 @@ def build_http_server(
         lifespan="off",
         proxy_headers=False,  # an address that the client may write itself is none
         server_header=False,
+        timeout_graceful_shutdown=_DRAIN_S,
         **options,
     )
     return HttpServer(config)

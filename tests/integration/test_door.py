@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 import ssl
+import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ from tests.integration.commands import ROOT, SDAR, run_sdar, server_process
 
 TASK_ID = "place-plate-desk-cabinet"
 READ_TOKEN, OPERATE_TOKEN = "r" * 40, "o" * 40
+SSL_SHUTDOWN_S = 30.0
+"""How long asyncio waits for the other side of a TLS connection to close it too."""
 EXPIRED = datetime.timedelta(hours=-1)
 
 
@@ -426,6 +429,15 @@ async def retriever(security: Security):
     finally:
         server.should_exit = True
         await serving
+
+
+async def test_a_client_that_keeps_its_connection_does_not_keep_a_server_from_stopping(place):
+    async with AsyncExitStack() as stack:
+        async with retriever(place.build(place.server)) as address:
+            http = stack.enter_context(open_http(address, place.build_client()))
+            assert (await asyncio.to_thread(http.get, "/healthz")).status_code == 200
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < SSL_SHUTDOWN_S / 2
 
 
 async def test_http_may_demand_certificates_too_and_shows_a_renewed_one(place):
