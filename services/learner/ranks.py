@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import socket
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +106,11 @@ def join_ranks(rank: int, world_size: int, store_address: tuple[str, int] | None
     meeting: dict[str, Any] = {"init_method": "env://"}
     if store_address is not None:
         host, port = store_address
-        meeting = {"store": dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=_MEETING_TIMEOUT)}
+        # Left to themselves, torch's store listens on every address and gloo where the host's name leads; none asks who calls.
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
+        listener = socket.create_server((host, port)).detach() if rank == 0 else None
+        meeting = {"store": dist.TCPStore(host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener)}
     return _join(rank, world_size, f"cuda:{rank}" if num_gpus else "cpu", meeting)
 
 

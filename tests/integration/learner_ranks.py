@@ -2,6 +2,7 @@
 
 python -m tests.integration.learner_ranks steps RANK WORLD_SIZE PORT DIRECTORY
 python -m tests.integration.learner_ranks train DIRECTORY
+python -m tests.integration.learner_ranks listen PORT
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -90,6 +92,13 @@ def _steps(rank, world_size, port, directory):
                 save_file({**weights, "norms": torch.tensor(norms)}, directory / f"stage{stage}-budget{budget}.safetensors")
 
 
+def _listen(port):
+    """Print the addresses that a leading rank listens on."""
+    join_ranks(0, 1, ("127.0.0.1", port))
+    listening = [socket.laddr for socket in psutil.Process().net_connections() if socket.status == psutil.CONN_LISTEN]
+    print("listening:", *sorted(f"{address.ip}:{address.port}" for address in listening), flush=True)
+
+
 async def _train(directory):
     """Two updates on two ranks through the whole service, resuming whatever `directory` holds."""
     config = make_config(num_ranks=2, zero_stage=3, num_updates=2, checkpoint_every=1)
@@ -113,6 +122,8 @@ def _main():
     torch.set_num_threads(1)
     if sys.argv[1] == "steps":
         _steps(*map(int, sys.argv[2:5]), Path(sys.argv[5]))
+    elif sys.argv[1] == "listen":
+        _listen(int(sys.argv[2]))
     else:
         asyncio.run(_train(Path(sys.argv[2])))
 

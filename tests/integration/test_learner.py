@@ -53,6 +53,7 @@ def run_ranks(*arguments):
 def finish(*processes, timeout_s=240):
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,13 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
     assert wanted <= records[0].values.keys()
     assert records[0].values["k3_kl"] == pytest.approx(0, abs=1e-6), "the first update begins at the reference"
     assert records[1].values["k3_kl"] > 0
+
+
+def test_ranks_meet_where_only_this_machine_reaches_them():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    output = finish(run_ranks("listen", port))[0]
+    addresses = next(line.split()[1:] for line in output.splitlines() if line.startswith("listening:"))
+    assert f"127.0.0.1:{port}" in addresses
+    assert all(address.startswith("127.") for address in addresses)
