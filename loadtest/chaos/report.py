@@ -20,7 +20,7 @@ from loadtest.chaos.run import Evidence
 from loadtest.page import describe_machine
 from sdar.contracts.types import MetricRecord
 
-LATE_RESULT_EVENTS = ("late_result_refused", "claim_lost", "lease_lost")
+LATE_RESULT_EVENTS = ("late_result_refused", "claim_lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def summarize_work(evidence: Evidence) -> dict[str, float]:
         **{f"groups {outcome.value}": len(numbers) for outcome, numbers in evidence.closed.items()},
         "groups regenerated": sum(int(event.fields.get("attempt", 0)) > 0 for event in played),
         "groups taken over": len(evidence.of("group_reclaimed")),
-        "episodes played again": len(evidence.of("episode_failed")),
+        "groups begun again after an environment failed": len(evidence.of("group_retried")),
         "tokens published": sum(count_tokens(event) for event in played),
         "tokens repeated": count_repeated_tokens(evidence.records, played),
         "late results refused": sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS),
