@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -68,5 +69,5 @@ def test_it_says_how_long_every_service_took_to_come_back(outcome: Outcome) -> N
 
 
 def test_every_fault_is_told_with_the_time_it_came(outcome: Outcome) -> None:
-    told = [line for line in outcome.output.splitlines() if " fault " in line]
+    told = re.findall(r"^ *[\d.]+ s  fault \d+/", outcome.output, flags=re.MULTILINE)
     assert len(told) == len(outcome.report["faults"])
