@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,8 +60,8 @@ COMMON = {
 }
 
 
-EXAMPLES, MUTANT_EXAMPLES, STEPS = 60, 100, 25
-REDIS_EXAMPLES, REDIS_STEPS = 4, 8
+EXAMPLES, MUTANT_EXAMPLES, STEPS = 60, 1000, 25
+REDIS_SEEDS, REDIS_STEPS = 8, 40
 ROUNDS_TO_A_POINT = 60
 MAX_DISKS_LOST = 2
 
@@ -89,10 +90,10 @@ class MemoryWorld(World):
 
 
 NAMES = st.sampled_from(sorted(ROLES))
-LEARNER_POINTS = st.sampled_from(["reclaim", "store", "publish", "take_snapshot", "checkpoint", "commit", "read"])
-GATEWAY_POINTS = st.sampled_from(["claim_role", "load_state", "reclaim", "read", "commit"])
-WORKER_POINTS = st.sampled_from(["read", "commit"])
-WORKERS = st.sampled_from(["rollout-1", "rollout-2", "teacher-1", "teacher-2"])
+LEARNER_CALLS = ["reclaim", "store", "publish", "take_snapshot", "checkpoint", "commit", "read"]
+GATEWAY_CALLS = ["claim_role", "load_state", "reclaim", "read", "commit"]
+WORKER_CALLS = ["read", "commit"]
+WORKER_NAMES = ["rollout-1", "rollout-2", "teacher-1", "teacher-2"]
 RESTARTS = st.lists(st.tuples(st.sampled_from(World.UNIQUE), st.integers(1, 5)), max_size=4)
 
 
@@ -130,7 +131,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def crash(self, name: str) -> None:
         self.do(self.world.crash(name))
 
-    @rule(name=WORKERS)
+    @rule(name=st.sampled_from(WORKER_NAMES))
     def expire_leases(self, name: str) -> None:
         """Silent for too long, dead or paused: others take over what it holds, and it may go on."""
         self.world.suspects.add(name)
@@ -148,16 +149,16 @@ class ProtocolMachine(RuleBasedStateMachine):
     def retry_dead_letters(self) -> None:
         self.do(self.world.retry_letters())
 
-    @rule(call=LEARNER_POINTS, is_taken_over=st.booleans())
+    @rule(call=st.sampled_from(LEARNER_CALLS), is_taken_over=st.booleans())
     def strike_the_learner_right_after(self, call: str, is_taken_over: bool) -> None:
         """The moments that matter, however rare: between two effects of one piece of work."""
         self._strike("learner", call, is_taken_over)
 
-    @rule(call=GATEWAY_POINTS, is_taken_over=st.booleans())
+    @rule(call=st.sampled_from(GATEWAY_CALLS), is_taken_over=st.booleans())
     def strike_the_gateway_right_after(self, call: str, is_taken_over: bool) -> None:
         self._strike("gateway", call, is_taken_over)
 
-    @rule(name=WORKERS, call=WORKER_POINTS)
+    @rule(name=st.sampled_from(WORKER_NAMES), call=st.sampled_from(WORKER_CALLS))
     def strike_a_worker_right_after(self, name: str, call: str) -> None:
         self._strike(name, call, is_taken_over=False)
 
@@ -445,12 +446,38 @@ class RedisMachine(ProtocolMachine):
     kind = RedisWorld
     world: RedisWorld
 
-    @rule(name=NAMES)
     def restart_redis(self, name: str) -> None:
         self.do(self.world.restart_under(name))
 
+    def take_random_step(self, rng: random.Random) -> None:
+        """One fault or some work. Not hypothesis: what a server does depends on time, so no example could be replayed."""
+        name, worker, unique = rng.choice(sorted(ROLES)), rng.choice(WORKER_NAMES), rng.choice(World.UNIQUE)
+        faults: list[Callable[[], None]] = [
+            lambda: self.crash(name),
+            lambda: self.expire_leases(worker),
+            lambda: self.take_over(unique, rng.randint(0, 10)),
+            lambda: self.step_elders(rng.randint(1, 12)),
+            self.retry_dead_letters,
+            lambda: self._strike("learner", rng.choice(LEARNER_CALLS), rng.random() < 0.5),
+            lambda: self._strike("gateway", rng.choice(GATEWAY_CALLS), rng.random() < 0.5),
+            lambda: self._strike(worker, rng.choice(WORKER_CALLS), False),
+            lambda: self.restart_redis(name),
+        ]
+        if self.world.checkpoint is not None and self.world.num_disks_lost < MAX_DISKS_LOST:
+            faults.append(lambda: self.lose_disk([(unique, 3)]))
+        rng.choice(faults)()
+        self.step_all(rng.randint(1, 10))
+        self.holds()
 
-def test_the_same_holds_on_a_real_redis_that_is_killed_and_comes_back(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
+
+@pytest.mark.parametrize("seed", range(REDIS_SEEDS))
+def test_the_same_holds_on_a_real_redis_that_is_killed_and_comes_back(tmp_path: Path, seed: int) -> None:
+    with EmbeddedRedis(tmp_path, fsync="always") as server:
         RedisWorld.server = server
-        run(RedisMachine, max_examples=REDIS_EXAMPLES, step_count=REDIS_STEPS)
+        machine = RedisMachine()
+        try:
+            rng = random.Random(seed)
+            for _ in range(REDIS_STEPS):
+                machine.take_random_step(rng)
+        finally:
+            machine.teardown()
