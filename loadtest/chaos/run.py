@@ -37,6 +37,8 @@ _MAX_HURT = 3
 """Targets that may be down at once: on a slow machine faults come later, rather than that nothing is ever up."""
 _WAIT_FOR_RECOVERY_S = 60.0
 """A target that has not recovered from its last fault is left alone for so long, then hit all the same."""
+_LATE_DELIVERY_S = 2.0
+"""Less than any service takes to start again: what its name holds by then was handed to the life that was killed."""
 _KILL_AGAIN_AFTER_S = 1.5
 _DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
@@ -195,6 +197,8 @@ class ChaosRun:
         self._deployment.kill(injury.target)
         injury.over_s = time.time()
         self._note_held(injury)
+        # A read that was waiting when its process died may still be handed an entry, until Redis sees the connection end.
+        self._later(_LATE_DELIVERY_S, lambda: self._note_held(injury))
 
     def _kill_twice(self, injury: Injury) -> None:
         self._deployment.kill(injury.target)
@@ -267,7 +271,7 @@ class ChaosRun:
         if injury.target.startswith(ROLLOUT_PREFIX):
 
             def note(found: tuple[str, ...]) -> None:
-                injury.held_entries = found
+                injury.held_entries = tuple({*injury.held_entries, *found})
 
             self._observer.find_held(injury.target, note)
 

@@ -27,8 +27,6 @@ DEFAULT_TOPK, MAX_TOPK = 3, 100
 MAX_QUERIES = 2048
 MAX_QUERY_CHARACTERS = 4000
 MAX_BODY_BYTES = 32 << 20
-GRACE_S = 5
-"""Seconds that requests have to end in once the service is told to."""
 KEEP_ALIVE_S = 30
 """Longer than clients keep an idle connection: nobody asks on one that is just being closed."""
 
@@ -128,7 +126,6 @@ async def serve_retriever(
         max_body_bytes=MAX_BODY_BYTES,
         read_posts=("/retrieve",),
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     state.health.detail = "loading"

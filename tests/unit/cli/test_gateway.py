@@ -23,6 +23,7 @@ from sdar.contracts.types import GroupOutcome
 from sdar.runtime.http import bind_http, build_http_server
 from services.gateway.app import build_app
 from services.gateway.watch import Watch
+from tests.support import until
 from tests.unit.gateway.fakes import build_config, play
 from tests.unit.gateway.test_scheduler import Run, begin
 
@@ -74,6 +75,7 @@ class ServedRun:
         await run.report(GroupOutcome.FAILED, training[3], reason=HOSTILE)
         await run.take(1)
         await run.settle()
+        await until(lambda: run.scheduler.ledger.num_issued == 5)  # it reads the account once a turn
         readable = codec.encode_trajectory(play(training[0], 0))
         for payload, reason in ((readable, HOSTILE), (b"\xff nonsense", "cannot be decoded")):
             self.letters.append(await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, payload, reason))
