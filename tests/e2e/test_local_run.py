@@ -31,7 +31,7 @@ from tests.e2e.test_bad_input import read_command
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "name": "e2e",
-    "training.num_updates": 10,
+    "training.num_updates": 80,  # an update takes 0.1 s: there must be some left when the disturber has looked
     "training.groups_per_update": 2,
     "training.group_size": 4,
     "training.checkpoint_every": 2,
@@ -186,7 +186,7 @@ def test_the_ledger_closes(finished: Finished) -> None:
 
 def test_both_evaluations_are_complete_and_pooled_over_the_fixed_list(finished: Finished) -> None:
     evaluations = finished.summary["evaluations"]
-    assert [(e["num_updates"], e["is_greedy"]) for e in evaluations] == [(0, False), (0, True), (10, False), (10, True)]
+    assert [(e["num_updates"], e["is_greedy"]) for e in evaluations] == [(0, False), (0, True), (80, False), (80, True)]
     assert {e["num_episodes"] for e in evaluations} == {24}
     assert {e["num_failed"] for e in evaluations} == {0}
 
