@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from sdar.algorithms.logprobs import TokenScorer
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
 from sdar.runtime.causal_lm import export_tensors, load_causal_lm
+from sdar.runtime.ports import find_free_port
 from sdar.runtime.weights import WeightStore
 from services.learner.ranks import stand_alone
 from services.learner.service import open_learner
@@ -107,9 +107,7 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
 
 
 def test_two_ranks_step_as_one_does(expected, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port("127.0.0.1")
     finish(*(run_ranks("steps", rank, 2, port, tmp_path) for rank in range(2)))
     for stage in range(4):
         for budget in TOKEN_BUDGETS:
@@ -215,9 +213,7 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
 
 
 def test_ranks_meet_where_only_this_machine_reaches_them():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port("127.0.0.1")
     output = finish(run_ranks("listen", port))[0]
     addresses = next(line.split()[1:] for line in output.splitlines() if line.startswith("listening:"))
     assert f"127.0.0.1:{port}" in addresses
