@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdar.contracts.errors import ConflictError, ForbiddenError, InvalidInputError, SdarError
 from sdar.runtime.security import CLIENT, OPEN, Door, Role, Security, is_loopback
+from sdar.runtime.telemetry import ERROR_ANSWERS
 
 MAX_BODY_BYTES = 1 << 20
 MAX_HEADER_BYTES = 64 << 10
@@ -212,6 +213,7 @@ def _with_headers(send: Send) -> Send:
 def build_error_response(error: SdarError, status: int | None = None) -> JSONResponse:
     """How every HTTP server of ours tells an error."""
     status = int(error.http_status if status is None else status)
+    ERROR_ANSWERS.labels("http", error.reason).inc()
     headers = {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["Retry-After"] = str(math.ceil(float(error.fields.get("retry_after_s", 1))))

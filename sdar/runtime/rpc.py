@@ -42,6 +42,7 @@ from sdar.contracts.errors import (
     UnknownResourceError,
 )
 from sdar.runtime.security import CLIENT, OPEN, Certificates, Door, Role, Security, Tls
+from sdar.runtime.telemetry import ERROR_ANSWERS
 from sdar.v1 import environment_pb2, error_pb2, gateway_pb2, policy_pb2, teacher_pb2
 
 Response = TypeVar("Response")
@@ -213,6 +214,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
 
 async def _abort(context: _Context, error: SdarError) -> NoReturn:
+    ERROR_ANSWERS.labels("grpc", error.reason).inc()
     code = grpc.StatusCode[error.grpc_status]
     message = _shorten(error.message, _MAX_ERROR_TEXT_BYTES)
     trailers = _trailers(code, error.reason, message, error.fields)
@@ -234,12 +236,14 @@ def _parse_request(parse: Callable[[bytes], Any] | None, data: bytes, method: st
 
 
 async def _abort_unimplemented(context: _Context, method: str) -> NoReturn:
+    ERROR_ANSWERS.labels("grpc", "UNIMPLEMENTED").inc()
     code = grpc.StatusCode.UNIMPLEMENTED
     message = f"{method} is not offered by this server."
     await context.abort(code, message, _trailers(code, "UNIMPLEMENTED", message, {}))
 
 
 async def _abort_unexpected(context: _Context, method: str, correlation_id: str) -> NoReturn:
+    ERROR_ANSWERS.labels("grpc", "INTERNAL").inc()
     code = grpc.StatusCode.INTERNAL
     message = f"{method} failed on an unexpected error. Look for correlation id {correlation_id} in the server's log."
     await context.abort(code, message, _trailers(code, "INTERNAL", message, {"correlation_id": correlation_id}))
@@ -497,7 +501,12 @@ def _show_token(details: Any, security: Security) -> grpc.aio.ClientCallDetails:
 
 
 def connect(
-    address: str, security: Security = OPEN, *, is_sticky: bool = False, max_message_bytes: int = MAX_MESSAGE_BYTES
+    address: str,
+    security: Security = OPEN,
+    *,
+    is_sticky: bool = False,
+    host: str = "",
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
     """Open a channel; nothing is sent before the first call. Close it with `await channel.close()`.
 
@@ -507,6 +516,7 @@ def connect(
     Args:
         address: `host:port`, or any target gRPC resolves (`dns:///envs:9093`).
         security: what the server is verified against and shown. Certificates are read now, the token at each call.
+        host: the name that `address` was looked up from, by whoever calls this: what its certificate has to show.
     """
     balancing: dict[str, Any] = {"pick_first": {"shuffleAddressList": True}} if is_sticky else {"round_robin": {}}
     config = {"loadBalancingConfig": [balancing], "methodConfig": _method_configs()}
@@ -521,8 +531,13 @@ def connect(
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # How long one attempt to connect may take: an address behind which nobody is answers nothing.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
     ]
-    security.check_target(address)
+    if host:
+        options += [("grpc.default_authority", host), ("grpc.ssl_target_name_override", host)]
+    else:
+        security.check_target(address)
     interceptors: list[Any] = []
     if security.token_to_present():
         interceptors = [_UnaryTokenInterceptor(security), _StreamTokenInterceptor(security)]

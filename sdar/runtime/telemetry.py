@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
-from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, make_wsgi_app
 
 from sdar.contracts.errors import ConflictError
 from sdar.runtime.security import escape_controls
@@ -26,6 +26,26 @@ log = structlog.get_logger()
 
 _SILENCE_TIMEOUT_S = 5.0
 """Longest silence of a client in the middle of its request."""
+_MAX_LABEL_VALUES = 64
+
+ERROR_ANSWERS = Counter(
+    "sdar_error_answers", "Calls answered with an error, by protocol (grpc, http) and kind of error.", ["protocol", "reason"]
+)
+"""Of the whole process; every service's /metrics shows it."""
+
+
+class LabelBound:
+    """Keeps a label to a number of values, for what others name (task types) is without end: further ones are `other`."""
+
+    def __init__(self, max_values: int = _MAX_LABEL_VALUES) -> None:
+        self._max_values = max_values
+        self._known: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        if value not in self._known and len(self._known) >= self._max_values:
+            return "other"
+        self._known.add(value)
+        return value
 
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
@@ -125,6 +145,14 @@ class ProbeServer:
         self._thread.join()
 
 
+def build_registry() -> CollectorRegistry:
+    """What every process tells of itself; a service's own metrics come on top."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(ERROR_ANSWERS)
+    return registry
+
+
 @contextlib.contextmanager
 def serve_probes(
     host: str, port: int, health: Health, registry: CollectorRegistry | None = None
@@ -137,8 +165,7 @@ def serve_probes(
         ConflictError: the port is taken.
     """
     if registry is None:
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        registry = build_registry()
     server = ProbeServer(host, port, health, registry)
     server.start()
     log.info("probes_served", host=host, port=server.port, paths="/healthz /readyz /metrics")

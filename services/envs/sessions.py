@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 log = structlog.get_logger()
 SESSIONS = Gauge("sdar_env_sessions", "Sessions that hold a place")
+CAPACITY = Gauge("sdar_env_capacity_sessions", "Places there are (environment.capacity)")
 OPENED = Counter("sdar_env_sessions_opened_total", "Episodes started", ["environment"])
 STEPS = Counter("sdar_env_steps_total", "Steps played", ["environment"])
 STEP_SECONDS = Histogram(
@@ -153,6 +154,7 @@ class SessionManager:
 
     async def start(self) -> None:
         """Build the environments. Raises ConfigurationError for one that cannot be built."""
+        CAPACITY.set(self.limits.max_sessions)
         await self.host.start(self.limits.step_timeout_s, self._lose)
 
     def describe(self, environment: str) -> EnvironmentDescription:

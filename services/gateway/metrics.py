@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from sdar.config import TrainingConfig
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import LedgerEvent
 from sdar.runtime.bus import BusMemory, StreamLag
 from sdar.runtime.ledger import LedgerAccount
+from sdar.runtime.telemetry import LabelBound
 
 from .alarms import JUDGES, Alarm, BusState
 from .evaluation import Evaluation
+from .state import RunPhase
 
 _TURN_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
 class GatewayMetrics:
-    """Names documented in docs/operations.md."""
+    """Names are documented in docs/metrics.md."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = CollectorRegistry() if registry is None else registry
@@ -26,10 +29,21 @@ class GatewayMetrics:
         self.gap = Gauge("sdar_ledger_gap", "Groups the ledger cannot explain; anything but 0 is a defect.", registry=registry)
         self.policy_version = Gauge("sdar_policy_version", "Newest published policy version.", registry=registry)
         self.updates = Gauge("sdar_updates", "Optimizer updates so far.", registry=registry)
-        self.success = Gauge(
-            "sdar_evaluation_success", "Pooled success on the held-out list, newest.", ["sampling"], registry=registry
+        self.target_updates = Gauge("sdar_target_updates", "Updates that the run is for.", registry=registry)
+        self.max_staleness = Gauge(
+            "sdar_max_staleness_updates", "Bound of staleness (training.max_staleness).", registry=registry
         )
+        self.phase = Gauge("sdar_run_phase", "1 for the phase that the run is in.", ["phase"], registry=registry)
+        by_kind = ["sampling", "task_type"]
+        self.evaluated = Gauge(
+            "sdar_evaluation_episodes",
+            "Episodes of the newest complete evaluation, sampled or greedy.",
+            by_kind,
+            registry=registry,
+        )
+        self.solved = Gauge("sdar_evaluation_successes", "Those that solved their task.", by_kind, registry=registry)
         self.unreadable_events = Counter("sdar_unreadable_events", "Events that could not be decoded.", registry=registry)
+        self._bound = LabelBound()
         self.turns = Histogram(
             "sdar_episode_turns",
             "Turns of training episodes, by the outcome of their group.",
@@ -60,8 +74,10 @@ class GatewayMetrics:
         evaluations: Sequence[Evaluation],
         *,
         ledger_gap: int,
+        phase: RunPhase,
         policy_version: int,
         num_updates: int,
+        training: TrainingConfig,
         length_drift: float,
     ) -> None:
         for state, number in ledger.counts().items():
@@ -69,10 +85,25 @@ class GatewayMetrics:
         self.gap.set(ledger_gap)
         self.policy_version.set(policy_version)
         self.updates.set(num_updates)
+        self.target_updates.set(training.num_updates)
+        self.max_staleness.set(training.max_staleness)
+        for other in RunPhase:
+            self.phase.labels(other.value).set(other is phase)
         self.length_drift.set(length_drift)
-        for evaluation in evaluations:
-            if evaluation.is_complete:
-                self.success.labels("greedy" if evaluation.is_greedy else "sampled").set(evaluation.success)
+        newest = {evaluation.is_greedy: evaluation for evaluation in evaluations if evaluation.is_complete}
+        for evaluation in newest.values():
+            self._observe_evaluation(evaluation)
+
+    def _observe_evaluation(self, evaluation: Evaluation) -> None:
+        sampling, counts = "greedy" if evaluation.is_greedy else "sampled", {"other": [0, 0]}
+        for task_type, (solved, played) in evaluation.successes.items():
+            kind = counts.setdefault(self._bound(task_type), [0, 0])
+            kind[0] += solved
+            kind[1] += played
+        for task_type, (solved, played) in counts.items():
+            if played:
+                self.solved.labels(sampling, task_type).set(solved)
+                self.evaluated.labels(sampling, task_type).set(played)
 
     def observe_bus(
         self,

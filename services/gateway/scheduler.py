@@ -206,8 +206,10 @@ class Scheduler:
             self.ledger,
             self.state.evaluations,
             ledger_gap=self.ledger_gap,
+            phase=self.state.phase,
             policy_version=self.policy_version,
             num_updates=self.num_updates,
+            training=self.config.training,
             length_drift=self.lengths.compute_drift(),
         )
 

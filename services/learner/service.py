@@ -20,6 +20,7 @@ from sdar.config import RunConfig
 from sdar.contracts.errors import ConfigurationError
 from sdar.runtime.bus import Bus
 from sdar.runtime.connect import build_bus, build_weight_store
+from sdar.runtime.gpu_time import GpuTime, count_gpus
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, serve_probes
@@ -53,6 +54,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
+        registry.register(GpuTime(count_gpus(config.training.num_ranks)))  # of all ranks: the others have no /metrics
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         followers = FollowerProcesses(config) if settings.world_size == 1 and config.training.num_ranks > 1 else None

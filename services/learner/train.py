@@ -197,7 +197,7 @@ class Learner:
         record = MetricRecord(self.config.name, "learner", self._consumer, version, time.time(), values)
         await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
         self._metrics.observe(self.progress, values, num_buffered, len(self._unacknowledged))
-        self._metrics.observe_turns([n for group in groups for n in group.episode_turns], counts.stale_turns)
+        self._metrics.observe_episodes(groups, counts.stale_turns)
         self._health.beat()
         shown = ("loss", "success_mean", "reward_mean", "gate_mean", "staleness_mean", "tokens_per_s", "step_s", "wait_share")
         log.info("batch_trained", policy_version=version, **{n: round(values[n], 4) for n in shown if n in values})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sdar.contracts.types import Purpose, Trajectory
+from sdar.runtime.telemetry import LabelBound
 from services.rollout.engine import EngineStats
 from services.rollout.episode import EpisodeClock
 
@@ -18,7 +19,7 @@ _UPDATE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 
 
 class RolloutMetrics:
-    """Names are documented in docs/operations.md.
+    """Names are documented in docs/metrics.md.
 
     Args:
         registry: none makes one of its own, so that several workers fit into one process.
@@ -27,9 +28,14 @@ class RolloutMetrics:
 
     def __init__(self, registry: CollectorRegistry | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry() if registry is None else registry
-        self._episodes = Counter("sdar_rollout_episodes", "Episodes finished.", ["purpose"], registry=registry)
-        self._successes = Counter("sdar_rollout_successes", "Episodes that solved their task.", ["purpose"], registry=registry)
-        self._tokens = Counter("sdar_rollout_generated_tokens", "Tokens sampled in finished episodes.", registry=registry)
+        by_kind = ["purpose", "task_type"]
+        self._episodes = Counter("sdar_rollout_episodes", "Episodes of groups that were played.", by_kind, registry=registry)
+        self._successes = Counter("sdar_rollout_successes", "Those that solved their task.", by_kind, registry=registry)
+        self._tokens = Counter("sdar_rollout_generated_tokens", "Tokens sampled, for outside callers too.", registry=registry)
+        self._prompt_tokens = Counter("sdar_rollout_prompt_tokens", "Tokens of prompts given to the engine.", registry=registry)
+        self._cached_tokens = Counter(
+            "sdar_rollout_cached_tokens", "Those of them that the engine's prefix cache held.", registry=registry
+        )
         self._failures = Counter("sdar_rollout_failed_groups", "Groups given up.", ["purpose"], registry=registry)
         self._dead_letters = Counter("sdar_rollout_dead_letters", "Tasks set aside.", registry=registry)
         self._reclaimed = Counter(
@@ -68,14 +74,20 @@ class RolloutMetrics:
             "sdar_rollout_shortened_prompts", "Prompts that show fewer earlier turns than asked for.", registry=registry
         )
         self._staging_s = Histogram(
-            "sdar_rollout_weight_staging_seconds", "Reading new weights.", buckets=_UPDATE_BUCKETS, registry=registry
+            "sdar_rollout_weight_staging_seconds",
+            "Reading new weights, beside generation.",
+            buckets=_UPDATE_BUCKETS,
+            registry=registry,
         )
         self._pause_s = Histogram(
             "sdar_rollout_weight_pause_seconds", "Generation held by an update.", buckets=_UPDATE_BUCKETS, registry=registry
         )
         self._running = Gauge("sdar_rollout_running_groups", "Groups in hand.", registry=registry)
+        self._running_episodes = Gauge("sdar_rollout_running_episodes", "Episodes being played.", registry=registry)
+        self._waiting_s = Counter("sdar_rollout_waiting_seconds", "Time without a group in hand.", registry=registry)
         self._version = Gauge("sdar_rollout_policy_version", "Version being sampled from.", registry=registry)
         self._lag = Gauge("sdar_rollout_policy_lag", "Versions behind the newest published.", registry=registry)
+        self._bound = LabelBound()
         self._now = now
         self.num_episodes = self.num_successes = self.num_failed_groups = 0
         self.num_reclaimed_groups = self.num_retried_groups = self.num_late_results = self.num_repeated_tokens = 0
@@ -86,9 +98,9 @@ class RolloutMetrics:
 
     def observe_group(self, trajectories: Sequence[Trajectory]) -> None:
         for trajectory in trajectories:
-            self._episodes.labels(trajectory.purpose).inc()
-            self._successes.labels(trajectory.purpose).inc(trajectory.is_success)
-            self._tokens.inc(trajectory.num_response_tokens)
+            kind = trajectory.purpose.value, self._bound(trajectory.task.task_type)
+            self._episodes.labels(*kind).inc()
+            self._successes.labels(*kind).inc(trajectory.is_success)
             self._episode_s.observe(trajectory.duration_s)
             if trajectory.purpose is Purpose.TRAIN:
                 self._turns.observe(len(trajectory.turns))
@@ -134,6 +146,9 @@ class RolloutMetrics:
         if stats.num_weight_updates != seen.num_weight_updates:
             self._staging_s.observe(stats.weight_staging_s)
             self._pause_s.observe(stats.weight_pause_s)
+        self._tokens.inc(stats.num_generated_tokens - seen.num_generated_tokens)
+        self._prompt_tokens.inc(stats.num_prompt_tokens - seen.num_prompt_tokens)
+        self._cached_tokens.inc(stats.num_cached_tokens - seen.num_cached_tokens)
         self._environment_s.inc(clock.environment_s - seen_clock.environment_s)
         self._engine_s.inc(clock.engine_s - seen_clock.engine_s)
         self._version.set(policy_version)
@@ -151,6 +166,8 @@ class RolloutMetrics:
         episode_s = max(engine_s + environment_s, 1e-9)
         idle_s = self._idle_s
         self._last_record = now, stats, dataclasses.replace(clock), idle_s
+        self._running_episodes.set(num_running_episodes)
+        self._waiting_s.inc(idle_s - old_idle_s)
         return {
             "num_tokens_generated": float(stats.num_generated_tokens),
             "num_prompt_tokens": float(stats.num_prompt_tokens),

@@ -11,6 +11,7 @@ from sdar.config import RunConfig
 from sdar.runtime.bus import Bus
 from sdar.runtime.chat import ChatTokenizer, compute_model_identity
 from sdar.runtime.connect import build_bus
+from sdar.runtime.gpu_time import GpuTime, count_gpus
 from sdar.runtime.lifecycle import run_until_stopped
 from sdar.runtime.rpc import RpcService, build_server
 from sdar.runtime.security import Security
@@ -51,6 +52,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
             skills = GrpcSkillSource(settings.teacher_address, security)
             cleanup.push_async_callback(skills.close)
         engine = build_engine(config, settings)
+        registry.register(GpuTime(count_gpus(config.rollout.tensor_parallel_size)))
         cleanup.push_async_callback(engine.stop)
         await engine.start()
         await run_worker(config, settings, bus, engine, environments, health, RolloutMetrics(registry), skills)

@@ -34,9 +34,11 @@ _COUNTERS: dict[CounterName, str] = {
     "refused_policies": "Times that a published policy could not be read.",
 }
 
+_SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
 
 class TeacherMetrics:
-    """Names are documented in docs/operations.md.
+    """Names are documented in docs/metrics.md.
 
     Args:
         registry: none makes one of its own, so that several teachers fit into one process.
@@ -46,7 +48,13 @@ class TeacherMetrics:
     def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         registry = CollectorRegistry() if registry is None else registry
         self._counters = {name: Counter(f"sdar_teacher_{name}", text, registry=registry) for name, text in _COUNTERS.items()}
-        self._scoring = Histogram("sdar_teacher_scoring_seconds", "Time to score one batch.", registry=registry)
+        self._scoring = Histogram(
+            "sdar_teacher_scoring_seconds", "Time to score one batch.", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self._loading = Histogram(
+            "sdar_teacher_weight_load_seconds", "Time to load new weights.", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self._waiting = Counter("sdar_teacher_waiting_seconds", "Time in which there was nothing to score.", registry=registry)
         self._version = Gauge("sdar_teacher_version", "Policy version that scores.", registry=registry)
         self._lag = Gauge(
             "sdar_teacher_lag_versions", "Versions behind the newest policy at the last score.", registry=registry
@@ -64,6 +72,9 @@ class TeacherMetrics:
     def observe_scoring(self, duration_s: float) -> None:
         self._scoring.observe(duration_s)
 
+    def observe_loading(self, duration_s: float) -> None:
+        self._loading.observe(duration_s)
+
     def observe_version(self, teacher_version: int, lag: int) -> None:
         self.teacher_version, self.lag = teacher_version, lag
         self._version.set(teacher_version)
@@ -71,6 +82,7 @@ class TeacherMetrics:
 
     def observe_waiting(self, duration_s: float) -> None:
         """Time in which there was nothing to score."""
+        self._waiting.inc(duration_s)
         self._waited_s += duration_s
 
     def collect_window(self) -> dict[str, float]:

@@ -146,3 +146,4 @@ class PolicyFollower:
         finally:
             self._tried_at = self._clock()
             self.last_load_s = self._tried_at - started_at
+        self._metrics.observe_loading(self.last_load_s)

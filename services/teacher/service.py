@@ -13,6 +13,7 @@ from sdar.runtime.bus import Bus
 from sdar.runtime.causal_lm import load_causal_lm
 from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.connect import build_bus, build_weight_store
+from sdar.runtime.gpu_time import GpuTime, count_gpus
 from sdar.runtime.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
 from sdar.runtime.pins import PinnedVersions
 from sdar.runtime.rpc import RpcService, build_server
@@ -48,6 +49,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
+        registry.register(GpuTime(count_gpus(config.teacher.tensor_parallel_size)))
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         scorer = build_scorer(config, build_weight_store(config, settings), settings)
