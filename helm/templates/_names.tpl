@@ -1,0 +1,105 @@
+{{/*
+What things are called, and which of them a run has. Templates that are about one role take (list $ "role").
+*/}}
+
+{{/* Prefix of every object's name. */}}
+{{- define "sdar.fullname" -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- .Values.fullnameOverride | default (contains "sdar" $release | ternary $release (printf "%s-sdar" $release)) | trunc 50 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "sdar.name" -}}
+{{- printf "%s-%s" (include "sdar.fullname" (index . 0)) (index . 1) -}}
+{{- end }}
+
+{{/* The run's name, which also names its keys in Redis. */}}
+{{- define "sdar.runName" -}}
+{{- .Values.run.name | default (.Release.Name | replace "." "-") -}}
+{{- end }}
+
+{{- define "sdar.labels" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{ include "sdar.selector" . }}
+{{- end }}
+
+{{- define "sdar.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: sdar
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- with index . 1 }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Of pods: without the chart's version, since a new chart that changes nothing else restarts nothing. */}}
+{{- define "sdar.podLabels" -}}
+app.kubernetes.io/version: {{ (index . 0).Values.image.tag | default (index . 0).Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+{{ include "sdar.selector" . }}
+{{- end }}
+
+{{/* Object metadata of a role: name and labels. */}}
+{{- define "sdar.metadata" -}}
+name: {{ include "sdar.name" . }}
+labels: {{- include "sdar.labels" . | nindent 2 }}
+{{- end }}
+
+{{- define "sdar.image" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $image := $root.Values.image -}}
+{{- $tag := $image.tag | default $root.Chart.AppVersion -}}
+{{- if (index $root.Values $role).gpus -}}{{- $tag = $image.gpuTag | default (printf "%s-cuda" $tag) -}}{{- end -}}
+{{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}sdar-{{ $role }}:{{ $tag }}
+{{- end }}
+
+{{/* The run's values over the defaults of RunConfig, as YAML: for looking at, never handed to a service. */}}
+{{- define "sdar.run" -}}
+{{- mergeOverwrite (.Files.Get "files/run-defaults.yaml" | fromYaml) (deepCopy .Values.run) (dict "name" (include "sdar.runName" .)) | toYaml -}}
+{{- end }}
+
+{{/* "true" or "". */}}
+{{- define "sdar.hasTeacher" -}}
+{{- if ne .Values.run.method.name "grpo" }}true{{ end -}}
+{{- end }}
+
+{{- define "sdar.hasEnvs" -}}
+{{- if not .Values.run.environment.address }}true{{ end -}}
+{{- end }}
+
+{{/* A hub name is fetched when a pod starts; a directory is in the image or on a volume. */}}
+{{- define "sdar.isHubModel" -}}
+{{- if not (hasPrefix "/" .Values.run.model.path) }}true{{ end -}}
+{{- end }}
+
+{{/* Whether pods of a role need the claim: all that read weights, unless these are in a bucket; the learner's checkpoints always are on it. */}}
+{{- define "sdar.usesClaim" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- if or (eq $role "learner") (and (not $root.Values.storage.weightsUrl) (has $role (list "rollout" "teacher"))) }}true{{ end -}}
+{{- end }}
+
+{{- define "sdar.claimName" -}}
+{{- .Values.storage.existingClaim | default (include "sdar.name" (list . "data")) -}}
+{{- end }}
+
+{{- define "sdar.redisSecret" -}}
+{{- .Values.redis.existingSecret | default (include "sdar.name" (list . "redis")) -}}
+{{- end }}
+
+{{/* Processes of a learner's pod. */}}
+{{- define "sdar.ranksPerPod" -}}
+{{- $run := include "sdar.run" . | fromYaml -}}
+{{- div (int $run.training.num_ranks) (int .Values.learner.replicas) -}}
+{{- end }}
+
+{{/* The number of pods, where the chart decides it: not where the gateway or KEDA does. */}}
+{{- define "sdar.replicas" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $scaling := $root.Values.autoscaling -}}
+{{- $isKeda := and (eq $scaling.mode "keda") (ne $role "learner") -}}
+{{- if and (not $isKeda) (or $scaling.dryRun (eq $scaling.mode "none")) -}}
+replicas: {{ eq $role "learner" | ternary $root.Values.learner.replicas (index $root.Values $role "replicas" | default dict).min }}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,85 @@
+{{/* Small objects that each role has one of. All take (list $ "role"). */}}
+
+{{- define "sdar.serviceAccount" -}}
+{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 1) -}}
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  {{- include "sdar.metadata" . | nindent 2 }}
+  {{- with $values.serviceAccount.annotations }}
+  annotations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+automountServiceAccountToken: false
+{{- end }}
+
+{{/* One pod of a role at a time may be moved: each comes back without a loss, but not all at once. */}}
+{{- define "sdar.podDisruptionBudget" -}}
+{{- $root := index . 0 -}}
+apiVersion: {{ $root.Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
+kind: PodDisruptionBudget
+metadata: {{- include "sdar.metadata" . | nindent 2 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels: {{- include "sdar.selector" . | nindent 6 }}
+{{- end }}
+
+{{/* Peers for network policies: pods of the same release by role. Takes (list $ "role" "role" ...). */}}
+{{- define "sdar.peers" -}}
+{{- $root := first . -}}
+{{- range rest . }}
+- podSelector:
+    matchLabels: {{- include "sdar.selector" (list $root .) | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{/* Head of a role's network policy. */}}
+{{- define "sdar.networkPolicyHead" -}}
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{- include "sdar.metadata" . | nindent 2 }}
+spec:
+  podSelector:
+    matchLabels: {{- include "sdar.selector" . | nindent 6 }}
+{{- end }}
+
+{{/* Prometheus may read /metrics at a port. Takes (list $ port). */}}
+{{- define "sdar.scrapeIngress" -}}
+- from: {{- toYaml (index . 0).Values.networkPolicy.prometheus | nindent 4 }}
+  ports: [{port: {{ index . 1 }}}]
+{{- end }}
+
+{{/* Ways out that most roles have: Redis, S3 and the model hub where they are outside the release. Takes (list $ "role"). */}}
+{{- define "sdar.commonEgress" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- if $root.Values.redis.enabled -}}
+- to: {{- include "sdar.peers" (list $root "redis") | nindent 4 }}
+  ports: [{port: 6379}]
+{{- else -}}
+- ports: [{port: {{ include "sdar.redisPort" $root }}}]
+{{- end }}
+{{- if $root.Values.tracing.endpoint }}
+- ports: [{port: {{ regexFind "[0-9]+$" (get (urlParse $root.Values.tracing.endpoint) "host") | default 4317 }}}]
+{{- end }}
+{{- if or (include "sdar.isHubModel" $root) (and $root.Values.storage.weightsUrl (has $role (list "rollout" "teacher" "learner"))) }}
+# The model hub, or the bucket of the weights; never the cloud's own metadata service.
+- to:
+    - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}
+    - ipBlock: {cidr: "::/0", except: ["fd00:ec2::254/128"]}
+  ports: [{port: 443}]
+{{- end }}
+{{- end }}
+
+{{/* Way to the environments: the release's own pods, or the address that the run names. */}}
+{{- define "sdar.envsEgress" -}}
+{{- if include "sdar.hasEnvs" . -}}
+- to: {{- include "sdar.peers" (list . "envs") | nindent 4 }}
+  ports: [{port: 9090}]
+{{- else -}}
+- ports: [{port: {{ regexFind "[0-9]+$" .Values.run.environment.address }}}]
+{{- end }}
+{{- end }}
+
+{{- define "sdar.redisPort" -}}
+{{- regexFind "[0-9]+$" (get (urlParse .Values.redis.url) "host") | default .Values.redis.port -}}
+{{- end }}

@@ -1,0 +1,304 @@
+{{/*
+The pod of a role: what all roles have in common is here once, what differs is decided by small tables at the top of each part.
+All take (list $ "role").
+*/}}
+
+{{- define "sdar.pod" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := index $root.Values $role -}}
+metadata:
+  labels: {{- include "sdar.podLabels" . | nindent 4 }}
+  annotations:
+    checksum/config: {{ include "sdar.configChecksum" . }}
+    {{- with $values.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
+spec:
+  serviceAccountName: {{ include "sdar.name" . }}
+  automountServiceAccountToken: {{ and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+  # Kubernetes would set SDAR_..._PORT variables of its own for each Service.
+  enableServiceLinks: false
+  {{- if include "sdar.isTorchrun" . }}
+  # A torchrun that is process 1 and waits for the others would not hear SIGTERM.
+  shareProcessNamespace: true
+  {{- end }}
+  terminationGracePeriodSeconds: {{ $values.terminationGracePeriodSeconds }}
+  {{- include "sdar.podPlacement" . | nindent 2 }}
+  securityContext: {{- include "sdar.podSecurity" . | nindent 4 }}
+  containers:
+    - name: {{ $role }}
+      image: {{ include "sdar.image" . }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      {{- include "sdar.command" . | nindent 6 }}
+      env: {{- include "sdar.env" . | nindent 8 }}
+      {{- with $root.Values.envFrom }}
+      envFrom: {{- toYaml . | nindent 8 }}
+      {{- end }}
+      ports: {{- include "sdar.ports" . | nindent 8 }}
+      {{- include "sdar.probes" . | nindent 6 }}
+      resources: {{- include "sdar.resources" . | nindent 8 }}
+      securityContext: {{- include "sdar.containerSecurity" . | nindent 8 }}
+      volumeMounts: {{- include "sdar.volumeMounts" . | nindent 8 }}
+  volumes: {{- include "sdar.volumes" . | nindent 4 }}
+{{- end }}
+
+{{/* Where pods run, which the redis pod shares. */}}
+{{- define "sdar.podPlacement" -}}
+{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 1) -}}{{- $selector := include "sdar.selector" . -}}
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.topologySpread }}
+topologySpreadConstraints:
+  {{- range . }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- $selector | nindent 8 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The "restricted" level of Kubernetes' pod security standards, for every pod of the chart. */}}
+{{- define "sdar.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "sdar.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* A learner of several pods is started by torchrun, and any pod's number is its place. */}}
+{{- define "sdar.isTorchrun" -}}
+{{- if and (eq (index . 1) "learner") (gt (int (index . 0).Values.learner.replicas) 1) }}true{{ end -}}
+{{- end }}
+
+{{- define "sdar.command" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- if include "sdar.isTorchrun" . -}}
+{{- $learner := include "sdar.name" . -}}
+command:
+  - sh
+  - -c
+  - >-
+    exec torchrun --nnodes={{ $root.Values.learner.replicas }} --nproc-per-node={{ include "sdar.ranksPerPod" $root }}
+    --node-rank=${HOSTNAME##*-} --master-addr={{ $learner }}-0.{{ $learner }} --master-port=29500
+    --rdzv-conf=timeout={{ $root.Values.learner.startupSeconds }} --max-restarts=0
+    --shutdown-timeout={{ sub (int $root.Values.learner.terminationGracePeriodSeconds) 20 }}
+    --no-python sdar serve learner
+{{- else -}}
+args: [serve, {{ $role }}]
+{{- end -}}
+{{- end }}
+
+{{- define "sdar.ports" -}}
+{{- $role := index . 1 -}}
+{{- if eq $role "gateway" }}
+- {name: http, containerPort: 8080}
+{{- else }}
+- {name: probe, containerPort: 9100}
+{{- end }}
+{{- if ne $role "learner" }}
+- {name: grpc, containerPort: 9090}
+{{- end }}
+{{- end }}
+
+{{/*
+The startup probe covers the engine's start and the wait for a first policy, in which a main loop may rightly be silent. The
+gateway is up before the others are, and ready after them.
+*/}}
+{{- define "sdar.probes" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $isGateway := eq $role "gateway" -}}
+{{- $port := $isGateway | ternary "http" "probe" -}}
+{{- $scheme := and $isGateway $root.Values.tls.enabled | ternary "HTTPS" "HTTP" -}}
+startupProbe:
+  httpGet: {path: {{ $isGateway | ternary "/healthz" "/readyz" }}, port: {{ $port }}, scheme: {{ $scheme }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ div (int (index $root.Values $role "startupSeconds")) 5 }}
+readinessProbe:
+  httpGet: {path: /readyz, port: {{ $port }}, scheme: {{ $scheme }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+livenessProbe:
+  httpGet: {path: /healthz, port: {{ $port }}, scheme: {{ $scheme }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end }}
+
+{{- define "sdar.resources" -}}
+{{- $values := index (index . 0).Values (index . 1) -}}
+{{- $resources := deepCopy $values.resources -}}
+{{- if $values.gpus -}}
+{{- $resources = mergeOverwrite $resources (dict "limits" (dict "nvidia.com/gpu" (int $values.gpus))) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end }}
+
+{{- define "sdar.env" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := $root.Values -}}
+- {name: SDAR_CONFIG, value: /etc/sdar/run.yaml}
+- name: SDAR_INSTANCE
+  valueFrom:
+    fieldRef: {fieldPath: metadata.name}
+- {name: SDAR_HOST, value: 0.0.0.0}
+- {name: SDAR_LOG_FORMAT, value: json}
+- {name: SDAR_LOG_LEVEL, value: {{ $values.logLevel }}}
+- {name: SDAR_CACHE, value: /var/cache/sdar}
+{{- if ne $role "learner" }}
+- {name: SDAR_TOKENS_FILE, value: /etc/sdar-auth/tokens}
+{{- end }}
+{{- if $values.tls.enabled }}
+- {name: SDAR_TLS_CERT, value: /etc/sdar-auth/tls.crt}
+- {name: SDAR_TLS_KEY, value: /etc/sdar-auth/tls.key}
+- {name: SDAR_TLS_CA, value: /etc/sdar-auth/ca.crt}
+- {name: SDAR_TLS_CLIENT_AUTH, value: {{ $values.tls.clientAuth }}}
+{{- end }}
+{{- if ne $role "envs" }}
+- name: SDAR_REDIS_URL
+  valueFrom:
+    secretKeyRef: {name: {{ include "sdar.redisSecret" $root }}, key: redis-url}
+{{- end }}
+{{- if has $role (list "gateway" "rollout") }}
+- {name: SDAR_ENVS_ADDRESS, value: "{{ include "sdar.name" (list $root "envs") }}:9090"}
+{{- end }}
+{{- if and (eq $role "rollout") (include "sdar.hasTeacher" $root) }}
+- {name: SDAR_TEACHER_ADDRESS, value: "{{ include "sdar.name" (list $root "teacher") }}:9090"}
+{{- end }}
+{{- if has $role (list "rollout" "teacher" "learner") }}
+- {name: SDAR_WEIGHTS_URL, value: {{ $values.storage.weightsUrl | default "/var/lib/sdar" | quote }}}
+{{- end }}
+{{- if eq $role "learner" }}
+- {name: SDAR_CHECKPOINTS, value: /var/lib/sdar/{{ include "sdar.runName" $root }}/checkpoints}
+{{- end }}
+{{- if and (eq $role "gateway") (ne $values.autoscaling.mode "none") }}
+- {name: SDAR_SCALING, value: /etc/sdar-scaling/scaling.yaml}
+{{- end }}
+{{- if not (include "sdar.isHubModel" $root) }}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+{{- if and $values.tracing.endpoint (ne $role "envs") }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ $values.tracing.endpoint | quote }}}
+- {name: SDAR_TRACE_SHARE, value: {{ $values.tracing.share | quote }}}
+{{- end }}
+{{- if has $role (list "rollout" "envs") }}
+# The rest of the grace period is for handing back what is left.
+- {name: SDAR_DRAIN_S, value: {{ sub (int (index $values $role).terminationGracePeriodSeconds) 30 | quote }}}
+{{- end }}
+{{- if eq $role "gateway" }}
+- {name: SDAR_GATEWAY_URL, value: {{ $values.tls.enabled | ternary "https" "http" }}://localhost:8080}
+{{- end }}
+{{- with (index $values $role).env }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "sdar.volumeMounts" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+- {name: run, mountPath: /etc/sdar, readOnly: true}
+- {name: auth, mountPath: /etc/sdar-auth, readOnly: true}
+- {name: tmp, mountPath: /tmp}
+- {name: cache, mountPath: /var/cache/sdar}
+{{- if hasKey (index $root.Values $role) "shmSize" }}
+- {name: shm, mountPath: /dev/shm}
+{{- end }}
+{{- if include "sdar.usesClaim" . }}
+- {name: data, mountPath: /var/lib/sdar{{ if ne $role "learner" }}, readOnly: true{{ end }}}
+{{- end }}
+{{- if and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+- {name: scaling, mountPath: /etc/sdar-scaling, readOnly: true}
+{{- end }}
+{{- with $root.Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "sdar.volumes" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+- name: run
+  configMap: {name: {{ include "sdar.name" (list $root "run") }}}
+{{ include "sdar.authVolume" $root }}
+- name: tmp
+  emptyDir: {}
+- name: cache
+  emptyDir: {}
+{{- with (index $root.Values $role).shmSize }}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+{{- end }}
+{{- if include "sdar.usesClaim" . }}
+- name: data
+  persistentVolumeClaim:
+    claimName: {{ include "sdar.claimName" $root }}
+{{- end }}
+{{- if and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+- name: scaling
+  configMap: {name: {{ include "sdar.name" (list $root "scaling") }}}
+{{- end }}
+{{- with $root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Tokens and certificates in one directory, whichever Secrets they come from. */}}
+{{- define "sdar.authVolume" -}}
+- name: auth
+  projected:
+    defaultMode: 0440
+    sources:
+      - secret:
+          name: {{ .Values.auth.existingSecret | default (include "sdar.name" (list . "auth")) }}
+          items: [{key: tokens, path: tokens}]
+      {{- if .Values.tls.enabled }}
+      - secret:
+          name: {{ .Values.tls.existingSecret | default (include "sdar.name" (list . "tls")) }}
+          items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
+      {{- end }}
+{{- end }}
+
+{{/*
+Which keys of the run a role reads: a changed one restarts its pods, and a test compares this with the code. `sdar.run` fills in
+the defaults, so that writing a default down restarts nothing.
+*/}}
+{{- define "sdar.configKeys" -}}
+{{- $streams := "training.max_staleness training.checkpoint_every training.groups_per_update training.group_size" -}}
+{{- get (dict
+  "gateway" "name seed model environment method training evaluation rollout.max_concurrent_episodes rollout.max_response_tokens rollout.temperature rollout.num_workers"
+  "rollout" (printf "name seed model environment.invalid_action_penalty environment.step_timeout_s method.name method.advantage_level rollout %s" $streams)
+  "teacher" (printf "name model environment.name method.name teacher rollout.kv_cache_gib rollout.gpu_memory_utilization training.logprob_chunk_tokens %s" $streams)
+  "envs" "name model.path environment"
+  "learner" "name seed model environment.invalid_action_penalty method rollout.temperature teacher.max_lag training"
+) . -}}
+{{- end }}
+
+{{- define "sdar.configChecksum" -}}
+{{- $root := index . 0 -}}
+{{- $run := include "sdar.run" $root | fromYaml -}}
+{{- $read := list $root.Values.redis.url -}}
+{{- range splitList " " (include "sdar.configKeys" (index . 1)) -}}
+{{- $value := $run -}}
+{{- range splitList "." . -}}{{- $value = index $value . -}}{{- end -}}
+{{- $read = append $read (dict . $value) -}}
+{{- end -}}
+{{- toJson $read | sha256sum -}}
+{{- end }}
