@@ -164,6 +164,7 @@ class InstantEnvironment:
     def __init__(self, scripts: Sequence[Script]) -> None:
         self._scripts = {script.task.task_id: script for script in scripts}
         self._sessions: dict[str, Script] = {}
+        self.num_waiting = 0
         self._profile = EnvironmentProfile(EnvironmentIdentity("household", "script"), "")
 
     def get(self, address: str) -> InstantEnvironment:

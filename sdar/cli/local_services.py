@@ -36,6 +36,7 @@ class LocalEnvironmentClient:
 
     def __init__(self, sessions: SessionManager) -> None:
         self._sessions = sessions
+        self.num_waiting = 0
 
     def get(self, address: str) -> LocalEnvironmentClient:
         return self

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -23,9 +23,12 @@ from sdar.contracts.errors import (
     UnknownResourceError,
 )
 from sdar.contracts.types import EnvironmentIdentity, Task
-from sdar.runtime.rpc import call, connect
+from sdar.runtime.rpc import call
 from sdar.runtime.security import OPEN, Security
-from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.v1 import environment_pb2
+from services.rollout.environment_servers import EnvironmentServer, EnvironmentServers, Resolve
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -47,7 +50,7 @@ class EnvironmentProfile:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An episode begun: its id and what the policy sees first."""
+    """An episode begun: the id by which its client knows it, and what the policy sees first."""
 
     session_id: str
     observation: str
@@ -70,7 +73,7 @@ class StepOutcome:
 
 
 class EnvironmentClient(Protocol):
-    """One environment server. Calls are safe to repeat by their keys.
+    """One environment, be it one server or many. Calls are safe to repeat by their keys.
 
     Every method raises EnvironmentFailedError when the environment died, hung or answered nonsense: the episode is lost, a
     new one may go well. InvalidInputError means that no other try can help.
@@ -79,7 +82,7 @@ class EnvironmentClient(Protocol):
     async def describe(self, environment: str) -> EnvironmentProfile: ...
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
-        """Begin an episode of the task with its seed; waits while all sessions are taken or the server is away.
+        """Begin an episode of the task with its seed; waits while all sessions are taken or no server is there.
 
         A session that opens after its caller was cancelled is closed at once.
         """
@@ -93,23 +96,42 @@ class EnvironmentClient(Protocol):
 class EnvironmentDirectory(Protocol):
     """Clients by the address that a task group names."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Episodes that wait because all servers are full or away."""
+
     def get(self, address: str) -> EnvironmentClient: ...
 
     async def close(self) -> None: ...
 
 
 class GrpcEnvironmentDirectory:
-    """One client, hence one channel, per address."""
+    """One client per address."""
 
-    def __init__(self, security: Security = OPEN, *, step_timeout_s: float, open_patience_s: float = OPEN_PATIENCE_S) -> None:
-        self._security = security
+    def __init__(
+        self,
+        security: Security = OPEN,
+        *,
+        step_timeout_s: float,
+        open_patience_s: float = OPEN_PATIENCE_S,
+        resolve: Resolve | None = None,
+    ) -> None:
+        self._security, self._resolve = security, resolve
         self._step_timeout_s, self._open_patience_s = step_timeout_s, open_patience_s
         self._clients: dict[str, GrpcEnvironmentClient] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(client.num_waiting for client in self._clients.values())
 
     def get(self, address: str) -> EnvironmentClient:
         if address not in self._clients:
             self._clients[address] = GrpcEnvironmentClient(
-                address, self._security, step_timeout_s=self._step_timeout_s, open_patience_s=self._open_patience_s
+                address,
+                self._security,
+                step_timeout_s=self._step_timeout_s,
+                open_patience_s=self._open_patience_s,
+                resolve=self._resolve,
             )
         return self._clients[address]
 
@@ -119,28 +141,46 @@ class GrpcEnvironmentDirectory:
         self._clients.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a session lives, and its id there: ids of different servers may be the same."""
+
+    server: EnvironmentServer
+    session_id: str
+
+
 class GrpcEnvironmentClient:
-    """`EnvironmentClient` over `sdar.v1.EnvironmentService`.
+    """`EnvironmentClient` over `sdar.v1.EnvironmentService`: sessions are spread over all servers behind the address.
 
     Args:
         step_timeout_s: deadline of one call, its transport-level retries included.
-        open_patience_s: how long a full or unreachable server is waited for when an episode begins.
+        open_patience_s: how long full or unreachable servers are waited for when an episode begins.
+        resolve: finds the servers of a name; the system's resolver if not given.
     """
 
-    def __init__(self, address: str, security: Security = OPEN, *, step_timeout_s: float, open_patience_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        security: Security = OPEN,
+        *,
+        step_timeout_s: float,
+        open_patience_s: float,
+        resolve: Resolve | None = None,
+    ) -> None:
         self._address = address
         self._timeout_s = step_timeout_s
         self._open_patience_s = open_patience_s
-        # Sessions live in one server process, also where the address stands for several.
-        self._channel = connect(address, security, is_sticky=True)
-        self._stub: Any = environment_pb2_grpc.EnvironmentServiceStub(self._channel)
+        self._servers = EnvironmentServers(address, security, resolve)
+        self._places: dict[str, _Place] = {}
         self._profiles: dict[str, EnvironmentProfile] = {}
         self._given_up: set[asyncio.Task[None]] = set()
+        self.num_waiting = 0
 
     async def describe(self, environment: str) -> EnvironmentProfile:
         if environment not in self._profiles:
             request = environment_pb2.DescribeRequest(environment=environment)
-            response = await self._patiently(lambda: self._call(self._stub.Describe, request))
+            server, response = await self._patiently(lambda server: self._call(server, server.stub.Describe, request))
+            self._servers.release(server)
             found = next((one for one in response.environments if one.name == environment), None)
             if found is None or not found.version:
                 raise self._nonsense(f"Describe({environment!r}) without that environment or its version")
@@ -152,18 +192,24 @@ class GrpcEnvironmentClient:
         request = environment_pb2.OpenSessionRequest(
             environment=task.environment, task_id=task.task_id, seed=task.seed, idempotency_key=idempotency_key
         )
-        response = await self._patiently(lambda: self._open(request))
+        server, response = await self._patiently(lambda server: self._open(server, request))
         if not response.session_id or not response.observation:
+            self._servers.release(server)
             raise self._nonsense(f"OpenSession of task {task.task_id!r} without session_id or observation")
-        return Session(response.session_id, response.observation, tuple(response.admissible_actions))
+        own_id = f"{response.session_id}@{server.target}"
+        self._places[own_id] = _Place(server, response.session_id)
+        return Session(own_id, response.observation, tuple(response.admissible_actions))
 
     async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
-        request = environment_pb2.StepRequest(session_id=session_id, step_index=step_index, text=text)
+        place = self._places.get(session_id)
+        if place is None:
+            raise EnvironmentFailedError(f"Session lost at {self._address}: {session_id!r} is not open. Open another.")
+        request = environment_pb2.StepRequest(session_id=place.session_id, step_index=step_index, text=text)
         try:
-            response = await self._call(self._stub.Step, request)
+            response = await self._call(place.server, place.server.stub.Step, request)
         except UnknownResourceError as error:
             # The server restarted or reaped the session; the task itself is fine.
-            raise EnvironmentFailedError(f"Session lost at {self._address}: {error}") from error
+            raise EnvironmentFailedError(f"Session lost at {place.server.target}: {error}") from error
         self._check(response, step_index)
         return StepOutcome(
             observation=response.observation,
@@ -178,34 +224,43 @@ class GrpcEnvironmentClient:
         )
 
     async def close_session(self, session_id: str) -> None:
+        if place := self._places.pop(session_id, None):
+            await self._close(place)
+
+    async def _close(self, place: _Place) -> None:
+        server = place.server
         try:
-            await self._call(self._stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=session_id))
+            await self._call(server, server.stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=place.session_id))
         except SdarError as error:
-            log.warning("session_not_closed", address=self._address, session_id=session_id, error=str(error))
+            log.warning("session_not_closed", address=server.target, session_id=place.session_id, error=str(error))
+        finally:
+            self._servers.release(server)
 
     async def close(self) -> None:
         if self._given_up:
             await asyncio.wait(self._given_up, timeout=_CLOSE_PATIENCE_S)
-        await self._channel.close()
+        await self._servers.close()
 
-    async def _open(self, request: environment_pb2.OpenSessionRequest) -> Any:
+    async def _open(self, server: EnvironmentServer, request: environment_pb2.OpenSessionRequest) -> Any:
         """One call. The server opens what it was asked for, whether or not the caller is still there: it is closed then."""
-        opening = asyncio.ensure_future(self._call(self._stub.OpenSession, request))
+        opening = asyncio.ensure_future(self._call(server, server.stub.OpenSession, request))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            closing = asyncio.create_task(self._close_given_up(opening), name="close_given_up")
+            self._servers.take(server)
+            closing = asyncio.create_task(self._close_given_up(server, opening), name="close_given_up")
             self._given_up.add(closing)
             closing.add_done_callback(self._given_up.discard)
             raise
 
-    async def _close_given_up(self, opening: asyncio.Future[Any]) -> None:
+    async def _close_given_up(self, server: EnvironmentServer, opening: asyncio.Future[Any]) -> None:
         try:
             response = await opening
         except SdarError as error:
-            log.info("session_not_opened", address=self._address, error=str(error))
+            log.info("session_not_opened", address=server.target, error=str(error))
+            self._servers.release(server)
         else:
-            await self.close_session(response.session_id)
+            await self._close(_Place(server, response.session_id))
 
     def _check(self, response: environment_pb2.StepResponse, step_index: int) -> None:
         numbers = {"reward": response.reward, **response.reward_components}
@@ -221,28 +276,53 @@ class GrpcEnvironmentClient:
             address=self._address,
         )
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, server: EnvironmentServer, method: Any, request: Any) -> Any:
         try:
-            return await call(method, request, timeout_s=self._timeout_s, peer=self._address)
+            return await call(method, request, timeout_s=self._timeout_s, peer=server.target)
         except (InvalidInputError, UnavailableError, CapacityError):
             raise
         except SdarError as error:
             raise EnvironmentFailedError(
-                f"The environment at {self._address} failed: {error}", address=self._address
+                f"The environment at {server.target} failed: {error}", address=server.target
             ) from error
 
-    async def _patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Repeat while the server is full or away: an environment that restarts must not cost its groups."""
-        deadline, delay_s = time.monotonic() + self._open_patience_s, 0.1
+    async def _patiently(self, attempt: Callable[[EnvironmentServer], Awaitable[T]]) -> tuple[EnvironmentServer, T]:
+        """Repeat while all servers are full or away: an environment that restarts must not cost its groups.
+
+        Returns the server too, with a session counted there.
+        """
+        deadline, delay_s, is_waiting = time.monotonic() + self._open_patience_s, 0.1, False
+        try:
+            while True:
+                try:
+                    return await self._try_each(attempt)
+                except EnvironmentFailedError:
+                    raise
+                except (UnavailableError, CapacityError) as error:
+                    if time.monotonic() + delay_s > deadline:
+                        raise EnvironmentFailedError(
+                            f"No session at {self._address} within {self._open_patience_s:g} s: {error}", address=self._address
+                        ) from error
+                    self.num_waiting += not is_waiting
+                    is_waiting = True
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, _LONGEST_OPEN_DELAY_S)
+        finally:
+            self.num_waiting -= is_waiting
+
+    async def _try_each(self, attempt: Callable[[EnvironmentServer], Awaitable[T]]) -> tuple[EnvironmentServer, T]:
+        """The first server that is neither full nor away; what the last one said if all are."""
+        servers = await self._servers.rank()
         while True:
+            server = servers.pop(0)
+            self._servers.take(server)
             try:
-                return await attempt()
-            except EnvironmentFailedError:
-                raise
-            except (UnavailableError, CapacityError) as error:
-                if time.monotonic() + delay_s > deadline:
-                    raise EnvironmentFailedError(
-                        f"No session at {self._address} within {self._open_patience_s:g} s: {error}", address=self._address
-                    ) from error
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, _LONGEST_OPEN_DELAY_S)
+                return server, await attempt(server)
+            except BaseException as error:
+                self._servers.release(server)
+                is_away = isinstance(error, UnavailableError) and not isinstance(error, EnvironmentFailedError)
+                if not is_away and not isinstance(error, CapacityError):
+                    raise
+                self._servers.avoid(server, is_away=is_away)
+                if not servers:
+                    raise

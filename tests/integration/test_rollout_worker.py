@@ -220,13 +220,15 @@ async def client_of(servicer, **options):
 )
 async def test_a_step_that_makes_no_sense_fails_the_episode(response, match):
     async with client_of(Nonsense(step=response)) as client:
+        session = await client.open_session(TASK, "key")
         with pytest.raises(EnvironmentFailedError, match=match):
-            await client.step("s", 0, "look")
+            await client.step(session.session_id, 0, "look")
 
 
 async def test_the_last_step_may_come_without_an_observation():
     async with client_of(Nonsense(step=environment_pb2.StepResponse(terminated=True, is_success=True))) as client:
-        assert (await client.step("s", 0, "look")).is_success
+        session = await client.open_session(TASK, "key")
+        assert (await client.step(session.session_id, 0, "look")).is_success
 
 
 async def test_a_session_without_an_observation_fails_the_episode():
@@ -243,15 +245,21 @@ async def test_a_description_without_the_environment_fails_the_episode():
 
 async def test_a_defect_of_the_server_fails_the_episode():
     async with client_of(Nonsense(step=ZeroDivisionError("oops"))) as client:
+        session = await client.open_session(TASK, "key")
         with pytest.raises(EnvironmentFailedError, match="correlation id"):
-            await client.step("s", 0, "look")
+            await client.step(session.session_id, 0, "look")
 
 
 async def test_a_session_that_is_gone_fails_the_episode_but_an_unknown_task_is_the_task_s_fault():
-    async with household() as (address, _):
+    async with household() as (address, sessions):
         client = GrpcEnvironmentClient(address, step_timeout_s=2.0, open_patience_s=1.0)
         with pytest.raises(EnvironmentFailedError, match="Session lost"):
             await client.step("nobody", 0, "look")
+        [task] = await sessions.list_tasks("household", "train", 0, 1)
+        session = await client.open_session(task, "lost")
+        sessions.close(session.session_id.partition("@")[0])
+        with pytest.raises(EnvironmentFailedError, match="Session lost"):
+            await client.step(session.session_id, 0, "look")
         with pytest.raises(InvalidInputError):
             await client.open_session(Task("household", "train", "no-such-task", "", "", 0), "key")
         await client.close()

@@ -124,6 +124,7 @@ class ScriptedEnvironment:
         self.num_failures, self.gate = num_failures, gate
         self.keys: list[str] = []
         self.texts: list[str] = []
+        self.num_waiting = 0
         self.opened: set[str] = set()
         self.closed: set[str] = set()
         self.max_open = 0
