@@ -60,9 +60,14 @@ labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- mergeOverwrite (.Files.Get "files/run-defaults.yaml" | fromYaml) (deepCopy .Values.run) (dict "name" (include "sdar.runName" .)) | toYaml -}}
 {{- end }}
 
-{{/* "true" or "". */}}
+{{/* "true" or "". Without scores of its own, skill_grpo still has the teacher hand out skills. */}}
 {{- define "sdar.hasTeacher" -}}
 {{- if ne .Values.run.method.name "grpo" }}true{{ end -}}
+{{- end }}
+
+{{/* Whether trajectories pass the teacher: RunConfig.needs_teacher. */}}
+{{- define "sdar.isScoring" -}}
+{{- if not (has .Values.run.method.name (list "grpo" "skill_grpo")) }}true{{ end -}}
 {{- end }}
 
 {{- define "sdar.hasEnvs" -}}
@@ -96,10 +101,9 @@ labels: {{- include "sdar.labels" . | nindent 2 }}
 
 {{/* The number of pods, where the chart decides it: not where the gateway or KEDA does. */}}
 {{- define "sdar.replicas" -}}
-{{- $root := index . 0 -}}{{- $role := index . 1 -}}
-{{- $scaling := $root.Values.autoscaling -}}
-{{- $isKeda := and (eq $scaling.mode "keda") (ne $role "learner") -}}
-{{- if and (not $isKeda) (or $scaling.dryRun (eq $scaling.mode "none")) -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $scaling := $root.Values.autoscaling -}}
+{{- $isGatewayScaled := or (eq $scaling.mode "gateway") (eq $role "learner") -}}
+{{- if or (eq $scaling.mode "none") $scaling.dryRun (not (or $isGatewayScaled (include "sdar.isKedaScaled" .))) -}}
 replicas: {{ eq $role "learner" | ternary $root.Values.learner.replicas (index $root.Values $role "replicas" | default dict).min }}
 {{- end -}}
 {{- end }}

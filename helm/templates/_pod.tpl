@@ -155,6 +155,16 @@ livenessProbe:
 {{- toYaml $resources -}}
 {{- end }}
 
+{{- define "sdar.authEnv" -}}
+- {name: SDAR_TOKENS_FILE, value: /etc/sdar-auth/tokens}
+{{- if .Values.tls.enabled }}
+- {name: SDAR_TLS_CERT, value: /etc/sdar-auth/tls.crt}
+- {name: SDAR_TLS_KEY, value: /etc/sdar-auth/tls.key}
+- {name: SDAR_TLS_CA, value: /etc/sdar-auth/ca.crt}
+- {name: SDAR_TLS_CLIENT_AUTH, value: {{ .Values.tls.clientAuth }}}
+{{- end }}
+{{- end }}
+
 {{- define "sdar.env" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := $root.Values -}}
 - {name: SDAR_CONFIG, value: /etc/sdar/run.yaml}
@@ -165,15 +175,7 @@ livenessProbe:
 - {name: SDAR_LOG_FORMAT, value: json}
 - {name: SDAR_LOG_LEVEL, value: {{ $values.logLevel }}}
 - {name: SDAR_CACHE, value: /var/cache/sdar}
-{{- if ne $role "learner" }}
-- {name: SDAR_TOKENS_FILE, value: /etc/sdar-auth/tokens}
-{{- end }}
-{{- if $values.tls.enabled }}
-- {name: SDAR_TLS_CERT, value: /etc/sdar-auth/tls.crt}
-- {name: SDAR_TLS_KEY, value: /etc/sdar-auth/tls.key}
-- {name: SDAR_TLS_CA, value: /etc/sdar-auth/ca.crt}
-- {name: SDAR_TLS_CLIENT_AUTH, value: {{ $values.tls.clientAuth }}}
-{{- end }}
+{{ include "sdar.authEnv" $root }}
 {{- if ne $role "envs" }}
 - name: SDAR_REDIS_URL
   valueFrom:

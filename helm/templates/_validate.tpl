@@ -4,7 +4,6 @@ What values.schema.json cannot say, because it is about several values at once. 
 {{- define "sdar.validate" -}}
 {{- $run := include "sdar.run" . | fromYaml -}}
 {{- $training := $run.training -}}
-{{- $isAutoscaled := ne .Values.autoscaling.mode "none" -}}
 {{- $ranks := int $training.num_ranks -}}
 {{- $learners := int .Values.learner.replicas -}}
 {{- $problems := list -}}
@@ -62,8 +61,8 @@ What values.schema.json cannot say, because it is about several values at once. 
 {{- $problems = append $problems (printf "%s.replicas.min %d is above %s.replicas.max %d. Lower the first or raise the second." $role (int $replicas.min) $role (int $replicas.max)) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (not $isAutoscaled) .Values.autoscaling.dryRun -}}
-{{- $problems = append $problems "autoscaling.dryRun explains what autoscaling.mode none does not do. Set the mode to gateway." -}}
+{{- if and .Values.autoscaling.dryRun (ne .Values.autoscaling.mode "gateway") -}}
+{{- $problems = append $problems (printf "autoscaling.dryRun is about the gateway, and autoscaling.mode is %s. Set the mode to gateway." .Values.autoscaling.mode) -}}
 {{- end -}}
 {{- if and (eq .Values.autoscaling.mode "keda") (not (.Capabilities.APIVersions.Has "keda.sh/v1alpha1")) -}}
 {{- $problems = append $problems "autoscaling.mode is keda, and this cluster does not serve keda.sh/v1alpha1. Install KEDA, or set the mode to gateway." -}}

@@ -1,0 +1,315 @@
+"""Owns what of the chart is written by a program: `make docs` runs it, and a test compares.
+
+- helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key with the words that stand
+  over it in helm/values.yaml.
+- helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections look at.
+- the table of helm/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticUndefined
+
+from sdar.config import RunConfig
+
+CHART = Path(__file__).resolve().parents[1] / "helm"
+_BEGIN, _END = "<!-- values: written by `make docs` -->", "<!-- end of values -->"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9.]+(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[float, Field(ge=0)]
+Labels = dict[str, str]
+Object = dict[str, Any]
+"""Kubernetes' own, passed on as it is; the API server checks it."""
+Objects = list[Object]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+Seconds = Annotated[int, Field(ge=1, le=86_400)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
+RedisUrl = Annotated[str, StringConstraints(pattern=r"^(rediss?://.+)?$")]
+HttpUrl = Annotated[str, StringConstraints(pattern=r"^(https?://.+)?$")]
+Size = Annotated[str, StringConstraints(pattern=r"^[0-9.]+(k|Ki|M|Mi|G|Gi|T|Ti)$")]
+Environment = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Image(_Part):
+    registry: str
+    tag: str
+    gpuTag: str
+    pullPolicy: Literal["Always", "IfNotPresent", "Never"]
+    pullSecrets: list[Labels]
+
+
+class Resources(_Part):
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+
+
+class Variable(_Part):
+    name: Environment
+    value: str = ""
+    valueFrom: Object = {}
+
+
+class ServiceAccount(_Part):
+    annotations: Labels
+
+
+class Placed(_Part):
+    resources: Resources
+    nodeSelector: Labels
+    tolerations: Objects
+    affinity: Object
+    topologySpread: list[str]
+    priorityClassName: str
+
+
+class Check(Placed):
+    timeoutSeconds: Seconds
+
+
+class Pod(Placed):
+    podAnnotations: Labels
+    serviceAccount: ServiceAccount
+    terminationGracePeriodSeconds: Annotated[int, Field(ge=31, le=86_400)]
+
+
+class Role(Pod):
+    env: list[Variable]
+    startupSeconds: Annotated[int, Field(ge=30, le=86_400)]
+
+
+class Gateway(Role):
+    terminationGracePeriodSeconds: Seconds
+
+
+class Replicas(_Part):
+    min: Count
+    max: Count
+
+
+class Envs(Role):
+    replicas: Replicas
+
+
+class Engine(Envs):
+    gpus: Annotated[int, Field(ge=0, le=64)]
+    shmSize: Size
+
+
+class Learner(Role):
+    replicas: Count
+    gpus: Annotated[int, Field(ge=0, le=64)]
+    shmSize: Size
+
+
+class Autoscaling(_Part):
+    mode: Literal["gateway", "keda", "none"]
+    dryRun: bool
+    idleAfterSeconds: Annotated[int, Field(ge=0)]
+
+
+class RedisStorage(_Part):
+    storageClass: str
+    size: Size
+
+
+class Redis(Pod):
+    enabled: bool
+    url: RedisUrl
+    existingSecret: str
+    port: Port
+    image: str
+    maxMemory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(mb|gb)$")]
+    storage: RedisStorage
+
+
+class Storage(_Part):
+    weightsUrl: BucketUrl
+    existingClaim: str
+    storageClass: str
+    size: Size
+    accessModes: Annotated[list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)]
+
+
+class Auth(_Part):
+    existingSecret: str
+
+
+class Tls(_Part):
+    enabled: bool
+    existingSecret: str
+    clientAuth: Literal["none", "grpc", "all"]
+    extraHosts: list[str]
+
+
+class NetworkPolicy(_Part):
+    enabled: bool
+    clients: Objects
+    policyClients: Objects
+    prometheus: Objects
+    ingressController: Objects
+    keda: Objects
+    extraEgress: Objects
+
+
+class Ingress(_Part):
+    enabled: bool
+    className: str
+    host: str
+    tlsSecret: str
+    annotations: Labels
+
+
+class Monitoring(_Part):
+    serviceMonitors: bool
+    rules: bool
+    dashboards: bool
+    labels: Labels
+
+
+class Tracing(_Part):
+    endpoint: HttpUrl
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
+class Values(_Part):
+    """The chart's own part of its values; defaults and words are in helm/values.yaml."""
+
+    fullnameOverride: Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9-]{0,49})?$")]
+    image: Image
+    logLevel: Literal["debug", "info", "warning", "error"]
+    gateway: Gateway
+    rollout: Engine
+    teacher: Engine
+    envs: Envs
+    learner: Learner
+    autoscaling: Autoscaling
+    redis: Redis
+    storage: Storage
+    auth: Auth
+    tls: Tls
+    networkPolicy: NetworkPolicy
+    ingress: Ingress
+    monitoring: Monitoring
+    tracing: Tracing
+    check: Check
+    envFrom: Objects
+    extraVolumes: Objects
+    extraVolumeMounts: Objects
+
+
+def build_schema() -> dict[str, Any]:
+    """The JSON schema of the chart's values, in the dialect that every Helm reads (draft 7, nothing by reference)."""
+    run = _inline(RunConfig.model_json_schema())
+    run["required"].remove("name")
+    run["properties"]["name"]["pattern"] = r"^([a-z0-9][a-z0-9-]{0,62})?$"
+    schema = _inline(Values.model_json_schema())
+    _describe(schema, read_words((CHART / "values.yaml").read_text()), "")
+    schema["properties"] = {"run": run} | schema["properties"]
+    schema["required"] = ["run"]
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart sdar"} | schema
+
+
+def build_run_defaults() -> dict[str, Any]:
+    """What RunConfig fills in, section by section; keys without a default are left out."""
+    defaults: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            known = {key: part.default for key, part in section.model_fields.items() if part.default is not PydanticUndefined}
+            defaults[name] = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+        elif field.default is not PydanticUndefined:
+            defaults[name] = field.default
+    return defaults
+
+
+def build_table() -> str:
+    """Markdown: every described key of the chart's own part, its default and its words."""
+    text = (CHART / "values.yaml").read_text()
+    values, rows = yaml.safe_load(text), ["| key | default | |", "|---|---|---|"]
+    for key, words in read_words(text).items():
+        value = values
+        for part in key.split("."):
+            value = value[part]
+        rows.append(f"| `{key}` | `{json.dumps(value)}` | {words} |".replace('`""`', ""))
+    return "\n".join(rows)
+
+
+def read_words(text: str) -> dict[str, str]:
+    """What stands over each key of a values file after `# --`, by the key's dotted path."""
+    words: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        if found := re.match(r"\s*# -- (.*)", line):
+            comment = [found[1]]
+        elif comment and (found := re.match(r"\s*# (.*)", line)):
+            comment.append(found[1])
+        elif found := re.match(r"( *)([A-Za-z_]+):", line):
+            path = [*(part for part in path if part[0] < len(found[1])), (len(found[1]), found[2])]
+            if comment:
+                words[".".join(name for _, name in path)] = " ".join(comment)
+            comment = []
+        else:
+            comment = []
+    return words
+
+
+def write() -> None:
+    """Write everything anew."""
+    (CHART / "values.schema.json").write_text(json.dumps(build_schema(), indent=2) + "\n")
+    head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
+    (CHART / "files/run-defaults.yaml").write_text(head + yaml.safe_dump(build_run_defaults(), sort_keys=False))
+    page = (CHART / "README.md").read_text()
+    before, rest = page.split(_BEGIN)
+    (CHART / "README.md").write_text(f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}")
+
+
+def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references, titles and what only newer dialects know."""
+    definitions = schema.pop("$defs", {})
+
+    def visit(node: Any, *, is_named: bool = False) -> Any:
+        if isinstance(node, list):
+            return [visit(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if is_named:  # the keys of `properties` are names, not keywords
+            return {name: visit(value) for name, value in node.items()}
+        if "$ref" in node:
+            rest = {key: value for key, value in node.items() if key != "$ref"}
+            return visit(definitions[node["$ref"].rpartition("/")[2]] | rest)
+        kept = {key: value for key, value in node.items() if key not in ("title", "format")}
+        if "prefixItems" in kept:
+            kept["items"] = kept.pop("prefixItems")[0]
+        return {key: visit(value, is_named=key == "properties") for key, value in kept.items()}
+
+    inlined: dict[str, Any] = visit(schema)
+    return inlined
+
+
+def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
+    """Give each key its words. In values a key that is left out has the file's default, so nothing of ours is required."""
+    schema.pop("description", None)
+    for name, child in schema.get("properties", {}).items():
+        key = f"{path}{name}"
+        _describe(child, words, f"{key}.")
+        if key in words:
+            schema["properties"][name] = {"description": words[key]} | child
+    if "properties" in schema:
+        schema.pop("required", None)
+
+
+if __name__ == "__main__":
+    write()
