@@ -17,10 +17,10 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer
 
 from sdar.contracts.errors import InvalidInputError, SdarError, UnknownResourceError
 from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter
-from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.http import answer_error, build_error_response, build_page_policy
 from sdar.runtime.ledger import format_group_id
 
@@ -204,7 +204,7 @@ def build_app(
     watch: Watch,
     bus: Bus,
     *,
-    load_tokenizer: Callable[[], ChatTokenizer] | None = None,
+    load_tokenizer: Callable[[], Tokenizer] | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """The gateway's application. It answers at once while Redis is away: from what the watch saw last, or with 503.
@@ -334,7 +334,7 @@ def _summarize(letter: DeadLetter) -> dict[str, Any]:
     return shown | {"age_s": max(0.0, time.time() - letter.at_s), "size_bytes": len(letter.payload)}
 
 
-def _add_lookups(app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[], ChatTokenizer] | None) -> None:
+def _add_lookups(app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[], Tokenizer] | None) -> None:
     @app.get("/v1/metrics", tags=["lookups"])
     async def get_metrics(
         after: Annotated[str, Query(pattern=_ENTRY_ID)] = BEFORE_FIRST,

@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory
 from sdar.runtime.bus import DeadLetter
-from sdar.runtime.chat import ChatTokenizer
 
 
-def describe_trajectory(scored: ScoredTrajectory, tokenizer: ChatTokenizer | None = None) -> dict[str, Any]:
+def describe_trajectory(scored: ScoredTrajectory, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """A trajectory with its score; with a tokenizer its tokens as text too."""
     trajectory, score = scored.trajectory, scored.score
     turns = []
@@ -36,7 +37,8 @@ def describe_trajectory(scored: ScoredTrajectory, tokenizer: ChatTokenizer | Non
             "policy_versions": turn.policy_versions.tolist(),
         }
         if tokenizer is not None:
-            shown["response_tokens"] = [tokenizer.tokenizer.decode([token]) for token in turn.response_token_ids.tolist()]
+            ids = turn.response_token_ids.tolist()
+            shown["response_tokens"] = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
         if score is not None:
             shown["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
         turns.append(shown)

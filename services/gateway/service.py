@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 
+from tokenizers import Tokenizer
+
 from sdar.config import RunConfig
 from sdar.contracts.streams import Stream
 from sdar.runtime import rpc
-from sdar.runtime.chat import ChatTokenizer
 from sdar.runtime.connect import build_bus
 from sdar.runtime.http import bind_http, build_http_server
 from sdar.runtime.lifecycle import run_until_stopped
@@ -49,8 +50,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         metrics=metrics,
     )
     watch = Watch(scheduler, watch_bus, metrics)
-    # Loaded when it is first asked for: a restarted gateway need not wait for transformers and torch.
-    load_tokenizer = functools.cache(lambda: ChatTokenizer(config.model.path))
+    # Without transformers, which the gateway's image does not have; loaded when the first trajectory is asked for.
+    load_tokenizer = functools.cache(lambda: Tokenizer.from_file(str(config.model.path / "tokenizer.json")))
     app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer)
     http_server = build_http_server(app, settings.host, security)
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
