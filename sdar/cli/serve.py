@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sdar.config import RunConfig, load_config
 from sdar.runtime.connect import locate_model
 from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
 from sdar.runtime.telemetry import configure_logging
+from sdar.runtime.tracing import serve_traces
 from sdar.runtime.vllm_weights import vllm_environment
 
 
@@ -24,7 +26,10 @@ def serve_service(name: str, config_path: Path | None) -> None:
     configure_logging(name, settings.instance, settings.log_level, settings.log_format)
     apply_environment(_library_environment(name, config))
     service = importlib.import_module(f"services.{name}.service")
-    asyncio.run(_serve(service.serve, config, settings))
+    # Environments are seen from the rollout workers, ranks from the first one.
+    is_traced = name != "envs" and settings.rank == 0
+    with serve_traces(settings, name, config.name) if is_traced else contextlib.nullcontext():
+        asyncio.run(_serve(service.serve, config, settings))
 
 
 async def _serve(serve: object, config: RunConfig, settings: Settings) -> None:

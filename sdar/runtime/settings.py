@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     """Address that servers bind to. Beyond loopback they ask for tokens (docs/security.md)."""
     http_port: int = Field(default=8080, ge=0, le=65535)
     """Port of the gateway's HTTP API."""
+    scaling: Path | None = None
+    """Scaling file of a gateway in Kubernetes (docs/operations.md); without it nothing is scaled."""
     gateway_url: str = ""
     """Where the run's gateway answers, for `sdar status` and `sdar dead-letter`: http://HOST:PORT."""
     grpc_port: int = Field(default=9090, ge=0, le=65535)
@@ -75,12 +77,18 @@ class Settings(BaseSettings):
     """Sessions a client may hold on an environment server; 0 for all there are."""
     instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     """Unique name of this process: the consumer name in Redis, a label in logs."""
+    drain_s: float = Field(default=20.0, ge=0, le=3600)
+    """How long episodes may go on after SIGTERM. Then a rollout hands its groups back, and an environment server ends sessions."""
     rank: int = Field(default=0, ge=0, validation_alias="RANK")
     """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""
     world_size: int = Field(default=1, ge=1, validation_alias="WORLD_SIZE")
     """Number of the learner's ranks that are started from outside; torchrun sets it."""
     alfworld_data: str = Field(default="", validation_alias="ALFWORLD_DATA")
     """ALFWorld's own variable: the directory that holds json_2.1.1, where an environment is given no data_dir."""
+    trace_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Where traces go by OTLP over gRPC, http://HOST:4317; empty for none. The exporter's other OTEL_ variables count too."""
+    trace_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the training groups that are traced; the same in every service of a run."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level that is logged."""
     log_format: Literal["text", "json"] = "text"

@@ -28,6 +28,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, Task, TaskGroup, Trajectory
+from sdar.runtime import tracing
 from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
 from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id, parse_group_number
 from sdar.runtime.lifecycle import wait_or_stop
@@ -89,6 +90,7 @@ class Scheduler:
         self._in_hand: list[Delivery] = []
         self._outbox: list[bytes] = []
         self._issued: list[LedgerEvent] = []
+        self._spans: list[tracing.Span] = []
         self._is_changed = False
         self._was_empty = False
 
@@ -200,7 +202,9 @@ class Scheduler:
                 if stopping.is_set():
                     return
             else:
-                self._outbox, self._issued, is_due = [], [], False
+                for span in self._spans:
+                    span.end()
+                self._outbox, self._issued, self._spans, is_due = [], [], [], False
                 self._retries.settle()
         self._metrics.observe_run(
             self.ledger,
@@ -245,7 +249,7 @@ class Scheduler:
         self.state = GatewayState() if saved is None else GatewayState.from_bytes(saved)
         if saved is not None:
             log.info("gateway_restored", num_issued=self.state.next_group_number, phase=self.state.phase)
-        self._outbox, self._issued, self._is_changed = [], [], False
+        self._outbox, self._issued, self._spans, self._is_changed = [], [], [], False
         self._in_hand = await self._reclaim()
 
     async def _adopt_restored(self) -> None:
@@ -395,6 +399,9 @@ class Scheduler:
         group = self._group(group_id, task, self.config.training.group_size, Purpose.TRAIN)
         self._outbox.append(codec.encode_task_group(group))
         self._issued.append(LedgerEvent(self.config.name, group_id, GroupOutcome.ISSUED, 0, self.policy_version))
+        version = self.policy_version
+        span = tracing.open_group(group_id, task_id=task.task_id, task_type=task.task_type, policy_version=version)
+        self._spans.append(span)
         return group_id
 
     def _issue_again(self, retry: Retry) -> None:

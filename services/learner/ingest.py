@@ -12,6 +12,7 @@ resumes makes the batches again that it would have made.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
+from sdar.runtime import tracing
 from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, parse_entry_id
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
@@ -365,6 +367,7 @@ class GroupSource:
         self._dropped.add(group.group_id for group in dropped)
         for group in dropped:
             outcome = group.verdict.outcome
+            tracing.record("learner.drop", group.group_id, time.time(), outcome=outcome.value)
             self.counts.num_stale += outcome is GroupOutcome.STALE
             self.counts.num_skipped += outcome is GroupOutcome.SKIPPED
             self.counts.num_cancelled += outcome is GroupOutcome.CANCELLED

@@ -23,6 +23,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import CapacityError, WeightsUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
+from sdar.runtime import tracing
 from sdar.runtime.bus import Bus, Delivery
 from sdar.runtime.chat import compute_model_identity
 from sdar.runtime.ledger import parse_group_number
@@ -105,10 +106,12 @@ class Learner:
         await self._resume()
         while not self.is_finished and (groups := await self._next_batch(stopping)):
             before = self.progress
-            measured, tensors = await self._train(groups)
-            self.progress = before.after_update(group.group_id for group in groups)
-            self._unbooked += [book_trained(self.config, group, self.progress.policy_version) for group in groups]
-            await self._publish(tensors)
+            group_ids = [group.group_id for group in groups]
+            with tracing.span_over("learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)):
+                measured, tensors = await self._train(groups)
+                self.progress = before.after_update(group_ids)
+                self._unbooked += [book_trained(self.config, group, self.progress.policy_version) for group in groups]
+                await self._publish(tensors)
             await self._report(groups, before, measured)
             if self._is_checkpoint_due:
                 await self._make_durable()
@@ -162,16 +165,35 @@ class Learner:
 
     async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
         self._unacknowledged += [delivery for group in groups for delivery in group.deliveries]
-        with self._clock.measure("step"):
-            return await self._in_torch(
+        for group in groups:
+            tracing.record("learner.buffer", group.group_id, group.arrived[0] / 1000, num_episodes=len(group.items))
+        began_s = time.time()
+        with self._clock.measure("step"), tracing.span("learner.step", policy_version=self.progress.policy_version):
+            result = await self._in_torch(
                 self._trainer.update,
                 [(group.items, group.payloads) for group in groups],
                 update_index=self.progress.num_updates,
                 policy_version=self.progress.policy_version,
             )
+        self._trace_trained(groups, began_s)
+        return result
+
+    def _trace_trained(self, groups: Sequence[Group], began_s: float) -> None:
+        """Where each group's trace ends: the step that learned from it, with a link to the update's own trace."""
+        for group in groups:
+            tracing.record(
+                "learner.trained",
+                group.group_id,
+                began_s,
+                is_linked=True,
+                update=self.progress.num_updates + 1,
+                policy_version=self.progress.policy_version,
+                sampled_version=group.policy_version,
+                staleness=self.progress.compute_staleness(group.policy_version),
+            )
 
     async def _publish(self, tensors: dict[str, Tensor]) -> None:
-        with self._clock.measure("publish"):
+        with self._clock.measure("publish"), tracing.span("learner.publish", policy_version=self.progress.policy_version):
             manifest = await self._insist(self._write_weights, tensors, self.progress)
             await self._bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
             if manifest.policy_version % _KEPT_VERSIONS == 0:

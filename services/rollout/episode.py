@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from sdar.contracts.errors import InvalidInputError
 from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
+from sdar.runtime import tracing
 from sdar.runtime.chat import ChatTokenizer
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
@@ -114,10 +115,14 @@ async def play_group(
     """
 
     async def play(episode_index: int) -> Trajectory:
+        trajectory_id = _name_trajectory(group, episode_index, attempt)
         async with slots or contextlib.nullcontext():
-            return await play_episode(
-                group, episode_index, attempt, engine=engine, environment=environment, rules=rules, skill_text=skill_text
-            )
+            with tracing.span("rollout.episode", trajectory_id=trajectory_id) as span:
+                trajectory = await play_episode(
+                    group, episode_index, attempt, engine=engine, environment=environment, rules=rules, skill_text=skill_text
+                )
+                span.set(num_turns=len(trajectory.turns), is_success=trajectory.is_success, end=trajectory.end.value)
+                return trajectory
 
     episodes = [asyncio.ensure_future(play(index)) for index in range(group.group_size)]
     try:
@@ -141,8 +146,8 @@ async def play_episode(
 ) -> Trajectory:
     """Play one episode of a group, once. The session is closed however it ends. Raises as `play_group`."""
     started = time.monotonic()
-    trajectory_id = f"{group.group_id}.{episode_index}.a{attempt.number}"
-    with rules.clock.stepping():
+    trajectory_id = _name_trajectory(group, episode_index, attempt)
+    with rules.clock.stepping(), tracing.span("environment.open"):
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
@@ -172,6 +177,10 @@ async def play_episode(
     )
 
 
+def _name_trajectory(group: TaskGroup, episode_index: int, attempt: Attempt) -> str:
+    return f"{group.group_id}.{episode_index}.a{attempt.number}"
+
+
 async def _play_turns(
     group: TaskGroup,
     attempt: Attempt,
@@ -191,13 +200,17 @@ async def _play_turns(
             f"{rules.max_sequence_tokens} less a response leaves {num_prompt_tokens}. Raise it, or shorten the observation."
         )
     while True:
-        with rules.clock.sampling():
+        turn = len(turns)
+        with rules.clock.sampling(), tracing.span("rollout.generate", turn=turn) as span:
             generation = await engine.generate(prompt.token_ids, group.sampling)
+            versions = sorted({int(version) for version in generation.policy_versions})
+            span.set(num_prompt_tokens=len(prompt.token_ids), num_tokens=len(generation.logprobs), policy_versions=versions)
         attempt.num_sampled_tokens += len(generation.response_token_ids)
         text = rules.tokenizer.decode_response(generation.response_token_ids)
-        with rules.clock.stepping():
-            outcome = await environment.step(session.session_id, len(turns), text)
-        turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
+        with rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
+            outcome = await environment.step(session.session_id, turn, text)
+            span.set(is_action_valid=outcome.is_action_valid, is_over=outcome.is_terminated or outcome.is_truncated)
+        turns.append(_build_turn(turn, prompt, generation, text, outcome))
         if outcome.is_terminated or outcome.is_truncated or len(turns) == group.max_turns:
             return turns, outcome
         prompt = prompts.extend(

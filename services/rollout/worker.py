@@ -35,6 +35,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, Purpose, TaskGroup, Trajectory
+from sdar.runtime import tracing
 from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, Publications, parse_entry_id
 from sdar.runtime.lifecycle import wait_or_stop
 from sdar.runtime.pins import PinnedVersions
@@ -190,7 +191,8 @@ class RolloutWorker:
     async def _try(self, group: TaskGroup, hand: _InHand, attempt: Attempt) -> list[Trajectory]:
         """Play the group; empty if it failed and that has been dealt with."""
         try:
-            return await self._play(group, attempt)
+            with _trace(group, attempt):
+                return await self._play(group, attempt)
         except (EngineFailedError, BusUnavailableError):
             raise
         except WeightsUnavailableError as error:
@@ -410,6 +412,13 @@ class RolloutWorker:
             raise self._failure
         if not self._engine.is_alive:
             raise EngineFailedError("The engine has died; its log on stderr says why. Restart the service.")
+
+
+def _trace(group: TaskGroup, attempt: Attempt) -> tracing.Span:
+    """Evaluations are no trajectory's way to an update."""
+    if group.purpose is Purpose.EVALUATION:
+        return tracing.NOTHING
+    return tracing.group_span("rollout.attempt", group.group_id, attempt=attempt.number, group_size=group.group_size)
 
 
 def _precede(entry_id: str) -> str:

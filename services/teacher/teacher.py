@@ -13,6 +13,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError, SdarError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherScore, Trajectory
+from sdar.runtime import tracing
 from sdar.runtime.bus import Publications
 from services.teacher.context import ContextBuilder, PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
@@ -79,18 +80,21 @@ class Teacher:
             UnavailableError: it cannot be loaded, or the bus is away.
         """
         async with self._turnstile:
+            retrieving_at_s = time.time()
             for group_id, task in {trajectory.group_id: trajectory.task for trajectory in trajectories}.items():
                 await self.contexts.retriever.prepare(task, group_id)
             # A tokenizer serves one thread at a time, so prompts are built inside the turnstile too.
             built = await asyncio.to_thread(lambda: [self._build(trajectory) for trajectory in trajectories])
             contexts = [context for context in built if isinstance(context, PrivilegedContext)]
+            _trace_retrieval(contexts, retrieving_at_s)
             sampled_by = max((context.trajectory.max_policy_version for context in contexts), default=0)
             await self._follower.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
             version = self._scorer.teacher_version
             self.metrics.observe_version(version, self._follower.lag)
-            started_at = time.monotonic()
+            started_at, scoring_at_s = time.monotonic(), time.time()
             logprobs = await self._scorer.score(contexts)
             self.metrics.observe_scoring(time.monotonic() - started_at)
+            _trace_scores(contexts, scoring_at_s, version)
         scored = iter([self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)])
         return [next(scored) if isinstance(context, PrivilegedContext) else context for context in built]
 
@@ -153,6 +157,34 @@ class Teacher:
                 known_task_types=list(self.contexts.retriever.skill_library.task_types),
                 fix="add a skill for this task type, or correct the task type the environment reports",
             )
+
+
+def _trace_retrieval(contexts: Sequence[PrivilegedContext], began_s: float) -> None:
+    for context in contexts:
+        tracing.record(
+            "teacher.retrieve",
+            context.trajectory.group_id,
+            began_s,
+            trajectory_id=context.trajectory.trajectory_id,
+            retrieval=context.retrieval.label,
+            num_skills=len(context.retrieval.skills),
+            num_specific_skills=len(context.retrieval.specific),
+        )
+
+
+def _trace_scores(contexts: Sequence[PrivilegedContext], began_s: float, version: int) -> None:
+    """The forward passes of the whole batch, in the trace of each episode in it."""
+    for context in contexts:
+        tracing.record(
+            "teacher.score",
+            context.trajectory.group_id,
+            began_s,
+            trajectory_id=context.trajectory.trajectory_id,
+            teacher_version=version,
+            num_tokens=context.trajectory.num_response_tokens,
+            num_context_tokens=context.num_tokens,
+            batch_size=len(contexts),
+        )
 
 
 def _describe_outcome(trajectory: Trajectory, score: TeacherScore) -> SkillOutcome:
