@@ -113,12 +113,12 @@ args: [serve, {{ $role }}]
 {{- define "sdar.ports" -}}
 {{- $role := index . 1 -}}
 {{- if eq $role "gateway" }}
-- {name: http, containerPort: 8080}
+- {name: http, containerPort: 8080, protocol: TCP}
 {{- else }}
-- {name: probe, containerPort: 9100}
+- {name: probe, containerPort: 9100, protocol: TCP}
 {{- end }}
 {{- if ne $role "learner" }}
-- {name: grpc, containerPort: 9090}
+- {name: grpc, containerPort: 9090, protocol: TCP}
 {{- end }}
 {{- end }}
 
