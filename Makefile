@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow lint format proto bench bench-gpu chaos compare docs lock clean
+.PHONY: help setup demo test test-slow test-helm test-kube lint format proto bench bench-gpu chaos compare docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,6 +21,13 @@ test: setup ## Unit, contract, integration and end-to-end tests
 
 test-slow: setup ## What takes minutes: the warm start from nothing, the demo to its end
 	$(PY) -m pytest -m slow
+
+test-kube: setup ## Put the chart to the test on the cluster of KUBECONFIG (half an hour); VALUES=FILE, REPORT=PAGE
+	$(PY) -m pytest tests/kube -s $(if $(VALUES),--values $(VALUES)) $(if $(REPORT),--report $(REPORT))
+
+test-helm: setup ## The chart: schemas of Kubernetes, policies, messages, dashboards, alerts (seconds)
+	@$(PY) tools/get_tools.py
+	PATH="$(CURDIR)/.tools:$$PATH" $(PY) -m pytest tests/helm
 
 lint: setup ## Style, types, import rules, protobuf rules
 	$(PY) -m ruff check .
@@ -51,6 +58,7 @@ compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2
 
 docs: setup ## Write docs/configuration.md from RunConfig
 	$(PY) -m sdar.cli.configuration_page
+	$(PY) -m tools.chart_schema
 
 lock: ## Resolve dependencies anew and rewrite requirements-cpu.lock
 	$(PYTHON) tools/setup_environment.py --write-lock
