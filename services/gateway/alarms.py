@@ -68,6 +68,9 @@ class Situation:
         heard_at_s: by service, when one of its processes last reported; for one never heard, from when on it is missed.
         learner_busy_s: the slowest of the learner's newest updates, without its waiting; 0 before the first.
         progress_at_s: when the account, the policy or an evaluation last moved.
+        is_asleep: the idle guard holds the workers at zero: nobody can be missed.
+        expected_at_s: until when workers of a run that was woken may take to come up.
+        scaling_problem: why the scaler cannot do its work.
     """
 
     now_s: float
@@ -82,6 +85,9 @@ class Situation:
     ledger_gap: int
     length_drift: float
     progress_at_s: float
+    is_asleep: bool = False
+    expected_at_s: float = 0.0
+    scaling_problem: str = ""
 
     def is_waiting(self, stream: Stream) -> bool:
         lag = self.lags.get(stream)
@@ -89,7 +95,7 @@ class Situation:
 
     def silence_s(self, service: str) -> float:
         """How long nothing was heard of a service over a bus that could have carried it."""
-        if self.bus.state is not BusState.OK or self.phase not in _ACTIVE:
+        if self.bus.state is not BusState.OK or self.phase not in _ACTIVE or self.is_asleep:
             return 0.0
         return self.now_s - max(self.heard_at_s.get(service, self.now_s), self.bus.since_s)
 
@@ -135,7 +141,7 @@ def find_teacher_lagging(situation: Situation) -> str:
     lag = situation.lags.get(Stream.TRAJECTORIES)
     if situation.learner_input is Stream.TRAJECTORIES or situation.phase not in _ACTIVE or lag is None:
         return ""
-    if lag.oldest_age_s <= TEACHER_LAG_S:
+    if lag.oldest_age_s <= TEACHER_LAG_S or situation.is_asleep or situation.now_s < situation.expected_at_s:
         return ""
     waiting = lag.num_undelivered + lag.num_pending
     return f"{waiting} trajectories wait for the teacher, the oldest for {lag.oldest_age_s:.0f} s; they may go stale."
@@ -175,9 +181,17 @@ def find_length_drift(situation: Situation) -> str:
 
 def find_no_progress(situation: Situation) -> str:
     idle_s = situation.now_s - situation.progress_at_s
-    if idle_s <= NO_PROGRESS_S or situation.phase not in (RunPhase.STARTING, RunPhase.RUNNING, RunPhase.STOPPING):
+    if (
+        idle_s <= NO_PROGRESS_S
+        or situation.is_asleep
+        or situation.phase not in (RunPhase.STARTING, RunPhase.RUNNING, RunPhase.STOPPING)
+    ):
         return ""
     return f"Nothing was played, trained or evaluated for {idle_s / 60:.0f} minutes."
+
+
+def find_scaling(situation: Situation) -> str:
+    return situation.scaling_problem
 
 
 JUDGES: dict[str, Callable[[Situation], str]] = {
@@ -192,6 +206,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "ledger_gap": find_ledger_gap,
     "length_drift": find_length_drift,
     "no_progress": find_no_progress,
+    "scaling": find_scaling,
 }
 """Every alarm by its name; each tells what is wrong in a sentence, or nothing."""
 

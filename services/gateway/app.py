@@ -26,6 +26,7 @@ from sdar.runtime.ledger import format_group_id
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
 from .environments import ADDRESS_PATTERN, MAX_NAME_CHARACTERS
+from .scaling.scaler import Scaler
 from .scheduler import Scheduler
 from .watch import Watch
 
@@ -69,6 +70,13 @@ _NOT_FOUND = _errors(HTTPStatus.NOT_FOUND)
 _NOT_NOW: dict[int | str, dict[str, Any]] = {
     503: {"content": {"text/plain": {}}, "description": "Not so now; the text says why."}
 }
+
+
+class SleepReply(Reply):
+    reason: str
+    """Why the idle guard holds rollout, teacher and learner at zero replicas."""
+    since_s: float
+    """Unix time since when."""
 
 
 class EvaluationReply(Reply):
@@ -140,8 +148,49 @@ class RunReply(Reply):
     instances: dict[str, int]
     """Workers heard from in the last half minute, by service. The learner, which reports once an update, is not among them."""
     evaluations: list[EvaluationReply]
+    sleep: SleepReply | None
+    """While the run sleeps; POST /v1/run/resume wakes it."""
     started_at_s: float
     finished_at_s: float
+
+
+class WorkloadReply(Reply):
+    kind: str
+    name: str
+    min: int
+    max: int
+    current: int
+    """Replicas asked for now."""
+    wanted: int
+    """Replicas the gateway wants; in a dry run it does nothing about it."""
+    reason: str
+    """Why, and what keeps it from following its signal at once."""
+    since_s: float
+    """Unix time since when current and wanted are so."""
+
+
+class ScalingChangeReply(Reply):
+    at_s: float
+    """Unix time."""
+    workload: str
+    before: int
+    after: int
+    reason: str
+
+
+class ScalingReply(Reply):
+    mode: str
+    """off (nothing is scaled here), gateway, or keda (only the learner is the gateway's)."""
+    dry_run: bool
+    idle_after_s: float
+    """Seconds after which an idle run is put to sleep, 0 for never."""
+    sleep: SleepReply | None
+    problem: str
+    """What kept the newest look from its work; empty if nothing did."""
+    workloads: dict[str, WorkloadReply]
+    """By service, as of the newest look."""
+    changes: list[ScalingChangeReply]
+    """The newest ones this gateway made, newest first."""
 
 
 class DeadLetterReply(Reply):
@@ -205,6 +254,7 @@ def build_app(
     bus: Bus,
     *,
     load_tokenizer: Callable[[], Tokenizer] | None = None,
+    scaler: Scaler | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """The gateway's application. It answers at once while Redis is away: from what the watch saw last, or with 503.
@@ -212,6 +262,7 @@ def build_app(
     Args:
         bus: is asked for dead letters; its calls are given up after a moment.
         load_tokenizer: the first trajectory that is asked for waits for it; without it tokens are shown as numbers only.
+        scaler: none where nothing is scaled.
     """
     app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS)
     app.add_exception_handler(SdarError, answer_error)
@@ -219,6 +270,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     _add_probes(app, scheduler, registry)
     _add_run(app, scheduler, watch)
+    _add_scaling(app, scheduler, watch, scaler)
     _add_dead_letters(app, scheduler, watch, bus)
     _add_lookups(app, scheduler, load_tokenizer)
 
@@ -280,7 +332,7 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
 
     @app.post("/v1/run/resume", responses=_CONFLICT, tags=["run"])
     async def resume() -> RunReply:
-        """Go on issuing groups. 409 unless paused."""
+        """Go on issuing groups, also after giving up, and wake a run that sleeps. 409 where nothing can go on."""
         scheduler.resume()
         return describe_run(scheduler, watch)
 
@@ -299,6 +351,29 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
     async def register_environment(request: EnvironmentRequest) -> EnvironmentReply:
         """Add an environment by its address, or move one: later groups are played there."""
         return EnvironmentReply(**dataclasses.asdict(await scheduler.register_environment(request.name, request.address)))
+
+
+def _add_scaling(app: FastAPI, scheduler: Scheduler, watch: Watch, scaler: Scaler | None) -> None:
+    @app.get("/v1/scaling", tags=["run"])
+    async def get_scaling() -> ScalingReply:
+        """How many replicas each workload has, how many it is to have, and why."""
+        file = scaler.file if scaler else None
+        return ScalingReply(
+            mode=file.mode if file else "off",
+            dry_run=file.dry_run if file else False,
+            idle_after_s=file.idle_after_s if file else 0.0,
+            sleep=_describe_sleep(scheduler),
+            problem=watch.scaling_problem or (scaler.problem if scaler else ""),
+            workloads={role: WorkloadReply(**dataclasses.asdict(it)) for role, it in scaler.workloads.items()}
+            if scaler
+            else {},
+            changes=[ScalingChangeReply(**dataclasses.asdict(one)) for one in reversed(scaler.changes)] if scaler else [],
+        )
+
+
+def _describe_sleep(scheduler: Scheduler) -> SleepReply | None:
+    sleep = scheduler.state.sleep
+    return None if sleep is None else SleepReply(reason=sleep.reason, since_s=sleep.since_s)
 
 
 def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus) -> None:
@@ -394,6 +469,7 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
             for name in (("rollout", "teacher") if scheduler.config.needs_teacher else ("rollout",))
         },
         evaluations=[EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations],
+        sleep=_describe_sleep(scheduler),
         started_at_s=state.started_at_s,
         finished_at_s=state.finished_at_s,
     )

@@ -22,6 +22,8 @@ _PAGE = 2000
 _TRAJECTORY_PAGE = 100
 """A trajectory can weigh megabytes."""
 _INSTANCE_SILENCE_S = 30.0
+_MAX_SKEW_S = 60.0
+"""Records come in about the order of their times: machines' clocks differ, and a record may wait for Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,12 @@ class History:
 
     def count_instances(self, service: str) -> int:
         """Processes of a service heard from lately."""
+        return len(self.list_instances(service))
+
+    def list_instances(self, service: str) -> set[str]:
+        """Names of the processes of a service heard from lately."""
         oldest = self._clock() - _INSTANCE_SILENCE_S
-        return sum(1 for (name, _), at_s in self._last_seen.items() if name == service and at_s >= oldest)
+        return {instance for (name, instance), at_s in self._last_seen.items() if name == service and at_s >= oldest}
 
     def last_heard_s(self, service: str) -> float | None:
         """Unix time of the newest record of a service; None before the first."""
@@ -89,6 +95,17 @@ class History:
         """Values of a service's newest records, newest first."""
         records = (entry.record for entry in reversed(self.metrics))
         return list(islice((record.values for record in records if record.service == service), count))
+
+    def values_since(self, service: str, since_s: float) -> dict[str, list[dict[str, float]]]:
+        """Values of a service's records since a Unix time, newest first, by instance."""
+        found: dict[str, list[dict[str, float]]] = {}
+        for entry in reversed(self.metrics):
+            record = entry.record
+            if record.at_s < since_s - _MAX_SKEW_S:
+                break
+            if record.service == service and record.at_s >= since_s:
+                found.setdefault(record.instance, []).append(record.values)
+        return found
 
     def metrics_after(self, entry_id: str, limit: int) -> list[MetricEntry]:
         """Metric records after an entry id, oldest first."""

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -40,7 +40,7 @@ from .history import History
 from .lengths import EpisodeLengths
 from .metrics import GatewayMetrics
 from .retries import Retries, Retry
-from .state import STATE_NAME, GatewayState, RunPhase
+from .state import STATE_NAME, GatewayState, RunPhase, Sleep, compute_digest
 
 log = structlog.get_logger()
 
@@ -93,6 +93,9 @@ class Scheduler:
         self._spans: list[tracing.Span] = []
         self._is_changed = False
         self._was_empty = False
+        self._confirmations: list[asyncio.Future[None]] = []
+        self.is_restored = False
+        self.woken_at_s = 0.0
 
     # --- main loop -----------------------------------------------------------------------------------------------------------
 
@@ -103,6 +106,7 @@ class Scheduler:
         """
         await self._bus.claim_role(ConsumerGroup.GATEWAY)
         await self._restore()
+        self.is_restored = True
         while not stopping.is_set():
             try:
                 await self._turn(stopping)
@@ -190,10 +194,14 @@ class Scheduler:
         """Commit the turn; while the tasks nobody plays leave no room, wait: a restart of this process would make none."""
         retired = self._retries.taken
         is_due = bool(self._is_changed or self._outbox or events or retired)
+        if self._was_empty and self._confirmations:
+            num_asked = len(self._confirmations)
+            await self._check_tenure()
+            self._confirm(num_asked)
         while is_due and not self._was_empty:
             self._is_changed = False  # before it is written: a request may change it again meanwhile
             publications = {Stream.TASKS: self._outbox} if self._outbox else {}
-            state = {STATE_NAME: self.state.to_bytes()}
+            state, num_asked = {STATE_NAME: self.state.to_bytes()}, len(self._confirmations)
             try:
                 await self._bus.commit(publications, events, state, transitions=self._issued, retired_letters=list(retired))
             except CapacityError as error:
@@ -206,6 +214,7 @@ class Scheduler:
                     span.end()
                 self._outbox, self._issued, self._spans, is_due = [], [], [], False
                 self._retries.settle()
+                self._confirm(num_asked)
         self._metrics.observe_run(
             self.ledger,
             self.state.evaluations,
@@ -221,11 +230,31 @@ class Scheduler:
         """The account and the cursor change together: a difference means a successor, or a Redis that lost writes."""
         issued, known = self.ledger.num_issued, self.state.next_group_number
         if self.state.phase is not RunPhase.STARTING and issued != known:
-            await self._bus.save_state(f"{STATE_NAME}_check", b"")  # any write tells a gateway that it was followed
+            await self._check_tenure()
             raise CorruptionError(
                 f"The account in Redis has {issued} groups, this gateway issued {known}: Redis lost confirmed writes, or "
                 "somebody else wrote. The gateway ends, and begins again with what Redis holds. Give Redis an append-only file."
             )
+
+    async def _check_tenure(self) -> None:
+        """Raises SupersededError if this gateway was followed: any write tells it."""
+        await self._bus.save_state(f"{STATE_NAME}_check", b"")
+
+    async def confirm_tenure(self) -> None:
+        """Return once the state as of now is written, hence while no other gateway had followed this one.
+
+        A gateway that was followed, or whose Redis is away, is never told: give up waiting.
+        """
+        written = asyncio.get_running_loop().create_future()
+        self._confirmations.append(written)
+        self._is_changed = True
+        await written
+
+    def _confirm(self, number: int) -> None:
+        told, self._confirmations = self._confirmations[:number], self._confirmations[number:]
+        for written in told:
+            if not written.done():
+                written.set_result(None)
 
     # --- starting ------------------------------------------------------------------------------------------------------------
 
@@ -234,14 +263,32 @@ class Scheduler:
         # Asked before the state is loaded: a snapshot that comes in between must be noticed.
         self.ledger = await self._bus.read_ledger()
         await self._load()
+        self._take_up_changes()
         if self.state.phase is RunPhase.FINISHED:
             self.detail = ""
             self.health.mark_ready("finished")  # nothing is left to wait for, and its answers are complete
             return
-        # Task lists and the policy are asked for again; a pause doesn't outlive the process that was told, a stop does.
+        if self.state.phase is RunPhase.FAILED and self.state.sleep:
+            self.detail = self.state.sleep.reason
+            self.health.mark_ready("failed")  # until somebody resumes it
+            return
+        # Task lists and the policy are asked for again. A pause or a stop outlives the process that was told.
         self.state.phase = RunPhase.STARTING
         self.state.num_failed_in_a_row = 0
         self._was_empty = self.ledger.num_issued == 0
+
+    def _take_up_changes(self) -> None:
+        """A finished run of which more updates are wanted now goes on; a stuck or failed one that sleeps is tried again under
+        another configuration."""
+        state, target = self.state, self.config.training.num_updates
+        if state.phase is RunPhase.FINISHED:
+            if not 0 < state.finished_target < target:
+                return
+            log.info("run_extended", before=state.finished_target, after=target)
+            state.phase, state.is_stop_asked, state.finished_at_s = RunPhase.STARTING, False, 0.0
+            self._wake()
+        elif state.sleep and not state.paused_at_s and state.sleep.configuration != compute_digest(self.config):
+            self._wake()
 
     async def _load(self) -> None:
         """Take the saved state, and what was read and never written down."""
@@ -258,6 +305,7 @@ class Scheduler:
         await self._restore()
         self.state.environments |= environments
         self._was_empty = False
+        self.state.sleep = None  # as of the snapshot; whoever put it back is awake
         for evaluation in self.state.evaluations:
             self._outbox += [codec.encode_task_group(self._evaluation_group(evaluation, i)) for i in evaluation.pending]
 
@@ -281,7 +329,8 @@ class Scheduler:
         if self.state.phase is not RunPhase.STARTING:
             return
         self.state.started_at_s = self.state.started_at_s or self._clock()
-        self._change_phase(RunPhase.STOPPING if self.state.is_stop_asked else RunPhase.RUNNING)
+        paused_or_running = RunPhase.PAUSED if self.state.paused_at_s else RunPhase.RUNNING
+        self._change_phase(RunPhase.STOPPING if self.state.is_stop_asked else paused_or_running)
         await self._check_account()
         self.health.mark_ready("running")
 
@@ -475,7 +524,7 @@ class Scheduler:
             ids = [format_group_id(number) for number in gap[:MAX_SHOWN_GAP]]
             log.error("ledger_gap", num_groups=len(gap), group_ids=ids, ledger=self.ledger.counts())
         self.state.unaccounted = gap[:MAX_SHOWN_GAP]
-        self.state.finished_at_s = self._clock()
+        self.state.finished_at_s, self.state.finished_target = self._clock(), self.config.training.num_updates
         self._change_phase(RunPhase.FINISHED)
 
     @property
@@ -493,17 +542,50 @@ class Scheduler:
     # --- controls ------------------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Issue no more groups; what runs goes on. Raises RefusedError unless running."""
+        """Issue no more groups until told to resume; what runs goes on. Raises RefusedError unless running."""
         self._control(RunPhase.PAUSED, allowed=(RunPhase.RUNNING, RunPhase.PAUSED))
+        self.state.paused_at_s = self.state.paused_at_s or self._clock()
 
     def resume(self) -> None:
-        """Issue groups again. Raises RefusedError unless paused."""
-        self._control(RunPhase.RUNNING, allowed=(RunPhase.PAUSED, RunPhase.RUNNING))
+        """Issue groups again, also after giving up, and wake a run that sleeps. Raises RefusedError if nothing can go on."""
+        state = self.state
+        if state.phase is RunPhase.FINISHED:
+            raise RefusedError(f"Run {self.config.name} is finished. Raise training.num_updates to go on with it.")
+        if state.phase in (RunPhase.STARTING, RunPhase.STOPPING) and not (state.sleep or state.paused_at_s):
+            raise RefusedError(f"Run {self.config.name} is {state.phase}: nothing holds it that could be resumed.")
+        state.paused_at_s = 0.0
+        if state.phase is RunPhase.FAILED:
+            self.detail, state.num_failed_in_a_row = "", 0
+            self._change_phase(RunPhase.STARTING)  # a gateway that found it failed has no tasks yet
+        elif state.phase is RunPhase.PAUSED:
+            self._change_phase(RunPhase.RUNNING)
+        self._wake()
 
     def stop(self) -> None:
         """End the run early: issue no more groups, evaluate the newest policy, finish. Raises RefusedError before it runs."""
         self._control(RunPhase.STOPPING, allowed=(RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING))
         self.state.is_stop_asked = True
+        self.state.paused_at_s = 0.0
+        self._wake()  # the last evaluation has to be played
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether Redis knew nothing of this run when the gateway started, and still does: the first start, or a lost disk."""
+        return self._was_empty
+
+    def fall_asleep(self, reason: str, sizes: Mapping[str, int]) -> None:
+        """Note that the run's workloads are going to be held at zero; `sizes` are what they come back to."""
+        self.state.sleep = Sleep(reason, self._clock(), compute_digest(self.config))
+        self.state.sizes = dict(sizes)
+        self._is_changed = True
+        log.warning("run_asleep", reason=reason, phase=self.state.phase)
+
+    def _wake(self) -> None:
+        if self.state.sleep:
+            log.info("run_awake", phase=self.state.phase, slept_s=round(self._clock() - self.state.sleep.since_s))
+        self.state.sleep = None
+        self.woken_at_s = self._clock()
+        self._is_changed = True
 
     async def retry_dead_letter(self, letter_id: str) -> str:
         """Send the work of a dead letter out again, in the transaction that removes the letter; returns the group's id.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 
+from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
 
 from sdar.config import RunConfig
@@ -23,6 +24,10 @@ from .environments import GrpcEnvironmentCatalog
 from .grpc_service import GatewayServicer
 from .history import History
 from .metrics import build_metrics
+from .scaling.cluster import KubernetesCluster
+from .scaling.file import ScalingFileReader
+from .scaling.metrics import ScalingMetrics
+from .scaling.scaler import Scaler
 from .scheduler import Scheduler
 from .watch import Watch
 
@@ -50,9 +55,12 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         metrics=metrics,
     )
     watch = Watch(scheduler, watch_bus, metrics)
+    scaling_metrics, scaler = ScalingMetrics(REGISTRY), None
+    if settings.scaling is not None:
+        scaler = Scaler(scheduler, watch, ScalingFileReader(settings.scaling), KubernetesCluster(), scaling_metrics)
     # Without transformers, which the gateway's image does not have; loaded when the first trajectory is asked for.
     load_tokenizer = functools.cache(lambda: Tokenizer.from_file(str(config.model.path / "tokenizer.json")))
-    app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer)
+    app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer, scaler=scaler)
     http_server = build_http_server(app, settings.host, security)
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
     grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
@@ -73,7 +81,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         await grpc_server.stop(grace_s=2.0)
 
     try:
-        await run_until_stopped(scheduler.run, watch.run, answer_http, answer_grpc, bus.hurry)
+        mains = [scheduler.run, watch.run, answer_http, answer_grpc, bus.hurry, *([scaler.run] if scaler else [])]
+        await run_until_stopped(*mains)
     finally:
         await bus.close()
         await watch_bus.close()

@@ -6,10 +6,12 @@ The account of groups isn't in it: the bus keeps that (`sdar.runtime.ledger`). H
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from sdar.config import RunConfig
 from sdar.contracts.errors import CorruptionError
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 
@@ -32,19 +34,37 @@ class RunPhase(StrEnum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True)
+class Sleep:
+    """The run's workloads are held at zero replicas, since the Unix time `since_s`.
+
+    Attributes:
+        configuration: digest of the run configuration that fell asleep; a stuck run is tried again under another one.
+    """
+
+    reason: str
+    since_s: float
+    configuration: str = ""
+
+
 @dataclass
 class GatewayState:
     """Everything a restarted gateway must know.
 
     Attributes:
+        paused_at_s: when a pause was asked for; 0 if none is in force.
         next_group_number: always the number of groups the account has seen issued: both change in one transaction.
         failure_reasons: of the newest failed and cancelled groups, by id.
         num_failed_in_a_row: failures since a group was last generated.
         unaccounted: what the check at the end of the run found: numbers of groups without exactly one outcome.
+        finished_target: updates that were wanted when the run finished.
+        sleep: none while the run is awake.
+        sizes: replicas by workload before the last sleep.
     """
 
     phase: RunPhase = RunPhase.STARTING
     is_stop_asked: bool = False
+    paused_at_s: float = 0.0
     next_group_number: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
     environments: dict[str, str] = field(default_factory=dict)
@@ -53,6 +73,9 @@ class GatewayState:
     unaccounted: list[int] = field(default_factory=list)
     started_at_s: float = 0.0
     finished_at_s: float = 0.0
+    finished_target: int = 0
+    sleep: Sleep | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def apply(self, event: LedgerEvent) -> None:
         """Take in one entry of the account's journal about a training group."""
@@ -73,10 +96,15 @@ class GatewayState:
         try:
             raw = json.loads(payload)
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
-            phase = RunPhase(raw.pop("phase"))
-            return cls(phase=phase, evaluations=evaluations, **raw)
+            phase, sleep = RunPhase(raw.pop("phase")), raw.pop("sleep", None)
+            return cls(phase=phase, evaluations=evaluations, sleep=sleep and Sleep(**sleep), **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(
                 f"The gateway's saved state can't be read ({error}). It was written by another version of sdar; "
                 "start the run under a new name."
             ) from error
+
+
+def compute_digest(config: RunConfig) -> str:
+    """Differs between configurations that differ."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]

@@ -47,6 +47,8 @@ class Watch:
         self.num_dead_letters = 0
         self.condition = BusCondition(BusState.OK, clock())
         self.board = AlarmBoard()
+        self.scaling_problem = ""
+        """What keeps the scaler from its work, for the alarm."""
         self._scheduler = scheduler
         self._bus = bus
         self._metrics = metrics or GatewayMetrics()
@@ -110,26 +112,40 @@ class Watch:
         since_s = self.condition.since_s if state is self.condition.state else self._clock()
         self.condition = BusCondition(state, since_s, message)
 
+    @property
+    def progress_at_s(self) -> float:
+        """When the run last got on, Unix time; no earlier than when it was last woken."""
+        return max(self._progress_at_s, self._scheduler.woken_at_s)
+
+    def compute_learner_busy_s(self) -> float:
+        """The slowest of the learner's newest updates, seconds without its waiting; 0 before the first."""
+        updates = self._scheduler.history.newest_values("learner", _NEWEST_UPDATES)
+        return max((sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0)
+
     def _note_progress(self) -> None:
         if self._scheduler.progress != self._progress:
             self._progress, self._progress_at_s = self._scheduler.progress, self._clock()
 
     def _describe_situation(self) -> Situation:
         scheduler, history = self._scheduler, self._scheduler.history
-        expected_s = self._began_s + _STARTUP_S
-        heard = {name: history.last_heard_s(name) or expected_s for name in ("rollout", "teacher", "learner")}
-        updates = history.newest_values("learner", _NEWEST_UPDATES)
+        woken_s = scheduler.woken_at_s
+        # A service that never reported, or has slept, may take minutes to come up.
+        expected_s = max(self._began_s, woken_s) + _STARTUP_S
+        heard = {name: history.last_heard_s(name) for name in ("rollout", "teacher", "learner")}
         return Situation(
             now_s=self._clock(),
             phase=scheduler.state.phase,
             bus=self.condition,
             memory=self.memory,
             lags=self.lags,
-            heard_at_s=heard,
-            learner_busy_s=max((sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0),
+            heard_at_s={name: expected_s if at_s is None or at_s < woken_s else at_s for name, at_s in heard.items()},
+            learner_busy_s=self.compute_learner_busy_s(),
             learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
             num_dead_letters=self.num_dead_letters,
             ledger_gap=scheduler.ledger_gap,
             length_drift=scheduler.lengths.compute_drift(),
-            progress_at_s=self._progress_at_s,
+            progress_at_s=self.progress_at_s,
+            is_asleep=scheduler.state.sleep is not None,
+            expected_at_s=expected_s if woken_s else 0.0,
+            scaling_problem=self.scaling_problem,
         )

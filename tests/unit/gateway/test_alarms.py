@@ -64,6 +64,7 @@ def test_a_run_that_goes_well_has_no_alarm() -> None:
         ("ledger_gap", {"ledger_gap": 1}),
         ("length_drift", {"length_drift": LENGTH_DRIFT + 0.01}),
         ("no_progress", {"progress_at_s": NOW - NO_PROGRESS_S - 1}),
+        ("scaling", {"scaling_problem": "the API server is away"}),
     ],
 )
 def test_each_trouble_raises_its_own_alarm_and_no_other(name: str, changes: dict[str, Any]) -> None:
@@ -104,6 +105,14 @@ def test_a_run_that_is_over_waits_for_nobody(phase: RunPhase) -> None:
 def test_a_pause_is_no_lack_of_progress_and_a_start_that_waits_is() -> None:
     assert names(phase=RunPhase.PAUSED, progress_at_s=0.0) == set()
     assert names(phase=RunPhase.STARTING, progress_at_s=0.0) == {"no_progress"}
+
+
+def test_nobody_is_missed_while_a_run_sleeps_nor_while_its_workers_come_up_again() -> None:
+    old = dict.fromkeys(WAITING, StreamLag(1, 1, NOW))
+    assert names(is_asleep=True, heard_at_s=LONG_AGO, lags=old, progress_at_s=0.0) == set()
+    waking = {"heard_at_s": dict.fromkeys(LONG_AGO, NOW + 300), "lags": old, "progress_at_s": NOW}
+    assert names(expected_at_s=NOW + 300, **waking) == set()
+    assert names(expected_at_s=NOW - 1, **waking) == {"teacher_lagging"}
 
 
 def test_a_method_without_a_teacher_misses_none() -> None:

@@ -1,0 +1,39 @@
+"""Owns the scaler's Prometheus metrics."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from .file import Role
+
+
+class ScalingMetrics:
+    """Args: registry: none makes one of its own."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = CollectorRegistry() if registry is None else registry
+        self.replicas = Gauge(
+            "sdar_scaling_replicas",
+            "Replicas of a workload: current, and wanted by the gateway.",
+            ["workload", "kind"],
+            registry=registry,
+        )
+        self.changes = Counter(
+            "sdar_scaling_changes", "Changes of a workload's size.", ["workload", "direction"], registry=registry
+        )
+        self.errors = Counter(
+            "sdar_scaling_errors",
+            "Looks that could not scale: the scaling file, the cluster's API, Redis, or somebody else acted at the same time.",
+            ["cause"],
+            registry=registry,
+        )
+        self.idle = Gauge(
+            "sdar_idle", "1 while the idle guard holds rollout, teacher and learner at zero replicas.", registry=registry
+        )
+        for role in get_args(Role):
+            for direction in ("up", "down"):
+                self.changes.labels(role, direction)
+        for cause in ("file", "cluster", "bus", "conflict"):
+            self.errors.labels(cause)
