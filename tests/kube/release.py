@@ -127,6 +127,9 @@ class Watch:
                 except AwayError:
                     self.num_missed += 1
                     continue
+                if status["phase"] == "starting":
+                    self.num_missed += 1  # a gateway that reads where the run stands has no numbers yet
+                    continue
                 self.samples.append(
                     Sample(time.time(), status["ledger"], status["ledger_gap"], int(status["bus"]["used_bytes"]))
                 )
@@ -244,11 +247,12 @@ class Release:
     # --- the run -------------------------------------------------------------------------------------------------------------
 
     def find_status(self) -> dict[str, Any]:
-        """The gateway's status; empty while it does not answer."""
+        """The gateway's status; empty while it does not answer or does not know yet where the run stands."""
         try:
-            return dict(self.gateway.ask("GET", "/v1/run"))
+            status: dict[str, Any] = self.gateway.ask("GET", "/v1/run")
         except AwayError:
             return {}
+        return status if status["phase"] != "starting" else {}
 
     def wait_status(self, what: str, is_reached: Any, timeout_s: float) -> dict[str, Any]:
         newest: dict[str, Any] = {}

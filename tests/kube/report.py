@@ -39,7 +39,7 @@ def format_claims(claims: Sequence[Claim], *, where: str, duration_s: float) -> 
         "|---|---|---|---|",
     ]
     for claim in claims:
-        told = {"passed": "yes", "skipped": "not run"}.get(claim.outcome, "**NO**")
+        told = {"passed": "yes", "not run": "not run"}.get(claim.outcome, "**NO**")
         evidence = "; ".join(claim.evidence).replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {told} | {claim.text} | {evidence} | {claim.duration_s:.0f} |")
     return "\n".join(lines) + "\n"
