@@ -22,6 +22,19 @@ resource "aws_iam_role_policy_attachment" "cluster" {
   policy_arn = "arn:${local.partition}:iam::aws:policy/AmazonEKSClusterPolicy"
 }
 
+resource "aws_iam_role_policy" "cluster_secrets" {
+  name = "secrets"
+  role = aws_iam_role.cluster.name
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Effect   = "Allow"
+      Action   = ["kms:Encrypt", "kms:Decrypt", "kms:ListGrants", "kms:DescribeKey"]
+      Resource = aws_kms_key.secrets.arn
+    }]
+  })
+}
+
 resource "aws_eks_cluster" "this" {
   name                          = var.name
   version                       = var.kubernetes_version
@@ -53,7 +66,7 @@ resource "aws_eks_cluster" "this" {
     public_access_cidrs     = length(var.api_access_cidrs) > 0 ? var.api_access_cidrs : null
   }
 
-  depends_on = [aws_cloudwatch_log_group.cluster, aws_iam_role_policy_attachment.cluster]
+  depends_on = [aws_cloudwatch_log_group.cluster, aws_iam_role_policy_attachment.cluster, aws_iam_role_policy.cluster_secrets]
 }
 
 resource "aws_eks_access_entry" "admin" {
