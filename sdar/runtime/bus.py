@@ -180,6 +180,9 @@ class Bus(Protocol):
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Restart the idle clock of deliveries still being worked on; returns those that this consumer still holds."""
 
+    async def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Give up what this consumer still holds of these: whoever reclaims next gets it, at once, as another attempt."""
+
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """The group is done with these entries. Harmless for those that this consumer does not hold any more."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -277,10 +278,16 @@ class MemoryBus:
         return not (min_idle_s and self._store.connections[claim.consumer]) or idle_s >= SUSPECT_FACTOR * min_idle_s
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return self._set_claimed_at(deliveries, time.monotonic())
+
+    async def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        self._set_claimed_at(deliveries, -math.inf)
+
+    def _set_claimed_at(self, deliveries: Sequence[Delivery], claimed_at_s: float) -> list[Delivery]:
         held = [delivery for delivery in deliveries if self._store.is_held(delivery)]
         for delivery in held:
             pending = self._store.logs[delivery.stream].groups[delivery.group].pending
-            pending[parse_entry_id(delivery.entry_id)].claimed_at_s = time.monotonic()
+            pending[parse_entry_id(delivery.entry_id)].claimed_at_s = claimed_at_s
         return held
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:

@@ -66,6 +66,10 @@ _FIRST_POLL_S, _MAX_POLL_S = 0.01, 0.25
 _LEAST_MARK_S = 600.0
 """Least life of a commit's mark. It is longer than any retry of one reply goes on."""
 _BUFFERED = b"b"
+_HANDED_BACK_MS = 24 * 3600 * 1000
+"""An idle time beyond all doubt: longer than any consumer is waited for."""
+_FORGET_AFTER_S = 3600.0
+"""Pods come and go under ever new names. A name that holds nothing and was silent for so long is forgotten."""
 
 
 class RedisBus:
@@ -96,6 +100,7 @@ class RedisBus:
         self._limits = limits or BusLimits()
         self._known_length: dict[Stream, int] = {}
         self._next_trim_at: dict[Stream, float] = {}
+        self._next_forgetting_at: dict[Stream, float] = {}
         self._tenures: dict[ConsumerGroup, int] = {}
         self._last_read: dict[_Reader, str] = {}
         self._interrupted_reads: set[_Reader] = set()
@@ -343,13 +348,19 @@ class RedisBus:
         return [Delivery(stream, group, consumer, row[0].decode(), row[1], row[2]) for row in rows]
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return await self._set_idle(deliveries, 0)
+
+    async def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        await self._set_idle(deliveries, _HANDED_BACK_MS)
+
+    async def _set_idle(self, deliveries: Sequence[Delivery], idle_ms: int) -> list[Delivery]:
         held: set[Delivery] = set()
         by_holder: defaultdict[tuple[Stream, ConsumerGroup, str], list[Delivery]] = defaultdict(list)
         for delivery in deliveries:
             by_holder[delivery.stream, delivery.group, delivery.consumer].append(delivery)
         for (stream, group, consumer), lent in by_holder.items():
             request = _Request([self._keys.stream(stream)])
-            request.add(group, consumer)
+            request.add(group, consumer, idle_ms)
             request.add_list((delivery.entry_id, delivery.num_deliveries) for delivery in lent)
             indices = await self._run_script(redis_scripts.RENEW, request)
             held.update(lent[index] for index in indices)
@@ -421,6 +432,12 @@ class RedisBus:
         for stream in due:
             self._next_trim_at[stream] = now + self._limits.trim_interval_s
         await self._trim_streams(due)
+        for stream in due:
+            if now >= self._next_forgetting_at.get(stream, 0.0):
+                self._next_forgetting_at[stream] = now + _FORGET_AFTER_S
+                request = _Request([self._keys.stream(stream)])
+                request.add(int(1000 * _FORGET_AFTER_S))
+                await self._run_script(redis_scripts.FORGET_CONSUMERS, request)
 
     async def _trim_streams(self, streams: Sequence[Stream]) -> int:
         floors = {stream: await self._fetch_floor(stream) for stream in streams}

@@ -180,18 +180,33 @@ over from somebody else."""
 
 RENEW = f"""
 {_TAKE}
-local stream, group, consumer, held = KEYS[1], take(), take(), {{}}
+local stream, group, consumer, idle_ms, held = KEYS[1], take(), take(), take(), {{}}
 for index = 1, take_number() do
     local id, num_deliveries = take(), take_number()
     local row = redis.pcall('XPENDING', stream, group, id, id, 1, consumer)[1]
     if row and row[4] == num_deliveries then
         -- JUSTID leaves the delivery count alone: renewing is not another attempt.
-        redis.call('XCLAIM', stream, group, consumer, 0, id, 'JUSTID')
+        redis.call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle_ms, 'JUSTID')
         held[#held + 1] = index - 1
     end
 end
 return held
 """
+"""Sets the idle time of entries that are held as the caller says: 0 renews them, a long one hands them back."""
+
+FORGET_CONSUMERS = """
+local stream, min_idle_ms = KEYS[1], tonumber(ARGV[1])
+local groups = redis.pcall('XINFO', 'GROUPS', stream)
+if groups.err then return end
+for _, group in ipairs(groups) do
+    for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group[2])) do
+        if consumer[4] == 0 and consumer[6] >= min_idle_ms then
+            redis.call('XGROUP', 'DELCONSUMER', stream, group[2], consumer[2])
+        end
+    end
+end
+"""
+"""Forgets consumers that hold nothing and have been silent; one that was alive all the same is made again by its next read."""
 
 RESTORE = f"""
 {_TAKE}

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     """Unique name of this process: the consumer name in Redis, a label in logs."""
     drain_s: float = Field(default=20.0, ge=0, le=3600)
-    """How long episodes may go on after SIGTERM. Then a rollout hands its groups back, and an environment server ends sessions."""
+    """How long episodes may go on after SIGTERM; then rollouts hand their groups back and environment servers end sessions."""
     rank: int = Field(default=0, ge=0, validation_alias="RANK")
     """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""
     world_size: int = Field(default=1, ge=1, validation_alias="WORLD_SIZE")

@@ -22,6 +22,8 @@ from services.envs.sessions import SessionLimits, SessionManager
 from services.envs.workers import WorkerHost
 
 _EVERY_ADDRESS = ("0.0.0.0", "::")
+_DRAIN_S = 5.0
+"""Of a server that somebody started by hand and waits for."""
 
 log = structlog.get_logger()
 
@@ -40,6 +42,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         host=settings.host,
         port=settings.grpc_port,
         probe_port=settings.probe_port,
+        drain_s=settings.drain_s,
     )
 
 
@@ -96,6 +99,7 @@ async def _serve(
     probe_port: int,
     num_workers: int = 0,
     on_ready: Callable[[int], None] = lambda port: None,
+    drain_s: float = _DRAIN_S,
 ) -> None:
     health, security = Health(), Security.from_settings(settings)
     limits = dataclasses.replace(limits, max_sessions_per_client=settings.max_sessions_per_client)
@@ -107,6 +111,7 @@ async def _serve(
         health=health,
         security=security,
         on_ready=on_ready,
+        drain_s=drain_s,
     )
     with serve_probes(host, probe_port, health, REGISTRY):
         await run_until_stopped(serve)

@@ -119,7 +119,11 @@ async def run_worker(
         rules,
         run_id=config.name,
         instance=settings.instance,
-        limits=WorkerLimits(max_concurrent_episodes=max_episodes, max_attempts=config.rollout.max_group_attempts),
+        limits=WorkerLimits(
+            max_concurrent_episodes=max_episodes,
+            max_attempts=config.rollout.max_group_attempts,
+            grace_s=settings.drain_s,
+        ),
         health=health,
         metrics=metrics,
         skills=skills,

@@ -8,8 +8,8 @@ long. Every delivery of a group is one attempt at it, numbered by the bus, so no
 - A group whose environment failed is taken back from oneself, after a pause, and played again whole in new sessions. An
   environment that cannot be reached is first waited for (`environment_client.OPEN_PATIENCE_S`); that costs no attempt.
 
-After `max_attempts` in all, by whomever, a group is given up. What a stop leaves unfinished is not handed back: the lease of a
-process that has ended lapses after `claim_idle_s`, or its successor takes it at once.
+After `max_attempts` in all, by whomever, a group is given up. A stop lets running groups end for `grace_s` and hands back what
+is left: whoever looks next begins it again. What could not be handed back follows when its lease lapses.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ log = structlog.get_logger()
 
 _PAGE = 100
 _LONGEST_RETRY_S = 10.0
+_HAND_BACK_S = 5.0
+"""Longest wait for the bus to take groups back: a stop must not hang on a Redis that is away."""
 _LARGEST_SEQUENCE = 2**64 - 1
 """Of an entry id's second part."""
 
@@ -68,7 +70,7 @@ class WorkerLimits:
             more is taken to kill whoever plays it and set aside.
         retry_delay_s: pause before the second attempt after an environment failed, half as much more or less by chance; it
             doubles with every attempt.
-        grace_s: how long running groups may go on after a stop; what is not finished then is left to others.
+        grace_s: how long running groups may go on after a stop; what is not finished then is handed back.
         report_interval_s: time between two records on the `metrics` stream.
     """
 
@@ -309,7 +311,7 @@ class RolloutWorker:
     async def _background(self) -> AsyncIterator[None]:
         """Follow the policy, keep claims and report while the loop runs; a loop that dies takes the worker along."""
         over = asyncio.Event()
-        loops = (self._follower.run, self._keep_claims, self._report)
+        loops = (self._keep_claims, self._follower.run, self._report)
         tasks: list[asyncio.Task[None]] = []
         try:
             await self._take_back()
@@ -319,11 +321,26 @@ class RolloutWorker:
             yield
         finally:
             over.set()
-            for hand in self._in_hand:
-                # Not finished within the grace: left pending, for another worker to claim.
+            unfinished = list(self._in_hand)
+            for hand in unfinished:
                 hand.task.cancel()
-            await asyncio.gather(*tasks, *(hand.task for hand in self._in_hand), return_exceptions=True)
+            # The loop that renews claims goes first: a renewal after the hand-back would undo it.
+            await asyncio.gather(*tasks[:1], return_exceptions=True)
+            await self._hand_back([hand.delivery for hand in unfinished])
+            await asyncio.gather(*tasks, *(hand.task for hand in unfinished), return_exceptions=True)
         self._check_alive()
+
+    async def _hand_back(self, deliveries: list[Delivery]) -> None:
+        """Leave to others at once what this worker does not finish; else they would wait for its lease to lapse."""
+        if not deliveries:
+            return
+        try:
+            async with asyncio.timeout(_HAND_BACK_S):
+                await self._bus.hand_back(deliveries)
+        except (SdarError, TimeoutError) as error:
+            log.warning("groups_not_handed_back", num_groups=len(deliveries), error=str(error))
+        else:
+            log.info("groups_handed_back", num_groups=len(deliveries))
 
     async def _take_back(self) -> None:
         """Begin anew, before anything else, what an earlier life of this worker held."""
@@ -371,6 +388,7 @@ class RolloutWorker:
             engine, clock = self._engine, self._rules.clock
             self._metrics.observe_engine(engine.stats, clock, engine.policy_version, self._follower.newest_version)
             values = self._metrics.collect_window(engine.stats, clock, self._slots.num_running)
+            values["waiting_sessions"] = float(self._environments.num_waiting)
             record = MetricRecord(self._run_id, "rollout", self._instance, engine.policy_version, time.time(), values)
             await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
 

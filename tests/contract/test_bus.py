@@ -187,6 +187,28 @@ async def test_a_renewed_delivery_is_not_idle_and_counts_as_no_new_attempt(bus: 
     assert again.num_deliveries == 2
 
 
+async def test_what_is_handed_back_reaches_another_at_once_and_what_was_lost_is_left_alone(buses: Maker) -> None:
+    leaving, survivor = buses("leaving"), buses("survivor")
+    lease_s = 1.0
+    await leaving.publish(TASKS, [b"0"])
+    await leaving.read(TASKS, ROLLOUT, "dead", max_count=1)
+    async with asyncio.timeout(10 * lease_s):  # until the survivor has been in touch for long enough to judge others
+        first: list[Delivery] = []
+        while not first:
+            first = await survivor.reclaim(TASKS, ROLLOUT, "survivor", lease_s, max_count=9)
+            await asyncio.sleep(lease_s / 20)
+    await leaving.publish(TASKS, [b"1", b"2", b"3"])
+    handed, kept, done = await leaving.read(TASKS, ROLLOUT, "leaving", max_count=3)
+    await leaving.acknowledge([done])
+    await leaving.hand_back([replace(first[0], num_deliveries=1), handed, done])
+    [taken] = await survivor.reclaim(TASKS, ROLLOUT, "survivor", lease_s, max_count=9)
+    assert (taken.payload, taken.num_deliveries) == (b"1", 2)
+    with pytest.raises(LeaseLostError):
+        await leaving.commit({TRAJECTORIES: [b"late"]}, [handed])
+    assert await leaving.renew([kept]) == [kept]
+    assert await survivor.renew([*first, taken]) == [*first, taken]
+
+
 async def test_renewing_tells_a_consumer_what_it_has_lost(bus: Bus) -> None:
     await bus.publish(TASKS, [b"1", b"2", b"3"])
     held = await bus.read(TASKS, ROLLOUT, "slow", max_count=3)

@@ -371,16 +371,16 @@ async def test_a_stop_finishes_what_is_in_hand_and_reads_no_more(tokenizer):
     assert await bench.num_open_tasks() == 1
 
 
-async def test_what_is_not_finished_within_the_grace_is_left_to_others_with_its_sessions_closed(tokenizer):
+async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with_its_sessions_closed(tokenizer):
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, grace_s=0.05)
+    bench = Bench(tokenizer, environment, grace_s=0.05, claim_idle_s=60.0)
     async with bench.running():
         await bench.issue(make_group("g1"))
         await until(lambda: len(environment.opened) == 2)
     assert await bench.ledger() == []
     assert environment.closed == environment.opened
-    lag = await bench.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
-    assert lag.num_pending == 1
+    [taken] = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-2", 60.0, 9)
+    assert taken.num_deliveries == 2
 
 
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):

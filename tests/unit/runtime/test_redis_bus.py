@@ -17,7 +17,7 @@ from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import BusUnavailableError, ConfigurationError, CorruptionError, SupersededError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
-from sdar.runtime import redis_connection
+from sdar.runtime import redis_bus, redis_connection
 from sdar.runtime.bus import BEFORE_FIRST, SUSPECT_FACTOR, BusLimits
 from sdar.runtime.embedded_redis import EmbeddedRedis, _find_executable
 from sdar.runtime.ledger import format_group_id
@@ -255,6 +255,26 @@ async def test_an_acknowledgement_alone_leaves_no_mark(bus: RedisBus, client: re
     await bus.publish(TASKS, [b"1"])
     await bus.acknowledge(await bus.read(TASKS, ROLLOUT, "a", max_count=1))
     assert len([key async for key in client.scan_iter("*:commit:*")]) == 1
+
+
+async def test_consumers_that_hold_nothing_and_were_long_silent_are_forgotten(
+    server: EmbeddedRedis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pods come under ever new names; what one of them still holds keeps its name."""
+    monkeypatch.setattr(redis_bus, "_FORGET_AFTER_S", 0.2)
+    bus = RedisBus(server.url, "run", WIRING, replace(LIMITS, trim_interval_s=0.0))
+    await bus.publish(TASKS, [b"1", b"2", b"3"])
+    gone, _ = [(await bus.read(TASKS, ROLLOUT, name, max_count=1))[0] for name in ("gone", "holder")]
+    await bus.acknowledge([gone])
+    [last] = await bus.read(TASKS, ROLLOUT, "alive", max_count=1)
+    await asyncio.sleep(0.25)
+    assert await bus.renew([last]) == [last]
+    await bus.acknowledge([last])
+    [key] = [key async for key in client.scan_iter("*tasks*")]
+    names = {info["name"] for info in await client.xinfo_consumers(key, ROLLOUT)}
+    assert {name.decode() if isinstance(name, bytes) else name for name in names} == {"alive", "holder"}
+    assert (await bus.stream_lag(TASKS, ROLLOUT)).num_pending == 1
+    await bus.close()
 
 
 async def test_a_commit_of_thousands_goes_through(server: EmbeddedRedis) -> None:
