@@ -15,7 +15,7 @@ IMAGE_PREFIX ?=
 IMAGE_TAG ?= $(VERSION)$(if $(filter cuda,$(ACCELERATOR)),-cuda)
 BUILD_OPTIONS ?=
 
-.PHONY: help setup demo test test-slow test-helm test-kube lint format proto bench bench-gpu images test-compose chaos compare docs lock clean
+.PHONY: help setup demo test test-slow test-helm test-terraform test-kube lint format proto bench bench-gpu images test-compose chaos compare docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-kube: setup ## Put the chart to the test on the cluster of KUBECONFIG (half
 test-helm: setup ## The chart: schemas of Kubernetes, policies, messages, dashboards, alerts (seconds)
 	@$(PY) tools/get_tools.py
 	PATH="$(CURDIR)/.tools:$$PATH" $(PY) -m pytest tests/helm
+
+test-terraform: setup ## infra/terraform: validity, plans and policies under the real AWS provider, without an account (2 minutes)
+	$(PY) -m pytest tests/terraform
 
 lint: setup ## Style, types, import rules, protobuf rules
 	$(PY) -m ruff check .
@@ -77,6 +80,8 @@ compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2
 
 docs: setup ## Write docs/configuration.md from RunConfig
 	$(PY) -m sdar.cli.configuration_page
+	$(PY) -m sdar.cli.metrics_page
+	$(PY) -m tools.make_dashboards
 	$(PY) -m tools.chart_schema
 
 lock: ## Resolve dependencies anew; rewrite requirements-cpu.lock and the images' lists

@@ -1,7 +1,7 @@
-"""infra/terraform under the real AWS provider: style, validity, its own tests, and that what comes out of it fits helm/values-eks.yaml.
+"""infra/terraform under the real AWS provider: style, validity, its own tests, and that its outputs fit helm/values-eks.yaml.
 
-`terraform test` plans with the provider and applies with a mock of it; no account, no credentials. The provider comes from the registry, or
-from a mirror of yours. Run by `make test-terraform`; without terraform or the provider every test here is an error that says so.
+`terraform test` plans with the provider and applies with a mock of it; no account, no credentials. The provider comes from the
+registry, or from a mirror of yours. Run by `make test-terraform`; without terraform or the provider it fails and says so.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ def terraform(directory: Path, *arguments: str) -> subprocess.CompletedProcess[s
 def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the module with its provider, so that nothing is written to the repository."""
     if shutil.which("terraform") is None:
-        pytest.fail("terraform is not on PATH. Install version 1.11 or later: https://developer.hashicorp.com/terraform/install.")
+        pytest.fail(
+            "terraform is not on PATH. Install version 1.11 or later: https://developer.hashicorp.com/terraform/install."
+        )
     copy = tmp_path_factory.mktemp("terraform") / "module"
     shutil.copytree(MODULE, copy, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars"))
     initialised = terraform(copy, "init", "-backend=false", "-input=false", "-no-color")
     if initialised.returncode != 0:
         pytest.fail(
-            f"terraform cannot get the AWS provider: {initialised.stderr.strip()}\nLet it reach registry.terraform.io, or name a "
-            "mirror: TF_CLI_ARGS_init=-plugin-dir=DIRECTORY make test-terraform."
+            f"terraform cannot get the AWS provider: {initialised.stderr.strip()}\nLet it reach registry.terraform.io, or name "
+            "a mirror: TF_CLI_ARGS_init=-plugin-dir=DIRECTORY make test-terraform."
         )
     return copy
 
@@ -111,7 +113,9 @@ def is_tolerated(taint: dict[str, str], toleration: dict[str, str]) -> bool:
     return has_value and (toleration["key"], toleration["effect"]) == (taint["key"], taint["effect"])
 
 
-def test_the_bounds_of_autoscaling_fit_the_limits_of_the_pools(values: dict[str, Any], pools: dict[str, dict[str, Any]]) -> None:
+def test_the_bounds_of_autoscaling_fit_the_limits_of_the_pools(
+    values: dict[str, Any], pools: dict[str, dict[str, Any]]
+) -> None:
     gpus = {role: values[role]["gpus"] * values[role]["replicas"]["max"] for role in ("rollout", "teacher")}
     assert sum(gpus.values()) <= pools["rollout"]["limits"][GPU]
     assert values["learner"]["gpus"] <= pools["learner"]["limits"][GPU]
