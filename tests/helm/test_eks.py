@@ -41,22 +41,18 @@ def test_the_run_is_the_papers(tmp_path: Path) -> None:
 
 
 def test_weights_are_in_the_bucket_and_only_the_learner_has_a_volume(tmp_path: Path) -> None:
-    pods = {
-        m["metadata"]["name"]: m["spec"]["template"]["spec"]
-        for m in render(tmp_path)
-        if m["kind"] in ("Deployment", "StatefulSet")
-    }
+    workloads = render(tmp_path, "Deployment", "StatefulSet")
+    pods = {workload["metadata"]["name"]: workload["spec"]["template"]["spec"] for workload in workloads}
     claims = {name for name, pod in pods.items() for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
     assert claims == {"alfworld-sdar-learner"}
     for role in ("rollout", "teacher", "learner"):
-        environment = {e["name"]: e.get("value") for e in pods[f"alfworld-sdar-{role}"]["containers"][0]["env"]}
+        environment = {each["name"]: each.get("value") for each in pods[f"alfworld-sdar-{role}"]["containers"][0]["env"]}
         assert environment["SDAR_WEIGHTS_URL"] == "s3://sdar-weights/weights"
         assert "HF_HUB_OFFLINE" not in environment, "the model comes from the hub"
 
 
 def test_service_accounts_have_the_names_that_iam_trusts(tmp_path: Path) -> None:
-    accounts = {
-        m["metadata"]["name"]: m["metadata"].get("annotations", {}) for m in render(tmp_path) if m["kind"] == "ServiceAccount"
-    }
+    metadata = [account["metadata"] for account in render(tmp_path, "ServiceAccount")]
+    accounts = {each["name"]: each.get("annotations", {}) for each in metadata}
     assert accounts["alfworld-sdar-learner"]["eks.amazonaws.com/role-arn"].endswith("role/writer")
     assert {"alfworld-sdar-rollout", "alfworld-sdar-teacher"} <= accounts.keys()
