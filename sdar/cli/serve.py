@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import os
-import signal
-import sys
 from pathlib import Path
 
 from sdar.config import RunConfig, load_config
@@ -24,10 +21,6 @@ def serve_service(name: str, config_path: Path | None) -> None:
     Raises:
         SdarError: the configuration, a port or a dependency forbids it; other errors are defects and keep their traceback.
     """
-    if os.getpid() == 1:
-        # The kernel keeps a signal that nobody handles from a container's first process: until the service itself takes
-        # SIGTERM, which for a large model is minutes, it would wait to be killed.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     settings = load_settings()
     config = locate_model(load_config(config_path or settings.config))
     configure_logging(name, settings.instance, settings.log_level, settings.log_format)
