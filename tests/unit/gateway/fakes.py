@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sdar.config import EnvironmentConfig, EvaluationConfig, MethodConfig, ModelConfig, RunConfig, TrainingConfig
+from sdar.contracts.errors import ConflictError, UnavailableError
 from sdar.contracts.types import (
     ChatMessage,
     EnvironmentIdentity,
@@ -18,6 +20,8 @@ from sdar.contracts.types import (
     WeightsManifest,
 )
 from services.gateway.environments import RegisteredEnvironment
+from services.gateway.scaling.cluster import Size
+from services.gateway.scaling.file import Workload
 
 MODEL = ModelIdentity("tiny", "0" * 16)
 
@@ -93,3 +97,45 @@ def play(
         is_success=is_success,
         evaluation_id=group.evaluation_id,
     )
+
+
+class Clock:
+    """A time that passes when it is told to."""
+
+    def __init__(self, now_s: float = 1_000_000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class FakeCluster:
+    """Workloads by name, with versions as Kubernetes has them. `fault` is raised by every read."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = dict(sizes)
+        self.events: list[tuple[str, str, str]] = []
+        self.fault: Exception | None = None
+        self.before_resize: Callable[[], None] = lambda: None
+        self._versions = dict.fromkeys(sizes, 1)
+
+    def set(self, name: str, replicas: int) -> None:
+        """Somebody else acts."""
+        self.sizes[name] = replicas
+        self._versions[name] += 1
+
+    async def read(self, workload: Workload) -> Size:
+        if self.fault:
+            raise self.fault
+        if workload.name not in self.sizes:
+            raise UnavailableError(f"There is no {workload.name}.")
+        return Size(self.sizes[workload.name], str(self._versions[workload.name]), "uid")
+
+    async def resize(self, workload: Workload, size: Size, replicas: int) -> None:
+        self.before_resize()
+        if size.version != str(self._versions[workload.name]):
+            raise ConflictError(f"{workload.name} was changed.")
+        self.set(workload.name, replicas)
+
+    async def tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
+        self.events.append((workload.name, reason, message))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -34,12 +36,20 @@ def group_named(group_id: str) -> TaskGroup:
 class Run:
     """A scheduler on an in-memory bus, and the test in the place of every other service."""
 
-    def __init__(self, config: RunConfig, bus: MemoryBus | None = None, address: str = "here:1") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        bus: MemoryBus | None = None,
+        address: str = "here:1",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.config = config
         self.bus = bus or MemoryBus(config.stream_consumers)
         self.stopping = asyncio.Event()
-        history = History(Stream.TRAJECTORIES)
-        self.scheduler = Scheduler(config, self.bus.view(), FakeCatalog(), history, Health(), default_address=address)
+        history = History(Stream.TRAJECTORIES, clock=clock)
+        self.scheduler = Scheduler(
+            config, self.bus.view(), FakeCatalog(), history, Health(), default_address=address, clock=clock
+        )
         self.task = asyncio.create_task(self.scheduler.run(self.stopping))
 
     async def take(self, number: int) -> list[TaskGroup]:
@@ -208,6 +218,107 @@ async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
     second = Run(build_config(), first.bus)
     await second.reach(RunPhase.STOPPING)
     assert await second.num_waiting() == 0
+    await second.stop()
+
+
+async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes() -> None:
+    first = Run(build_config())
+    _, training = await begin(first)
+    first.scheduler.pause()
+    await first.report(GroupOutcome.FAILED, training[0])
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await second.reach(RunPhase.PAUSED)
+    assert await second.num_waiting() == 0
+    second.scheduler.resume()
+    assert len(await second.take(1)) == 1
+    await second.settle()
+    await second.stop()
+    third = Run(build_config(), first.bus)
+    await third.reach(RunPhase.RUNNING)
+    await third.stop()
+
+
+async def test_a_run_that_gave_up_tries_again_when_it_is_told_to(run: Run) -> None:
+    _, training = await begin(run)
+    await run.report(GroupOutcome.FAILED, *training)
+    await run.report(GroupOutcome.FAILED, *await run.take(4))
+    await run.reach(RunPhase.FAILED)
+    run.scheduler.resume()
+    assert len(await run.take(4)) == 4
+    assert (run.scheduler.state.phase, run.scheduler.detail) == (RunPhase.RUNNING, "")
+
+
+async def test_a_finished_run_refuses_to_be_resumed_and_says_what_would_help(run: Run) -> None:
+    await finish(run)
+    with pytest.raises(RefusedError, match=r"Raise training\.num_updates"):
+        run.scheduler.resume()
+
+
+async def test_a_finished_run_goes_on_when_more_updates_are_wanted_and_ends_with_an_evaluation_of_its_own() -> None:
+    first = Run(build_config(num_updates=2))
+    await finish(first)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(num_updates=3), first.bus)
+    more = await second.take(2)
+    assert [group.purpose for group in more] == [Purpose.TRAIN] * 2
+    assert [group.group_id for group in more] == ["group-00000004", "group-00000005"]
+    await second.publish_policy(3)
+    await second.report(GroupOutcome.TRAINED, *more, version=3)
+    last = await second.take(6)
+    assert {group.admitted_version for group in last} == {3}
+    await second.answer_evaluations(last, 3)
+    await second.reach(RunPhase.FINISHED)
+    evaluations = [(e.num_updates, e.is_greedy) for e in second.scheduler.state.evaluations]
+    assert evaluations == [(0, False), (0, True), (2, False), (2, True), (3, False), (3, True)]
+    assert (second.scheduler.ledger.num_trained, second.scheduler.state.unaccounted) == (6, [])
+    await second.settle()
+    await second.stop()
+
+
+async def test_a_finished_run_of_which_no_more_is_wanted_stays_finished() -> None:
+    first = Run(build_config(num_updates=2))
+    await finish(first)
+    await first.settle()
+    await first.stop()
+    for target in (1, 2):
+        again = Run(build_config(num_updates=target), first.bus)
+        await until(lambda scheduler=again.scheduler: scheduler.health.is_ready)
+        assert again.scheduler.state.phase is RunPhase.FINISHED
+        assert await again.num_waiting() == 0
+        await again.stop()
+
+
+async def test_a_run_that_was_stopped_early_goes_on_only_when_more_than_before_is_wanted() -> None:
+    first = Run(build_config(num_updates=5))
+    before, training = await begin(first)
+    await first.answer_evaluations(before, 0)
+    await first.publish_policy(1)
+    await first.report(GroupOutcome.TRAINED, *training, version=1)
+    first.scheduler.stop()
+    await first.answer_evaluations(await first.take(6), 1)
+    await first.reach(RunPhase.FINISHED)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(num_updates=5), first.bus)
+    await until(lambda: second.scheduler.health.is_ready)
+    assert second.scheduler.state.phase is RunPhase.FINISHED
+    await second.stop()
+    third = Run(build_config(num_updates=6), first.bus)
+    await third.reach(RunPhase.RUNNING)
+    assert [group.purpose for group in await third.take(1)] == [Purpose.TRAIN]
+    await third.stop()
+
+
+async def test_a_changed_setting_in_the_middle_is_taken_up_by_the_next_gateway() -> None:
+    first = Run(build_config(num_updates=9, max_staleness=1))
+    await begin(first)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(num_updates=9, max_staleness=2), first.bus)
+    assert len(await second.take(2)) == 2  # (2 + 0 + 1) * 2 may be out now, 4 are
     await second.stop()
 
 
