@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ACCOUNT = {
     "image": {"registry": "123456789012.dkr.ecr.us-east-1.amazonaws.com/sdar"},
     "storage": {"weightsUrl": "s3://sdar-weights/weights"},
-    "learner": {
-        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/sdar-weights-writer"}}
-    },
+    "learner": {"serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/writer"}}},
 }
 """The second file, as infra/terraform writes it."""
 
