@@ -22,7 +22,9 @@ def serve_service(name: str, config_path: Path | None) -> None:
         SdarError: the configuration, a port or a dependency forbids it; other errors are defects and keep their traceback.
     """
     settings = load_settings()
-    config = locate_model(load_config(config_path or settings.config))
+    config = load_config(config_path or settings.config)
+    if name != "envs":
+        config = locate_model(config, with_weights=name != "gateway")
     configure_logging(name, settings.instance, settings.log_level, settings.log_format)
     apply_environment(_library_environment(name, config))
     service = importlib.import_module(f"services.{name}.service")

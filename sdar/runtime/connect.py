@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 _LEAST_ENTRIES = 10_000
 
 
-def locate_model(config: RunConfig) -> RunConfig:
+def locate_model(config: RunConfig, *, with_weights: bool = True) -> RunConfig:
     """The run with a model.path that is a complete local directory; a hub name is fetched into the hub's cache first.
+
+    Args:
+        with_weights: false for who reads the tokenizer only: the gateway does not fetch gigabytes.
 
     Raises:
         ConfigurationError: neither a model directory nor a hub name that can be fetched.
     """
     path = config.model.path
     if not path.is_dir():
-        path = _fetch_from_hub(path)
-    check_model_files(path)
+        path = _fetch_from_hub(path, with_weights=with_weights)
+    check_model_files(path, with_weights=with_weights)
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
-def _fetch_from_hub(path: Path) -> Path:
+def _fetch_from_hub(path: Path, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if with_weights else [])]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigurationError(
             f"model.path {path} is no directory here, and fetching it as a hub name failed: {type(error).__name__}. "

@@ -10,8 +10,11 @@ from safetensors import SafetensorError, safe_open
 from sdar.contracts.errors import ConfigurationError
 
 
-def check_model_files(model_path: Path) -> None:
+def check_model_files(model_path: Path, *, with_weights: bool = True) -> None:
     """Read the headers of a model directory's files: cheap, and finds what is missing, cut short or no model at all.
+
+    Args:
+        with_weights: false leaves the weights out, for who needs only the tokenizer.
 
     Raises:
         ConfigurationError: names the file.
@@ -24,6 +27,8 @@ def check_model_files(model_path: Path) -> None:
             raise ConfigurationError(f"Cannot read {model_path / name}: {error.strerror}. {hint}") from error
         except ValueError as error:
             raise ConfigurationError(f"{model_path / name} is not valid JSON: {error}. {hint}") from error
+    if not with_weights:
+        return
     shards = sorted(model_path.glob("*.safetensors"))
     if not shards:
         raise ConfigurationError(f"{model_path} holds no *.safetensors weights. {hint}")
