@@ -6,7 +6,6 @@ What speaks HTTP is imported where it is used: `sdar --help` should not wait for
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -16,16 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sdar.cli.places import JsonOption, Place, open_gateway_at, takes_place
+
 dead_letter_app = typer.Typer(help="Look at entries that a run set aside, and try them again.", no_args_is_help=True)
 
-GatewayOption = Annotated[
-    str | None,
-    typer.Option(
-        "--gateway", metavar="URL", help="The run's gateway; SDAR_GATEWAY_URL, or the run of RUNS_DIR that is running."
-    ),
-]
-RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are kept.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 LetterArgument = Annotated[str, typer.Argument(metavar="ID", help="Its id, from `sdar dead-letter list`.", show_default=False)]
 
 _PATH = "/v1/dead-letters"
@@ -33,18 +26,17 @@ _MAX_REASON = 100
 
 
 @dead_letter_app.command("list")
+@takes_place
 def list_letters(
     limit: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 50,
     before: Annotated[str | None, typer.Option(metavar="ID", help="Only older ones than this.", show_default=False)] = None,
-    gateway: GatewayOption = None,
-    runs_dir: RunsOption = Path("runs"),
     is_json: JsonOption = False,
+    *,
+    place: Place,
 ) -> None:
     """List what was set aside, newest first."""
-    from sdar.cli.gateway import open_gateway
-
     query: dict[str, str | int] = {"limit": limit} | ({} if before is None else {"before": before})
-    with open_gateway(gateway, runs_dir) as client:
+    with open_gateway_at(place) as client:
         letters = client.get(_PATH, **query)
     if is_json:
         print(json.dumps(letters), flush=True)
@@ -55,25 +47,19 @@ def list_letters(
 
 
 @dead_letter_app.command("show")
-def show_letter(
-    letter_id: LetterArgument, gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False
-) -> None:
+@takes_place
+def show_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place: Place) -> None:
     """Show one with its payload."""
-    from sdar.cli.gateway import open_gateway
-
-    with open_gateway(gateway, runs_dir) as client:
+    with open_gateway_at(place) as client:
         letter = client.get(f"{_PATH}/{quote(letter_id, safe='')}")
     print(json.dumps(letter) if is_json else format_letter(letter), flush=True)
 
 
 @dead_letter_app.command("retry")
-def retry_letter(
-    letter_id: LetterArgument, gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False
-) -> None:
+@takes_place
+def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place: Place) -> None:
     """Do its work again and remove it: a training task as a new group, an evaluation's task as it was."""
-    from sdar.cli.gateway import open_gateway
-
-    with open_gateway(gateway, runs_dir) as client:
+    with open_gateway_at(place) as client:
         answer = client.post(f"{_PATH}/{quote(letter_id, safe='')}/retry")
     told = f"Issued {answer['group_id']} for dead letter {answer['letter_id']}, which is gone."
     print(json.dumps(answer) if is_json else told, flush=True)

@@ -1,16 +1,23 @@
-"""Owns how the command line asks a run's gateway: which one is meant, with which token, and what its refusals mean."""
+"""Owns how the command line asks a run's gateway: which one is meant, with which token, and what its refusals mean.
+
+`python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container it runs in, which is how one that only the cluster
+reaches is asked from outside (`sdar.cli.places`): where the address, the token and the certificates are.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 
-from sdar.cli.run_directory import list_running
+from sdar.cli.tools import run_tool
 from sdar.contracts.errors import (
     ConfigurationError,
     ForbiddenError,
@@ -26,6 +33,7 @@ from sdar.runtime.security import Security
 from sdar.runtime.settings import load_settings
 
 _TIMEOUT_S = 10.0
+_LEAST_ERROR = 300
 _ERRORS: dict[int, type[SdarError]] = {
     401: UnauthenticatedError,
     403: ForbiddenError,
@@ -35,40 +43,86 @@ _ERRORS: dict[int, type[SdarError]] = {
 }
 
 
-class GatewayClient:
-    """Calls to one gateway; answers are parsed JSON, refusals are raised as the errors they tell of."""
+class Gateway(ABC):
+    """Calls to one gateway; answers are parsed JSON, refusals are raised as the errors they tell of.
 
-    def __init__(self, address: str, security: Security) -> None:
+    Args:
+        address: what it is called in errors.
+    """
+
+    def __init__(self, address: str) -> None:
         self.address = address
-        self._http = open_http(address, security, timeout_s=_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._http.close()
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  # not every one has connections
+        """Let connections go."""
+
+    @abstractmethod
+    def exchange(self, method: str, path: str) -> tuple[int, Any]:
+        """The status of an answer and its JSON, whatever it says. Raises UnavailableError if there is none."""
 
     def get(self, path: str, **query: str | int) -> Any:
-        return self._ask("GET", path, query)
+        return self._ask("GET", f"{path}?{urlencode(query)}" if query else path)
 
     def post(self, path: str) -> Any:
-        return self._ask("POST", path, {})
+        return self._ask("POST", path)
 
-    def _ask(self, method: str, path: str, query: dict[str, str | int]) -> Any:
+    def _ask(self, method: str, path: str) -> Any:
+        status, body = self.exchange(method, path)
+        if status < _LEAST_ERROR:
+            return body
+        told = body.get("error", {}) if isinstance(body, dict) else {}
+        message = told.get("message", f"The gateway at {self.address} answers {status} to {method} {path}.")
+        raise _ERRORS.get(status, UnavailableError)(message)
+
+
+class GatewayClient(Gateway):
+    """One that is reached at its address."""
+
+    def __init__(self, address: str, security: Security) -> None:
+        super().__init__(address)
+        self._http = open_http(address, security, timeout_s=_TIMEOUT_S)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def exchange(self, method: str, path: str) -> tuple[int, Any]:
         try:
-            answer = self._http.request(method, path, params=query)
-            body = answer.json()
+            answer = self._http.request(method, path)
+            return answer.status_code, answer.json()
         except (httpx.HTTPError, json.JSONDecodeError) as error:
             reason = str(error).rstrip(".") or type(error).__name__
             raise UnavailableError(
                 f"No gateway answers at {self.address}: {reason}. Start the run, give another "
                 "address with --gateway, or correct SDAR_TLS_CA: both sides speak TLS, or neither does."
             ) from error
-        if answer.is_success:
-            return body
-        told = body.get("error", {}) if isinstance(body, dict) else {}
-        message = told.get("message", f"The gateway at {self.address} answers {answer.status_code} to {method} {path}.")
-        raise _ERRORS.get(answer.status_code, UnavailableError)(message)
+
+
+class ContainerGateway(Gateway):
+    """One that is asked from inside its container.
+
+    Args:
+        command: runs what follows it there.
+    """
+
+    def __init__(self, address: str, command: Sequence[str]) -> None:
+        super().__init__(address)
+        self._command = command
+
+    def exchange(self, method: str, path: str) -> tuple[int, Any]:
+        text = run_tool([*self._command, "python", "-m", "sdar.cli.gateway", method, path])
+        try:
+            answer = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UnavailableError(f"{self.address} answers no JSON but {text[:200]!r}.") from error
+        if "unavailable" in answer:
+            raise UnavailableError(f"Asked in {self.address}: {answer['unavailable']}")
+        return answer["status"], answer["body"]
 
 
 def open_gateway(url: str | None, runs_dir: Path) -> GatewayClient:
@@ -95,6 +149,8 @@ def _read_address(url: str) -> str:
 
 
 def _find_running(runs_dir: Path) -> str:
+    from sdar.cli.run_directory import list_running  # half a second, which containers save
+
     running = list_running(runs_dir)
     if len(running) == 1:
         return next(iter(running.values()))
@@ -104,3 +160,19 @@ def _find_running(runs_dir: Path) -> str:
         if running
         else f"No run is running under {runs_dir}. Give its gateway with --gateway http://HOST:PORT or SDAR_GATEWAY_URL."
     )
+
+
+def answer_in_container(method: str, path: str) -> dict[str, Any]:
+    """What this container's own gateway says, or why it says nothing."""
+    settings = load_settings()
+    address = _read_address(settings.gateway_url or f"localhost:{settings.http_port}")
+    try:
+        with GatewayClient(address, Security.from_settings(settings)) as client:
+            status, body = client.exchange(method, path)
+    except UnavailableError as error:
+        return {"unavailable": error.message}
+    return {"status": status, "body": body}
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer_in_container(*sys.argv[1:])))

@@ -15,8 +15,18 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
-from sdar.cli.dead_letters import GatewayOption, JsonOption, RunsOption, dead_letter_app
+from sdar.cli.dead_letters import dead_letter_app
 from sdar.cli.environments import env_app
+from sdar.cli.places import (
+    ComposeOption,
+    ContextOption,
+    JsonOption,
+    NamespaceOption,
+    Place,
+    ReleaseOption,
+    RunsOption,
+    takes_place,
+)
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
 from services.envs.search.retriever_cli import retriever
 
@@ -54,6 +64,13 @@ class ServiceName(StrEnum):
     TEACHER = "teacher"
     ENVS = "envs"
     LEARNER = "learner"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 class TinyModel(StrEnum):
@@ -98,11 +115,64 @@ def serve(
 
 
 @app.command()
-def status(gateway: GatewayOption = None, runs_dir: RunsOption = Path("runs"), is_json: JsonOption = False) -> None:
-    """Show where a run stands: phase, progress, the account of its groups, streams, evaluations, alarms."""
+@takes_place
+def status(is_json: JsonOption = False, *, place: Place) -> None:
+    """Show where a run stands: phase, progress, the account of its groups, streams, sizes, evaluations, alarms."""
     from sdar.cli.status import show_status
 
-    show_status(gateway, runs_dir, is_json=is_json)
+    show_status(place, is_json=is_json)
+
+
+@app.command()
+@takes_place
+def pause(is_json: JsonOption = False, *, place: Place) -> None:
+    """Let a run issue no more groups until it is resumed; what is in flight is trained."""
+    from sdar.cli.status import tell_run
+
+    tell_run(place, "pause", is_json=is_json)
+
+
+@app.command()
+@takes_place
+def resume(is_json: JsonOption = False, *, place: Place) -> None:
+    """Let a paused run go on, and wake one that was put to sleep."""
+    from sdar.cli.status import tell_run
+
+    tell_run(place, "resume", is_json=is_json)
+
+
+@app.command()
+@takes_place
+def stop(is_json: JsonOption = False, *, place: Place) -> None:
+    """End a run early: no more groups, one last evaluation, then it is finished."""
+    from sdar.cli.status import tell_run
+
+    tell_run(place, "stop", is_json=is_json)
+
+
+@app.command()
+def logs(
+    service: Annotated[str | None, typer.Argument(help="A service, or one of its instances; all of them without it.")] = None,
+    is_following: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is logged from now on.")] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="AGE", help="Only lines younger than this: 30s, 10m, 2h, 1d.", show_default=False)
+    ] = None,
+    level: Annotated[LogLevel, typer.Option(help="Least level that is shown.")] = LogLevel.DEBUG,
+    is_json: JsonOption = False,
+    name: Annotated[
+        str | None, typer.Option("--run", metavar="NAME", help="Which run of RUNS_DIR; the one that logged last.")
+    ] = None,
+    release: ReleaseOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    is_compose: ComposeOption = False,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Show what the services of a run log, in the order of time."""
+    from sdar.cli.logs import show_logs
+
+    place = Place(None, runs_dir, release, namespace, context, is_compose)
+    show_logs(place, name, service, since=since, level=level.value, is_following=is_following, is_json=is_json)
 
 
 @app.command()

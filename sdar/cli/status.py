@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich import box
@@ -11,31 +12,55 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sdar.cli.gateway import open_gateway
+from sdar.cli.gateway import Gateway
+from sdar.cli.places import Place, open_gateway_at
+from sdar.contracts.errors import UnknownResourceError
 from sdar.runtime.security import escape_controls
 
 CLOSING = ("trained", "skipped", "stale", "failed", "cancelled")
 
 
-def show_status(gateway: str | None, runs_dir: Path, *, is_json: bool) -> None:
+def show_status(place: Place, *, is_json: bool) -> None:
     """Print the status of a run, for a person or as JSON."""
-    with open_gateway(gateway, runs_dir) as client:
-        status = client.get("/v1/run")
-    if is_json:
-        print(json.dumps(status), flush=True)
-    else:
-        Console(highlight=False).print(render_status(status))
+    with open_gateway_at(place) as gateway, ThreadPoolExecutor() as pool:
+        scaling = pool.submit(_read_scaling, gateway)  # beside the other: each way into a container takes a second
+        status = gateway.get("/v1/run")
+        if is_json:
+            print(json.dumps(status), flush=True)
+        else:
+            Console(highlight=False).print(render_status(status, scaling.result()))
 
 
-def render_status(status: dict[str, Any]) -> RenderableType:
+def tell_run(place: Place, what: str, *, is_json: bool) -> None:
+    """Ask the gateway to pause, resume or stop the run, and say where it stands then."""
+    with open_gateway_at(place) as gateway:
+        status = gateway.post(f"/v1/run/{what}")
+    told = f"{status['run_id']} is {status['phase']}, update {status['num_updates']} of {status['target_updates']}."
+    print(json.dumps(status) if is_json else escape_controls(told), flush=True)
+
+
+def _read_scaling(gateway: Gateway) -> dict[str, Any]:
+    """How many of each service there are to be; nothing where the gateway is older than the question."""
+    try:
+        return dict(gateway.get("/v1/scaling"))
+    except UnknownResourceError:
+        return {"mode": "off"}
+
+
+def render_status(status: dict[str, Any], scaling: dict[str, Any] | None = None) -> RenderableType:
     """The status as a table. What services and environments wrote is shown as text: no markup, no control characters."""
     parts: list[RenderableType] = [_show(f"{status['run_id']}: {status['method']}, {status['phase']}", "bold")]
     if status["detail"]:
         parts.append(_show(status["detail"]))
+    if sleep := status.get("sleep"):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(sleep["since_s"]))
+        parts.append(_show(f"asleep since {since}: {sleep['reason']} Wake it with `sdar resume`.", "bold"))
     parts += [_show(line) for line in format_progress(status)]
     parts += [_show(f"{alarm['name']}: {alarm['message']}", "bold red") for alarm in status["alarms"]]
     parts += [_show(line) for line in format_ledger(status)]
     parts.append(_render_streams(status["stream_lags"]))
+    if scaling and scaling["mode"] != "off":
+        parts += _render_scaling(scaling)
     if status["evaluations"]:
         parts.append(_render_evaluations(status["evaluations"]))
     parts += [_show(f"{group_id}: {reason}", "dim") for group_id, reason in status["failures"].items()]
@@ -77,6 +102,17 @@ def _render_streams(lags: dict[str, Any]) -> Table:
         row = (name, f"{lag['num_undelivered']:.0f}", f"{lag['num_pending']:.0f}", f"{lag['oldest_age_s']:.1f} s")
         table.add_row(*(_show(cell) for cell in row))
     return table
+
+
+def _render_scaling(scaling: dict[str, Any]) -> list[RenderableType]:
+    table = Table("workload", "pods", "wanted", "bounds", "because", box=box.SIMPLE)
+    for name, workload in scaling["workloads"].items():
+        current, wanted = ("-" if workload[key] is None else str(workload[key]) for key in ("current", "wanted"))
+        row = (name, current, wanted, f"{workload['min']} to {workload['max']}", workload["reason"])
+        table.add_row(*(_show(cell) for cell in row))
+    told = [_show(scaling["problem"], "bold red")] if scaling["problem"] else []
+    told += [_show("dry run: sizes are decided and not set")] if scaling["dry_run"] else []
+    return [*told, table]
 
 
 def _render_evaluations(evaluations: list[dict[str, Any]]) -> Table:

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -81,6 +81,15 @@ class _TextRenderer:
             if isinstance(value, str):
                 event[key] = escape_controls(value)
         return escape_controls(self._console(logger, name, event), keep="\n")
+
+
+def render_event(event: Mapping[str, Any]) -> str:
+    """The text of a line that was logged as JSON. Who logged it is left out: whoever shows lines of several knows."""
+    told = {name: value for name, value in event.items() if name not in ("service", "instance", "exception")}
+    text = _TextRenderer()(None, "", told)
+    if trace := str(event.get("exception", "")):
+        text += "\n" + textwrap.indent(escape_controls(trace, keep="\n"), "    ")
+    return text
 
 
 def _write_traceback(stream: TextIO, exception: Any) -> None:

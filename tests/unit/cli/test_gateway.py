@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -15,9 +17,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from sdar.cli.gateway import ContainerGateway
 from sdar.cli.main import main
 from sdar.cli.run_directory import RunDirectory
 from sdar.contracts import codec
+from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome
 from sdar.runtime.http import bind_http, build_http_server
@@ -161,6 +165,31 @@ def test_the_one_running_run_is_asked_and_none_or_several_are_told(
         second.write_json(second.gateway, {"address": "127.0.0.1:1"})
         code, error = refuse(capfd, *runs)
         assert (code, f"a (--gateway {served.address})" in error) == (2, True)
+
+
+def test_a_run_is_paused_resumed_and_stopped(run_sdar: Command, served: ServedRun, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_sdar("pause").splitlines()[-1] == "test is paused, update 0 of 2."
+    assert json.loads(run_sdar("status", "--json"))["phase"] == "paused"
+    assert json.loads(run_sdar("resume", "--json").splitlines()[-1])["phase"] == "running"
+    assert "test is stopping" in run_sdar("stop")
+    code, error = refuse(capfd, "pause", "--gateway", f"http://{served.address}")
+    assert (code, "stopping" in error) == (2, True)
+
+
+def test_a_gateway_in_a_container_is_asked_by_the_container(served: ServedRun) -> None:
+    """The container is played by `env`: it has the address, and runs what it is given."""
+    python = str(Path(sys.executable).parent)
+    command = ("env", f"SDAR_GATEWAY_URL=http://{served.address}", f"PATH={python}:{os.environ['PATH']}")
+    with ContainerGateway("pod gateway-0", command) as gateway:
+        assert [letter["letter_id"] for letter in gateway.get("/v1/dead-letters", limit=1)] == served.letters[1:]
+        with pytest.raises(UnknownResourceError, match="no dead letter 1-1"):
+            gateway.get("/v1/dead-letters/1-1")
+    away = ContainerGateway("pod gateway-0", (*command, "SDAR_GATEWAY_URL=http://127.0.0.1:1"))
+    with pytest.raises(UnavailableError, match=r"Asked in pod gateway-0: No gateway answers at 127\.0\.0\.1:1"):
+        away.get("/v1/run")
+    gone = ContainerGateway("pod gateway-0", ("sh", "-c", "echo no such container >&2; exit 1"))
+    with pytest.raises(UnavailableError, match="no such container"):
+        gone.get("/v1/run")
 
 
 @pytest.mark.parametrize("url", ["ftp://a:1", "nowhere", "http://a", "http://a:99999", "http://a:1/path", "http://"])

@@ -31,9 +31,9 @@ STATUS: dict[str, Any] = {
 }
 
 
-def render(status: dict[str, Any]) -> list[str]:
+def render(status: dict[str, Any], scaling: dict[str, Any] | None = None) -> list[str]:
     console = Console(width=80, file=io.StringIO(), highlight=False)
-    console.print(render_status(status))
+    console.print(render_status(status, scaling))
     return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
 
 
@@ -63,3 +63,27 @@ def test_no_line_of_a_status_is_broken_on_eighty_columns() -> None:
 def test_an_evaluation_without_an_episode_claims_no_success() -> None:
     line = render(STATUS | {"evaluations": [describe_evaluation(num_episodes=0, success=0.0, interval=[0.0, 1.0])]})[-1]
     assert line.split() == ["1000", "v1003", "sampled", "-", "-", "0", "of", "240", "7"]
+
+
+def test_a_run_that_sleeps_says_why_and_how_it_is_woken() -> None:
+    lines = render(STATUS | {"sleep": {"reason": "Paused for 30 minutes.", "since_s": 0.0}})
+    assert "Paused for 30 minutes. Wake it with `sdar resume`." in " ".join(lines)
+    assert lines[1].startswith("asleep since 19")
+
+
+def test_sizes_are_shown_where_something_scales_them() -> None:
+    workload = {"kind": "Deployment", "name": "sdar-rollout", "min": 1, "max": 4, "since_s": 0.0}
+    rollout = workload | {"current": 2, "wanted": 3, "reason": "the learner waited 60% of its time"}
+    envs = workload | {"current": None, "wanted": None, "reason": "not looked at yet"}
+    scaling = {
+        "mode": "gateway",
+        "dry_run": True,
+        "problem": "no right to scale",
+        "workloads": {"rollout": rollout, "envs": envs},
+    }
+    lines = render(STATUS, scaling)
+    assert "no right to scale" in lines
+    assert any(line.startswith("dry run") for line in lines)
+    assert any(line.split()[:3] == ["rollout", "2", "3"] and "1 to 4" in line for line in lines)
+    assert any(line.split()[:3] == ["envs", "-", "-"] for line in lines)
+    assert render(STATUS, scaling | {"mode": "off"}) == render(STATUS)
