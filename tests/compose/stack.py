@@ -105,6 +105,14 @@ class Stack:
 
     # ---- what it says of itself
 
+    @property
+    def token(self) -> str:
+        """The operate token that the stack made for itself."""
+        if not self._token:
+            lines = self.compose("exec", "-T", "gateway", "cat", "/etc/sdar-auth/tokens").splitlines()
+            self._token = next(line.partition(":")[2] for line in lines if line.startswith("operate:"))
+        return self._token
+
     def ask(self, path: str, token: str | None = None) -> httpx.Response:
         """A GET of the gateway, by the port that Docker published. Raises httpx.HTTPError where it does not answer."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -113,10 +121,7 @@ class Stack:
     def read_status(self) -> dict[str, Any] | None:
         """The run's status; None while the gateway does not answer, or has not read yet where the run stands."""
         try:
-            if not self._token:
-                lines = self.compose("exec", "-T", "gateway", "cat", "/etc/sdar-auth/tokens").splitlines()
-                self._token = next(line.partition(":")[2] for line in lines if line.startswith("operate:"))
-            answer = self.ask("/v1/run", self._token)
+            answer = self.ask("/v1/run", self.token)
         except (httpx.HTTPError, CommandError):
             return None
         status = answer.raise_for_status().json()

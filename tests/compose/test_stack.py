@@ -97,6 +97,10 @@ def _check_door(stack: Stack) -> None:
     assert (page.status_code, "text/html" in page.headers["content-type"]) == (200, True)
     assert stack.ask("/v1/run").status_code == 401
     assert stack.ask("/v1/run", "x" * 43).status_code == 401
+    newest = stack.ask("/v1/trajectories", stack.token).json()[0]
+    turn = stack.ask(f"/v1/trajectories/{newest}", stack.token).json()["turns"][0]
+    # Its image has no transformers, and yet it shows tokens as text.
+    assert turn["response_text"].split()[0] in "".join(turn["response_tokens"])
 
 
 def _check_commands(stack: Stack) -> None:
