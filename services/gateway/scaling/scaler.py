@@ -40,6 +40,7 @@ _NEWEST_UPDATES = 10
 _LASTING_LOOKS = 3
 """Looks in a row that failed, after which it is worth an alarm."""
 _KEPT_CHANGES = 100
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +267,19 @@ class Scaler:
 
     async def _change(self, role: Role, workload: Workload, size: Size, decision: Decision) -> None:
         before, after = size.replicas, decision.replicas
-        async with asyncio.timeout(_CONFIRM_S):
-            await self._scheduler.confirm_tenure()
-        if (self._scheduler.state.sleep is not None and role in SLEEPING) is not (after == 0):
-            return  # put to sleep or woken meanwhile
-        await self._cluster.resize(workload, size, after)
+        for attempt in range(_MAX_ATTEMPTS):
+            async with asyncio.timeout(_CONFIRM_S):
+                await self._scheduler.confirm_tenure()
+            if (self._scheduler.state.sleep is not None and role in SLEEPING) is not (after == 0):
+                return  # put to sleep or woken meanwhile
+            try:
+                await self._cluster.resize(workload, size, after)
+                break
+            except ConflictError:
+                # A pod that comes or goes changes the object's status, too; only another size is somebody else's decision.
+                size = await self._cluster.read(workload)
+                if size.replicas != before or attempt == _MAX_ATTEMPTS - 1:
+                    raise
         now_s = self._clock()
         self._governors[role].note_change(now_s)
         self.changes.append(Change(now_s, role, before, after, decision.reason))

@@ -235,6 +235,16 @@ async def test_who_acts_at_the_same_time_is_not_overridden(bench: Bench) -> None
     assert bench.sample("sdar_scaling_errors_total", cause="conflict") == 1
 
 
+async def test_a_status_that_changed_meanwhile_is_nobodys_decision(bench: Bench) -> None:
+    await bench.look()
+    bench.cluster.set("rollout", 9)
+    changes = iter([9])
+    bench.cluster.before_resize = lambda: [bench.cluster.set("rollout", size) for size in changes].clear()
+    await bench.look()
+    assert bench.cluster.sizes["rollout"] == 4
+    assert bench.sample("sdar_scaling_errors_total", cause="conflict") == 0
+
+
 async def test_a_gateway_that_was_followed_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaler_module, "_CONFIRM_S", 0.5)
     await begin(bench.run)
