@@ -78,7 +78,7 @@ test-compose: setup ## docker-compose up, to the end and through kills and resta
 compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml
 
-docs: setup ## Write docs/configuration.md from RunConfig
+docs: setup ## Write what is made from the code: pages of keys and metrics, dashboards, the chart's schema
 	$(PY) -m sdar.cli.configuration_page
 	$(PY) -m sdar.cli.metrics_page
 	$(PY) -m tools.make_dashboards

@@ -156,6 +156,8 @@ class SessionManager:
         """Build the environments. Raises ConfigurationError for one that cannot be built."""
         CAPACITY.set(self.limits.max_sessions)
         await self.host.start(self.limits.step_timeout_s, self._lose)
+        for name in self.host.names:
+            FAILURES.labels(name)  # there at 0, so that the first one is seen as an increase
 
     def describe(self, environment: str) -> EnvironmentDescription:
         """Raises UnknownResourceError: no environment of that name here."""

@@ -9,7 +9,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sdar.runtime.telemetry import Health, ProbeServer
+from sdar.contracts.errors import CapacityError
+from sdar.runtime.http import build_error_response
+from sdar.runtime.telemetry import Health, LabelBound, ProbeServer, build_registry
 
 HOSTILE = "ok\n2026-01-01 [info] forged \x1b[2J\x1b]0;owned\x07 \r\u2028\u202eevil\x85\x00"
 
@@ -71,3 +73,22 @@ def test_a_client_that_says_nothing_does_not_keep_the_next_probe_waiting():
             assert httpx.get(f"http://127.0.0.1:{server.port}/readyz", timeout=5, trust_env=False).status_code == 200
     finally:
         server.stop()
+
+
+def test_a_label_that_others_name_takes_a_bounded_number_of_values():
+    bound = LabelBound(2)
+    assert [bound(value) for value in ("heat", "cool", "clean", "heat", "other kinds")] == [
+        "heat",
+        "cool",
+        "other",
+        "heat",
+        "other",
+    ]
+
+
+def test_every_service_counts_its_answers_with_an_error_by_kind():
+    registry, labels = build_registry(), {"protocol": "http", "reason": "CAPACITY"}
+    before = registry.get_sample_value("sdar_error_answers_total", labels) or 0.0
+    build_error_response(CapacityError("full"))
+    assert registry.get_sample_value("sdar_error_answers_total", labels) == before + 1
+    assert registry.get_sample_value("sdar_error_answers_total", {"protocol": "grpc", "reason": "INTERNAL"}) is not None
