@@ -98,7 +98,7 @@ class Monitoring:
         return wait("every alert rule to be evaluated", find, _READY_TIMEOUT_S)
 
     def _ask(self, path: str, **query: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query)
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False)
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()["data"]
         return found

@@ -92,7 +92,10 @@ class Gateway:
         if found is None:
             raise CommandError(f"kubectl port-forward: {line.strip() or 'ended'}")
         self._http = httpx.Client(
-            base_url=f"http://127.0.0.1:{found[1]}", headers={"Authorization": f"Bearer {token}"}, timeout=_HTTP_TIMEOUT_S
+            base_url=f"http://127.0.0.1:{found[1]}",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_HTTP_TIMEOUT_S,
+            trust_env=False,
         )
 
     def _read_token(self) -> str:
@@ -181,8 +184,9 @@ class Release:
     # --- pods ----------------------------------------------------------------------------------------------------------------
 
     def pods(self, role: str = "") -> list[Pod]:
+        """Those of one role or of all, without the one of `helm test`."""
         found = self.cluster.list_pods(self.selector + (f",app.kubernetes.io/component={role}" if role else ""))
-        return [pod for pod in found if pod.phase not in ("Succeeded", "Failed") or not pod.role.startswith("test")]
+        return [pod for pod in found if pod.role != "check"]
 
     def lives(self) -> dict[str, tuple[str, int]]:
         """What tells that a pod was neither replaced nor restarted: uid and restarts by name."""
