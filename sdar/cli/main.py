@@ -200,11 +200,20 @@ def token() -> None:
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="runs/NAME", show_default=False)]) -> None:
-    """Draw a run's plots and report.html again from its metrics."""
-    from sdar.cli.report import write_report
+@takes_place
+def report(
+    directory: Annotated[
+        Path, typer.Argument(help="runs/NAME; for a run elsewhere any directory of its own.", show_default=False)
+    ],
+    *,
+    place: Place,
+) -> None:
+    """Draw a run's plots and report.html again from its metrics, or fetch those of a run elsewhere."""
+    from sdar.cli.report import fetch_run, write_report
 
-    typer.echo(f"Wrote {write_report(run_directory)}")
+    if place.is_told:
+        fetch_run(place, directory)
+    typer.echo(f"Wrote {write_report(directory)}")
 
 
 @model_app.command("create")

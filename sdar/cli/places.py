@@ -68,6 +68,11 @@ class Place:
             raise ConfigurationError("--namespace and --context are of a Helm release. Give it with --release NAME.")
 
     @property
+    def is_told(self) -> bool:
+        """Whether a place is named; otherwise it is this machine."""
+        return bool(self.gateway or self.release or self.is_compose)
+
+    @property
     def kubectl(self) -> list[str]:
         """The command with the options that say which cluster and namespace."""
         options = {"--context": self.context, "--namespace": self.namespace}

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdar.cli.metrics_log import read_metrics
+from sdar.cli.metrics_log import MetricsLog, read_metrics
+from sdar.cli.places import Place, open_gateway_at
 from sdar.cli.plots import DARK, LIGHT, Plot, Record, RunData, draw_plots
 from sdar.cli.run_directory import RunDirectory
-from sdar.config import RunConfig, load_config
+from sdar.config import RunConfig, load_config, save_config
 from sdar.contracts.errors import ConfigurationError, UnavailableError
 from services.gateway.evaluation import compute_change_interval
 
@@ -80,6 +81,33 @@ def describe_change(interval: Sequence[float]) -> str:
 def select_updates(records: list[Record]) -> list[Record]:
     """The learner's records that are about one update each."""
     return [r for r in records if r["service"] == "learner" and _UPDATE_METRIC in r["values"]]
+
+
+def fetch_run(place: Place, directory: Path) -> None:
+    """Put what a report is made of into `directory`: configuration and metrics, and the summary of a run that is finished.
+
+    Repeated, it fetches what is new.
+
+    Raises:
+        ConfigurationError: the directory is in use for something else.
+    """
+    with open_gateway_at(place) as gateway, RunDirectory(directory) as run:
+        status = gateway.get("/v1/run")
+        config = RunConfig.model_validate(gateway.get("/v1/run/configuration"))
+        is_ours = not run.checkpoints.exists() and (not run.config.exists() or load_config(run.config).name == config.name)
+        if not is_ours:
+            raise ConfigurationError(f"{directory} holds another run. Give a directory of its own for that of {config.name}.")
+        save_config(config, run.config)
+        metrics = MetricsLog(run.metrics)
+        is_more = True
+        while is_more:  # a running run always has a few more: only a full page is followed by another
+            query = metrics.query()
+            page = gateway.get("/v1/metrics", **query)
+            metrics.extend(page)
+            is_more = len(page) == query["limit"]
+        if status["phase"] == "finished":
+            wall_s = status["finished_at_s"] - status["started_at_s"]
+            run.write_json(run.summary, build_summary(config, status, metrics.records(), wall_s))
 
 
 def write_report(run_dir: Path) -> Path:

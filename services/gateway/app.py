@@ -324,6 +324,11 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         """Where the run stands."""
         return describe_run(scheduler, watch)
 
+    @app.get("/v1/run/configuration", tags=["run"])
+    async def get_configuration() -> dict[str, Any]:
+        """What the run is, every key with its value: what a report of it is made from."""
+        return scheduler.config.model_dump(mode="json")
+
     @app.post("/v1/run/pause", responses=_CONFLICT, tags=["run"])
     async def pause() -> RunReply:
         """Issue no more groups; what is in flight goes on. 409 unless running."""

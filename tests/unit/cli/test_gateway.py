@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from sdar.cli.gateway import ContainerGateway
 from sdar.cli.main import main
 from sdar.cli.run_directory import RunDirectory
+from sdar.config import load_config
 from sdar.contracts import codec
 from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
@@ -174,6 +175,19 @@ def test_a_run_is_paused_resumed_and_stopped(run_sdar: Command, served: ServedRu
     assert "test is stopping" in run_sdar("stop")
     code, error = refuse(capfd, "pause", "--gateway", f"http://{served.address}")
     assert (code, "stopping" in error) == (2, True)
+
+
+def test_the_report_of_a_run_elsewhere_is_made_here(
+    served: ServedRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = ("--gateway", f"http://{served.address}")
+    for _ in range(2):  # again, to have what is new
+        assert refuse(capfd, "report", str(tmp_path / "test"), *place)[0] == 0
+    assert load_config(tmp_path / "test" / "config.yaml").name == "test"
+    assert "grpo" in (tmp_path / "test" / "report.html").read_text()
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    code, error = refuse(capfd, "report", str(tmp_path / "mine"), *place)
+    assert (code, "holds another run" in error) == (2, True)
 
 
 def test_a_gateway_in_a_container_is_asked_by_the_container(served: ServedRun) -> None:
