@@ -193,6 +193,20 @@ async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_b
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+async def test_a_finished_learner_that_is_started_again_for_more_updates_goes_on_under_the_new_settings(tmp_path):
+    run = Run(tmp_path, num_updates=2, checkpoint_every=1)
+    await send(run.bus, *[item for name in NAMES[:5] for item in make_group(name)])
+    await run.train(2)
+    run.config = make_config(num_updates=3, checkpoint_every=1, max_staleness=4, learning_rate=3e-4)
+    await send(run.bus, *[item for name in NAMES[5:7] for item in make_group(name)])
+    progress = await run.train(3)
+    assert progress.trained_groups == (("a", "b"), ("c", "d"), ("f", "g"))  # e came after what was then the last update
+    assert sorted(await read_ledger(run.bus)) == sorted([(name, "trained") for name in "abcdfg"] + [("e", "cancelled")])
+    records = [codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)]
+    before, again, last = (record.values["learning_rate"] for record in records)
+    assert before == again != last == 3e-4
+
+
 async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path):
     run = Run(tmp_path, num_updates=2, checkpoint_every=1)
     await send(run.bus, *[item for name in NAMES[:4] for item in make_group(name)])
