@@ -104,6 +104,6 @@ labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $scaling := $root.Values.autoscaling -}}
 {{- $isGatewayScaled := or (eq $scaling.mode "gateway") (eq $role "learner") -}}
 {{- if or (eq $scaling.mode "none") $scaling.dryRun (not (or $isGatewayScaled (include "sdar.isKedaScaled" .))) -}}
-replicas: {{ eq $role "learner" | ternary $root.Values.learner.replicas (index $root.Values $role "replicas" | default dict).min }}
+replicas: {{ if eq $role "learner" }}{{ $root.Values.learner.replicas }}{{ else }}{{ (index $root.Values $role).replicas.min }}{{ end }}
 {{- end -}}
 {{- end }}

@@ -144,12 +144,17 @@ def _ask_policy(config: RunConfig, described: Any, task: str, observation: str) 
     )
 
 
-def main() -> None:
-    """Entry point; ends with 0 when all was seen, with a sentence and another code when not."""
+def build_parser() -> argparse.ArgumentParser:
+    """What the command takes; a test holds the chart against it."""
     parser = argparse.ArgumentParser(description="Play one episode of a running release and see its policy move.")
     parser.add_argument("--policy", required=True, metavar="HOST:PORT", help="where the rollouts' gRPC answers")
     parser.add_argument("--timeout-s", type=float, default=280.0, help="seconds for all of it")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Entry point; ends with 0 when all was seen, with a sentence and another code when not."""
+    arguments = build_parser().parse_args()
     try:
         settings = load_settings()
         config = load_config(settings.config)

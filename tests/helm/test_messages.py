@@ -1,0 +1,91 @@
+"""What `helm install` says to values that cannot work: a sentence that names the key."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from sdar.config import RunConfig
+from sdar.contracts.errors import ConfigurationError
+from tests.helm.chart import CHART, ROOT, refuse
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("run.training.max_stalenes=1", ["at '/run/training'", "'max_stalenes' not allowed"]),
+        ("rollouts.gpus=1", ["'rollouts' not allowed"]),
+        ("rollout.replica=1", ["at '/rollout'", "'replica' not allowed"]),
+        ("run.training.max_staleness=-1", ["at '/run/training/max_staleness'", "got -1, want 0"]),
+        ("run.method.name=ppo", ["at '/run/method/name'", "must be one of"]),
+        ("run.model.path=", ["run.model.path is empty"]),
+        ("run.model.path=null", ["at '/run/model'", "missing property 'path'"]),
+        ("run.environment.name=null", ["at '/run/environment'", "missing property 'name'"]),
+        ("rollout.gpus=-1", ["at '/rollout/gpus'", "got -1, want 0"]),
+        ("rollout.gpus=3", ["rollout.gpus is 3", "run.rollout.tensor_parallel_size 1"]),
+        (
+            "run.rollout.tensor_parallel_size=2",
+            ["run.rollout.tensor_parallel_size is 2", "rollout.gpus is 0", "Set rollout.gpus to 2"],
+        ),
+        ("learner.gpus=2", ["learner.gpus is 2", "run.training.num_ranks 1", "Set learner.gpus to 1"]),
+        ("learner.replicas=2,run.training.num_ranks=3", ["learner.replicas 2 does not divide run.training.num_ranks 3"]),
+        ("learner.replicas=2,run.training.num_ranks=2", ["learner.replicas is 2", "storage.accessModes has no ReadWriteMany"]),
+        ("envs.replicas.min=3", ["envs.replicas.min 3 is above envs.replicas.max 1"]),
+        ("envs.replicas.min=0", ["at '/envs/replicas/min'", "got 0, want 1"]),
+        ("autoscaling.mode=keda", ["autoscaling.mode is keda", "keda.sh/v1alpha1"]),
+        ("autoscaling.mode=none,autoscaling.dryRun=true", ["autoscaling.dryRun", "autoscaling.mode is none"]),
+        ("storage.weightsUrl=gs://bucket", ["at '/storage/weightsUrl'", "gs://bucket"]),
+        ("redis.enabled=false", ["redis.enabled is false", "redis.url"]),
+        ("redis.url=redis://elsewhere:6379", ["redis.url names a Redis, and redis.enabled starts another"]),
+        ("ingress.enabled=true", ["ingress.host is empty"]),
+        ("run.name=Mine", ["at '/run/name'", "Mine"]),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_its_name(setting, said):
+    message = refuse("--set", setting)
+
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"max_concurrent_episodes": 4}},
+        {"rollout": {"max_response_tokens": 512}},
+        {"training": {"num_minibatches": 20}},
+        {"teacher": {"retrieval": "ucb"}, "method": {"name": "skill_grpo"}},
+        {"teacher": {"scorer": "vllm"}, "rollout": {"temperature": 0.5}},
+        {"teacher": {"tensor_parallel_size": 2}},
+    ],
+)
+def test_rules_between_sections_are_refused_in_the_words_of_run_config(changes, tmp_path):
+    demo = yaml.safe_load((ROOT / "examples/household.yaml").read_text())
+    for section, keys in changes.items():
+        demo[section] |= keys
+    with pytest.raises(ValueError) as refusal:
+        RunConfig.model_validate(demo)
+    sentences = str(refusal.value.errors()[0]["ctx"]["error"])  # type: ignore[attr-defined]
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"run": changes}))
+
+    message = refuse("--values", str(tmp_path / "values.yaml"))
+
+    assert sentences in message.replace("run.", "")
+
+
+def test_several_mistakes_are_told_at_once():
+    message = refuse("--set", "rollout.gpus=3,learner.gpus=2,run.model.path=")
+
+    assert all(words in message for words in ("rollout.gpus is 3", "learner.gpus is 2", "run.model.path is empty"))
+
+
+def test_run_config_has_no_rule_between_sections_that_the_chart_lacks():
+    import inspect
+
+    rules = inspect.getsource(RunConfig._check_across_sections).count("raise ValueError")
+    section = (
+        (CHART / "templates/_validate.tpl").read_text().partition("rules between sections")[2].partition("{{/* GPUs */}}")[0]
+    )
+
+    assert section.count("append $problems") == rules
+    assert issubclass(ConfigurationError, Exception)
