@@ -74,7 +74,7 @@ _NOT_NOW: dict[int | str, dict[str, Any]] = {
 
 class SleepReply(Reply):
     reason: str
-    """Why the idle guard holds rollout, teacher and learner at zero replicas."""
+    """Why the idle guard holds rollout, teacher and learner at zero replicas, and what wakes the run."""
     since_s: float
     """Unix time since when."""
 
@@ -149,7 +149,7 @@ class RunReply(Reply):
     """Workers heard from in the last half minute, by service. The learner, which reports once an update, is not among them."""
     evaluations: list[EvaluationReply]
     sleep: SleepReply | None
-    """While the run sleeps; POST /v1/run/resume wakes it."""
+    """While the run sleeps; null otherwise."""
     started_at_s: float
     finished_at_s: float
 

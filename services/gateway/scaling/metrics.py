@@ -25,7 +25,7 @@ class ScalingMetrics:
         )
         self.errors = Counter(
             "sdar_scaling_errors",
-            "Looks that could not scale: the scaling file, the cluster's API, Redis, or somebody else acted at the same time.",
+            "What kept a look from scaling: the file, the cluster's API, Redis, somebody who acted meanwhile, a defect.",
             ["cause"],
             registry=registry,
         )
@@ -35,5 +35,5 @@ class ScalingMetrics:
         for role in get_args(Role):
             for direction in ("up", "down"):
                 self.changes.labels(role, direction)
-        for cause in ("file", "cluster", "bus", "conflict"):
+        for cause in ("file", "cluster", "bus", "conflict", "defect"):
             self.errors.labels(cause)

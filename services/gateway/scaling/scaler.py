@@ -127,7 +127,12 @@ class Scaler:
             self._metrics.errors.labels("file").inc()
         file = self._reader.file
         if file is not None and self._scheduler.is_restored:
-            found = await self._scale(_Look(self._clock(), file))
+            try:
+                found = await self._scale(_Look(self._clock(), file))
+            except Exception as error:
+                # The scaler's boundary: what is wrong with it must not end the run.
+                log.exception("scaling_broke")
+                found = self._fail("defect", f"Scaling raised {type(error).__name__}: {error}.")
             self._num_failed_looks = self._num_failed_looks + 1 if found else 0
             self.problem = found
         is_lasting = self._num_failed_looks >= _LASTING_LOOKS
@@ -179,7 +184,9 @@ class Scaler:
             return
         if is_first and scheduler.is_blank and sizes.get("learner") == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
-            scheduler.fall_asleep("The run slept when this gateway started, and Redis has no memory of it.", {})
+            scheduler.fall_asleep(
+                "The run slept when this gateway started, and Redis has no memory of it. `sdar resume` wakes it.", {}
+            )
         elif reason := self._find_idleness(look):
             scheduler.fall_asleep(reason, sizes)
 
@@ -205,7 +212,7 @@ class Scaler:
         sleep = self._scheduler.state.sleep
         if sleep and role in SLEEPING:
             governor.note_change(look.now_s)
-            return Decision(0, 0, f"{sleep.reason} POST /v1/run/resume wakes it.")
+            return Decision(0, 0, sleep.reason)
         if size.replicas == 0:
             wanted = workload.clamp(self._scheduler.state.sizes.get(role, workload.min))
             return Decision(wanted, wanted, "The run is awake.")

@@ -176,17 +176,18 @@ class Stillness:
 
 
 def find_idleness(still: Stillness, idle_after_s: float) -> str:
-    """Why the run is idle, for longer than it may be; empty if it isn't."""
+    """Why the run is idle, for longer than it may be, and what wakes it; empty if it isn't."""
     if not idle_after_s:
         return ""
-    patience_s, since_s, what = idle_after_s, still.progress_at_s, ""
+    patience_s, since_s, remedy = idle_after_s, still.progress_at_s, "`sdar resume` wakes it."
     match still.phase:
         case RunPhase.FINISHED:
-            since_s, what = still.finished_at_s, "The run is finished"
+            since_s, what = still.finished_at_s, "The run has been finished"
+            remedy = "It goes on when training.num_updates is raised."
         case RunPhase.FAILED:
-            what = f"The run has failed ({still.detail}) and nothing moved"
+            what = f"The run has failed ({still.detail}) and not moved"
         case RunPhase.PAUSED:
-            since_s, what = max(since_s, still.paused_at_s), "The run is paused and nothing moved"
+            since_s, what = max(since_s, still.paused_at_s), "The run is paused and has not moved"
         case _:
             if still.bus is not BusState.OK:
                 return ""
@@ -194,7 +195,7 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
             patience_s = max(patience_s, NO_PROGRESS_S, LEARNER_SILENCE_FACTOR * still.learner_busy_s)
             what = f"The run is stuck ({still.phase}): nothing was played, trained or evaluated"
     idle_s = still.now_s - since_s
-    return f"{what} for {format_duration(idle_s)}." if idle_s >= patience_s else ""
+    return f"{what} for {format_duration(idle_s)}. {remedy}" if idle_s >= patience_s else ""
 
 
 def format_duration(duration_s: float) -> str:

@@ -218,6 +218,15 @@ async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_
     assert (await bench.status("/v1/run"))["alarms"] == []
 
 
+async def test_a_defect_of_the_scaler_is_an_alarm_and_not_the_end_of_the_run(bench: Bench) -> None:
+    await begin(bench.run)
+    bench.cluster.fault = ValueError("no JSON")
+    await bench.look(4)
+    status = await bench.status("/v1/run")
+    assert (status["phase"], [alarm["name"] for alarm in status["alarms"]]) == ("running", ["scaling"])
+    assert "no JSON" in status["alarms"][0]["message"]
+
+
 async def test_a_workload_that_is_not_there_keeps_the_others_from_nothing(bench: Bench) -> None:
     del bench.cluster.sizes["teacher"]
     await begin(bench.run)
