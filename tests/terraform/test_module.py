@@ -19,10 +19,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "infra" / "terraform"
+KARPENTER_TYPES = "@kubernetes-models/karpenter@2.0.0"
+"""npm package made of Karpenter's types; this version is of September 2026 and knows placementGroupSelector."""
 GPU = "nvidia.com/gpu"
 
 
 def terraform(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it, whatever comes of it."""
     return subprocess.run(["terraform", *arguments], cwd=directory, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -52,15 +55,25 @@ def tested(module: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def outputs(tested: list[dict[str, Any]]) -> Mapping[str, Any]:
-    """Outputs of the mocked apply with default variables."""
-    states = [m["test_state"] for m in tested if m["type"] == "test_state" and m["@testrun"] == "defaults"]
-    return {name: output["value"] for name, output in states[0]["outputs"].items()}
+def applied(tested: list[dict[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """Outputs of the mocked applies by the name of their run."""
+    states = {m["@testrun"]: m["test_state"]["outputs"] for m in tested if m["type"] == "test_state"}
+    return {run: {name: output["value"] for name, output in outputs.items()} for run, outputs in states.items()}
+
+
+@pytest.fixture(scope="session")
+def outputs(applied: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Those with default variables."""
+    return applied["defaults"]
+
+
+def read_manifests(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(outputs["cluster_manifests"]))
 
 
 @pytest.fixture(scope="session")
 def manifests(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(outputs["cluster_manifests"]))
+    return read_manifests(outputs)
 
 
 @pytest.fixture(scope="session")
@@ -94,11 +107,32 @@ def test_every_claim_of_its_own_tests_holds(tested: list[dict[str, Any]]) -> Non
     assert declared >= 16
 
 
-def test_what_kubernetes_itself_knows_of_the_manifests_is_valid(manifests: list[dict[str, Any]]) -> None:
-    known = [manifest for manifest in manifests if "karpenter" not in manifest["apiVersion"]]
-    assert {manifest["kind"] for manifest in known} == {"StorageClass", "Namespace"}
-    for manifest in known:
-        kubernetes_validate.validate(manifest, "1.29", strict=True)
+@pytest.mark.parametrize("run", ["defaults", "several_nodes"])
+def test_manifests_fit_the_schemas_of_kubernetes_and_karpenter(
+    run: str, applied: Mapping[str, Mapping[str, Any]], tmp_path: Path
+) -> None:
+    manifests = read_manifests(applied[run])
+    karpenters = [manifest for manifest in manifests if manifest["kind"] in ("EC2NodeClass", "NodePool")]
+    for manifest in manifests:
+        if manifest not in karpenters:
+            kubernetes_validate.validate(manifest, "1.29", strict=True)
+
+    # Next to its packages, where node looks for them.
+    script = Path(shutil.copy(Path(__file__).with_name("karpenter.mjs"), tmp_path))
+    run_tool(tmp_path, "npm", "install", "--silent", "--no-audit", "--no-fund", KARPENTER_TYPES)
+    assert run_tool(tmp_path, "node", str(script), given=json.dumps(karpenters)) == ""
+    pool = next(manifest for manifest in karpenters if manifest["kind"] == "NodePool")
+    pool["spec"]["disruption"]["consolidateAfter"] = "soon"
+    assert "consolidateAfter" in run_tool(tmp_path, "node", str(script), given=json.dumps([pool]))
+
+
+def run_tool(directory: Path, *command: str, given: str = "") -> str:
+    """The tool's output; a tool that is not there or fails, fails the test with what it said."""
+    if shutil.which(command[0]) is None:
+        pytest.fail(f"{command[0]} is not on PATH. Install Node.js 20 or later.")
+    done = subprocess.run(command, cwd=directory, input=given, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def test_each_role_finds_a_pool_that_lets_it_in(values: dict[str, Any], pools: dict[str, dict[str, Any]]) -> None:

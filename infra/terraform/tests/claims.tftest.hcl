@@ -13,8 +13,9 @@ mock_provider "aws" {
   }
   mock_resource "aws_eks_cluster" {
     defaults = {
-      arn      = "arn:aws:eks:us-east-1:123456789012:cluster/sdar"
-      identity = [{ oidc = [{ issuer = "https://oidc.eks.us-east-1.amazonaws.com/id/ABC" }] }]
+      arn        = "arn:aws:eks:us-east-1:123456789012:cluster/sdar"
+      identity   = [{ oidc = [{ issuer = "https://oidc.eks.us-east-1.amazonaws.com/id/ABC" }] }]
+      vpc_config = { cluster_security_group_id = "sg-0c" }
     }
   }
   mock_resource "aws_iam_role" {
@@ -38,6 +39,12 @@ mock_provider "aws" {
   mock_resource "aws_cloudwatch_event_rule" {
     defaults = { arn = "arn:aws:events:us-east-1:123456789012:rule/mock" }
   }
+  mock_resource "aws_subnet" {
+    defaults = { id = "subnet-0" }
+  }
+  mock_resource "aws_security_group" {
+    defaults = { id = "sg-0" }
+  }
   mock_resource "aws_launch_template" {
     defaults = { id = "lt-0123456789abcdef0", latest_version = 1 }
   }
@@ -55,7 +62,7 @@ override_resource {
 
 override_resource {
   target = aws_subnet.private["us-east-1b"]
-  values = { id = "subnet-b" }
+  values = { id = "subnet-0b" }
 }
 
 variables {
@@ -190,7 +197,7 @@ run "several_nodes" {
   }
   assert {
     condition = alltrue([for class in local.node_class_manifests :
-      class.spec.subnetSelectorTerms == [{ id = "subnet-b" }] && contains(class.spec.securityGroupSelectorTerms, { id = aws_security_group.efa[0].id }) if class.metadata.name == "sdar-learner"
+      class.spec.subnetSelectorTerms == [{ id = "subnet-0b" }] && contains(class.spec.securityGroupSelectorTerms, { id = aws_security_group.efa[0].id }) if class.metadata.name == "sdar-learner"
     ])
     error_message = "EFA nodes are in one subnet, in the group that lets EFA through."
   }
@@ -199,7 +206,7 @@ run "several_nodes" {
     error_message = "EFA traffic is allowed by group, both ways."
   }
   assert {
-    condition     = tolist(local.node_pools.learner.requirements["topology.kubernetes.io/zone"].values) == tolist(["us-east-1b"]) && tolist(aws_fsx_lustre_file_system.checkpoints[0].subnet_ids) == tolist(["subnet-b"])
+    condition     = tolist(local.node_pools.learner.requirements["topology.kubernetes.io/zone"].values) == tolist(["us-east-1b"]) && tolist(aws_fsx_lustre_file_system.checkpoints[0].subnet_ids) == tolist(["subnet-0b"])
     error_message = "The learner and its checkpoints are in one zone."
   }
   assert {
