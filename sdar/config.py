@@ -166,7 +166,7 @@ class TrainingConfig(Section):
     max_gradient_norm: float = Field(default=1.0, gt=0, le=1e6)
     """Gradients are scaled down to this global norm."""
     num_ranks: int = Field(default=1, ge=1, le=4096)
-    """Data-parallel processes of the learner on this machine."""
+    """Data-parallel processes of the learner, on this machine or, under torchrun, over several; one per GPU."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
     microbatch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)

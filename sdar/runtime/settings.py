@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""
     world_size: int = Field(default=1, ge=1, validation_alias="WORLD_SIZE")
     """Number of the learner's ranks that are started from outside; torchrun sets it."""
+    local_rank: int = Field(default=0, ge=0, validation_alias="LOCAL_RANK")
+    """This process's place among the learner's ranks on its machine, hence its GPU; torchrun sets it. 0 answers probes."""
     alfworld_data: str = Field(default="", validation_alias="ALFWORLD_DATA")
     """ALFWorld's own variable: the directory that holds json_2.1.1, where an environment is given no data_dir."""
     trace_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")

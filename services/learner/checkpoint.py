@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,10 @@ class CheckpointStore:
             write_shards(partial)
             _write_file(partial / _SNAPSHOT, snapshot)
             _write_file(partial / _STATE, _to_json({"progress": progress.to_json(), "made_for": self._made_for()}))
-            _write_file(partial / _MANIFEST, _describe_all(partial))
+            # The others' shards by name: on a shared disk, what other machines wrote is found later by listing than by asking.
+            num_ranks = self._config.training.num_ranks
+            shards = [_name_shard(rank, num_ranks) for rank in range(1, num_ranks)]
+            _write_file(partial / _MANIFEST, _describe_all(partial, shards))
             _sync(partial)
             self._put_in_place(partial, final)
             self._remove_old(final)
@@ -219,7 +222,11 @@ def read_rank_shard(directory: Path, ranks: Ranks, device: torch.device) -> tupl
 
 
 def _shard_name(ranks: Ranks) -> str:
-    return f"optimizer-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
+    return _name_shard(ranks.rank, ranks.world_size)
+
+
+def _name_shard(rank: int, num_ranks: int) -> str:
+    return f"optimizer-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
 def _lock_directory(directory: Path) -> int:
@@ -233,11 +240,14 @@ def _lock_directory(directory: Path) -> int:
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(handle)
         raise ConflictError(
             f"Another learner holds checkpoint directory {directory}. Stop it first, or give this run a directory of its own."
         ) from error
+    except OSError as error:
+        # Some shared disks have no locks. The role at the bus still lets one learner only read, book and begin a checkpoint.
+        log.warning("checkpoints_not_locked", directory=str(directory), error=str(error))
     return handle
 
 
@@ -268,8 +278,9 @@ def _verify(path: Path) -> dict[str, Any]:
         raise CorruptionError(f"unreadable: {error!r}") from error
 
 
-def _describe_all(directory: Path) -> bytes:
-    return _seal({path.name: _describe(path) for path in directory.iterdir()})
+def _describe_all(directory: Path, shards: Sequence[str] = ()) -> bytes:
+    names = {path.name for path in directory.iterdir()} | set(shards)
+    return _seal({name: _describe(directory / name) for name in names})
 
 
 def _describe(path: Path) -> dict[str, Any]:

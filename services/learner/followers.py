@@ -22,7 +22,7 @@ from sdar.config import RunConfig
 from sdar.contracts.errors import SdarError
 from sdar.runtime.ports import find_free_port
 from services.learner.ranks import Ranks, join_ranks
-from services.learner.update import build_trainer
+from services.learner.update import Trainer, build_trainer
 
 log = structlog.get_logger()
 
@@ -74,10 +74,10 @@ class FollowerProcesses:
             await asyncio.sleep(_WATCH_S)
 
 
-def follow(config: RunConfig, ranks: Ranks) -> None:
-    """What a rank other than 0 does with its life. Signals are rank 0's business: it says when to stop."""
+def build_follower(config: RunConfig, ranks: Ranks) -> Trainer:
+    """What a rank other than 0 is; its `follow` is what it does with its life."""
     torch.set_num_threads(config.training.num_threads)
-    build_trainer(config, ranks, ranks.receive_checkpoint()).follow()
+    return build_trainer(config, ranks, ranks.receive_checkpoint())
 
 
 def _exit_when_input_ends(stream: Any) -> None:
@@ -87,12 +87,13 @@ def _exit_when_input_ends(stream: Any) -> None:
 
 def _main() -> None:
     rank, num_ranks, port = map(int, sys.argv[1:])
+    # A Ctrl-C goes to every process: rank 0 finishes its step first, needs this one for it, and says when to stop.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     config = RunConfig.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=_exit_when_input_ends, args=(sys.stdin.buffer,), daemon=True).start()
     try:
-        follow(config, join_ranks(rank, num_ranks, (_HOST, port)))
+        build_follower(config, join_ranks(rank, num_ranks, (_HOST, port))).follow()
     except SdarError as error:
         sys.exit(f"learner rank {rank}: {error}")
 

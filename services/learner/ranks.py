@@ -1,7 +1,8 @@
 """Owns the learner's data-parallel ranks: how they meet, how rank 0 tells the others what to do, how numbers are summed.
 
 Rank 0 leads: it broadcasts a command, then all ranks carry it out together. A command is JSON plus raw byte frames; nothing is
-ever pickled. A rank that dies breaks the next collective of the others, so the learner stops as a whole.
+ever pickled. A rank that dies breaks the next collective of the others, so the learner stops as a whole; rank 0 makes one every
+few seconds, for a rank that vanished and one that is asked to leave must be noticed while there is nothing to train, too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 from sdar.contracts.errors import CapacityError, ConfigurationError, ConflictError
 from sdar.runtime.settings import apply_environment
 
-# Followers wait in a broadcast for as long as no batch is complete, and that may be a whole outage of the rollout.
-_IDLE_TIMEOUT = datetime.timedelta(days=30)
+# Ranks hear from one another all the time, but for the longest step, publication or checkpoint of a large model.
+_SILENCE_TIMEOUT = datetime.timedelta(minutes=30)
 _MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -36,7 +37,7 @@ class Ranks:
         self.world_size = dist.get_world_size()
         self.device = device
         # Commands travel over gloo even where gradients use NCCL: waiting there takes no GPU and may last.
-        self._control: Any = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if self.world_size > 1 else None
+        self._control: Any = dist.new_group(backend="gloo", timeout=_SILENCE_TIMEOUT) if self.world_size > 1 else None
 
     @property
     def is_leader(self) -> bool:
@@ -75,6 +76,10 @@ class Ranks:
             dist.all_reduce(values, group=self._control)
         return values
 
+    def count_leaving(self, is_leaving: bool) -> int:
+        """How many ranks are asked to leave; every rank says whether it is one."""
+        return int(self.sum(torch.tensor([int(is_leaving)])))
+
     def raise_together(self, error: CapacityError | None, what: str) -> None:
         """Raise on every rank if a disk refused `what` on any: its own error, or a sentence that another rank failed."""
         num_failed = int(self.sum(torch.tensor([0 if error is None else 1])))
@@ -89,19 +94,25 @@ def stand_alone(device: str | None = None) -> Ranks:
     return _join(0, 1, device, {"store": dist.HashStore()})
 
 
-def join_ranks(rank: int, world_size: int, store_address: tuple[str, int] | None = None) -> Ranks:
-    """One of several ranks; each takes the GPU of its number, if there are GPUs.
+def join_ranks(
+    rank: int, world_size: int, store_address: tuple[str, int] | None = None, *, local_rank: int | None = None
+) -> Ranks:
+    """One of several ranks; each takes the GPU of its number on its machine, if there are GPUs.
 
     Args:
-        store_address: where rank 0 waits for the others; None where torchrun has told it through the environment.
+        store_address: where rank 0 waits for the others, all on this machine; None where torchrun has told it through the
+            environment.
+        local_rank: its number among the ranks of its machine; `rank` if not given.
 
     Raises:
         ConfigurationError: more ranks than GPUs.
     """
-    num_gpus = torch.cuda.device_count()
-    if num_gpus and world_size > num_gpus:
+    local_rank = rank if local_rank is None else local_rank
+    num_gpus, num_local = torch.cuda.device_count(), local_rank + 1 if store_address is None else world_size
+    if num_gpus and num_local > num_gpus:
         raise ConfigurationError(
-            f"training.num_ranks is {world_size}, but this machine has {num_gpus} GPUs. Use at most one rank per GPU."
+            f"At least {num_local} of training.num_ranks {world_size} are on this machine, which has {num_gpus} GPUs. "
+            "Use at most one rank per GPU (torchrun --nproc-per-node)."
         )
     meeting: dict[str, Any] = {"init_method": "env://"}
     if store_address is not None:
@@ -111,7 +122,7 @@ def join_ranks(rank: int, world_size: int, store_address: tuple[str, int] | None
         apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
         listener = socket.create_server((host, port)).detach() if rank == 0 else None
         meeting = {"store": dist.TCPStore(host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener)}
-    return _join(rank, world_size, f"cuda:{rank}" if num_gpus else "cpu", meeting)
+    return _join(rank, world_size, f"cuda:{local_rank}" if num_gpus else "cpu", meeting)
 
 
 def _join(rank: int, world_size: int, device_name: str | None, meeting: dict[str, Any]) -> Ranks:

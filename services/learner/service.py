@@ -1,7 +1,7 @@
 """Owns the learner process: builds its parts from a run's configuration and serves until told to stop.
 
 On one machine `sdar serve learner` starts the other ranks itself. Under torchrun (RANK and WORLD_SIZE are set) every rank is
-such a process, and only rank 0 has a bus, probes and checkpoints to look after.
+such a process. Only rank 0 has a bus and checkpoints to look after; the first rank of each machine answers probes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health, serve_probes
 from sdar.runtime.weights import WeightStore
 from services.learner.checkpoint import Checkpoint, CheckpointStore
-from services.learner.followers import FollowerProcesses, follow
+from services.learner.followers import FollowerProcesses, build_follower
 from services.learner.metrics import LearnerMetrics
 from services.learner.progress import Progress
 from services.learner.ranks import Ranks, join_ranks, stand_alone
@@ -47,7 +47,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     if settings.world_size > 1 and settings.world_size != config.training.num_ranks:
         raise ConfigurationError(
             f"training.num_ranks is {config.training.num_ranks}, but {settings.world_size} ranks were started. "
-            "Pass torchrun --nproc-per-node the same number."
+            "Let torchrun's --nnodes times --nproc-per-node make the same number."
         )
     if settings.rank > 0:
         return await _serve_follower(config, settings)
@@ -72,7 +72,10 @@ async def serve(config: RunConfig, settings: Settings) -> None:
                 metrics=LearnerMetrics(registry),
             )
         )
-        await run_until_stopped(learner.run, bus.hurry, *([followers.watch] if followers is not None else []))
+        beside = [bus.hurry, *([followers.watch] if followers is not None else [])]
+        if config.training.num_ranks > 1:
+            beside.append(learner.keep_ranks)
+        await run_until_stopped(learner.run, *beside)
 
 
 @contextlib.asynccontextmanager
@@ -130,7 +133,22 @@ def _build(
 
 
 async def _serve_follower(config: RunConfig, settings: Settings) -> None:
-    # torchrun passes a signal to every rank; rank 0 finishes its step first, and needs this one for it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    await asyncio.to_thread(lambda: follow(config, join_ranks(settings.rank, settings.world_size)))
+    """A rank that does what rank 0 says. A signal asks it to leave: rank 0 hears of it, drains, and lets all ranks end."""
+    leaving, health = asyncio.Event(), Health(max_silence_s=_MAX_SILENCE_S)
+    loop = asyncio.get_running_loop()
+
+    def take_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leaving.set)
+        health.mark_ready("following")
+
+    def work() -> None:
+        ranks = join_ranks(settings.rank, settings.world_size, local_rank=settings.local_rank)
+        follower = build_follower(config, ranks)
+        # Before, a signal ends the process at once: nothing is trained yet, and the others would wait in vain.
+        loop.call_soon_threadsafe(take_signals)
+        follower.follow(health.beat, leaving.is_set)
+
+    is_first = settings.local_rank == 0
+    with serve_probes(settings.host, settings.probe_port, health) if is_first else contextlib.nullcontext():
+        await asyncio.to_thread(work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CapacityError, WeightsUnavailableError
+from sdar.contracts.errors import CapacityError, UnavailableError, WeightsUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
 from sdar.runtime import tracing
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 _KEPT_VERSIONS = 8
 """Published versions kept beyond the staleness bound: an evaluation pins one while newer ones appear."""
+_BEAT_S = 2.0
+"""Between two signs of life to the other ranks; also how late one that was stopped is heard."""
 _RUN_FINISHED = "run finished"
 _STORAGE_RETRY_S = 5.0
 """Between two tries to write to a disk that is full or a weight store that is away."""
@@ -118,6 +121,25 @@ class Learner:
         if self.progress.num_updates > self._durable_updates:
             await self._make_durable()
         await self._close_accounts(stopping)
+
+    async def keep_ranks(self, stopping: asyncio.Event) -> None:
+        """Beside `run`, where there are other ranks: be in touch with them while there is nothing to train, too.
+
+        A rank that is gone ends this process: no collective that waits for it can be interrupted.
+
+        Raises:
+            UnavailableError: a rank is asked to leave, so all drain, and start again together.
+        """
+        while not await wait_or_stop(stopping, _BEAT_S):
+            try:
+                num_leaving = await self._in_torch(self._trainer.beat)
+            except RuntimeError as error:
+                log.error("rank_lost", error=str(error), hint="all ranks end now; started again, they go on together")
+                os._exit(1)
+            if num_leaving:
+                raise UnavailableError(
+                    f"{num_leaving} of the learner's ranks were stopped. Start all again: they go on."
+                )
 
     async def _resume(self) -> None:
         """Let the others have a policy, under a version that names only it, and take back what was read before."""

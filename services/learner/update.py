@@ -85,6 +85,11 @@ class Trainer:
         self._ranks.broadcast_command({"do": "save", "directory": str(directory)})
         self._save(directory)
 
+    def beat(self) -> int:
+        """Tell the other ranks that this one lives; returns how many of them are asked to leave."""
+        self._ranks.broadcast_command({"do": "beat"})
+        return self._ranks.count_leaving(False)
+
     def stop(self) -> None:
         """Let the other ranks return from `follow`, and release the model."""
         self._ranks.broadcast_command({"do": "stop"})
@@ -92,12 +97,20 @@ class Trainer:
 
     # --- what the other ranks do -----------------------------------------------------------------------------------------
 
-    def follow(self) -> None:
-        """Carry out what rank 0 says until it says stop."""
+    def follow(self, beat: Callable[[], None] = lambda: None, is_leaving: Callable[[], bool] = lambda: False) -> None:
+        """Carry out what rank 0 says until it says stop.
+
+        Args:
+            beat: called at every command. is_leaving: whether this rank is asked to leave; rank 0 is told and drains.
+        """
         while True:
             command, frames = self._ranks.broadcast_command(None)
+            beat()
             if command["do"] == "stop":
                 return self.model.close()
+            if command["do"] == "beat":
+                self._ranks.count_leaving(is_leaving())
+                continue
             if command["do"] == "update":
                 items = iter([decode_item(frame, needs_teacher=self._method.needs_teacher) for frame in frames])
                 groups = [[next(items) for _ in range(size)] for size in command["group_sizes"]]
