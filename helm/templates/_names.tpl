@@ -52,7 +52,9 @@ labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- $image := $root.Values.image -}}
 {{- $tag := $image.tag | default $root.Chart.AppVersion -}}
 {{- if (index $root.Values $role).gpus -}}{{- $tag = $image.gpuTag | default (printf "%s-cuda" $tag) -}}{{- end -}}
-{{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}sdar-{{ $role }}:{{ $tag }}
+{{- /* The teacher's own image has no vLLM; the rollout's holds all that the teacher needs. */ -}}
+{{- $name := and (eq $role "teacher") (eq (dig "scorer" "" $root.Values.run.teacher) "vllm") | ternary "rollout" $role -}}
+{{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}sdar-{{ $name }}:{{ $tag }}
 {{- end }}
 
 {{/* The run's values over the defaults of RunConfig, as YAML: for looking at, never handed to a service. */}}

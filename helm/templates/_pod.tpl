@@ -207,9 +207,6 @@ livenessProbe:
 # The rest of the grace period is for handing back what is left.
 - {name: SDAR_DRAIN_S, value: {{ sub (int (index $values $role).terminationGracePeriodSeconds) 30 | quote }}}
 {{- end }}
-{{- if eq $role "gateway" }}
-- {name: SDAR_GATEWAY_URL, value: {{ $values.tls.enabled | ternary "https" "http" }}://localhost:8080}
-{{- end }}
 {{- with (index $values $role).env }}
 {{ toYaml . }}
 {{- end }}

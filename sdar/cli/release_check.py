@@ -93,7 +93,8 @@ async def _see_move(gateway: GatewayClient, first: int) -> int:
 async def _play(config: RunConfig, envs: str, policy: str | None) -> tuple[int, float]:
     """One episode of the first training task: its turns and its reward. Without a policy each first action is taken."""
     security = Security.from_settings(load_settings())
-    async with connect(envs, security) as env_channel, connect(policy or envs, security) as policy_channel:
+    sessions, policies = connect(envs, security, is_sticky=True), connect(policy or envs, security)
+    async with sessions as env_channel, policies as policy_channel:
         environment: Any = environment_pb2_grpc.EnvironmentServiceStub(env_channel)
         generate: Any = policy_pb2_grpc.PolicyServiceStub(policy_channel).Generate if policy else None
 

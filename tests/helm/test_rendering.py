@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import kubernetes_validate
 import pytest
 import yaml
@@ -30,7 +33,12 @@ def test_every_object_fits_the_schemas_of_kubernetes(values, version):
 
     assert things
     for thing in things:
-        kubernetes_validate.validate(thing, version, strict=True)
+        check_schema(json.dumps(thing), version)
+
+
+@functools.cache
+def check_schema(thing: str, version: str) -> None:
+    kubernetes_validate.validate(json.loads(thing), version, strict=True)
 
 
 def test_kinds_that_kubernetes_does_not_have_are_rendered_only_where_they_are_served():

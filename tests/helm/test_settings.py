@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
+import tomllib
 
 import pytest
 import yaml
@@ -78,6 +79,18 @@ def test_torchrun_is_started_with_flags_that_it_knows():
     assert (told.nnodes, told.nproc_per_node, told.node_rank) == ("2", "4", 1)
     assert (told.master_addr, told.master_port, told.no_python) == ("sdar-learner-0.sdar-learner", 29500, True)
     assert [told.training_script, *told.training_script_args] == ["sdar", "serve", "learner"]
+
+
+def test_every_role_has_its_image_and_a_teacher_with_vllm_the_rollouts():
+    def images(values):
+        return {role: container["image"] for role, container in containers(render(values)) if role != "redis"}
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    roles = ("gateway", "rollout", "teacher", "envs", "learner")
+    assert images("defaults") == {role: f"sdar-{role}:{version}" for role in roles} | {"check": f"sdar-gateway:{version}"}
+    assert images("everything")["teacher"] == "registry.example.com/team/sdar-rollout:0.2.0-cuda"
+    assert images("everything")["learner"] == "registry.example.com/team/sdar-learner:0.2.0-cuda"
+    assert images("everything")["envs"] == "registry.example.com/team/sdar-envs:0.2.0"
 
 
 def test_ports_are_those_that_services_take_by_themselves():
