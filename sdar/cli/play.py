@@ -43,7 +43,7 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
     with asyncio.Runner() as runner:
 
         async def begin() -> tuple[grpc.aio.Channel, Bench]:
-            channel = connect(address, security)
+            channel = connect(address, security, is_sticky=True)
             return channel, Bench(channel, await find_environment(channel, address, environment))
 
         channel, bench = runner.run(begin())

@@ -69,7 +69,7 @@ async def check_server(
         ConfigurationError: nobody answers there, or the server has no such environment.
     """
     began_s = time.monotonic()
-    async with connect(address, security) as channel:
+    async with connect(address, security, is_sticky=True) as channel:
         bench = Bench(channel, await find_environment(channel, address, environment), settle_timeout_s)
         outcomes = [await _try(_FIND_ACTIONS, bench)]
         for check in checks:
