@@ -35,6 +35,7 @@ LOOK_S = 5.0
 _CONFIRM_S = 10.0
 """The scheduler commits several times a second; one that doesn't waits for Redis."""
 _LEAST_WINDOW_S, _MAX_WINDOW_S = 60.0, 900.0
+"""How far back workers' records are looked at. The learner's count for longer where its updates take longer."""
 _UPDATES_IN_WINDOW = 3
 _NEWEST_UPDATES = 10
 _LASTING_LOOKS = 3
@@ -234,13 +235,14 @@ class Scaler:
         scheduler, training = self._scheduler, self._scheduler.config.training
         newest = scheduler.history.newest_values("learner", _NEWEST_UPDATES)
         update_s = median(values.get("total_s", 0.0) for values in newest) if newest else 0.0
-        window_s = min(_MAX_WINDOW_S, max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s))
-        steady_s = look.now_s - governor.steady_since_s
-        updates = scheduler.history.values_since("learner", governor.steady_since_s).values()
+        window_s, steady_s = max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s), look.now_s - governor.steady_since_s
+        # A learner that is away says nothing; what it said before it went is no signal.
+        updates = scheduler.history.values_since("learner", look.now_s - min(window_s, steady_s)).values()
+        workers_since_s = look.now_s - min(window_s, steady_s, _MAX_WINDOW_S)
         lag = self._watch.lags.get(Stream.TRAJECTORIES) if scheduler.config.needs_teacher else None
         return Load(
             updates=[values for of_one in updates for values in of_one][:_NEWEST_UPDATES],
-            workers={name: self._find_workers(name, look.now_s - min(window_s, steady_s)) for name in ("rollout", "teacher")},
+            workers={name: self._find_workers(name, workers_since_s) for name in ("rollout", "teacher")},
             num_lagging=lag.num_undelivered + lag.num_pending if lag else 0,
             lag_age_s=min(lag.oldest_age_s, steady_s) if lag else 0.0,
             num_admitted=(training.max_staleness + 1) * training.groups_per_update * training.group_size,

@@ -13,7 +13,7 @@ from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import RefusedError, UnavailableError
 from sdar.contracts.streams import Stream
-from sdar.contracts.types import MetricRecord
+from sdar.contracts.types import MetricRecord, TaskGroup
 from sdar.runtime.memory_bus import MemoryBus
 from services.gateway.app import build_app
 from services.gateway.scaling import scaler as scaler_module
@@ -113,15 +113,23 @@ async def bench(tmp_path: Path):
         await bench.run.stop()
 
 
+async def start(bench: Bench) -> list[TaskGroup]:
+    """Begin the run; the gateway knows of all that it has issued. Returns the first training groups."""
+    _, training = await begin(bench.run)
+    await until(lambda: bench.scheduler.ledger.num_issued == len(training))
+    await bench.watch.refresh()
+    return training
+
+
 async def fall_asleep_paused(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     bench.scheduler.pause()
     await bench.look(1 + int(60 / LOOK_S))
     assert bench.cluster.sizes == ASLEEP
 
 
 async def test_a_starved_learner_gets_another_rollout_worker_once_the_looks_agree(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     await bench.look_while_the_learner_waits(int(SETTLE_S / LOOK_S) - 1)
     assert bench.cluster.sizes == AWAKE
     await bench.look_while_the_learner_waits(LOOKS_UP)
@@ -134,7 +142,7 @@ async def test_a_starved_learner_gets_another_rollout_worker_once_the_looks_agre
 
 
 async def test_a_worker_that_was_asked_for_is_waited_for_before_the_next(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     while bench.cluster.sizes["rollout"] == 1:
         await bench.look_while_the_learner_waits(1)
     for _ in range(40):  # the second one never reports
@@ -147,9 +155,23 @@ async def test_a_worker_that_was_asked_for_is_waited_for_before_the_next(bench: 
     assert bench.cluster.sizes["rollout"] == 4
 
 
+async def test_what_a_learner_said_before_it_went_away_is_no_signal(bench: Bench) -> None:
+    await start(bench)
+    bench.cluster.set("rollout", 3)
+    for number in range(80):
+        if number < 14:
+            await bench.report("learner", "l", wait_share=0.0, total_s=5.0)
+        for index in range(3):
+            await bench.report("rollout", f"r{index}", waiting_share=0.0 if number < 14 else 1.0)
+        await bench.scheduler.history.follow(bench.run.bus)
+        await bench.look()
+    assert bench.cluster.sizes["rollout"] == 3
+    assert "0 updates" in bench.scaler.workloads["rollout"].reason
+
+
 async def test_a_dry_run_explains_itself_and_touches_nothing(bench: Bench) -> None:
     bench.write("dry_run: false", "dry_run: true")
-    await begin(bench.run)
+    await start(bench)
     await bench.look_while_the_learner_waits(20)
     rollout = (await bench.status("/v1/scaling"))["workloads"]["rollout"]
     assert (rollout["current"], rollout["wanted"]) == (1, 2)
@@ -194,7 +216,7 @@ async def test_beside_keda_only_the_learner_is_touched(bench: Bench) -> None:
 
 
 async def fall_asleep_learner_only(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     bench.scheduler.pause()
     await bench.look(1 + int(60 / LOOK_S))
 
@@ -203,7 +225,7 @@ async def fall_asleep_learner_only(bench: Bench) -> None:
 
 
 async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_lasts(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     bench.cluster.fault = UnavailableError("The API server cannot be reached.")
     await bench.look(2)
     assert (await bench.status("/v1/run"))["alarms"] == []
@@ -219,7 +241,7 @@ async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_
 
 
 async def test_a_defect_of_the_scaler_is_an_alarm_and_not_the_end_of_the_run(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     bench.cluster.fault = ValueError("no JSON")
     await bench.look(4)
     status = await bench.status("/v1/run")
@@ -229,7 +251,7 @@ async def test_a_defect_of_the_scaler_is_an_alarm_and_not_the_end_of_the_run(ben
 
 async def test_a_workload_that_is_not_there_keeps_the_others_from_nothing(bench: Bench) -> None:
     del bench.cluster.sizes["teacher"]
-    await begin(bench.run)
+    await start(bench)
     bench.scheduler.pause()
     await bench.look(14)
     assert bench.cluster.sizes == {"rollout": 0, "envs": 1, "learner": 0}
@@ -256,7 +278,7 @@ async def test_a_status_that_changed_meanwhile_is_nobodys_decision(bench: Bench)
 
 async def test_a_gateway_that_was_followed_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaler_module, "_CONFIRM_S", 0.5)
-    await begin(bench.run)
+    await start(bench)
     await bench.look()
     successor = Run(build_config(num_updates=9), bench.run.bus)
     await successor.reach(RunPhase.RUNNING)
@@ -344,7 +366,7 @@ async def test_a_run_that_sleeps_because_it_was_paused_outlives_its_gateway_asle
 
 
 async def test_a_stuck_run_sleeps_on_after_a_restart_and_wakes_under_another_configuration(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     await bench.look(int(660 / LOOK_S))
     assert (bench.cluster.sizes, bench.scheduler.state.phase) == (ASLEEP, RunPhase.RUNNING)
     again = await bench.restart()
@@ -357,8 +379,7 @@ async def test_a_stuck_run_sleeps_on_after_a_restart_and_wakes_under_another_con
 
 
 async def test_nothing_is_issued_lost_or_failed_by_sleeping(bench: Bench) -> None:
-    _, training = await begin(bench.run)
-    await bench.scheduler.confirm_tenure()
+    training = await start(bench)
     before = bench.scheduler.ledger.counts()
     bench.scheduler.pause()
     await bench.look(30)
@@ -390,7 +411,7 @@ async def test_a_sleeping_run_that_lost_its_redis_sleeps_on_until_somebody_wakes
 
 
 async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sleep_what_it_noted(bench: Bench) -> None:
-    await begin(bench.run)
+    await start(bench)
     bench.scheduler.pause()
     await bench.look()
     bench.scheduler.fall_asleep("The run is paused.", {"rollout": 1})
