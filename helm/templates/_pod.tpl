@@ -191,7 +191,7 @@ livenessProbe:
 - {name: SDAR_WEIGHTS_URL, value: {{ $values.storage.weightsUrl | default "/var/lib/sdar" | quote }}}
 {{- end }}
 {{- if eq $role "learner" }}
-- {name: SDAR_CHECKPOINTS, value: /var/lib/sdar/{{ include "sdar.runName" $root }}/checkpoints}
+- {name: SDAR_CHECKPOINTS, value: /var/lib/sdar/checkpoints/{{ include "sdar.runName" $root }}}
 {{- end }}
 {{- if and (eq $role "gateway") (ne $values.autoscaling.mode "none") }}
 - {name: SDAR_SCALING, value: /etc/sdar-scaling/scaling.yaml}
