@@ -38,7 +38,9 @@ def run_tool(command: Sequence[str]) -> str:
         raise UnavailableError(f"`{' '.join(command[:4])} ...` said nothing for {_TIMEOUT_S:.0f} s.") from error
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line and not line.startswith("command terminated with")]
-        raise UnavailableError(f"`{' '.join(command[:4])} ...` failed: {' '.join(words[-3:]) or f'code {done.returncode}'}")
+        # Compose 1 says nothing of a container that is not there.
+        told = " ".join(words[-3:]) or f"it says nothing, code {done.returncode}. Look whether that container runs."
+        raise UnavailableError(f"`{' '.join(command[:4])} ...` failed: {told}")
     return done.stdout
 
 

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sdar.contracts.types import ScoredTrajectory
 from sdar.runtime.bus import BEFORE_FIRST
 from sdar.runtime.embedded_redis import EmbeddedRedis
 from sdar.runtime.redis_bus import RedisBus
+from tests.collector import Received, collecting
 from tests.e2e.test_bad_input import read_command
 
 ROOT = Path(__file__).parents[2]
@@ -78,11 +80,21 @@ class Sitting:
         self.process.stdout.close()
 
 
-def start(runs_dir: Path, redis_url: str, **changes: object) -> Sitting:
+def start(runs_dir: Path, redis_url: str, variables: Mapping[str, str] | None = None, **changes: object) -> Sitting:
     options = [text for key, value in (SETTINGS | changes).items() for text in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "sdar.cli.main", "run", "examples/household.yaml", "--runs-dir", str(runs_dir)]
     command += ["--redis", redis_url, "--output", "json", *options]
-    return Sitting(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=end_with_parent))
+    environment = os.environ | (variables or {})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, preexec_fn=end_with_parent
+    )
+    return Sitting(process)
+
+
+def ask(runs_dir: Path, *arguments: str) -> str:
+    """What `sdar` says of the run that is under `runs_dir`."""
+    command = [sys.executable, "-m", "sdar.cli.main", *arguments, "--runs-dir", str(runs_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def services_of(sitting: Sitting) -> dict[str, psutil.Process]:
@@ -118,11 +130,14 @@ async def forge_stale_group(bus: RedisBus, group: list[ScoredTrajectory]) -> Non
     await bus.publish(Stream.SCORED, payloads)
 
 
-async def disturb(sitting: Sitting, config: RunConfig, redis_url: str) -> dict[str, int]:
-    """Kill the rollout worker in the middle and slip a stale group in; returns the process ids seen before."""
+async def disturb(sitting: Sitting, config: RunConfig, redis_url: str, runs_dir: Path) -> dict[str, int]:
+    """Pause, kill the rollout worker in the middle and slip a stale group in; returns the process ids seen before."""
     bus = RedisBus(redis_url, config.name, config.stream_consumers)
     group = await first_scored_group(bus, config)
     await asyncio.to_thread(sitting.read_until_update, 3)
+    assert "e2e is paused" in ask(runs_dir, "pause")
+    assert json.loads(ask(runs_dir, "status", "--json"))["phase"] == "paused"
+    assert "e2e is running" in ask(runs_dir, "resume")
     before = services_of(sitting)
     os.kill(before["rollout-0"].pid, signal.SIGKILL)
     await asyncio.to_thread(sitting.read_until_update, config.training.max_staleness + 2)
@@ -139,21 +154,27 @@ class Finished:
     pids: dict[str, int]
     code: int
     messages: list[str]
+    spans: list[Received]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     runs_dir = tmp_path_factory.mktemp("runs")
     config = load_config(ROOT / "examples" / "household.yaml", dict(SETTINGS))
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis, start(runs_dir, redis.url) as sitting:
-        pids = asyncio.run(disturb(sitting, config, redis.url))
+    with (
+        EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis,
+        collecting() as (collector, endpoint),
+        start(runs_dir, redis.url, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}) as sitting,
+    ):
+        pids = asyncio.run(disturb(sitting, config, redis.url, runs_dir))
         sitting.read_until("finished")
         code = sitting.end()
         directory = runs_dir / "e2e"
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         updates = [line["values"] for line in lines if line["service"] == "learner" and "success_mean" in line["values"]]
         messages = [event["message"] for event in sitting.events if event["event"] == "message"]
-        yield Finished(directory, json.loads((directory / "summary.json").read_text()), updates, pids, code, messages)
+        summary = json.loads((directory / "summary.json").read_text())
+        yield Finished(directory, summary, updates, pids, code, messages, collector.spans)
 
 
 def test_the_run_finishes_all_its_updates_and_the_policy_version_advances(finished: Finished) -> None:
@@ -195,6 +216,34 @@ def test_the_run_leaves_its_files(finished: Finished) -> None:
     expected = ("config.yaml", "metrics.jsonl", "report.html", "summary.json", "logs/learner.log", "plots/success.png")
     assert [name for name in expected if not (finished.directory / name).is_file()] == []
     assert list((finished.directory / "checkpoints").iterdir())
+
+
+def test_the_logs_of_all_services_are_read_in_the_order_of_time(finished: Finished) -> None:
+    lines = [json.loads(line) for line in ask(finished.directory.parent, "logs", "--json").splitlines()]
+    assert {line["source"] for line in lines} >= {"gateway", "rollout-0", "teacher", "envs", "learner"}
+    assert any("batch_trained" in line.get("message", "") for line in lines)
+    assert "batch_trained" not in ask(finished.directory.parent, "logs", "learner", "--level", "warning")
+
+
+def test_the_processes_of_a_run_trace_a_group_together(finished: Finished) -> None:
+    """Each process sends its own spans; the killed one took its last with it."""
+    traces: defaultdict[bytes, list[Received]] = defaultdict(list)
+    for span in finished.spans:
+        traces[span.trace_id].append(span)
+    whole = [
+        trace for trace in traces.values() if {"gateway.issue", "teacher.score", "learner.trained"} <= {s.name for s in trace}
+    ]
+    assert whole
+    for trace in whole:
+        ids = {span.span_id for span in trace}
+        assert len(ids) == len(trace)
+        services = {span.resource["service.name"] for span in trace if not span.parent_id or span.parent_id in ids}
+        if services == {"sdar-gateway", "sdar-rollout", "sdar-teacher", "sdar-learner"}:
+            break
+    else:
+        raise AssertionError("no trace has the spans of all four")
+    # vLLM can trace too, which nobody asked for.
+    assert {span.name.split(".")[0] for span in finished.spans} == {"gateway", "rollout", "environment", "teacher", "learner"}
 
 
 def test_no_process_outlives_the_run(finished: Finished) -> None:

@@ -6,20 +6,9 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from sdar.cli.in_process import play_run
@@ -30,6 +19,7 @@ from sdar.runtime.ports import find_free_port
 from sdar.runtime.settings import Settings
 from services.envs.base import StepResult
 from services.envs.household import HouseholdEnvironment
+from tests.collector import Collector, Received, collecting
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,55 +35,6 @@ class OnceBroken(HouseholdEnvironment):
             OnceBroken.has_broken = True
             raise RuntimeError("a secret of this episode")
         return super().step(text)
-
-
-@dataclass
-class Received:
-    name: str
-    trace_id: bytes
-    span_id: bytes
-    parent_id: bytes
-    attributes: dict[str, Any]
-    links: list[tuple[bytes, bytes]]
-    began: int
-    ended: int
-    status: Status
-    resource: dict[str, Any]
-
-
-@dataclass
-class Collector(TraceServiceServicer):
-    spans: list[Received] = field(default_factory=list)
-
-    def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:
-        for resource in request.resource_spans:
-            shared = _read(resource.resource.attributes)
-            for span in (span for scope in resource.scope_spans for span in scope.spans):
-                links = [(link.trace_id, link.span_id) for link in span.links]
-                ids = (span.trace_id, span.span_id, span.parent_span_id)
-                times = (span.start_time_unix_nano, span.end_time_unix_nano)
-                self.spans.append(Received(span.name, *ids, _read(span.attributes), links, *times, span.status, shared))
-        return ExportTraceServiceResponse()
-
-    def named(self, name: str) -> list[Received]:
-        return [span for span in self.spans if span.name == name]
-
-
-def _read(attributes: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in attributes}
-
-
-@contextmanager
-def collecting() -> Iterator[tuple[Collector, str]]:
-    collector = Collector()
-    server = grpc.server(ThreadPoolExecutor(1))
-    add_TraceServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield collector, f"http://127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 def small_run(**changes: object) -> RunConfig:
