@@ -54,7 +54,7 @@ def render_status(status: dict[str, Any], scaling: dict[str, Any] | None = None)
         parts.append(_show(status["detail"]))
     if sleep := status.get("sleep"):
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(sleep["since_s"]))
-        parts.append(_show(f"asleep since {since}: {sleep['reason']} Wake it with `sdar resume`.", "bold"))
+        parts.append(_show(f"asleep since {since}: {sleep['reason']}", "bold"))
     parts += [_show(line) for line in format_progress(status)]
     parts += [_show(f"{alarm['name']}: {alarm['message']}", "bold red") for alarm in status["alarms"]]
     parts += [_show(line) for line in format_ledger(status)]

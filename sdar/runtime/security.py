@@ -258,6 +258,7 @@ class Security:
     own_token: str = field(default="", repr=False)
     is_insecure: bool = False
     max_calls_per_s: float = MAX_CALLS_PER_S
+    _warned_of: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Security:
@@ -300,8 +301,10 @@ class Security:
             log.warning("tokens_travel_in_plaintext", host=host, fix="set SDAR_TLS_CERT and SDAR_TLS_KEY, or encrypt by a mesh")
 
     def check_target(self, target: str) -> None:
-        """Warn before a token goes in plaintext to another machine."""
-        if self.tls is None and self.token_to_present() and not is_loopback_target(target):
+        """Warn, once, before a token goes in plaintext to another machine."""
+        is_known = target in self._warned_of
+        if self.tls is None and not is_known and self.token_to_present() and not is_loopback_target(target):
+            self._warned_of.add(target)
             log.warning("tokens_travel_in_plaintext", peer=target, fix="set SDAR_TLS_CA, or encrypt by a mesh")
 
 

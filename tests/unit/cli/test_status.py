@@ -66,8 +66,8 @@ def test_an_evaluation_without_an_episode_claims_no_success() -> None:
 
 
 def test_a_run_that_sleeps_says_why_and_how_it_is_woken() -> None:
-    lines = render(STATUS | {"sleep": {"reason": "Paused for 30 minutes.", "since_s": 0.0}})
-    assert "Paused for 30 minutes. Wake it with `sdar resume`." in " ".join(lines)
+    lines = render(STATUS | {"sleep": {"reason": "Paused for 30 minutes; `sdar resume` wakes it.", "since_s": 0.0}})
+    assert "Paused for 30 minutes; `sdar resume` wakes it." in " ".join(lines)
     assert lines[1].startswith("asleep since 19")
 
 
