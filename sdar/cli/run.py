@@ -203,7 +203,7 @@ class _Session:
         status = None
         with contextlib.suppress(_Interrupted):
             with contextlib.suppress(httpx.HTTPError):
-                self._http.post("/v1/run/pause")
+                self._http.post("/v1/run/pause", params={"until_restart": True})
             deadline = time.monotonic() + _DRAIN_TIMEOUT_S
             while time.monotonic() < deadline:
                 status = self._status()

@@ -330,9 +330,12 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         return scheduler.config.model_dump(mode="json")
 
     @app.post("/v1/run/pause", responses=_CONFLICT, tags=["run"])
-    async def pause() -> RunReply:
-        """Issue no more groups; what is in flight goes on. 409 unless running."""
-        scheduler.pause()
+    async def pause(until_restart: bool = False) -> RunReply:
+        """Issue no more groups; what is in flight goes on. 409 unless running.
+
+        It holds until somebody resumes the run; with `until_restart`, as a drain asks for it, at most until this gateway ends.
+        """
+        scheduler.pause(until_restart=until_restart)
         return describe_run(scheduler, watch)
 
     @app.post("/v1/run/resume", responses=_CONFLICT, tags=["run"])

@@ -541,10 +541,14 @@ class Scheduler:
 
     # --- controls ------------------------------------------------------------------------------------------------------------
 
-    def pause(self) -> None:
-        """Issue no more groups until told to resume; what runs goes on. Raises RefusedError unless running."""
+    def pause(self, *, until_restart: bool = False) -> None:
+        """Issue no more groups until told to resume, or until this gateway ends; what runs goes on.
+
+        Raises RefusedError unless running.
+        """
         self._control(RunPhase.PAUSED, allowed=(RunPhase.RUNNING, RunPhase.PAUSED))
-        self.state.paused_at_s = self.state.paused_at_s or self._clock()
+        if not until_restart:
+            self.state.paused_at_s = self.state.paused_at_s or self._clock()
 
     def resume(self) -> None:
         """Issue groups again, also after giving up, and wake a run that sleeps. Raises RefusedError if nothing can go on."""

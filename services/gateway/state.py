@@ -52,7 +52,7 @@ class GatewayState:
     """Everything a restarted gateway must know.
 
     Attributes:
-        paused_at_s: when a pause was asked for; 0 if none is in force.
+        paused_at_s: when a pause was asked for that outlives the gateway; 0 if none is in force.
         next_group_number: always the number of groups the account has seen issued: both change in one transaction.
         failure_reasons: of the newest failed and cancelled groups, by id.
         num_failed_in_a_row: failures since a group was last generated.

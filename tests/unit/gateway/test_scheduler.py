@@ -240,6 +240,24 @@ async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes
     await third.stop()
 
 
+async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was_asked_for_in_force() -> None:
+    first = Run(build_config())
+    await begin(first)
+    first.scheduler.pause(until_restart=True)
+    await first.settle()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await second.reach(RunPhase.RUNNING)
+    second.scheduler.pause()
+    second.scheduler.pause(until_restart=True)
+    await second.settle()
+    await second.scheduler.confirm_tenure()
+    await second.stop()
+    third = Run(build_config(), first.bus)
+    await third.reach(RunPhase.PAUSED)
+    await third.stop()
+
+
 async def test_a_run_that_gave_up_tries_again_when_it_is_told_to(run: Run) -> None:
     _, training = await begin(run)
     await run.report(GroupOutcome.FAILED, *training)
@@ -295,9 +313,10 @@ async def test_a_run_that_was_stopped_early_goes_on_only_when_more_than_before_i
     first = Run(build_config(num_updates=5))
     before, training = await begin(first)
     await first.answer_evaluations(before, 0)
-    await first.publish_policy(1)
-    await first.report(GroupOutcome.TRAINED, *training, version=1)
     first.scheduler.stop()
+    await first.publish_policy(1)
+    await first.report(GroupOutcome.TRAINED, *training[:2], version=1)
+    await first.report(GroupOutcome.FAILED, *training[2:])
     await first.answer_evaluations(await first.take(6), 1)
     await first.reach(RunPhase.FINISHED)
     await first.settle()
