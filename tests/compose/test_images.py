@@ -15,7 +15,13 @@ from tests.compose.stack import ROLES
 from tests.kube.cluster import ROOT, run, wait
 
 # What `docker run` needs to be as strict as the compose file and the chart are.
-STRICT = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--tmpfs=/var/cache/sdar")
+STRICT = (
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--tmpfs=/tmp",
+    "--tmpfs=/var/cache/sdar:uid=10001",
+)
 HOUSEHOLD = ("--volume", f"{ROOT}/examples:/etc/sdar/examples:ro", "--env", "SDAR_CONFIG=/etc/sdar/examples/household.yaml")
 _LOG_TIMEOUT_S = 120.0
 
@@ -38,6 +44,14 @@ def start(image: str, *options: str) -> str:
 def read_log(name: str) -> str:
     done = subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=True, timeout=30)
     return done.stdout + done.stderr
+
+
+def has_said(name: str, event: str) -> bool:
+    """Whether the log holds the event. Raises AssertionError once the container has ended without."""
+    is_running = run(["docker", "inspect", "--format", "{{.State.Running}}", name]).strip() == "true"
+    log = read_log(name)
+    assert is_running or event in log, log
+    return event in log
 
 
 def test_an_image_says_what_it_is_and_runs_without_root(image):
@@ -88,7 +102,7 @@ def test_a_container_without_tokens_ends_with_a_sentence_instead_of_listening():
 def test_environments_of_every_kind_are_served_by_their_image(config):
     name = start(ENVS, "--env", "SDAR_INSECURE=true", "--env", f"SDAR_CONFIG=/etc/sdar/examples/{config}")
     try:
-        wait("the environment to be served", lambda: "environments_served" in read_log(name), _LOG_TIMEOUT_S)
+        wait("the environment to be served, or an end", lambda: has_said(name, "environments_served"), _LOG_TIMEOUT_S)
         run(["docker", "exec", name, "python", "-m", "sdar.runtime.probe", "--ready"])
     finally:
         run(["docker", "rm", "--force", "--volumes", name])
