@@ -34,6 +34,7 @@ from sdar.runtime.settings import load_settings
 
 _TIMEOUT_S = 10.0
 _LEAST_ERROR = 300
+_HINT = "Start the run, give another address with --gateway, or correct SDAR_TLS_CA: both sides speak TLS, or neither does."
 _ERRORS: dict[int, type[SdarError]] = {
     401: UnauthenticatedError,
     403: ForbiddenError,
@@ -82,10 +83,15 @@ class Gateway(ABC):
 
 
 class GatewayClient(Gateway):
-    """One that is reached at its address."""
+    """One that is reached at its address.
 
-    def __init__(self, address: str, security: Security) -> None:
+    Args:
+        hint: what to do if none answers.
+    """
+
+    def __init__(self, address: str, security: Security, hint: str = _HINT) -> None:
         super().__init__(address)
+        self._hint = hint
         self._http = open_http(address, security, timeout_s=_TIMEOUT_S)
 
     def close(self) -> None:
@@ -97,10 +103,7 @@ class GatewayClient(Gateway):
             return answer.status_code, answer.json()
         except (httpx.HTTPError, json.JSONDecodeError) as error:
             reason = str(error).rstrip(".") or type(error).__name__
-            raise UnavailableError(
-                f"No gateway answers at {self.address}: {reason}. Start the run, give another "
-                "address with --gateway, or correct SDAR_TLS_CA: both sides speak TLS, or neither does."
-            ) from error
+            raise UnavailableError(f"No gateway answers at {self.address}: {reason}. {self._hint}") from error
 
 
 class ContainerGateway(Gateway):
@@ -165,9 +168,12 @@ def _find_running(runs_dir: Path) -> str:
 def answer_in_container(method: str, path: str) -> dict[str, Any]:
     """What this container's own gateway says, or why it says nothing."""
     settings = load_settings()
-    address = _read_address(settings.gateway_url or f"localhost:{settings.http_port}")
+    security = Security.from_settings(settings)
+    # Certificates name hosts rather than addresses.
+    here = f"{'127.0.0.1' if security.tls is None else 'localhost'}:{settings.http_port}"
+    address = _read_address(settings.gateway_url) if settings.gateway_url else here
     try:
-        with GatewayClient(address, Security.from_settings(settings)) as client:
+        with GatewayClient(address, security, "It may be starting: see `sdar logs gateway`.") as client:
             status, body = client.exchange(method, path)
     except UnavailableError as error:
         return {"unavailable": error.message}
