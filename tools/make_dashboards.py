@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DASHBOARDS = Path(__file__).resolve().parent.parent / "helm" / "dashboards"
+_ALL = {"text": ["All"], "value": ["$__all"]}
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -674,7 +675,9 @@ def _render_variables(has_roles: bool) -> list[dict[str, Any]]:
         ask("run", "label_values(sdar_updates, run)"),
     ]
     if has_roles:
-        variables.append(ask("role", 'label_values(up{run="$run"}, role)', multi=True, includeAll=True, allValue=".+"))
+        variables.append(
+            ask("role", 'label_values(up{run="$run"}, role)', multi=True, includeAll=True, allValue=".+", current=_ALL)
+        )
     return variables
 
 
