@@ -688,6 +688,7 @@ def _render_panels(dashboard: Dashboard) -> list[dict[str, Any]]:
         rendered.append(
             {
                 "type": "row",
+                "collapsed": False,
                 "title": title,
                 "id": len(rendered) + 1,
                 "gridPos": {"h": 1, "w": 24, "x": 0, "y": top},
