@@ -7,6 +7,7 @@ registry, or from a mirror of yours. Run by `make test-terraform`; without terra
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -175,3 +176,13 @@ def test_the_two_values_files_name_nothing_twice(values: dict[str, Any], outputs
         return set().union(*(paths(child, f"{prefix}/{key}") for key, child in node.items()))
 
     assert not paths(values) & paths(yaml.safe_load(outputs["helm_values"]))
+
+
+def test_the_walkthrough_names_outputs_and_variables_that_exist(outputs: Mapping[str, Any]) -> None:
+    page = (ROOT / "docs" / "eks.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"output -raw (\w+)", page))
+    assert named
+    assert named <= outputs.keys()
+    declared = set(re.findall(r'^variable "(\w+)"', (MODULE / "variables.tf").read_text(encoding="utf-8"), re.MULTILINE))
+    blocks = "".join(re.findall(r"```hcl\n(.*?)```", page, re.DOTALL)) + "".join(re.findall(r"-var (\w+=)", page))
+    assert set(re.findall(r"^(\w+) *=", blocks, re.MULTILINE)) <= declared
