@@ -73,7 +73,7 @@ images: ## Build the five container images (docs/containers.md has its variables
 	    --build-arg REVISION=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown) $(BUILD_OPTIONS) .; done
 
 test-compose: setup ## docker-compose up, to the end and through kills and restarts (15 minutes; needs docker and make images)
-	$(PY) -m pytest tests/compose
+	$(PY) -m pytest -s tests/compose
 
 compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml

@@ -37,7 +37,7 @@ def ask(path: str, settings: Settings) -> tuple[int, str]:
         OSError: nothing listens on either, or it is silent.
     """
     try:
-        return _get(http.client.HTTPConnection("localhost", settings.probe_port, timeout=_TIMEOUT_S), path)
+        return _get(http.client.HTTPConnection("127.0.0.1", settings.probe_port, timeout=_TIMEOUT_S), path)
     except ConnectionRefusedError:
         # Only the gateway has no probe port: it answers where its page is.
         return _get(_open_gateway(settings), path)
@@ -45,12 +45,12 @@ def ask(path: str, settings: Settings) -> tuple[int, str]:
 
 def _open_gateway(settings: Settings) -> http.client.HTTPConnection:
     if settings.tls_cert is None or settings.tls_key is None:
-        return http.client.HTTPConnection("localhost", settings.http_port, timeout=_TIMEOUT_S)
+        return http.client.HTTPConnection("127.0.0.1", settings.http_port, timeout=_TIMEOUT_S)
     # Its own server, over loopback, is asked for a number: a certificate for other names is no reason to call it dead.
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    return http.client.HTTPSConnection("localhost", settings.http_port, timeout=_TIMEOUT_S, context=context)
+    return http.client.HTTPSConnection("127.0.0.1", settings.http_port, timeout=_TIMEOUT_S, context=context)
 
 
 def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, str]:

@@ -21,6 +21,6 @@ def surroundings() -> None:
 
 
 @pytest.fixture
-def stack(capsys: pytest.CaptureFixture[str]) -> Iterator[Stack]:
-    with capsys.disabled(), Stack() as stack:
+def stack() -> Iterator[Stack]:
+    with Stack() as stack:
         yield stack
