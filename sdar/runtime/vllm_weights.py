@@ -21,23 +21,20 @@ _LONGEST_STAGING_POLL_S = 0.25
 
 def vllm_environment(num_threads: int) -> dict[str, str]:
     """Variables vLLM reads when it is imported; set them before the first engine of a process is started."""
-    # Eager as it runs, vLLM still compiles a small function of its sampler. That takes a C++ compiler, which our images do not
-    # have, and without one the engine would end.
-    without_compiler = {} if shutil.which("g++") else {"TORCHDYNAMO_DISABLE": "1"}
-    return (
-        thread_environment(num_threads)
-        | without_compiler
-        | {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding claims all cores but one, whoever else needs them
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets a CPU engine run its one worker in the engine process: 7 s less to start
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_PLUGINS": "",
-            "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of every tied head and rotary buffer at each weight update
-            "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-            # Of the engine's processes: what a killed one leaves behind is collected, and vLLM's own deprecations are not ours.
-            "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning,ignore::FutureWarning",
-        }
-    )
+    variables = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding claims all cores but one, whoever else needs them
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets a CPU engine run its one worker in the engine process: 7 s less to start
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of every tied head and rotary buffer at each weight update
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        # Of the engine's processes: what a killed one leaves behind is collected, and vLLM's own deprecations are not ours.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning,ignore::FutureWarning",
+    }
+    if shutil.which("g++") is None:
+        # Eager as it runs, vLLM compiles a small function of its sampler, and without a compiler, as in our images, would end.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return thread_environment(num_threads) | variables
 
 
 def build_llm(model_path: str, **arguments: Any) -> Any:
