@@ -470,7 +470,11 @@ def test_an_episode_on_a_service_shows_what_it_found():
     assert result.observation.info == {"num_results": "1"}
 
 
-@pytest.mark.parametrize("script", [None, Script((500, b"")), Script((200, b"?")), Script((200, "hang"))], ids=("none", "failing", "no-json", "hanging"))
+@pytest.mark.parametrize(
+    "script",
+    [None, Script((500, b"")), Script((200, b"?")), Script((200, "hang"))],
+    ids=("none", "failing", "no-json", "hanging"),
+)
 def test_a_failed_search_is_flagged_and_the_episode_goes_on(script):
     with contextlib.nullcontext(f"http://127.0.0.1:{find_free_port()}") if script is None else serve(script) as url:
         failed, answered = play(url, "<search>a</search>", "<answer>b</answer>")
