@@ -11,6 +11,7 @@ from sdar.runtime.ledger import parse_group_number
 from services.learner.checkpoint import read_trained_groups
 from tests.compose.stack import ROLES, Stack, check_account
 from tests.kube.cluster import ROOT, run, say, wait
+from tools.check_dashboards import find_down, find_empty
 
 CONFIG = load_config(ROOT / "examples" / "household.yaml")
 LEAST_SUCCESS = 0.80
@@ -33,6 +34,7 @@ def test_up_trains_the_household_agent_to_its_end_and_everything_is_as_it_should
     _check_commands(stack)
     status = stack.wait_for_the_end(_END_TIMEOUT_S)
     _check_end(stack, status)
+    _check_dashboards(stack)
     assert {role: stack.inspect(role)["RestartCount"] for role in ROLES} == dict.fromkeys(ROLES, 0)
     assert {role: stack.list_zombies(role) for role in ROLES} == {role: [] for role in ROLES}
     stack.compose("stop")
@@ -101,6 +103,12 @@ def _check_door(stack: Stack) -> None:
     turn = stack.ask(f"/v1/trajectories/{newest}", stack.token).json()["turns"][0]
     # Its image has no transformers, and yet it shows tokens as text.
     assert turn["response_text"].split()[0] in "".join(turn["response_tokens"])
+
+
+def _check_dashboards(stack: Stack) -> None:
+    prometheus = f"http://127.0.0.1:{stack.ports['prometheus']}"
+    assert find_down(prometheus, "compose") == []
+    assert find_empty(prometheus, "compose") == []
 
 
 def _check_commands(stack: Stack) -> None:
