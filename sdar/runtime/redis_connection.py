@@ -183,6 +183,9 @@ class RedisConnection:
             raise ConfigurationError(f"Redis refuses the credentials of {self._place}: {error}. Fix its URL.") from error
         if isinstance(error, redis_errors.NoPermissionError):
             raise ConfigurationError(f"Redis at {self._place} denies its user a command: {error}. Fix its ACL.") from error
+        # No Redis talks like that: something else answers at its address, as a network does that is still being set up.
+        if isinstance(error, redis_errors.InvalidResponse):
+            error = redis_errors.ConnectionError(f"what answers there is no Redis: {error}")
         if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError | TimeoutError | OSError):
             self._in_touch_since = None
             problem = f"{type(error).__name__}: {error}" if str(error) else f"no reply in {_REPLY_TIMEOUT_S:g} s"

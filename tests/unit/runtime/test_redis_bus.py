@@ -106,6 +106,30 @@ async def test_calls_wait_out_a_short_outage_and_say_so_until_the_last_is_throug
     await bus.close()
 
 
+async def test_something_else_that_answers_at_the_address_for_a_while_is_waited_out(tmp_path: Path) -> None:
+    """A proxy, for example, before a network knows where the address leads."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    reports = Reports()
+    other = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = other.sockets[0].getsockname()[1]
+    bus = RedisBus(f"redis://127.0.0.1:{port}/0", "run", WIRING, LIMITS, on_blocked=reports)
+    asking = asyncio.create_task(bus.ping())
+    await reports.wait_for(2)
+    assert "does not answer (ConnectionError: what answers there is no Redis" in reports.reasons[0]
+    other.close()
+    await other.wait_closed()
+    with EmbeddedRedis(tmp_path / "redis", port=port):
+        async with asyncio.timeout(10.0):
+            await asking
+    await bus.close()
+
+
 async def test_a_call_that_is_cancelled_while_it_waits_is_no_longer_held_up(server: EmbeddedRedis) -> None:
     reports = Reports()
     bus = RedisBus(server.url, "run", WIRING, LIMITS, on_blocked=reports)
