@@ -149,7 +149,7 @@ class Auth(_Part):
 class Tls(_Part):
     enabled: bool
     existingSecret: str
-    clientAuth: Literal["none", "grpc", "all"]
+    clientAuth: Literal["none", "grpc"]
     extraHosts: list[str]
 
 
