@@ -23,6 +23,7 @@ _began = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--values", action="append", default=[], help="values file for every release, such as one with a registry")
+    parser.addoption("--namespace", help="namespace to use, and to leave with everything in it, such as after a failure")
     parser.addoption("--report", help="Markdown page that gets the claims and their evidence")
 
 
@@ -67,7 +68,8 @@ def evidence(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A namespace of the test's own, with volumes where the cluster makes none. The session ends here without a cluster."""
-    cluster = Cluster(f"sdar-test-{secrets.token_hex(3)}", request.config.getoption("--values"))
+    kept = request.config.getoption("--namespace")
+    cluster = Cluster(kept or f"sdar-test-{secrets.token_hex(3)}", request.config.getoption("--values"))
     _check_surroundings(cluster)
     say(f"namespace {cluster.namespace} on {describe_cluster()}")
     cluster.apply(_describe_namespace(cluster.namespace))
@@ -76,17 +78,19 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             yield cluster
         else:
             say("no default StorageClass: the test makes a volume of a node's directory for each claim")
-            with Volumes(cluster, _image("gateway", cluster)):
+            with Volumes(cluster, _image("gateway", cluster), is_kept=bool(kept)):
                 yield cluster
     finally:
-        cluster.kubectl("delete", "namespace", cluster.namespace, timeout_s=180.0)
+        if not kept:
+            cluster.kubectl("delete", "namespace", cluster.namespace, timeout_s=180.0)
 
 
 @pytest.fixture(scope="session")
-def installed(cluster: Cluster) -> Iterator[Release]:
+def installed(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Release]:
     """`helm install sdar ./helm`, with default values. The tests of test_release.py follow its life."""
-    with Release(cluster, "sdar") as release:
-        say(release.install())
+    with Release(cluster, "sdar", is_kept=bool(request.config.getoption("--namespace"))) as release:
+        if not release.is_installed:
+            say(release.install())
         yield release
 
 

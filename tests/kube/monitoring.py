@@ -21,6 +21,7 @@ _PORT = 9090
 _TARGETS = "/data/pods.json"
 _WITHOUT_DISCOVERY = "without-discovery.yml"
 _READY_TIMEOUT_S = 120.0
+_HTTP_TIMEOUT_S = 30.0
 
 
 class Monitoring:
@@ -98,7 +99,7 @@ class Monitoring:
         return wait("every alert rule to be evaluated", find, _READY_TIMEOUT_S)
 
     def _ask(self, path: str, **query: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False)
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=_HTTP_TIMEOUT_S)
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()["data"]
         return found

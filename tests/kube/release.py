@@ -139,21 +139,28 @@ class Watch:
 
 
 class Release:
-    """One release in the cluster's namespace. As a context manager it is uninstalled and its claims are deleted at the end."""
+    """One release in the cluster's namespace. As a context manager it is uninstalled and its claims are deleted at the end.
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
+    Args:
+        is_kept: goes on with one that is installed, and leaves it.
+    """
+
+    def __init__(self, cluster: Cluster, name: str, *, is_kept: bool = False) -> None:
         self.cluster = cluster
         self.name = name
         self.fullname = name if "sdar" in name else f"{name}-sdar"
         self.selector = f"{NAME},app.kubernetes.io/instance={name}"
         self.gateway = Gateway(cluster, self.fullname)
-        self.is_installed = False
+        self.is_installed = is_kept and name in cluster.helm("list", "--short").split()
+        self._is_kept = is_kept
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.gateway.close()
+        if self._is_kept:
+            return
         if self.is_installed:
             self.uninstall()
         self.cluster.kubectl("delete", "persistentvolumeclaims", "--selector", f"app.kubernetes.io/instance={self.name}")

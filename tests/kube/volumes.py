@@ -22,18 +22,20 @@ class Volumes:
 
     Args:
         image: any image of the nodes that has a shell.
+        is_kept: leaves everything as it is at the end.
     """
 
-    def __init__(self, cluster: Cluster, image: str) -> None:
+    def __init__(self, cluster: Cluster, image: str, *, is_kept: bool = False) -> None:
         self._cluster = cluster
         self._keeper = Cluster(f"{cluster.namespace}-volumes")
         self._image = image
+        self._is_kept = is_kept
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="volumes", daemon=True)
         self.failure: CommandError | None = None
 
     def __enter__(self) -> Self:
-        self._keeper.kubectl("create", "namespace", self._keeper.namespace)
+        self._keeper.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self._keeper.namespace}})
         self._node = _find_node(self._cluster)
         self._keeper.apply(self._describe_keeper())
         wait(
@@ -49,6 +51,8 @@ class Volumes:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._is_kept:
+            return
         self._keeper.kubectl("exec", _KEEPER, "--", "rm", "-rf", f"/volumes/{self._cluster.namespace}")
         self._keeper.kubectl("delete", "persistentvolumes", "--selector", f"{_LABEL}={self._cluster.namespace}", "--wait=false")
         self._keeper.kubectl("delete", "namespace", self._keeper.namespace, "--wait=false")
