@@ -15,7 +15,7 @@ IMAGE_PREFIX ?=
 IMAGE_TAG ?= $(VERSION)$(if $(filter cuda,$(ACCELERATOR)),-cuda)
 BUILD_OPTIONS ?=
 
-.PHONY: help setup demo test test-slow test-helm test-terraform test-kube lint format proto bench bench-gpu images test-compose chaos compare docs lock clean
+.PHONY: help setup demo test test-slow test-helm test-terraform test-kube lint format proto bench bench-gpu images test-compose chaos loadtest compare docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -74,6 +74,9 @@ images: ## Build the five container images (docs/containers.md has its variables
 
 test-compose: setup ## docker-compose up, to the end and through kills and restarts (15 minutes; needs docker and make images)
 	$(PY) -m pytest -s tests/compose
+
+loadtest: setup ## Drive servers from outside until they are full (4 minutes); GATEWAY=URL, ENVS=HOST:PORT for ones that are there
+	$(PY) -m loadtest.outside $(if $(GATEWAY),--gateway $(GATEWAY)) $(if $(ENVS),--envs $(ENVS)) $(LOADTEST_OPTIONS)
 
 compare: setup ## The method comparison of docs/method.md (about 35 minutes on 2 cores)
 	.venv/bin/sdar compare examples/household-comparison.yaml

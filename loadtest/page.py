@@ -140,11 +140,11 @@ def _format_details(name: str, entry: Entry, machines: list[str]) -> str:
     origin = f"`{entry['command']}`, {entry['date']}, seed {entry['seed']}, {entry['duration_s']:.0f} s, machine {machine}."
     parts = [f"## {name}\n\n{origin}\n"]
     parts += [f"- {note}" for note in measurement.notes]
-    parts += [f"\n{_format_table(table)}" for table in measurement.tables]
+    parts += [f"\n{format_table(table)}" for table in measurement.tables]
     return "\n".join(parts) + "\n"
 
 
-def _format_table(table: Table) -> str:
+def format_table(table: Table) -> str:
     rows = [table.columns, ("---",) * len(table.columns), *table.rows]
     return "\n".join([f"{table.title}\n", *(f"| {' | '.join(row)} |" for row in rows)])
 

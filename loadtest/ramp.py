@@ -1,0 +1,176 @@
+"""Owns how a load is raised until a server is full, and how what came of it is kept and written: stages, search, tables.
+
+Pure: it starts nothing and imports no Locust, which would patch the process of whoever imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loadtest.comparison import Table, format_figure
+from loadtest.page import format_table
+
+BOUND_MS = 250.0
+"""A server is full when its slowest hundredth of requests takes longer."""
+LEAST_GROWTH = 0.5
+"""It is full too when its rate grows by less than this share of what the users do."""
+GENERATOR_IS_FULL = 0.9
+"""Share of a core beyond which the load generator's own lateness is in the figures."""
+NUM_NARROWINGS = 2
+MAX_USERS = 20_000
+BEGIN_MARK, END_MARK = "<!-- make loadtest -->\n", "<!-- end -->\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What came of one number of users. Shares are of a core, None where the server runs elsewhere."""
+
+    num_users: int
+    requests_per_s: float
+    num_failed: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    generator_share: float
+    server_share: float | None = None
+    workers_share: float | None = None
+    """Of the server's child processes; in `server_share` too."""
+    memory_bytes: float | None = None
+
+    @property
+    def requests_per_cpu_s(self) -> float | None:
+        """Requests that a second of the server's CPU time answers: what holds also where cores are shared."""
+        return None if not self.server_share else self.requests_per_s / self.server_share
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """All stages in the order they were played, the largest one held, and what stopped it from being larger."""
+
+    what: str
+    unit: str
+    """Of a user, in the plural."""
+    pace_s: float
+    stages: tuple[Stage, ...]
+    held: int
+    """Its index in `stages`."""
+    limit: str
+
+    @property
+    def best(self) -> Stage:
+        return self.stages[self.held]
+
+    @property
+    def memory_per_100_bytes(self) -> float | None:
+        """What 100 users more take of the server's memory, between the smallest stage and the largest held."""
+        first = self.stages[0]
+        if first.memory_bytes is None or self.best.memory_bytes is None or self.best.num_users == first.num_users:
+            return None
+        return 100 * (self.best.memory_bytes - first.memory_bytes) / (self.best.num_users - first.num_users)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Ramp:
+        return cls(**{**value, "stages": tuple(Stage(**stage) for stage in value["stages"])})
+
+
+def tell_limit(stage: Stage, before: Stage | None) -> str:
+    """Why a stage is more than the server holds; empty if it is held."""
+    if stage.num_failed:
+        return f"{stage.num_failed} requests failed"
+    if stage.p99_ms > BOUND_MS:
+        return f"p99 is {stage.p99_ms:.0f} ms"
+    if before is not None and stage.num_users > before.num_users:
+        growth = (stage.requests_per_s / before.requests_per_s - 1) / (stage.num_users / before.num_users - 1)
+        if growth < LEAST_GROWTH:
+            return f"the rate no longer grows: {stage.requests_per_s:.0f}/s"
+    return ""
+
+
+def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pace_s: float) -> Ramp:
+    """Double the users until a stage is not held, then narrow down twice.
+
+    Raises ValueError: not even the first stage is held.
+    """
+    stages: list[Stage] = []
+    held, failed, limit, number, narrowings = -1, math.inf, "", first, 0
+    while True:
+        stage = try_out(number)
+        stages.append(stage)
+        reason = tell_limit(stage, stages[held] if held >= 0 else None)
+        if reason and stage.generator_share > GENERATOR_IS_FULL:
+            reason += f", with the load generator at {stage.generator_share:.0%} of a core"
+        if reason:
+            failed, limit = number, reason
+        else:
+            held = len(stages) - 1
+        if held < 0:
+            raise ValueError(f"{what} does not hold {first} {unit}: {reason}. See its log, or measure on a quieter machine.")
+        if failed == math.inf and number < MAX_USERS:
+            number = min(2 * number, MAX_USERS)
+        elif failed < math.inf and narrowings < NUM_NARROWINGS:
+            number, narrowings = round(math.sqrt(stages[held].num_users * failed)), narrowings + 1
+        else:
+            return Ramp(what, unit, pace_s, tuple(stages), held, limit)
+
+
+def build_stages_table(ramp: Ramp) -> Table:
+    columns = (ramp.unit, "requests/s", "failed", "p50, ms", "p95, ms", "p99, ms", "server, of a core", "generator, of a core")
+    rows = [
+        (
+            *(str(one.num_users), format_figure(one.requests_per_s), str(one.num_failed)),
+            *(format_figure(value) for value in (one.p50_ms, one.p95_ms, one.p99_ms)),
+            *("" if share is None else f"{share:.0%}" for share in (one.server_share, one.generator_share)),
+        )
+        for one in ramp.stages
+    ]
+    return Table(ramp.what, columns, tuple(rows))
+
+
+def build_summary_table(ramps: Sequence[Ramp]) -> Table:
+    columns = (
+        "server on one core",
+        "holds",
+        "requests/s",
+        "p50, p95, p99, ms",
+        "requests per CPU-second",
+        "MiB per 100",
+        "then",
+    )
+    rows = []
+    for ramp in ramps:
+        best = ramp.best
+        times = ", ".join(format_figure(value) for value in (best.p50_ms, best.p95_ms, best.p99_ms))
+        memory = ramp.memory_per_100_bytes
+        cells = (
+            *(ramp.what, f"{best.num_users} {ramp.unit}", format_figure(best.requests_per_s), times),
+            "" if best.requests_per_cpu_s is None else format_figure(best.requests_per_cpu_s),
+            "" if memory is None else format_figure(max(0.0, memory) / 2**20),
+            ramp.limit,
+        )
+        rows.append(cells)
+    return Table("", columns, tuple(rows))
+
+
+def format_block(results: dict[str, Any]) -> str:
+    """What `make loadtest` writes between its marks in docs/operations.md."""
+    table = format_table(build_summary_table([Ramp.from_json(one) for one in results["ramps"]])).lstrip("\n")
+    circumstances = f", {results['circumstances']}" if results["circumstances"] else ""
+    return (
+        f"`{results['command']}`, {results['date']}, seed {results['seed']}, {results['machine']}{circumstances}:\n\n{table}\n"
+    )
+
+
+def replace_block(page: str, block: str) -> str:
+    """The page with another text between the marks."""
+    head, begin, rest = page.partition(BEGIN_MARK)
+    _, end, tail = rest.partition(END_MARK)
+    if not begin or not end:
+        raise ValueError(f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. Put both where the figures belong.")
+    return f"{head}{begin}{block}{end}{tail}"
