@@ -312,7 +312,7 @@ def _list_pod_logs(place: Place) -> list[Source]:
         one = next((one for one in containers if one["name"] == role), containers[0] if containers else None)
         if one is None or ("waiting" in one["state"] and not one["restartCount"]):
             reason = "not scheduled" if one is None else one["state"]["waiting"].get("reason", "waiting")
-            sources.append(Source(name, role, _tell(f"WARNING the pod has not started: {reason}"), is_stamped=True))
+            sources.append(Source(name, role, _tell(f"WARNING the pod has not started: {reason}"), True, is_running=False))
         else:
             read = _reader_of_pod(place, name, one["name"])
             sources.append(Source(name, role, read, is_stamped=True, is_running="running" in one["state"]))
