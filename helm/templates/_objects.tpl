@@ -27,9 +27,10 @@ spec:
 {{/* Peers for network policies: pods of the same release by role. Takes (list $ "role" "role" ...). */}}
 {{- define "sdar.peers" -}}
 {{- $root := first . -}}
-{{- range rest . }}
+{{- range $index, $role := rest . -}}
+{{- if $index }}{{ "\n" }}{{ end -}}
 - podSelector:
-    matchLabels: {{- include "sdar.selector" (list $root .) | nindent 6 }}
+    matchLabels: {{- include "sdar.selector" (list $root $role) | nindent 6 }}
 {{- end }}
 {{- end }}
 

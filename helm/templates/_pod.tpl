@@ -20,7 +20,7 @@ spec:
   shareProcessNamespace: true
   {{- end }}
   terminationGracePeriodSeconds: {{ $values.terminationGracePeriodSeconds }}
-  {{- include "sdar.podPlacement" . | nindent 2 }}
+  {{- with include "sdar.podPlacement" . | trim }}{{ . | nindent 2 }}{{ end }}
   securityContext: {{- include "sdar.podSecurity" . | nindent 4 }}
   containers:
     - name: {{ $role }}
@@ -31,7 +31,7 @@ spec:
       {{- with $root.Values.envFrom }}
       envFrom: {{- toYaml . | nindent 8 }}
       {{- end }}
-      ports: {{- include "sdar.ports" . | nindent 8 }}
+      ports: {{- include "sdar.ports" . | trim | nindent 8 }}
       {{- include "sdar.probes" . | nindent 6 }}
       resources: {{- include "sdar.resources" . | nindent 8 }}
       securityContext: {{- include "sdar.containerSecurity" . | nindent 8 }}
