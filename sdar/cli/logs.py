@@ -310,7 +310,10 @@ def _list_pod_logs(place: Place) -> list[Source]:
         name, role = pod["metadata"]["name"], pod["metadata"]["labels"].get(ROLE, "")
         containers = pod["status"].get("containerStatuses", [])
         one = next((one for one in containers if one["name"] == role), containers[0] if containers else None)
-        if one is None or ("waiting" in one["state"] and not one["restartCount"]):
+        is_blank = one is None or ("waiting" in one["state"] and not one["restartCount"])
+        if is_blank and "deletionTimestamp" in pod["metadata"]:
+            continue
+        if one is None or is_blank:
             reason = "not scheduled" if one is None else one["state"]["waiting"].get("reason", "waiting")
             sources.append(Source(name, role, _tell(f"WARNING the pod has not started: {reason}"), True, is_running=False))
         else:

