@@ -156,6 +156,7 @@ def test_keda_finds_the_address_and_the_password_in_the_secret():
     told = {item["parameter"]: secret[item["key"]] for item in authentication["spec"]["secretTargetRef"]}
 
     assert told == {"address": "redis.example.com:6380", "username": "trainer", "password": "secret"}
+    assert find(render(), "Secret", "sdar-redis")["stringData"]["redis-address"] == "sdar-redis.runs.svc:6379"
 
 
 def test_redis_keeps_what_was_confirmed_and_throws_nothing_away():
