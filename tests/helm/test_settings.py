@@ -22,7 +22,6 @@ every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
 OF_LIBRARIES = {
     "HF_HUB_OFFLINE": "huggingface_hub: never look for a newer model than the one in the image",
     "REDISCLI_AUTH": "redis-cli in Redis' probes",
-    "OMP_NUM_THREADS": "torch, under torchrun",
 }
 
 
@@ -32,7 +31,7 @@ def known_variables():
 
 @every_values_file
 def test_every_variable_is_one_that_settings_or_a_library_reads(values):
-    users = {item["name"] for role in ("rollout",) for item in _own_env(values, role)}
+    users = {item["name"] for item in _own_env(values, "rollout")}
     for role, container in containers(render(values)):
         for variable in container.get("env", []):
             assert variable["name"] in known_variables() | set(OF_LIBRARIES) | users, f"{role}: {variable['name']}"
