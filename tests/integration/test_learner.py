@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,20 @@ def run_ranks(*arguments):
     )
 
 
-def finish(*processes, timeout_s=240):
-    outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+def finish(*processes, timeout_s=600):
+    """Outputs of processes that all end well, read from all at once: none may wait for its reader."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        reading = [readers.submit(process.communicate, timeout=timeout_s) for process in processes]
+        is_late = any(isinstance(one.exception(), subprocess.TimeoutExpired) for one in reading)
+    for process in processes:
+        process.kill()
+    outputs = [
+        process.communicate()[0] if one.exception() else one.result()[0]
+        for process, one in zip(processes, reading, strict=True)
+    ]
+    said = "\n".join(f"exit code {process.returncode}:\n{output}" for process, output in zip(processes, outputs, strict=True))
+    assert not is_late, f"Not over within {timeout_s} s.\n{said}"
+    assert [process.returncode for process in processes] == [0] * len(processes), said
     return outputs
 
 
@@ -117,10 +129,10 @@ def test_two_ranks_step_as_one_does(expected, tmp_path):
 
 
 def test_two_ranks_under_zero_3_resume_bitwise(tmp_path):
-    finish(run_ranks("train", tmp_path / "whole"), timeout_s=300)
+    finish(run_ranks("train", tmp_path / "whole"))
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "update-00000001", resumed / "checkpoints" / "update-00000001")
-    finish(run_ranks("train", resumed), timeout_s=300)
+    finish(run_ranks("train", resumed))
     whole, again = (load_file(next(directory.glob("result-*"))) for directory in (tmp_path / "whole", resumed))
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
