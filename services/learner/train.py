@@ -137,9 +137,7 @@ class Learner:
                 log.error("rank_lost", error=str(error), hint="all ranks end now; started again, they go on together")
                 os._exit(1)
             if num_leaving:
-                raise UnavailableError(
-                    f"{num_leaving} of the learner's ranks were stopped. Start all again: they go on."
-                )
+                raise UnavailableError(f"{num_leaving} of the learner's ranks were stopped. Start all again: they go on.")
 
     async def _resume(self) -> None:
         """Let the others have a policy, under a version that names only it, and take back what was read before."""
