@@ -64,6 +64,8 @@ async def test_pause_and_resume_over_http(run: Run, client: httpx.AsyncClient) -
     await begin(run)
     assert (await client.post("/v1/run/pause")).json()["phase"] == "paused"
     assert (await client.post("/v1/run/resume")).json()["phase"] == "running"
+    assert (await client.post("/v1/run/pause", params={"until_restart": True})).json()["phase"] == "paused"
+    assert run.scheduler.state.paused_at_s == 0
 
 
 async def test_an_environment_can_be_registered_while_running(run: Run, client: httpx.AsyncClient) -> None:
