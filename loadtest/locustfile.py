@@ -32,9 +32,11 @@ grpc_gevent.init_gevent()
 
 SEED = int(os.environ.get("LOADTEST_SEED", "0"))
 ENVIRONMENT = os.environ.get("LOADTEST_ENVIRONMENT", "household")
-REFRESH_S = 2.0
+_PACE = float(os.environ.get("LOADTEST_PACE", "1"))
+"""Share of these times that users take: less for a test of the users themselves."""
+REFRESH_S = 2.0 * _PACE
 """How long the gateway's page rests."""
-TURN_S = 1.0
+TURN_S = 1.0 * _PACE
 """How long a model takes for a turn while it plays many episodes, on average."""
 TIMEOUT_S = 10.0
 USERS_PER_CHANNEL = 32
