@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ FAR_AWAY_UPDATES = 1900
 """More than are made while the release is disturbed, and fewer than the learner's record remembers."""
 LAST_UPDATES = 20
 GROUPS_PER_UPDATE = load_config(ROOT / "examples" / "household.yaml").training.groups_per_update
+SLEEPING = ("rollout", "teacher", "learner")
 IDLE_AFTER_S = 20
 NEVER_IDLE_S = 3600
 MEASURE_S = 30.0
@@ -63,14 +65,17 @@ def test_helm_test_passes_on_a_finished_run(installed: Release, evidence: list[s
     _check_helm_test(installed, evidence)
 
 
-def test_the_command_line_reads_the_release(installed: Release, evidence: list[str]) -> None:
+def test_the_command_line_reads_the_release(installed: Release, evidence: list[str], tmp_path: Path) -> None:
     status = json.loads(installed.sdar("status", *installed.address, "--json"))
     assert (status["phase"], status["ledger_gap"]) == ("finished", 0)
     assert "batch_trained" in installed.sdar("logs", "learner", *installed.address)
     logs = installed.sdar("logs", *installed.address)
     assert [pod.name for pod in installed.pods() if pod.role in ROLES and pod.name not in logs] == []
     assert installed.sdar("dead-letter", "list", *installed.address)
-    evidence.append(f"status, {len(logs.splitlines())} lines of logs of all pods, dead letters")
+    installed.sdar("report", str(tmp_path / "run"), *installed.address)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert {"report.html", "summary.json", "metrics.jsonl"} <= set(files)
+    evidence.append(f"status, {len(logs.splitlines())} lines of logs of all pods, dead letters, report ({', '.join(files)})")
 
 
 def test_the_command_line_names_what_there_is_when_asked_for_what_is_not(installed: Release, evidence: list[str]) -> None:
@@ -160,15 +165,14 @@ def test_an_upgrade_of_a_teacher_value_replaces_only_the_teacher(installed: Rele
 def test_the_idle_guard_takes_rollout_teacher_and_learner_to_zero_and_resume_brings_them_back(
     installed: Release, watch: Watch, evidence: list[str]
 ) -> None:
-    away = ("rollout", "teacher", "learner")
-    before = {name: life for name, life in installed.lives().items() if not any(f"-{role}-" in name for role in away)}
+    before = {name: life for name, life in installed.lives().items() if not any(f"-{role}-" in name for role in SLEEPING)}
     installed.upgrade(autoscaling__idleAfterSeconds=IDLE_AFTER_S)
     installed.sdar("pause", *installed.address)
     began_s = time.monotonic()
-    installed.wait_ready({**dict.fromkeys(away, 0), "gateway": 1, "envs": 1, "redis": 1}, 300.0)
+    installed.wait_ready({**dict.fromkeys(SLEEPING, 0), "gateway": 1, "envs": 1, "redis": 1}, 300.0)
     evidence.append(f"at zero {time.monotonic() - began_s:.0f} s after the pause")
     assert {event["involvedObject"]["name"] for event in _list_events(installed, "Asleep")} >= {
-        f"{installed.fullname}-{role}" for role in away
+        f"{installed.fullname}-{role}" for role in SLEEPING
     }
     evidence.append(f"Event Asleep: {_list_events(installed, 'Asleep')[-1]['message']}")
     gateway = installed.pods("gateway")[0]
@@ -195,6 +199,21 @@ def test_after_all_of_it_the_run_ends_with_nothing_lost_and_nothing_trained_twic
     assert status["ledger"]["failed"] == 0
     _check_account(installed, evidence)
     _hold(check_samples(watch.samples, watch.num_missed), evidence)
+
+
+def test_a_finished_run_that_sleeps_is_woken_by_an_upgrade_that_raises_its_updates(
+    installed: Release, evidence: list[str]
+) -> None:
+    installed.upgrade(autoscaling__idleAfterSeconds=IDLE_AFTER_S)
+    asleep_s = installed.wait_ready(dict.fromkeys(SLEEPING, 0), 300.0)
+    now = installed.wait_status("the gateway's answer", bool, 60.0)["num_updates"]
+    began_s = time.monotonic()
+    installed.upgrade(run__training__num_updates=now + 5, autoscaling__idleAfterSeconds=NEVER_IDLE_S)
+    status = installed.wait_status(
+        "the new end", lambda status: status["phase"] == "finished" and status["num_updates"] == now + 5, DEFAULT_RUN_TIMEOUT_S
+    )
+    evidence.append(f"at zero after {asleep_s:.0f} s; {describe(status)} {time.monotonic() - began_s:.0f} s after the upgrade")
+    _check_account(installed, evidence)
 
 
 def test_a_second_release_in_the_same_namespace_gets_ready_beside_the_first(installed: Release, evidence: list[str]) -> None:
