@@ -28,7 +28,12 @@ spec:
         {{- else }}
         pendingEntriesCount: {{ $.perPod | quote }}
         {{- end }}
-        enableTLS: {{ hasPrefix "rediss:" $root.Values.redis.url | quote }}
+        {{- with regexFind "[0-9]+$" (get (urlParse $root.Values.redis.url) "path") }}
+        databaseIndex: {{ . | quote }}
+        {{- end }}
+        {{- if hasPrefix "rediss:" $root.Values.redis.url }}
+        enableTLS: "true"
+        {{- end }}
       authenticationRef:
         name: {{ include "sdar.name" (list $root "redis") }}
     {{- end }}

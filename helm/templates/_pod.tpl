@@ -54,7 +54,7 @@ nodeSelector: {{- toYaml . | nindent 2 }}
 {{- with $values.tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.affinity }}
+{{- with merge (deepCopy $values.affinity) (include "sdar.claimAffinity" . | fromYaml) }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $values.topologySpread }}
@@ -66,6 +66,21 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- $selector | nindent 8 }}
   {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Pods that share a claim which one node at a time can mount go to one node; elsewhere they would wait for it without end. */}}
+{{- define "sdar.claimAffinity" -}}
+{{- $root := index . 0 -}}{{- $storage := $root.Values.storage -}}
+{{- $isShared := and (include "sdar.usesClaim" .) (not $storage.weightsUrl) -}}
+{{- if and $isShared (not $storage.existingClaim) (not (has "ReadWriteMany" $storage.accessModes)) -}}
+podAffinity:
+  requiredDuringSchedulingIgnoredDuringExecution:
+    - topologyKey: kubernetes.io/hostname
+      labelSelector:
+        matchLabels: {{- include "sdar.selector" (list $root "") | nindent 10 }}
+        matchExpressions:
+          - {key: app.kubernetes.io/component, operator: In, values: [learner, rollout, teacher]}
 {{- end }}
 {{- end }}
 

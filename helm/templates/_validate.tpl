@@ -14,6 +14,9 @@ What values.schema.json cannot say, because it is about several values at once. 
 {{- if not (regexMatch "^[a-z0-9][a-z0-9-]{0,62}$" $run.name) -}}
 {{- $problems = append $problems (printf "run.name %s, or the release's name, is not lower case letters, digits and dashes: set run.name." $run.name) -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" (include "sdar.fullname" .)) -}}
+{{- $problems = append $problems (printf "The release's name %s begins with a digit, and a Service's may not: choose another, or set fullnameOverride." .Release.Name) -}}
+{{- end -}}
 
 {{/* The same rules between sections that RunConfig has; a test compares them. */}}
 {{- if lt (int $run.rollout.max_concurrent_episodes) (int $training.group_size) -}}
@@ -54,6 +57,10 @@ What values.schema.json cannot say, because it is about several values at once. 
 {{- $problems = append $problems (printf "learner.replicas is %d, and all its pods write checkpoints, but storage.accessModes has no ReadWriteMany. Add it, with a storage.storageClass that can, or name a storage.existingClaim." $learners) -}}
 {{- end -}}
 
+{{- if and (not .Values.storage.weightsUrl) (has "ReadWriteOncePod" .Values.storage.accessModes) -}}
+{{- $problems = append $problems "storage.accessModes has ReadWriteOncePod, but rollouts and teachers read weights from the learner's claim. Use ReadWriteOnce or ReadWriteMany, or put the weights in a bucket by storage.weightsUrl." -}}
+{{- end -}}
+
 {{/* Sizes */}}
 {{- range $role := list "rollout" "teacher" "envs" -}}
 {{- $replicas := index $.Values $role "replicas" -}}
@@ -74,6 +81,9 @@ What values.schema.json cannot say, because it is about several values at once. 
 {{- end -}}
 {{- if not (or .Values.redis.enabled .Values.redis.url .Values.redis.existingSecret) -}}
 {{- $problems = append $problems "redis.enabled is false: name a Redis by redis.url, or a Secret that does by redis.existingSecret." -}}
+{{- end -}}
+{{- if and (eq .Values.autoscaling.mode "keda") (contains "%" (get (urlParse .Values.redis.url) "userinfo")) -}}
+{{- $problems = append $problems "redis.url has a user or password with %, which KEDA would take as it stands. Name a Secret by redis.existingSecret." -}}
 {{- end -}}
 {{- if and .Values.redis.url .Values.redis.existingSecret -}}
 {{- $problems = append $problems "redis.url and redis.existingSecret both name a Redis. Leave one out." -}}

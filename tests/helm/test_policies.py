@@ -155,7 +155,7 @@ def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():
         return {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"] if not _is_to_pods(rule)}
 
     assert ways("defaults", "rollout") == ways("defaults", "teacher") == ways("defaults", "learner") == set()
-    assert ways("defaults", "gateway") == {443, 6443}  # the API server
+    assert ways("defaults", "gateway") == {443, 6443, 8443, 16443}  # the API server, as clusters have it
     assert ways("everything", "rollout") == {443, 4317}
     assert ways("keda", "learner") == {6380}
     assert ways("grpo", "rollout") == {50051}
@@ -177,6 +177,37 @@ def test_only_the_learner_writes_the_claim():
             if mount["name"] == "data" and role != "redis"
         }
         assert mounts == {"learner": False} | ({"rollout": True, "teacher": True} if values == "defaults" else {})
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "together"),
+    [
+        ("defaults", (), {"rollout", "teacher", "learner"}),
+        ("defaults", ("rollout.affinity.nodeAffinity.a=b",), {"rollout", "teacher", "learner"}),
+        ("defaults", ("storage.accessModes[0]=ReadWriteMany",), set()),
+        ("defaults", ("storage.existingClaim=theirs",), set()),
+        ("defaults", ("storage.weightsUrl=s3://bucket",), set()),
+        ("everything", (), set()),
+    ],
+)
+def test_pods_that_share_a_claim_of_one_node_are_put_on_one_node(values, settings, together):
+    things = render(values, *settings)
+    labels = {role: pod["metadata"]["labels"] for role, pod in pods(things)}
+    bound = {}
+    for role, pod in pods(things):
+        for term in (
+            pod["spec"].get("affinity", {}).get("podAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        ):
+            (expression,) = term["labelSelector"]["matchExpressions"]
+            assert term["topologyKey"] == "kubernetes.io/hostname"
+            assert term["labelSelector"]["matchLabels"].items() <= labels[role].items()
+            # Each is one of those that it wants to be beside: else the first of them would find no node.
+            bound[role] = set(expression["values"])
+
+    assert bound == dict.fromkeys(together, together)
+    if settings and "nodeAffinity" in settings[0]:
+        rollout = next(pod for role, pod in pods(things) if role == "rollout")
+        assert rollout["spec"]["affinity"]["nodeAffinity"] == {"a": "b"}  # one's own stays
 
 
 def test_a_learner_of_several_pods_meets_before_anyone_is_ready():

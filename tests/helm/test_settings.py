@@ -155,6 +155,15 @@ def test_keda_finds_the_address_and_the_password_in_the_secret():
     told = {item["parameter"]: secret[item["key"]] for item in authentication["spec"]["secretTargetRef"]}
 
     assert told == {"address": "redis.example.com:6380", "username": "trainer", "password": "secret"}
+    elsewhere = ("redis.url=redis://redis1/2",)
+    assert find(render("keda", *elsewhere), "Secret", "sdar-redis")["stringData"]["redis-address"] == "redis1:6379"
+    for trigger in (one for thing in of_kind(render("keda", *elsewhere), "ScaledObject") for one in thing["spec"]["triggers"]):
+        assert trigger["metadata"]["databaseIndex"] == "2"
+        assert "enableTLS" not in trigger["metadata"]
+    # A Secret of one's own says it all: nothing of TLS may then be in the trigger.
+    (own,) = of_kind(render("keda", "redis.url=", "redis.existingSecret=theirs"), "TriggerAuthentication")
+    named = {(item["parameter"], item["name"], item["key"]) for item in own["spec"]["secretTargetRef"]}
+    assert named == {(key, "theirs", f"redis-{key}") for key in ("address", "username", "password", "tls")}
     assert find(render(), "Secret", "sdar-redis")["stringData"]["redis-address"] == "sdar-redis.runs.svc:6379"
 
 
