@@ -3,6 +3,7 @@
 - helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key with the words that stand
   over it in helm/values.yaml.
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections look at.
+- helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - the table of helm/README.md.
 """
 
@@ -20,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from sdar.config import RunConfig
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
+DEMO = CHART.parent / "examples" / "household.yaml"
 _BEGIN, _END = "<!-- values: written by `make docs` -->", "<!-- end of values -->"
 
 
@@ -212,12 +214,10 @@ class Values(_Part):
 def build_schema() -> dict[str, Any]:
     """The JSON schema of the chart's values, in the dialect that every Helm reads (draft 7, nothing by reference)."""
     run = _inline(RunConfig.model_json_schema())
-    run["required"].remove("name")
     run["properties"]["name"]["pattern"] = r"^([a-z0-9][a-z0-9-]{0,62})?$"
     schema = _inline(Values.model_json_schema())
-    _describe(schema, read_words((CHART / "values.yaml").read_text()), "")
     schema["properties"] = {"run": run} | schema["properties"]
-    schema["required"] = ["run"]
+    _describe(schema, read_words((CHART / "values.yaml").read_text()), "")
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart sdar"} | schema
 
 
@@ -232,6 +232,13 @@ def build_run_defaults() -> dict[str, Any]:
         elif field.default is not PydanticUndefined:
             defaults[name] = field.default
     return defaults
+
+
+def build_demo() -> str:
+    """examples/household.yaml as part of a chart: without its name, its model where the images have it."""
+    lines = [line for line in DEMO.read_text().splitlines() if not line.startswith(("#", "name:"))]
+    text = "\n".join(lines).replace("path: models/", "path: /opt/sdar/examples/models/", 1)
+    return f"# Written by `make docs` from examples/household.yaml.\n{text}\n"
 
 
 def build_table() -> str:
@@ -271,6 +278,7 @@ def write() -> None:
     (CHART / "values.schema.json").write_text(json.dumps(build_schema(), indent=2) + "\n")
     head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
     (CHART / "files/run-defaults.yaml").write_text(head + yaml.safe_dump(build_run_defaults(), sort_keys=False))
+    (CHART / "files/household.yaml").write_text(build_demo())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
     (CHART / "README.md").write_text(f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}")
@@ -300,15 +308,15 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
-    """Give each key its words. In values a key that is left out has the file's default, so nothing of ours is required."""
-    schema.pop("description", None)
+    """Give each key of ours its words. A key that is left out has the file's default, or the demo's, so nothing is required."""
+    schema.pop("required", None)
+    if not path.startswith("run."):
+        schema.pop("description", None)
     for name, child in schema.get("properties", {}).items():
         key = f"{path}{name}"
         _describe(child, words, f"{key}.")
         if key in words:
             schema["properties"][name] = {"description": words[key]} | child
-    if "properties" in schema:
-        schema.pop("required", None)
 
 
 if __name__ == "__main__":

@@ -53,32 +53,42 @@ labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- $tag := $image.tag | default $root.Chart.AppVersion -}}
 {{- if (index $root.Values $role).gpus -}}{{- $tag = $image.gpuTag | default (printf "%s-cuda" $tag) -}}{{- end -}}
 {{- /* The teacher's own image has no vLLM; the rollout's holds all that the teacher needs. */ -}}
-{{- $name := and (eq $role "teacher") (eq (dig "scorer" "" $root.Values.run.teacher) "vllm") | ternary "rollout" $role -}}
+{{- $name := and (eq $role "teacher") (eq (include "sdar.run" $root | fromYaml).teacher.scorer "vllm") | ternary "rollout" $role -}}
 {{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}sdar-{{ $name }}:{{ $tag }}
 {{- end }}
 
-{{/* The run's values over the defaults of RunConfig, as YAML: for looking at, never handed to a service. */}}
+{{/*
+The run, as services read it. One that names its environment is all that `run` says and nothing else; otherwise it is the demo,
+with the keys that `run` has in place of the demo's.
+*/}}
+{{- define "sdar.writtenRun" -}}
+{{- $standsAlone := dig "environment" "name" "" .Values.run | empty | not -}}
+{{- $base := ternary dict (.Files.Get "files/household.yaml" | fromYaml) $standsAlone -}}
+{{- mergeOverwrite $base (deepCopy .Values.run) (dict "name" (include "sdar.runName" .)) | toYaml -}}
+{{- end }}
+
+{{/* The same over the defaults of RunConfig: for looking at, never handed to a service. */}}
 {{- define "sdar.run" -}}
-{{- mergeOverwrite (.Files.Get "files/run-defaults.yaml" | fromYaml) (deepCopy .Values.run) (dict "name" (include "sdar.runName" .)) | toYaml -}}
+{{- mergeOverwrite (.Files.Get "files/run-defaults.yaml" | fromYaml) (include "sdar.writtenRun" . | fromYaml) | toYaml -}}
 {{- end }}
 
 {{/* "true" or "". Without scores of its own, skill_grpo still has the teacher hand out skills. */}}
 {{- define "sdar.hasTeacher" -}}
-{{- if ne .Values.run.method.name "grpo" }}true{{ end -}}
+{{- if ne (include "sdar.run" . | fromYaml).method.name "grpo" }}true{{ end -}}
 {{- end }}
 
 {{/* Whether trajectories pass the teacher: RunConfig.needs_teacher. */}}
 {{- define "sdar.isScoring" -}}
-{{- if not (has .Values.run.method.name (list "grpo" "skill_grpo")) }}true{{ end -}}
+{{- if not (has (include "sdar.run" . | fromYaml).method.name (list "grpo" "skill_grpo")) }}true{{ end -}}
 {{- end }}
 
 {{- define "sdar.hasEnvs" -}}
-{{- if not .Values.run.environment.address }}true{{ end -}}
+{{- if not (include "sdar.run" . | fromYaml).environment.address }}true{{ end -}}
 {{- end }}
 
 {{/* A hub name is fetched when a pod starts; a directory is in the image or on a volume. */}}
 {{- define "sdar.isHubModel" -}}
-{{- if not (hasPrefix "/" .Values.run.model.path) }}true{{ end -}}
+{{- if not (hasPrefix "/" ((include "sdar.run" . | fromYaml).model.path | default "/")) }}true{{ end -}}
 {{- end }}
 
 {{/* Whether pods of a role need the claim: all that read weights, unless these are in a bucket; the learner's checkpoints always are on it. */}}

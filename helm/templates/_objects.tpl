@@ -77,7 +77,7 @@ spec:
 - to: {{- include "sdar.peers" (list . "envs") | nindent 4 }}
   ports: [{port: 9090}]
 {{- else -}}
-- ports: [{port: {{ regexFind "[0-9]+$" .Values.run.environment.address }}}]
+- ports: [{port: {{ regexFind "[0-9]+$" (include "sdar.run" . | fromYaml).environment.address }}}]
 {{- end }}
 {{- end }}
 

@@ -21,7 +21,6 @@ def release(*kinds: str) -> list[Object]:
 
 
 def test_the_run_is_the_papers(tmp_path: Path) -> None:
-    # The chart's own `run` is a tiny model's: of a key that values-eks.yaml leaves out, the value there would be taken.
     [config] = [each for each in release("ConfigMap") if "run.yaml" in each["data"]]
     rendered = tmp_path / "run.yaml"
     rendered.write_text(config["data"]["run.yaml"], encoding="utf-8")

@@ -19,8 +19,9 @@ from tests.helm.chart import CHART, ROOT, refuse
         ("run.training.max_staleness=-1", ["at '/run/training/max_staleness'", "got -1, want 0"]),
         ("run.method.name=ppo", ["at '/run/method/name'", "must be one of"]),
         ("run.model.path=", ["run.model.path is empty"]),
-        ("run.model.path=null", ["at '/run/model'", "missing property 'path'"]),
-        ("run.environment.name=null", ["at '/run/environment'", "missing property 'name'"]),
+        ("run.model.path=null", ["at '/run/model/path'"]),
+        ("run.environment.name=null", ["at '/run/environment/name'"]),
+        ("run.environment.name=webshop", ["run.model.path is empty"]),
         ("rollout.gpus=-1", ["at '/rollout/gpus'", "got -1, want 0"]),
         ("rollout.gpus=3", ["rollout.gpus is 3", "run.rollout.tensor_parallel_size 1"]),
         (

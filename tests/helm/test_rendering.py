@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -75,14 +76,31 @@ def test_only_namespaced_kinds_are_rendered():
     assert not kinds & {"Namespace", "ClusterRole", "ClusterRoleBinding", "PriorityClass", "StorageClass", "PersistentVolume"}
 
 
+def run_of(*settings: str) -> dict[str, Any]:
+    things = render("defaults", *settings)
+    return yaml.safe_load(find(things, "ConfigMap", "sdar-run")["data"]["run.yaml"])
+
+
 def test_the_default_run_is_the_household_demo_word_for_word():
     demo = yaml.safe_load((ROOT / "examples/household.yaml").read_text())
-    values = yaml.safe_load((CHART / "values.yaml").read_text())["run"]
+    run = run_of()
 
-    assert values.pop("name") == ""
-    assert demo.pop("name") == "household"
-    assert values["model"].pop("path").endswith("/examples/" + demo["model"].pop("path"))
-    assert values == demo
+    assert (run.pop("name"), demo.pop("name")) == ("sdar", "household")
+    assert run["model"].pop("path").endswith("/examples/" + demo["model"].pop("path"))
+    assert run == demo
+
+
+def test_a_key_alone_replaces_the_demos():
+    demo = run_of()
+
+    demo["training"]["num_updates"] = 7
+    assert run_of("run.training.num_updates=7") == demo
+
+
+def test_a_run_that_names_its_environment_has_nothing_of_the_demo():
+    own = {"model": {"path": "/models/mine"}, "environment": {"name": "webshop"}}
+
+    assert run_of("run.model.path=/models/mine", "run.environment.name=webshop") == own | {"name": "sdar"}
 
 
 @every_values_file
@@ -137,14 +155,14 @@ def test_the_scaling_file_names_workloads_that_exist():
 
 
 def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
-    for name in ("values.yaml", "values.schema.json", "README.md", "files/run-defaults.yaml"):
+    for name in ("values.yaml", "values.schema.json", "README.md", "files/run-defaults.yaml", "files/household.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((CHART / name).read_bytes())
     monkeypatch.setattr(chart_schema, "CHART", tmp_path)
 
     chart_schema.write()
 
-    for name in ("values.schema.json", "README.md", "files/run-defaults.yaml"):
+    for name in ("values.schema.json", "README.md", "files/run-defaults.yaml", "files/household.yaml"):
         assert (tmp_path / name).read_text() == (CHART / name).read_text(), f"{name} is old: run make docs"
 
 
