@@ -53,7 +53,11 @@ MAX_SHOWN_GAP = 1000
 
 
 class Scheduler:
-    """Turns tasks into groups under the staleness capacity and drives the run from its first evaluation to its last."""
+    """Turns tasks into groups under the staleness capacity and drives the run from its first evaluation to its last.
+
+    Args:
+        is_scaled: whether a scaler keeps a sleeping run asleep; without one nobody does, and the run is awake.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Scheduler:
         default_address: str,
         metrics: GatewayMetrics | None = None,
         clock: Callable[[], float] = time.time,
+        is_scaled: bool = True,
     ) -> None:
         self.config = config
         self.history = history
@@ -82,6 +87,7 @@ class Scheduler:
         self._default_address = config.environment.address or default_address
         self._metrics = metrics or GatewayMetrics()
         self._clock = clock
+        self._is_scaled = is_scaled
         self._consumer = "gateway"
         self._policy_cursor = BEFORE_FIRST
         self._training: TrainingOrder | None = None
@@ -279,8 +285,10 @@ class Scheduler:
 
     def _take_up_changes(self) -> None:
         """A finished run of which more updates are wanted now goes on; a stuck or failed one that sleeps is tried again under
-        another configuration."""
+        another configuration; and one that nothing scales any more is awake."""
         state, target = self.state, self.config.training.num_updates
+        if state.sleep and not self._is_scaled:
+            self._wake()
         if state.phase is RunPhase.FINISHED:
             if not 0 < state.finished_target < target:
                 return

@@ -53,6 +53,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         health,
         default_address=settings.envs_address,
         metrics=metrics,
+        is_scaled=settings.scaling is not None,
     )
     watch = Watch(scheduler, watch_bus, metrics)
     scaling_metrics, scaler = ScalingMetrics(REGISTRY), None

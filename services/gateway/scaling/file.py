@@ -80,12 +80,14 @@ class ScalingFileReader:
         try:
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            self._text = None  # whatever comes next is looked at, also what was there before
             return self._refuse(f"{self._path} cannot be read: {error}.")
         if text == self._text:
             return False
         try:
             self.file = ScalingFile.model_validate(yaml.safe_load(text))
-        except (yaml.YAMLError, ValidationError) as error:
+        except Exception as error:
+            # Beside YAMLError and ValidationError PyYAML raises what it likes for a value that its tag does not fit.
             self._text = text
             return self._refuse(f"{self._path} is no scaling file: {_describe(error)}")
         if self._text is not None:
@@ -102,8 +104,8 @@ class ScalingFileReader:
         return is_new
 
 
-def _describe(error: yaml.YAMLError | ValidationError) -> str:
-    if isinstance(error, yaml.YAMLError):
+def _describe(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) + "."
     faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
     return "; ".join(faults) + "."

@@ -180,7 +180,8 @@ class Scaler:
         """Put an idle run to sleep. Nothing is asked of the workloads yet."""
         scheduler = self._scheduler
         sizes = {str(role): look.sizes[role].replicas for role in SLEEPING if role in look.sizes}
-        is_first, self._has_looked = not self._has_looked, True
+        # A look that cannot see the learner is none.
+        is_first, self._has_looked = not self._has_looked, self._has_looked or "learner" in sizes
         if scheduler.state.sleep or look.file.dry_run or not sizes:
             return
         if is_first and scheduler.is_blank and sizes.get("learner") == 0:

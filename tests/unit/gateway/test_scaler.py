@@ -410,6 +410,27 @@ async def test_a_sleeping_run_that_lost_its_redis_sleeps_on_until_somebody_wakes
     await again.stop()
 
 
+async def test_a_learner_that_could_not_be_seen_at_first_is_not_woken_by_that(bench: Bench) -> None:
+    await fall_asleep_paused(bench)
+    again = await bench.restart(bus=None)
+    again.cluster.fault = UnavailableError("The API server is away.")
+    await again.look(2)
+    again.cluster.fault = None
+    await again.look(2)
+    assert again.cluster.sizes == ASLEEP
+    await again.stop()
+
+
+async def test_where_nobody_holds_it_asleep_any_more_a_run_is_awake(bench: Bench) -> None:
+    await fall_asleep_paused(bench)
+    await bench.stop()
+    unscaled = Run(bench.run.config, bench.run.bus, clock=bench.clock, is_scaled=False)
+    await until(lambda: unscaled.scheduler.is_restored)
+    assert unscaled.scheduler.state.sleep is None
+    assert unscaled.scheduler.state.paused_at_s, "awake, and paused as before"
+    await unscaled.stop()
+
+
 async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sleep_what_it_noted(bench: Bench) -> None:
     await start(bench)
     bench.scheduler.pause()

@@ -291,6 +291,8 @@ def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
         (GOOD_FILE.replace("kind: Deployment", "kind: DaemonSet"), "workloads.rollout.kind"),
         (GOOD_FILE.replace("max: 4", "max: four"), "workloads.rollout.max"),
         ("mode: [", "while parsing"),
+        ("idle_after_s: 2026-13-45", "month must be in 1..12"),
+        ("dry_run: !!bool perhaps", "perhaps"),
         ("- a list", "file"),
         ("", "file"),
     ],
@@ -317,6 +319,19 @@ def test_a_file_that_is_not_there_scales_nothing_and_is_told_of(tmp_path: Path) 
     assert reader.refresh()
     assert reader.file is None
     assert "Nothing is scaled" in reader.problem
+
+
+def test_a_file_that_is_back_as_it_was_is_no_problem_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.yaml"
+    path.write_text(GOOD_FILE)
+    reader = ScalingFileReader(path)
+    reader.refresh()
+    path.unlink()
+    assert reader.refresh()
+    assert "cannot be read" in reader.problem
+    path.write_text(GOOD_FILE)
+    assert not reader.refresh()
+    assert reader.problem == ""
 
 
 def test_beside_keda_only_the_learner_is_the_gateways(tmp_path: Path) -> None:

@@ -42,13 +42,21 @@ class Run:
         bus: MemoryBus | None = None,
         address: str = "here:1",
         clock: Callable[[], float] = time.time,
+        is_scaled: bool = True,
     ) -> None:
         self.config = config
         self.bus = bus or MemoryBus(config.stream_consumers)
         self.stopping = asyncio.Event()
         history = History(Stream.TRAJECTORIES, clock=clock)
         self.scheduler = Scheduler(
-            config, self.bus.view(), FakeCatalog(), history, Health(), default_address=address, clock=clock
+            config,
+            self.bus.view(),
+            FakeCatalog(),
+            history,
+            Health(),
+            default_address=address,
+            clock=clock,
+            is_scaled=is_scaled,
         )
         self.task = asyncio.create_task(self.scheduler.run(self.stopping))
 
