@@ -312,9 +312,10 @@ class GrpcEnvironmentClient:
 
     async def _try_each(self, attempt: Callable[[EnvironmentServer], Awaitable[T]]) -> tuple[EnvironmentServer, T]:
         """The first server that is neither full nor away; what the last one said if all are."""
-        servers = await self._servers.rank()
-        while True:
-            server = servers.pop(0)
+        refusal: BaseException | None = None
+        for server in await self._servers.rank():
+            if not server.is_listed:
+                continue  # it left while others were asked, and its channel may be closed
             self._servers.take(server)
             try:
                 return server, await attempt(server)
@@ -324,5 +325,6 @@ class GrpcEnvironmentClient:
                 if not is_away and not isinstance(error, CapacityError):
                     raise
                 self._servers.avoid(server, is_away=is_away)
-                if not servers:
-                    raise
+                refusal = error
+        assert refusal is not None, "the first one that is ranked is there"
+        raise refusal

@@ -20,6 +20,7 @@ from sdar.runtime.ports import find_free_port
 from sdar.runtime.security import OPEN, Security
 from sdar.runtime.settings import Settings
 from sdar.runtime.telemetry import Health
+from sdar.v1 import environment_pb2
 from services.envs.hosts import InProcessHost
 from services.envs.household.environment import HouseholdEnvironment
 from services.envs.server import serve_environments
@@ -174,6 +175,36 @@ async def test_a_server_that_appears_is_used_without_a_restart_and_one_that_vani
     pods.listed.remove(HOSTS[0])
     await opens_at(client, HOSTS[1:2])
     assert (await client.step(first, 0, "open drawer")).is_action_valid, "its episodes may end where they began"
+
+
+async def test_a_server_that_leaves_while_others_are_asked_costs_no_episode(pods):
+    """Its channel closes with its place in the list: the worker would take that for a defect and give the group up."""
+    for host in HOSTS[:2]:
+        await pods.start(host)
+    client = pods.client()
+    await opens_at(client, HOSTS[:2])
+    asked: list[str] = []
+
+    async def attempt(server):
+        asked.append(server.target)
+        if len(asked) == 1:
+            pods.listed = [host for host in HOSTS[:2] if server.target.startswith(f"{host}:")]
+            await until(lambda: len(client._servers._servers) == 1)
+            raise UnavailableError("It is away.")
+        await server.stub.Describe(environment_pb2.DescribeRequest(environment="household"))
+
+    async with asyncio.timeout(10):
+        looking = asyncio.create_task(keep_looking_up(client))
+        with pytest.raises(UnavailableError, match="It is away"):
+            await client._try_each(attempt)
+        looking.cancel()
+    assert len(asked) == 1
+
+
+async def keep_looking_up(client) -> None:
+    while True:
+        await client._servers.rank()
+        await asyncio.sleep(0.02)
 
 
 async def test_a_server_that_is_stopped_ends_its_episodes_and_begins_no_more(pods):
