@@ -86,8 +86,7 @@ class ScalingFileReader:
             return False
         try:
             self.file = ScalingFile.model_validate(yaml.safe_load(text))
-        except Exception as error:
-            # Beside YAMLError and ValidationError PyYAML raises what it likes for a value that its tag does not fit.
+        except Exception as error:  # noqa: BLE001  # PyYAML raises what it likes for a value that its tag does not fit
             self._text = text
             return self._refuse(f"{self._path} is no scaling file: {_describe(error)}")
         if self._text is not None:
