@@ -41,15 +41,21 @@ BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
 RedisUrl = Annotated[str, StringConstraints(pattern=r"^(rediss?://.+)?$")]
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^(https?://.+)?$")]
 Size = Annotated[str, StringConstraints(pattern=r"^[0-9.]+(k|Ki|M|Mi|G|Gi|T|Ti)$")]
+Tag = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
+"""Also a label's value."""
 Environment = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Named(_Part):
+    name: str
 
 
 class Image(_Part):
     registry: str
-    tag: str
-    gpuTag: str
+    tag: Tag
+    gpuTag: Tag
     pullPolicy: Literal["Always", "IfNotPresent", "Never"]
-    pullSecrets: list[Labels]
+    pullSecrets: list[Named]
 
 
 class Resources(_Part):
@@ -188,7 +194,7 @@ class Tracing(_Part):
 class Values(_Part):
     """The chart's own part of its values; defaults and words are in helm/values.yaml."""
 
-    fullnameOverride: Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9-]{0,49})?$")]
+    fullnameOverride: Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]{0,43})?$")]
     image: Image
     logLevel: Literal["debug", "info", "warning", "error"]
     gateway: Gateway

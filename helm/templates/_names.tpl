@@ -2,10 +2,10 @@
 What things are called, and which of them a run has. Templates that are about one role take (list $ "role").
 */}}
 
-{{/* Prefix of every object's name. */}}
+{{/* Prefix of every object's name: with -learner behind it 52 characters, the most of which a StatefulSet's pods can be labelled. */}}
 {{- define "sdar.fullname" -}}
 {{- $release := .Release.Name | replace "." "-" -}}
-{{- .Values.fullnameOverride | default (contains "sdar" $release | ternary $release (printf "%s-sdar" $release)) | trunc 50 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | default (contains "sdar" $release | ternary $release (printf "%s-sdar" $release)) | trunc 44 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "sdar.name" -}}

@@ -60,7 +60,7 @@ spec:
 - ports: [{port: {{ include "sdar.redisPort" $root }}}]
 {{- end }}
 {{- if $root.Values.tracing.endpoint }}
-- ports: [{port: {{ regexFind "[0-9]+$" (get (urlParse $root.Values.tracing.endpoint) "host") | default 4317 }}}]
+- ports: [{port: {{ include "sdar.portOf" (list $root.Values.tracing.endpoint 4317) }}}]
 {{- end }}
 {{- if or (include "sdar.isHubModel" $root) (and $root.Values.storage.weightsUrl (has $role (list "rollout" "teacher" "learner"))) }}
 # The model hub, or the bucket of the weights; never the cloud's own metadata service.
@@ -82,5 +82,10 @@ spec:
 {{- end }}
 
 {{- define "sdar.redisPort" -}}
-{{- regexFind "[0-9]+$" (get (urlParse .Values.redis.url) "host") | default .Values.redis.port -}}
+{{- include "sdar.portOf" (list .Values.redis.url .Values.redis.port) -}}
+{{- end }}
+
+{{/* Port of a URL, or the one that is usual. A host may end in a digit. */}}
+{{- define "sdar.portOf" -}}
+{{- regexFind ":[0-9]+$" (get (urlParse (index . 0)) "host") | trimPrefix ":" | default (index . 1) -}}
 {{- end }}

@@ -40,6 +40,10 @@ from tests.helm.chart import CHART, ROOT, refuse
         ("redis.url=redis://elsewhere:6379", ["redis.url names a Redis, and redis.enabled starts another"]),
         ("ingress.enabled=true", ["ingress.host is empty"]),
         ("run.name=Mine", ["at '/run/name'", "Mine"]),
+        ("fullnameOverride=2024-run", ["at '/fullnameOverride'", "2024-run"]),
+        ("image.tag=0.1.0@sha256:00", ["at '/image/tag'", "0.1.0@sha256:00"]),
+        ("image.pullSecrets[0].nam=mine", ["at '/image/pullSecrets/0'", "'nam' not allowed"]),
+        ("storage.accessModes[0]=ReadWriteOncePod", ["storage.accessModes has ReadWriteOncePod", "storage.weightsUrl"]),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_its_name(setting, said):

@@ -150,8 +150,8 @@ def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, more):
 
 
 def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():
-    def ways(values, role):
-        policy = find(render(values), "NetworkPolicy", f"sdar-{role}")
+    def ways(values, role, *settings):
+        policy = find(render(values, *settings), "NetworkPolicy", f"sdar-{role}")
         return {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"] if not _is_to_pods(rule)}
 
     assert ways("defaults", "rollout") == ways("defaults", "teacher") == ways("defaults", "learner") == set()
@@ -159,6 +159,9 @@ def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():
     assert ways("everything", "rollout") == {443, 4317}
     assert ways("keda", "learner") == {6380}
     assert ways("grpo", "rollout") == {50051}
+    for role in ("rollout", "learner"):
+        hosts = ("redis.url=redis://redis1/0", "tracing.endpoint=http://collector2")
+        assert ways("keda", role, *hosts) == {6379, 4317}  # the usual ports, not the last digit of a host
     for rule in find(render("everything"), "NetworkPolicy", "sdar-rollout")["spec"]["egress"]:
         for peer in rule.get("to", []):
             assert "ipBlock" not in peer or peer["ipBlock"]["except"]  # never the cloud's metadata service

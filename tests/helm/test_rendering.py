@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import kubernetes_validate
@@ -68,6 +69,24 @@ def test_two_releases_in_a_namespace_share_no_name():
 )
 def test_names_begin_with_the_release(release, name):
     assert find(render(release=release), "StatefulSet", name)
+
+
+@pytest.mark.parametrize("release", ["r" * 53, "my." + "r" * 50, "r" * 43 + "-" + "r" * 9])
+def test_the_longest_release_name_leaves_names_and_labels_that_kubernetes_takes(release):
+    things = render(release=release)
+    for thing in things:
+        name = thing["metadata"]["name"]
+        # Pods of a StatefulSet have the label controller-revision-hash: its name, a dash and ten characters.
+        assert len(name) <= {"StatefulSet": 52, "ConfigMap": 253}.get(thing["kind"], 63), name
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
+        assert all(len(value) <= 63 for value in thing["metadata"]["labels"].values())
+
+
+def test_a_release_whose_name_no_service_could_have_is_refused():
+    refused = helm("template", "2024-run", str(CHART))
+
+    assert "2024-run begins with a digit" in refused.stderr
+    assert helm("template", "2024-run", str(CHART), "--set", "fullnameOverride=run-2024").returncode == 0
 
 
 def test_only_namespaced_kinds_are_rendered():
