@@ -144,7 +144,13 @@ async def serve_environments(
             await _tell_ready(sessions, server, health)
         health.mark_unready("draining")
         await server.set_ready(False)
-        await sessions.drain(drain_s)
+        draining = asyncio.create_task(sessions.drain(drain_s))
+        while not draining.done():
+            # A drain is long, and its end must not wait for sessions whose callers are gone.
+            sessions.reap()
+            health.beat()
+            await asyncio.wait((draining,), timeout=reap_every_s)
+        draining.result()
     finally:
         await server.stop(grace_s=1.0)
         await sessions.close_all()

@@ -131,6 +131,7 @@ class RolloutWorker:
         self._follower = PolicyFollower(bus, engine, pins, metrics, limits.read_block_s)
         self._in_hand: set[_InHand] = set()
         self._largest_group = 0
+        self._is_leaving = False
         self._failure: BaseException | None = None
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -143,6 +144,7 @@ class RolloutWorker:
                     self._begin(delivery)
                 self._check_alive()
                 self._health.beat()
+            self._is_leaving = True
             self._health.mark_unready("draining")
             await self._drain()
 
@@ -360,7 +362,8 @@ class RolloutWorker:
         is_over = False
         while not is_over:
             await self._renew()
-            if (room := self._room_in_hand()) > 0:
+            # One that is leaving would only hand it back once more, and every attempt counts.
+            if not self._is_leaving and (room := self._room_in_hand()) > 0:
                 taken = await self._bus.reclaim(tasks, rollout, self._instance, idle_s, self._max_groups(room))
                 self._begin_reclaimed(taken)
             is_over = await wait_or_stop(over, idle_s / 4)

@@ -144,6 +144,20 @@ async def test_a_stopping_server_lets_open_episodes_finish_and_starts_none():
         await client.close(opened.session_id)
 
 
+async def test_a_stopping_server_lives_and_waits_for_no_session_that_its_caller_forgot():
+    async with serving(SessionLimits(default_lease_s=1.0), drain_s=60.0, reap_every_s=0.05) as (client, stopping, health):
+        await client.open()
+        stopping.set()
+        health.max_silence_s = 0.5
+        async with asyncio.timeout(10):
+            while health.is_ready:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.6)
+        assert health.is_alive
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 10, "the lease ran out long before the drain"
+
+
 async def test_standard_health_and_reflection_are_offered(client):
     stub = health_pb2_grpc.HealthStub(client.channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))

@@ -383,6 +383,24 @@ async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with
     assert taken.num_deliveries == 2
 
 
+async def test_a_worker_that_is_leaving_takes_over_nothing_that_another_handed_back(tokenizer):
+    """It could hardly end it either, and every attempt counts."""
+    environment = ScriptedEnvironment(gate=asyncio.Event())
+    bench = Bench(tokenizer, environment, claim_idle_s=0.04, grace_s=0.5)
+    stopping = asyncio.Event()
+    leaving = asyncio.create_task(bench.build().run(stopping))
+    await bench.issue(make_group("g1", size=2))
+    await until(lambda: len(environment.opened) == 2)
+    stopping.set()
+    await until(lambda: not bench.health.is_ready)
+    await bench.issue(make_group("g2", size=2))
+    lent = await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-2", 1)
+    await bench.bus.hand_back(lent)
+    await leaving
+    taken = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-3", 60.0, 9)
+    assert [delivery.num_deliveries for delivery in taken] == [2, 2]
+
+
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
     environment = ScriptedEnvironment(answer(), answer(over=True), gate=asyncio.Event())
     bench = Bench(tokenizer, environment)
