@@ -27,6 +27,7 @@ from services.envs.server import SERVICE_NAME
 from services.envs.service import serve
 from services.envs.sessions import SessionLimits
 from tests.integration.environment_server import TASK_ID, serving
+from tests.support import until
 
 
 @pytest.fixture
@@ -149,10 +150,8 @@ async def test_a_stopping_server_lives_and_waits_for_no_session_that_its_caller_
         await client.open()
         stopping.set()
         health.max_silence_s = 0.5
-        async with asyncio.timeout(10):
-            while health.is_ready:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.6)
+        await until(lambda: not health.is_ready)
+        await asyncio.sleep(0.6)
         assert health.is_alive
         began_s = time.monotonic()
     assert time.monotonic() - began_s < 10, "the lease ran out long before the drain"
