@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--circumstances", default="", help='for the page, such as "beside other work"')
     parser.add_argument("--dry-run", action="store_true", help="keep nothing, leave the page as it is")
     arguments = parser.parse_args()
-    logging.getLogger("locust").setLevel(logging.WARNING)
+    logging.getLogger("locust").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if arguments.gateway or arguments.envs:
         for address, measure in ((arguments.envs, ramp_environments), (arguments.gateway, ramp_gateway)):
@@ -100,7 +100,6 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
     """What plays a stage: brings the users to a number, lets them settle, and measures."""
     environment = Environment(user_classes=[users], host=host)
     runner = environment.create_local_runner()
-    generator = psutil.Process()
 
     def try_out(num_users: int) -> Stage:
         runner.start(num_users, spawn_rate=max(1.0, abs(num_users - runner.user_count) / SPAWN_S))
@@ -109,13 +108,11 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
                 gevent.sleep(0.05)
         gevent.sleep(SETTLE_S)
         environment.stats.reset_all()
-        began, before = time.monotonic(), (measure_cpu(server), measure_cpu(generator))
+        began, before = time.monotonic(), measure_cpu(server)
         gevent.sleep(MEASURE_S)
-        duration_s, after = time.monotonic() - began, (measure_cpu(server), measure_cpu(generator))
+        duration_s, after = time.monotonic() - began, measure_cpu(server)
+        own, workers, generated, busy = ((now - then) / duration_s for now, then in zip(after, before, strict=True))
         total = environment.stats.total
-        (own, workers), (generated, _) = (
-            [(b - a) / duration_s for a, b in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)
-        )
         stage = Stage(
             num_users,
             requests_per_s=total.num_requests / duration_s,
@@ -125,9 +122,11 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
             server_share=None if server is None else own + workers,
             workers_share=None if server is None else workers,
             memory_bytes=None if server is None else float(sum(one.memory_full_info().uss for one in family(server))),
+            others_share=max(0.0, busy - own - workers - generated),
         )
         print(
-            f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, {stage.num_failed} failed",
+            f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, {stage.num_failed} failed, "
+            f"other work on {stage.others_share:.2f} cores",
             flush=True,
         )
         for error in environment.stats.errors.values():
@@ -144,12 +143,12 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def measure_cpu(process: psutil.Process | None) -> tuple[float, float]:
-    """Seconds of CPU time of a process, and of those that it started."""
-    if process is None:
-        return 0.0, 0.0
-    own, *others = (sum(one.cpu_times()[:2]) for one in family(process))
-    return own, sum(others)
+def measure_cpu(server: psutil.Process | None) -> tuple[float, float, float, float]:
+    """Seconds of CPU time so far: of the server's process, of those it started, of this process, and of the whole machine."""
+    own, *workers = (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
+    machine = psutil.cpu_times()
+    busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
+    return own, sum(workers), sum(psutil.Process().cpu_times()[:2]), busy
 
 
 def pin(process: psutil.Process, cores: list[int]) -> None:
