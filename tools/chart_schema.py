@@ -34,7 +34,7 @@ Labels = dict[str, str]
 Object = dict[str, Any]
 """Kubernetes' own, passed on as it is; the API server checks it."""
 Objects = list[Object]
-Count = Annotated[int, Field(ge=1, le=10_000)]
+Count = Annotated[int, Field(ge=1, le=1000)]
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
@@ -124,7 +124,7 @@ class Learner(Role):
 class Autoscaling(_Part):
     mode: Literal["gateway", "keda", "none"]
     dryRun: bool
-    idleAfterSeconds: Annotated[int, Field(ge=0)]
+    idleAfterSeconds: Annotated[int, Field(ge=0, le=31_536_000)]
 
 
 class RedisStorage(_Part):

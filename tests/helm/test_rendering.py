@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sdar.config import load_config
+from services.gateway.scaling.file import ScalingFile
 from tests.helm.chart import CHART, ROOT, VALUES_FILES, component, find, helm, of_kind, pods, render
 from tools import chart_schema
 
@@ -171,6 +172,20 @@ def test_the_scaling_file_names_workloads_that_exist():
         for workload in scaling["workloads"].values():
             assert find(things, workload["kind"], workload["name"])
         assert (set(scaling["workloads"]) == {"learner"}) == (values == "keda")
+
+
+def test_the_gateway_takes_every_scaling_file_that_the_schema_lets_through(tmp_path):
+    limits = [chart_schema.build_schema()["properties"][key]["properties"] for key in ("autoscaling", "rollout")]
+    longest, most = limits[0]["idleAfterSeconds"]["maximum"], limits[1]["replicas"]["properties"]["max"]["maximum"]
+    values = {"autoscaling": {"idleAfterSeconds": longest}, "rollout": {"replicas": {"max": most}}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    done = helm("template", "sdar", str(CHART), "--values", str(tmp_path / "values.yaml"))
+    text = find(list(yaml.safe_load_all(done.stdout)), "ConfigMap", "sdar-scaling")["data"]["scaling.yaml"]
+
+    scaling = ScalingFile.model_validate(yaml.safe_load(text))
+
+    assert (scaling.idle_after_s, scaling.workloads["rollout"].max) == (longest, most)
+    assert set(scaling.workloads) == {"rollout", "teacher", "envs", "learner"}
 
 
 def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
