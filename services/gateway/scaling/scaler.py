@@ -40,6 +40,8 @@ _UPDATES_IN_WINDOW = 3
 _NEWEST_UPDATES = 10
 _LASTING_LOOKS = 3
 """Looks in a row that failed, after which it is worth an alarm."""
+_MAX_ABSENCE_S = 120.0
+"""Longer between two looks, and the gateway itself was held up (a suspended machine, a set clock): it has missed what moved."""
 _KEPT_CHANGES = 100
 _MAX_ATTEMPTS = 3
 
@@ -110,6 +112,7 @@ class Scaler:
         self._governors: dict[Role, Governor] = {}
         self._num_failed_looks = 0
         self._has_looked = False
+        self._looked_at_s = self._present_since_s = clock()
 
     @property
     def file(self) -> ScalingFile | None:
@@ -126,10 +129,13 @@ class Scaler:
         """Look now, and act. Never raises for a cluster, a Redis or a file that cannot be used."""
         if await asyncio.to_thread(self._reader.refresh):
             self._metrics.errors.labels("file").inc()
-        file = self._reader.file
+        file, now_s = self._reader.file, self._clock()
+        if abs(now_s - self._looked_at_s) > _MAX_ABSENCE_S:
+            self._present_since_s = now_s
+        self._looked_at_s = now_s
         if file is not None and self._scheduler.is_restored:
             try:
-                found = await self._scale(_Look(self._clock(), file))
+                found = await self._scale(_Look(now_s, file))
             except Exception as error:
                 # The scaler's boundary: what is wrong with it must not end the run.
                 log.exception("scaling_broke")
@@ -202,7 +208,7 @@ class Scaler:
             paused_at_s=scheduler.state.paused_at_s,
             progress_at_s=watch.progress_at_s,
             bus=watch.condition.state,
-            bus_since_s=watch.condition.since_s,
+            bus_since_s=max(watch.condition.since_s, self._present_since_s),
             learner_busy_s=watch.compute_learner_busy_s(),
         )
         return find_idleness(still, look.file.idle_after_s)

@@ -160,7 +160,7 @@ class Stillness:
         detail: why a failed run gave up.
         finished_at_s, paused_at_s: 0 unless it is.
         progress_at_s: when anything last moved; for a run that was woken or restarted, since then.
-        bus: whether Redis answers, since `bus_since_s`; a run without Redis isn't idle but held up.
+        bus: whether Redis answers, for us to see, since `bus_since_s`; a run without Redis isn't idle but held up.
         learner_busy_s: the slowest of the learner's newest updates.
     """
 

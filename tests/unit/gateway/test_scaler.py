@@ -378,6 +378,16 @@ async def test_a_stuck_run_sleeps_on_after_a_restart_and_wakes_under_another_con
     await changed.stop()
 
 
+async def test_a_gateway_that_was_suspended_itself_takes_no_run_for_stuck(bench: Bench) -> None:
+    await start(bench)
+    await bench.look()
+    bench.clock.now_s += 7200
+    await bench.look(int(590 / LOOK_S))
+    assert bench.cluster.sizes == AWAKE
+    await bench.look(int(60 / LOOK_S))
+    assert bench.cluster.sizes == ASLEEP
+
+
 async def test_nothing_is_issued_lost_or_failed_by_sleeping(bench: Bench) -> None:
     training = await start(bench)
     before = bench.scheduler.ledger.counts()
