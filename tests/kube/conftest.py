@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import yaml
 from loadtest.page import describe_machine
 from tests.kube.cluster import CHART, ROLES, Cluster, CommandError, find_helm, run, say
 from tests.kube.release import Release, describe_cluster
-from tests.kube.report import Claim, format_claims, write_report
+from tests.kube.report import Claim, write_report
 from tests.kube.volumes import Volumes, has_default_storage_class
 
 _claims = pytest.StashKey[dict[str, Claim]]()
-_began = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_claims] = {}
-    config.stash[_began] = time.monotonic()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,19 +41,17 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    claim = item.config.stash[_claims][item.nodeid]
-    claim.duration_s += call.duration
-    if report.when == "call" or report.outcome != "passed":
-        claim.outcome = report.outcome
+    item.config.stash[_claims][item.nodeid].note(report.outcome, call.duration)
+    if report.when == "teardown":
+        _write_report(item.config)
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--report")
-    claims = list(session.config.stash[_claims].values())
-    if path and any(claim.outcome != "not run" for claim in claims):
+def _write_report(config: pytest.Config) -> None:
+    """After every test, so that what was shown outlives whatever comes next."""
+    if path := config.getoption("--report"):
         where = f"{describe_cluster([run([find_helm() or 'helm', 'version', '--short']).strip()])}; {describe_machine()}."
-        write_report(format_claims(claims, where=where, duration_s=time.monotonic() - session.config.stash[_began]), Path(path))
+        write_report(list(config.stash[_claims].values()), Path(path), where=where)
 
 
 @pytest.fixture

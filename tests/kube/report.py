@@ -1,7 +1,11 @@
-"""Owns what is told of a cluster test: each claim with its evidence, as Markdown between two marks of a page. Runs nothing."""
+"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks of a page. Runs nothing.
+
+A claim that was not put to the test this time keeps the row it had, so that a page can be made in several goes.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,6 +13,7 @@ from pathlib import Path
 
 BEGIN = "<!-- written by make test-kube -->"
 END = "<!-- end of what make test-kube wrote -->"
+_ROW = re.compile(r"^\| (?P<held>yes|\*\*NO\*\*) \| (?P<claim>[^|]+) \|")
 
 
 @dataclass
@@ -16,9 +21,10 @@ class Claim:
     """One test: what it claims, whether that held, what showed it."""
 
     text: str
-    outcome: str = "not run"
+    outcome: str = ""
     duration_s: float = 0.0
     evidence: list[str] = field(default_factory=list)
+    ended_at: datetime | None = None
 
     @classmethod
     def parse(cls, node_name: str) -> Claim:
@@ -27,27 +33,40 @@ class Claim:
         text = name.removeprefix("test_").replace("_", " ")
         return cls(text + (f": {parameter.removesuffix(']')}" if parameter else ""))
 
+    def note(self, outcome: str, duration_s: float) -> None:
+        """Take in one phase of the test; its failures weigh more than what passed."""
+        self.duration_s += duration_s
+        self.ended_at = datetime.now(UTC)
+        if self.outcome in ("", "passed"):
+            self.outcome = outcome
 
-def format_claims(claims: Sequence[Claim], *, where: str, duration_s: float) -> str:
-    """The table of one run, with its date and where it ran."""
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    held = sum(claim.outcome == "passed" for claim in claims)
-    lines = [
-        f"{date}: {held} of {len(claims)} claims held, in {duration_s / 60:.0f} minutes. {where}",
-        "",
-        "| held | claim | evidence | s |",
-        "|---|---|---|---|",
-    ]
-    for claim in claims:
-        told = {"passed": "yes", "not run": "not run"}.get(claim.outcome, "**NO**")
-        evidence = "; ".join(claim.evidence).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {told} | {claim.text} | {evidence} | {claim.duration_s:.0f} |")
-    return "\n".join(lines) + "\n"
+    def format(self) -> str:
+        """Its row; only for one that was put to the test."""
+        assert self.ended_at is not None
+        evidence = "; ".join(self.evidence).replace("|", "\\|").replace("\n", " ")
+        when = self.ended_at.strftime("%Y-%m-%d %H:%M")
+        return (
+            f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
+        )
 
 
-def write_report(text: str, path: Path) -> None:
-    """Replace what stands between the marks of the page; a page without them gets them at its end."""
+def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
+    """The table of all claims, those that ran now in the place of their earlier rows.
+
+    Args:
+        kept: what stood there before.
+    """
+    rows = {found["claim"]: line for line in kept.splitlines() if (found := _ROW.match(line))}
+    rows |= {claim.text: claim.format() for claim in claims if claim.outcome}
+    held = sum(row.startswith("| yes |") for row in rows.values())
+    head = [f"{held} of {len(rows)} claims held. {where}", "", "| held | claim | evidence | s | UTC |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows.values()]) + "\n"
+
+
+def write_report(claims: Sequence[Claim], path: Path, *, where: str) -> None:
+    """Renew the table between the marks of the page; a page without them gets them at its end."""
     page = path.read_text(encoding="utf-8") if path.exists() else ""
     head, found, rest = page.partition(BEGIN)
-    tail = rest.partition(END)[2] if found else ""
+    kept, _, tail = rest.partition(END)
+    text = format_claims(claims, kept, where=where)
     path.write_text(f"{head}{'' if found or not head else chr(10)}{BEGIN}\n{text}{END}{tail or chr(10)}", encoding="utf-8")
