@@ -20,6 +20,10 @@ kind: PodDisruptionBudget
 metadata: {{- include "sdar.metadata" . | nindent 2 }}
 spec:
   maxUnavailable: 1
+  {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
+  # Else the one pod of a role could not leave its node while it is not ready, without end if it never will be.
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  {{- end }}
   selector:
     matchLabels: {{- include "sdar.selector" . | nindent 6 }}
 {{- end }}

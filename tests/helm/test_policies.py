@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from tests.helm.chart import VALUES_FILES, component, containers, find, of_kind, pods, render
+from tests.helm.chart import CHART, VALUES_FILES, component, containers, find, helm, of_kind, pods, render
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
 SERVICES = {"gateway", "rollout", "teacher", "envs", "learner", "redis"}
@@ -100,6 +101,15 @@ def test_selectors_of_workloads_services_and_budgets_find_their_pods_and_no_othe
         assert chosen(thing["spec"]["selector"]) == {component(thing)}
     assert {component(thing) for thing in of_kind(things, "PodDisruptionBudget")} == set(labels) - {"check"}
     assert all(thing["spec"]["maxUnavailable"] == 1 for thing in of_kind(things, "PodDisruptionBudget"))
+
+
+@pytest.mark.parametrize(("version", "told"), [("1.34.1-eks-113cf36", "AlwaysAllow"), ("1.26.0", None), ("0.0.0", None)])
+def test_a_pod_that_is_not_ready_may_leave_its_node_where_kubernetes_can_be_told(version, told):
+    done = helm("template", "sdar", str(CHART), "--kube-version", version)
+    budgets = of_kind([thing for thing in yaml.safe_load_all(done.stdout) if thing], "PodDisruptionBudget")
+
+    assert len(budgets) == len(SERVICES)
+    assert {budget["spec"].get("unhealthyPodEvictionPolicy") for budget in budgets} == {told}
 
 
 @every_values_file
