@@ -26,7 +26,7 @@ from typing import Any
 from sdar.cli.places import ROLE, Place, list_pods
 from sdar.cli.run_directory import RunDirectory, list_running
 from sdar.cli.tools import find_compose, missing_tool, run_tool
-from sdar.contracts.errors import ConfigurationError, UnknownResourceError
+from sdar.contracts.errors import ConfigurationError, UnavailableError, UnknownResourceError
 from sdar.runtime.security import escape_controls
 from sdar.runtime.telemetry import render_event
 
@@ -126,10 +126,10 @@ class _Followers:
     def _look_patiently(self) -> list[Source]:
         try:
             return self._look()
-        except UnknownResourceError:
+        except (UnknownResourceError, UnavailableError):
             if not self._threads:
                 raise
-            return []  # between two pods
+            return []  # between two pods, or the API server is away for a moment
 
     def _follow(self, source: Source) -> None:
         shown_s = newest_s = self._seen_s.get(source.name, -1.0)

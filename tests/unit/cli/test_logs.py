@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from sdar.cli.logs import Source, _Followers
 from sdar.cli.main import main
 from sdar.cli.processes import end_with_parent
 from sdar.cli.run_directory import RunDirectory
+from sdar.contracts.errors import UnavailableError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -169,6 +172,27 @@ def test_following_shows_what_comes_also_from_a_service_that_is_new(runs: Path) 
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_following_outlives_an_api_server_that_is_away_for_a_moment() -> None:
+    source = Source("gateway-1", "gateway", lambda since_s, is_following: iter([]), is_stamped=False)
+    found: list[list[Source] | Exception] = [[source], UnavailableError("The API server is away."), [source]]
+
+    def look() -> list[Source]:
+        if isinstance(answer := found.pop(0), Exception):
+            raise answer
+        return answer
+
+    followers = _Followers(look, queue.Queue(), 0.0)
+    for _ in range(3):
+        followers.look()
+    assert found == []
+    with pytest.raises(UnavailableError):  # at first it is an answer
+        _Followers(lambda: _raise(UnavailableError("It is away.")), queue.Queue(), 0.0).look()
+
+
+def _raise(error: Exception) -> list[Source]:
+    raise error
 
 
 def test_two_places_contradict_each_other(tmp_path: Path, capfd: Capture) -> None:
