@@ -81,6 +81,7 @@ def main() -> None:
         pin(gateway, cores[:1])
         ramps.append(ramp_gateway(url, gateway))
         show(ramps[-1])
+    pin(own, cores)  # the machine is described by what this process may use
     if not arguments.dry_run:
         keep(ramps, arguments.circumstances)
 
