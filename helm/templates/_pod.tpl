@@ -167,7 +167,18 @@ livenessProbe:
 {{- if $values.gpus -}}
 {{- $resources = mergeOverwrite $resources (dict "limits" (dict "nvidia.com/gpu" (int $values.gpus))) -}}
 {{- end -}}
-{{- toYaml $resources -}}
+{{- include "sdar.quantities" $resources -}}
+{{- end }}
+
+{{/* Requests and limits, all of them texts: older API servers take no number where a server-side apply, Helm 4's, has one. */}}
+{{- define "sdar.quantities" -}}
+{{- $texts := dict -}}
+{{- range $kind, $amounts := . -}}
+{{- $of := dict -}}
+{{- range $name, $amount := $amounts -}}{{- $_ := set $of $name (toString $amount) -}}{{- end -}}
+{{- $_ := set $texts $kind $of -}}
+{{- end -}}
+{{- toYaml $texts -}}
 {{- end }}
 
 {{- define "sdar.authEnv" -}}

@@ -43,6 +43,8 @@ def test_every_container_asks_for_what_it_needs_and_is_bounded(values):
     for role, container in containers(render(values)):
         assert {"cpu", "memory"} <= set(container["resources"]["requests"]), role
         assert {"cpu", "memory"} <= set(container["resources"]["limits"]), role
+        # Kubernetes 1.20 refuses a number from a server-side apply, which is how Helm 4 installs.
+        assert all(isinstance(amount, str) for kind in container["resources"].values() for amount in kind.values()), role
 
 
 def test_the_default_release_fits_two_cores_and_eight_gibibytes():
@@ -253,7 +255,7 @@ def test_gpus_are_asked_for_where_they_are_said():
         role: container["resources"]["limits"].get("nvidia.com/gpu") for role, container in containers(render("everything"))
     }
 
-    assert (gpus["rollout"], gpus["teacher"], gpus["learner"], gpus["gateway"], gpus["envs"]) == (2, 2, 4, None, None)
+    assert (gpus["rollout"], gpus["teacher"], gpus["learner"], gpus["gateway"], gpus["envs"]) == ("2", "2", "4", None, None)
     limits = next(container["resources"]["limits"] for role, container in containers(render("everything")) if role == "learner")
-    assert limits["vpc.amazonaws.com/efa"] == 1
+    assert limits["vpc.amazonaws.com/efa"] == "1"
     assert limits["memory"]  # what was not said stays
