@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     """Sessions a client may hold on an environment server; 0 for all there are."""
     instance: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     """Unique name of this process: the consumer name in Redis, a label in logs."""
-    drain_s: float = Field(default=20.0, ge=0, le=3600)
+    drain_s: float = Field(default=20.0, ge=0, le=86_400)
     """How long episodes may go on after SIGTERM; then rollouts hand their groups back and environment servers end sessions."""
     rank: int = Field(default=0, ge=0, validation_alias="RANK")
     """This process's place among the learner's ranks; torchrun sets it, without it the learner starts its own ranks."""

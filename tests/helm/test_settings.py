@@ -52,6 +52,18 @@ def test_every_variable_has_a_value_that_settings_take(values, monkeypatch):
             Settings()
 
 
+@pytest.mark.parametrize("grace_s", [31, 86_400])
+def test_every_grace_that_the_chart_takes_is_a_drain_that_services_take(grace_s):
+    for role in ("rollout", "envs"):
+        environment = {
+            variable["name"]: variable.get("value")
+            for name, container in containers(render("defaults", f"{role}.terminationGracePeriodSeconds={grace_s}"))
+            for variable in container.get("env", [])
+            if name == role
+        }
+        assert Settings(drain_s=environment["SDAR_DRAIN_S"]).drain_s == grace_s - 30
+
+
 @every_values_file
 def test_every_command_is_one_of_sdars(values):
     for role, container in containers(render(values)):
