@@ -50,7 +50,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def _write_report(config: pytest.Config) -> None:
     """After every test, so that what was shown outlives whatever comes next."""
     if path := config.getoption("--report"):
-        where = f"{describe_cluster([run([find_helm() or 'helm', 'version', '--short']).strip()])}; {describe_machine()}."
+        helm = run([find_helm() or "helm", "version", "--short"]).strip()
+        where = f"{describe_cluster([f'helm {helm}'])}; the test on {describe_machine().split(', Python')[0]}."
         write_report(list(config.stash[_claims].values()), Path(path), where=where)
 
 

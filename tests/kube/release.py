@@ -234,8 +234,8 @@ class Release:
         self.cluster.kubectl("delete", "pod", gone.name, "--wait=false")
 
         def is_replaced() -> bool:
-            pods = self.pods(role)
-            return gone.uid not in {pod.uid for pod in pods} and sum(map(_is_up, pods)) == len(before)
+            up = {pod.uid for pod in self.pods(role) if _is_up(pod)}
+            return len(up - {gone.uid}) == len(before)
 
         wait(f"another {role} pod", is_replaced, READY_TIMEOUT_S, tell=self._tell_pods, poll_s=1.0)
         return time.monotonic() - began_s
