@@ -527,7 +527,7 @@ async def test_the_journal_waits_for_no_room(bus: Bus) -> None:
 _steps = st.lists(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(GroupOutcome)), max_size=4), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=_steps)
 def test_both_buses_keep_the_same_account(redis_url: str, steps: list[list[tuple[int, GroupOutcome]]]) -> None:
     async def drive() -> None:

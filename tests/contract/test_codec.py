@@ -255,7 +255,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_what_is_written_is_read_back(name):
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
     @given(VALUES[name])
     def check(value: object) -> None:
         data = ENCODE[name](value)
@@ -337,7 +337,7 @@ def test_a_cut_entry_never_escapes_as_anything_but_our_errors(name):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_decoder(data):
     for decode in DECODE.values():
         with contextlib.suppress(CorruptionError, ContractError):
