@@ -32,7 +32,7 @@ test: setup ## Unit, contract, integration and end-to-end tests
 test-slow: setup ## What takes minutes: the warm start from nothing, the demo to its end
 	$(PY) -m pytest -m slow
 
-test-kube: setup ## Put the chart to the test on the cluster of KUBECONFIG (half an hour); VALUES=FILE, REPORT=PAGE
+test-kube: setup ## Put the chart to the test on the cluster of KUBECONFIG (35 minutes); VALUES=FILE, REPORT=PAGE
 	$(PY) -m pytest tests/kube -s $(if $(VALUES),--values $(VALUES)) $(if $(REPORT),--report $(REPORT))
 
 test-helm: setup ## The chart: schemas of Kubernetes, policies, messages, dashboards, alerts (seconds)
