@@ -16,6 +16,7 @@ from tests.kube.release import Release, describe_cluster
 from tests.kube.report import Claim, write_report
 from tests.kube.volumes import Volumes, has_default_storage_class
 
+_MOST_IMAGES = 50
 _claims = pytest.StashKey[dict[str, Claim]]()
 
 
@@ -100,7 +101,10 @@ def _check_surroundings(cluster: Cluster) -> None:
         run([find_helm() or "helm", "version"], timeout_s=20.0)
     except (CommandError, FileNotFoundError) as error:
         pytest.exit(f"make test-kube needs helm on PATH or in $HELM: {error}", 2)
-    images = {name for node in cluster.get("nodes")["items"] for image in node["status"]["images"] for name in image["names"]}
+    nodes = [node["status"]["images"] for node in cluster.get("nodes")["items"]]
+    if any(len(images) >= _MOST_IMAGES for images in nodes):
+        return  # a node tells of its largest ones only
+    images = {name for images in nodes for image in images for name in image["names"]}
     missing = [name for name in (_image(role, cluster) for role in ROLES) if not any(_is_same(name, other) for other in images)]
     if missing and not cluster.values:
         pytest.exit(
