@@ -217,6 +217,26 @@ def test_the_certificate_names_every_host_that_is_called():
     assert "127.0.0.1" in map(str, names.get_values_for_type(x509.IPAddress))
     authority = x509.load_pem_x509_certificate(base64.b64decode(data["ca.crt"]))
     certificate.verify_directly_issued_by(authority)
+
+
+def test_openssl_accepts_the_generated_certificate_too(tmp_path):
+    """gRPC verifies by BoringSSL, which bears what HTTP clients refuse."""
+    data = find(render("everything"), "Secret", "sdar-tls")["data"]
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        (tmp_path / name).write_bytes(base64.b64decode(data[name]))
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    client_context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(to_client, to_server, server_hostname="localhost")
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+
+    assert client.version() == "TLSv1.3"
+    assert client.getpeercert()["subjectAltName"]
     # Who has its issuer's name is taken for self-signed by OpenSSL, and refused by every client that verifies.
     assert certificate.subject != certificate.issuer
 
