@@ -84,8 +84,8 @@ class Stack:
     def crash(self, service: str) -> None:
         state = self.inspect(service)["State"]
         image = self.inspect("gateway")["Config"]["Image"]
-        as_root = ["docker", "run", "--rm", "--pid=host", "--user", "0:0", "--entrypoint", "kill", image]
-        run([*as_root, "-9", str(state["Pid"])])
+        as_root = ["docker", "run", "--rm", "--pid=host", "--user", "0:0", "--entrypoint", "python", image]
+        run([*as_root, "-c", f"import os; os.kill({int(state['Pid'])}, 9)"])
 
         def is_back() -> bool:
             now = self.inspect(service)
