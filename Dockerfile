@@ -2,6 +2,8 @@
 # tells the arguments. Layers go from what changes least to the code, so that a change of code rebuilds in seconds.
 # Readable by Docker 20.10 without BuildKit: no mounts, no here-documents.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
+# What it is built in; nothing of it but the packages ends up in an image.
+ARG BUILD_IMAGE=${BASE_IMAGE}
 
 # ---- what runs: a user, the folders it may write to, how it is started, watched and stopped
 FROM ${BASE_IMAGE} AS runtime
@@ -30,10 +32,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=6 CMD ["py
 ENTRYPOINT ["sdar"]
 
 # ---- what installs: an empty environment, the optional folder of wheels, a compiler for the few packages without wheels
-FROM ${BASE_IMAGE} AS builder
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ make cmake \
- && rm -rf /var/lib/apt/lists/* \
+FROM ${BUILD_IMAGE} AS builder
+# Not asked of Debian's mirror where the image has it: so it builds without internet.
+RUN if ! { command -v g++ && command -v make && command -v cmake; } >/dev/null; then \
+      apt-get update \
+   && apt-get install --yes --no-install-recommends g++ make cmake \
+   && rm -rf /var/lib/apt/lists/*; \
+    fi \
  && python3 -m venv --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_PYTHON=/opt/venv/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # Passed on to pip where they are given: an index of one's own, or PIP_NO_INDEX=1 for a folder of wheels that holds everything.
@@ -41,7 +46,8 @@ ARG PIP_INDEX_URL
 ARG PIP_NO_INDEX
 ARG WHEELS=deploy/wheels
 COPY ${WHEELS}/ /wheels/
-ENV PIP_FIND_LINKS=/wheels
+# As variables: an argument ends with its stage. pip takes an empty one as not given.
+ENV PIP_FIND_LINKS=/wheels PIP_INDEX_URL=${PIP_INDEX_URL} PIP_NO_INDEX=${PIP_NO_INDEX}
 
 # ---- the code, compiled here because nothing can write bytecode later
 FROM builder AS code
@@ -106,9 +112,11 @@ RUN case "$ACCELERATOR" in \
 
 FROM runtime AS torch
 ARG ACCELERATOR=cpu
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends libnuma1 $([ "$ACCELERATOR" = cpu ] || echo gcc libc6-dev) \
- && rm -rf /var/lib/apt/lists/*
+RUN if ! { ldconfig -p | grep -q libnuma.so.1 && { [ "$ACCELERATOR" = cpu ] || command -v gcc >/dev/null; }; }; then \
+      apt-get update \
+   && apt-get install --yes --no-install-recommends libnuma1 $([ "$ACCELERATOR" = cpu ] || echo gcc libc6-dev) \
+   && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=teacher-packages /opt/venv /opt/venv
 
 # ---- teacher
