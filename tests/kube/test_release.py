@@ -31,9 +31,11 @@ GROUPS_PER_UPDATE = load_config(ROOT / "examples" / "household.yaml").training.g
 SLEEPING = ("rollout", "teacher", "learner")
 IDLE_AFTER_S = 20
 NEVER_IDLE_S = 3600
-MEASURE_S = 30.0
-ROLLOUT_CPU = "400m"
-"""So that on two cores one rollout worker is slower than its learner: otherwise there is nothing for two more to speed up."""
+MEASURE_S = 60.0
+"""Several times the length of a slow worker's episodes, which count when they are over."""
+ROLLOUT_CPU = "250m"
+"""So that on two cores even three rollout workers are slower than their learner: otherwise it is the learner that is measured.
+At 400m three of them left the others 0.8 of a core, and those 0.8 were the bound."""
 GAIN = 1.5
 """Of three such workers over one, at least."""
 
