@@ -111,11 +111,17 @@ with the keys that `run` has in place of the demo's.
 {{- div (int $run.training.num_ranks) (int .Values.learner.replicas) -}}
 {{- end }}
 
-{{/* The number of pods, where the chart decides it: not where the gateway or KEDA does. */}}
+{{/* The number of pods, where the chart decides it: not where the gateway or KEDA does. A dry run leaves it as it is. */}}
 {{- define "sdar.replicas" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $scaling := $root.Values.autoscaling -}}
 {{- $isGatewayScaled := or (eq $scaling.mode "gateway") (eq $role "learner") -}}
 {{- if or (eq $scaling.mode "none") $scaling.dryRun (not (or $isGatewayScaled (include "sdar.isKedaScaled" .))) -}}
-replicas: {{ if eq $role "learner" }}{{ $root.Values.learner.replicas }}{{ else }}{{ (index $root.Values $role).replicas.min }}{{ end }}
+{{- $replicas := (index $root.Values $role).replicas -}}
+{{- if ne $role "learner" }}{{ $replicas = $replicas.min }}{{ end -}}
+{{- if $scaling.dryRun -}}
+{{- $kind := ternary "StatefulSet" "Deployment" (eq $role "learner") -}}
+{{- with lookup "apps/v1" $kind $root.Release.Namespace (include "sdar.name" .) }}{{ $replicas = .spec.replicas | default $replicas }}{{ end -}}
+{{- end -}}
+replicas: {{ $replicas }}
 {{- end -}}
 {{- end }}

@@ -82,7 +82,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             cluster.kubectl("delete", "namespace", cluster.namespace, timeout_s=180.0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def installed(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Release]:
     """`helm install sdar ./helm`, with default values. The tests of test_release.py follow its life."""
     with Release(cluster, "sdar", is_kept=bool(request.config.getoption("--namespace"))) as release:

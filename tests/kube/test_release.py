@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from loadtest.chaos.checks import Check, check_closed, check_samples, check_trained
 from sdar.config import load_config
 from sdar.contracts.types import GroupOutcome
-from tests.kube.cluster import ROLES, ROOT, Cluster, say, wait
+from tests.kube.cluster import CHART, ROLES, ROOT, Cluster, say, wait
 from tests.kube.monitoring import Monitoring
 from tests.kube.release import READY_TIMEOUT_S, Release, Watch, describe, list_left
 
@@ -31,8 +32,9 @@ GROUPS_PER_UPDATE = load_config(ROOT / "examples" / "household.yaml").training.g
 SLEEPING = ("rollout", "teacher", "learner")
 IDLE_AFTER_S = 20
 NEVER_IDLE_S = 3600
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 MEASURE_S = 60.0
-"""Several times the length of a slow worker's episodes, which count when they are over."""
+"""Several times as long as a slow worker plays a group."""
 ROLLOUT_CPU = "250m"
 """So that on two cores even three rollout workers are slower than their learner: otherwise it is the learner that is measured.
 At 400m three of them left the others 0.8 of a core, and those 0.8 were the bound."""
@@ -153,6 +155,8 @@ def test_throughput_follows_the_number_of_rollout_workers_and_nothing_else_resta
     assert len(speeds[1, 3]) == 3
     assert min(speeds[1, 3].values()) > 0
     assert three > GAIN * max(one, again), f"each worker held to {ROLLOUT_CPU} of a core"
+    installed.upgrade(rollout__resources__limits__cpu=VALUES["rollout"]["resources"]["limits"]["cpu"])
+    _wait_rolled(installed, "rollout")
 
 
 def test_an_upgrade_of_a_teacher_value_replaces_only_the_teacher(installed: Release, watch: Watch, evidence: list[str]) -> None:
@@ -270,7 +274,7 @@ def _wait_rolled(release: Release, role: str) -> None:
 
 
 def _measure(release: Release) -> dict[str, float]:
-    """Tokens of finished episodes a second, by rollout pod."""
+    """Tokens sampled a second, by rollout pod."""
     name = "sdar_rollout_generated_tokens_total"
     pods = release.pods("rollout")
     began = {pod.name: (time.monotonic(), release.scrape(pod)[name]) for pod in pods}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kubernetes import client, config
 from sdar.contracts.errors import ConflictError, UnavailableError
 from services.gateway.scaling.cluster import KubernetesCluster
 from services.gateway.scaling.file import ScalingFile, Workload
-from tests.kube.cluster import CHART, Cluster, CommandError, run
+from tests.kube.cluster import CHART, ROLES, Cluster, CommandError, run
 
 # The kubeconfig decides whether the server's certificate is checked; a cluster of a test machine often has none to check.
 pytestmark = pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
@@ -148,6 +149,19 @@ async def test_what_is_not_in_the_scaling_file_is_out_of_reach(own: Cluster, wor
     gateway = client.AppsV1Api(sign_in(own))
     with pytest.raises(client.ApiException, match="Forbidden"):
         await asyncio.to_thread(gateway.read_namespaced_deployment, workloads["rollout"].name, own.namespace)
+
+
+def test_turning_a_dry_run_on_leaves_every_size_as_it_is(own: Cluster) -> None:
+    """Whoever turns it on while a release is large wants advice, not three workers less. No pod of it has to run."""
+    nowhere = (("--set", f"{role}.nodeSelector.no=node") for role in (*ROLES, "redis"))
+    own.helm("install", "large", str(CHART), *chain.from_iterable(nowhere), "--set", "rollout.replicas.max=4")
+    own.kubectl("scale", "deployment/large-sdar-rollout", "--replicas", "4")
+    for level in ("info", "debug"):  # as it is turned on, and at an upgrade while it is on
+        own.helm("upgrade", "large", str(CHART), "--reuse-values", "--set", f"autoscaling.dryRun=true,logLevel={level}")
+        sizes = {thing["metadata"]["name"]: thing["spec"]["replicas"] for thing in own.get("deployments")["items"]}
+        assert sizes["large-sdar-rollout"] == 4
+        assert {sizes[f"large-sdar-{role}"] for role in ("gateway", "teacher", "envs")} == {1}
+    own.helm("uninstall", "large")
 
 
 async def test_a_workload_that_was_removed_is_named(
