@@ -27,7 +27,7 @@ demo: setup ## Train the household agent on this machine: all services, live vie
 	@.venv/bin/sdar run examples/household.yaml
 
 test: setup ## Unit, contract, integration and end-to-end tests
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" --durations=25 --durations-min=5
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=25 --durations-min=5
 
 test-slow: setup ## What takes minutes: the warm start from nothing, the demo to its end
 	$(PY) -m pytest -m slow
