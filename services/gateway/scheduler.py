@@ -100,6 +100,7 @@ class Scheduler:
         self._is_changed = False
         self._was_empty = False
         self._confirmations: list[asyncio.Future[None]] = []
+        self._asked: list[Callable[[], None]] = []
         self.is_restored = False
         self.woken_at_s = 0.0
 
@@ -201,13 +202,14 @@ class Scheduler:
         retired = self._retries.taken
         is_due = bool(self._is_changed or self._outbox or events or retired)
         if self._was_empty and self._confirmations:
-            num_asked = len(self._confirmations)
+            num_waiting = len(self._confirmations)
             await self._check_tenure()
-            self._confirm(num_asked)
+            self._confirm(num_waiting)
         while is_due and not self._was_empty:
             self._is_changed = False  # before it is written: a request may change it again meanwhile
             publications = {Stream.TASKS: self._outbox} if self._outbox else {}
-            state, num_asked = {STATE_NAME: self.state.to_bytes()}, len(self._confirmations)
+            state = {STATE_NAME: self.state.to_bytes()}
+            num_waiting, num_asked = len(self._confirmations), len(self._asked)
             try:
                 await self._bus.commit(publications, events, state, transitions=self._issued, retired_letters=list(retired))
             except CapacityError as error:
@@ -220,7 +222,8 @@ class Scheduler:
                     span.end()
                 self._outbox, self._issued, self._spans, is_due = [], [], [], False
                 self._retries.settle()
-                self._confirm(num_asked)
+                del self._asked[:num_asked]
+                self._confirm(num_waiting)
         self._metrics.observe_run(
             self.ledger,
             self.state.evaluations,
@@ -299,19 +302,22 @@ class Scheduler:
             self._wake()
 
     async def _load(self) -> None:
-        """Take the saved state, and what was read and never written down."""
+        """Take the saved state, with what was asked for and not saved yet, and what was read and never written down."""
         saved = await self._bus.load_state(STATE_NAME)
         self.state = GatewayState() if saved is None else GatewayState.from_bytes(saved)
         if saved is not None:
             log.info("gateway_restored", num_issued=self.state.next_group_number, phase=self.state.phase)
         self._outbox, self._issued, self._spans, self._is_changed = [], [], [], False
+        for change in self._asked:
+            try:
+                change()
+            except RefusedError as error:
+                log.warning("request_lost", error=error.message)
         self._in_hand = await self._reclaim()
 
     async def _adopt_restored(self) -> None:
         """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in its streams were lost."""
-        environments = self.state.environments
         await self._restore()
-        self.state.environments |= environments
         self._was_empty = False
         self.state.sleep = None  # as of the snapshot; whoever put it back is awake
         for evaluation in self.state.evaluations:
@@ -554,12 +560,19 @@ class Scheduler:
 
         Raises RefusedError unless running.
         """
-        self._control(RunPhase.PAUSED, allowed=(RunPhase.RUNNING, RunPhase.PAUSED))
-        if not until_restart:
-            self.state.paused_at_s = self.state.paused_at_s or self._clock()
+
+        def change() -> None:
+            self._control(RunPhase.PAUSED, allowed=(RunPhase.RUNNING, RunPhase.PAUSED))
+            if not until_restart:
+                self.state.paused_at_s = self.state.paused_at_s or self._clock()
+
+        self._ask(change)
 
     def resume(self) -> None:
         """Issue groups again, also after giving up, and wake a run that sleeps. Raises RefusedError if nothing can go on."""
+        self._ask(self._resume)
+
+    def _resume(self) -> None:
         state = self.state
         if state.phase is RunPhase.FINISHED:
             raise RefusedError(f"Run {self.config.name} is finished. Raise training.num_updates to go on with it.")
@@ -575,6 +588,9 @@ class Scheduler:
 
     def stop(self) -> None:
         """End the run early: issue no more groups, evaluate the newest policy, finish. Raises RefusedError before it runs."""
+        self._ask(self._stop)
+
+    def _stop(self) -> None:
         self._control(RunPhase.STOPPING, allowed=(RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING))
         self.state.is_stop_asked = True
         self.state.paused_at_s = 0.0
@@ -587,9 +603,13 @@ class Scheduler:
 
     def fall_asleep(self, reason: str, sizes: Mapping[str, int]) -> None:
         """Note that the run's workloads are going to be held at zero; `sizes` are what they come back to."""
-        self.state.sleep = Sleep(reason, self._clock(), compute_digest(self.config))
-        self.state.sizes = dict(sizes)
-        self._is_changed = True
+
+        def change() -> None:
+            self.state.sleep = Sleep(reason, self._clock(), compute_digest(self.config))
+            self.state.sizes = dict(sizes)
+            self._is_changed = True
+
+        self._ask(change)
         log.warning("run_asleep", reason=reason, phase=self.state.phase)
 
     def _wake(self) -> None:
@@ -614,8 +634,12 @@ class Scheduler:
         check_registration(name, address)
         found = await self._describe(name, address)
         self.environments[name] = found
-        self.state.environments[name] = address
-        self._is_changed = True
+
+        def change() -> None:
+            self.state.environments[name] = address
+            self._is_changed = True
+
+        self._ask(change)
         log.info("environment_registered", name=name, address=address, version=found.version)
         return found
 
@@ -635,6 +659,11 @@ class Scheduler:
         Only registrations are remembered: after a restart the run's own environment may listen elsewhere.
         """
         return self.state.environments.get(name, self._default_address)
+
+    def _ask(self, change: Callable[[], None]) -> None:
+        """Change the state as somebody asks for it; done again if the commit that would have saved it is refused."""
+        change()
+        self._asked.append(change)
 
     def _control(self, phase: RunPhase, allowed: tuple[RunPhase, ...]) -> None:
         if self.state.phase not in allowed:

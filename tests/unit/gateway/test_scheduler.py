@@ -578,6 +578,28 @@ async def test_a_gateway_waits_for_room_in_a_full_stream_and_lives() -> None:
     await run.stop()
 
 
+async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refusal() -> None:
+    config = build_config()
+    run = Run(config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=30)))
+    await run.publish_policy(0)
+    await until(lambda: run.scheduler.state.next_group_number == 4)
+    await run.report(GroupOutcome.FAILED, group_named("group-00000000"))
+    await until(lambda: run.scheduler.state.next_group_number == 5)  # decided; the commit waits for room
+    run.scheduler.pause()
+    await run.scheduler.register_environment("other", "there:1")
+    assert len(await run.bus.reclaim(Stream.LEDGER, ConsumerGroup.GATEWAY, "somebody", 0.0, 10)) == 1
+    await run.take(10)
+    await run.scheduler.confirm_tenure()
+    assert run.scheduler.state.next_group_number == 4, "the commit was refused"
+    await run.stop()
+    second = Run(config, run.bus)
+    await second.reach(RunPhase.PAUSED)
+    assert second.scheduler.state.environments["other"] == "there:1"
+    second.scheduler.resume()
+    assert [group.group_id for group in await second.take(1)] == ["group-00000004"]
+    await second.stop()
+
+
 async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(run: Run) -> None:
     _, training = await begin(run)
     trajectory = codec.encode_trajectory(play(training[0], 0))
