@@ -196,8 +196,8 @@ class Release:
         return [pod for pod in found if pod.role != "check"]
 
     def lives(self) -> dict[str, tuple[str, int]]:
-        """What tells that a pod was neither replaced nor restarted: uid and restarts by name."""
-        return {pod.name: (pod.uid, pod.num_restarts) for pod in self.pods()}
+        """What tells that a pod was neither replaced nor restarted: uid and restarts by name; not of one on its way out."""
+        return {pod.name: (pod.uid, pod.num_restarts) for pod in self.pods() if not pod.is_ending}
 
     def sdar(self, *arguments: str, expected_code: int = 0) -> str:
         """What the `sdar` command of this checkout says about the release, its error included."""
@@ -228,7 +228,7 @@ class Release:
 
     def delete_pod(self, role: str) -> float:
         """`kubectl delete pod` of one pod of a role; returns the seconds until another is ready in its place."""
-        before = self.pods(role)
+        before = [pod for pod in self.pods(role) if not pod.is_ending]
         gone = before[0]
         began_s = time.monotonic()
         self.cluster.kubectl("delete", "pod", gone.name, "--wait=false")
