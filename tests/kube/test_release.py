@@ -37,7 +37,7 @@ MEASURE_S = 60.0
 """Several times as long as a slow worker plays a group."""
 ROLLOUT_CPU = "250m"
 """So that on two cores even three rollout workers are slower than their learner: otherwise it is the learner that is measured.
-At 400m three of them left the others 0.8 of a core, and those 0.8 were the bound."""
+At 400m three gained 1.38 times, on a machine with other work; which of the two was the cause was not measured."""
 GAIN = 1.5
 """Of three such workers over one, at least."""
 
