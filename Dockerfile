@@ -28,7 +28,7 @@ ENV PATH=/opt/sdar/bin:/opt/venv/bin:$PATH \
     SDAR_CHECKPOINTS=/var/lib/sdar/checkpoints
 WORKDIR /opt/sdar
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=6 CMD ["python", "-m", "sdar.runtime.probe"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=6 CMD ["python", "-m", "sdar.process.probe"]
 ENTRYPOINT ["sdar"]
 
 # ---- what installs: an empty environment, the optional folder of wheels, a compiler for the few packages without wheels

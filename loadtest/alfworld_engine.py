@@ -1,8 +1,10 @@
-"""Measures the kept ALFWorld engine against the stock one: steps, loading, resetting, and the memory of a game in play.
+"""Measures the kept ALFWorld engine against the stock one: steps, loading, resetting, and the
+memory of a game in play.
 
-Both sides are ALFWorld's own stack of wrappers, in one process and in turn, on the same generated games and the same commands:
-random ones, a reset, the walkthrough. Nothing of TextWorld is patched, so the stock engine stays stock beside ours. Every line
-of both transcripts is compared, so that no figure is of an engine that plays another game.
+Both sides are ALFWorld's own stack of wrappers, in one process and in turn, on the same generated
+games and the same commands: random ones, a reset, the walkthrough. Nothing of TextWorld is patched,
+so the stock engine stays stock beside ours. Every line of both transcripts is compared, so that no
+figure is of an engine that plays another game.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from typing import Any
 import psutil
 from textworld.envs.pddl.pddl import PddlEnv
 
-from loadtest.comparison import Comparison, Measurement, Say, Table, Target, describe_pair, format_figure
+from loadtest.comparison import (
+    Comparison,
+    Measurement,
+    Say,
+    Table,
+    Target,
+    describe_pair,
+    format_figure,
+)
 from loadtest.workloads import SEED
 from services.envs.alfworld.engine import AlfredInfos, KeptPddlEnv, build_stack, translate
 from services.envs.alfworld.games import GAME_FILE, TASK_TYPES, GameEntry, read_game, read_index
@@ -57,14 +67,19 @@ def measure(say: Say) -> Measurement:
         comparisons.extend(_compare(size, chosen, say))
     say("memory")
     memory = [_measure_memory_per_game(engine, games["small"]) for engine in (KeptPddlEnv, PddlEnv)]
-    rows = tuple((name, f"{format_figure(size / 2**20)} MiB") for name, size in zip(("ours", "stock"), memory, strict=True))
+    rows = tuple(
+        (name, f"{format_figure(size / 2**20)} MiB")
+        for name, size in zip(("ours", "stock"), memory, strict=True)
+    )
     return Measurement(
         tuple(comparisons),
         tables=(Table("ALFWorld: memory of one more game in play", ("engine", "memory"), rows),),
         notes=(
-            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; one game of each task type. "
+            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; one "
+            "game of each task type. "
             "Transcripts of both sides were the same, line by line.",
-            "A game is translated when a process first loads it, and kept: the other members of its group, and every reset, "
+            "A game is translated when a process first loads it, and kept: the other members of "
+            "its group, and every reset, "
             "find it there.",
         ),
     )
@@ -73,13 +88,18 @@ def measure(say: Say) -> Measurement:
 def _generate_games(directory: Path) -> dict[str, list[Game]]:
     """One game of each type in small rooms, and one of each in large rooms."""
     num_types = len(TASK_TYPES)
-    generate(directory, num_tasks=num_types * len(SIZE_CYCLE), seed=SEED, report=lambda done, total: None)
+    generate(
+        directory, num_tasks=num_types * len(SIZE_CYCLE), seed=SEED, report=lambda done, total: None
+    )
     train = read_index(directory / "index.json")[: num_types * len(SIZE_CYCLE)]
     by_size: dict[str, list[GameEntry]] = {"small": [], "large": []}
     for number, size in enumerate(SIZE_CYCLE):
         if size in by_size and not by_size[size]:
             by_size[size] = train[number * num_types : (number + 1) * num_types]
-    return {size: [read_game(directory / entry.task_id / GAME_FILE) for entry in chosen] for size, chosen in by_size.items()}
+    return {
+        size: [read_game(directory / entry.task_id / GAME_FILE) for entry in chosen]
+        for size, chosen in by_size.items()
+    }
 
 
 def _compare(size: str, games: Sequence[Game], say: Say) -> list[Comparison]:
@@ -94,13 +114,20 @@ def _compare(size: str, games: Sequence[Game], say: Say) -> list[Comparison]:
         translate.cache_clear()
         pair = _play(ours, game, commands), _play(stock, game, commands)
         if pair[0].transcript != pair[1].transcript:
-            raise RuntimeError(f"The engines disagree on {size} game {number}: no figure of them can be compared.")
+            raise RuntimeError(
+                f"The engines disagree on {size} game {number}: no figure of them can be compared."
+            )
         timings.append(pair)
         say(describe_pair(number + 1, len(games), (pair[0].steps_per_s, pair[1].steps_per_s)))
     columns: tuple[tuple[str, str, Callable[[Timing], float], Target | None], ...] = (
         ("a core's steps", "steps/s", lambda timing: timing.steps_per_s, TARGET),
         ("loading a game for the first time", "ms", lambda timing: 1000 * timing.load_s, None),
-        ("loading a known game and resetting it", "ms", lambda timing: 1000 * timing.reload_s, None),
+        (
+            "loading a known game and resetting it",
+            "ms",
+            lambda timing: 1000 * timing.reload_s,
+            None,
+        ),
     )
     return [
         Comparison(
@@ -140,7 +167,9 @@ def _play(stack: AlfredInfos, game: Game, commands: Sequence[str]) -> Timing:
             began = time.perf_counter()
             state, _, _ = stack.step(command)
             timing.step_s.append(time.perf_counter() - began)
-        timing.transcript.append((state["feedback"], tuple(state["admissible_commands"]), state["won"]))
+        timing.transcript.append(
+            (state["feedback"], tuple(state["admissible_commands"]), state["won"])
+        )
     return timing
 
 
@@ -157,6 +186,8 @@ def _measure_memory_per_game(engine: type[PddlEnv], games: Sequence[Game]) -> fl
 
 
 def _measure_own_memory() -> int:
-    """Bytes that no other process shares, the loaded pages of each engine's own library copy among them."""
+    """Bytes that no other process shares, the loaded pages of each engine's own library copy among
+    them.
+    """
     gc.collect()
     return int(psutil.Process().memory_full_info().uss)

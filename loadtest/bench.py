@@ -1,7 +1,9 @@
-"""Owns `python -m loadtest.bench`: which measurements there are, and running them one after the other.
+"""Owns `python -m loadtest.bench`: which measurements there are, and running them one after the
+other.
 
-Each runs in a process of its own, so that thread counts, memory and a crash of one reach no other. What is finished is saved at
-once; the exit code is 1 if any failed. A missed target is a result, not a failure.
+Each runs in a process of its own, so that thread counts, memory and a crash of one reach no other.
+What is finished is saved at once; the exit code is 1 if any failed. A missed target is a result,
+not a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from loadtest.comparison import Measurement
 from loadtest.page import ROOT, describe_machine, save_result, write_page
 from loadtest.workloads import SEED
-from sdar.runtime.telemetry import configure_logging
+from sdar.process.telemetry import configure_logging
 
 MEASUREMENTS = {
     "rollout": "loadtest.rollout_throughput",
@@ -42,11 +44,23 @@ GROUPS = {"environments": ("sessions", "alfworld", "webshop", "search")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description="Measure against named peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.bench", description="Measure against named peers."
+    )
     known = (*MEASUREMENTS, *GROUPS)
-    parser.add_argument("--only", action="append", choices=known, metavar="NAME", help=f"of {', '.join(known)}")
-    parser.add_argument("--dry-run", action="store_true", help="measure, print, and leave results and page as they are")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write docs/benchmarks.md from what is kept")
+    parser.add_argument(
+        "--only", action="append", choices=known, metavar="NAME", help=f"of {', '.join(known)}"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure, print, and leave results and page as they are",
+    )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="measure nothing, write docs/benchmarks.md from what is kept",
+    )
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -56,26 +70,43 @@ def main() -> None:
         write_page()
         return
     names = [one for name in arguments.only or MEASUREMENTS for one in GROUPS.get(name, (name,))]
-    failed = [name for name in names if not _measure(name, f"{names.index(name) + 1}/{len(names)}", arguments.dry_run)]
+    failed = [
+        name
+        for name in names
+        if not _measure(name, f"{names.index(name) + 1}/{len(names)}", arguments.dry_run)
+    ]
     if failed:
-        sys.exit(f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay.")
+        sys.exit(
+            f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay."
+        )
 
 
 def _measure(name: str, place: str, is_dry_run: bool) -> bool:
     """Run one measurement in a child and save it; tells whether that worked."""
     print(f"[{place}] {name}", flush=True)
     began = time.monotonic()
-    # One thread per process: they share the cores, and two pools on one core are three times slower.
+    # One thread per process: they share the cores, and two pools on one core are three times
+    # slower.
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ}
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         file = Path(directory) / "measurement.json"
-        child = subprocess.run([sys.executable, "-m", "loadtest.bench", "--child", name, str(file)], cwd=ROOT, env=environment)
+        child = subprocess.run(
+            [sys.executable, "-m", "loadtest.bench", "--child", name, str(file)],
+            cwd=ROOT,
+            env=environment,
+        )
         if child.returncode or not file.exists():
             return False
         measurement = Measurement.from_json(json.loads(file.read_text(encoding="utf-8")))
     for comparison in measurement.comparisons:
-        verdict = "" if comparison.is_met is None else f", {comparison.target}: {'met' if comparison.is_met else 'MISSED'}"
-        print(f"  {comparison.what}: {comparison.ratio:.3g} of {comparison.peer}{verdict}", flush=True)
+        verdict = (
+            ""
+            if comparison.is_met is None
+            else f", {comparison.target}: {'met' if comparison.is_met else 'MISSED'}"
+        )
+        print(
+            f"  {comparison.what}: {comparison.ratio:.3g} of {comparison.peer}{verdict}", flush=True
+        )
     for table in measurement.tables:
         print("\n".join(f"  {' | '.join(row)}" for row in (table.columns, *table.rows)), flush=True)
     if not is_dry_run:

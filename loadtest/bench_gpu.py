@@ -1,12 +1,15 @@
-"""Measures the learner's step on one GPU: tokens per second, share of the GPU's peak, memory, and SDAR's cost over GRPO's.
+"""Measures the learner's step on one GPU: tokens per second, share of the GPU's peak, memory, and
+SDAR's cost over GRPO's.
 
     python loadtest/bench_gpu.py                        0.5B and 1.5B Qwen2.5 shapes, random weights, bfloat16
     python loadtest/bench_gpu.py --device cpu --tiny    the same code on a tiny shape, to see that it runs
 
-One file that needs Python 3.11, torch and transformers, and this repository around it for `sdar.algorithms`. The step is what a
-learner does between two weight versions, less the reference's forward pass: forward with chunked log-probs, loss, backward,
-float32 gradients summed over micro-batches, clipping, AdamW on float32 master weights, copy back to bfloat16. It prints a
-Markdown table and writes every figure to a JSON file, which `python -m loadtest.bench --page` puts into docs/benchmarks.md.
+One file that needs Python 3.11, torch and transformers, and this repository around it for
+`sdar.algorithms`. The step is what a learner does between two weight versions, less the reference's
+forward pass: forward with chunked log-probs, loss, backward, float32 gradients summed over
+micro-batches, clipping, AdamW on float32 master weights, copy back to bfloat16. It prints a
+Markdown table and writes every figure to a JSON file, which `python -m loadtest.bench --page` puts
+into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -35,12 +38,16 @@ RESULTS = ROOT / "loadtest" / "results_gpu.json"
 
 
 def _stand_in_for_jaxtyping() -> None:
-    """Let `sdar.algorithms` be imported on a machine without jaxtyping: it only annotates shapes, which nothing evaluates."""
+    """Let `sdar.algorithms` be imported on a machine without jaxtyping: it only annotates shapes,
+    which nothing evaluates.
+    """
     try:
         import jaxtyping  # noqa: F401
     except ImportError:
         module = types.ModuleType("jaxtyping")
-        annotation = type("Annotation", (), {"__class_getitem__": classmethod(lambda cls, item: item[0])})
+        annotation = type(
+            "Annotation", (), {"__class_getitem__": classmethod(lambda cls, item: item[0])}
+        )
         for name in ("Bool", "Float", "Int"):
             setattr(module, name, annotation)
         sys.modules["jaxtyping"] = module
@@ -49,14 +56,20 @@ def _stand_in_for_jaxtyping() -> None:
 _stand_in_for_jaxtyping()
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere, uninstalled
 
-from sdar.algorithms.batching import MicroBatch, TokenSequence, build_microbatches, count_response_tokens  # noqa: E402
+from sdar.algorithms.batching import (  # noqa: E402
+    MicroBatch,
+    TokenSequence,
+    build_microbatches,
+    count_response_tokens,
+)
 from sdar.algorithms.logprobs import TokenScorer  # noqa: E402
 from sdar.algorithms.methods import LossSettings, compute_loss, get_method  # noqa: E402
 
 SEED = 0
 METHODS = ("sdar", "grpo")
 LEARNING_RATE, MAX_GRADIENT_NORM = 1e-6, 1.0
-# Dense bfloat16 TFLOP/s of the makers' data sheets, by a part of the device's name; the first that fits counts.
+# Dense bfloat16 TFLOP/s of the makers' data sheets, by a part of the device's name; the first that
+# fits counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -83,9 +96,24 @@ class Shape:
     chunk_tokens: int
 
 
-QWEN = {"vocab_size": 151_936, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 32_768}
-SMALL = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-LARGE = QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+QWEN = {
+    "vocab_size": 151_936,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32_768,
+}
+SMALL = QWEN | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+}
+LARGE = QWEN | {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}
 TINY = QWEN | {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -94,25 +122,51 @@ TINY = QWEN | {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-AGENT = {"num_sequences": 64, "min_tokens": 1024, "max_tokens": 3072, "microbatch_tokens": 16_384, "chunk_tokens": 1024}
+AGENT = {
+    "num_sequences": 64,
+    "min_tokens": 1024,
+    "max_tokens": 3072,
+    "microbatch_tokens": 16_384,
+    "chunk_tokens": 1024,
+}
 SHAPES = (Shape("Qwen2.5-0.5B", SMALL, **AGENT), Shape("Qwen2.5-1.5B", LARGE, **AGENT))
-TINY_SHAPE = Shape("tiny", TINY, num_sequences=6, min_tokens=16, max_tokens=48, microbatch_tokens=96, chunk_tokens=32)
+TINY_SHAPE = Shape(
+    "tiny",
+    TINY,
+    num_sequences=6,
+    min_tokens=16,
+    max_tokens=48,
+    microbatch_tokens=96,
+    chunk_tokens=32,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that it runs")
-    parser.add_argument("--pairs", type=int, default=5, help="steps of SDAR and GRPO in turn, after two pairs that don't count")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=5,
+        help="steps of SDAR and GRPO in turn, after two pairs that don't count",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch sees no CUDA device. Run this on a machine with one, or pass --device cpu --tiny.")
+        sys.exit(
+            "error: torch sees no CUDA device. Run this on a machine with one, or pass --device "
+            "cpu --tiny."
+        )
     rows = []
     for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
         for is_checkpointed in (False, True):
-            print(f"{shape.name}, gradient checkpointing {'on' if is_checkpointed else 'off'} ...", file=sys.stderr, flush=True)
+            print(
+                f"{shape.name}, gradient checkpointing {'on' if is_checkpointed else 'off'} ...",
+                file=sys.stderr,
+                flush=True,
+            )
             rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -128,7 +182,9 @@ def main() -> None:
     print(results["table"])
 
 
-def measure(shape: Shape, is_checkpointed: bool, device: torch.device, num_pairs: int) -> dict[str, Any]:
+def measure(
+    shape: Shape, is_checkpointed: bool, device: torch.device, num_pairs: int
+) -> dict[str, Any]:
     """One row. A shape that does not fit into the device's memory says so instead of figures."""
     row: dict[str, Any] = {"model": shape.name, "gradient_checkpointing": is_checkpointed}
     try:
@@ -141,7 +197,9 @@ def measure(shape: Shape, is_checkpointed: bool, device: torch.device, num_pairs
             torch.cuda.empty_cache()
 
 
-def _measure(shape: Shape, is_checkpointed: bool, device: torch.device, num_pairs: int) -> dict[str, Any]:
+def _measure(
+    shape: Shape, is_checkpointed: bool, device: torch.device, num_pairs: int
+) -> dict[str, Any]:
     sequences = draw_sequences(shape)
     learner = Learner(shape, is_checkpointed, device)
     batches = {method: learner.place(sequences, has_teacher=method == "sdar") for method in METHODS}
@@ -149,7 +207,9 @@ def _measure(shape: Shape, is_checkpointed: bool, device: torch.device, num_pair
     reset_peak_memory(device)
     pairs = []
     for index in range(2 + num_pairs):
-        pair = tuple(learner.time_step(method, batches[method], num_response_tokens) for method in METHODS)
+        pair = tuple(
+            learner.time_step(method, batches[method], num_response_tokens) for method in METHODS
+        )
         if index >= 2:
             pairs.append(pair)
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
@@ -172,7 +232,9 @@ def _measure(shape: Shape, is_checkpointed: bool, device: torch.device, num_pair
 
 
 class Learner:
-    """A bfloat16 model with float32 master weights, gradients and AdamW state: what DeepSpeed keeps for a rank on its own."""
+    """A bfloat16 model with float32 master weights, gradients and AdamW state: what DeepSpeed keeps
+    for a rank on its own.
+    """
 
     def __init__(self, shape: Shape, is_checkpointed: bool, device: torch.device) -> None:
         torch.manual_seed(SEED)
@@ -181,17 +243,25 @@ class Learner:
         if is_checkpointed:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         causal_lm.train()
-        self._scorer = TokenScorer(causal_lm.to(torch.bfloat16), temperature=1.0, chunk_size=shape.chunk_tokens)
+        self._scorer = TokenScorer(
+            causal_lm.to(torch.bfloat16), temperature=1.0, chunk_size=shape.chunk_tokens
+        )
         self._shape, self._device = shape, device
         self._weights: list[torch.Tensor] = list(self._scorer.parameters())
         self._masters = [weight.detach().float().requires_grad_() for weight in self._weights]
-        self._optimizer = torch.optim.AdamW(self._masters, lr=LEARNING_RATE, weight_decay=0.01, fused=device.type == "cuda")
+        self._optimizer = torch.optim.AdamW(
+            self._masters, lr=LEARNING_RATE, weight_decay=0.01, fused=device.type == "cuda"
+        )
         self._settings = LossSettings()
         self.num_parameters = sum(weight.numel() for weight in self._weights)
 
     def place(self, sequences: Sequence[TokenSequence], *, has_teacher: bool) -> list[MicroBatch]:
         """The batch on the device. GRPO's has no teacher log-probs, as in a run."""
-        kept = sequences if has_teacher else [dataclasses.replace(s, teacher_logprobs=None) for s in sequences]
+        kept = (
+            sequences
+            if has_teacher
+            else [dataclasses.replace(s, teacher_logprobs=None) for s in sequences]
+        )
         (micro_batches,) = build_microbatches(kept, self._shape.microbatch_tokens)
         return [micro_batch.to(self._device) for micro_batch in micro_batches]
 
@@ -211,7 +281,8 @@ class Learner:
                 micro_batch,
                 policy_logprobs=logprobs,
                 entropy=entropy,
-                ref_logprobs=micro_batch.behavior_logprobs,  # any fixed values: the reference's forward pass is not measured
+                # any fixed values: the reference's forward pass is not measured
+                ref_logprobs=micro_batch.behavior_logprobs,
                 num_tokens_global=num_tokens,
                 settings=self._settings,
                 update_index=0,
@@ -242,7 +313,9 @@ class Learner:
 
 
 def draw_sequences(shape: Shape) -> list[TokenSequence]:
-    """Episodes of random tokens: a prompt, then responses and observations in turn, about half of all tokens sampled."""
+    """Episodes of random tokens: a prompt, then responses and observations in turn, about half of
+    all tokens sampled.
+    """
     rng = np.random.default_rng(SEED)
     sequences = []
     for index in range(shape.num_sequences):
@@ -265,17 +338,22 @@ def draw_sequences(shape: Shape) -> list[TokenSequence]:
 
 
 def count_flops(shape: Shape, sequences: Sequence[TokenSequence]) -> float:
-    """Floating-point operations that the step needs: 6 per weight and token that meet, and causal attention.
+    """Floating-point operations that the step needs: 6 per weight and token that meet, and causal
+    attention.
 
-    The head meets sampled tokens only; the embedding is a lookup. Neither padding nor what checkpointing computes again counts.
+    The head meets sampled tokens only; the embedding is a lookup. Neither padding nor what
+    checkpointing computes again counts.
     """
     config = shape.config
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     kv_size = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    per_layer = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config["intermediate_size"]
+    per_layer = (
+        2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config["intermediate_size"]
+    )
     body = sum(6.0 * layers * per_layer * sequence.num_tokens for sequence in sequences)
     head = 6.0 * config["vocab_size"] * hidden * count_response_tokens(sequences)
-    # Scores and weighted values: 2 products of 2 * length * hidden per token, half of it masked, three times with the backward.
+    # Scores and weighted values: 2 products of 2 * length * hidden per token, half of it masked,
+    # three times with the backward.
     attention = sum(6.0 * layers * hidden * sequence.num_tokens**2 for sequence in sequences)
     return float(body + head + attention)
 
@@ -286,7 +364,10 @@ def name_device(device: torch.device) -> str:
 
 def find_peak(name: str) -> float | None:
     """TFLOP/s of a device, None for one whose data sheet is not known here."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())), None)
+    return next(
+        (peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())),
+        None,
+    )
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -303,12 +384,19 @@ def format_table(results: dict[str, Any]) -> str:
     """Markdown. Absent figures are dashes."""
     lines = [
         f"{results['device']}, {results['versions']}, {results['date']}, seed {results['seed']}\n",
-        "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB | SDAR over GRPO (range) |",
+        (
+            "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB | "
+            "SDAR "
+            "over GRPO (range) |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         figures = [row["error"], "-", "-", "-", "-"] if "error" in row else _format_figures(row)
-        lines.append(f"| {' | '.join([row['model'], 'on' if row['gradient_checkpointing'] else 'off', *figures])} |")
+        lines.append(
+            "| "
+            f"{' | '.join([row['model'], 'on' if row['gradient_checkpointing'] else 'off', *figures])} |"
+        )
     return "\n".join(lines)
 
 

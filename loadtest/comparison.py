@@ -1,7 +1,9 @@
-"""Owns what a measurement is made of: pairs of figures taken in turn, their ratios, targets, plain tables. Measures nothing.
+"""Owns what a measurement is made of: pairs of figures taken in turn, their ratios, targets, plain
+tables. Measures nothing.
 
-A ratio of two figures taken one right after the other survives a machine whose speed drifts; a ratio of two medians does not.
-Hence pairs: ours, peer, ours, peer, ..., one ratio a pair, and the median of the ratios with their range.
+A ratio of two figures taken one right after the other survives a machine whose speed drifts; a
+ratio of two medians does not. Hence pairs: ours, peer, ours, peer, ..., one ratio a pair, and the
+median of the ratios with their range.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class Comparison:
         if not self.pairs:
             raise ValueError(f"{self.what}: no pair was measured.")
         if any(peer <= 0 for _, peer in self.pairs):
-            raise ValueError(f"{self.what}: a figure of the peer is not positive, so there is no ratio: {self.pairs}.")
+            raise ValueError(
+                f"{self.what}: a figure of the peer is not positive, so there is no ratio: "
+                f"{self.pairs}."
+            )
 
     @property
     def ratios(self) -> list[float]:
@@ -85,7 +90,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything that one measurement has to say. `notes` say what a reader must know to judge the figures."""
+    """Everything that one measurement has to say. `notes` say what a reader must know to judge the
+    figures.
+    """
 
     comparisons: tuple[Comparison, ...] = ()
     tables: tuple[Table, ...] = ()
@@ -107,14 +114,22 @@ class Measurement:
             for fields in value["comparisons"]
         ]
         tables = [
-            Table(fields["title"], tuple(fields["columns"]), tuple(tuple(row) for row in fields["rows"]))
+            Table(
+                fields["title"],
+                tuple(fields["columns"]),
+                tuple(tuple(row) for row in fields["rows"]),
+            )
             for fields in value["tables"]
         ]
         return cls(tuple(comparisons), tuple(tables), tuple(value["notes"]))
 
 
 def take_turns(
-    ours: Callable[[], float], peer: Callable[[], float], num_pairs: int, say: Say, num_warmups: int = 1
+    ours: Callable[[], float],
+    peer: Callable[[], float],
+    num_pairs: int,
+    say: Say,
+    num_warmups: int = 1,
 ) -> tuple[tuple[float, float], ...]:
     """Call both in turn; the first `num_warmups` pairs are thrown away."""
     pairs = []

@@ -1,8 +1,10 @@
-"""Measures how many sessions one core of an environment server holds, against OpenEnv's own server of the same environment.
+"""Measures how many sessions one core of an environment server holds, against OpenEnv's own server
+of the same environment.
 
-Every client steps once a second, at times fixed in advance, so a slow server gets no rest. A server holds a number of sessions
-if 95% of the steps are answered in time, counted from when they were due. Server and worker share one core, the clients have
-another; their own lateness is measured too, and where it may be why a number is not held, that is void.
+Every client steps once a second, at times fixed in advance, so a slow server gets no rest. A server
+holds a number of sessions if 95% of the steps are answered in time, counted from when they were
+due. Server and worker share one core, the clients have another; their own lateness is measured too,
+and where it may be why a number is not held, that is void.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +37,15 @@ import psutil
 import websockets.asyncio.client as websockets_client
 from websockets.exceptions import WebSocketException
 
-from loadtest.comparison import Comparison, Measurement, Say, Table, Target, describe_pair, format_figure
+from loadtest.comparison import (
+    Comparison,
+    Measurement,
+    Say,
+    Table,
+    Target,
+    describe_pair,
+    format_figure,
+)
 from loadtest.instant import ACTION
 from loadtest.page import ROOT
 from sdar.contracts.errors import SdarError
@@ -39,7 +54,9 @@ from sdar.v1 import environment_pb2, environment_pb2_grpc
 NUM_PAIRS = 2
 FIRST_NUM_SESSIONS = 256
 FIRST_FACTOR, NEXT_FACTOR = 2.0, 1.25
-"""By which numbers grow until one is not held: in the first search, and in those that begin where the last one ended."""
+"""By which numbers grow until one is not held: in the first search, and in those that begin where
+the last one ended.
+"""
 LAST_RATIO = 1.12
 """The search ends when the next larger number tried is at most this times the number held."""
 GOAL_NUM_SESSIONS = 512
@@ -74,7 +91,9 @@ class Server:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of every step that counts: from when it was due to its answer, and to its sending if its client was free."""
+    """Seconds of every step that counts: from when it was due to its answer, and to its sending if
+    its client was free.
+    """
 
     latencies: list[float] = field(default_factory=list)
     latenesses: list[float] = field(default_factory=list)
@@ -97,7 +116,9 @@ class Trial:
         return compute_percentile(self.timings.latenesses, 0.95) if self.timings.latenesses else 0.0
 
     def judge(self, limit_s: float) -> Literal["held", "not held", "void"]:
-        """Void: not held, but perhaps only for clients that were late in sending, and as late in receiving."""
+        """Void: not held, but perhaps only for clients that were late in sending, and as late in
+        receiving.
+        """
         if self.timings.num_missed:
             return "not held"
         over_s = compute_percentile(self.timings.latencies, 0.95) - limit_s
@@ -107,7 +128,10 @@ class Trial:
 def measure(say: Say) -> Measurement:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        raise SdarError("Sessions per core need two cores, one for the server and one for its clients; this machine has one.")
+        raise SdarError(
+            "Sessions per core need two cores, one for the server and one for its clients; this "
+            "machine has one."
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     os.sched_setaffinity(0, cores[1:])
     schedule = Schedule()
@@ -115,20 +139,32 @@ def measure(say: Say) -> Measurement:
     for index in range(NUM_PAIRS):
         for server in (OURS, PEER):
             done = trials[server.name]
-            try_out = functools.partial(run_trial, server, schedule=schedule, core=cores[0], say=say)
-            first, factor = (done[-1].num_sessions, NEXT_FACTOR) if done else (FIRST_NUM_SESSIONS, FIRST_FACTOR)
+            try_out = functools.partial(
+                run_trial, server, schedule=schedule, core=cores[0], say=say
+            )
+            first, factor = (
+                (done[-1].num_sessions, NEXT_FACTOR) if done else (FIRST_NUM_SESSIONS, FIRST_FACTOR)
+            )
             done.append(find_largest(try_out, schedule.limit_s, first, factor))
         ours, theirs = (float(done[-1].num_sessions) for done in trials.values())
         say(describe_pair(index + 1, NUM_PAIRS, (ours, theirs)))
     return build_measurement(trials[OURS.name], trials[PEER.name], schedule)
 
 
-def build_measurement(ours: Sequence[Trial], theirs: Sequence[Trial], schedule: Schedule) -> Measurement:
+def build_measurement(
+    ours: Sequence[Trial], theirs: Sequence[Trial], schedule: Schedule
+) -> Measurement:
     """Rows for the trials of the largest numbers held, a pair each."""
     limits = f"a step every {schedule.period_s:g} s, 95% under {schedule.limit_s * 1000:g} ms"
     what = f"environment server on one core, sessions held: {limits}"
-    held = tuple((float(one.num_sessions), float(other.num_sessions)) for one, other in zip(ours, theirs, strict=True))
-    memory = tuple((one.memory_bytes / 1024, other.memory_bytes / 1024) for one, other in zip(ours, theirs, strict=True))
+    held = tuple(
+        (float(one.num_sessions), float(other.num_sessions))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+    memory = tuple(
+        (one.memory_bytes / 1024, other.memory_bytes / 1024)
+        for one, other in zip(ours, theirs, strict=True)
+    )
     goal = tuple((float(trial.num_sessions), float(GOAL_NUM_SESSIONS)) for trial in ours)
     comparisons = (
         Comparison(what, PEER.name, "sessions", held),
@@ -136,34 +172,64 @@ def build_measurement(ours: Sequence[Trial], theirs: Sequence[Trial], schedule: 
         Comparison("environment server, memory of a session", PEER.name, "KiB", memory),
     )
     notes = (
-        "An environment that answers at once with 230 characters; the agent's texts have 110. Every client has its own session "
-        f"and steps every {schedule.period_s:g} s, spread evenly; latency counts from when the step was due. "
-        f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers grow until one is not held, "
+        "An environment that answers at once with 230 characters; the agent's texts have 110. "
+        "Every client has its own session "
+        f"and steps every {schedule.period_s:g} s, spread evenly; latency counts from when the "
+        "step was due. "
+        f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers "
+        "grow until one is not held, "
         f"then are narrowed down to {LAST_RATIO - 1:.0%}, each on a fresh server.",
-        "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the core. Peer: openenv-core under "
-        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1; it plays in the server's own "
-        "process, on uvloop, where an environment that hangs or dies takes every session with it. Clients are on another core.",
-        "The last column: how late the clients were themselves. Where that, in sending and in receiving, could be why a number "
+        "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the "
+        "core. Peer: openenv-core under "
+        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1; "
+        "it plays in the server's own "
+        "process, on uvloop, where an environment that hangs or dies takes every session with it. "
+        "Clients are on another core.",
+        "The last column: how late the clients were themselves. Where that, in sending and in "
+        "receiving, could be why a number "
         "is not held, the measurement is void and fails.",
-        "Memory of a session: what the server's processes have of their own, less what they had with one session, per session.",
+        (
+            "Memory of a session: what the server's processes have of their own, less what they "
+            "had "
+            "with one session, per session."
+        ),
     )
     return Measurement(comparisons, (_build_table(ours, theirs),), notes)
 
 
 def _build_table(ours: Sequence[Trial], theirs: Sequence[Trial]) -> Table:
-    columns = ("server", "sessions", "p50, ms", "p95, ms", "server, of a core", "clients, of a core", "clients late, p95, ms")
+    columns = (
+        "server",
+        "sessions",
+        "p50, ms",
+        "p95, ms",
+        "server, of a core",
+        "clients, of a core",
+        "clients late, p95, ms",
+    )
     rows = []
     for server, trials in ((OURS, ours), (PEER, theirs)):
         for trial in trials:
             times = [compute_percentile(trial.timings.latencies, share) for share in (0.5, 0.95)]
             figures = [format_figure(1000 * seconds) for seconds in times]
             shares = (f"{trial.server_share:.0%}", f"{trial.client_share:.0%}")
-            rows.append((server.name, str(trial.num_sessions), *figures, *shares, format_figure(1000 * trial.lateness_s)))
+            rows.append(
+                (
+                    server.name,
+                    str(trial.num_sessions),
+                    *figures,
+                    *shares,
+                    format_figure(1000 * trial.lateness_s),
+                )
+            )
     return Table("At the largest number held", columns, tuple(rows))
 
 
-def find_largest(try_out: Callable[[int], Trial], limit_s: float, first: int, factor: float) -> Trial:
-    """The trial of the largest number of sessions that is held: from `first` up or down by the factor, then by bisection.
+def find_largest(
+    try_out: Callable[[int], Trial], limit_s: float, first: int, factor: float
+) -> Trial:
+    """The trial of the largest number of sessions that is held: from `first` up or down by the
+    factor, then by bisection.
 
     Raises SdarError: not even one session is held.
     """
@@ -175,7 +241,10 @@ def find_largest(try_out: Callable[[int], Trial], limit_s: float, first: int, fa
         else:
             failed = number
         if best is None and number == 1:
-            raise SdarError("The server holds not one session within the limit. The machine is busy: measure on a quiet one.")
+            raise SdarError(
+                "The server holds not one session within the limit. The machine is busy: measure "
+                "on a quiet one."
+            )
         if best is None:
             number = int(number / factor)
         elif failed == math.inf:
@@ -197,19 +266,23 @@ def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, 
             trial = asyncio.run(_play_trial(server, process, port, num_sessions, schedule))
         verdict, late_ms = trial.judge(schedule.limit_s), 1000 * trial.lateness_s
         say(
-            f"{server.name}, {num_sessions} sessions: p95 {1000 * compute_percentile(trial.timings.latencies, 0.95):.0f} ms, "
+            f"{server.name}, {num_sessions} sessions: p95 "
+            f"{1000 * compute_percentile(trial.timings.latencies, 0.95):.0f} ms, "
             f"{trial.timings.num_missed} missed, clients late by {late_ms:.1f} ms, {verdict}"
         )
         if verdict != "void":
             return trial
     raise SdarError(
-        f"The clients of {num_sessions} sessions of {server.name} were themselves late by {late_ms:.0f} ms: this measures "
+        f"The clients of {num_sessions} sessions of {server.name} were themselves late by "
+        f"{late_ms:.0f} ms: this measures "
         "them, not the server, and is void. Measure on a quieter machine."
     )
 
 
 @contextmanager
-def serve_on_core(server: Server, num_sessions: int, core: int) -> Iterator[tuple[psutil.Process, int]]:
+def serve_on_core(
+    server: Server, num_sessions: int, core: int
+) -> Iterator[tuple[psutil.Process, int]]:
     """A server process, pinned with all its children, and its port. It is killed at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -218,7 +291,9 @@ def serve_on_core(server: Server, num_sessions: int, core: int) -> Iterator[tupl
     os.sched_setaffinity(0, {core})  # inherited by what is started now
     try:
         environment = {**os.environ, "SDAR_LOG_LEVEL": "warning"}
-        started = subprocess.Popen(server.command(port, num_sessions), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+        started = subprocess.Popen(
+            server.command(port, num_sessions), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment
+        )
     finally:
         os.sched_setaffinity(0, own)
     with started:
@@ -232,7 +307,9 @@ def serve_on_core(server: Server, num_sessions: int, core: int) -> Iterator[tupl
                     member.send_signal(signal.SIGKILL)
 
 
-async def _play_trial(server: Server, process: psutil.Process, port: int, num_sessions: int, schedule: Schedule) -> Trial:
+async def _play_trial(
+    server: Server, process: psutil.Process, port: int, num_sessions: int, schedule: Schedule
+) -> Trial:
     async with server.connect(port) as open_session:
         await _open_when_ready(open_session, process)
         memory_bytes = _measure_memory(process)
@@ -257,8 +334,14 @@ async def _open_when_ready(open_session: Open, process: psutil.Process) -> None:
             await step()
             return
         except (grpc.aio.AioRpcError, OSError, WebSocketException) as error:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
-                raise SdarError(f"A server to measure did not start: {error}. Read what it wrote above.") from error
+            if (
+                not process.is_running()
+                or process.status() == psutil.STATUS_ZOMBIE
+                or time.monotonic() > deadline
+            ):
+                raise SdarError(
+                    f"A server to measure did not start: {error}. Read what it wrote above."
+                ) from error
             await asyncio.sleep(0.1)
 
 
@@ -273,7 +356,9 @@ async def _open_sessions(open_session: Open, num_sessions: int) -> list[Step]:
 
 
 async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
-    """Step every session on schedule; what is not sent by the end of the schedule, or fails, is missed."""
+    """Step every session on schedule; what is not sent by the end of the schedule, or fails, is
+    missed.
+    """
     loop, timings = asyncio.get_running_loop(), Timings()
     num_rounds = schedule.num_warmups + schedule.num_rounds
     begin = loop.time() + schedule.period_s / 10
@@ -322,7 +407,9 @@ async def _connect_to_ours(port: int) -> AsyncIterator[Open]:
         for _ in range(NUM_CHANNELS):
             # A pool of its own: channels to one address would share one connection.
             options = [("grpc.use_local_subchannel_pool", 1)]
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options))
+            channel = await stack.enter_async_context(
+                grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
+            )
             stubs.append(environment_pb2_grpc.EnvironmentServiceStub(channel))
         num_opened = 0
 
@@ -330,13 +417,17 @@ async def _connect_to_ours(port: int) -> AsyncIterator[Open]:
             nonlocal num_opened
             stub = stubs[num_opened % NUM_CHANNELS]
             num_opened += 1
-            request = environment_pb2.OpenSessionRequest(environment=INSTANT, task_id="only", lease_s=3600)
+            request = environment_pb2.OpenSessionRequest(
+                environment=INSTANT, task_id="only", lease_s=3600
+            )
             opened = await stub.OpenSession(request, timeout=CALL_TIMEOUT_S, wait_for_ready=True)
             next_index = 0
 
             async def step() -> object:
                 nonlocal next_index
-                request = environment_pb2.StepRequest(session_id=opened.session_id, step_index=next_index, text=ACTION)
+                request = environment_pb2.StepRequest(
+                    session_id=opened.session_id, step_index=next_index, text=ACTION
+                )
                 next_index += 1
                 return await stub.Step(request, timeout=CALL_TIMEOUT_S)
 
@@ -376,25 +467,46 @@ OURS = Server(
     "ours",
     lambda port, num_sessions: [
         *(sys.executable, "-m", "sdar.cli.main", "env", "serve", INSTANT),
-        *("--host", "127.0.0.1", "--port", str(port), "--capacity", str(num_sessions), "--workers", "1"),
+        *(
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--capacity",
+            str(num_sessions),
+            "--workers",
+            "1",
+        ),
     ],
     _connect_to_ours,
 )
 PEER = Server(
     "OpenEnv's server",
-    lambda port, num_sessions: [sys.executable, "-m", "loadtest.instant_openenv", str(port), str(num_sessions)],
+    lambda port, num_sessions: [
+        sys.executable,
+        "-m",
+        "loadtest.instant_openenv",
+        str(port),
+        str(num_sessions),
+    ],
     _connect_to_openenv,
 )
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share of the values does not exceed; infinite if there is none."""
+    """The smallest value that at least so large a share of the values does not exceed; infinite if
+    there is none.
+    """
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.inf
 
 
 def _measure_memory(process: psutil.Process) -> int:
-    return sum(member.memory_full_info().uss for member in (process, *process.children(recursive=True)))
+    return sum(
+        member.memory_full_info().uss for member in (process, *process.children(recursive=True))
+    )
 
 
 def _measure_cpu(process: psutil.Process) -> float:
-    return sum(sum(member.cpu_times()[:2]) for member in (process, *process.children(recursive=True)))
+    return sum(
+        sum(member.cpu_times()[:2]) for member in (process, *process.children(recursive=True))
+    )

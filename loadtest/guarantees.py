@@ -1,14 +1,16 @@
-"""Measures what the guarantees cost the rollout path: sampled tokens per second with all of them over none, at 32 episodes.
+"""Measures what the guarantees cost the rollout path: sampled tokens per second with all of them
+over none, at 32 episodes.
 
-Two rollout workers share one AsyncLLM and one Redis and take turns at the same groups; each has an environment server of its
-own, a process that answers at once, over gRPC.
+Two rollout workers share one AsyncLLM and one Redis and take turns at the same groups; each has an
+environment server of its own, a process that answers at once, over gRPC.
 
     with       a fenced commit of one script with an exactly-once mark and the account's transitions, policy versions declared
                in use, mutual TLS and a token at every call to the environment
     without    one pipeline that publishes and acknowledges, the ledger's events published by hand, nothing declared, plaintext
 
-What both do alike is left in: reading, leases that are renewed, the codec. Every response has the full length on both sides
-(see `rollout_throughput`), and an episode ends after a fixed number of turns, so both sides do the same work.
+What both do alike is left in: reading, leases that are renewed, the codec. Every response has the
+full length on both sides (see `rollout_throughput`), and an episode ends after a fixed number of
+turns, so both sides do the same work.
 """
 
 from __future__ import annotations
@@ -38,18 +40,18 @@ from loadtest.rollout_throughput import (
     log_to,
 )
 from loadtest.workloads import MODEL_PATH, RUN_ID
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.ledger import format_group_id
+from sdar.bus.protocol import Bus, Delivery, Publications
+from sdar.bus.redis import _PAYLOAD, RedisBus
 from sdar.contracts import codec
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, TaskGroup
-from sdar.runtime.bus import Bus, Delivery, Publications
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.redis_bus import _PAYLOAD, RedisBus
-from sdar.runtime.security import OPEN, Security
-from sdar.runtime.settings import Settings, apply_environment
-from sdar.runtime.telemetry import Health
-from sdar.runtime.vllm_weights import vllm_environment
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.process.settings import Settings, apply_environment
+from sdar.process.telemetry import Health
+from sdar.wire.security import OPEN, Security
 from services.rollout.engine import VllmEngine
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.episode import EpisodeRules
@@ -75,14 +77,21 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
         redis = cleanup.enter_context(EmbeddedRedis(directory / "redis"))
         log_to(cleanup.enter_context((directory / "log").open("w")))
         say("starting vLLM")
-        engine = build_engine(copy_model_without_end(directory / "household-tiny"), directory / "weights")
+        engine = build_engine(
+            copy_model_without_end(directory / "household-tiny"), directory / "weights"
+        )
         cleanup.push_async_callback(engine.stop)
         await engine.start()
-        guarded = await cleanup.enter_async_context(_side(RedisBus, redis, engine, "with", *_lock(directory)))
-        plain = await cleanup.enter_async_context(_side(PlainBus, redis, engine, "without", Settings(), OPEN))
+        guarded = await cleanup.enter_async_context(
+            _side(RedisBus, redis, engine, "with", *_lock(directory))
+        )
+        plain = await cleanup.enter_async_context(
+            _side(PlainBus, redis, engine, "without", Settings(), OPEN)
+        )
         pairs = []
         for index in range(1 + num_pairs):
-            # Who goes first changes with each pair: what the one leaves behind in the engine's cache is the other's gain.
+            # Who goes first changes with each pair: what the one leaves behind in the engine's
+            # cache is the other's gain.
             sides = (guarded, plain) if index % 2 else (plain, guarded)
             rates = {side: await side.play(engine, num_groups) for side in sides}
             if index:
@@ -92,10 +101,14 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
     return Measurement(
         (Comparison(what, "without", "tokens/s", tuple(pairs), TARGET),),
         notes=(
-            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, {ShortEpisodes.num_turns} turns of "
-            f"{NUM_RESPONSE_TOKENS} tokens, examples/models/household-tiny in float32: the largest share that the path around "
-            "the engine can have. Peer: the same workers with commits as one plain pipeline, no account, no declared versions, "
-            "no TLS, no tokens. Both have an environment server process, and Redis with its append-only file.",
+            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, "
+            f"{ShortEpisodes.num_turns} turns of "
+            f"{NUM_RESPONSE_TOKENS} tokens, examples/models/household-tiny in float32: the largest "
+            "share that the path around "
+            "the engine can have. Peer: the same workers with commits as one plain pipeline, no "
+            "account, no declared versions, "
+            "no TLS, no tokens. Both have an environment server process, and Redis with its "
+            "append-only file.",
         ),
     )
 
@@ -120,18 +133,28 @@ def _lock(directory: Path) -> tuple[Settings, Security]:
 def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
     """Address of an environment server, a process of its own."""
     names = ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file")
-    values = {f"SDAR_{name.upper()}": str(getattr(settings, name)) for name in names if getattr(settings, name)}
+    values = {
+        f"SDAR_{name.upper()}": str(getattr(settings, name))
+        for name in names
+        if getattr(settings, name)
+    }
     # More calls a second than the door's usual rate: one client here does the work of a fleet's.
     values |= {"SDAR_MAX_CALLS_PER_S": "1000000"}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **values}, text=True
+            [sys.executable, "-c", SERVER],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **values},
+            text=True,
         )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"The environment server did not start: {log.read_text(errors='replace')[-500:]}")
+            raise RuntimeError(
+                f"The environment server did not start: {log.read_text(errors='replace')[-500:]}"
+            )
         yield line.split(" on ")[1].split(". ")[0]
     finally:
         process.terminate()
@@ -139,7 +162,9 @@ def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
 
 
 class PlainBus(RedisBus):
-    """A bus without the guarantees: one pipeline that publishes and acknowledges, whoever holds what."""
+    """A bus without the guarantees: one pipeline that publishes and acknowledges, whoever holds
+    what.
+    """
 
     async def commit(
         self,
@@ -150,11 +175,19 @@ class PlainBus(RedisBus):
         retired_letters: Sequence[str] = (),
     ) -> None:
         keys = RunKeys(self._run_id)
-        events = [codec.encode_ledger_event(event) for event in transitions if event.outcome is not GroupOutcome.ISSUED]
+        events = [
+            codec.encode_ledger_event(event)
+            for event in transitions
+            if event.outcome is not GroupOutcome.ISSUED
+        ]
         pipeline = self._redis.pipeline(transaction=True)
         for stream, payloads in {**publications, Stream.LEDGER: events}.items():
             for payload in payloads:
-                pipeline.xadd(keys.stream(stream), {_PAYLOAD: payload}, maxlen=BROADCAST_MAX_ENTRIES.get(stream))
+                pipeline.xadd(
+                    keys.stream(stream),
+                    {_PAYLOAD: payload},
+                    maxlen=BROADCAST_MAX_ENTRIES.get(stream),
+                )
         for delivery in acknowledgements:
             pipeline.xack(keys.stream(delivery.stream), delivery.group, delivery.entry_id)
         await pipeline.execute()
@@ -176,9 +209,13 @@ class Side:
 
     async def play(self, engine: VllmEngine, num_groups: int) -> float:
         """Tokens per second from issuing all groups to the last ledger event."""
-        groups = [self._group(number) for number in range(self.next_group, self.next_group + num_groups)]
+        groups = [
+            self._group(number) for number in range(self.next_group, self.next_group + num_groups)
+        ]
         self.next_group += num_groups
-        issued = [LedgerEvent(self.run_id, group.group_id, GroupOutcome.ISSUED, 0, 0) for group in groups]
+        issued = [
+            LedgerEvent(self.run_id, group.group_id, GroupOutcome.ISSUED, 0, 0) for group in groups
+        ]
         tasks = [codec.encode_task_group(group) for group in groups]
         before = engine.stats.num_generated_tokens
         began = time.perf_counter()
@@ -195,7 +232,9 @@ class Side:
         sampling = SamplingParameters(1.0, 1.0, NUM_RESPONSE_TOKENS)
         group_id = format_group_id(number)
         turns = ShortEpisodes.num_turns
-        return TaskGroup(self.run_id, group_id, task, GROUP_SIZE, Purpose.TRAIN, 0, sampling, turns, self.address)
+        return TaskGroup(
+            self.run_id, group_id, task, GROUP_SIZE, Purpose.TRAIN, 0, sampling, turns, self.address
+        )
 
     async def _collect(self, stream: Stream, group: ConsumerGroup, count: int) -> None:
         while count > 0:
@@ -209,7 +248,12 @@ class Side:
 
 @contextlib.asynccontextmanager
 async def _side(
-    kind: type[RedisBus], redis: EmbeddedRedis, engine: VllmEngine, name: str, settings: Settings, security: Security
+    kind: type[RedisBus],
+    redis: EmbeddedRedis,
+    engine: VllmEngine,
+    name: str,
+    settings: Settings,
+    security: Security,
 ) -> AsyncIterator[Side]:
     run_id = f"{RUN_ID}-{name}"
     bus = kind(redis.url, run_id, CONSUMERS)

@@ -1,11 +1,16 @@
-"""Owns an environment that answers at once, so that only its server's work is measured. Imports no more than a worker needs."""
+"""Owns an environment that answers at once, so that only its server's work is measured. Imports no
+more than a worker needs.
+"""
 
 from __future__ import annotations
 
 from sdar.contracts.types import Task
-from services.envs.base import Environment, Observation, StepResult
+from sdar.environments.base import Environment, Observation, StepResult
 
-OBSERVATION = "You are in the middle of a room. Looking quickly around you, you see a cabinet, a countertop and a fridge. " * 2
+OBSERVATION = (
+    "You are in the middle of a room. Looking quickly around you, you see a cabinet, a countertop "
+    "and a fridge. " * 2
+)
 ACTION = "<think>The cup has to be cleaned first, so I look for it on the countertop.</think><action>look</action>"
 MAX_TURNS = 1_000_000
 
@@ -32,7 +37,11 @@ class ShortEpisodes(Environment):
     name = "short"
     version = "1"
     splits = ("train",)
-    tasks = {"train": tuple(Task("short", "train", f"task-{i}", "short", "Look around.", i) for i in range(64))}  # noqa: RUF012
+    tasks = {  # noqa: RUF012 - the base class declares a Mapping
+        "train": tuple(
+            Task("short", "train", f"task-{i}", "short", "Look around.", i) for i in range(64)
+        )
+    }
     num_turns = 4
     max_turns = num_turns
 
@@ -43,4 +52,9 @@ class ShortEpisodes(Environment):
     def step(self, text: str) -> StepResult:
         self._num_steps += 1
         is_over = self._num_steps == self.num_turns
-        return StepResult(Observation("" if is_over else OBSERVATION), float(is_over), terminated=is_over, action=text)
+        return StepResult(
+            Observation("" if is_over else OBSERVATION),
+            float(is_over),
+            terminated=is_over,
+            action=text,
+        )

@@ -1,4 +1,6 @@
-"""Owns the peer's server of the same instant environment: OpenEnv's own, one uvicorn process. `python -m ... PORT SESSIONS`."""
+"""Owns the peer's server of the same instant environment: OpenEnv's own, one uvicorn process.
+`python -m ... PORT SESSIONS`.
+"""
 
 from __future__ import annotations
 

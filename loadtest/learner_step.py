@@ -1,9 +1,11 @@
-"""Measures what distillation costs the learner: its whole update by SDAR against the same update by GRPO.
+"""Measures what distillation costs the learner: its whole update by SDAR against the same update by
+GRPO.
 
-Both methods train one model on one batch through the learner's own `Trainer` and DeepSpeed, so only the loss differs: batching,
-reference scoring, forward and backward passes, AdamW and the export of the weights are in both times. GRPO gets its items
-without teacher scores, as it does in a run. Times are CPU seconds of this process: one thread that never waits, so on a quiet
-machine they are wall time, and on a busy one they stay what they are.
+Both methods train one model on one batch through the learner's own `Trainer` and DeepSpeed, so only
+the loss differs: batching, reference scoring, forward and backward passes, AdamW and the export of
+the weights are in both times. GRPO gets its items without teacher scores, as it does in a run.
+Times are CPU seconds of this process: one thread that never waits, so on a quiet machine they are
+wall time, and on a busy one they stay what they are.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from loadtest.comparison import Comparison, Measurement, Say, Target, take_turns
 from loadtest.workloads import RUN_FILE, SEED, build_household_groups
 from sdar.config import RunConfig, load_config
 from sdar.contracts.types import ScoredTrajectory, TeacherScore, Trajectory, WeightsManifest
-from sdar.runtime.causal_lm import load_causal_lm
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.causal_lm import load_causal_lm
+from sdar.model.chat import ChatTokenizer
 from services.learner.model import PolicyModel
 from services.learner.ranks import stand_alone
 from services.learner.update import Trainer
@@ -45,17 +47,31 @@ def measure(say: Say) -> Measurement:
     with _open_trainers(config) as (sdar, grpo), contextlib.closing(_Teacher(config)) as teacher:
         scored = teacher.score(groups)
         bare = [[ScoredTrajectory(trajectory, None) for trajectory in group] for group in groups]
-        update_sdar, update_grpo = partial(_time_update, sdar, scored), partial(_time_update, grpo, bare)
+        update_sdar, update_grpo = (
+            partial(_time_update, sdar, scored),
+            partial(_time_update, grpo, bare),
+        )
         say("the update alone")
         alone = take_turns(update_sdar, update_grpo, NUM_PAIRS, say, num_warmups=2)
         say("with the teacher's scoring")
-        together = take_turns(lambda: teacher.time_scoring(groups) + update_sdar(), update_grpo, NUM_TEACHER_PAIRS, say)
+        together = take_turns(
+            lambda: teacher.time_scoring(groups) + update_sdar(),
+            update_grpo,
+            NUM_TEACHER_PAIRS,
+            say,
+        )
     num_tokens = sum(trajectory.num_response_tokens for group in groups for trajectory in group)
     what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
     notes = (
-        f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, one thread, float32. The "
-        "smallest model is the hardest case: the loss costs the same per token whatever the model's size.",
-        "The teacher is another service and scores while the learner trains; its row adds the time as if they took turns.",
+        f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, "
+        "one thread, float32. The "
+        "smallest model is the hardest case: the loss costs the same per token whatever the "
+        "model's size.",
+        (
+            "The teacher is another service and scores while the learner trains; its row adds the "
+            "time "
+            "as if they took turns."
+        ),
     )
     return Measurement(
         (
@@ -79,7 +95,9 @@ def _open_trainers(config: RunConfig) -> Iterator[tuple[Trainer, Trainer]]:
         needs_reference=True,
         ranks=ranks,
     )
-    by_grpo = config.model_copy(update={"method": config.method.model_copy(update={"name": "grpo"})})
+    by_grpo = config.model_copy(
+        update={"method": config.method.model_copy(update={"name": "grpo"})}
+    )
     try:
         yield Trainer(config, model, ranks), Trainer(by_grpo, model, ranks)
     finally:
@@ -104,8 +122,14 @@ class _Teacher:
     """What a teacher does with a batch: privileged prompts, then scores."""
 
     def __init__(self, config: RunConfig) -> None:
-        retriever = Retriever(open_skill_library(config), kind=config.teacher.retrieval, num_skills=config.teacher.num_skills)
-        self._contexts = ContextBuilder(ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens)
+        retriever = Retriever(
+            open_skill_library(config),
+            kind=config.teacher.retrieval,
+            num_skills=config.teacher.num_skills,
+        )
+        self._contexts = ContextBuilder(
+            ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens
+        )
         self._scorer = TransformersScorer(
             load_causal_lm(config.model.path, config.model.dtype),
             _NoWeights(),
@@ -118,10 +142,14 @@ class _Teacher:
         contexts = [self._contexts.build(trajectory) for trajectory in trajectories]
         logprobs = asyncio.run(self._scorer.score(contexts))
         scores = iter(
-            TeacherScore(trajectory.trajectory_id, 0, values, (), 1, "", "", "task_type", self._scorer.name)
+            TeacherScore(
+                trajectory.trajectory_id, 0, values, (), 1, "", "", "task_type", self._scorer.name
+            )
             for trajectory, values in zip(trajectories, logprobs, strict=True)
         )
-        return [[ScoredTrajectory(trajectory, next(scores)) for trajectory in group] for group in groups]
+        return [
+            [ScoredTrajectory(trajectory, next(scores)) for trajectory in group] for group in groups
+        ]
 
     def time_scoring(self, groups: Groups) -> float:
         began = time.process_time()

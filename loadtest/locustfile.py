@@ -1,10 +1,12 @@
-"""Owns the users of the load test: people and dashboards at the gateway's HTTP, rollout slots at the environments' gRPC.
+"""Owns the users of the load test: people and dashboards at the gateway's HTTP, rollout slots at
+the environments' gRPC.
 
     locust -f loadtest/locustfile.py GatewayUser --host https://GATEWAY:PORT
     locust -f loadtest/locustfile.py EnvironmentUser --host HOST:PORT
 
-They speak the wire only; token and certificates are those of any client of ours (`SDAR_TOKEN`, `SDAR_TLS_*`). No call is made
-twice: what fails is counted, a failure over gRPC by the name of its status.
+They speak the wire only; token and certificates are those of any client of ours (`SDAR_TOKEN`,
+`SDAR_TLS_*`). No call is made twice: what fails is counted, a failure over gRPC by the name of its
+status.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import time
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from locust import FastHttpUser, User, between, constant, task  # before all else that opens sockets: it patches them for gevent
+from locust import (  # before all else that opens sockets: it patches them for gevent
+    FastHttpUser,
+    User,
+    between,
+    constant,
+    task,
+)
 
 # isort: split
 import gevent
@@ -24,9 +32,9 @@ import grpc
 import grpc.experimental.gevent as grpc_gevent
 from gevent.lock import BoundedSemaphore
 
-from sdar.runtime.security import Security
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.wire.security import Security
 
 grpc_gevent.init_gevent()
 
@@ -51,13 +59,17 @@ random.seed(SEED)  # of what Locust draws: pauses, tasks
 
 
 class GatewayUser(FastHttpUser):
-    """Somebody with the page open, who now and then reads an episode; one in twenty asks is a scrape of Prometheus'."""
+    """Somebody with the page open, who now and then reads an episode; one in twenty asks is a
+    scrape of Prometheus'.
+    """
 
     host = _SETTINGS.gateway_url or "http://127.0.0.1:8080"
     wait_time = constant(REFRESH_S)
     network_timeout = connection_timeout = TIMEOUT_S
     insecure = False
-    ssl_context_factory = None if _SECURITY.tls is None else staticmethod(_SECURITY.tls.build_client_context)
+    ssl_context_factory = (
+        None if _SECURITY.tls is None else staticmethod(_SECURITY.tls.build_client_context)
+    )
     default_headers = {"Authorization": _AUTHORIZATION} if _TOKEN else {}
 
     def on_start(self) -> None:
@@ -86,7 +98,9 @@ class GatewayUser(FastHttpUser):
     def read_trajectory(self) -> None:
         if self._seen:
             chosen = self._random.choice(self._seen)
-            self.client.get(f"/v1/trajectories/{quote(chosen, safe='')}", name="/v1/trajectories/ID")
+            self.client.get(
+                f"/v1/trajectories/{quote(chosen, safe='')}", name="/v1/trajectories/ID"
+            )
 
     @task(1)
     def scrape(self) -> None:
@@ -103,7 +117,9 @@ class RpcFailure(Exception):
 
 
 class EnvironmentUser(User):
-    """A place for one episode of a rollout worker: plays a task to its end, then the next one. Its moves are random."""
+    """A place for one episode of a rollout worker: plays a task to its end, then the next one. Its
+    moves are random.
+    """
 
     host = _SETTINGS.envs_address
     wait_time = between(0.5 * TURN_S, 1.5 * TURN_S)
@@ -116,7 +132,9 @@ class EnvironmentUser(User):
         number = next(_users)
         self._random = random.Random(f"{SEED}/{number}")
         self._session_id = ""
-        self._stub = environment_pb2_grpc.EnvironmentServiceStub(self._connect(number // USERS_PER_CHANNEL))
+        self._stub = environment_pb2_grpc.EnvironmentServiceStub(
+            self._connect(number // USERS_PER_CHANNEL)
+        )
         gevent.sleep(self._random.uniform(0, TURN_S))  # Locust starts users in bursts
 
     def on_stop(self) -> None:
@@ -138,7 +156,9 @@ class EnvironmentUser(User):
         for index in itertools.count():
             self.wait()
             text = self._random.choice(state.admissible_actions or ("look",))
-            step = environment_pb2.StepRequest(session_id=self._session_id, step_index=index, text=text)
+            step = environment_pb2.StepRequest(
+                session_id=self._session_id, step_index=index, text=text
+            )
             state = self._call("Step", step)
             if state is None or state.terminated or state.truncated:
                 break
@@ -149,7 +169,9 @@ class EnvironmentUser(User):
         if described is None:
             return False
         split = described.environments[0].splits[0].name
-        request = environment_pb2.ListTasksRequest(environment=ENVIRONMENT, split=split, page_size=500)
+        request = environment_pb2.ListTasksRequest(
+            environment=ENVIRONMENT, split=split, page_size=500
+        )
         listed = self._call("ListTasks", request)
         if listed is not None:
             self._task_ids.extend(one.task_id for one in listed.tasks)
@@ -180,11 +202,17 @@ class EnvironmentUser(User):
         return answer
 
     def _connect(self, number: int) -> grpc.Channel:
-        """A connection to one of the servers behind the address; sessions stay with the one that opened them."""
+        """A connection to one of the servers behind the address; sessions stay with the one that
+        opened them.
+        """
         if number not in self._channels:
             config = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
             # A pool of its own: channels to one address would share one connection.
-            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.service_config", config), ("grpc.enable_retries", 0)]
+            options = [
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.service_config", config),
+                ("grpc.enable_retries", 0),
+            ]
             if _SECURITY.tls is None:
                 channel = grpc.insecure_channel(self.host, options)
             else:

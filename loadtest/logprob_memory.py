@@ -1,9 +1,11 @@
-"""Measures the memory that scoring takes on top of its inputs: chunks that are recomputed against all logits at once.
+"""Measures the memory that scoring takes on top of its inputs: chunks that are recomputed against
+all logits at once.
 
-Forward and backward pass of log-prob and entropy through a head of Qwen2.5-0.5B's shape. Chunk and batch keep the proportion of
-the configuration's defaults (1,024 of 16,384 tokens), both eight times smaller so that the naive form fits into this machine.
-Each figure comes from a fresh process: the peak of its resident memory less what it held when the inputs were ready.
-`python -m loadtest.logprob_memory chunked` is one such process.
+Forward and backward pass of log-prob and entropy through a head of Qwen2.5-0.5B's shape. Chunk and
+batch keep the proportion of the configuration's defaults (1,024 of 16,384 tokens), both eight times
+smaller so that the naive form fits into this machine. Each figure comes from a fresh process: the
+peak of its resident memory less what it held when the inputs were ready. `python -m
+loadtest.logprob_memory chunked` is one such process.
 """
 
 from __future__ import annotations
@@ -43,14 +45,19 @@ def measure(say: Say) -> Measurement:
     naive = "log_softmax over all logits"
     return Measurement(
         (
-            Comparison(f"peak memory {what}, chunks of {CHUNK_TOKENS}", naive, "MiB", tuple(memory), TARGET),
+            Comparison(
+                f"peak memory {what}, chunks of {CHUNK_TOKENS}", naive, "MiB", tuple(memory), TARGET
+            ),
             Comparison(f"time {what}, chunks of {CHUNK_TOKENS}", naive, "CPU s", tuple(seconds)),
         ),
         notes=(
-            f"Forward and backward, float32, hidden size {HIDDEN_SIZE}; inputs and weights are not counted, the gradient of "
+            f"Forward and backward, float32, hidden size {HIDDEN_SIZE}; inputs and weights are not "
+            "counted, the gradient of "
             f"the head ({VOCABULARY_SIZE * HIDDEN_SIZE * 4 / 2**20:.0f} MiB) is, on both sides.",
-            "The time is the price: each chunk's logits are computed again in the backward pass, and each adds a gradient of "
-            "the head's size to the one before; with chunks eight times as large, as configured, the second part is an eighth.",
+            "The time is the price: each chunk's logits are computed again in the backward pass, "
+            "and each adds a gradient of "
+            "the head's size to the one before; with chunks eight times as large, as configured, "
+            "the second part is an eighth.",
             "One pair: memory repeats within 1%.",
         ),
     )
@@ -64,13 +71,17 @@ def _run_child(variant: str) -> tuple[float, float]:
 
 
 def compute_naively(hidden: Tensor, head: nn.Linear, targets: Tensor) -> LogProbsAndEntropy:
-    """The textbook form: [tokens, vocabulary] of logits, log-probs and probabilities, kept for the backward pass."""
+    """The textbook form: [tokens, vocabulary] of logits, log-probs and probabilities, kept for the
+    backward pass.
+    """
     logprobs = torch.log_softmax(head(hidden).float() / TEMPERATURE, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
-def compute_in_chunks(hidden: Tensor, head: nn.Linear, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> LogProbsAndEntropy:
+def compute_in_chunks(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> LogProbsAndEntropy:
     return compute_logprobs(hidden, head, targets, TEMPERATURE, chunk_tokens)
 
 
@@ -101,7 +112,9 @@ def _step(variant: str, head: nn.Linear, num_tokens: int) -> None:
 
 
 def _draw_inputs(num_tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(num_tokens, HIDDEN_SIZE, requires_grad=True), torch.randint(VOCABULARY_SIZE, (num_tokens,))
+    return torch.randn(num_tokens, HIDDEN_SIZE, requires_grad=True), torch.randint(
+        VOCABULARY_SIZE, (num_tokens,)
+    )
 
 
 def _backward(variant: str, head: nn.Linear, hidden: Tensor, targets: Tensor) -> None:

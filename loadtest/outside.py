@@ -1,8 +1,10 @@
-"""Owns `make loadtest`: servers under the users of `locustfile.py`, more and more of them, until p99 or the rate says full.
+"""Owns `make loadtest`: servers under the users of `locustfile.py`, more and more of them, until
+p99 or the rate says full.
 
-Without addresses it starts its own: an environment server with one worker, then a small real run whose gateway is asked once
-the run is paused. Each has a core, its users another; CPU time is measured too, since its figures hold where cores are shared.
-With addresses (`--gateway`, `--envs`) it drives what is there, prints, and keeps nothing.
+Without addresses it starts its own: an environment server with one worker, then a small real run
+whose gateway is asked once the run is paused. Each has a core, its users another; CPU time is
+measured too, since its figures hold where cores are shared. With addresses (`--gateway`, `--envs`)
+it drives what is there, prints, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -48,24 +50,35 @@ FIRST_SESSIONS, FIRST_PAGES = 100, 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.outside", description="Drive servers from outside until they are full."
+        prog="python -m loadtest.outside",
+        description="Drive servers from outside until they are full.",
     )
     parser.add_argument("--gateway", metavar="URL", help="a gateway that is there already")
-    parser.add_argument("--envs", metavar="HOST:PORT", help="environment servers that are there already")
-    parser.add_argument("--circumstances", default="", help='for the page, such as "beside other work"')
-    parser.add_argument("--dry-run", action="store_true", help="keep nothing, leave the page as it is")
+    parser.add_argument(
+        "--envs", metavar="HOST:PORT", help="environment servers that are there already"
+    )
+    parser.add_argument(
+        "--circumstances", default="", help='for the page, such as "beside other work"'
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="keep nothing, leave the page as it is"
+    )
     arguments = parser.parse_args()
     logging.getLogger("locust").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if arguments.gateway or arguments.envs:
-        for address, measure in ((arguments.envs, ramp_environments), (arguments.gateway, ramp_gateway)):
+        for address, measure in (
+            (arguments.envs, ramp_environments),
+            (arguments.gateway, ramp_gateway),
+        ):
             if address:
                 show(measure(address, None))
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
-            "Figures of one core need another for the users; this machine has one. Give addresses of servers elsewhere."
+            "Figures of one core need another for the users; this machine has one. Give addresses "
+            "of servers elsewhere."
         )
     replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
     ramps, own = [], psutil.Process()
@@ -88,12 +101,16 @@ def main() -> None:
 
 def ramp_environments(address: str, server: psutil.Process | None) -> Ramp:
     with driving(EnvironmentUser, address, server) as try_out:
-        return climb(try_out, FIRST_SESSIONS, "environment server and worker, household", "sessions", TURN_S)
+        return climb(
+            try_out, FIRST_SESSIONS, "environment server and worker, household", "sessions", TURN_S
+        )
 
 
 def ramp_gateway(url: str, server: psutil.Process | None) -> Ramp:
     with driving(GatewayUser, url, server) as try_out:
-        return climb(try_out, FIRST_PAGES, "gateway, a paused run of the household", "open pages", REFRESH_S)
+        return climb(
+            try_out, FIRST_PAGES, "gateway, a paused run of the household", "open pages", REFRESH_S
+        )
 
 
 @contextlib.contextmanager
@@ -112,26 +129,36 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
         began, before = time.monotonic(), measure_cpu(server)
         gevent.sleep(MEASURE_S)
         duration_s, after = time.monotonic() - began, measure_cpu(server)
-        own, workers, generated, busy = ((now - then) / duration_s for now, then in zip(after, before, strict=True))
+        own, workers, generated, busy = (
+            (now - then) / duration_s for now, then in zip(after, before, strict=True)
+        )
         total = environment.stats.total
         stage = Stage(
             num_users,
             requests_per_s=total.num_requests / duration_s,
             num_failed=total.num_failures,
-            **{f"p{p}_ms": float(total.get_response_time_percentile(p / 100) or 0.0) for p in (50, 95, 99)},
+            **{
+                f"p{p}_ms": float(total.get_response_time_percentile(p / 100) or 0.0)
+                for p in (50, 95, 99)
+            },
             generator_share=generated,
             server_share=None if server is None else own + workers,
             workers_share=None if server is None else workers,
-            memory_bytes=None if server is None else float(sum(one.memory_full_info().uss for one in family(server))),
+            memory_bytes=None
+            if server is None
+            else float(sum(one.memory_full_info().uss for one in family(server))),
             others_share=max(0.0, busy - own - workers - generated),
         )
         print(
-            f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, {stage.num_failed} failed, "
+            f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, "
+            f"{stage.num_failed} failed, "
             f"other work on {stage.others_share:.2f} cores",
             flush=True,
         )
         for error in environment.stats.errors.values():
-            print(f"    {error.occurrences} x {error.method} {error.name}: {error.error}", flush=True)
+            print(
+                f"    {error.occurrences} x {error.method} {error.name}: {error.error}", flush=True
+            )
         return stage
 
     try:
@@ -145,10 +172,16 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def measure_cpu(server: psutil.Process | None) -> tuple[float, float, float, float]:
-    """Seconds of CPU time so far: of the server's process, of those it started, of this process, and of the whole machine."""
-    own, *workers = (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
+    """Seconds of CPU time so far: of the server's process, of those it started, of this process,
+    and of the whole machine.
+    """
+    own, *workers = (
+        (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
+    )
     machine = psutil.cpu_times()
-    busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
+    busy = (
+        machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
+    )
     return own, sum(workers), sum(psutil.Process().cpu_times()[:2]), busy
 
 
@@ -161,7 +194,16 @@ def pin(process: psutil.Process, cores: list[int]) -> None:
 
 def _serve_household(port: int, capacity: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "sdar.cli.main", "env", "serve", "household", "--host", "127.0.0.1"),
+        *(
+            sys.executable,
+            "-m",
+            "sdar.cli.main",
+            "env",
+            "serve",
+            "household",
+            "--host",
+            "127.0.0.1",
+        ),
         *("--port", str(port), "--capacity", str(capacity), "--workers", "1"),
     ]
 
@@ -177,13 +219,27 @@ def small_run() -> Iterator[tuple[str, psutil.Process]]:
     with tempfile.TemporaryDirectory(prefix="sdar-loadtest-") as directory:
         log = Path(directory) / "run.log"
         settings = ("training.num_updates=100000", "evaluation.num_tasks=20")
-        command = [sys.executable, "-m", "sdar.cli.main", "run", "examples/household.yaml", "--runs-dir", directory]
+        command = [
+            sys.executable,
+            "-m",
+            "sdar.cli.main",
+            "run",
+            "examples/household.yaml",
+            "--runs-dir",
+            directory,
+        ]
         command += [part for setting in settings for part in ("--set", setting)]
         with log.open("wb") as file:
-            started = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            started = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
         try:
             url = _wait_for_run(started, log)
-            (gateway,) = (one for one in family(psutil.Process(started.pid)) if one.cmdline()[-2:] == ["serve", "gateway"])
+            (gateway,) = (
+                one
+                for one in family(psutil.Process(started.pid))
+                if one.cmdline()[-2:] == ["serve", "gateway"]
+            )
             yield url, gateway
         finally:
             started.terminate()
@@ -209,12 +265,16 @@ def _wait_for_run(started: subprocess.Popen, log: Path) -> str:
                 is_paused = http.post(f"{url}/v1/run/pause").is_success
             if is_paused and not run["ledger"]["running"]:
                 return url
-    raise SdarError(f"The small run did not come to {NUM_UPDATES} updates. It said: {log.read_text(errors='replace')[-2000:]}")
+    raise SdarError(
+        f"The small run did not come to {NUM_UPDATES} updates. It said: "
+        f"{log.read_text(errors='replace')[-2000:]}"
+    )
 
 
 def show(ramp: Ramp) -> None:
     print(
-        f"\n{format_table(build_stages_table(ramp))}\n\nholds {ramp.best.num_users} {ramp.unit}; then {ramp.limit}\n",
+        f"\n{format_table(build_stages_table(ramp))}\n\nholds {ramp.best.num_users} {ramp.unit}; "
+        f"then {ramp.limit}\n",
         flush=True,
     )
 
@@ -229,7 +289,9 @@ def keep(ramps: list[Ramp], circumstances: str) -> None:
         "ramps": [ramp.to_json() for ramp in ramps],
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(replace_block(PAGE.read_text(encoding="utf-8"), format_block(results)), encoding="utf-8")
+    PAGE.write_text(
+        replace_block(PAGE.read_text(encoding="utf-8"), format_block(results)), encoding="utf-8"
+    )
     print(f"Written: {RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 
 

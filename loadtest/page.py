@@ -1,7 +1,8 @@
-"""Owns what is kept of measurements: loadtest/results.json with every raw figure, and docs/benchmarks.md made from it alone.
+"""Owns what is kept of measurements: loadtest/results.json with every raw figure, and
+docs/benchmarks.md made from it alone.
 
-A measurement that is run again replaces its own entry; the others keep theirs, with the date and machine they were taken on.
-What `loadtest/bench_gpu.py` wrote is added if it is there.
+A measurement that is run again replaces its own entry; the others keep theirs, with the date and
+machine they were taken on. What `loadtest/bench_gpu.py` wrote is added if it is there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ better; time, memory and bytes: less is better. One measurement again: `python -
 """
 
 Entry = dict[str, Any]
-"""One measurement as it is kept: `date`, `duration_s`, `command`, `seed`, `machine` and the `Measurement`'s own fields."""
+"""One measurement as it is kept: `date`, `duration_s`, `command`, `seed`, `machine` and the
+`Measurement`'s own fields.
+"""
 
 
 def describe_machine() -> str:
@@ -42,7 +45,10 @@ def describe_machine() -> str:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     parts = [
         f"{_processor_name()}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB",
-        f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
+        (
+            f"{platform.system()} {platform.release().split('-')[0]}, Python "
+            f"{platform.python_version()}"
+        ),
         ", ".join(f"{name} {version}" for name, version in _versions()),
     ]
     return "; ".join(parts)
@@ -70,7 +76,9 @@ def read_results(path: Path = RESULTS) -> dict[str, Entry]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def save_result(name: str, entry: Entry, order: list[str], path: Path = RESULTS, page: Path = PAGE) -> None:
+def save_result(
+    name: str, entry: Entry, order: list[str], path: Path = RESULTS, page: Path = PAGE
+) -> None:
     """Replace one measurement and write the page anew. `order` is that of the page."""
     kept = {**read_results(path), name: entry}
     kept = {known: kept[known] for known in order if known in kept}
@@ -98,14 +106,18 @@ def format_page(results: Mapping[str, Entry], gpu: dict[str, Any] | None = None)
     for name, entry in results.items():
         sections.append(_format_details(name, entry, machines))
     sections.append(_format_gpu(gpu))
-    sections.append("## Machines\n\n" + "".join(f"{_letter(index)}. {machine}\n" for index, machine in enumerate(machines)))
+    sections.append(
+        "## Machines\n\n"
+        + "".join(f"{_letter(index)}. {machine}\n" for index, machine in enumerate(machines))
+    )
     return "\n".join(sections)
 
 
 def _format_gpu(results: dict[str, Any] | None) -> str:
     if results is None:
         return (
-            "## gpu\n\nNot measured: no CUDA device was at hand. `make bench-gpu` on a machine with one writes "
+            "## gpu\n\nNot measured: no CUDA device was at hand. `make bench-gpu` on a machine "
+            "with one writes "
             "`loadtest/results_gpu.json`; `python -m loadtest.bench --page` then adds it here.\n"
         )
     return f"## gpu\n\n`{results['command']}`: the learner's step with random weights in bfloat16.\n\n{results['table']}\n"
@@ -117,13 +129,20 @@ def _format_comparisons(results: Mapping[str, Entry]) -> str:
         "|---|---|---|---|---|",
     ]
     for entry in results.values():
-        lines += [_format_row(comparison) for comparison in Measurement.from_json(entry["measurement"]).comparisons]
+        lines += [
+            _format_row(comparison)
+            for comparison in Measurement.from_json(entry["measurement"]).comparisons
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _format_row(comparison: Comparison) -> str:
     ratios = comparison.ratios
-    target = "" if comparison.target is None else f"{comparison.target}: {'met' if comparison.is_met else '**missed**'}"
+    target = (
+        ""
+        if comparison.target is None
+        else f"{comparison.target}: {'met' if comparison.is_met else '**missed**'}"
+    )
     cells = [
         comparison.what,
         f"{format_figure(comparison.ours)} {comparison.unit}",

@@ -1,7 +1,9 @@
-"""Owns the peers' ways of doing things, written anew in the fewest lines that do the same work. Used by measurements only.
+"""Owns the peers' ways of doing things, written anew in the fewest lines that do the same work.
+Used by measurements only.
 
-Pickle appears here and nowhere else in this repository: it is what the peer puts on the wire, and unpickling what a stranger
-may have written runs the stranger's code. These bytes never leave the measurement that made them.
+Pickle appears here and nowhere else in this repository: it is what the peer puts on the wire, and
+unpickling what a stranger may have written runs the stranger's code. These bytes never leave the
+measurement that made them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ IGNORED_LABEL = -100
 
 
 class PickleStream:
-    """PipelineRL's Redis stream: a pickle per XADD with an index beside it, read with XREAD COUNT 1, never acknowledged."""
+    """PipelineRL's Redis stream: a pickle per XADD with an index beside it, read with XREAD COUNT
+    1, never acknowledged.
+    """
 
     def __init__(self, url: str, key: str) -> None:
         self._redis = redis.Redis.from_url(url)
@@ -51,7 +55,9 @@ def count_pickled_bytes(content: Any) -> int:
 
 
 def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """A trajectory as PipelineRL holds it: a record of plain lists per call of the model, each with its whole prompt."""
+    """A trajectory as PipelineRL holds it: a record of plain lists per call of the model, each with
+    its whole prompt.
+    """
     return [
         {
             "text": "\n".join(message.content for message in turn.messages) + turn.response_text,
@@ -60,7 +66,8 @@ def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
             "logprobs": turn.behavior_logprobs.tolist(),
             "ref_logprobs": [],
             "input_ids": turn.prompt_token_ids.tolist() + turn.response_token_ids.tolist(),
-            "labels": [IGNORED_LABEL] * len(turn.prompt_token_ids) + turn.response_token_ids.tolist(),
+            "labels": [IGNORED_LABEL] * len(turn.prompt_token_ids)
+            + turn.response_token_ids.tolist(),
             "group_id": trajectory.group_id,
             "finished": True,
             "prompt_tokens": len(turn.prompt_token_ids),
@@ -77,7 +84,9 @@ def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file and wait until its bytes are on disk: the least that handing weights over by a file can cost."""
+    """Copy a file and wait until its bytes are on disk: the least that handing weights over by a
+    file can cost.
+    """
     shutil.copyfile(source, target)
     descriptor = os.open(target, os.O_RDWR)
     try:

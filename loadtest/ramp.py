@@ -1,4 +1,5 @@
-"""Owns how a load is raised until a server is full, and how what came of it is kept and written: stages, search, tables.
+"""Owns how a load is raised until a server is full, and how what came of it is kept and written:
+stages, search, tables.
 
 Pure: it starts nothing and imports no Locust, which would patch the process of whoever imports it.
 """
@@ -48,13 +49,17 @@ class Stage:
 
     @property
     def requests_per_cpu_s(self) -> float | None:
-        """Requests that a second of the server's CPU time answers: what holds also where cores are shared."""
+        """Requests that a second of the server's CPU time answers: what holds also where cores are
+        shared.
+        """
         return None if not self.server_share else self.requests_per_s / self.server_share
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """All stages in the order they were played, the largest one held, and what stopped it from being larger."""
+    """All stages in the order they were played, the largest one held, and what stopped it from
+    being larger.
+    """
 
     what: str
     unit: str
@@ -71,11 +76,21 @@ class Ramp:
 
     @property
     def memory_per_100_bytes(self) -> float | None:
-        """What 100 users more take of the server's memory, between the smallest stage and the largest held."""
+        """What 100 users more take of the server's memory, between the smallest stage and the
+        largest held.
+        """
         first = self.stages[0]
-        if first.memory_bytes is None or self.best.memory_bytes is None or self.best.num_users == first.num_users:
+        if (
+            first.memory_bytes is None
+            or self.best.memory_bytes is None
+            or self.best.num_users == first.num_users
+        ):
             return None
-        return 100 * (self.best.memory_bytes - first.memory_bytes) / (self.best.num_users - first.num_users)
+        return (
+            100
+            * (self.best.memory_bytes - first.memory_bytes)
+            / (self.best.num_users - first.num_users)
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,14 +107,17 @@ def tell_limit(stage: Stage, before: Stage | None) -> str:
     if stage.p99_ms > BOUND_MS:
         return f"p99 is {stage.p99_ms:.0f} ms"
     if before is not None and stage.num_users > before.num_users:
-        growth = (stage.requests_per_s / before.requests_per_s - 1) / (stage.num_users / before.num_users - 1)
+        growth = (stage.requests_per_s / before.requests_per_s - 1) / (
+            stage.num_users / before.num_users - 1
+        )
         if growth < LEAST_GROWTH:
             return f"the rate no longer grows: {stage.requests_per_s:.0f}/s"
     return ""
 
 
 def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pace_s: float) -> Ramp:
-    """Double the users until a stage is not held, then narrow down twice. One that other work disturbed is tried again.
+    """Double the users until a stage is not held, then narrow down twice. One that other work
+    disturbed is tried again.
 
     Raises ValueError: not even the first stage is held.
     """
@@ -121,7 +139,10 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
         else:
             held = len(stages) - 1
         if held < 0:
-            raise ValueError(f"{what} does not hold {first} {unit}: {reason}. See its log, or measure on a quieter machine.")
+            raise ValueError(
+                f"{what} does not hold {first} {unit}: {reason}. See its log, or measure on a "
+                "quieter machine."
+            )
         if failed == math.inf and number < MAX_USERS:
             number = min(2 * number, MAX_USERS)
         elif failed < math.inf and narrowings < NUM_NARROWINGS:
@@ -131,12 +152,25 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
 
 
 def build_stages_table(ramp: Ramp) -> Table:
-    columns = (ramp.unit, "requests/s", "failed", "p50, ms", "p95, ms", "p99, ms", "server, cores", "generator", "others")
+    columns = (
+        ramp.unit,
+        "requests/s",
+        "failed",
+        "p50, ms",
+        "p95, ms",
+        "p99, ms",
+        "server, cores",
+        "generator",
+        "others",
+    )
     rows = [
         (
             *(str(one.num_users), format_figure(one.requests_per_s), str(one.num_failed)),
             *(format_figure(value) for value in (one.p50_ms, one.p95_ms, one.p99_ms)),
-            *("" if x is None else f"{x:.2f}" for x in (one.server_share, one.generator_share, one.others_share)),
+            *(
+                "" if x is None else f"{x:.2f}"
+                for x in (one.server_share, one.generator_share, one.others_share)
+            ),
         )
         for one in ramp.stages
     ]
@@ -159,7 +193,12 @@ def build_summary_table(ramps: Sequence[Ramp]) -> Table:
         times = ", ".join(format_figure(value) for value in (best.p50_ms, best.p95_ms, best.p99_ms))
         memory = ramp.memory_per_100_bytes
         cells = (
-            *(ramp.what, f"{best.num_users} {ramp.unit}", format_figure(best.requests_per_s), times),
+            *(
+                ramp.what,
+                f"{best.num_users} {ramp.unit}",
+                format_figure(best.requests_per_s),
+                times,
+            ),
             "" if best.requests_per_cpu_s is None else format_figure(best.requests_per_cpu_s),
             "" if memory is None else format_figure(max(0.0, memory) / 2**20),
             ramp.limit,
@@ -170,11 +209,11 @@ def build_summary_table(ramps: Sequence[Ramp]) -> Table:
 
 def format_block(results: dict[str, Any]) -> str:
     """What `make loadtest` writes between its marks in docs/operations.md."""
-    table = format_table(build_summary_table([Ramp.from_json(one) for one in results["ramps"]])).lstrip("\n")
+    table = format_table(
+        build_summary_table([Ramp.from_json(one) for one in results["ramps"]])
+    ).lstrip("\n")
     circumstances = f", {results['circumstances']}" if results["circumstances"] else ""
-    return (
-        f"`{results['command']}`, {results['date']}, seed {results['seed']}, {results['machine']}{circumstances}:\n\n{table}\n"
-    )
+    return f"`{results['command']}`, {results['date']}, seed {results['seed']}, {results['machine']}{circumstances}:\n\n{table}\n"
 
 
 def replace_block(page: str, block: str) -> str:
@@ -182,5 +221,8 @@ def replace_block(page: str, block: str) -> str:
     head, begin, rest = page.partition(BEGIN_MARK)
     _, end, tail = rest.partition(END_MARK)
     if not begin or not end:
-        raise ValueError(f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. Put both where the figures belong.")
+        raise ValueError(
+            f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. Put both where the "
+            "figures belong."
+        )
     return f"{head}{begin}{block}{end}{tail}"

@@ -1,12 +1,14 @@
-"""Measures what the rollout service costs on top of vLLM: sampled tokens per second of both, at 32 episodes in flight.
+"""Measures what the rollout service costs on top of vLLM: sampled tokens per second of both, at 32
+episodes in flight.
 
-One AsyncLLM serves both sides in turn, so the engine and its arguments are the same object. Ours is a `RolloutWorker` with its
-engine, prompts, episodes, codec and bus on a real Redis: task groups in, trajectories and ledger events out. The peer is 32
-coroutines around `AsyncLLM.generate`, each an episode at a time, with the same sampling parameters, feeding back the samples.
+One AsyncLLM serves both sides in turn, so the engine and its arguments are the same object. Ours is
+a `RolloutWorker` with its engine, prompts, episodes, codec and bus on a real Redis: task groups in,
+trajectories and ledger events out. The peer is 32 coroutines around `AsyncLLM.generate`, each an
+episode at a time, with the same sampling parameters, feeding back the samples.
 
-The environment answers at once from a script: the observations that an expert sees in household tasks, for as many turns as he
-needs. The model's copy knows no end token, so every response has the full length and both sides do the same work whatever is
-sampled; each round checks that.
+The environment answers at once from a script: the observations that an expert sees in household
+tasks, for as many turns as he needs. The model's copy knows no end token, so every response has the
+full length and both sides do the same work whatever is sampled; each round checks that.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import Any, TextIO
 
 from loadtest.comparison import Comparison, Measurement, Say, Target, describe_pair
 from loadtest.workloads import MODEL_PATH, RUN_ID, SEED, Script, record_scripts
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.redis import RedisBus
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import (
@@ -35,12 +39,10 @@ from sdar.contracts.types import (
     Task,
     TaskGroup,
 )
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.settings import apply_environment
-from sdar.runtime.telemetry import Health, configure_logging
-from sdar.runtime.vllm_weights import vllm_environment
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.process.settings import apply_environment
+from sdar.process.telemetry import Health, configure_logging
 from services.rollout.engine import VllmEngine
 from services.rollout.environment_client import EnvironmentProfile, Session, StepOutcome
 from services.rollout.episode import EpisodeRules
@@ -69,7 +71,9 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("responses of 12 tokens, as in the demo", num_groups=16, num_response_tokens=12, num_pairs=9),
+    Workload(
+        "responses of 12 tokens, as in the demo", num_groups=16, num_response_tokens=12, num_pairs=9
+    ),
     Workload("responses of 48 tokens", num_groups=8, num_response_tokens=48, num_pairs=3),
 )
 
@@ -88,7 +92,9 @@ async def _measure(say: Say) -> Measurement:
         cleanup.push_async_callback(bus.close)
         log_to(cleanup.enter_context((directory / "log").open("w")))
         say("starting vLLM")
-        engine = build_engine(copy_model_without_end(directory / "household-tiny"), directory / "weights")
+        engine = build_engine(
+            copy_model_without_end(directory / "household-tiny"), directory / "weights"
+        )
         cleanup.push_async_callback(engine.stop)
         await engine.start()
         for workload in WORKLOADS:
@@ -97,8 +103,10 @@ async def _measure(say: Say) -> Measurement:
     return Measurement(
         tuple(comparisons),
         notes=(
-            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same within a group) of household "
-            "texts, examples/models/household-tiny in float32, engine and service one thread each. So small a model leaves the "
+            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
+            "within a group) of household "
+            "texts, examples/models/household-tiny in float32, engine and service one thread each. "
+            "So small a model leaves the "
             "engine next to nothing to compute: with a larger one the service's share only falls.",
             "Both sides return the log-prob of every token.",
         ),
@@ -136,7 +144,9 @@ def build_engine(model_path: Path, weights: Path) -> VllmEngine:
 
 async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: Say) -> Comparison:
     scripts = record_scripts(workload.num_groups)
-    num_tokens = sum(len(script.actions) for script in scripts) * GROUP_SIZE * workload.num_response_tokens
+    num_tokens = (
+        sum(len(script.actions) for script in scripts) * GROUP_SIZE * workload.num_response_tokens
+    )
     peer = BareClient(engine, scripts, workload.num_response_tokens)
     pairs = []
     async with _serving(engine, bus, scripts) as service:
@@ -155,11 +165,16 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
 
 def check_count(num_tokens: int, expected: int) -> None:
     if num_tokens != expected:
-        raise RuntimeError(f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not compare.")
+        raise RuntimeError(
+            f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not "
+            "compare."
+        )
 
 
 class InstantEnvironment:
-    """An `EnvironmentClient`, and the directory that finds it: answers from scripts, without waiting for anything."""
+    """An `EnvironmentClient`, and the directory that finds it: answers from scripts, without
+    waiting for anything.
+    """
 
     def __init__(self, scripts: Sequence[Script]) -> None:
         self._scripts = {script.task.task_id: script for script in scripts}
@@ -199,13 +214,19 @@ class InstantEnvironment:
 
 
 class Service:
-    """The gateway's and the learner's side of a rollout worker: issues groups, waits for their accounts."""
+    """The gateway's and the learner's side of a rollout worker: issues groups, waits for their
+    accounts.
+    """
 
-    def __init__(self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]) -> None:
+    def __init__(
+        self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]
+    ) -> None:
         self._bus, self._scripts, self._worker = bus, scripts, worker
 
     async def play(self, workload: Workload, number: int) -> float:
-        """Seconds from issuing all groups to the last ledger event. What was published is then read and acknowledged."""
+        """Seconds from issuing all groups to the last ledger event. What was published is then read
+        and acknowledged.
+        """
         sampling = SamplingParameters(1.0, 1.0, workload.num_response_tokens)
         prefix = f"{number}-{workload.num_response_tokens}"
         payloads = [
@@ -242,7 +263,9 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def _serving(engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script]) -> AsyncIterator[Service]:
+async def _serving(
+    engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script]
+) -> AsyncIterator[Service]:
     """A rollout worker at work."""
     tokenizer = ChatTokenizer(MODEL_PATH)
     rules = EpisodeRules(
@@ -275,7 +298,9 @@ async def _serving(engine: VllmEngine, bus: RedisBus, scripts: Sequence[Script])
 class BareClient:
     """The peer: requests to the very AsyncLLM that the engine holds, and nothing else."""
 
-    def __init__(self, engine: VllmEngine, scripts: Sequence[Script], num_response_tokens: int) -> None:
+    def __init__(
+        self, engine: VllmEngine, scripts: Sequence[Script], num_response_tokens: int
+    ) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -283,7 +308,9 @@ class BareClient:
         self._request_ids = map("bare-{}".format, itertools.count())
         self._num_tokens = 0
         self._chat = ChatTokenizer(MODEL_PATH)
-        self._episodes = [tokens for script in scripts for tokens in [self._tokenize(script)] * GROUP_SIZE]
+        self._episodes = [
+            tokens for script in scripts for tokens in [self._tokenize(script)] * GROUP_SIZE
+        ]
         self._parameters = SamplingParams(
             temperature=1.0,
             max_tokens=num_response_tokens,
@@ -296,8 +323,13 @@ class BareClient:
     def _tokenize(self, script: Script) -> list[list[int]]:
         """The first prompt, then what follows each response."""
         chat = self._chat
-        first, *others = [(ChatMessage("user", observation),) for observation in script.observations]
-        return [chat.render_fresh(first).tolist(), *(chat.render_delta(other, is_closed=False).tolist() for other in others)]
+        first, *others = [
+            (ChatMessage("user", observation),) for observation in script.observations
+        ]
+        return [
+            chat.render_fresh(first).tolist(),
+            *(chat.render_delta(other, is_closed=False).tolist() for other in others),
+        ]
 
     async def play(self) -> float:
         """Seconds for all episodes."""
@@ -317,7 +349,9 @@ class BareClient:
             for stretch in stretches:
                 prompt = prompt + stretch
                 outputs = self._llm.generate(
-                    {"type": "token", "prompt_token_ids": prompt}, self._parameters, next(self._request_ids)
+                    {"type": "token", "prompt_token_ids": prompt},
+                    self._parameters,
+                    next(self._request_ids),
                 )
                 async for output in outputs:
                     final = output

@@ -1,7 +1,9 @@
-"""Measures Search-QA: a step that searches, in process and through the retriever service, and how much the service answers.
+"""Measures Search-QA: a step that searches, in process and through the retriever service, and how
+much the service answers.
 
-The peer is what the index's own library does for the same query on the same index: its tokenizer and its `retrieve`. A step
-also reads the action, looks up and shows the passages, and where a service is asked, goes over HTTP.
+The peer is what the index's own library does for the same query on the same index: its tokenizer
+and its `retrieve`. A step also reads the action, looks up and shows the passages, and where a
+service is asked, goes over HTTP.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ READY_LINE = "answers on "
 
 @dataclass(frozen=True, slots=True)
 class SearchFigures:
-    """One run's plain figures. Memory in MiB; `index_mib` is mapped, so workers of a machine share it."""
+    """One run's plain figures. Memory in MiB; `index_mib` is mapped, so workers of a machine share
+    it.
+    """
 
     num_passages: int
     in_process_ms: float
@@ -65,23 +69,38 @@ def measure(say: Say) -> Measurement:
         with serve_retriever(data / "corpus.jsonl") as (url, process):
             pairs, figures = _measure(data, url, process, say)
     steps = Comparison(
-        f"a search step in process, {figures.num_passages:,} passages, top {TOPK}", "bm25s tokenize and retrieve", "ms", pairs
+        f"a search step in process, {figures.num_passages:,} passages, top {TOPK}",
+        "bm25s tokenize and retrieve",
+        "ms",
+        pairs,
     )
     return Measurement(
         (steps,),
         (_tabulate(figures),),
         (
-            "One thread, one search after the other; the service is a process of its own on the same cores. Both sides use the "
-            "same index; the peer stops at the numbers of the passages, a step goes on to their text.",
+            "One thread, one search after the other; the service is a process of its own on the "
+            "same cores. Both sides use the "
+            "same index; the peer stops at the numbers of the passages, a step goes on to their "
+            "text.",
         ),
     )
 
 
-def _measure(data: Path, url: str, process: psutil.Process, say: Say) -> tuple[tuple[tuple[float, float], ...], SearchFigures]:
-    with _opened(data_dir=str(data)) as inside, _opened(data_dir=str(data), retriever_url=url) as outside:
+def _measure(
+    data: Path, url: str, process: psutil.Process, say: Say
+) -> tuple[tuple[tuple[float, float], ...], SearchFigures]:
+    with (
+        _opened(data_dir=str(data)) as inside,
+        _opened(data_dir=str(data), retriever_url=url) as outside,
+    ):
         queries = [task.description for task in inside.list_tasks("train")[:NUM_STEPS]]
         library = _open_library(data / "corpus.jsonl")
-        pairs = take_turns(lambda: _time_steps(inside, queries), lambda: _time_calls(library, queries), NUM_PAIRS, say)
+        pairs = take_turns(
+            lambda: _time_steps(inside, queries),
+            lambda: _time_calls(library, queries),
+            NUM_PAIRS,
+            say,
+        )
         through_service_ms = min(_time_steps(outside, queries) for _ in range(2))
         session_kib = _measure_sessions(data)
     rates = {size: _measure_service(url, queries, size) for size in REQUEST_SIZES}
@@ -101,8 +120,19 @@ def _measure(data: Path, url: str, process: psutil.Process, say: Say) -> tuple[t
 @contextlib.contextmanager
 def serve_retriever(corpus: Path) -> Iterator[tuple[str, psutil.Process]]:
     """A retriever process of a corpus: its address, and itself. It has ended after the block."""
-    command = [sys.executable, "-m", "sdar.cli.main", "retriever", "--corpus", str(corpus), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "sdar.cli.main",
+        "retriever",
+        "--corpus",
+        str(corpus),
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
@@ -120,7 +150,9 @@ def _opened(**options: Any) -> Iterator[SearchEnvironment]:
 
 
 def _time_steps(environment: SearchEnvironment, queries: Sequence[str]) -> float:
-    """Milliseconds of a step that searches. Every episode is begun anew before its last turn, untimed."""
+    """Milliseconds of a step that searches. Every episode is begun anew before its last turn,
+    untimed.
+    """
     spent_s = 0.0
     for number, query in enumerate(queries):
         if number % (environment.max_turns - 1) == 0:
@@ -129,7 +161,9 @@ def _time_steps(environment: SearchEnvironment, queries: Sequence[str]) -> float
         result = environment.step(f"<think>Find it.</think><search>{query}</search>")
         spent_s += time.perf_counter() - started
         if int(result.observation.info.get("num_results", 0)) == 0:
-            raise RuntimeError(f"The search for {query!r} found nothing: {result.observation.info}.")
+            raise RuntimeError(
+                f"The search for {query!r} found nothing: {result.observation.info}."
+            )
     return 1000 * spent_s / len(queries)
 
 
@@ -145,7 +179,10 @@ def _open_library(corpus: Path) -> Callable[[str], object]:
     stemmer = Stemmer.Stemmer("porter")
     contents = [passage.contents for _, passage in iterate_corpus(corpus)]
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    index.index(bm25s.tokenize(contents, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
+    index.index(
+        bm25s.tokenize(contents, stopwords="en", stemmer=stemmer, show_progress=False),
+        show_progress=False,
+    )
 
     def query(text: str) -> object:
         tokens = bm25s.tokenize([text], stopwords="en", stemmer=stemmer, show_progress=False)
@@ -163,7 +200,9 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
         num_answered = 0
         with httpx.Client(trust_env=False) as client:
             while time.perf_counter() < ends_at:
-                answer = client.post(f"{url}/retrieve", json={"queries": batch, "topk": TOPK, "return_scores": True})
+                answer = client.post(
+                    f"{url}/retrieve", json={"queries": batch, "topk": TOPK, "return_scores": True}
+                )
                 num_answered += len(answer.raise_for_status().json()["result"])
         return num_answered
 
@@ -174,7 +213,9 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
 
 
 def _measure_sessions(data: Path) -> float:
-    """KiB that one more session takes in a process that has the data: as allocated, for it is less than a page."""
+    """KiB that one more session takes in a process that has the data: as allocated, for it is less
+    than a page.
+    """
     SearchEnvironment(data_dir=str(data), topk=TOPK).reset("train-0", seed=0)
     gc.collect()
     tracemalloc.start()
@@ -187,7 +228,14 @@ def _measure_sessions(data: Path) -> float:
 
 
 def _mapped_mib(process: psutil.Process) -> float:
-    return sum(mapping.size for mapping in process.memory_maps() if mapping.path.endswith((".npy", ".jsonl"))) / 2**20
+    return (
+        sum(
+            mapping.size
+            for mapping in process.memory_maps()
+            if mapping.path.endswith((".npy", ".jsonl"))
+        )
+        / 2**20
+    )
 
 
 def _tabulate(figures: SearchFigures) -> Table:
@@ -195,7 +243,10 @@ def _tabulate(figures: SearchFigures) -> Table:
         ("a search step in process, ms", format_figure(figures.in_process_ms)),
         ("a search step through the service, ms", format_figure(figures.through_service_ms)),
         *(
-            (f"queries/s of the service, {NUM_CLIENTS} clients, {size} in a request", format_figure(rate))
+            (
+                f"queries/s of the service, {NUM_CLIENTS} clients, {size} in a request",
+                format_figure(rate),
+            )
             for size, rate in figures.service_queries_per_s.items()
         ),
         ("index and corpus, mapped and shared, MiB", format_figure(figures.index_mib)),

@@ -1,8 +1,10 @@
-"""Measures where the wall time of a run goes: which share of it each service waits for work, and how busy it keeps a core.
+"""Measures where the wall time of a run goes: which share of it each service waits for work, and
+how busy it keeps a core.
 
-A short `sdar run` of the demo, every service a process. Rollout, teacher and learner say themselves how long they had nothing
-to do (their records in metrics.jsonl); gateway and environments only answer, so for them waiting is what the processor did not
-spend on them. The first updates and the evaluations before and after are left out.
+A short `sdar run` of the demo, every service a process. Rollout, teacher and learner say themselves
+how long they had nothing to do (their records in metrics.jsonl); gateway and environments only
+answer, so for them waiting is what the processor did not spend on them. The first updates and the
+evaluations before and after are left out.
 """
 
 from __future__ import annotations
@@ -53,12 +55,17 @@ def measure(say: Say) -> Measurement:
         rows.append((service, f"{waits.get(service, 1 - busy):.0%}", f"{busy:.0%}"))
     say(f"over {window.duration_s:.0f} s")
     return Measurement(
-        tables=(Table("Share of wall time", ("service", "waits", "keeps a core busy"), tuple(rows)),),
+        tables=(
+            Table("Share of wall time", ("service", "waits", "keeps a core busy"), tuple(rows)),
+        ),
         notes=(
-            f"examples/household.yaml, updates {NUM_LEFT_OUT + 1} to {NUM_UPDATES}: {window.duration_s:.0f} s, "
+            f"examples/household.yaml, updates {NUM_LEFT_OUT + 1} to {NUM_UPDATES}: "
+            f"{window.duration_s:.0f} s, "
             f"{window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} s an update.",
-            "waits: rollout has no group in hand, the teacher nothing to score, the learner no whole batch (by their own "
-            "clocks); gateway and envs: one less the other column. Processor time includes that of a service's own processes.",
+            "waits: rollout has no group in hand, the teacher nothing to score, the learner no "
+            "whole batch (by their own "
+            "clocks); gateway and envs: one less the other column. Processor time includes that of "
+            "a service's own processes.",
         ),
     )
 
@@ -82,7 +89,10 @@ def find_window(records: Sequence[Record]) -> Window:
     """From the end of the last update that is left out to the end of the last one."""
     ends = [record["at_s"] for record in records if record["service"] == "learner"]
     if len(ends) <= NUM_LEFT_OUT:
-        raise ValueError(f"The run reported {len(ends)} updates, more than {NUM_LEFT_OUT} are needed. See its logs.")
+        raise ValueError(
+            f"The run reported {len(ends)} updates, more than {NUM_LEFT_OUT} are needed. See its "
+            "logs."
+        )
     return Window(ends[NUM_LEFT_OUT - 1], ends[-1])
 
 
@@ -99,27 +109,37 @@ def compute_waiting(records: Sequence[Record], window: Window) -> dict[str, floa
         if values[service]
     }
     updates = values["learner"]
-    return shares | {"learner": sum(value["wait_s"] for value in updates) / sum(value["total_s"] for value in updates)}
+    return shares | {
+        "learner": sum(value["wait_s"] for value in updates)
+        / sum(value["total_s"] for value in updates)
+    }
 
 
 @dataclass
 class ProcessorTime:
     """CPU seconds of each service over time: (Unix time, seconds so far)."""
 
-    samples: defaultdict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    samples: defaultdict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
     def sample(self, supervisor: psutil.Process) -> None:
         at_s = time.time()
         for process in supervisor.children():
             service = _service_of(process)
             if service:
-                self.samples[service].append((at_s, sum(map(_cpu_seconds, [process, *_children(process)]))))
+                self.samples[service].append(
+                    (at_s, sum(map(_cpu_seconds, [process, *_children(process)])))
+                )
 
     def compute_share(self, service: str, window: Window) -> float:
         """CPU seconds a second inside the window."""
         inside = [sample for sample in self.samples[service] if window.holds(sample[0])]
         if len(inside) < 2:
-            raise ValueError(f"{service} was seen {len(inside)} times in {window.duration_s:.0f} s: too short for a share.")
+            raise ValueError(
+                f"{service} was seen {len(inside)} times in {window.duration_s:.0f} s: too short "
+                "for a share."
+            )
         (first_s, first), (last_s, last) = inside[0], inside[-1]
         return (last - first) / (last_s - first_s)
 
@@ -127,15 +147,29 @@ class ProcessorTime:
 def _run(runs: Path, say: Say) -> ProcessorTime:
     """Run the demo to its end, looking at its processes every second."""
     settings = [part for key, value in OVERRIDES.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "sdar.cli.main", "run", str(RUN_FILE), "--runs-dir", str(runs), *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "sdar.cli.main",
+        "run",
+        str(RUN_FILE),
+        "--runs-dir",
+        str(runs),
+        *settings,
+    ]
     processor = ProcessorTime()
     say(f"sdar run, {NUM_UPDATES} updates")
-    with (runs / "output").open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as run:
+    with (
+        (runs / "output").open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as run,
+    ):
         supervisor, deadline = psutil.Process(run.pid), time.monotonic() + TIMEOUT_S
         while run.poll() is None:
             if time.monotonic() > deadline:
                 run.terminate()
-                raise SdarError(f"The run was not finished after {TIMEOUT_S:.0f} s: {_tail(runs / 'output')}")
+                raise SdarError(
+                    f"The run was not finished after {TIMEOUT_S:.0f} s: {_tail(runs / 'output')}"
+                )
             processor.sample(supervisor)
             _wait(run, 1.0)
     if run.returncode:
@@ -157,7 +191,10 @@ def _service_of(process: psutil.Process) -> str:
         words = process.cmdline()
     except psutil.Error:
         return ""
-    return next((name for word, name in itertools.pairwise(words) if word == "serve" and name in SERVICES), "")
+    return next(
+        (name for word, name in itertools.pairwise(words) if word == "serve" and name in SERVICES),
+        "",
+    )
 
 
 def _children(process: psutil.Process) -> Iterator[psutil.Process]:

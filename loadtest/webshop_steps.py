@@ -1,8 +1,10 @@
-"""Measures what a step in the shop costs, against the figure published for the original, and what memory a session takes.
+"""Measures what a step in the shop costs, against the figure published for the original, and what
+memory a session takes.
 
-The environment class itself plays, without a server, on a generated catalogue of a few thousand products: by a shopper who
-searches, chooses and buys, and at random over everything that can be clicked. The original renders and parses HTML pages; its
-11 to 12 ms a step were published, not measured here, so they come from another machine.
+The environment class itself plays, without a server, on a generated catalogue of a few thousand
+products: by a shopper who searches, chooses and buys, and at random over everything that can be
+clicked. The original renders and parses HTML pages; its 11 to 12 ms a step were published, not
+measured here, so they come from another machine.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import psutil
 from loadtest.comparison import Comparison, Measurement, Say, Table, Target, format_figure
 from loadtest.workloads import SEED
 from sdar.contracts.types import Task
-from sdar.runtime.settings import apply_environment
-from services.envs.base import Observation
+from sdar.environments.base import Observation
+from sdar.process.settings import apply_environment
 from services.envs.webshop.demonstrations import Shopper, list_key_words, write_action
 from services.envs.webshop.environment import WebShopEnvironment
 from services.envs.webshop.generate import generate
@@ -41,7 +43,9 @@ def measure(say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         apply_environment({"SDAR_CACHE": f"{directory}/cache"})
         say("generating a catalogue")
-        made = generate(Path(directory, "data"), num_tasks=NUM_TASKS, seed=SEED, report=lambda done, total: None)
+        made = generate(
+            Path(directory, "data"), num_tasks=NUM_TASKS, seed=SEED, report=lambda done, total: None
+        )
         empty_bytes = _measure_memory()
         began = time.perf_counter()
         environment = WebShopEnvironment(data_dir=f"{directory}/data")
@@ -52,26 +56,40 @@ def measure(say: Say) -> Measurement:
         session_bytes = _measure_sessions(f"{directory}/data")
     rows = (
         ("prepare the catalogue, once per machine", f"{format_figure(seconds)} s"),
-        ("memory of a process before it opens the catalogue", f"{format_figure(empty_bytes / 2**20)} MiB"),
-        ("memory that catalogue, index and goals add to it", f"{format_figure(added_bytes / 2**20)} MiB"),
-        ("memory of a session in the middle of an episode", f"{format_figure(session_bytes / 2**10)} KiB"),
+        (
+            "memory of a process before it opens the catalogue",
+            f"{format_figure(empty_bytes / 2**20)} MiB",
+        ),
+        (
+            "memory that catalogue, index and goals add to it",
+            f"{format_figure(added_bytes / 2**20)} MiB",
+        ),
+        (
+            "memory of a session in the middle of an episode",
+            f"{format_figure(session_bytes / 2**10)} KiB",
+        ),
     )
     return Measurement(
         tuple(comparisons),
         tables=(Table("WebShop: what it takes", ("what", "figure"), rows),),
         notes=(
-            f"The catalogue: {made} The peer's figure is the published one, from another machine, and the lower end of its "
+            f"The catalogue: {made} The peer's figure is the published one, from another machine, "
+            "and the lower end of its "
             "range; the original's pages are HTML and longer.",
         ),
     )
 
 
-def _compare(environment: WebShopEnvironment, name: str, build: Callable[[Task], Player], say: Say) -> Comparison:
+def _compare(
+    environment: WebShopEnvironment, name: str, build: Callable[[Task], Player], say: Say
+) -> Comparison:
     pairs = []
     for number in range(NUM_ROUNDS):
         pairs.append((_play_episodes(environment, build), PUBLISHED_MS))
         say(f"{name}: round {number + 1} of {NUM_ROUNDS}, {format_figure(pairs[-1][0])} ms a step")
-    return Comparison(f"a step of WebShop, {name}", "the original, as published", "ms", tuple(pairs), TARGET)
+    return Comparison(
+        f"a step of WebShop, {name}", "the original, as published", "ms", tuple(pairs), TARGET
+    )
 
 
 def _play_episodes(environment: WebShopEnvironment, build: Callable[[Task], Player]) -> float:
@@ -91,7 +109,9 @@ def _play_episodes(environment: WebShopEnvironment, build: Callable[[Task], Play
 
 def _build_shopper(task: Task) -> Player:
     shopper = Shopper()
-    return lambda seen: shopper.next_action(task.description, task.task_type, seen.text, seen.admissible_actions)
+    return lambda seen: shopper.next_action(
+        task.description, task.task_type, seen.text, seen.admissible_actions
+    )
 
 
 def _build_random_player(task: Task) -> Player:
@@ -122,7 +142,9 @@ def _measure_sessions(data_dir: str) -> float:
 
 
 def _measure_memory() -> int:
-    """Bytes of this process's own memory: pages of files, memory-mapped or of libraries, are shared and not counted."""
+    """Bytes of this process's own memory: pages of files, memory-mapped or of libraries, are shared
+    and not counted.
+    """
     gc.collect()
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)

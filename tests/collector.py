@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
@@ -35,14 +38,20 @@ class Received:
 class Collector(TraceServiceServicer):
     spans: list[Received] = field(default_factory=list)
 
-    def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:
+    def Export(
+        self, request: ExportTraceServiceRequest, context: object
+    ) -> ExportTraceServiceResponse:
         for resource in request.resource_spans:
             shared = _read(resource.resource.attributes)
             for span in (span for scope in resource.scope_spans for span in scope.spans):
                 links = [(link.trace_id, link.span_id) for link in span.links]
                 ids = (span.trace_id, span.span_id, span.parent_span_id)
                 times = (span.start_time_unix_nano, span.end_time_unix_nano)
-                self.spans.append(Received(span.name, *ids, _read(span.attributes), links, *times, span.status, shared))
+                self.spans.append(
+                    Received(
+                        span.name, *ids, _read(span.attributes), links, *times, span.status, shared
+                    )
+                )
         return ExportTraceServiceResponse()
 
     def named(self, name: str) -> list[Received]:

@@ -1,4 +1,6 @@
-"""Owns what holds for every test: no example of hypothesis is timed, and Ctrl-C reaches the processes that tests start."""
+"""Owns what holds for every test: no example of hypothesis is timed, and Ctrl-C reaches the
+processes that tests start.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +12,6 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A shell starts what it puts into the background with SIGINT ignored, and every child inherits that.
+# A shell starts what it puts into the background with SIGINT ignored, and every child inherits
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

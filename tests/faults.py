@@ -1,6 +1,8 @@
-"""A process that dies between two lines: forked from a test, traced, and ended at once where the test says.
+"""A process that dies between two lines: forked from a test, traced, and ended at once where the
+test says.
 
-The forking process must not use torch's or gRPC's threads before: a fork copies only the thread that calls it.
+The forking process must not use torch's or gRPC's threads before: a fork copies only the thread
+that calls it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def run_forked(function: Callable[[], None]) -> int:
 
 
 def trace_lines(files: Collection[str], on_line: Callable[[Line], None]) -> None:
-    """Call `on_line` before every line of these files that is executed from now on, in this thread and in new ones."""
+    """Call `on_line` before every line of these files that is executed from now on, in this thread
+    and in new ones.
+    """
 
     def in_frame(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":

@@ -1,4 +1,5 @@
-"""Hostile input for the fuzz tests, seeded: random bytes, mutated bytes, and messages made from their descriptors.
+"""Hostile input for the fuzz tests, seeded: random bytes, mutated bytes, and messages made from
+their descriptors.
 
 What is built from descriptors covers a new field, message or method by itself. It knows no service.
 """
@@ -20,8 +21,31 @@ HUGE_ITEMS = 20_000
 MAX_RANDOM_BYTES = 4096
 
 _TEXTS = (
-    *("", "\0", "a", "0", "-1", " ", "\n", "\r\nX-Header: 1", "'; DROP TABLE", "{}", "%s%n", "<script>alert(1)</script>"),
-    *("../../etc/passwd", "/", "unix:/tmp/x", "a:1", ":", "nobody.invalid:1", "group-00000001", "group-99999999", "eval"),
+    *(
+        "",
+        "\0",
+        "a",
+        "0",
+        "-1",
+        " ",
+        "\n",
+        "\r\nX-Header: 1",
+        "'; DROP TABLE",
+        "{}",
+        "%s%n",
+        "<script>alert(1)</script>",
+    ),
+    *(
+        "../../etc/passwd",
+        "/",
+        "unix:/tmp/x",
+        "a:1",
+        ":",
+        "nobody.invalid:1",
+        "group-00000001",
+        "group-99999999",
+        "eval",
+    ),
     *("é", "日本語", "\u202etxt", "\U0001f600" * 7, "\ufeff", "\uffff", "a\u0301" * 40, "9" * 5000),
 )
 _INTEGERS = {
@@ -39,7 +63,8 @@ class Fuzzer:
     """One seeded source of hostile input.
 
     Args:
-        texts: strings that mean something to what is tested (names, ids), mixed among the hostile ones.
+        texts: strings that mean something to what is tested (names, ids), mixed among the hostile
+            ones.
     """
 
     def __init__(self, seed: int, texts: tuple[str, ...] = ()) -> None:
@@ -66,7 +91,9 @@ class Fuzzer:
                 case 3:
                     value[start:start] = self.random.randbytes(self.random.randint(1, 8))
                 case 4:
-                    value[start:end] = self.random.choice((b"\xff", b"\x00", b"\x80", b"\x7f")) * (end - start)
+                    value[start:end] = self.random.choice((b"\xff", b"\x00", b"\x80", b"\x7f")) * (
+                        end - start
+                    )
                 case 5 if self.random.random() < 0.2:
                     del value[start:]
         return bytes(value)
@@ -80,14 +107,22 @@ class Fuzzer:
         return message
 
     def vary_message(self, message: Any) -> Any:
-        """A copy of a good message in which one or two fields, at any depth, are missing, extreme or huge."""
+        """A copy of a good message in which one or two fields, at any depth, are missing, extreme
+        or huge.
+        """
         copy = type(message)()
         copy.CopyFrom(message)
         for _ in range(self.random.randint(1, 2)):
             target = copy
             while True:
-                inner = [value for field, value in target.ListFields() if field.message_type and not _is_map(field)]
-                candidates = [one for value in inner for one in (value if _is_sequence(value) else [value])]
+                inner = [
+                    value
+                    for field, value in target.ListFields()
+                    if field.message_type and not _is_map(field)
+                ]
+                candidates = [
+                    one for value in inner for one in (value if _is_sequence(value) else [value])
+                ]
                 if not candidates or self.random.random() < 0.4:
                     break
                 target = self.random.choice(candidates)
@@ -101,7 +136,10 @@ class Fuzzer:
     def _fill(self, message: Any, field: FieldDescriptor) -> None:
         holder = getattr(message, field.name)
         if _is_map(field):
-            key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
+            key, value = (
+                field.message_type.fields_by_name["key"],
+                field.message_type.fields_by_name["value"],
+            )
             for _ in range(self._count(is_scalar=True)):
                 holder[self._scalar(key)] = self._scalar(value)
         elif field.is_repeated and field.message_type:
@@ -109,7 +147,11 @@ class Fuzzer:
                 holder.append(self.make_message(GetMessageClass(field.message_type)))
         elif field.is_repeated:
             count = self._count(is_scalar=True)
-            holder.extend([self._scalar(field) for _ in range(min(count, 64))] * max(1, count // 64) if count else [])
+            holder.extend(
+                [self._scalar(field) for _ in range(min(count, 64))] * max(1, count // 64)
+                if count
+                else []
+            )
         elif field.message_type:
             holder.CopyFrom(self.make_message(type(holder)))
             holder.SetInParent()
@@ -152,7 +194,9 @@ def _is_sequence(value: Any) -> bool:
 def hostile_inputs(
     fuzzer: Fuzzer, kind: type[Any], number: int, good: Callable[[], Any | None] = lambda: None
 ) -> Iterator[bytes]:
-    """`number` inputs for a message kind: rubbish, structured, and variations of `good()` in its fields and in its bytes."""
+    """`number` inputs for a message kind: rubbish, structured, and variations of `good()` in its
+    fields and in its bytes.
+    """
     for index in range(number):
         base = good() or fuzzer.make_message(kind)
         match index % 5:
@@ -169,7 +213,8 @@ def hostile_inputs(
 def _serialize(message: Any) -> bytes:
     try:
         return bytes(message.SerializeToString())
-    except EncodeError as error:  # A descriptor this fuzzer does not understand: a defect of the fuzzer.
+    except EncodeError as error:
+        # A descriptor this fuzzer does not understand: a defect of the fuzzer.
         raise AssertionError(f"{message.DESCRIPTOR.full_name} cannot be made") from error
 
 

@@ -1,4 +1,6 @@
-"""An environment that breaks in every way there is: each text is a command. Worker processes of several suites import it."""
+"""An environment that breaks in every way there is: each text is a command. Worker processes of
+several suites import it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from sdar.contracts.errors import CapacityError
 from sdar.contracts.types import Task
-from services.envs.base import Environment, Observation, StepResult
+from sdar.environments.base import Environment, Observation, StepResult
 
 ENORMOUS_BYTES = 40_000_000
 _both_are_here = threading.Barrier(2)
@@ -39,7 +41,12 @@ class Misbehaving(Environment):
         time.sleep(delay_s)
         if trap and Path(trap).exists():
             os._exit(3)
-        self.tasks = {"train": [Task(self.name, "train", f"task {number}", "", "behave .", seed) for number in range(50)]}
+        self.tasks = {
+            "train": [
+                Task(self.name, "train", f"task {number}", "", "behave .", seed)
+                for number in range(50)
+            ]
+        }
 
     def reset(self, task_id: str, seed: int) -> Observation:
         self.get_task(task_id)
@@ -59,7 +66,10 @@ class Misbehaving(Environment):
         match text.split():
             case ["hang"]:
                 time.sleep(3600)
-            case ["hang", "hard"]:  # holds the interpreter's lock: nothing in the process runs any more
+            case [
+                "hang",
+                "hard",
+            ]:  # holds the interpreter's lock: nothing in the process runs any more
                 ctypes.PyDLL(None).pause()
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
@@ -73,7 +83,10 @@ class Misbehaving(Environment):
                 raise Mute
             case ["raise", "enormous"]:
                 raise ValueError("x" * 1_000_000)
-            case ["start", "child"]:  # which inherits whatever its worker holds open, and outlives it
+            case [
+                "start",
+                "child",
+            ]:  # which inherits whatever its worker holds open, and outlives it
                 subprocess.Popen(["sleep", "3600"], close_fds=False)
             case ["full"]:
                 raise CapacityError("no chair is free")

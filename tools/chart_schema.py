@@ -1,8 +1,9 @@
 """Owns what of the chart is written by a program: `make docs` runs it, and a test compares.
 
-- helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key with the words that stand
-  over it in helm/values.yaml.
-- helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections look at.
+- helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key
+  with the words that stand over it in helm/values.yaml.
+- helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
+  look at.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - the table of helm/README.md.
 """
@@ -29,7 +30,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9.]+(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[float, Field(ge=0)]
+Quantity = (
+    Annotated[str, StringConstraints(pattern=r"^[0-9.]+(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
+    | Annotated[float, Field(ge=0)]
+)
 Labels = dict[str, str]
 Object = dict[str, Any]
 """Kubernetes' own, passed on as it is; the API server checks it."""
@@ -41,7 +45,9 @@ BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
 RedisUrl = Annotated[str, StringConstraints(pattern=r"^(rediss?://.+)?$")]
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^(https?://.+)?$")]
 Size = Annotated[str, StringConstraints(pattern=r"^[0-9.]+(k|Ki|M|Mi|G|Gi|T|Ti)$")]
-Tag = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
+Tag = Annotated[
+    str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")
+]
 """Also a label's value."""
 Environment = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -147,7 +153,9 @@ class Storage(_Part):
     existingClaim: str
     storageClass: str
     size: Size
-    accessModes: Annotated[list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)]
+    accessModes: Annotated[
+        list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)
+    ]
 
 
 class Auth(_Part):
@@ -218,13 +226,18 @@ class Values(_Part):
 
 
 def build_schema() -> dict[str, Any]:
-    """The JSON schema of the chart's values, in the dialect that every Helm reads (draft 7, nothing by reference)."""
+    """The JSON schema of the chart's values, in the dialect that every Helm reads (draft 7, nothing
+    by reference).
+    """
     run = _inline(RunConfig.model_json_schema())
     run["properties"]["name"]["pattern"] = r"^([a-z0-9][a-z0-9-]{0,62})?$"
     schema = _inline(Values.model_json_schema())
     schema["properties"] = {"run": run} | schema["properties"]
     _describe(schema, read_words((CHART / "values.yaml").read_text()), "")
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart sdar"} | schema
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Values of the chart sdar",
+    } | schema
 
 
 def build_run_defaults() -> dict[str, Any]:
@@ -233,15 +246,24 @@ def build_run_defaults() -> dict[str, Any]:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            known = {key: part.default for key, part in section.model_fields.items() if part.default is not PydanticUndefined}
-            defaults[name] = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+            known = {
+                key: part.default
+                for key, part in section.model_fields.items()
+                if part.default is not PydanticUndefined
+            }
+            defaults[name] = {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in known.items()
+            }
         elif field.default is not PydanticUndefined:
             defaults[name] = field.default
     return defaults
 
 
 def build_demo() -> str:
-    """examples/household.yaml as part of a chart: without its name, its model where the images have it."""
+    """examples/household.yaml as part of a chart: without its name, its model where the images have
+    it.
+    """
     lines = [line for line in DEMO.read_text().splitlines() if not line.startswith(("#", "name:"))]
     text = "\n".join(lines).replace("path: models/", "path: /opt/sdar/examples/models/", 1)
     return f"# Written by `make docs` from examples/household.yaml.\n{text}\n"
@@ -283,11 +305,15 @@ def write() -> None:
     """Write everything anew."""
     (CHART / "values.schema.json").write_text(json.dumps(build_schema(), indent=2) + "\n")
     head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
-    (CHART / "files/run-defaults.yaml").write_text(head + yaml.safe_dump(build_run_defaults(), sort_keys=False))
+    (CHART / "files/run-defaults.yaml").write_text(
+        head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
+    )
     (CHART / "files/household.yaml").write_text(build_demo())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
-    (CHART / "README.md").write_text(f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}")
+    (CHART / "README.md").write_text(
+        f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}"
+    )
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:
@@ -305,6 +331,8 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
             rest = {key: value for key, value in node.items() if key != "$ref"}
             return visit(definitions[node["$ref"].rpartition("/")[2]] | rest)
         kept = {key: value for key, value in node.items() if key not in ("title", "format")}
+        if isinstance(kept.get("description"), str):
+            kept["description"] = " ".join(kept["description"].split())
         if "prefixItems" in kept:
             kept["items"] = kept.pop("prefixItems")[0]
         return {key: visit(value, is_named=key == "properties") for key, value in kept.items()}
@@ -314,7 +342,9 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
-    """Give each key of ours its words. A key that is left out has the file's default, or the demo's, so nothing is required."""
+    """Give each key of ours its words. A key that is left out has the file's default, or the
+    demo's, so nothing is required.
+    """
     schema.pop("required", None)
     if not path.startswith("run."):
         schema.pop("description", None)

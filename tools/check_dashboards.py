@@ -1,9 +1,11 @@
-"""Owns the check that dashboards show something: asks a Prometheus every query of every panel and lists those without data.
+"""Owns the check that dashboards show something: asks a Prometheus every query of every panel and
+lists those without data.
 
     python -m tools.check_dashboards --prometheus http://127.0.0.1:9090 --run household
 
-A query has data if it gave a number at any moment of the newest minutes, so the run may just have ended. Exits with 1 if one
-has none, or if Prometheus cannot scrape one of the run's processes. It writes nothing.
+A query has data if it gave a number at any moment of the newest minutes, so the run may just have
+ended. Exits with 1 if one has none, or if Prometheus cannot scrape one of the run's processes. It
+writes nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def list_queries(folder: Path = DASHBOARDS) -> Iterator[Query]:
                 yield Query(path.stem, panel["title"], target["legendFormat"], target["expr"])
 
 
-def find_empty(prometheus: str, run: str, *, minutes: float = 30.0, window: str = "1m") -> list[Query]:
+def find_empty(
+    prometheus: str, run: str, *, minutes: float = 30.0, window: str = "1m"
+) -> list[Query]:
     """Queries that gave no number over the newest minutes.
 
     Raises:
@@ -59,7 +63,9 @@ def find_empty(prometheus: str, run: str, *, minutes: float = 30.0, window: str 
         return [
             query
             for query in list_queries()
-            if not _has_number(_ask(client, query.fill(run, window=window, seconds=seconds), seconds))
+            if not _has_number(
+                _ask(client, query.fill(run, window=window, seconds=seconds), seconds)
+            )
         ]
 
 
@@ -67,7 +73,11 @@ def find_down(prometheus: str, run: str) -> list[str]:
     """Processes of the run that Prometheus cannot scrape now; `no process` if it knows none."""
     with httpx.Client(base_url=prometheus, timeout=30, trust_env=False) as client:
         found = _ask(client, f'up{{run="{run}"}}', _STEP_S)
-    return [str(series["metric"]) for series in found if float(series["values"][-1][1]) != 1] if found else ["no process"]
+    return (
+        [str(series["metric"]) for series in found if float(series["values"][-1][1]) != 1]
+        if found
+        else ["no process"]
+    )
 
 
 def _ask(client: httpx.Client, query: str, seconds: int) -> list[dict[str, Any]]:
@@ -85,12 +95,20 @@ def _has_number(found: list[dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prometheus", required=True, help="URL of Prometheus")
     parser.add_argument("--run", required=True, help="value of the label run")
     parser.add_argument("--minutes", type=float, default=30.0, help="how far to look back")
     parser.add_argument("--window", default="1m", help="what rates are taken over")
-    parser.add_argument("--allow-empty", action="append", default=[], metavar="PANEL", help="a panel that may show nothing")
+    parser.add_argument(
+        "--allow-empty",
+        action="append",
+        default=[],
+        metavar="PANEL",
+        help="a panel that may show nothing",
+    )
     chosen = parser.parse_args()
     queries = list(list_queries())
     empty = find_empty(chosen.prometheus, chosen.run, minutes=chosen.minutes, window=chosen.window)
@@ -100,7 +118,10 @@ def main() -> int:
         print(f"no data: {query.dashboard} / {query.panel} / {query.legend}: {query.text}")
     for process in down:
         print(f"down: {process}")
-    print(f"{len(queries)} queries, {len(empty)} without data, {len(down)} processes that do not answer.")
+    print(
+        f"{len(queries)} queries, {len(empty)} without data, {len(down)} processes that do not "
+        "answer."
+    )
     return 1 if empty or down else 0
 
 

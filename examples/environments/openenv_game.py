@@ -1,4 +1,5 @@
-"""A game on OpenEnv's own server, to be trained on without a line of code for sdar. Needs openenv-core.
+"""A game on OpenEnv's own server, to be trained on without a line of code for sdar. Needs
+openenv-core.
 
 python examples/environments/openenv_game.py 8123 &
 sdar env serve openenv --option url=http://127.0.0.1:8123 --capacity 16
@@ -30,7 +31,10 @@ class GuessingGame(Environment[Guess, Hint, State]):
     SUPPORTS_CONCURRENT_SESSIONS = True
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **_: object) -> Hint:
-        self._number, self._state = random.Random(seed).randint(1, LARGEST), State(episode_id=episode_id)
+        self._number, self._state = (
+            random.Random(seed).randint(1, LARGEST),
+            State(episode_id=episode_id),
+        )
         return Hint(hint=f"I think of a number from 1 to {LARGEST}. Which?")
 
     def step(self, action: Guess, timeout_s: float | None = None, **_: object) -> Hint:
@@ -39,7 +43,9 @@ class GuessingGame(Environment[Guess, Hint, State]):
             return Hint(hint="That is no number.", reward=0.0)
         if int(action.guess[:9]) == self._number:
             return Hint(hint="Yes!", reward=1.0, done=True)
-        return Hint(hint="Too low." if int(action.guess[:9]) < self._number else "Too high.", reward=0.0)
+        return Hint(
+            hint="Too low." if int(action.guess[:9]) < self._number else "Too high.", reward=0.0
+        )
 
     @property
     def state(self) -> State:

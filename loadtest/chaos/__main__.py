@@ -1,4 +1,6 @@
-"""Owns the command `python -m loadtest.chaos`: run, check, tell. Exit code 0 if every promise was kept."""
+"""Owns the command `python -m loadtest.chaos`: run, check, tell. Exit code 0 if every promise was
+kept.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from loadtest.chaos.faults import build_schedule
 from loadtest.chaos.report import build_report, format_table, write_json, write_markdown
 from loadtest.chaos.run import ChaosRun, Evidence
 from loadtest.page import ROOT
+from sdar.bus.protocol import SUSPECT_FACTOR
 from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import SdarError
 from sdar.contracts.types import GroupOutcome
-from sdar.runtime.bus import SUSPECT_FACTOR
-from sdar.runtime.telemetry import configure_logging
+from sdar.process.telemetry import configure_logging
 from services.learner.checkpoint import read_trained_groups
 from services.rollout.worker import WorkerLimits
 
@@ -38,14 +40,17 @@ SETTINGS = {
     "evaluation.num_tasks": 24,
     "rollout.num_workers": NUM_ROLLOUTS,
     "rollout.max_concurrent_episodes": 32,
-    "rollout.kv_cache_gib": 0.05,  # its pages are touched in the first seconds, so what grows later is a leak
+    # its pages are touched in the first seconds, so what grows later is a leak
+    "rollout.kv_cache_gib": 0.05,
     "rollout.max_group_attempts": 20,  # a group may be hit again and again; none is to fail for it
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    configure_logging("chaos", "observer", "error", "text")  # that Redis is away is no news to the observer
+    configure_logging(
+        "chaos", "observer", "error", "text"
+    )  # that Redis is away is no news to the observer
     config = _configure(options.minutes)
     lease_s = WorkerLimits(max_concurrent_episodes=1).claim_idle_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
@@ -56,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     root = Path(options.out or tempfile.mkdtemp(prefix="sdar-chaos-"))
     if (root / config.name).exists():
-        print(f"error: {root / config.name} holds an earlier run. Remove it or choose another --out.", file=sys.stderr)
+        print(
+            f"error: {root / config.name} holds an earlier run. Remove it or choose another --out.",
+            file=sys.stderr,
+        )
         return 2
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -65,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
     command = f"python -m loadtest.chaos --seed {options.seed} --minutes {options.minutes:g}"
-    report = build_report(evidence, judge(evidence), seed=options.seed, minutes=options.minutes, command=command)
+    report = build_report(
+        evidence, judge(evidence), seed=options.seed, minutes=options.minutes, command=command
+    )
     write_json(report, evidence, root / "chaos.json")
     write_markdown(report, root / "chaos.md")
     print(f"\n{format_table(report)}")
@@ -85,7 +95,9 @@ def judge(evidence: Evidence) -> list[Check]:
     checkpoints = evidence.directory / "checkpoints"
     reclaimed = [event.fields["entry_id"] for event in evidence.of("group_reclaimed")]
     return [
-        checks.check_end(status.get("phase", "unknown"), status.get("num_updates", 0), training.num_updates),
+        checks.check_end(
+            status.get("phase", "unknown"), status.get("num_updates", 0), training.num_updates
+        ),
         checks.check_faults(injuries, evidence.num_planned, NUM_ROLLOUTS),
         checks.check_closed(evidence.account, evidence.closed),
         checks.check_trained(
@@ -99,7 +111,10 @@ def judge(evidence: Evidence) -> list[Check]:
         checks.check_rollout_recovery(injuries),
         checks.check_regenerated(reclaimed, injuries),
         checks.check_nothing_left(
-            evidence.num_sessions_left, evidence.orphans, find_half_written(evidence.directory), evidence.not_drained
+            evidence.num_sessions_left,
+            evidence.orphans,
+            find_half_written(evidence.directory),
+            evidence.not_drained,
         ),
         checks.check_memory(evidence.memory),
         checks.check_redis_memory(evidence.samples),
@@ -108,20 +123,45 @@ def judge(evidence: Evidence) -> list[Check]:
 
 def find_half_written(directory: Path) -> list[str]:
     """Checkpoints under their temporary name, and versions of weights without a manifest."""
-    versions = (path for path in directory.glob("weights/*/v*") if not (path / "manifest.json").exists())
-    return [str(path.relative_to(directory)) for path in (*directory.glob("checkpoints/*.partial"), *versions)]
+    versions = (
+        path for path in directory.glob("weights/*/v*") if not (path / "manifest.json").exists()
+    )
+    return [
+        str(path.relative_to(directory))
+        for path in (*directory.glob("checkpoints/*.partial"), *versions)
+    ]
 
 
 def _configure(minutes: float) -> RunConfig:
     num_updates = max(1, round(_UPDATES_PER_MINUTE * minutes))
-    return load_config(ROOT / "examples" / "household.yaml", SETTINGS | {"training.num_updates": num_updates})
+    return load_config(
+        ROOT / "examples" / "household.yaml", SETTINGS | {"training.num_updates": num_updates}
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.chaos", description="A real run under random faults, checked.")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the faults: the same seed, the same schedule")
-    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of faults; the start and the end come on top")
-    parser.add_argument("--out", help="directory for the run, its logs and the figures; kept (default: kept only on a failure)")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.chaos", description="A real run under random faults, checked."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=DEFAULT_SEED,
+        help="of the faults: the same seed, the same schedule",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=DEFAULT_MINUTES,
+        help="of faults; the start and the end come on top",
+    )
+    parser.add_argument(
+        "--out",
+        help=(
+            "directory for the run, its logs and the figures; kept (default: kept only on a "
+            "failure)"
+        ),
+    )
     parser.add_argument("--page", action="store_true", help="write docs/chaos.md")
     return parser.parse_args(arguments)
 

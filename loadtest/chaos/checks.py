@@ -1,4 +1,6 @@
-"""Owns what must hold at the end of a chaos run: one function a promise, each answered with the evidence. Pure."""
+"""Owns what must hold at the end of a chaos run: one function a promise, each answered with the
+evidence. Pure.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,16 @@ from loadtest.chaos.faults import KILLS, SERVICES
 from loadtest.chaos.observer import Sample
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
 from loadtest.chaos.run import MemorySample
+from sdar.bus.ledger import CLOSING, LedgerAccount, format_group_id
 from sdar.contracts.types import GroupOutcome
-from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id
 
 _GROWTH_SHARE = 0.10
 _GROWTH_BYTES = 20 * 2**20
 _WARM_UP_S = 10.0
 _WARM_UP_SIGNS = {"rollout": 150, "learner": 10, "teacher": 10}
-"""Of each life, after it is ready: late imports, caches and allocators settle. vLLM takes 400 MiB more over its first 150
-groups and then stays where it is, measured over 1,700 groups and 400 updates without faults."""
+"""Of each life, after it is ready: late imports, caches and allocators settle. vLLM takes 400 MiB
+more over its first 150 groups and then stays where it is, measured over 1,700 groups and 400
+updates without faults."""
 _LEAST_SAMPLES = 12
 """A life with fewer samples than this says nothing about growth."""
 MAX_REDIS_BYTES = 64 * 2**20
@@ -46,11 +49,16 @@ def check_end(phase: str, num_updates: int, target: int) -> Check:
 
 
 def check_samples(samples: Sequence[Sample], num_missed: int) -> Check:
-    """Both equations hold in every sample, and nothing that only grows ever shrinks: no restart forgets."""
+    """Both equations hold in every sample, and nothing that only grows ever shrinks: no restart
+    forgets.
+    """
     gaps = [sample for sample in samples if sample.gap != 0]
     growing = ("issued", "generated", *(outcome.value for outcome in CLOSING))
     shrunk = [
-        name for before, after in itertools.pairwise(samples) for name in growing if after.counts[name] < before.counts[name]
+        name
+        for before, after in itertools.pairwise(samples)
+        for name in growing
+        if after.counts[name] < before.counts[name]
     ]
     return Check(
         "the ledger's equations hold at every moment",
@@ -69,14 +77,20 @@ def check_closed(account: LedgerAccount, closed: Mapping[GroupOutcome, Sequence[
     return Check(
         "0 groups are lost: each is closed by exactly one outcome",
         not (lost or twice or invented or account.open) and account.find_gap() == 0,
-        f"{account.num_issued} issued, {len(times)} closed, {len(account.open)} open, gap {account.find_gap()}"
+        f"{account.num_issued} issued, {len(times)} closed, {len(account.open)} open, gap "
+        f"{account.find_gap()}"
         + _name("lost", lost)
         + _name("closed twice", twice)
         + _name("closed but never issued", invented),
     )
 
 
-def check_trained(updates: Sequence[Sequence[str]], trained: Sequence[int], groups_per_update: int, num_updates: int) -> Check:
+def check_trained(
+    updates: Sequence[Sequence[str]],
+    trained: Sequence[int],
+    groups_per_update: int,
+    num_updates: int,
+) -> Check:
     """0 groups trained twice.
 
     Args:
@@ -89,9 +103,11 @@ def check_trained(updates: Sequence[Sequence[str]], trained: Sequence[int], grou
     uneven = [index for index, update in enumerate(updates) if len(update) != groups_per_update]
     different = times.keys() ^ booked
     return Check(
-        "0 groups are trained twice: the optimizer's steps and the ledger name the same groups, each once",
+        "0 groups are trained twice: the optimizer's steps and the ledger name the same groups, "
+        "each once",
         not (twice or different or uneven) and len(updates) == num_updates,
-        f"{len(updates)} steps of {groups_per_update} groups name {len(times)} groups, the ledger {len(booked)}"
+        f"{len(updates)} steps of {groups_per_update} groups name {len(times)} groups, the ledger "
+        f"{len(booked)}"
         + _name("trained twice", twice)
         + _name("in one of both only", different)
         + _name("steps of another size", uneven),
@@ -100,11 +116,16 @@ def check_trained(updates: Sequence[Sequence[str]], trained: Sequence[int], grou
 
 def check_faults(injuries: Sequence[Injury], num_planned: int, num_rollouts: int) -> Check:
     kills = Counter(injury.target for injury in injuries if injury.fault.kind in KILLS)
-    missing = [name for name in (*SERVICES, *(f"{ROLLOUT_PREFIX}{i}" for i in range(num_rollouts))) if not kills[name]]
+    missing = [
+        name
+        for name in (*SERVICES, *(f"{ROLLOUT_PREFIX}{i}" for i in range(num_rollouts)))
+        if not kills[name]
+    ]
     return Check(
         "every planned fault was done, and every service was killed",
         len(injuries) == num_planned and not missing,
-        f"{len(injuries)} of {num_planned} faults, {sum(injury.fault.num_kills for injury in injuries)} kills"
+        f"{len(injuries)} of {num_planned} faults, "
+        f"{sum(injury.fault.num_kills for injury in injuries)} kills"
         + _name("never killed", missing),
     )
 
@@ -114,7 +135,8 @@ def check_recovered(injuries: Sequence[Injury]) -> Check:
     return Check(
         "every service is ready again after every fault",
         not hurt,
-        f"{len(injuries)} faults" + _name("not recovered from", [f"{i.fault.kind} {i.target}" for i in hurt]),
+        f"{len(injuries)} faults"
+        + _name("not recovered from", [f"{i.fault.kind} {i.target}" for i in hurt]),
     )
 
 
@@ -123,10 +145,13 @@ def check_rollout_recovery(injuries: Sequence[Injury]) -> Check:
     beyond = [
         injury.ready_after_s - injury.engine_start_s
         for injury in injuries
-        if injury.needs_engine and injury.ready_after_s is not None and injury.engine_start_s is not None
+        if injury.needs_engine
+        and injury.ready_after_s is not None
+        and injury.engine_start_s is not None
     ]
     return Check(
-        f"a killed rollout worker is ready again within {MAX_ROLLOUT_RECOVERY_S:.0f} s beyond its engine's start",
+        f"a killed rollout worker is ready again within {MAX_ROLLOUT_RECOVERY_S:.0f} s beyond its "
+        "engine's start",
         len(beyond) > 0 and max(beyond) <= MAX_ROLLOUT_RECOVERY_S,
         f"{len(beyond)} times, longest {max(beyond, default=float('nan')):.1f} s",
     )
@@ -139,8 +164,8 @@ def check_regenerated(reclaimed: Sequence[str], injuries: Sequence[Injury]) -> C
     return Check(
         "at most its own groups are played again after a rollout worker's death",
         not others,
-        f"{len(set(reclaimed))} groups taken over, {len(held)} were held by workers when they were hit"
-        + _name("held by nobody hurt", others),
+        f"{len(set(reclaimed))} groups taken over, {len(held)} were held by workers when they were "
+        "hit" + _name("held by nobody hurt", others),
     )
 
 
@@ -175,7 +200,8 @@ def check_memory(samples: Sequence[MemorySample]) -> Check:
     ]
     largest = max(((last - first) / 2**20 for first, last in growths.values()), default=0.0)
     return Check(
-        f"memory is flat: no life grows by more than {_GROWTH_SHARE:.0%} + {_GROWTH_BYTES >> 20} MiB",
+        f"memory is flat: no life grows by more than {_GROWTH_SHARE:.0%} + {_GROWTH_BYTES >> 20} "
+        "MiB",
         len(growths) > 0 and not grown,
         f"{len(growths)} lives long enough to tell ({_count(service for service, _ in growths)}), "
         f"largest growth {largest:.1f} MiB" + _name("grown", grown),
@@ -184,7 +210,9 @@ def check_memory(samples: Sequence[MemorySample]) -> Check:
 
 def _is_settled(sample: MemorySample, first: MemorySample) -> bool:
     num_signs = _WARM_UP_SIGNS.get(sample.service.split("-")[0], 0)
-    return sample.at_s - first.at_s >= _WARM_UP_S and sample.num_signs - first.num_signs >= num_signs
+    return (
+        sample.at_s - first.at_s >= _WARM_UP_S and sample.num_signs - first.num_signs >= num_signs
+    )
 
 
 def _count(names: Iterable[str]) -> str:
@@ -196,7 +224,9 @@ def check_redis_memory(samples: Sequence[Sample]) -> Check:
     return Check(
         f"Redis stays under {MAX_REDIS_BYTES >> 20} MiB",
         0 < most <= MAX_REDIS_BYTES,
-        f"at most {most / 2**20:.1f} MiB, {samples[-1].redis_bytes / 2**20:.1f} MiB at the end" if samples else "no sample",
+        f"at most {most / 2**20:.1f} MiB, {samples[-1].redis_bytes / 2**20:.1f} MiB at the end"
+        if samples
+        else "no sample",
     )
 
 

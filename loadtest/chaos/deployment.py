@@ -1,4 +1,6 @@
-"""Owns the processes of a run under faults: Redis, every service, and the links between them. Supervised as `sdar run` does."""
+"""Owns the processes of a run under faults: Redis, every service, and the links between them.
+Supervised as `sdar run` does.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,16 @@ import psutil
 
 from loadtest.chaos.faults import ENVS, GATEWAY, LEARNER, REDIS, TEACHER
 from loadtest.chaos.proxy import Link
+from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.cli.processes import Fleet, ServiceProcess, choose_port
 from sdar.cli.run_directory import RunDirectory
 from sdar.config import RunConfig
-from sdar.runtime.embedded_redis import EmbeddedRedis
 
 _HOST = "127.0.0.1"
 _MAX_RESTARTS = 100
-"""Far more than any schedule kills one service: only a service that dies by itself all the time reaches it."""
+"""Far more than any schedule kills one service: only a service that dies by itself all the time
+reaches it.
+"""
 _STOP_TIMEOUT_S = 30.0
 MARKER = "CHAOS_RUN"
 """Environment variable that every process of the run inherits, to find those that outlive it."""
@@ -27,8 +31,9 @@ MARKER = "CHAOS_RUN"
 class Deployment:
     """All processes of one run.
 
-    Each service reaches Redis over a link of its own, and all clients reach the environments over one. With method `sdar`
-    nothing talks to the teacher but Redis, so there is no link to cut there.
+    Each service reaches Redis over a link of its own, and all clients reach the environments over
+    one. With method `sdar` nothing talks to the teacher but Redis, so there is no link to cut
+    there.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
@@ -66,7 +71,9 @@ class Deployment:
             self.links[name] = link
 
     def start(self, marker: str) -> None:
-        """Start Redis' clients; call it from the thread that stays (the kernel ends the services with it)."""
+        """Start Redis' clients; call it from the thread that stays (the kernel ends the services
+        with it).
+        """
         grpc_ports = {ENVS: self._envs_port}
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
@@ -80,7 +87,9 @@ class Deployment:
         for name in self.names:
             self._probe_ports[name] = choose_port(_HOST)
             own = {
-                "SDAR_REDIS_URL": self.redis.url if name == ENVS else f"redis://{_HOST}:{self.links[name].port}/0",
+                "SDAR_REDIS_URL": self.redis.url
+                if name == ENVS
+                else f"redis://{_HOST}:{self.links[name].port}/0",
                 "SDAR_GRPC_PORT": str(grpc_ports.get(name) or choose_port(_HOST)),
                 "SDAR_PROBE_PORT": str(self._probe_ports[name]),
                 "SDAR_HTTP_PORT": str(self._probe_ports[name]),
@@ -88,7 +97,9 @@ class Deployment:
             }
             role = name.split("-")[0]
             log_path = self.directory.logs / f"{name}.log"
-            self.fleet.add(ServiceProcess(name, ("serve", role), shared | own, log_path, self.probe_url(name)))
+            self.fleet.add(
+                ServiceProcess(name, ("serve", role), shared | own, log_path, self.probe_url(name))
+            )
 
     def keep_up(self) -> list[str]:
         """Start again what died; returns the names."""
@@ -108,7 +119,8 @@ class Deployment:
             killed += self.fleet.stop(names, _STOP_TIMEOUT_S)
         return killed
 
-    # --- hurting it ----------------------------------------------------------------------------------------------------------
+    # --- hurting it
+    # ----------------------------------------------------------------------------------------------
 
     def pid(self, name: str) -> int | None:
         if name == REDIS:
@@ -158,7 +170,9 @@ class Deployment:
         if pid is None:
             return None
         total = 0
-        for process in [psutil.Process(pid), *self.children(name)] if psutil.pid_exists(pid) else []:
+        for process in (
+            [psutil.Process(pid), *self.children(name)] if psutil.pid_exists(pid) else []
+        ):
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
         return total or None
@@ -167,9 +181,11 @@ class Deployment:
         return next(service for service in self.fleet.services if service.name == name)
 
     def list_left(self, marker: str) -> list[psutil.Process]:
-        """Living processes of the run: those with its marker, and those once seen as a child (vLLM's writes its title over its
-        environment)."""
-        return [process for process in self._ever_seen | set(_find_marked(marker)) if _is_alive(process)]
+        """Living processes of the run: those with its marker, and those once seen as a child
+        (vLLM's writes its title over its environment)."""
+        return [
+            process for process in self._ever_seen | set(_find_marked(marker)) if _is_alive(process)
+        ]
 
 
 def _find_marked(marker: str) -> Iterator[psutil.Process]:

@@ -1,4 +1,6 @@
-"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed. Pure; it hurts nobody itself."""
+"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed. Pure;
+it hurts nobody itself.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ class FaultKind(StrEnum):
     KILL_TWICE = "kill twice"
     """SIGKILL, and again while the next process starts."""
     KILL_CHILD = "kill child"
-    """SIGKILL of a process that the service started: a worker of the environments, vLLM's engine core."""
+    """SIGKILL of a process that the service started: a worker of the environments, vLLM's engine
+    core.
+    """
     PAUSE = "pause"
     """SIGSTOP of all its processes, SIGCONT after `duration_s`."""
     SEVER = "sever"
-    """All its connections (to Redis; of the environments: of their clients) are cut; new ones are let through."""
+    """All its connections (to Redis; of the environments: of their clients) are cut; new ones are
+    let through.
+    """
     REFUSE = "refuse"
     """They are cut, and new ones refused for `duration_s`."""
     DELAY = "delay"
@@ -44,8 +50,8 @@ KILLS = (FaultKind.KILL, FaultKind.KILL_TWICE, FaultKind.KILL_CHILD, FaultKind.O
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One planned fault. It is due `at_s` after the start, outages of Redis not counted, or once `at_progress` of the updates
-    are done if that is earlier."""
+    """One planned fault. It is due `at_s` after the start, outages of Redis not counted, or once
+    `at_progress` of the updates are done if that is earlier."""
 
     at_s: float
     at_progress: float
@@ -60,7 +66,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How often in ten minutes; `times_s` bounds the duration. A short run has at least `least` of it."""
+    """How often in ten minutes; `times_s` bounds the duration. A short run has at least `least` of
+    it.
+    """
 
     kind: FaultKind
     target: str
@@ -85,7 +93,8 @@ def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
         yield _Row(FaultKind.SEVER, target, 1)
     yield _Row(FaultKind.KILL_CHILD, ENVS, 3, least=1)
     yield _Row(FaultKind.PAUSE, rollouts[0], 1, (2.0, 5.0))
-    # Beyond its lease, and beyond what a silent worker is waited for: it is taken for dead, and its late results are refused.
+    # Beyond its lease, and beyond what a silent worker is waited for: it is taken for dead, and its
+    # late results are refused.
     yield _Row(FaultKind.PAUSE, rollouts[-1], 1, (lease_s + 2.0, lease_s + 5.0))
     yield _Row(FaultKind.PAUSE, LEARNER, 1, (2.0, 25.0))
     yield _Row(FaultKind.PAUSE, TEACHER, 1, (2.0, 25.0), least=1)
@@ -113,7 +122,9 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
     planned = []
     for row in _rows(num_rollouts, lease_s):
         number = max(row.least, int(row.number * minutes / 10.0))
-        planned += [(row.kind, row.target, round(draw.uniform(*row.times_s), 1)) for _ in range(number)]
+        planned += [
+            (row.kind, row.target, round(draw.uniform(*row.times_s), 1)) for _ in range(number)
+        ]
     ordered = _spread(planned, draw)
     num_outages = sum(kind is FaultKind.OUTAGE for kind, _, _ in ordered)
     step_s = (_FAULT_SHARE * minutes * 60.0 - num_outages * OUTAGE_S) / len(ordered)
@@ -121,13 +132,21 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
     for index, (kind, target, duration_s) in enumerate(ordered):
         place = index + draw.uniform(0.0, 0.9)
         faults.append(
-            Fault(round(place * step_s, 1), round(_LAST_PROGRESS * place / len(ordered), 4), kind, target, duration_s)
+            Fault(
+                round(place * step_s, 1),
+                round(_LAST_PROGRESS * place / len(ordered), 4),
+                kind,
+                target,
+                duration_s,
+            )
         )
     return faults
 
 
 _FAULT_SHARE = 0.85
-"""Part of the minutes in which faults begin; the rest is for what has to recover and for the run's end."""
+"""Part of the minutes in which faults begin; the rest is for what has to recover and for the run's
+end.
+"""
 _LAST_PROGRESS = 0.85
 """The last fault comes before this share of the updates is done, however fast the machine."""
 
@@ -135,7 +154,9 @@ _Planned = tuple[FaultKind, str, float]
 
 
 def _spread(planned: list[_Planned], draw: random.Random) -> list[_Planned]:
-    """Shuffle round by round: each round holds every target at most once, so no service is left out for long."""
+    """Shuffle round by round: each round holds every target at most once, so no service is left out
+    for long.
+    """
     by_target: dict[str, list[_Planned]] = {}
     for item in planned:
         by_target.setdefault(item[1], []).append(item)
@@ -144,7 +165,9 @@ def _spread(planned: list[_Planned], draw: random.Random) -> list[_Planned]:
     for items in by_target.values():
         draw.shuffle(items)
         # Those with few faults get theirs all over the run, not at its beginning.
-        for item, index in zip(items, sorted(draw.sample(range(num_rounds), len(items))), strict=True):
+        for item, index in zip(
+            items, sorted(draw.sample(range(num_rounds), len(items))), strict=True
+        ):
             rounds[index].append(item)
     for one in rounds:
         draw.shuffle(one)

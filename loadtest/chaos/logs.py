@@ -1,4 +1,6 @@
-"""Owns reading services' JSON logs while they are written. Lines of other programs between them are passed over."""
+"""Owns reading services' JSON logs while they are written. Lines of other programs between them are
+passed over.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,18 @@ class LogFollower:
 
 
 def parse_line(line: bytes, service: str) -> LogEvent | None:
-    """None for what is no event. What a kill cut short stands before the next process' first line, and is passed over."""
+    """None for what is no event. What a kill cut short stands before the next process' first line,
+    and is passed over.
+    """
     for start in (0, max(0, line.rfind(b'{"'))):
         try:
             fields = json.loads(line[start:])
-            return LogEvent(service, str(fields["event"]), datetime.fromisoformat(fields["timestamp"]).timestamp(), fields)
+            return LogEvent(
+                service,
+                str(fields["event"]),
+                datetime.fromisoformat(fields["timestamp"]).timestamp(),
+                fields,
+            )
         except (ValueError, KeyError, TypeError):
             continue
     return None

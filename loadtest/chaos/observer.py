@@ -1,6 +1,8 @@
-"""Owns what is seen of a run from outside: probes, the ledger second by second, metric records. One thread with an event loop.
+"""Owns what is seen of a run from outside: probes, the ledger second by second, metric records. One
+thread with an event loop.
 
-It only looks. It reads Redis past the links that faults cut, so that a fault hurts the run and not its witness.
+It only looks. It reads Redis past the links that faults cut, so that a fault hurts the run and not
+its witness.
 """
 
 from __future__ import annotations
@@ -18,19 +20,26 @@ import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.chaos.faults import ENVS, GATEWAY, REDIS
+from sdar.bus.ledger import CLOSING, LedgerAccount
+from sdar.bus.protocol import BEFORE_FIRST, BusLimits, parse_entry_id
+from sdar.bus.redis import RedisBus
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, MetricRecord
-from sdar.runtime.bus import BEFORE_FIRST, BusLimits, parse_entry_id
-from sdar.runtime.ledger import CLOSING, LedgerAccount
-from sdar.runtime.redis_bus import RedisBus
 
 _LOOK_EVERY_S = 0.5
 _SAMPLE_EVERY_S = 1.0
 _TIMEOUT_S = 2.0
-_COMMITTED = (Stream.TASKS, Stream.TRAJECTORIES, Stream.SCORED, Stream.LEDGER, Stream.METRICS, Stream.POLICY_UPDATES)
+_COMMITTED = (
+    Stream.TASKS,
+    Stream.TRAJECTORIES,
+    Stream.SCORED,
+    Stream.LEDGER,
+    Stream.METRICS,
+    Stream.POLICY_UPDATES,
+)
 _MAX_RECORDS = 5000
 
 
@@ -46,7 +55,9 @@ class Sample:
 
 @dataclass
 class Seen:
-    """What was seen so far. Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the request behind them began."""
+    """What was seen so far. Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the
+    request behind them began.
+    """
 
     ready_at_s: dict[str, float] = field(default_factory=dict)
     sign_at_s: dict[str, float] = field(default_factory=dict)
@@ -100,10 +111,15 @@ class Observer:
         async def begin() -> None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S)
             self._bus = RedisBus(
-                self._redis_url, self._config.name, self._config.stream_consumers, BusLimits(outage_tolerance_s=_TIMEOUT_S)
+                self._redis_url,
+                self._config.name,
+                self._config.stream_consumers,
+                BusLimits(outage_tolerance_s=_TIMEOUT_S),
             )
             self._redis = redis.asyncio.Redis.from_url(self._redis_url, socket_timeout=_TIMEOUT_S)
-            looks = [self._every(_LOOK_EVERY_S, self._look_at(name, url)) for name, url in urls.items()]
+            looks = [
+                self._every(_LOOK_EVERY_S, self._look_at(name, url)) for name, url in urls.items()
+            ]
             looks.append(self._every(_LOOK_EVERY_S, self._look_at_redis))
             looks.append(self._every(_SAMPLE_EVERY_S, self._sample))
             for look in looks:
@@ -121,13 +137,20 @@ class Observer:
         return found
 
     def find_held(self, consumer: str, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Tell, as soon as Redis answers, the ids of the task groups that a rollout worker which was just hit holds."""
+        """Tell, as soon as Redis answers, the ids of the task groups that a rollout worker which
+        was just hit holds.
+        """
 
         async def read() -> None:
-            stream, group = RunKeys(self._config.name).stream(Stream.TASKS), ConsumerGroup.ROLLOUT.value
+            stream, group = (
+                RunKeys(self._config.name).stream(Stream.TASKS),
+                ConsumerGroup.ROLLOUT.value,
+            )
             while True:
                 with contextlib.suppress(redis.RedisError):
-                    found = await self._redis.xpending_range(stream, group, "-", "+", _MAX_RECORDS, consumername=consumer)
+                    found = await self._redis.xpending_range(
+                        stream, group, "-", "+", _MAX_RECORDS, consumername=consumer
+                    )
                     return tell(tuple(entry["message_id"].decode() for entry in found))
                 await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -147,7 +170,8 @@ class Observer:
         found: int = self.call(read)
         return found
 
-    # --- the thread ----------------------------------------------------------------------------------------------------------
+    # --- the thread
+    # ----------------------------------------------------------------------------------------------
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -222,7 +246,9 @@ class Observer:
             async with asyncio.timeout(_TIMEOUT_S):
                 account = await self._bus.read_ledger()
                 memory = await self._bus.memory()
-                self.seen.samples.append(Sample(time.time(), account.counts(), account.find_gap(), memory.used_bytes))
+                self.seen.samples.append(
+                    Sample(time.time(), account.counts(), account.find_gap(), memory.used_bytes)
+                )
                 await self._read_records()
         except (SdarError, TimeoutError):
             self.seen.num_samples_missed += 1

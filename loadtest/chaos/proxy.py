@@ -1,4 +1,6 @@
-"""Owns connections that can be hurt: TCP links between a service and what it talks to, cut, refused or slowed on demand."""
+"""Owns connections that can be hurt: TCP links between a service and what it talks to, cut, refused
+or slowed on demand.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Link:
-    """Forwards a port of its own to `target_port`. All methods belong to the event loop that called `open`.
+    """Forwards a port of its own to `target_port`. All methods belong to the event loop that called
+    `open`.
 
-    `delay_s` holds back every chunk, both ways. The port stays the same however often the link is closed and opened.
+    `delay_s` holds back every chunk, both ways. The port stays the same however often the link is
+    closed and opened.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -57,11 +61,16 @@ class Link:
             _abort(writer)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Both ways until either end is over; a target that is away looks to the client like one that hangs up."""
+        """Both ways until either end is over; a target that is away looks to the client like one
+        that hangs up.
+        """
         far_reader, far_writer = await asyncio.open_connection(_HOST, self._target_port)
         self.num_connections += 1
         try:
-            ways = [asyncio.create_task(self._pump(*way)) for way in ((reader, far_writer), (far_reader, writer))]
+            ways = [
+                asyncio.create_task(self._pump(*way))
+                for way in ((reader, far_writer), (far_reader, writer))
+            ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             finally:

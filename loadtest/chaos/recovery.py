@@ -1,13 +1,13 @@
 """Owns when a fault is over and when its target has recovered from it. Pure.
 
-A fault hurts from `began_s` until `over_s`: a kill is over at once, a pause at SIGCONT, an outage when connections are let
-through again. Recovery counts from `over_s` on, twice:
+A fault hurts from `began_s` until `over_s`: a kill is over at once, a pause at SIGCONT, an outage
+when connections are let through again. Recovery counts from `over_s` on, twice:
 
 - ready: the service answers its readiness probe (Redis: a read).
-- resumed: it does its part of the run again:
-  rollout: a group GENERATED and committed by that worker (after a kill of the worker or of its engine: by the next engine);
-  teacher: a batch scored; learner: an optimizer update; envs: an episode opened by a client;
-  gateway: the run's status answered; redis: a commit of any service.
+- resumed: it does its part of the run again: rollout: a group GENERATED and committed by that
+  worker (after a kill of the worker or of its engine: by the next engine); teacher: a batch scored;
+  learner: an optimizer update; envs: an episode opened by a client; gateway: the run's status
+  answered; redis: a commit of any service.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROLLOUT_PREFIX = "rollout-"
 class Injury:
     """A fault as it was done. Times are Unix seconds, None: not yet.
 
-    `engine_start_s` is what the engine reported for its own start, where a rollout worker had to start one. `is_overtaken`: the
-    next fault came before the target had recovered.
+    `engine_start_s` is what the engine reported for its own start, where a rollout worker had to
+    start one. `is_overtaken`: the next fault came before the target had recovered.
     """
 
     fault: Fault
@@ -48,7 +48,10 @@ class Injury:
     @property
     def needs_engine(self) -> bool:
         """Whether the worker goes on only with another engine."""
-        return self.target.startswith(ROLLOUT_PREFIX) and self.fault.kind in (FaultKind.KILL, FaultKind.KILL_CHILD)
+        return self.target.startswith(ROLLOUT_PREFIX) and self.fault.kind in (
+            FaultKind.KILL,
+            FaultKind.KILL_CHILD,
+        )
 
     @property
     def ready_after_s(self) -> float | None:
@@ -56,19 +59,38 @@ class Injury:
 
     @property
     def resumed_after_s(self) -> float | None:
-        return None if self.resumed_s is None or self.over_s is None else self.resumed_s - self.over_s
+        return (
+            None if self.resumed_s is None or self.over_s is None else self.resumed_s - self.over_s
+        )
 
     def see_ready(self, at_s: float) -> None:
-        if self.ready_s is None and self.over_s is not None and at_s > self.over_s and self._has_engine:
+        if (
+            self.ready_s is None
+            and self.over_s is not None
+            and at_s > self.over_s
+            and self._has_engine
+        ):
             self.ready_s = at_s
 
     def see_engine(self, at_s: float, duration_s: float) -> None:
-        if self.needs_engine and self.engine_start_s is None and self.over_s is not None and at_s > self.over_s:
+        if (
+            self.needs_engine
+            and self.engine_start_s is None
+            and self.over_s is not None
+            and at_s > self.over_s
+        ):
             self.engine_start_s = duration_s
 
     def see_sign(self, at_s: float) -> None:
-        """A sign of the target's part in the run; counts once it is ready, for what was on its way may still end."""
-        if self.resumed_s is None and self.ready_s is not None and self.over_s is not None and at_s > self.over_s:
+        """A sign of the target's part in the run; counts once it is ready, for what was on its way
+        may still end.
+        """
+        if (
+            self.resumed_s is None
+            and self.ready_s is not None
+            and self.over_s is not None
+            and at_s > self.over_s
+        ):
             self.resumed_s = max(at_s, self.ready_s)
 
     @property

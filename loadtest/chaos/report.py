@@ -1,4 +1,6 @@
-"""Owns what is told of a chaos run: the table, and the same as JSON and Markdown. Pure but for the two files it writes."""
+"""Owns what is told of a chaos run: the table, and the same as JSON and Markdown. Pure but for the
+two files it writes.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,16 @@ def summarize_recoveries(injuries: Sequence[Injury]) -> list[Recovery]:
     for service, own in sorted(by_service.items()):
         ready = [injury.ready_after_s for injury in own if injury.ready_after_s is not None]
         resumed = [injury.resumed_after_s for injury in own if injury.resumed_after_s is not None]
-        faults = {kind.value: sum(injury.fault.kind is kind for injury in own) for kind in FaultKind}
+        faults = {
+            kind.value: sum(injury.fault.kind is kind for injury in own) for kind in FaultKind
+        }
         rows.append(
-            Recovery(service, {kind: number for kind, number in faults.items() if number}, *_spread(ready), *_spread(resumed))
+            Recovery(
+                service,
+                {kind: number for kind, number in faults.items() if number},
+                *_spread(ready),
+                *_spread(resumed),
+            )
         )
     return rows
 
@@ -55,7 +64,9 @@ def summarize_recoveries(injuries: Sequence[Injury]) -> list[Recovery]:
 def summarize_work(evidence: Evidence) -> dict[str, float]:
     """What the faults cost, and what the run came to."""
     played = evidence.of("group_played")
-    updates = [r.values for r in evidence.records if r.service == "learner" and "staleness_max" in r.values]
+    updates = [
+        r.values for r in evidence.records if r.service == "learner" and "staleness_max" in r.values
+    ]
     num_updates = evidence.status.get("num_updates", 0)
     beyond = [
         injury.resumed_after_s - injury.engine_start_s
@@ -75,8 +86,12 @@ def summarize_work(evidence: Evidence) -> dict[str, float]:
         "late results refused": sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS),
         "dead letters": evidence.num_dead_letters,
         "staleness max": max((values["staleness_max"] for values in updates), default=0.0),
-        "rollout resumed beyond engine start p50 (s)": round(median(beyond), 1) if beyond else float("nan"),
-        "rollout resumed beyond engine start max (s)": round(max(beyond), 1) if beyond else float("nan"),
+        "rollout resumed beyond engine start p50 (s)": round(median(beyond), 1)
+        if beyond
+        else float("nan"),
+        "rollout resumed beyond engine start max (s)": round(max(beyond), 1)
+        if beyond
+        else float("nan"),
         "ledger samples": len(evidence.samples),
         "duration (s)": round(evidence.duration_s),
     }
@@ -103,36 +118,58 @@ class ChaosReport:
         return asdict(self) | {"is_sound": self.is_sound}
 
 
-def build_report(evidence: Evidence, checks: list[Check], *, seed: int, minutes: float, command: str) -> ChaosReport:
+def build_report(
+    evidence: Evidence, checks: list[Check], *, seed: int, minutes: float, command: str
+) -> ChaosReport:
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     recoveries = summarize_recoveries(evidence.injuries)
-    return ChaosReport(date, describe_machine(), command, seed, minutes, checks, recoveries, summarize_work(evidence))
+    return ChaosReport(
+        date,
+        describe_machine(),
+        command,
+        seed,
+        minutes,
+        checks,
+        recoveries,
+        summarize_work(evidence),
+    )
 
 
 def format_table(report: ChaosReport) -> str:
     """For a terminal: faults and recoveries by service, the cost, the checks."""
     lines = _align([_RECOVERY_HEAD, *(_recovery_cells(row) for row in report.recoveries)])
     lines += ["", *_align([[name, f"{value:g}"] for name, value in report.work.items()]), ""]
-    lines += [f"{'kept  ' if check.is_kept else 'BROKEN'} {check.promise}: {check.evidence}" for check in report.checks]
+    lines += [
+        f"{'kept  ' if check.is_kept else 'BROKEN'} {check.promise}: {check.evidence}"
+        for check in report.checks
+    ]
     return "\n".join(lines)
 
 
 def write_markdown(report: ChaosReport, path: Path) -> None:
     parts = [
         "# Chaos\n",
-        "Written by `make chaos`; do not edit. A real run (gateway, rollout workers with vLLM, teacher, environments, learner, "
-        "Redis) of the household example with its tiny model, while processes are killed and paused and connections cut. "
-        "Ready: the readiness probe answers again. Resumed: the service does its part of the run again "
-        "(`loadtest/chaos/recovery.py`). Both count from the end of the fault; all services share the machine's cores.\n",
+        "Written by `make chaos`; do not edit. A real run (gateway, rollout workers with vLLM, "
+        "teacher, environments, learner, "
+        "Redis) of the household example with its tiny model, while processes are killed and "
+        "paused and connections cut. "
+        "Ready: the readiness probe answers again. Resumed: the service does its part of the run "
+        "again "
+        "(`loadtest/chaos/recovery.py`). Both count from the end of the fault; all services share "
+        "the machine's cores.\n",
         f"- Command: `{report.command}` (seed {report.seed}, {report.minutes:g} minutes of faults)",
         f"- Date: {report.date}",
         f"- Machine: {report.machine}\n",
         "## Promises\n",
-        *_markdown_table(["kept", "promise", "evidence"], [_check_cells(check) for check in report.checks]),
+        *_markdown_table(
+            ["kept", "promise", "evidence"], [_check_cells(check) for check in report.checks]
+        ),
         "\n## Faults and recovery\n",
         *_markdown_table(_RECOVERY_HEAD, [_recovery_cells(row) for row in report.recoveries]),
         "\n## What it cost\n",
-        *_markdown_table(["what", "number"], [[name, f"{value:g}"] for name, value in report.work.items()]),
+        *_markdown_table(
+            ["what", "number"], [[name, f"{value:g}"] for name, value in report.work.items()]
+        ),
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -153,7 +190,11 @@ def write_json(report: ChaosReport, evidence: Evidence, path: Path) -> None:
         for injury in evidence.injuries
     ]
     path.write_text(
-        json.dumps(report.to_json() | {"faults": faults, "memory": _list_memory(evidence)}, indent=1) + "\n", encoding="utf-8"
+        json.dumps(
+            report.to_json() | {"faults": faults, "memory": _list_memory(evidence)}, indent=1
+        )
+        + "\n",
+        encoding="utf-8",
     )
 
 
@@ -197,17 +238,24 @@ def count_tokens(event: LogEvent) -> int:
 
 
 def count_repeated_tokens(records: Sequence[MetricRecord], played: Sequence[LogEvent]) -> float:
-    """Tokens that were sampled for nothing: of each life of a rollout worker, those it had sampled at its last record but not
-    published by then. A worker records every two seconds; what it sampled after its last record nobody counts.
+    """Tokens that were sampled for nothing: of each life of a rollout worker, those it had sampled
+    at its last record but not published by then. A worker records every two seconds; what it
+    sampled after its last record nobody counts.
     """
     total = 0.0
     for instance in {record.instance for record in records if record.service == "rollout"}:
-        own = [record for record in records if record.instance == instance and _SAMPLED in record.values]
+        own = [
+            record
+            for record in records
+            if record.instance == instance and _SAMPLED in record.values
+        ]
         events = [event for event in played if event.service == instance]
         began_s = 0.0
         for record, following in itertools.zip_longest(own, own[1:]):
             if following is None or following.values[_SAMPLED] < record.values[_SAMPLED]:
-                published = sum(count_tokens(event) for event in events if began_s < event.at_s <= record.at_s)
+                published = sum(
+                    count_tokens(event) for event in events if began_s < event.at_s <= record.at_s
+                )
                 total += max(0.0, record.values[_SAMPLED] - published)
                 began_s = record.at_s
     return total
@@ -215,7 +263,10 @@ def count_repeated_tokens(records: Sequence[MetricRecord], played: Sequence[LogE
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Owns a chaos run from its start to its last check. MAIN LOOP: keep everything up, hurt what is due, look, until finished."""
+"""Owns a chaos run from its start to its last check. MAIN LOOP: keep everything up, hurt what is
+due, look, until finished.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from loadtest.chaos.logs import LogEvent, LogFollower
 from loadtest.chaos.observer import Observer, Sample
 from loadtest.chaos.proxy import Link
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
+from sdar.bus.ledger import LedgerAccount
 from sdar.cli.run_directory import RunDirectory
 from sdar.config import RunConfig
 from sdar.contracts.errors import UnavailableError
 from sdar.contracts.types import GroupOutcome, MetricRecord
-from sdar.runtime.ledger import LedgerAccount
-from sdar.runtime.settings import apply_environment
-from services.envs.sessions import SessionLimits
+from sdar.environments.sessions import SessionLimits
+from sdar.process.settings import apply_environment
 
 log = structlog.get_logger()
 
@@ -34,11 +36,17 @@ _START_TIMEOUT_S = 300.0
 _MAX_STILL_S = 300.0
 """How long neither an update nor a fault may come: then the run is stuck."""
 _MAX_HURT = 3
-"""Targets that may be down at once: on a slow machine faults come later, rather than that nothing is ever up."""
+"""Targets that may be down at once: on a slow machine faults come later, rather than that nothing
+is ever up.
+"""
 _WAIT_FOR_RECOVERY_S = 60.0
-"""A target that has not recovered from its last fault is left alone for so long, then hit all the same."""
+"""A target that has not recovered from its last fault is left alone for so long, then hit all the
+same.
+"""
 _LATE_DELIVERY_S = 2.0
-"""Less than any service takes to start again: what its name holds by then was handed to the life that was killed."""
+"""Less than any service takes to start again: what its name holds by then was handed to the life
+that was killed.
+"""
 _KILL_AGAIN_AFTER_S = 1.5
 _DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
@@ -50,7 +58,9 @@ _PROCESSES_END_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Resident memory of one life (process id) of a service, children included, and its signs of work up to then."""
+    """Resident memory of one life (process id) of a service, children included, and its signs of
+    work up to then.
+    """
 
     service: str
     pid: int
@@ -84,13 +94,19 @@ class Evidence:
 
     def of(self, name: str, service: str = "") -> list[LogEvent]:
         """Log events of one name, of services whose name begins with `service`."""
-        return [event for event in self.events if event.name == name and event.service.startswith(service)]
+        return [
+            event
+            for event in self.events
+            if event.name == name and event.service.startswith(service)
+        ]
 
 
 class ChaosRun:
     """One run under `schedule`. Use `run` once."""
 
-    def __init__(self, config: RunConfig, root: Path, schedule: list[Fault], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: RunConfig, root: Path, schedule: list[Fault], say: Callable[[str], None]
+    ) -> None:
         self._directory = RunDirectory(root)
         self._schedule = list(schedule)
         self._say = say
@@ -109,7 +125,10 @@ class ChaosRun:
         with self._directory as directory:
             directory.prepare(config)
             self._deployment = Deployment(config, directory)
-            with self._deployment.redis, Observer(config, self._deployment.redis.url) as self._observer:
+            with (
+                self._deployment.redis,
+                Observer(config, self._deployment.redis.url) as self._observer,
+            ):
                 try:
                     self._start()
                     self._disturb()
@@ -119,22 +138,31 @@ class ChaosRun:
         self._look_for_orphans()
         return self.evidence
 
-    # --- up ------------------------------------------------------------------------------------------------------------------
+    # --- up
+    # ----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         deployment = self._deployment
         self._observer.call(deployment.open_links)
         deployment.start(self._marker)
-        self._logs = [LogFollower(self._directory.logs / f"{name}.log", name) for name in deployment.names]
+        self._logs = [
+            LogFollower(self._directory.logs / f"{name}.log", name) for name in deployment.names
+        ]
         self._observer.watch({name: deployment.probe_url(name) for name in deployment.names})
         self._say("Starting all services.")
-        if not self._wait(lambda: set(deployment.names) <= set(self._observer.seen.ready_at_s), _START_TIMEOUT_S):
+        if not self._wait(
+            lambda: set(deployment.names) <= set(self._observer.seen.ready_at_s), _START_TIMEOUT_S
+        ):
             waiting = sorted(set(deployment.names) - set(self._observer.seen.ready_at_s))
-            raise UnavailableError(f"Not ready: {', '.join(waiting)}. See the services' logs in {self._directory.logs}.")
+            raise UnavailableError(
+                f"Not ready: {', '.join(waiting)}. See the services' logs in "
+                f"{self._directory.logs}."
+            )
         self._began_s = time.time()
         self._say("All services are ready.")
 
-    # --- the faults ----------------------------------------------------------------------------------------------------------
+    # --- the faults
+    # ----------------------------------------------------------------------------------------------
 
     def _disturb(self) -> None:
         moved_at, stand = time.monotonic(), (0, 0)
@@ -143,21 +171,32 @@ class ChaosRun:
             if (fault := self._choose_due()) is not None:
                 self._schedule.remove(fault)
                 self._inject(fault)
-            if stand != (now := (self._observer.seen.status.get("num_updates", 0), len(self.evidence.injuries))):
+            if stand != (
+                now := (
+                    self._observer.seen.status.get("num_updates", 0),
+                    len(self.evidence.injuries),
+                )
+            ):
                 moved_at, stand = time.monotonic(), now
             if time.monotonic() > moved_at + _MAX_STILL_S:
                 raise UnavailableError(
-                    f"The run is stuck: no update and no fault for {_MAX_STILL_S:.0f} s. {self._describe_progress()} after "
+                    f"The run is stuck: no update and no fault for {_MAX_STILL_S:.0f} s. "
+                    f"{self._describe_progress()} after "
                     f"{self._elapsed_s:.0f} s. See the services' logs in {self._directory.logs}."
                 )
         self.evidence.duration_s = self._elapsed_s
 
     def _choose_due(self) -> Fault | None:
-        """The first fault that is due and whose target can take it; none while Redis or too many others are down."""
+        """The first fault that is due and whose target can take it; none while Redis or too many
+        others are down.
+        """
         hurt = {injury.target for injury in self.evidence.injuries if self._is_hurt(injury)}
         if self._deployment.is_redis_held_down or len(hurt) >= _MAX_HURT:
             return None
-        return next((fault for fault in self._schedule if self._is_due(fault) and self._can_take(fault)), None)
+        return next(
+            (fault for fault in self._schedule if self._is_due(fault) and self._can_take(fault)),
+            None,
+        )
 
     def _is_due(self, fault: Fault) -> bool:
         status = self._observer.seen.status
@@ -167,7 +206,11 @@ class ChaosRun:
     def _can_take(self, fault: Fault) -> bool:
         if not self._deployment.is_running(fault.target):
             return False
-        return not any(self._is_hurt(injury) for injury in self.evidence.injuries if injury.target == fault.target)
+        return not any(
+            self._is_hurt(injury)
+            for injury in self.evidence.injuries
+            if injury.target == fault.target
+        )
 
     def _is_hurt(self, injury: Injury) -> bool:
         """Whether its target has not recovered yet, and is still waited for."""
@@ -197,7 +240,8 @@ class ChaosRun:
         self._deployment.kill(injury.target)
         injury.over_s = time.time()
         self._note_held(injury)
-        # A read that was waiting when its process died may still be handed an entry, until Redis sees the connection end.
+        # A read that was waiting when its process died may still be handed an entry, until Redis
+        # sees the connection end.
         self._later(_LATE_DELIVERY_S, lambda: self._note_held(injury))
 
     def _kill_twice(self, injury: Injury) -> None:
@@ -275,7 +319,8 @@ class ChaosRun:
 
             self._observer.find_held(injury.target, note)
 
-    # --- one turn ------------------------------------------------------------------------------------------------------------
+    # --- one turn
+    # ----------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """Keep everything up, end what has lasted long enough, take in what there is to see."""
@@ -319,8 +364,14 @@ class ChaosRun:
         for name in self._deployment.names:
             pid, num_bytes = self._deployment.pid(name), self._deployment.resident_bytes(name)
             # Only what is at work: a starting process grows, and that is no leak.
-            if pid is not None and num_bytes is not None and now_s - seen.ready_at_s.get(name, 0.0) < _MEMORY_EVERY_S:
-                self.evidence.memory.append(MemorySample(name, pid, now_s, num_bytes, self._num_signs[name]))
+            if (
+                pid is not None
+                and num_bytes is not None
+                and now_s - seen.ready_at_s.get(name, 0.0) < _MEMORY_EVERY_S
+            ):
+                self.evidence.memory.append(
+                    MemorySample(name, pid, now_s, num_bytes, self._num_signs[name])
+                )
 
     def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         """Turn until it is true; tells whether it became so in time."""
@@ -331,19 +382,27 @@ class ChaosRun:
             self._turn()
         return True
 
-    # --- down ----------------------------------------------------------------------------------------------------------------
+    # --- down
+    # ----------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Read the account while everything is up, then end all services as `sdar run` does."""
         evidence, seen = self.evidence, self._observer.seen
-        self._wait(lambda: all(i.is_overtaken or i.ready_s is not None for i in evidence.injuries), _START_TIMEOUT_S)
+        self._wait(
+            lambda: all(i.is_overtaken or i.ready_s is not None for i in evidence.injuries),
+            _START_TIMEOUT_S,
+        )
         self._wait(lambda: seen.env_gauges.get("sdar_env_sessions") == 0.0, _SESSIONS_END_TIMEOUT_S)
         evidence.num_sessions_left = seen.env_gauges.get("sdar_env_sessions", -1.0)
         evidence.status = seen.status
         evidence.account = self._observer.read_account()
         evidence.closed = self._observer.list_closed()
         evidence.num_dead_letters = self._observer.catch_up()
-        evidence.samples, evidence.num_samples_missed, evidence.records = seen.samples, seen.num_samples_missed, seen.records
+        evidence.samples, evidence.num_samples_missed, evidence.records = (
+            seen.samples,
+            seen.num_samples_missed,
+            seen.records,
+        )
         evidence.not_drained = self._deployment.stop()
         self._take_in()
         evidence.num_restarts = dict(self._deployment.num_restarts)
@@ -353,11 +412,14 @@ class ChaosRun:
         deadline_s = time.monotonic() + _PROCESSES_END_TIMEOUT_S
         while (left := self._deployment.list_left(self._marker)) and time.monotonic() < deadline_s:
             time.sleep(_STEP_S)
-        self.evidence.orphans = [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in left]
+        self.evidence.orphans = [
+            f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in left
+        ]
         for process in left:
             process.kill()
 
-    # --- telling -------------------------------------------------------------------------------------------------------------
+    # --- telling
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def _elapsed_s(self) -> float:
@@ -381,4 +443,6 @@ _SIGNS = {ROLLOUT_PREFIX: "group_played", TEACHER: "batch_scored", LEARNER: "bat
 
 def is_sign(event: LogEvent) -> bool:
     """Whether a log line tells that its service did its part of the run."""
-    return any(event.service.startswith(service) and event.name == name for service, name in _SIGNS.items())
+    return any(
+        event.service.startswith(service) and event.name == name for service, name in _SIGNS.items()
+    )

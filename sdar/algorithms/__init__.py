@@ -1,1 +1,3 @@
-"""Pure torch and numpy: what is optimised and on which shapes. Does no I/O, knows no service, reads no file."""
+"""Pure torch and numpy: what is optimised and on which shapes. Does no I/O, knows no service, reads
+no file.
+"""

@@ -24,9 +24,11 @@ EPSILON = 1e-6
 
 
 def normalize_scores(scores: Float[Array, " R"], epsilon: float = EPSILON) -> Float[Array, " R"]:
-    """(score - mean) / (std + epsilon) with ddof 1; exactly zero for one row, or rows that differ by rounding only.
+    """(score - mean) / (std + epsilon) with ddof 1; exactly zero for one row, or rows that differ
+    by rounding only.
 
-    Without the second rule, rewards that differ in the last float32 bit would come out at up to 0.7.
+    Without the second rule, rewards that differ in the last float32 bit would come out at up to
+    0.7.
     """
     if len(scores) < 2 or np.ptp(scores) <= epsilon * max(1.0, float(np.abs(scores).max())):
         return np.zeros(len(scores))
@@ -35,29 +37,42 @@ def normalize_scores(scores: Float[Array, " R"], epsilon: float = EPSILON) -> Fl
 
 
 def compute_advantages(
-    group: Sequence[Trajectory], level: AdvantageLevel = "trajectory", invalid_action_penalty: float = 0.0
+    group: Sequence[Trajectory],
+    level: AdvantageLevel = "trajectory",
+    invalid_action_penalty: float = 0.0,
 ) -> list[Float[Array, " turns"]]:
     """Advantage of every turn of every episode of one group.
 
-    trajectory (default): one row an episode, its return less the penalty once if any of its actions was invalid; every turn
+    trajectory (default): one row an episode, its return less the penalty once if any of its actions
+    was invalid; every turn
         gets its episode's advantage.
-    turn: one row a turn, as the paper's code does: the episode's return, less the penalty if that turn's own action was
+    turn: one row a turn, as the paper's code does: the episode's return, less the penalty if that
+    turn's own action was
         invalid. Long episodes weigh more in mean and deviation.
 
     Args:
-        invalid_action_penalty: in units of reward, not negative; 0 where the environment's rewards already hold it.
+        invalid_action_penalty: in units of reward, not negative; 0 where the environment's rewards
+            already hold it.
 
     Returns:
         for each trajectory, one value per turn, in order.
     """
     num_turns = [len(trajectory.turns) for trajectory in group]
-    invalid = [np.array([not turn.is_action_valid for turn in trajectory.turns]) for trajectory in group]
+    invalid = [
+        np.array([not turn.is_action_valid for turn in trajectory.turns]) for trajectory in group
+    ]
     returns = [trajectory.episode_return for trajectory in group]
     if level == "trajectory":
-        scores = [value - invalid_action_penalty * is_invalid.any() for value, is_invalid in zip(returns, invalid, strict=True)]
+        scores = [
+            value - invalid_action_penalty * is_invalid.any()
+            for value, is_invalid in zip(returns, invalid, strict=True)
+        ]
         advantages = normalize_scores(np.array(scores, dtype=np.float64))
         return [np.full(turns, value) for turns, value in zip(num_turns, advantages, strict=True)]
-    rows = [value - invalid_action_penalty * is_invalid for value, is_invalid in zip(returns, invalid, strict=True)]
+    rows = [
+        value - invalid_action_penalty * is_invalid
+        for value, is_invalid in zip(returns, invalid, strict=True)
+    ]
     return np.split(normalize_scores(np.concatenate(rows)), np.cumsum(num_turns)[:-1])
 
 

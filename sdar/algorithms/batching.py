@@ -1,6 +1,8 @@
-"""Owns the way from ragged turns to [B, T]: the only place where shapes are made. Never pads a per-token tensor.
+"""Owns the way from ragged turns to [B, T]: the only place where shapes are made. Never pads a
+per-token tensor.
 
-One trajectory, two turns of which the second extends the first (p prompt, a response, d delta: template text and observation)::
+One trajectory, two turns of which the second extends the first (p prompt, a response, d delta:
+template text and observation)::
 
     turn 0   prompt p p p        response a a
     turn 1   prompt p p p a a d  response b
@@ -8,8 +10,9 @@ One trajectory, two turns of which the second extends the first (p prompt, a res
              response_mask . . . 1 1 . 1      true exactly on sampled tokens
              turn_index          0 0   1      flat arrays: one value per sampled token
 
-A micro-batch right-pads its sequences; a scorer's output, like every per-token tensor, is flat, in row-major order of the
-mask's true entries, so nothing but the two inputs of the forward pass ever holds padding::
+A micro-batch right-pads its sequences; a scorer's output, like every per-token tensor, is flat, in
+row-major order of the mask's true entries, so nothing but the two inputs of the forward pass ever
+holds padding::
 
     input_ids  p p p a a d b      response_mask  . . . 1 1 . 1      advantages  [a a b c]
                p p c 0 0 0 0                     . . 1 . . . .
@@ -62,7 +65,9 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """One forward and backward of one rank. Empty ones (N = 0) keep ranks in step: one row of one token, nothing sampled."""
+    """One forward and backward of one rank. Empty ones (N = 0) keep ranks in step: one row of one
+    token, nothing sampled.
+    """
 
     input_ids: Int[Tensor, "B T"]
     """0 right of a sequence's end."""
@@ -74,7 +79,9 @@ class MicroBatch:
     trajectory_index: Int[Tensor, " N"]
     turn_index: Int[Tensor, " N"]
     max_rank_tokens: int
-    """Most sampled tokens that any rank's micro-batch at this place holds; `TokenScorer` makes as many calls as that needs."""
+    """Most sampled tokens that any rank's micro-batch at this place holds; `TokenScorer` makes as
+    many calls as that needs.
+    """
 
     @property
     def num_response_tokens(self) -> int:
@@ -83,7 +90,9 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> Self:
         """The same micro-batch with every tensor on `device`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields.items()}
+        moved: dict[str, Any] = {
+            name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields.items()
+        }
         return type(self)(**moved)
 
 
@@ -93,21 +102,26 @@ def build_sequences(
     """Sequences of all trajectories, in order; a sequence in which nothing was sampled is left out.
 
     Args:
-        advantages: per trajectory one value per turn, spread over the turn's tokens; None gives zeros (scoring only).
+        advantages: per trajectory one value per turn, spread over the turn's tokens; None gives
+            zeros (scoring only).
 
     Raises:
-        ContractError: a turn claims to extend the previous one and its prompt does not begin with it; a turn has no prompt;
-            some trajectories have teacher scores and some have none.
+        ContractError: a turn claims to extend the previous one and its prompt does not begin with
+            it; a turn has no prompt; some trajectories have teacher scores and some have none.
     """
     if len({item.score is None for item in items}) > 1:
-        raise ContractError("Some trajectories of a batch have teacher scores and some have none. Score all or none.")
+        raise ContractError(
+            "Some trajectories of a batch have teacher scores and some have none. Score all or "
+            "none."
+        )
     sequences: list[TokenSequence] = []
     for index, item in enumerate(items):
         turns = item.trajectory.turns
         values = np.zeros(len(turns)) if advantages is None else advantages[index]
         if len(values) != len(turns):
             raise ContractError(
-                f"Trajectory {item.trajectory.trajectory_id}: {len(values)} advantages for {len(turns)} turns. "
+                f"Trajectory {item.trajectory.trajectory_id}: {len(values)} advantages for "
+                f"{len(turns)} turns. "
                 "Pass one per turn."
             )
         teacher = None if item.score is None else item.score.turn_logprobs
@@ -122,8 +136,9 @@ def build_privileged_sequences(
     """The same sampled tokens behind other prompts: what a teacher with privileged context scores.
 
     Args:
-        fresh_prompts: turn index to privileged prompt, for exactly the turns that do not extend the previous one. Turns that
-            do keep their delta tokens, so the template text between two turns is identical to what the student saw.
+        fresh_prompts: turn index to privileged prompt, for exactly the turns that do not extend the
+            previous one. Turns that do keep their delta tokens, so the template text between two
+            turns is identical to what the student saw.
 
     Raises:
         ContractError: a fresh turn without a prompt, or a prompt for a turn that continues.
@@ -132,15 +147,21 @@ def build_privileged_sequences(
     fresh = {index for index, (is_fresh, _) in enumerate(pieces) if is_fresh}
     if set(fresh_prompts) != fresh:
         raise ContractError(
-            f"Trajectory {trajectory.trajectory_id}: privileged prompts for turns {sorted(fresh_prompts)}, but the turns that "
+            f"Trajectory {trajectory.trajectory_id}: privileged prompts for turns "
+            f"{sorted(fresh_prompts)}, but the turns that "
             f"begin a sequence are {sorted(fresh)}. Pass one prompt for each of those."
         )
-    replaced = [(is_fresh, fresh_prompts[i] if is_fresh else tokens) for i, (is_fresh, tokens) in enumerate(pieces)]
+    replaced = [
+        (is_fresh, fresh_prompts[i] if is_fresh else tokens)
+        for i, (is_fresh, tokens) in enumerate(pieces)
+    ]
     return _join_turns(trajectory, trajectory_index, replaced, np.zeros(len(pieces)), None)
 
 
 def _split_prompts(trajectory: Trajectory) -> list[tuple[bool, TokenIds]]:
-    """For each turn whether it begins a sequence, and what it adds before its response: the whole prompt, or the delta."""
+    """For each turn whether it begins a sequence, and what it adds before its response: the whole
+    prompt, or the delta.
+    """
     pieces: list[tuple[bool, TokenIds]] = []
     previous: Turn | None = None
     for turn in trajectory.turns:
@@ -150,9 +171,12 @@ def _split_prompts(trajectory: Trajectory) -> list[tuple[bool, TokenIds]]:
             context = np.concatenate([previous.prompt_token_ids, previous.response_token_ids])
         if not np.array_equal(turn.prompt_token_ids[: len(context)], context):
             raise ContractError(
-                f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: extends_previous is set, but its prompt of "
-                f"{len(turn.prompt_token_ids)} tokens does not begin with the {len(context)} tokens of the previous turn. "
-                "Append tokens to the previous prompt and response; never tokenize the conversation again.",
+                f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: extends_previous "
+                "is set, but its prompt of "
+                f"{len(turn.prompt_token_ids)} tokens does not begin with the {len(context)} "
+                "tokens of the previous turn. "
+                "Append tokens to the previous prompt and response; never tokenize the "
+                "conversation again.",
                 trajectory_id=trajectory.trajectory_id,
                 turn_index=turn.turn_index,
             )
@@ -176,13 +200,18 @@ def _join_turns(
         prompts = [tokens for _, tokens in pieces[start:end]]
         if len(prompts[0]) == 0:
             raise ContractError(
-                f"Trajectory {trajectory.trajectory_id} turn {start} has an empty prompt: nothing predicts its first token. "
+                f"Trajectory {trajectory.trajectory_id} turn {start} has an empty prompt: nothing "
+                "predicts its first token. "
                 "Begin every prompt with at least one token."
             )
         lengths = [len(turn.response_token_ids) for turn in turns]
         if not sum(lengths):
             continue
-        parts = [part for prompt, turn in zip(prompts, turns, strict=True) for part in (prompt, turn.response_token_ids)]
+        parts = [
+            part
+            for prompt, turn in zip(prompts, turns, strict=True)
+            for part in (prompt, turn.response_token_ids)
+        ]
         sequences.append(
             TokenSequence(
                 token_ids=np.concatenate(parts).astype(np.int64),
@@ -190,7 +219,9 @@ def _join_turns(
                 behavior_logprobs=np.concatenate([turn.behavior_logprobs for turn in turns]),
                 policy_versions=np.concatenate([turn.policy_versions for turn in turns]),
                 advantages=np.repeat(advantages[start:end], lengths).astype(np.float32),
-                teacher_logprobs=None if teacher_logprobs is None else np.concatenate(list(teacher_logprobs[start:end])),
+                teacher_logprobs=None
+                if teacher_logprobs is None
+                else np.concatenate(list(teacher_logprobs[start:end])),
                 turn_index=np.repeat(np.arange(start, end), lengths),
                 trajectory_index=trajectory_index,
             )
@@ -198,19 +229,27 @@ def _join_turns(
     return sequences
 
 
-def build_microbatches(sequences: Sequence[TokenSequence], token_budget: int, num_ranks: int = 1) -> list[list[MicroBatch]]:
-    """Micro-batches of every rank, `result[rank][place]`, the same number on each; together they hold every sequence once.
+def build_microbatches(
+    sequences: Sequence[TokenSequence], token_budget: int, num_ranks: int = 1
+) -> list[list[MicroBatch]]:
+    """Micro-batches of every rank, `result[rank][place]`, the same number on each; together they
+    hold every sequence once.
 
-    Sequences are sorted by length, longest first, so little is padding and the first micro-batch shows whether memory is
-    enough. Neighbours in size go to the same place of different ranks, so ranks finish a place together.
+    Sequences are sorted by length, longest first, so little is padding and the first micro-batch
+    shows whether memory is enough. Neighbours in size go to the same place of different ranks, so
+    ranks finish a place together.
 
     Args:
-        token_budget: bound on B * T, padding included. A sequence longer than that alone makes its own micro-batch: dropping
-            it would bias against long episodes.
+        token_budget: bound on B * T, padding included. A sequence longer than that alone makes its
+            own micro-batch: dropping it would bias against long episodes.
     """
     if token_budget < 1 or num_ranks < 1:
-        raise ContractError(f"token_budget {token_budget} and num_ranks {num_ranks} must be at least 1.")
-    bins = _fill_bins(sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True), token_budget)
+        raise ContractError(
+            f"token_budget {token_budget} and num_ranks {num_ranks} must be at least 1."
+        )
+    bins = _fill_bins(
+        sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True), token_budget
+    )
     _even_out(bins, num_ranks)
     bins.sort(key=lambda members: members[0].num_tokens, reverse=True)
     bins += [[] for _ in range(-len(bins) % num_ranks)]
@@ -218,7 +257,9 @@ def build_microbatches(sequences: Sequence[TokenSequence], token_budget: int, nu
     ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     for place in range(0, len(bins), num_ranks):
         row = bins[place : place + num_ranks]
-        max_rank_tokens = max(sum(sequence.num_response_tokens for sequence in members) for members in row)
+        max_rank_tokens = max(
+            sum(sequence.num_response_tokens for sequence in members) for members in row
+        )
         for rank, members in enumerate(row):
             ranks[rank].append(_pad(members, max_rank_tokens, has_teacher))
     return ranks
@@ -235,9 +276,14 @@ def _fill_bins(ordered: Sequence[TokenSequence], token_budget: int) -> list[list
 
 
 def _even_out(bins: list[list[TokenSequence]], num_ranks: int) -> None:
-    """Halve the fullest bins until every rank has as many: half a micro-batch on each rank beats a whole one on one."""
+    """Halve the fullest bins until every rank has as many: half a micro-batch on each rank beats a
+    whole one on one.
+    """
     while bins and len(bins) % num_ranks and max(map(len, bins)) > 1:
-        fullest = max(bins, key=lambda members: len(members) * members[0].num_tokens if len(members) > 1 else 0)
+        fullest = max(
+            bins,
+            key=lambda members: len(members) * members[0].num_tokens if len(members) > 1 else 0,
+        )
         bins.append(fullest[len(fullest) // 2 :])
         del fullest[len(fullest) // 2 :]
 
@@ -254,7 +300,10 @@ def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bo
 
     teacher = [sequence.teacher_logprobs for sequence in members]
     if has_teacher and any(values is None for values in teacher):
-        raise ContractError("Some sequences of a batch have teacher log-probs and some have none. Score all or none.")
+        raise ContractError(
+            "Some sequences of a batch have teacher log-probs and some have none. Score all or "
+            "none."
+        )
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         response_mask=torch.from_numpy(response_mask),
@@ -262,7 +311,9 @@ def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bo
         policy_versions=flat((sequence.policy_versions for sequence in members), np.int64),
         advantages=flat((sequence.advantages for sequence in members), np.float32),
         teacher_logprobs=flat(teacher, np.float32) if has_teacher else None,
-        trajectory_index=flat((np.full(s.num_response_tokens, s.trajectory_index) for s in members), np.int64),
+        trajectory_index=flat(
+            (np.full(s.num_response_tokens, s.trajectory_index) for s in members), np.int64
+        ),
         turn_index=flat((sequence.turn_index for sequence in members), np.int64),
         max_rank_tokens=max_rank_tokens,
     )
@@ -274,9 +325,12 @@ def count_response_tokens(sequences: Iterable[TokenSequence]) -> int:
 
 
 def split_by_turn(
-    micro_batches: Sequence[MicroBatch], values: Sequence[Float[Array, " N"]], num_turns: Sequence[int]
+    micro_batches: Sequence[MicroBatch],
+    values: Sequence[Float[Array, " N"]],
+    num_turns: Sequence[int],
 ) -> list[tuple[Float[Array, " T"], ...]]:
-    """Undo the batching of per-token values: for each trajectory one float32 array per turn, empty where nothing was sampled.
+    """Undo the batching of per-token values: for each trajectory one float32 array per turn, empty
+    where nothing was sampled.
 
     Args:
         values: for each micro-batch, its N values (a scorer's output).
@@ -285,11 +339,18 @@ def split_by_turn(
     turns = [[np.empty(0, np.float32)] * count for count in num_turns]
     for micro_batch, flat in zip(micro_batches, values, strict=True):
         if len(flat) != micro_batch.num_response_tokens:
-            raise ContractError(f"{len(flat)} values for {micro_batch.num_response_tokens} sampled tokens of a micro-batch.")
+            raise ContractError(
+                f"{len(flat)} values for {micro_batch.num_response_tokens} sampled tokens of a "
+                "micro-batch."
+            )
         if not len(flat):
             continue
-        keys = np.stack([micro_batch.trajectory_index.cpu().numpy(), micro_batch.turn_index.cpu().numpy()])
+        keys = np.stack(
+            [micro_batch.trajectory_index.cpu().numpy(), micro_batch.turn_index.cpu().numpy()]
+        )
         starts = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
-        for part, start in zip(np.split(np.asarray(flat, np.float32), starts), [0, *starts], strict=True):
+        for part, start in zip(
+            np.split(np.asarray(flat, np.float32), starts), [0, *starts], strict=True
+        ):
             turns[keys[0, start]][keys[1, start]] = part
     return [tuple(arrays) for arrays in turns]

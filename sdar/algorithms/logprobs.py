@@ -1,9 +1,12 @@
-"""Owns the log-probs of sampled tokens under a model, and their entropy, without ever holding [tokens, vocabulary] at once.
+"""Owns the log-probs of sampled tokens under a model, and their entropy, without ever holding
+[tokens, vocabulary] at once.
 
-The learner, the reference and the teacher all score through `TokenScorer`, so no engine mismatch enters a gap between them.
-Never masks attention: sequences are right-padded, so the causal mask alone keeps padding out of every scored position.
+The learner, the reference and the teacher all score through `TokenScorer`, so no engine mismatch
+enters a gap between them. Never masks attention: sequences are right-padded, so the causal mask
+alone keeps padding out of every scored position.
 
-Axes: B sequences, T tokens of the longest sequence, N sampled tokens (row-major over B, T), H hidden, V vocabulary.
+Axes: B sequences, T tokens of the longest sequence, N sampled tokens (row-major over B, T), H
+hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,26 +34,30 @@ def compute_logprobs(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-prob of each target and entropy (nats) of its distribution, under logits / temperature.
 
-    Each chunk's logits are dropped after the forward pass and made again in the backward pass, so at most
-    [chunk_size, V] values exist at any time in either.
+    Each chunk's logits are dropped after the forward pass and made again in the backward pass, so
+    at most [chunk_size, V] values exist at any time in either.
 
     Args:
-        lm_head: hidden states to logits. Called as a module, so that a sharding framework can gather its weights.
-        num_chunks: calls of `lm_head` to make, at least as many as N needs. Under ZeRO-3 every call is a collective: pass
-            the same number on every rank. Calls beyond N get an empty slice and a zero gradient.
+        lm_head: hidden states to logits. Called as a module, so that a sharding framework can
+            gather its weights.
+        num_chunks: calls of `lm_head` to make, at least as many as N needs. Under ZeRO-3 every call
+            is a collective: pass the same number on every rank. Calls beyond N get an empty slice
+            and a zero gradient.
 
     Returns:
         logprobs and entropy, float32 (float64 if the logits are).
     """
     if temperature <= 0 or chunk_size < 1:
         raise ConfigurationError(
-            f"Log-probs need temperature > 0 and chunk_size >= 1, got {temperature} and {chunk_size}. "
+            f"Log-probs need temperature > 0 and chunk_size >= 1, got {temperature} and "
+            f"{chunk_size}. "
             "Greedy decoding has no log-probs to train on."
         )
     needed = max(1, -(-targets.shape[0] // chunk_size))
     if num_chunks is not None and num_chunks < needed:
         raise ContractError(
-            f"{targets.shape[0]} tokens need {needed} chunks of {chunk_size}, got num_chunks {num_chunks}. "
+            f"{targets.shape[0]} tokens need {needed} chunks of {chunk_size}, got num_chunks "
+            f"{num_chunks}. "
             "Pass the largest number any rank needs."
         )
     parts = []
@@ -58,14 +65,21 @@ def compute_logprobs(
         rows = slice(index * chunk_size, (index + 1) * chunk_size)
         arguments = (hidden[rows], lm_head, targets[rows], temperature)
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+            parts.append(
+                checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             parts.append(_score_chunk(*arguments))
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(
+        [entropy for _, entropy in parts]
+    )
 
 
 def _score_chunk(
-    hidden: Float[Tensor, "N H"], lm_head: LogitsHead, targets: Int[Tensor, " N"], temperature: float
+    hidden: Float[Tensor, "N H"],
+    lm_head: LogitsHead,
+    targets: Int[Tensor, " N"],
+    temperature: float,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     logits = lm_head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -76,7 +90,8 @@ def _score_chunk(
 
 
 class TokenScorer(nn.Module):
-    """A Hugging Face causal language model (`.model` body, `.lm_head`) that returns log-probs instead of logits.
+    """A Hugging Face causal language model (`.model` body, `.lm_head`) that returns log-probs
+    instead of logits.
 
     Gradient checkpointing of the body and dtype are set on the wrapped model by its owner.
     """
@@ -87,31 +102,45 @@ class TokenScorer(nn.Module):
         config: Any = causal_lm.config
         if getattr(config, "final_logit_softcapping", None) is not None:
             raise ConfigurationError(
-                f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not reproduce. Use another model."
+                f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not "
+                "reproduce. Use another model."
             )
         self.causal_lm = causal_lm
         self.temperature = temperature
         self.chunk_size = chunk_size
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], response_mask: Bool[Tensor, "B T"], max_rank_tokens: int | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B T"],
+        max_rank_tokens: int | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Score the tokens where `response_mask` is true; the token at t is predicted from position t - 1.
+        """Score the tokens where `response_mask` is true; the token at t is predicted from position
+        t - 1.
 
         Args:
             response_mask: true exactly on sampled tokens, never at t = 0.
-            max_rank_tokens: most sampled tokens that any rank scores in this call, `MicroBatch.max_rank_tokens`. Needed
-                where the weights are sharded; see `compute_logprobs`.
+            max_rank_tokens: most sampled tokens that any rank scores in this call,
+                `MicroBatch.max_rank_tokens`. Needed where the weights are sharded; see
+                `compute_logprobs`.
 
         Returns:
-            flat logprobs and entropy, row-major over the true entries. With none, two empty tensors whose gradient is zero
+            flat logprobs and entropy, row-major over the true entries. With none, two empty tensors
+                whose gradient is zero
             but still runs through every parameter, so that gradient hooks of all ranks fire.
         """
         body: Any = self.causal_lm.model
         hidden = body(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
         is_target = response_mask[:, 1:]
-        num_chunks = None if max_rank_tokens is None else max(1, -(-max_rank_tokens // self.chunk_size))
+        num_chunks = (
+            None if max_rank_tokens is None else max(1, -(-max_rank_tokens // self.chunk_size))
+        )
         lm_head: Any = self.causal_lm.lm_head
         return compute_logprobs(
-            hidden[:, :-1][is_target], lm_head, input_ids[:, 1:][is_target], self.temperature, self.chunk_size, num_chunks
+            hidden[:, :-1][is_target],
+            lm_head,
+            input_ids[:, 1:][is_target],
+            self.temperature,
+            self.chunk_size,
+            num_chunks,
         )

@@ -1,8 +1,9 @@
-"""Owns the methods: GRPO, SDAR and their relatives as lists of terms, and the one function that evaluates such a list.
+"""Owns the methods: GRPO, SDAR and their relatives as lists of terms, and the one function that
+evaluates such a list.
 
-A method is data. Each term is a function from token inputs to a per-token loss; `compute_loss` sums every term over the tokens
-and divides by the *batch's* token count, so that micro-batches and ranks simply add up. There are no flags for terms: a term
-with coefficient 0 is not evaluated.
+A method is data. Each term is a function from token inputs to a per-token loss; `compute_loss` sums
+every term over the tokens and divides by the *batch's* token count, so that micro-batches and ranks
+simply add up. There are no flags for terms: a term with coefficient 0 is not evaluated.
 
 Axes: N sampled tokens of a micro-batch.
 """
@@ -38,7 +39,9 @@ from sdar.contracts.errors import ConfigurationError, ContractError
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """Every number the losses use. The first block carries the names of the run configuration's `method` section."""
+    """Every number the losses use. The first block carries the names of the run configuration's
+    `method` section.
+    """
 
     distillation_weight: float = 0.01
     """Lambda: weight of the distillation term."""
@@ -57,7 +60,9 @@ class LossSettings:
     dual_clip: float = 3.0
     """Bound on the loss of a token with negative advantage, as a multiple of it."""
     advantage_level: AdvantageLevel = "trajectory"
-    """Rows that a group's mean and deviation are taken over; read where advantages are computed, not by the losses."""
+    """Rows that a group's mean and deviation are taken over; read where advantages are computed,
+    not by the losses.
+    """
     off_policy: Correction = "decoupled"
     """Correction for tokens that an older policy sampled."""
     off_policy_cap: float = 5.0
@@ -76,7 +81,9 @@ class LossSettings:
     icepop_low: float = 0.5
     """icepop: lower edge of the mask."""
     log_ratio_bound: float = 20.0
-    """Clamp of log ratios before any exponential: wide enough never to matter, narrow enough never to overflow."""
+    """Clamp of log ratios before any exponential: wide enough never to matter, narrow enough never
+    to overflow.
+    """
     k3_bound: float = 10.0
     """Largest k3 KL of one token."""
     opsd_gap_bound: float = 10.0
@@ -100,12 +107,17 @@ class LossSettings:
         }
         broken = [rule for rule, holds in bounds.items() if not holds]
         if broken:
-            raise ConfigurationError(f"Loss settings break {', '.join(broken)}: got {self}. Fix the run's method section.")
+            raise ConfigurationError(
+                f"Loss settings break {', '.join(broken)}: got {self}. Fix the run's method "
+                "section."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenInputs:
-    """What terms read, one value per sampled token. Gradients: `policy_logprobs`, `entropy` and `off_policy.ratio` only."""
+    """What terms read, one value per sampled token. Gradients: `policy_logprobs`, `entropy` and
+    `off_policy.ratio` only.
+    """
 
     policy_logprobs: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
@@ -126,7 +138,9 @@ TermFunction = Callable[[TokenInputs, LossSettings], tuple[Float[Tensor, " N"], 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One summand of a loss. `compute` returns the loss of every token (finite everywhere) and per-token measurements."""
+    """One summand of a loss. `compute` returns the loss of every token (finite everywhere) and
+    per-token measurements.
+    """
 
     name: str
     compute: TermFunction
@@ -146,7 +160,9 @@ class Method:
 
     @property
     def learns_without_advantage(self) -> bool:
-        """Whether a group whose episodes all scored the same still teaches something; if not it may be skipped."""
+        """Whether a group whose episodes all scored the same still teaches something; if not it may
+        be skipped.
+        """
         return any(term.is_distillation for term in self.terms)
 
     def needs_reference(self, settings: LossSettings) -> bool:
@@ -159,12 +175,18 @@ def _policy_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, M
 
 
 def _rlsd_policy_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
-    mixing = compute_rlsd_mixing(settings.rlsd_mixing, settings.rlsd_decay_updates, inputs.update_index)
-    shaped = compute_rlsd_advantages(inputs.advantages, inputs.teacher_gap, mixing=mixing, clip=settings.rlsd_clip)
+    mixing = compute_rlsd_mixing(
+        settings.rlsd_mixing, settings.rlsd_decay_updates, inputs.update_index
+    )
+    shaped = compute_rlsd_advantages(
+        inputs.advantages, inputs.teacher_gap, mixing=mixing, clip=settings.rlsd_clip
+    )
     return _clipped_policy_loss(inputs, shaped, settings)
 
 
-def _clipped_policy_loss(inputs: TokenInputs, advantages: Tensor, settings: LossSettings) -> tuple[Tensor, Metrics]:
+def _clipped_policy_loss(
+    inputs: TokenInputs, advantages: Tensor, settings: LossSettings
+) -> tuple[Tensor, Metrics]:
     result = compute_policy_loss(
         inputs.off_policy.ratio,
         advantages,
@@ -173,16 +195,23 @@ def _clipped_policy_loss(inputs: TokenInputs, advantages: Tensor, settings: Loss
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
     )
-    return result.loss, {"clip_fraction": result.is_clipped, "dual_clip_fraction": result.is_dual_clipped}
+    return result.loss, {
+        "clip_fraction": result.is_clipped,
+        "dual_clip_fraction": result.is_dual_clipped,
+    }
 
 
 def _kl_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
     if inputs.ref_logprobs is None:
         raise ContractError(
-            f"kl_coefficient is {settings.kl_coefficient} but no ref_logprobs were given. Score the batch with the reference."
+            f"kl_coefficient is {settings.kl_coefficient} but no ref_logprobs were given. Score "
+            "the batch with the reference."
         )
     k3_kl = compute_k3_kl(
-        inputs.policy_logprobs, inputs.ref_logprobs, log_ratio_bound=settings.log_ratio_bound, bound=settings.k3_bound
+        inputs.policy_logprobs,
+        inputs.ref_logprobs,
+        log_ratio_bound=settings.log_ratio_bound,
+        bound=settings.k3_bound,
     )
     return k3_kl, {"k3_kl": k3_kl}
 
@@ -198,12 +227,16 @@ def _sdar_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Met
 
 
 def _constant_gate_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
-    return compute_gated_distillation(inputs.policy_logprobs, inputs.teacher_gap, settings.constant_gate), {}
+    return compute_gated_distillation(
+        inputs.policy_logprobs, inputs.teacher_gap, settings.constant_gate
+    ), {}
 
 
 def _opsd_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
     bound = settings.opsd_gap_bound
-    return compute_reverse_kl_distillation(inputs.policy_logprobs, inputs.teacher_gap, gap_bound=bound), {}
+    return compute_reverse_kl_distillation(
+        inputs.policy_logprobs, inputs.teacher_gap, gap_bound=bound
+    ), {}
 
 
 def _skill_sd_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
@@ -218,11 +251,15 @@ def _skill_sd_term(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor,
 
 
 def _weighed(term: TermFunction) -> TermFunction:
-    """`term` times the off-policy weight. As published, a distillation term on stale tokens is supervised learning on them."""
+    """`term` times the off-policy weight. As published, a distillation term on stale tokens is
+    supervised learning on them.
+    """
 
     def compute(inputs: TokenInputs, settings: LossSettings) -> tuple[Tensor, Metrics]:
         loss, metrics = term(inputs, settings)
-        return (inputs.off_policy.distillation_weight * loss if settings.weigh_distillation else loss), metrics
+        return (
+            inputs.off_policy.distillation_weight * loss if settings.weigh_distillation else loss
+        ), metrics
 
     return compute
 
@@ -279,35 +316,51 @@ def compute_loss(
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """This micro-batch's share of the batch's loss, and sums of measurements over its tokens.
 
-    The shares of all micro-batches of all ranks add up to the loss. A framework that averages gradients over ranks or
-    micro-batches must be given the share times that number.
+    The shares of all micro-batches of all ranks add up to the loss. A framework that averages
+    gradients over ranks or micro-batches must be given the share times that number.
 
     Args:
-        policy_logprobs, entropy: of the policy being trained, with gradient; all log-probs score the same N tokens.
+        policy_logprobs, entropy: of the policy being trained, with gradient; all log-probs score
+            the same N tokens.
         ref_logprobs: of the frozen reference; required if `method.needs_reference(settings)`.
-        proximal_logprobs: of the weights this update began with; None on the first optimizer step of a batch.
-        num_tokens_global: sampled tokens of the whole batch, over all micro-batches and ranks: every term's denominator.
+        proximal_logprobs: of the weights this update began with; None on the first optimizer step
+            of a batch.
+        num_tokens_global: sampled tokens of the whole batch, over all micro-batches and ranks:
+            every term's denominator.
         update_index: optimizer updates done so far in the run; drives schedules.
         learner_version: policy version of the weights this update began with.
 
     Returns:
-        the loss (0 with a gradient graph if N is 0) and sums that `reduce_metrics` turns into means once added up.
+        the loss (0 with a gradient graph if N is 0) and sums that `reduce_metrics` turns into means
+            once added up.
 
     Raises:
-        ContractError: teacher scores or reference log-probs are missing, or there is no token to train on.
+        ContractError: teacher scores or reference log-probs are missing, or there is no token to
+            train on.
     """
     if num_tokens_global < max(1, micro_batch.num_response_tokens):
         raise ContractError(
-            f"num_tokens_global {num_tokens_global} for a micro-batch of {micro_batch.num_response_tokens} sampled tokens. "
+            f"num_tokens_global {num_tokens_global} for a micro-batch of "
+            f"{micro_batch.num_response_tokens} sampled tokens. "
             "Pass the whole batch's count, and never train on a batch without tokens."
         )
     inputs = _gather_inputs(
-        method, micro_batch, policy_logprobs, entropy, ref_logprobs, proximal_logprobs, settings, update_index
+        method,
+        micro_batch,
+        policy_logprobs,
+        entropy,
+        ref_logprobs,
+        proximal_logprobs,
+        settings,
+        update_index,
     )
     every_token = torch.ones_like(inputs.is_scored)
     loss = masked_sum(policy_logprobs, ~every_token)
     metrics = _measure(
-        inputs, micro_batch, policy_logprobs if proximal_logprobs is None else proximal_logprobs, learner_version
+        inputs,
+        micro_batch,
+        policy_logprobs if proximal_logprobs is None else proximal_logprobs,
+        learner_version,
     )
     for term in method.terms:
         coefficient = term.coefficient(settings)
@@ -318,7 +371,10 @@ def compute_loss(
         share = masked_mean(values, mask, denominator=num_tokens_global)
         loss = loss + coefficient * share
         metrics[f"loss_{term.name}"] = masked_sum(values.detach(), mask)
-        metrics |= {name: masked_sum(value.detach().to(values.dtype), mask) for name, value in measured.items()}
+        metrics |= {
+            name: masked_sum(value.detach().to(values.dtype), mask)
+            for name, value in measured.items()
+        }
     return loss, metrics
 
 
@@ -335,7 +391,10 @@ def _gather_inputs(
     teacher = micro_batch.teacher_logprobs
     if teacher is None:
         if method.needs_teacher:
-            raise ContractError(f"Method {method.name} needs teacher_logprobs, the micro-batch has none. Train on scored data.")
+            raise ContractError(
+                f"Method {method.name} needs teacher_logprobs, the micro-batch has none. Train on "
+                "scored data."
+            )
         teacher = torch.full_like(policy_logprobs, -math.inf)
     is_scored = torch.isfinite(teacher)
     off_policy = compute_off_policy_weights(
@@ -371,9 +430,12 @@ METRIC_DENOMINATORS: Mapping[str, str] = {
 
 
 @torch.no_grad()
-def _measure(inputs: TokenInputs, micro_batch: MicroBatch, proximal: Tensor, learner_version: int) -> Metrics:
-    """Sums over the micro-batch's tokens. `engine_mismatch_abs` compares the sampler with the learner on tokens of the very
-    weights this update began with: there, any difference comes from the engines and not from staleness."""
+def _measure(
+    inputs: TokenInputs, micro_batch: MicroBatch, proximal: Tensor, learner_version: int
+) -> Metrics:
+    """Sums over the micro-batch's tokens. `engine_mismatch_abs` compares the sampler with the
+    learner on tokens of the very weights this update began with: there, any difference comes from
+    the engines and not from staleness."""
     every_token = torch.ones_like(inputs.is_scored)
     is_current = micro_batch.policy_versions == learner_version
     distance = (proximal - inputs.behavior_logprobs).abs()
@@ -393,14 +455,18 @@ def _measure(inputs: TokenInputs, micro_batch: MicroBatch, proximal: Tensor, lea
         "num_current_tokens": (is_current, every_token),
         "num_scored_tokens": (inputs.is_scored, every_token),
     }
-    return {name: masked_sum(value.to(inputs.entropy.dtype), mask) for name, (value, mask) in sums.items()}
+    return {
+        name: masked_sum(value.to(inputs.entropy.dtype), mask)
+        for name, (value, mask) in sums.items()
+    }
 
 
 def reduce_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means from sums added up over micro-batches and ranks; a metric without any token to measure is left out.
+    """Means from sums added up over micro-batches and ranks; a metric without any token to measure
+    is left out.
 
-    Counts (`num_*`) stay as they are. `gate_mean` near 0.5 with `teacher_gap_abs` near 0 means that the skills never reach the
-    teacher's prompt.
+    Counts (`num_*`) stay as they are. `gate_mean` near 0.5 with `teacher_gap_abs` near 0 means that
+    the skills never reach the teacher's prompt.
     """
     means = {name: value for name, value in sums.items() if name.startswith("num_")}
     for name, value in sums.items():

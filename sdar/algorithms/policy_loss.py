@@ -1,4 +1,5 @@
-"""Owns the clipped policy-gradient loss, per token. Never normalises: `methods` sums it over the batch's token count.
+"""Owns the clipped policy-gradient loss, per token. Never normalises: `methods` sums it over the
+batch's token count.
 
 Axes: N sampled tokens.
 """
@@ -29,10 +30,12 @@ def compute_policy_loss(
     clip_high: float,
     dual_clip: float,
 ) -> PolicyLoss:
-    """weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), bounded by -A * dual_clip where A < 0.
+    """weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), bounded by -A * dual_clip where
+    A < 0.
 
-    PPO (arXiv:1707.06347, eq. 7) with dual clip (arXiv:1912.09729, eq. 5): without the bound, a token that became much more
-    likely although it was bad would have a loss, and a gradient, of any size.
+    PPO (arXiv:1707.06347, eq. 7) with dual clip (arXiv:1912.09729, eq. 5): without the bound, a
+    token that became much more likely although it was bad would have a loss, and a gradient, of any
+    size.
 
     Args:
         ratio: policy over proximal policy, with gradient.

@@ -1,7 +1,9 @@
-"""Owns `sdar compare`: variants of a run over seeds, several at a time, and the table of what they came to.
+"""Owns `sdar compare`: variants of a run over seeds, several at a time, and the table of what they
+came to.
 
-A run is a process of its own (`sdar.cli.in_process`), so that one that fails takes none along. Finished ones are kept and
-never run again. Success is pooled over seeds, with an interval; seeds are shown one by one beside it.
+A run is a process of its own (`sdar.cli.trial`), so that one that fails takes none along.
+Finished ones are kept and never run again. Success is pooled over seeds, with an interval; seeds
+are shown one by one beside it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,19 @@ import typer
 import yaml
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from sdar.cli.processes import end_with_parent
 from sdar.config import RunConfig, RunName, Section, load_config, save_config
 from sdar.contracts.errors import ConfigurationError, ConflictError
-from sdar.runtime.settings import apply_environment, thread_environment
+from sdar.process.settings import apply_environment, thread_environment
 from services.gateway.evaluation import compute_wilson_interval
 
 _LONGEST_LINE_BYTES = 1 << 20
@@ -56,7 +65,9 @@ class Comparison(Section):
     def _check_names(self) -> Comparison:
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"variants {names} and seeds {self.seeds} must each be different from one another.")
+            raise ValueError(
+                f"variants {names} and seeds {self.seeds} must each be different from one another."
+            )
         return self
 
 
@@ -90,7 +101,8 @@ def run_comparison(spec_path: Path, runs_dir: Path, *, jobs: int, is_json: bool)
     """Run what is missing of an experiment, `jobs` runs at a time, then write and print its table.
 
     Raises:
-        ConfigurationError: the experiment or one of its variants is not valid; nothing has been run then.
+        ConfigurationError: the experiment or one of its variants is not valid; nothing has been run
+            then.
         ConflictError: a finished run in its directory was made with another configuration.
         typer.Exit: with code 1 if a run failed.
     """
@@ -104,7 +116,9 @@ def run_comparison(spec_path: Path, runs_dir: Path, *, jobs: int, is_json: bool)
     path = runs_dir / comparison.name / "table.md"
     path.write_text(table, encoding="utf-8")
     if is_json:
-        _print_json("table", path=str(path), rows=[row.to_json() for row in _rows(comparison, trials)])
+        _print_json(
+            "table", path=str(path), rows=[row.to_json() for row in _rows(comparison, trials)]
+        )
     else:
         print(f"{table}\nWritten to {path}.")
     if any(trial.failure for trial in trials):
@@ -117,19 +131,26 @@ def load_comparison(path: Path) -> Comparison:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         comparison = Comparison.model_validate(raw)
     except OSError as error:
-        raise ConfigurationError(f"Cannot read the experiment {path}: {error.strerror}. Check the path.") from error
+        raise ConfigurationError(
+            f"Cannot read the experiment {path}: {error.strerror}. Check the path."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'experiment'}: {p['msg']}" for p in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'experiment'}: {p['msg']}" for p in error.errors()
+        )
         raise ConfigurationError(
-            f"{path}: {problems}. An experiment has name, base, seeds, variants (name, set) and perhaps set."
+            f"{path}: {problems}. An experiment has name, base, seeds, variants (name, set) and "
+            "perhaps set."
         ) from error
     return comparison.model_copy(update={"base": path.resolve().parent / comparison.base})
 
 
 def plan_trials(comparison: Comparison, spec_path: Path, runs_dir: Path) -> list[Trial]:
-    """Every run of the experiment, with the summaries of those that are finished already. Raises as `run_comparison`."""
+    """Every run of the experiment, with the summaries of those that are finished already. Raises as
+    `run_comparison`.
+    """
     trials = []
     for variant in comparison.variants:
         for seed in comparison.seeds:
@@ -138,7 +159,9 @@ def plan_trials(comparison: Comparison, spec_path: Path, runs_dir: Path) -> list
             try:
                 config = load_config(comparison.base, overrides)
             except ConfigurationError as error:
-                raise ConfigurationError(f"{spec_path}, variant {variant.name}: {error.message}") from error
+                raise ConfigurationError(
+                    f"{spec_path}, variant {variant.name}: {error.message}"
+                ) from error
             trial = Trial(variant.name, seed, config, runs_dir / comparison.name / name)
             trial.summary = _read_summary(trial)
             trials.append(trial)
@@ -151,14 +174,16 @@ def _read_summary(trial: Trial) -> dict[str, Any] | None:
         return None
     if load_config(trial.directory / "config.yaml") != trial.config:
         raise ConflictError(
-            f"{trial.directory} holds a finished run with another configuration. Remove that directory to run it again, or "
+            f"{trial.directory} holds a finished run with another configuration. Remove that "
+            "directory to run it again, or "
             "give the experiment another name."
         )
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
 
 
-# --- running -----------------------------------------------------------------------------------------------------------------
+# --- running
+# --------------------------------------------------------------------------------------------------
 
 
 async def _run_all(trials: Sequence[Trial], jobs: int, view: View) -> None:
@@ -182,7 +207,7 @@ async def _run_trial(trial: Trial, view: View) -> None:
     save_config(trial.config, config_path)
     with log_path.open("wb") as log_file:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sdar.cli.in_process", str(config_path), str(trial.directory)),
+            *(sys.executable, "-m", "sdar.cli.trial", str(config_path), str(trial.directory)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=log_file,
@@ -223,7 +248,8 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-# --- showing -----------------------------------------------------------------------------------------------------------------
+# --- showing
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -231,7 +257,12 @@ def _build_view(comparison: Comparison, missing: Sequence[Trial], is_json: bool)
     if is_json:
         yield _JsonView()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield _BarView(progress, comparison.name, len(missing))
 
@@ -249,7 +280,9 @@ class _BarView:
         self.total = self.progress.add_task(self.name, total=self.num_trials)
 
     def begin(self, trial: Trial) -> None:
-        self.bars[trial.name] = self.progress.add_task(trial.name, total=trial.config.training.num_updates)
+        self.bars[trial.name] = self.progress.add_task(
+            trial.name, total=trial.config.training.num_updates
+        )
 
     def advance(self, trial: Trial, num_updates: int) -> None:
         self.progress.update(self.bars[trial.name], completed=num_updates)
@@ -281,7 +314,8 @@ def _print_json(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------------
+# --- the table
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -300,7 +334,11 @@ class Row:
 
     def pool(self, when: str) -> tuple[int, int]:
         """(successes, episodes) of the sampled evaluation, 'before' or 'after'."""
-        counts = [tuple(pair) for summary in self.summaries for pair in summary["by_task_type"][when].values()]
+        counts = [
+            tuple(pair)
+            for summary in self.summaries
+            for pair in summary["by_task_type"][when].values()
+        ]
         return sum(won for won, _ in counts), sum(played for _, played in counts)
 
     def to_json(self) -> dict[str, Any]:
@@ -308,8 +346,15 @@ class Row:
         return {
             "variant": self.variant,
             "seeds": [trial.seed for trial in self.trials],
-            "success_after": [None if trial.summary is None else trial.summary["success_after"] for trial in self.trials],
-            "pooled": {"num_successes": won, "num_episodes": played, "interval": compute_wilson_interval(won, played)},
+            "success_after": [
+                None if trial.summary is None else trial.summary["success_after"]
+                for trial in self.trials
+            ],
+            "pooled": {
+                "num_successes": won,
+                "num_episodes": played,
+                "interval": compute_wilson_interval(won, played),
+            },
             "failures": {trial.seed: trial.failure for trial in self.trials if trial.failure},
         }
 
@@ -329,7 +374,8 @@ _HEADER = (
 
 def _rows(comparison: Comparison, trials: Sequence[Trial]) -> list[Row]:
     return [
-        Row(variant.name, tuple(trial for trial in trials if trial.variant == variant.name)) for variant in comparison.variants
+        Row(variant.name, tuple(trial for trial in trials if trial.variant == variant.name))
+        for variant in comparison.variants
     ]
 
 
@@ -337,22 +383,42 @@ def format_table(comparison: Comparison, trials: Sequence[Trial]) -> str:
     """The experiment as a Markdown table, its failures below it."""
     lines = [f"| {' | '.join(_HEADER)} |", f"|{'---|' * len(_HEADER)}"]
     lines += [f"| {' | '.join(_format_row(row))} |" for row in _rows(comparison, trials)]
-    episodes = sorted({trial.summary["num_evaluation_episodes"] for trial in trials if trial.summary})
+    episodes = sorted(
+        {trial.summary["num_evaluation_episodes"] for trial in trials if trial.summary}
+    )
     if episodes:
-        lines += ["", f"Held-out episodes per seed: {', '.join(map(str, episodes))}. Intervals take episodes as independent."]
-    lines += [f"\nFailed: {trial.name}: {' '.join(trial.failure.split())}" for trial in trials if trial.failure]
+        lines += [
+            "",
+            (
+                f"Held-out episodes per seed: {', '.join(map(str, episodes))}. Intervals take "
+                "episodes "
+                "as independent."
+            ),
+        ]
+    lines += [
+        f"\nFailed: {trial.name}: {' '.join(trial.failure.split())}"
+        for trial in trials
+        if trial.failure
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _format_row(row: Row) -> list[str]:
-    by_seed = ["failed" if trial.summary is None else f"{trial.summary['success_after']:.3f}" for trial in row.trials]
+    by_seed = [
+        "failed" if trial.summary is None else f"{trial.summary['success_after']:.3f}"
+        for trial in row.trials
+    ]
     seeds = ", ".join(str(trial.seed) for trial in row.trials)
     if not row.summaries:
         return [row.variant, seeds, ", ".join(by_seed), *["-"] * (len(_HEADER) - 3)]
     after, before = row.pool("after"), row.pool("before")
     low, high = compute_wilson_interval(*after)
     success = row.values("success_after")
-    spread = f"{statistics.mean(success):.3f} ± {statistics.stdev(success):.3f}" if len(success) > 1 else f"{success[0]:.3f}"
+    spread = (
+        f"{statistics.mean(success):.3f} ± {statistics.stdev(success):.3f}"
+        if len(success) > 1
+        else f"{success[0]:.3f}"
+    )
     updates = sorted({int(number) for number in row.values("num_updates")})
     return [
         row.variant,
@@ -362,7 +428,10 @@ def _format_row(row: Row) -> list[str]:
         spread,
         f"{statistics.mean(row.values('greedy_success_after')):.3f}",
         f"{_share(before):.3f}",
-        f"{statistics.mean(row.values('staleness_mean')):.2f}, {max(row.values('staleness_max')):.0f}",
+        (
+            f"{statistics.mean(row.values('staleness_mean')):.2f}, "
+            f"{max(row.values('staleness_max')):.0f}"
+        ),
         ", ".join(map(str, updates)),
     ]
 

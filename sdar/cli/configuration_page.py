@@ -1,4 +1,6 @@
-"""Owns docs/configuration.md: every key of a run with its type, default, bounds and meaning, written from RunConfig itself."""
+"""Owns docs/configuration.md: every key of a run with its type, default, bounds and meaning,
+written from RunConfig itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
-from sdar.runtime.settings import Settings
+from sdar.process.settings import Settings
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.md"
 
@@ -41,7 +43,8 @@ def render_page() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             parts.append(_render_section(f"`{name}`", section, prefix=f"{name}."))
     rows = [
-        f"| `{field.validation_alias or f'SDAR_{name.upper()}'}` | {_format_default(field)} | {field.description} |"
+        f"| `{field.validation_alias or f'SDAR_{name.upper()}'}` | {_format_default(field)} | "
+        f"{_describe(field)} |"
         for name, field in Settings.model_fields.items()
     ]
     return "\n".join(parts) + _SETTINGS_HEADER + "\n".join(rows) + "\n"
@@ -55,9 +58,17 @@ def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
         kind = _format_type(field.annotation)
         bounds = _format_bounds(field)
         rows.append(
-            f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {' '.join((field.description or '').split())} |"
+            f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | "
+            f"{_describe(field)} |"
         )
-    return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+    return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(
+        rows
+    )
+
+
+def _describe(field: FieldInfo) -> str:
+    """The docstring in one line."""
+    return " ".join((field.description or "").split())
 
 
 def _format_type(annotation: Any) -> str:
@@ -65,14 +76,22 @@ def _format_type(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_format_type(part) for part in typing.get_args(annotation) if part is not type(None))
+        return " or ".join(
+            _format_type(part) for part in typing.get_args(annotation) if part is not type(None)
+        )
     if origin is typing.Annotated:
         return _format_type(typing.get_args(annotation)[0])
     if origin is tuple:
         return "[" + ", ".join(_format_type(part) for part in typing.get_args(annotation)) + "]"
     if origin is dict:
         return "mapping to " + _format_type(typing.get_args(annotation)[1])
-    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
+    names = {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "true or false",
+        "Path": "path",
+    }
     return names.get(getattr(annotation, "__name__", ""), str(annotation))
 
 

@@ -1,4 +1,5 @@
-"""Owns `sdar dead-letter list | show | retry`: what a run set aside, and its second chance. The gateway does the work.
+"""Owns `sdar dead-letter list | show | retry`: what a run set aside, and its second chance. The
+gateway does the work.
 
 What speaks HTTP is imported where it is used: `sdar --help` should not wait for it.
 """
@@ -17,9 +18,14 @@ from rich.text import Text
 
 from sdar.cli.places import JsonOption, Place, open_gateway_at, takes_place
 
-dead_letter_app = typer.Typer(help="Look at entries that a run set aside, and try them again.", no_args_is_help=True)
+dead_letter_app = typer.Typer(
+    help="Look at entries that a run set aside, and try them again.", no_args_is_help=True
+)
 
-LetterArgument = Annotated[str, typer.Argument(metavar="ID", help="Its id, from `sdar dead-letter list`.", show_default=False)]
+LetterArgument = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="Its id, from `sdar dead-letter list`.", show_default=False),
+]
 
 _PATH = "/v1/dead-letters"
 _MAX_REASON = 100
@@ -29,7 +35,10 @@ _MAX_REASON = 100
 @takes_place
 def list_letters(
     limit: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 50,
-    before: Annotated[str | None, typer.Option(metavar="ID", help="Only older ones than this.", show_default=False)] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Only older ones than this.", show_default=False),
+    ] = None,
     is_json: JsonOption = False,
     *,
     place: Place,
@@ -58,7 +67,9 @@ def show_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place
 @dead_letter_app.command("retry")
 @takes_place
 def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place: Place) -> None:
-    """Do its work again and remove it: a training task as a new group, an evaluation's task as it was."""
+    """Do its work again and remove it: a training task as a new group, an evaluation's task as it
+    was.
+    """
     with open_gateway_at(place) as client:
         answer = client.post(f"{_PATH}/{quote(letter_id, safe='')}/retry")
     told = f"Issued {answer['group_id']} for dead letter {answer['letter_id']}, which is gone."
@@ -67,9 +78,11 @@ def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, plac
 
 def render_letters(letters: list[dict[str, Any]]) -> Table:
     """A line each; reasons are cut, and shown as text."""
-    from sdar.runtime.security import escape_controls
+    from sdar.process.text import escape_controls
 
-    table = Table("id", "stream", "given up by", "attempts", "age", "bytes", "reason", box=box.SIMPLE)
+    table = Table(
+        "id", "stream", "given up by", "attempts", "age", "bytes", "reason", box=box.SIMPLE
+    )
     for letter in letters:
         reason = letter["reason"]
         reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
@@ -81,10 +94,19 @@ def render_letters(letters: list[dict[str, Any]]) -> Table:
 
 def format_letter(letter: dict[str, Any]) -> str:
     """Everything known of one, its payload last; as text without control characters."""
-    from sdar.runtime.security import escape_controls
+    from sdar.process.text import escape_controls
 
     payload, error = letter["payload"], letter["payload_error"]
-    names = ("letter_id", "stream", "group", "entry_id", "num_deliveries", "reason", "age_s", "size_bytes")
+    names = (
+        "letter_id",
+        "stream",
+        "group",
+        "entry_id",
+        "num_deliveries",
+        "reason",
+        "age_s",
+        "size_bytes",
+    )
     lines = [f"{name}: {letter[name]}" for name in names]
     if payload is None:
         lines += [f"payload (base64), which cannot be read: {error}", letter["payload_base64"]]

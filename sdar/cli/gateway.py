@@ -1,7 +1,9 @@
-"""Owns how the command line asks a run's gateway: which one is meant, with which token, and what its refusals mean.
+"""Owns how the command line asks a run's gateway: which one is meant, with which token, and what
+its refusals mean.
 
-`python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container it runs in, which is how one that only the cluster
-reaches is asked from outside (`sdar.cli.places`): where the address, the token and the certificates are.
+`python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container it runs in, which is how
+one that only the cluster reaches is asked from outside (`sdar.cli.places`): where the address, the
+token and the certificates are.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from sdar.contracts.errors import (
     UnavailableError,
     UnknownResourceError,
 )
-from sdar.runtime.http_client import open_http
-from sdar.runtime.security import Security
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
+from sdar.wire.http_client import open_http
+from sdar.wire.security import Security
 
 _TIMEOUT_S = 10.0
 _LEAST_ERROR = 300
@@ -45,7 +47,8 @@ _ERRORS: dict[int, type[SdarError]] = {
 
 
 class Gateway(ABC):
-    """Calls to one gateway; answers are parsed JSON, refusals are raised as the errors they tell of.
+    """Calls to one gateway; answers are parsed JSON, refusals are raised as the errors they tell
+    of.
 
     Args:
         address: what it is called in errors.
@@ -57,7 +60,12 @@ class Gateway(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:  # noqa: B027  # not every one has connections
@@ -65,7 +73,9 @@ class Gateway(ABC):
 
     @abstractmethod
     def exchange(self, method: str, path: str) -> tuple[int, Any]:
-        """The status of an answer and its JSON, whatever it says. Raises UnavailableError if there is none."""
+        """The status of an answer and its JSON, whatever it says. Raises UnavailableError if there
+        is none.
+        """
 
     def get(self, path: str, **query: str | int) -> Any:
         return self._ask("GET", f"{path}?{urlencode(query)}" if query else path)
@@ -78,7 +88,9 @@ class Gateway(ABC):
         if status < _LEAST_ERROR:
             return body
         told = body.get("error", {}) if isinstance(body, dict) else {}
-        message = told.get("message", f"The gateway at {self.address} answers {status} to {method} {path}.")
+        message = told.get(
+            "message", f"The gateway at {self.address} answers {status} to {method} {path}."
+        )
         raise _ERRORS.get(status, UnavailableError)(message)
 
 
@@ -103,7 +115,9 @@ class GatewayClient(Gateway):
             return answer.status_code, answer.json()
         except (httpx.HTTPError, json.JSONDecodeError) as error:
             reason = str(error).rstrip(".") or type(error).__name__
-            raise UnavailableError(f"No gateway answers at {self.address}: {reason}. {self._hint}") from error
+            raise UnavailableError(
+                f"No gateway answers at {self.address}: {reason}. {self._hint}"
+            ) from error
 
 
 class ContainerGateway(Gateway):
@@ -129,14 +143,17 @@ class ContainerGateway(Gateway):
 
 
 def open_gateway(url: str | None, runs_dir: Path) -> GatewayClient:
-    """The gateway at `url`, else the one of SDAR_GATEWAY_URL, else that of the one run that is running under `runs_dir`.
+    """The gateway at `url`, else the one of SDAR_GATEWAY_URL, else that of the one run that is
+    running under `runs_dir`.
 
     Raises:
         ConfigurationError: none is told and none or several are running.
     """
     settings = load_settings()
     told = url or settings.gateway_url
-    return GatewayClient(_read_address(told) if told else _find_running(runs_dir), Security.from_settings(settings))
+    return GatewayClient(
+        _read_address(told) if told else _find_running(runs_dir), Security.from_settings(settings)
+    )
 
 
 def _read_address(url: str) -> str:
@@ -146,7 +163,12 @@ def _read_address(url: str) -> str:
         port = parts.port
     except ValueError:
         port = None
-    if parts.scheme not in ("", "http", "https") or not parts.hostname or port is None or parts.path.strip("/"):
+    if (
+        parts.scheme not in ("", "http", "https")
+        or not parts.hostname
+        or port is None
+        or parts.path.strip("/")
+    ):
         raise ConfigurationError(f"{url!r} is no gateway's address. Write http://HOST:PORT.")
     return parts.netloc.rpartition("@")[2]
 
@@ -173,7 +195,9 @@ def answer_in_container(method: str, path: str) -> dict[str, Any]:
     here = f"{'127.0.0.1' if security.tls is None else 'localhost'}:{settings.http_port}"
     address = _read_address(settings.gateway_url) if settings.gateway_url else here
     try:
-        with GatewayClient(address, security, "It may be starting: see `sdar logs gateway`.") as client:
+        with GatewayClient(
+            address, security, "It may be starting: see `sdar logs gateway`."
+        ) as client:
             status, body = client.exchange(method, path)
     except UnavailableError as error:
         return {"unavailable": error.message}

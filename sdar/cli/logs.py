@@ -1,8 +1,9 @@
-"""Owns `sdar logs`: what a run's services log, wherever they run, as lines of one kind in the order of time. Changes nothing.
+"""Owns `sdar logs`: what a run's services log, wherever they run, as lines of one kind in the order
+of time. Changes nothing.
 
-A source is one log: a file of `runs/<name>/logs`, a container of Compose, a pod. Services log JSON in containers and text on
-one machine; both are shown as text. A line that is not of ours (Redis, vLLM, a traceback) has the time, and where it tells none
-the level, of the line before it.
+A source is one log: a file of `runs/<name>/logs`, a container of Compose, a pod. Services log JSON
+in containers and text on one machine; both are shown as text. A line that is not of ours (Redis,
+vLLM, a traceback) has the time, and where it tells none the level, of the line before it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from sdar.cli.places import ROLE, Place, list_pods
 from sdar.cli.run_directory import RunDirectory, list_running
 from sdar.cli.tools import find_compose, missing_tool, run_tool
 from sdar.contracts.errors import ConfigurationError, UnavailableError, UnknownResourceError
-from sdar.runtime.security import escape_controls
-from sdar.runtime.telemetry import render_event
+from sdar.process.telemetry import render_event
+from sdar.process.text import escape_controls
 
 _LEVELS = ("debug", "info", "warning", "error")
 _ALIASES = {"warn": "warning", "critical": "error", "fatal": "error", "exception": "error"}
@@ -59,7 +60,8 @@ class Source:
 
     Args:
         role: the service; several sources may be of one.
-        read: its lines; told the Unix time of the first that is wanted, and whether to wait for more.
+        read: its lines; told the Unix time of the first that is wanted, and whether to wait for
+            more.
         is_stamped: each line begins with the time at which the container wrote it.
         is_running: more may come.
     """
@@ -72,12 +74,20 @@ class Source:
 
 
 def show_logs(
-    place: Place, run: str | None, service: str | None, *, since: str | None, level: str, is_following: bool, is_json: bool
+    place: Place,
+    run: str | None,
+    service: str | None,
+    *,
+    since: str | None,
+    level: str,
+    is_following: bool,
+    is_json: bool,
 ) -> None:
     """Print the lines, until the end of the logs or, following, until Ctrl-C.
 
     Raises:
-        UnknownResourceError: there is no such run, release or service. ConfigurationError: the age is none.
+        UnknownResourceError: there is no such run, release or service. ConfigurationError: the age
+            is none.
     """
     since_s = 0.0 if since is None else time.time() - _parse_age(since)
 
@@ -87,7 +97,9 @@ def show_logs(
     chosen = _choose(look(), service)
     printer = _Printer(level, since_s, is_json, max(len(source.name) for source in chosen))
     if not is_following:
-        for name, line in heapq.merge(*(_read_once(source, since_s) for source in chosen), key=lambda pair: pair[1].at_s):
+        for name, line in heapq.merge(
+            *(_read_once(source, since_s) for source in chosen), key=lambda pair: pair[1].at_s
+        ):
             printer.show(name, line)
         return
     lines: queue.Queue[tuple[str, Line]] = queue.Queue(10_000)
@@ -107,9 +119,13 @@ def _read_once(source: Source, since_s: float) -> Iterator[tuple[str, Line]]:
 
 
 class _Followers:
-    """A thread for each source. One that ends is begun again where it was, while its source is there; new ones are joined."""
+    """A thread for each source. One that ends is begun again where it was, while its source is
+    there; new ones are joined.
+    """
 
-    def __init__(self, look: Callable[[], list[Source]], lines: queue.Queue[tuple[str, Line]], since_s: float) -> None:
+    def __init__(
+        self, look: Callable[[], list[Source]], lines: queue.Queue[tuple[str, Line]], since_s: float
+    ) -> None:
         self._look, self._lines, self._since_s = look, lines, since_s
         self._threads: dict[str, threading.Thread] = {}
         self._seen_s: dict[str, float] = {}
@@ -141,7 +157,12 @@ class _Followers:
 
 class _Printer:
     def __init__(self, level: str, since_s: float, is_json: bool, width: int) -> None:
-        self._least, self._since_s, self._is_json, self._width = _LEVELS.index(level), since_s, is_json, width
+        self._least, self._since_s, self._is_json, self._width = (
+            _LEVELS.index(level),
+            since_s,
+            is_json,
+            width,
+        )
         self._is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self._colours: dict[str, int] = {}
 
@@ -157,9 +178,15 @@ class _Printer:
         for part in text.splitlines() or [""]:
             part = escape_controls(part, keep="\t")
             if self._is_coloured:
-                colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
+                colour = self._colours.setdefault(
+                    name, _COLOURS[len(self._colours) % len(_COLOURS)]
+                )
                 strong = _LEVEL_COLOURS.get(line.level)
-                print(f"\x1b[{colour}m{prefix}\x1b[0m" + (f"\x1b[{strong}m{part}\x1b[0m" if strong else part), flush=True)
+                print(
+                    f"\x1b[{colour}m{prefix}\x1b[0m"
+                    + (f"\x1b[{strong}m{part}\x1b[0m" if strong else part),
+                    flush=True,
+                )
             else:
                 print(prefix + part, flush=True)
 
@@ -181,7 +208,10 @@ def _parse(source: Source, since_s: float, is_following: bool) -> Iterator[Line]
                 at_s, text = stamped_s, rest
         event = _read_event(text)
         if event is not None:
-            at_s, level = _read_time(str(event.get("timestamp", "")), at_s), _read_level(str(event.get("level", level)))
+            at_s, level = (
+                _read_time(str(event.get("timestamp", "")), at_s),
+                _read_level(str(event.get("level", level))),
+            )
         elif (found := _OURS.match(text)) is not None:
             at_s, level = _read_time(found[1], at_s), _read_level(found[2])
         elif (found := _OTHERS.match(text)) is not None:
@@ -222,7 +252,8 @@ def _choose(sources: Sequence[Source], service: str | None) -> list[Source]:
     if not chosen:
         known = sorted({name for source in sources for name in (source.role, source.name)})
         raise UnknownResourceError(
-            f"Nothing logs as {service!r}. There {'are' if known else 'is nothing here yet'} {', '.join(known)}."
+            f"Nothing logs as {service!r}. There {'are' if known else 'is nothing here yet'} "
+            f"{', '.join(known)}."
             if service
             else "Nothing has logged there yet."
         )
@@ -241,7 +272,9 @@ def _list_sources(place: Place, run: str | None) -> list[Source]:
 def _list_files(runs_dir: Path, run: str | None) -> list[Source]:
     root = _find_run(runs_dir, run)
     directory = RunDirectory(root)
-    found = [(path, path.stem, path.stem.split("-")[0]) for path in sorted(directory.logs.glob("*.log"))]
+    found = [
+        (path, path.stem, path.stem.split("-")[0]) for path in sorted(directory.logs.glob("*.log"))
+    ]
     found += [(path, "redis", "redis") for path in directory.redis.glob("*.log")]
     return [Source(name, role, _reader_of(path), is_stamped=False) for path, name, role in found]
 
@@ -252,15 +285,21 @@ def _find_run(runs_dir: Path, run: str | None) -> Path:
     if run is not None:
         if run not in known:
             names = ", ".join(sorted(known)) or "none"
-            raise UnknownResourceError(f"No run {run!r} has logged under {runs_dir}. There are {names}.")
+            raise UnknownResourceError(
+                f"No run {run!r} has logged under {runs_dir}. There are {names}."
+            )
         return runs_dir / run
     if not known:
         raise UnknownResourceError(
-            f"No run has logged under {runs_dir}. Give another --runs-dir, --compose, or --release NAME for one in Kubernetes."
+            f"No run has logged under {runs_dir}. Give another --runs-dir, --compose, or --release "
+            "NAME for one in Kubernetes."
         )
     running = list_running(runs_dir)
     if len(running) > 1:
-        raise UnknownResourceError(f"Several runs are running under {runs_dir}: {', '.join(running)}. Say which with --run.")
+        raise UnknownResourceError(
+            f"Several runs are running under {runs_dir}: {', '.join(running)}. Say which with "
+            "--run."
+        )
     return runs_dir / (next(iter(running)) if running else max(known, key=lambda name: known[name]))
 
 
@@ -289,16 +328,31 @@ def _list_compose_logs() -> list[Source]:
     labels = [container["Config"]["Labels"] for container in found]
     roles = [label["com.docker.compose.service"] for label in labels]
     numbers = [label["com.docker.compose.container-number"] for label in labels]
-    names = [role if roles.count(role) == 1 else f"{role}-{number}" for role, number in zip(roles, numbers, strict=True)]
+    names = [
+        role if roles.count(role) == 1 else f"{role}-{number}"
+        for role, number in zip(roles, numbers, strict=True)
+    ]
     return [
-        Source(name, role, _reader_of_container(one["Id"]), is_stamped=True, is_running=one["State"]["Running"])
+        Source(
+            name,
+            role,
+            _reader_of_container(one["Id"]),
+            is_stamped=True,
+            is_running=one["State"]["Running"],
+        )
         for name, role, one in zip(names, roles, found, strict=True)
     ]
 
 
 def _reader_of_container(container: str) -> Callable[[float, bool], Iterator[str]]:
     def read(since_s: float, is_following: bool) -> Iterator[str]:
-        command = ["docker", "logs", "--timestamps", *_when(since_s, "--since"), *(["--follow"] if is_following else [])]
+        command = [
+            "docker",
+            "logs",
+            "--timestamps",
+            *_when(since_s, "--since"),
+            *(["--follow"] if is_following else []),
+        ]
         return _read_from([*command, container])
 
     return read
@@ -309,16 +363,31 @@ def _list_pod_logs(place: Place) -> list[Source]:
     for pod in list_pods(place):
         name, role = pod["metadata"]["name"], pod["metadata"]["labels"].get(ROLE, "")
         containers = pod["status"].get("containerStatuses", [])
-        one = next((one for one in containers if one["name"] == role), containers[0] if containers else None)
+        one = next(
+            (one for one in containers if one["name"] == role),
+            containers[0] if containers else None,
+        )
         is_blank = one is None or ("waiting" in one["state"] and not one["restartCount"])
         if is_blank and "deletionTimestamp" in pod["metadata"]:
             continue
         if one is None or is_blank:
-            reason = "not scheduled" if one is None else one["state"]["waiting"].get("reason", "waiting")
-            sources.append(Source(name, role, _tell(f"WARNING the pod has not started: {reason}"), True, is_running=False))
+            reason = (
+                "not scheduled" if one is None else one["state"]["waiting"].get("reason", "waiting")
+            )
+            sources.append(
+                Source(
+                    name,
+                    role,
+                    _tell(f"WARNING the pod has not started: {reason}"),
+                    True,
+                    is_running=False,
+                )
+            )
         else:
             read = _reader_of_pod(place, name, one["name"])
-            sources.append(Source(name, role, read, is_stamped=True, is_running="running" in one["state"]))
+            sources.append(
+                Source(name, role, read, is_stamped=True, is_running="running" in one["state"])
+            )
     return sources
 
 
@@ -326,9 +395,15 @@ def _tell(text: str) -> Callable[[float, bool], Iterator[str]]:
     return lambda since_s, is_following: iter([f"{datetime.now(UTC).isoformat()} {text}"])
 
 
-def _reader_of_pod(place: Place, pod: str, container: str) -> Callable[[float, bool], Iterator[str]]:
+def _reader_of_pod(
+    place: Place, pod: str, container: str
+) -> Callable[[float, bool], Iterator[str]]:
     def read(since_s: float, is_following: bool) -> Iterator[str]:
-        options = ["--timestamps", *_when(since_s, "--since-time"), *(["--follow"] if is_following else [])]
+        options = [
+            "--timestamps",
+            *_when(since_s, "--since-time"),
+            *(["--follow"] if is_following else []),
+        ]
         return _read_from([*place.kubectl, "logs", pod, f"--container={container}", *options])
 
     return read
@@ -336,14 +411,23 @@ def _reader_of_pod(place: Place, pod: str, container: str) -> Callable[[float, b
 
 def _when(since_s: float, option: str) -> list[str]:
     # Whole seconds, downwards: what is older is left out when it is shown.
-    return [f"{option}={datetime.fromtimestamp(int(since_s), UTC):%Y-%m-%dT%H:%M:%SZ}"] if since_s else []
+    return (
+        [f"{option}={datetime.fromtimestamp(int(since_s), UTC):%Y-%m-%dT%H:%M:%SZ}"]
+        if since_s
+        else []
+    )
 
 
 def _read_from(command: Sequence[str]) -> Iterator[str]:
     """Lines of a command's output and errors, which is where containers' stderr comes."""
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
     except FileNotFoundError as error:
         raise missing_tool(command[0]) from error

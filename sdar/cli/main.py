@@ -1,4 +1,6 @@
-"""Owns the `sdar` command: its verbs, their options, and how an error reaches a person. The work is done elsewhere."""
+"""Owns the `sdar` command: its verbs, their options, and how an error reaches a person. The work is
+done elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ from sdar.contracts.errors import ConfigurationError, InvalidInputError, Refused
 from services.envs.search.retriever_cli import retriever
 
 app = typer.Typer(
-    help="Train LLM agents with SDAR: GRPO plus gated self-distillation from a privileged teacher, as services.",
+    help=(
+        "Train LLM agents with SDAR: GRPO plus gated self-distillation from a privileged teacher, "
+        "as services."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -44,9 +49,14 @@ app.command()(retriever)
 
 _TOKEN_BYTES = 32
 
-ConfigArgument = Annotated[Path, typer.Argument(help="Run configuration (YAML).", show_default=False)]
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="Run configuration (YAML).", show_default=False)
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as training.num_updates=20.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Replace a value, such as training.num_updates=20."
+    ),
 ]
 
 
@@ -55,7 +65,9 @@ class Output(StrEnum):
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option("--output", help="text for people, json (one object a line) for programs.")]
+OutputOption = Annotated[
+    Output, typer.Option("--output", help="text for people, json (one object a line) for programs.")
+]
 
 
 class ServiceName(StrEnum):
@@ -85,30 +97,45 @@ def run(
     config: ConfigArgument,
     set_values: SetOption = None,
     runs_dir: RunsOption = Path("runs"),
-    port: Annotated[int, typer.Option(help="Port of the gateway's page and API; 0 takes any free one.", min=0, max=65535)] = 0,
+    port: Annotated[
+        int,
+        typer.Option(
+            help="Port of the gateway's page and API; 0 takes any free one.", min=0, max=65535
+        ),
+    ] = 0,
     redis: Annotated[
-        str | None, typer.Option(help="URL of a running Redis; without it the run starts its own.", show_default=False)
+        str | None,
+        typer.Option(
+            help="URL of a running Redis; without it the run starts its own.", show_default=False
+        ),
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Train on this machine: Redis and all services as processes, with a live view.
 
-    Ctrl-C drains and stops; the same command again resumes. Everything lands in RUNS_DIR/NAME/: configuration, metrics,
-    checkpoints, logs, plots, report.html and summary.json.
+    Ctrl-C drains and stops; the same command again resumes. Everything lands in RUNS_DIR/NAME/:
+    configuration, metrics, checkpoints, logs, plots, report.html and summary.json.
     """
     from sdar.cli.run import run_locally
     from sdar.config import load_config
 
     loaded = load_config(config, parse_overrides(set_values))
-    raise typer.Exit(run_locally(loaded, runs_dir, port=port, redis_url=redis, is_json=output is Output.JSON))
+    raise typer.Exit(
+        run_locally(loaded, runs_dir, port=port, redis_url=redis, is_json=output is Output.JSON)
+    )
 
 
 @app.command()
 def serve(
     service: Annotated[ServiceName, typer.Argument(help="Which service.")],
-    config: Annotated[Path | None, typer.Option(help="Run configuration; SDAR_CONFIG by default.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Run configuration; SDAR_CONFIG by default.", show_default=False),
+    ] = None,
 ) -> None:
-    """Run one service until SIGTERM. This is what containers run; SDAR_* variables say where things are."""
+    """Run one service until SIGTERM. This is what containers run; SDAR_* variables say where things
+    are.
+    """
     from sdar.cli.serve import serve_service
 
     serve_service(service.value, config)
@@ -117,7 +144,9 @@ def serve(
 @app.command()
 @takes_place
 def status(is_json: JsonOption = False, *, place: Place) -> None:
-    """Show where a run stands: phase, progress, the account of its groups, streams, sizes, evaluations, alarms."""
+    """Show where a run stands: phase, progress, the account of its groups, streams, sizes,
+    evaluations, alarms.
+    """
     from sdar.cli.status import show_status
 
     show_status(place, is_json=is_json)
@@ -152,15 +181,28 @@ def stop(is_json: JsonOption = False, *, place: Place) -> None:
 
 @app.command()
 def logs(
-    service: Annotated[str | None, typer.Argument(help="A service, or one of its instances; all of them without it.")] = None,
-    is_following: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is logged from now on.")] = False,
+    service: Annotated[
+        str | None,
+        typer.Argument(help="A service, or one of its instances; all of them without it."),
+    ] = None,
+    is_following: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what is logged from now on.")
+    ] = False,
     since: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Only lines younger than this: 30s, 10m, 2h, 1d.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="AGE",
+            help="Only lines younger than this: 30s, 10m, 2h, 1d.",
+            show_default=False,
+        ),
     ] = None,
     level: Annotated[LogLevel, typer.Option(help="Least level that is shown.")] = LogLevel.DEBUG,
     is_json: JsonOption = False,
     name: Annotated[
-        str | None, typer.Option("--run", metavar="NAME", help="Which run of RUNS_DIR; the one that logged last.")
+        str | None,
+        typer.Option(
+            "--run", metavar="NAME", help="Which run of RUNS_DIR; the one that logged last."
+        ),
     ] = None,
     release: ReleaseOption = None,
     namespace: NamespaceOption = None,
@@ -172,19 +214,31 @@ def logs(
     from sdar.cli.logs import show_logs
 
     place = Place(None, runs_dir, release, namespace, context, is_compose)
-    show_logs(place, name, service, since=since, level=level.value, is_following=is_following, is_json=is_json)
+    show_logs(
+        place,
+        name,
+        service,
+        since=since,
+        level=level.value,
+        is_following=is_following,
+        is_json=is_json,
+    )
 
 
 @app.command()
 def compare(
     spec: Annotated[
-        Path, typer.Argument(help="Experiment: a run configuration, variants and seeds (YAML).", show_default=False)
+        Path,
+        typer.Argument(
+            help="Experiment: a run configuration, variants and seeds (YAML).", show_default=False
+        ),
     ],
     jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.", min=1)] = 2,
     runs_dir: RunsOption = Path("runs"),
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Compare methods over seeds: every service's own code in one process a run, results as a table with intervals.
+    """Compare methods over seeds: every service's own code in one process a run, results as a table
+    with intervals.
 
     Finished runs are kept: the same command again runs only what is missing.
     """
@@ -203,7 +257,10 @@ def token() -> None:
 @takes_place
 def report(
     directory: Annotated[
-        Path, typer.Argument(help="runs/NAME; for a run elsewhere any directory of its own.", show_default=False)
+        Path,
+        typer.Argument(
+            help="runs/NAME; for a run elsewhere any directory of its own.", show_default=False
+        ),
     ],
     *,
     place: Place,
@@ -218,11 +275,16 @@ def report(
 
 @model_app.command("create")
 def create(
-    directory: Annotated[Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)],
-    environment: Annotated[TinyModel, typer.Option(help="Whose player it is.")] = TinyModel.HOUSEHOLD,
+    directory: Annotated[
+        Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)
+    ],
+    environment: Annotated[
+        TinyModel, typer.Option(help="Whose player it is.")
+    ] = TinyModel.HOUSEHOLD,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make an environment's tiny model: Qwen2 architecture, a short supervised warm start (minutes, one core).
+    """Make an environment's tiny model: Qwen2 architecture, a short supervised warm start (minutes,
+    one core).
 
     The result is cached by a hash of its recipe.
     """
@@ -237,18 +299,29 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, found, value = pair.partition("=")
         if not found or not key:
-            raise ConfigurationError(f"--set takes KEY=VALUE, got {pair!r}. Write for example training.num_updates=20.")
+            raise ConfigurationError(
+                f"--set takes KEY=VALUE, got {pair!r}. Write for example training.num_updates=20."
+            )
         overrides[key] = yaml.safe_load(value)
     return overrides
 
 
 def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
-    """Tell a person, or where JSON is asked for a program, what went wrong, and end with a code that says whose turn it is."""
-    if "--json" in arguments or "--output json" in " ".join(arguments).replace("--output=json", "--output json"):
-        event = {"event": "error", "reason": error.reason, "message": error.message, "fields": error.fields}
+    """Tell a person, or where JSON is asked for a program, what went wrong, and end with a code
+    that says whose turn it is.
+    """
+    if "--json" in arguments or "--output json" in " ".join(arguments).replace(
+        "--output=json", "--output json"
+    ):
+        event = {
+            "event": "error",
+            "reason": error.reason,
+            "message": error.message,
+            "fields": error.fields,
+        }
         print(json.dumps(event), flush=True)
     # Imported here: `sdar --help` should not wait for it.
-    from sdar.runtime.security import escape_controls
+    from sdar.process.text import escape_controls
 
     # A server's words, or a file's, may be in it.
     print("error: " + escape_controls(error.message, keep="\n"), file=sys.stderr, flush=True)
@@ -256,7 +329,9 @@ def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `sdar` command. Errors raised on purpose become one sentence, all others keep their traceback."""
+    """Entry point of the `sdar` command. Errors raised on purpose become one sentence, all others
+    keep their traceback.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(list(arguments))

@@ -1,4 +1,6 @@
-"""Owns metrics.jsonl: every service's measurements as the gateway lists them, appended once each, read back on resume."""
+"""Owns metrics.jsonl: every service's measurements as the gateway lists them, appended once each,
+read back on resume.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,22 @@ class MetricsLog:
         if not records:
             return
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+            handle.writelines(
+                json.dumps(record, separators=(",", ":")) + "\n" for record in records
+            )
         self._records.extend(records)
         self._after = records[-1]["entry_id"]
 
     def records(self, service: str | None = None) -> list[dict[str, Any]]:
-        return [record for record in self._records if service is None or record["service"] == service]
+        return [
+            record for record in self._records if service is None or record["service"] == service
+        ]
 
     def latest(self, service: str) -> dict[str, float]:
         """Values of a service's newest record; empty before its first."""
-        return next((dict(r["values"]) for r in reversed(self._records) if r["service"] == service), {})
+        return next(
+            (dict(r["values"]) for r in reversed(self._records) if r["service"] == service), {}
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

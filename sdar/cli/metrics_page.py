@@ -1,4 +1,5 @@
-"""Owns docs/metrics.md: every Prometheus metric of every service with its type, labels, unit and meaning, read from the code.
+"""Owns docs/metrics.md: every Prometheus metric of every service with its type, labels, unit and
+meaning, read from the code.
 
 Dashboards and alerts are checked against `list_metrics`: what is not in it does not exist.
 """
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from sdar.runtime.gpu_time import GpuTime
-from sdar.runtime.telemetry import build_registry
+from sdar.process.gpu_time import GpuTime
+from sdar.process.telemetry import build_registry
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
 
@@ -32,8 +33,24 @@ _TITLES = {
     "retriever": "Of `sdar retriever`, where Search-QA has one.",
 }
 _UNITS = {
-    **dict.fromkeys(("seconds", "bytes", "tokens", "groups", "entries", "episodes", "turns", "sessions", "versions"), ""),
-    **dict.fromkeys(("updates", "workers", "queries", "steps", "replicas", "letters", "events", "trajectories"), ""),
+    **dict.fromkeys(
+        (
+            "seconds",
+            "bytes",
+            "tokens",
+            "groups",
+            "entries",
+            "episodes",
+            "turns",
+            "sessions",
+            "versions",
+        ),
+        "",
+    ),
+    **dict.fromkeys(
+        ("updates", "workers", "queries", "steps", "replicas", "letters", "events", "trajectories"),
+        "",
+    ),
     "successes": "episodes",
     "skills": "skills",
     "misses": "trajectories",
@@ -75,7 +92,9 @@ _UNITS = {
     "weight_mean": "1",
     "advantage_abs": "1",
 }
-"""Unit by how a name ends, the longest ending that fits; "" where the ending is the unit. A name without one fails the test."""
+"""Unit by how a name ends, the longest ending that fits; "" where the ending is the unit. A name
+without one fails the test.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,9 @@ class Metric:
     def unit(self) -> str:
         """Raises KeyError for a name that tells none."""
         base = self.name.removesuffix("_total")
-        ending = max((ending for ending in _UNITS if base.endswith(f"_{ending}")), key=len, default=base)
+        ending = max(
+            (ending for ending in _UNITS if base.endswith(f"_{ending}")), key=len, default=base
+        )
         return _UNITS[ending] or ending
 
     @property
@@ -146,14 +167,23 @@ def _read(role: str, registry: CollectorRegistry) -> list[Metric]:
 def render_page() -> str:
     """The whole page as Markdown."""
     metrics = list_metrics()
-    parts = [_HEADER, _render(_EVERY_SERVICE, "", [metric for metric in metrics if metric.role == _EVERY_SERVICE])]
-    parts += [_render(f"`{role}`", text, [m for m in metrics if m.role == role]) for role, text in _TITLES.items()]
+    parts = [
+        _HEADER,
+        _render(
+            _EVERY_SERVICE, "", [metric for metric in metrics if metric.role == _EVERY_SERVICE]
+        ),
+    ]
+    parts += [
+        _render(f"`{role}`", text, [m for m in metrics if m.role == role])
+        for role, text in _TITLES.items()
+    ]
     return "\n".join(parts) + "\n"
 
 
 def _render(title: str, text: str, metrics: Sequence[Metric]) -> str:
     rows = [
-        f"| `{m.name}{'{' + ','.join(m.labels) + '}' if m.labels else ''}` | {m.kind} | {m.unit} | {m.meaning} |"
+        f"| `{m.name}{'{' + ','.join(m.labels) + '}' if m.labels else ''}` | {m.kind} | {m.unit} | "
+        f"{m.meaning} |"
         for m in metrics
     ]
     lines = [

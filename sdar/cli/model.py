@@ -1,4 +1,6 @@
-"""Owns `sdar model create`: makes an environment's tiny model, or takes it from the cache, and puts it in its place."""
+"""Owns `sdar model create`: makes an environment's tiny model, or takes it from the cache, and puts
+it in its place.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> No
     """Make the model of the environment's default recipe in `directory`.
 
     Raises:
-        ConflictError: the directory exists already. ConfigurationError: no such model, see `load_recipe`.
+        ConflictError: the directory exists already. ConfigurationError: no such model, see
+            `load_recipe`.
     """
     from sdar.cli.warm_start.making import create_model
     from sdar.cli.warm_start.recipe import load_recipe
@@ -25,7 +28,9 @@ def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> No
         raise ConflictError(f"{directory} exists already. Remove it or choose another directory.")
     recipe = load_recipe(environment)
     cache_dir = Path.home() / ".cache" / "sdar" / "models"
-    with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json) as bar:
+    with Progress(
+        *Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json
+    ) as bar:
         row = bar.add_task("warm start", total=None, loss=float("nan"))
 
         def report(num_done: int, num_updates: int, loss: float) -> None:
@@ -34,4 +39,6 @@ def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> No
         made = create_model(recipe, cache_dir, report)
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(made, directory)
-    typer.echo(json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}")
+    typer.echo(
+        json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}"
+    )

@@ -1,7 +1,9 @@
-"""Owns where a run is that a verb of the command line is about: on this machine, in a compose project or in a cluster.
+"""Owns where a run is that a verb of the command line is about: on this machine, in a compose
+project or in a cluster.
 
-Only a gateway on this machine or at an address is called over HTTP. One in a container is asked by its own container (kubectl
-exec, docker-compose exec): there are the address, the token and the certificates, and nothing has to be opened to the outside.
+Only a gateway on this machine or at an address is called over HTTP. One in a container is asked by
+its own container (kubectl exec, docker-compose exec): there are the address, the token and the
+certificates, and nothing has to be opened to the outside.
 """
 
 from __future__ import annotations
@@ -25,17 +27,31 @@ if TYPE_CHECKING:
 GatewayOption = Annotated[
     str | None,
     typer.Option(
-        "--gateway", metavar="URL", help="The run's gateway; SDAR_GATEWAY_URL, or the run of RUNS_DIR that is running."
+        "--gateway",
+        metavar="URL",
+        help="The run's gateway; SDAR_GATEWAY_URL, or the run of RUNS_DIR that is running.",
     ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are kept.")]
 ReleaseOption = Annotated[
-    str | None, typer.Option("--release", metavar="NAME", help="A run in Kubernetes: its Helm release, by kubectl.")
+    str | None,
+    typer.Option(
+        "--release", metavar="NAME", help="A run in Kubernetes: its Helm release, by kubectl."
+    ),
 ]
-NamespaceOption = Annotated[str | None, typer.Option("--namespace", "-n", metavar="NAME", help="Of the release.")]
-ContextOption = Annotated[str | None, typer.Option("--context", metavar="NAME", help="Of kubectl, for the release's cluster.")]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", "-n", metavar="NAME", help="Of the release.")
+]
+ContextOption = Annotated[
+    str | None,
+    typer.Option("--context", metavar="NAME", help="Of kubectl, for the release's cluster."),
+]
 ComposeOption = Annotated[
-    bool, typer.Option("--compose", help="The run of docker-compose.yml here, or as COMPOSE_FILE and COMPOSE_PROJECT_NAME say.")
+    bool,
+    typer.Option(
+        "--compose",
+        help="The run of docker-compose.yml here, or as COMPOSE_FILE and COMPOSE_PROJECT_NAME say.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
@@ -65,7 +81,9 @@ class Place:
         if len(told) > 1:
             raise ConfigurationError(f"{' and '.join(told)} are two places. Give one of them.")
         if (self.namespace or self.context) and not self.release:
-            raise ConfigurationError("--namespace and --context are of a Helm release. Give it with --release NAME.")
+            raise ConfigurationError(
+                "--namespace and --context are of a Helm release. Give it with --release NAME."
+            )
 
     @property
     def is_told(self) -> bool:
@@ -113,18 +131,26 @@ def open_gateway_at(place: Place) -> Gateway:
     """The gateway of the run that is meant.
 
     Raises:
-        ConfigurationError: no or several runs are meant, or a tool is missing. UnknownResourceError: no such release.
+        ConfigurationError: no or several runs are meant, or a tool is missing.
+            UnknownResourceError: no such release.
         UnavailableError: its gateway is not there.
     """
-    from sdar.cli.gateway import ContainerGateway, open_gateway  # what speaks HTTP: `sdar --help` should not wait for it
+    from sdar.cli.gateway import (  # what speaks HTTP: `sdar --help` should not wait for it
+        ContainerGateway,
+        open_gateway,
+    )
 
     if not (place.release or place.is_compose):
         return open_gateway(place.gateway, place.runs_dir)
 
     if place.is_compose:
-        return ContainerGateway("the gateway's container", [*find_compose(), "exec", "-T", "gateway"])
+        return ContainerGateway(
+            "the gateway's container", [*find_compose(), "exec", "-T", "gateway"]
+        )
     pod = _find_gateway_pod(place)
-    return ContainerGateway(f"pod {pod}", [*place.kubectl, "exec", pod, "--container=gateway", "--"])
+    return ContainerGateway(
+        f"pod {pod}", [*place.kubectl, "exec", pod, "--container=gateway", "--"]
+    )
 
 
 def list_pods(place: Place, role: str | None = None) -> list[dict[str, Any]]:
@@ -136,24 +162,46 @@ def list_pods(place: Place, role: str | None = None) -> list[dict[str, Any]]:
     assert place.release
     pods = list(_get_pods(place.kubectl, f"{_APPLICATION},{_RELEASE}={place.release}"))
     if not pods:
-        here = sorted({pod["metadata"]["labels"].get(_RELEASE, "") for pod in _get_pods(place.kubectl, _APPLICATION)})
+        here = sorted(
+            {
+                pod["metadata"]["labels"].get(_RELEASE, "")
+                for pod in _get_pods(place.kubectl, _APPLICATION)
+            }
+        )
         where = f"in namespace {place.namespace}" if place.namespace else "in the current namespace"
-        known = f"There {'is' if len(here) == 1 else 'are'} {', '.join(here)}." if here else "There is none of sdar."
-        raise UnknownResourceError(f"No release {place.release} {where}. {known} Give another with --release or --namespace.")
+        known = (
+            f"There {'is' if len(here) == 1 else 'are'} {', '.join(here)}."
+            if here
+            else "There is none of sdar."
+        )
+        raise UnknownResourceError(
+            f"No release {place.release} {where}. {known} Give another with --release or "
+            "--namespace."
+        )
     return [pod for pod in pods if role in (None, pod["metadata"]["labels"].get(ROLE))]
 
 
 def _get_pods(kubectl: Sequence[str], selector: str) -> Iterator[dict[str, Any]]:
-    yield from json.loads(run_tool([*kubectl, "get", "pods", f"--selector={selector}", "--output=json"]))["items"]
+    yield from json.loads(
+        run_tool([*kubectl, "get", "pods", f"--selector={selector}", "--output=json"])
+    )["items"]
 
 
 def _find_gateway_pod(place: Place) -> str:
     pods = list_pods(place, "gateway")
-    running = [pod for pod in pods if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]]
+    running = [
+        pod
+        for pod in pods
+        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+    ]
     if running:
         return str(running[0]["metadata"]["name"])
-    told = ", ".join(f"{pod['metadata']['name']} is {pod['status'].get('phase', 'unknown')}" for pod in pods)
+    told = ", ".join(
+        f"{pod['metadata']['name']} is {pod['status'].get('phase', 'unknown')}" for pod in pods
+    )
     raise UnavailableError(
-        f"No gateway of release {place.release} is running{f': {told}' if told else ''}. See `kubectl describe pods -l "
-        f"{_RELEASE}={place.release},{ROLE}=gateway` and `sdar logs gateway --release {place.release}`."
+        f"No gateway of release {place.release} is running{f': {told}' if told else ''}. See "
+        "`kubectl describe pods -l "
+        f"{_RELEASE}={place.release},{ROLE}=gateway` and `sdar logs gateway --release "
+        f"{place.release}`."
     )

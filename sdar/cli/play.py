@@ -1,6 +1,8 @@
-"""Owns `sdar env play`: one episode of a running server, played by a person line by line, or by a program through a pipe.
+"""Owns `sdar env play`: one episode of a running server, played by a person line by line, or by a
+program through a pipe.
 
-Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at once and the session is still closed.
+Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at once and the session
+is still closed.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from sdar.cli.conformance.bench import Bench, Refusal
 from sdar.cli.conformance.failure import FailedCheck
 from sdar.cli.conformance.runner import find_environment
 from sdar.contracts.errors import UnavailableError, UnknownResourceError
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.security import Security, escape_controls
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
+from sdar.process.text import escape_controls
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.security import Security
 
 _PROMPT = "> "
 _MAX_NUMBER_CHARACTERS = 18
@@ -31,13 +34,15 @@ _CALL_TIMEOUT_S = 60.0
 
 
 def play_task(address: str, environment: str, split: str, task_id: str, seed: int) -> None:
-    """Play one task at `address` until it ends or the input does; the session is closed in any case.
+    """Play one task at `address` until it ends or the input does; the session is closed in any
+    case.
 
     Args:
         split: where the first task is taken from if no task_id is given; "" for the first split.
 
     Raises:
-        ConfigurationError: nobody answers, or no such environment. UnknownResourceError: no such split or task.
+        ConfigurationError: nobody answers, or no such environment. UnknownResourceError: no such
+            split or task.
     """
     security = Security.from_settings(load_settings())
     with asyncio.Runner() as runner:
@@ -49,7 +54,9 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
         channel, bench = runner.run(begin())
         try:
             runner.run(_find_action_form(bench, address))
-            game = _Game(runner, environment_pb2_grpc.EnvironmentServiceStub(channel), address, bench)
+            game = _Game(
+                runner, environment_pb2_grpc.EnvironmentServiceStub(channel), address, bench
+            )
             game.play(task_id or game.first_task(split), seed)
         finally:
             runner.run(channel.close(None))
@@ -73,31 +80,48 @@ class _Game:
         self._runner, self._stub, self._address = runner, stub, address
         self._described, self._action_form = bench.described, bench.action_form
         self._first_split = bench.first_split
-        # The texts are the environment's: never read as markup, never wrapped at a width that a pipe does not have.
+        # The texts are the environment's: never read as markup, never wrapped at a width that a
+        # pipe does not have.
         self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def first_task(self, split: str) -> str:
         name = split or self._first_split
-        request = environment_pb2.ListTasksRequest(environment=self._described.name, split=name, page_size=1)
+        request = environment_pb2.ListTasksRequest(
+            environment=self._described.name, split=name, page_size=1
+        )
         page: environment_pb2.ListTasksResponse = self._call(self._stub.ListTasks, request)
         if not page.tasks:
-            raise UnknownResourceError(f"Split {name!r} of {self._described.name} has no tasks. Choose another with --split.")
+            raise UnknownResourceError(
+                f"Split {name!r} of {self._described.name} has no tasks. Choose another with "
+                "--split."
+            )
         return next(iter(page.tasks)).task_id
 
     def play(self, task_id: str, seed: int) -> None:
         request = environment_pb2.OpenSessionRequest(
-            environment=self._described.name, task_id=task_id, seed=seed, idempotency_key=uuid.uuid4().hex, lease_s=_LEASE_S
+            environment=self._described.name,
+            task_id=task_id,
+            seed=seed,
+            idempotency_key=uuid.uuid4().hex,
+            lease_s=_LEASE_S,
         )
         opened: environment_pb2.OpenSessionResponse = self._call(self._stub.OpenSession, request)
         try:
             self._introduce(opened)
             self._take_turns(opened)
         finally:
-            self._call(self._stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=opened.session_id))
+            self._call(
+                self._stub.CloseSession,
+                environment_pb2.CloseSessionRequest(session_id=opened.session_id),
+            )
 
     def _introduce(self, opened: environment_pb2.OpenSessionResponse) -> None:
         told, task = self._described, opened.task
-        self._say(f"{told.name}, version {told.version}: {task.split} task {task.task_id}, seed {task.seed}", "bold")
+        self._say(
+            f"{told.name}, version {told.version}: {task.split} task {task.task_id}, seed "
+            f"{task.seed}",
+            "bold",
+        )
         for text in (told.instructions, task.description, told.action_format):
             if text:
                 self._say(text)
@@ -113,7 +137,9 @@ class _Game:
             if text is None:
                 self._say("Left the game before its end.", "yellow")
                 return
-            request = environment_pb2.StepRequest(session_id=opened.session_id, step_index=index, text=text)
+            request = environment_pb2.StepRequest(
+                session_id=opened.session_id, step_index=index, text=text
+            )
             answer: environment_pb2.StepResponse = self._call(self._stub.Step, request)
             total += answer.reward
             observation, actions = answer.observation, list(answer.admissible_actions)
@@ -132,14 +158,18 @@ class _Game:
             self._say(f"{number:3}  {action}", "cyan")
 
     def _ask(self, actions: Sequence[str]) -> str | None:
-        """The text to send; None at the end of the input. A number that is not in the list is asked for again."""
+        """The text to send; None at the end of the input. A number that is not in the list is asked
+        for again.
+        """
         while True:
             try:
                 line = input(_PROMPT if sys.stdin.isatty() else "")
                 line.encode()
             except EOFError:
                 return None
-            except UnicodeError:  # by either call: how bytes that are no text are read is the locale's choice
+            except (
+                UnicodeError
+            ):  # by either call: how bytes that are no text are read is the locale's choice
                 self._say("That was no text. Write UTF-8.", "yellow")
                 continue
             if not actions or not line.strip().isdecimal():
@@ -150,12 +180,22 @@ class _Game:
             self._say(f"No action {number}: choose 1 to {len(actions)}, or write one.", "yellow")
 
     def _end(self, answer: environment_pb2.StepResponse, num_turns: int, total: float) -> None:
-        why = "solved" if answer.is_success else "out of turns" if answer.truncated else "not solved"
-        parts = ", ".join(f"{name} {value:g}" for name, value in sorted(answer.reward_components.items()))
-        self._say(f"The end after {num_turns} turns: {why}, reward {total:g}{f' ({parts})' if parts else ''}.", "bold")
+        why = (
+            "solved" if answer.is_success else "out of turns" if answer.truncated else "not solved"
+        )
+        parts = ", ".join(
+            f"{name} {value:g}" for name, value in sorted(answer.reward_components.items())
+        )
+        self._say(
+            f"The end after {num_turns} turns: {why}, reward "
+            f"{total:g}{f' ({parts})' if parts else ''}.",
+            "bold",
+        )
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(escape_controls(text, keep="\n\t"), style=style)
 
     def _call(self, method: Callable[..., Awaitable[Any]], request: Any) -> Any:
-        return self._runner.run(call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=self._address))
+        return self._runner.run(
+            call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=self._address)
+        )

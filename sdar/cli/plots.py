@@ -1,4 +1,5 @@
-"""Owns the plots of a run: what its metrics and evaluations look like, as PNG files for light and for dark pages.
+"""Owns the plots of a run: what its metrics and evaluations look like, as PNG files for light and
+for dark pages.
 
 Draws what it is given and computes nothing but smoothing.
 """
@@ -38,7 +39,9 @@ DARK = Theme("-dark", "#161b22", "#e6edf3", "#9198a1", "#2f363f", ("#58a6ff", "#
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What is drawn: the learner's records with an update in them, the rollout workers', and finished evaluations."""
+    """What is drawn: the learner's records with an update in them, the rollout workers', and
+    finished evaluations.
+    """
 
     updates: Sequence[Record]
     rollout: Sequence[Record]
@@ -47,7 +50,9 @@ class RunData:
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(update number, value) of a learner metric, where it was reported."""
-        pairs = [(i + 1.0, r["values"][name]) for i, r in enumerate(self.updates) if name in r["values"]]
+        pairs = [
+            (i + 1.0, r["values"][name]) for i, r in enumerate(self.updates) if name in r["values"]
+        ]
         return [x for x, _ in pairs], [y for _, y in pairs]
 
 
@@ -61,7 +66,9 @@ class Plot:
 
 
 def draw_plots(data: RunData, directory: Path) -> list[Plot]:
-    """Draw every plot there is data for into `directory`, replacing what is there; returns them in reading order."""
+    """Draw every plot there is data for into `directory`, replacing what is there; returns them in
+    reading order.
+    """
     drawn = []
     for plot, draw, has_data in _plots(data):
         if not has_data:
@@ -79,22 +86,39 @@ Drawing = Callable[[Any, Theme, RunData], None]
 def _plots(data: RunData) -> list[tuple[Plot, Drawing, bool]]:
     return [
         (
-            Plot("success", "Success", "Share of solved tasks: training batches, and held-out evaluations with 95% interval."),
+            Plot(
+                "success",
+                "Success",
+                "Share of solved tasks: training batches, and held-out evaluations with 95% "
+                "interval.",
+            ),
             _draw_success,
             bool(data.updates or data.evaluations),
         ),
         (
-            Plot("teacher", "Gate and gap", "How open the distillation gate is, and the teacher gap in nats per token."),
+            Plot(
+                "teacher",
+                "Gate and gap",
+                "How open the distillation gate is, and the teacher gap in nats per token.",
+            ),
             _draw_teacher,
             bool(data.series("teacher_gap_mean")[0]),
         ),
         (
-            Plot("staleness", "Staleness", "Trained tokens by the number of versions their policy was behind the learner."),
+            Plot(
+                "staleness",
+                "Staleness",
+                "Trained tokens by the number of versions their policy was behind the learner.",
+            ),
             _draw_staleness,
             bool(data.series("staleness_mean")[0]),
         ),
         (
-            Plot("throughput", "Throughput", "Tokens per second, sampled by all rollout workers and trained by the learner."),
+            Plot(
+                "throughput",
+                "Throughput",
+                "Tokens per second, sampled by all rollout workers and trained by the learner.",
+            ),
             _draw_throughput,
             bool(data.series("num_tokens")[0]),
         ),
@@ -121,7 +145,15 @@ def _draw_success(figure: Any, theme: Theme, data: RunData) -> None:
         below = [max(0.0, e["success"] - e["interval"][0]) for e in found]
         above = [max(0.0, e["interval"][1] - e["success"]) for e in found]
         axes.errorbar(
-            places, values, yerr=(below, above), fmt=marker, color=color, markersize=6, capsize=4, linewidth=1.6, label=label
+            places,
+            values,
+            yerr=(below, above),
+            fmt=marker,
+            color=color,
+            markersize=6,
+            capsize=4,
+            linewidth=1.6,
+            label=label,
         )
         if len(found) > 2:  # two points make a line that says nothing of what lies between
             axes.plot(places, values, color=color, linewidth=0.9, alpha=0.5)
@@ -151,8 +183,16 @@ def _draw_staleness(figure: Any, theme: Theme, data: RunData) -> None:
     highest = max([*counts, data.max_staleness])
     shares = [100 * counts.get(staleness, 0.0) / total for staleness in range(highest + 1)]
     bars = axes.bar(range(highest + 1), shares, width=0.62, color=theme.series[0])
-    axes.bar_label(bars, [f"{share:.1f}%" if share else "" for share in shares], color=theme.text, fontsize=9, padding=3)
-    axes.axvline(data.max_staleness + 0.5, color=theme.series[1], linewidth=1.4, linestyle=(0, (4, 3)))
+    axes.bar_label(
+        bars,
+        [f"{share:.1f}%" if share else "" for share in shares],
+        color=theme.text,
+        fontsize=9,
+        padding=3,
+    )
+    axes.axvline(
+        data.max_staleness + 0.5, color=theme.series[1], linewidth=1.4, linestyle=(0, (4, 3))
+    )
     axes.annotate(
         f"bound {data.max_staleness}",
         (data.max_staleness + 0.5, 0.96),
@@ -163,7 +203,11 @@ def _draw_staleness(figure: Any, theme: Theme, data: RunData) -> None:
         fontsize=9,
         va="top",
     )
-    axes.set(xlabel="versions behind the learner", ylabel="trained tokens (%)", xlim=(-0.6, highest + 1.3))
+    axes.set(
+        xlabel="versions behind the learner",
+        ylabel="trained tokens (%)",
+        xlim=(-0.6, highest + 1.3),
+    )
     axes.set_xticks(range(highest + 1))
     axes.set_ylim(0, max(shares) * 1.15 or 1)
     axes.grid(axis="x", visible=False)
@@ -172,22 +216,35 @@ def _draw_staleness(figure: Any, theme: Theme, data: RunData) -> None:
 def _draw_throughput(figure: Any, theme: Theme, data: RunData) -> None:
     axes = figure.subplots()
     began = min(record["at_s"] for record in [*data.updates, *data.rollout])
-    sampled, trained = count_sampled_tokens(data.rollout), [(r["at_s"], r["values"]["num_tokens"]) for r in data.updates]
-    for label, counts, color in (("sampled", sampled, theme.series[0]), ("trained", trained, theme.series[1])):
+    sampled, trained = (
+        count_sampled_tokens(data.rollout),
+        [(r["at_s"], r["values"]["num_tokens"]) for r in data.updates],
+    )
+    for label, counts, color in (
+        ("sampled", sampled, theme.series[0]),
+        ("trained", trained, theme.series[1]),
+    ):
         if counts:
             minutes, rates = _compute_rates([(at_s - began, number) for at_s, number in counts])
-            axes.plot(minutes, rates, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+            axes.plot(
+                minutes, rates, color=color, linewidth=1.8, marker="o", markersize=3, label=label
+            )
     axes.set(xlabel="minutes", ylabel="tokens per second")
     axes.set_ylim(bottom=0)
     _legend(axes, theme, "best")
 
 
 def count_sampled_tokens(rollout: Sequence[Record]) -> list[tuple[float, float]]:
-    """(time, tokens sampled since the record before) of all workers; their counters begin anew when they do."""
+    """(time, tokens sampled since the record before) of all workers; their counters begin anew when
+    they do.
+    """
     totals: dict[str, float] = {}
     counts = []
     for record in rollout:
-        total, before = record["values"]["num_tokens_generated"], totals.get(record["instance"], 0.0)
+        total, before = (
+            record["values"]["num_tokens_generated"],
+            totals.get(record["instance"], 0.0),
+        )
         counts.append((record["at_s"], total - before if total >= before else total))
         totals[record["instance"]] = total
     return counts
@@ -201,11 +258,15 @@ def _compute_rates(counts: Sequence[tuple[float, float]]) -> tuple[list[float], 
     sums = [0.0] * num_stretches
     for at_s, number in counts:
         sums[min(int(at_s / stretch_s), num_stretches - 1)] += number
-    return [(i + 0.5) * stretch_s / 60 for i in range(num_stretches)], [total / stretch_s for total in sums]
+    return [(i + 0.5) * stretch_s / 60 for i in range(num_stretches)], [
+        total / stretch_s for total in sums
+    ]
 
 
 def count_tokens_by_staleness(updates: Sequence[Record]) -> dict[int, float]:
-    """Trained tokens by staleness, over all updates, from the learner's `staleness_tokens_<n>` metrics."""
+    """Trained tokens by staleness, over all updates, from the learner's `staleness_tokens_<n>`
+    metrics.
+    """
     counts: dict[int, float] = {}
     for record in updates:
         for name, value in record["values"].items():
@@ -218,7 +279,10 @@ def count_tokens_by_staleness(updates: Sequence[Record]) -> dict[int, float]:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Mean over the last updates, this one included: it never looks ahead."""
     return [
-        sum(window) / len(window) for window in (values[max(0, i + 1 - _SMOOTHING_UPDATES) : i + 1] for i in range(len(values)))
+        sum(window) / len(window)
+        for window in (
+            values[max(0, i + 1 - _SMOOTHING_UPDATES) : i + 1] for i in range(len(values))
+        )
     ]
 
 
@@ -229,7 +293,9 @@ def _legend(axes: Any, theme: Theme, place: str) -> None:
 
 @contextmanager
 def _figure(theme: Theme, path: Path) -> Iterator[Any]:
-    """A figure in the theme's colours, written to `path` at the end; no display and no global state of pyplot."""
+    """A figure in the theme's colours, written to `path` at the end; no display and no global state
+    of pyplot.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -242,7 +308,12 @@ def _figure(theme: Theme, path: Path) -> Iterator[Any]:
         "xtick.labelsize": 9, "ytick.labelsize": 9, "lines.solid_capstyle": "round",
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, facecolor=theme.background, layout="constrained")
+        figure = Figure(
+            figsize=_SIZE_INCHES,
+            dpi=_DOTS_PER_INCH,
+            facecolor=theme.background,
+            layout="constrained",
+        )
         FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path, facecolor=theme.background)

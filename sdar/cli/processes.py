@@ -1,4 +1,6 @@
-"""Owns the service processes of a run on one machine: start, watch, restart, stop. Knows nothing of what they do."""
+"""Owns the service processes of a run on one machine: start, watch, restart, stop. Knows nothing of
+what they do.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from pathlib import Path
 import httpx
 
 from sdar.contracts.errors import ConflictError, SdarError
-from sdar.runtime.http_client import client_options
-from sdar.runtime.ports import find_free_port
-from sdar.runtime.security import OPEN, Security
+from sdar.process.ports import find_free_port
+from sdar.wire.http_client import client_options
+from sdar.wire.security import OPEN, Security
 
 _PR_SET_PDEATHSIG = 1
 _MAX_RESTARTS = 5
@@ -67,7 +69,12 @@ class ServiceProcess:
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.probe_url}/readyz", timeout=2.0, **client_options(self.security)).status_code == 200
+            return (
+                httpx.get(
+                    f"{self.probe_url}/readyz", timeout=2.0, **client_options(self.security)
+                ).status_code
+                == 200
+            )
         except httpx.HTTPError:
             return False
 
@@ -84,9 +91,15 @@ class ServiceProcess:
 
     def last_words(self) -> str:
         """The error the service logged last, or the end of its log."""
-        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        lines = (
+            self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        )
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return errors[-1] if errors else " / ".join(line.strip() for line in lines[-3:]) or "it said nothing"
+        return (
+            errors[-1]
+            if errors
+            else " / ".join(line.strip() for line in lines[-3:]) or "it said nothing"
+        )
 
 
 class Fleet:
@@ -124,11 +137,15 @@ class Fleet:
             now = time.monotonic()
             service.restarts = [at for at in service.restarts if now - at < _RESTART_WINDOW_S]
             if code == REFUSED_EXIT_CODE:
-                raise ServiceFailedError(f"The {service.name} service cannot run: {service.last_words()}")
+                raise ServiceFailedError(
+                    f"The {service.name} service cannot run: {service.last_words()}"
+                )
             if len(service.restarts) >= self._max_restarts:
                 raise ServiceFailedError(
-                    f"The {service.name} service died {self._max_restarts + 1} times within {_RESTART_WINDOW_S / 60:.0f} "
-                    f"minutes, last with code {code}: {service.last_words()}. Its log is {service.log_path}."
+                    f"The {service.name} service died {self._max_restarts + 1} times within "
+                    f"{_RESTART_WINDOW_S / 60:.0f} "
+                    f"minutes, last with code {code}: {service.last_words()}. Its log is "
+                    f"{service.log_path}."
                 )
             service.kill()  # what it left behind in its process group
             service.restarts.append(now)
@@ -137,7 +154,9 @@ class Fleet:
         return restarted
 
     def stop(self, names: tuple[str, ...], timeout_s: float) -> list[str]:
-        """Ask services to drain and wait for them; those that don't end in time are killed and returned."""
+        """Ask services to drain and wait for them; those that don't end in time are killed and
+        returned.
+        """
         stopping = [service for name in names for service in self.named(name)]
         for service in stopping:
             service.terminate()
@@ -171,7 +190,8 @@ def choose_port(host: str, wanted: int = 0) -> int:
             probe.bind((host, wanted))
         except OSError as error:
             raise ConflictError(
-                f"Port {wanted} on {host} is taken. Stop what listens there or choose another --port (0 takes any free one).",
+                f"Port {wanted} on {host} is taken. Stop what listens there or choose another "
+                "--port (0 takes any free one).",
                 port=wanted,
             ) from error
     return wanted

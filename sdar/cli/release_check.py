@@ -1,8 +1,10 @@
-"""Owns what `helm test` runs: one episode played by the policy, and a policy version that moves. Keeps nothing.
+"""Owns what `helm test` runs: one episode played by the policy, and a policy version that moves.
+Keeps nothing.
 
 python -m sdar.cli.release_check --policy HOST:PORT
 
-Everything else it needs is in the variables of any service: SDAR_CONFIG, SDAR_GATEWAY_URL, SDAR_ENVS_ADDRESS, the token.
+Everything else it needs is in the variables of any service: SDAR_CONFIG, SDAR_GATEWAY_URL,
+SDAR_ENVS_ADDRESS, the token.
 """
 
 from __future__ import annotations
@@ -20,10 +22,17 @@ from sdar.cli.gateway import GatewayClient, open_gateway
 from sdar.cli.main import fail
 from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import SdarError, UnavailableError, UnknownResourceError
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.security import Security
-from sdar.runtime.settings import load_settings
-from sdar.v1 import environment_pb2, environment_pb2_grpc, policy_pb2, policy_pb2_grpc, task_pb2, trajectory_pb2
+from sdar.process.settings import load_settings
+from sdar.v1 import (
+    environment_pb2,
+    environment_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+    task_pb2,
+    trajectory_pb2,
+)
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.security import Security
 
 _CALL_TIMEOUT_S = 60.0
 _RETRY_S = 1.0
@@ -37,7 +46,9 @@ class Patience:
         self._deadline = time.monotonic() + timeout_s
 
     async def retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
-        """What `action` returns, once it raises UnavailableError no more; the error itself after the deadline."""
+        """What `action` returns, once it raises UnavailableError no more; the error itself after
+        the deadline.
+        """
         while True:
             try:
                 return await action()
@@ -47,7 +58,9 @@ class Patience:
                 await asyncio.sleep(_RETRY_S)
 
 
-async def check_release(config: RunConfig, gateway: GatewayClient, envs: str, policy: str, timeout_s: float) -> None:
+async def check_release(
+    config: RunConfig, gateway: GatewayClient, envs: str, policy: str, timeout_s: float
+) -> None:
     """Play one episode of the run and see its policy move; says on stdout what was seen.
 
     Args:
@@ -60,11 +73,19 @@ async def check_release(config: RunConfig, gateway: GatewayClient, envs: str, po
     patience = Patience(timeout_s)
     status = await patience.retry(lambda: _read_status(gateway))
     first = status["policy_version"]
-    print(f"{status['run_id']}: {status['phase']}, policy version {first}, update {status['num_updates']}", flush=True)
+    print(
+        f"{status['run_id']}: {status['phase']}, policy version {first}, update "
+        f"{status['num_updates']}",
+        flush=True,
+    )
     player = None if _is_over(status) else policy
     turns, reward = await patience.retry(lambda: _play(config, envs, player))
     chosen = "the policy" if player else "no policy, since the run is over,"
-    print(f"An episode of {config.environment.name}, played by {chosen}: {turns} turns, reward {reward:g}", flush=True)
+    print(
+        f"An episode of {config.environment.name}, played by {chosen}: {turns} turns, reward "
+        f"{reward:g}",
+        flush=True,
+    )
     version = await patience.retry(lambda: _see_move(gateway, first))
     print(f"Policy version {version}: it moves.", flush=True)
 
@@ -79,76 +100,113 @@ async def _read_status(gateway: GatewayClient) -> dict[str, Any]:
 
 
 async def _see_move(gateway: GatewayClient, first: int) -> int:
-    """The policy version once it is above `first`, or above 0 where the run is over. Raises UnavailableError before that."""
+    """The policy version once it is above `first`, or above 0 where the run is over. Raises
+    UnavailableError before that.
+    """
     status = await _read_status(gateway)
     version = int(status["policy_version"])
     if version > first or (_is_over(status) and version > 0):
         return version
     raise UnavailableError(
-        f"The policy is still at version {version}: {status['phase']}, {status['detail'] or 'no detail'}. `sdar status` tells "
-        "what is waited for; a paused run moves once it is resumed, a large model needs a longer --timeout-s."
+        f"The policy is still at version {version}: {status['phase']}, "
+        f"{status['detail'] or 'no detail'}. `sdar status` tells "
+        "what is waited for; a paused run moves once it is resumed, a large model needs a longer "
+        "--timeout-s."
     )
 
 
 async def _play(config: RunConfig, envs: str, policy: str | None) -> tuple[int, float]:
-    """One episode of the first training task: its turns and its reward. Without a policy each first action is taken."""
+    """One episode of the first training task: its turns and its reward. Without a policy each first
+    action is taken.
+    """
     security = Security.from_settings(load_settings())
     sessions, policies = connect(envs, security, is_sticky=True), connect(policy or envs, security)
     async with sessions as env_channel, policies as policy_channel:
         environment: Any = environment_pb2_grpc.EnvironmentServiceStub(env_channel)
-        generate: Any = policy_pb2_grpc.PolicyServiceStub(policy_channel).Generate if policy else None
+        generate: Any = (
+            policy_pb2_grpc.PolicyServiceStub(policy_channel).Generate if policy else None
+        )
 
         async def ask(method: Any, request: Any, peer: str = envs) -> Any:
             return await call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=peer)
 
         name = config.environment.name
-        described = (await ask(environment.Describe, environment_pb2.DescribeRequest(environment=name))).environments[0]
-        listing = environment_pb2.ListTasksRequest(environment=name, split=config.environment.train_split, page_size=1)
+        described = (
+            await ask(environment.Describe, environment_pb2.DescribeRequest(environment=name))
+        ).environments[0]
+        listing = environment_pb2.ListTasksRequest(
+            environment=name, split=config.environment.train_split, page_size=1
+        )
         tasks = (await ask(environment.ListTasks, listing)).tasks
         if not tasks:
             raise UnknownResourceError(
-                f"environment.train_split {config.environment.train_split!r} has no tasks. Name another."
+                f"environment.train_split {config.environment.train_split!r} has no tasks. Name "
+                "another."
             )
         opened = await ask(
             environment.OpenSession,
-            environment_pb2.OpenSessionRequest(environment=name, task_id=tasks[0].task_id, idempotency_key=uuid.uuid4().hex),
+            environment_pb2.OpenSessionRequest(
+                environment=name, task_id=tasks[0].task_id, idempotency_key=uuid.uuid4().hex
+            ),
         )
         try:
             answer, reward = opened, 0.0
             for index in range(config.environment.max_turns):
                 text = next(iter(answer.admissible_actions), "look")
                 if generate is not None:
-                    request = _ask_policy(config, described, opened.task.description, answer.observation)
+                    request = _ask_policy(
+                        config, described, opened.task.description, answer.observation
+                    )
                     text = (await ask(generate, request, str(policy))).text
-                step = environment_pb2.StepRequest(session_id=opened.session_id, step_index=index, text=text)
+                step = environment_pb2.StepRequest(
+                    session_id=opened.session_id, step_index=index, text=text
+                )
                 answer = await ask(environment.Step, step)
                 reward += answer.reward
                 if answer.terminated or answer.truncated:
                     break
             return index + 1, reward
         finally:
-            await ask(environment.CloseSession, environment_pb2.CloseSessionRequest(session_id=opened.session_id))
+            await ask(
+                environment.CloseSession,
+                environment_pb2.CloseSessionRequest(session_id=opened.session_id),
+            )
 
 
-def _ask_policy(config: RunConfig, described: Any, task: str, observation: str) -> policy_pb2.GenerateRequest:
+def _ask_policy(
+    config: RunConfig, described: Any, task: str, observation: str
+) -> policy_pb2.GenerateRequest:
     """A fresh prompt: what the environment says of itself, the task, and what is seen now."""
-    messages = [("system", described.instructions), ("user", f"Task: {task}\n{observation}\n{described.action_format}")]
+    messages = [
+        ("system", described.instructions),
+        ("user", f"Task: {task}\n{observation}\n{described.action_format}"),
+    ]
     sampling = config.train_sampling
     return policy_pb2.GenerateRequest(
         request_id=uuid.uuid4().hex,
         chat=policy_pb2.ChatPrompt(
-            messages=[trajectory_pb2.ChatMessage(role=role, content=text) for role, text in messages if text.strip()]
+            messages=[
+                trajectory_pb2.ChatMessage(role=role, content=text)
+                for role, text in messages
+                if text.strip()
+            ]
         ),
         sampling=task_pb2.SamplingParameters(
-            temperature=sampling.temperature, top_p=sampling.top_p, max_response_tokens=sampling.max_response_tokens
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_response_tokens=sampling.max_response_tokens,
         ),
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """What the command takes; a test holds the chart against it."""
-    parser = argparse.ArgumentParser(description="Play one episode of a running release and see its policy move.")
-    parser.add_argument("--policy", required=True, metavar="HOST:PORT", help="where the rollouts' gRPC answers")
+    parser = argparse.ArgumentParser(
+        description="Play one episode of a running release and see its policy move."
+    )
+    parser.add_argument(
+        "--policy", required=True, metavar="HOST:PORT", help="where the rollouts' gRPC answers"
+    )
     parser.add_argument("--timeout-s", type=float, default=280.0, help="seconds for all of it")
     return parser
 

@@ -1,4 +1,6 @@
-"""Owns what is left to read after a run: summary.json, the plots and report.html. Only reads what the run wrote."""
+"""Owns what is left to read after a run: summary.json, the plots and report.html. Only reads what
+the run wrote.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _UPDATE_METRIC = "success_mean"
 """A learner's record that holds it is about one update."""
 
 
-def build_summary(config: RunConfig, status: dict[str, Any], records: list[Record], wall_s: float) -> dict[str, Any]:
+def build_summary(
+    config: RunConfig, status: dict[str, Any], records: list[Record], wall_s: float
+) -> dict[str, Any]:
     """What a run came to.
 
     Args:
@@ -33,8 +37,12 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
     evaluations = [e for e in status["evaluations"] if e["is_complete"]]
     updates = select_updates(records)
     staleness_max = int(max(_values(updates, "staleness_max"), default=0))
-    before, after = (_pick(evaluations, is_greedy=False, is_last=is_last) for is_last in (False, True))
-    greedy_before, greedy_after = (_pick(evaluations, is_greedy=True, is_last=is_last) for is_last in (False, True))
+    before, after = (
+        _pick(evaluations, is_greedy=False, is_last=is_last) for is_last in (False, True)
+    )
+    greedy_before, greedy_after = (
+        _pick(evaluations, is_greedy=True, is_last=is_last) for is_last in (False, True)
+    )
     return {
         "name": config.name,
         "method": config.method.name,
@@ -56,14 +64,20 @@ def build_summary(config: RunConfig, status: dict[str, Any], records: list[Recor
         "staleness_mean": _mean(_values(updates, "staleness_mean")),
         "staleness_max": staleness_max,
         "max_staleness": config.training.max_staleness,
-        # While tokens of version v - s are trained at version v, episodes of every version in between are on their way.
+        # While tokens of version v - s are trained at version v, episodes of every version in
+        # between are on their way.
         "num_policy_versions_in_flight_max": staleness_max + 1,
-        "num_policy_versions_in_batch_max": int(max(_values(updates, "num_policy_versions"), default=1)),
+        "num_policy_versions_in_batch_max": int(
+            max(_values(updates, "num_policy_versions"), default=1)
+        ),
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
         "ledger_gap_ids": status["ledger_gap_ids"],
         "dead_letters": status["dead_letters"],
         "by_task_type": {"before": before["by_task_type"], "after": after["by_task_type"]},
-        "reward_components": {"before": before["reward_components"], "after": after["reward_components"]},
+        "reward_components": {
+            "before": before["reward_components"],
+            "after": after["reward_components"],
+        },
         "evaluations": evaluations,
     }
 
@@ -84,7 +98,8 @@ def select_updates(records: list[Record]) -> list[Record]:
 
 
 def fetch_run(place: Place, directory: Path) -> None:
-    """Put what a report is made of into `directory`: configuration and metrics, and the summary of a run that is finished.
+    """Put what a report is made of into `directory`: configuration and metrics, and the summary of
+    a run that is finished.
 
     Repeated, it fetches what is new.
 
@@ -94,13 +109,20 @@ def fetch_run(place: Place, directory: Path) -> None:
     with open_gateway_at(place) as gateway, RunDirectory(directory) as run:
         status = gateway.get("/v1/run")
         config = RunConfig.model_validate(gateway.get("/v1/run/configuration"))
-        is_ours = not run.checkpoints.exists() and (not run.config.exists() or load_config(run.config).name == config.name)
+        is_ours = not run.checkpoints.exists() and (
+            not run.config.exists() or load_config(run.config).name == config.name
+        )
         if not is_ours:
-            raise ConfigurationError(f"{directory} holds another run. Give a directory of its own for that of {config.name}.")
+            raise ConfigurationError(
+                f"{directory} holds another run. Give a directory of its own for that of "
+                f"{config.name}."
+            )
         save_config(config, run.config)
         metrics = MetricsLog(run.metrics)
         is_more = True
-        while is_more:  # a running run always has a few more: only a full page is followed by another
+        while (
+            is_more
+        ):  # a running run always has a few more: only a full page is followed by another
             query = metrics.query()
             page = gateway.get("/v1/metrics", **query)
             metrics.extend(page)
@@ -111,16 +133,23 @@ def fetch_run(place: Place, directory: Path) -> None:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw the plots and write report.html of a run directory, finished or not; returns the report's path.
+    """Draw the plots and write report.html of a run directory, finished or not; returns the
+    report's path.
 
     Raises:
         ConfigurationError: that is no run directory.
     """
     directory = RunDirectory(run_dir)
     if not directory.config.is_file():
-        raise ConfigurationError(f"{run_dir} holds no config.yaml, so it is no run directory. Give the path runs/<name>.")
+        raise ConfigurationError(
+            f"{run_dir} holds no config.yaml, so it is no run directory. Give the path runs/<name>."
+        )
     config = load_config(directory.config)
-    summary = json.loads(directory.summary.read_text(encoding="utf-8")) if directory.summary.exists() else {}
+    summary = (
+        json.loads(directory.summary.read_text(encoding="utf-8"))
+        if directory.summary.exists()
+        else {}
+    )
     records = read_metrics(directory.metrics)
     data = RunData(
         updates=select_updates(records),
@@ -138,10 +167,13 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _pick(evaluations: list[dict[str, Any]], *, is_greedy: bool, is_last: bool) -> dict[str, Any]:
-    found = sorted((e for e in evaluations if e["is_greedy"] is is_greedy), key=lambda e: int(e["num_updates"]))
+    found = sorted(
+        (e for e in evaluations if e["is_greedy"] is is_greedy), key=lambda e: int(e["num_updates"])
+    )
     if not found:
         raise UnavailableError(
-            f"The run has no complete {'greedy' if is_greedy else 'sampled'} evaluation, so there is nothing to sum up. "
+            f"The run has no complete {'greedy' if is_greedy else 'sampled'} evaluation, so there "
+            "is nothing to sum up. "
             "Let it finish; the gateway's log says what its evaluations wait for."
         )
     return found[-1 if is_last else 0]
@@ -155,10 +187,13 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------------
+# --- the page
+# --------------------------------------------------------------------------------------------------
 
 
-def _render(config: RunConfig, summary: dict[str, Any], plots: list[Plot], directory: RunDirectory) -> str:
+def _render(
+    config: RunConfig, summary: dict[str, Any], plots: list[Plot], directory: RunDirectory
+) -> str:
     title = f"{config.name}: {config.method.name} on {config.environment.name}"
     parts = [f"<h1>{escape(title)}</h1>", _render_lead(config, summary)]
     if summary:
@@ -172,18 +207,19 @@ def _render(config: RunConfig, summary: dict[str, Any], plots: list[Plot], direc
 
 
 def _compute_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
-    low, high = compute_change_interval(before["success"], before["interval"], after["success"], after["interval"])
+    low, high = compute_change_interval(
+        before["success"], before["interval"], after["success"], after["interval"]
+    )
     return low, high
 
 
 def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
     if not summary:
-        text = (
-            f"Not finished yet. Method {config.method.name}, seed {config.seed}, {config.training.num_updates} updates planned."
-        )
+        text = f"Not finished yet. Method {config.method.name}, seed {config.seed}, {config.training.num_updates} updates planned."
         return f"<p class=lead>{escape(text)}</p>"
     text = (
-        f"{summary['num_updates']} updates in {_format_s(summary['wall_s'])}, seed {summary['seed']}. Success on "
+        f"{summary['num_updates']} updates in {_format_s(summary['wall_s'])}, seed "
+        f"{summary['seed']}. Success on "
         f"{summary['num_evaluation_episodes']} fixed held-out tasks, with 95% Wilson intervals."
     )
     return f"<p class=lead>{escape(text)}</p>"
@@ -191,7 +227,10 @@ def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
 
 def _render_tiles(summary: dict[str, Any]) -> str:
     temperature = f"T={summary['evaluation_temperature']:g}"
-    change, greedy_change = (describe_change(summary[f"{name}_change_interval"]) for name in ("success", "greedy_success"))
+    change, greedy_change = (
+        describe_change(summary[f"{name}_change_interval"])
+        for name in ("success", "greedy_success")
+    )
     tiles = [
         (f"held-out success, {temperature}", _format_change(summary, "success"), change),
         ("held-out success, greedy", _format_change(summary, "greedy_success"), greedy_change),
@@ -200,10 +239,15 @@ def _render_tiles(summary: dict[str, Any]) -> str:
             f"{summary['staleness_mean']:.2f} mean",
             f"at most {summary['staleness_max']}, bound {summary['max_staleness']}",
         ),
-        ("groups trained", str(summary["ledger"].get("trained", 0)), f"unexplained: {summary['ledger']['gap']}"),
+        (
+            "groups trained",
+            str(summary["ledger"].get("trained", 0)),
+            f"unexplained: {summary['ledger']['gap']}",
+        ),
     ]
     cells = [
-        f"<div class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
+        "<div "
+        f"class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
         for label, value, note in tiles
     ]
     return f"<div class=tiles>{''.join(cells)}</div>"
@@ -213,8 +257,10 @@ def _render_plot(plot: Plot, directory: RunDirectory) -> str:
     folder = directory.plots.name
     return (
         f"<figure><h2>{escape(plot.title)}</h2><picture>"
-        f'<source srcset="{folder}/{plot.name}{DARK.suffix}.png" media="(prefers-color-scheme: dark)">'
-        f'<img src="{folder}/{plot.name}{LIGHT.suffix}.png" alt="{escape(plot.description)}"></picture>'
+        f'<source srcset="{folder}/{plot.name}{DARK.suffix}.png" media="(prefers-color-scheme: '
+        'dark)">'
+        f'<img src="{folder}/{plot.name}{LIGHT.suffix}.png" '
+        f'alt="{escape(plot.description)}"></picture>'
         f"<figcaption>{escape(plot.description)}</figcaption></figure>"
     )
 
@@ -248,9 +294,12 @@ def _render_task_types(summary: dict[str, Any]) -> str:
 def _render_components(summary: dict[str, Any]) -> str:
     before, after = summary["reward_components"]["before"], summary["reward_components"]["after"]
     rows = [
-        [name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"] for name in sorted(before.keys() | after.keys())
+        [name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"]
+        for name in sorted(before.keys() | after.keys())
     ]
-    return _render_table("Reward components, mean per episode", ["component", "before", "after"], rows)
+    return _render_table(
+        "Reward components, mean per episode", ["component", "before", "after"], rows
+    )
 
 
 def _render_ledger(summary: dict[str, Any]) -> str:
@@ -265,7 +314,9 @@ def _render_configuration(directory: RunDirectory) -> str:
 
 def _render_table(title: str, header: list[str], rows: list[list[Any]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return (
         f"<section><h2>{escape(title)}</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div></section>"

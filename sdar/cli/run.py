@@ -1,6 +1,8 @@
-"""Owns `sdar run`: one machine, every service a process. MAIN LOOP: watch the fleet, read the gateway, show, until finished.
+"""Owns `sdar run`: one machine, every service a process. MAIN LOOP: watch the fleet, read the
+gateway, show, until finished.
 
-It decides nothing about training; the gateway does. It brings services up in order, keeps them up, drains them in order.
+It decides nothing about training; the gateway does. It brings services up in order, keeps them up,
+drains them in order.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.cli.live import JsonView, LineView, LiveView, View
 from sdar.cli.metrics_log import MetricsLog
 from sdar.cli.processes import Fleet, ServiceFailedError, ServiceProcess, choose_port
@@ -22,12 +25,12 @@ from sdar.cli.report import build_summary, write_report
 from sdar.cli.run_directory import RunDirectory
 from sdar.cli.status import format_gap
 from sdar.config import RunConfig
+from sdar.connect import locate_model
 from sdar.contracts.errors import BusUnavailableError, CorruptionError
-from sdar.runtime.connect import locate_model
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.http_client import find_base_url, open_http
-from sdar.runtime.security import OPEN, Security, hide_credentials
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
+from sdar.process.text import hide_credentials
+from sdar.wire.http_client import find_base_url, open_http
+from sdar.wire.security import OPEN, Security
 
 _HOST = "127.0.0.1"
 _POLL_S = 1.0
@@ -43,28 +46,40 @@ class _Interrupted(Exception):
     """The user asked to stop."""
 
 
-def run_locally(config: RunConfig, runs_dir: Path, *, port: int, redis_url: str | None, is_json: bool) -> int:
+def run_locally(
+    config: RunConfig, runs_dir: Path, *, port: int, redis_url: str | None, is_json: bool
+) -> int:
     """Run `config` to its end on this machine.
 
     Returns:
         0 when the run finished, 130 when it was interrupted and drained before its end.
 
     Raises:
-        SdarError: it cannot begin, a service cannot go on, or the account of groups has a gap; what was started is stopped.
+        SdarError: it cannot begin, a service cannot go on, or the account of groups has a gap; what
+            was started is stopped.
     """
     config = locate_model(config)  # a bad model is said now, not by four services a minute later
     choose_port(_HOST, port)
     if redis_url is not None:
         _check_redis(redis_url)
-    view: View = JsonView() if is_json else LiveView(config) if sys.stdout.isatty() else LineView(config)
+    view: View = (
+        JsonView() if is_json else LiveView(config) if sys.stdout.isatty() else LineView(config)
+    )
     with RunDirectory(runs_dir / config.name) as directory, _interruptible():
         is_resumed = directory.prepare(config)
         if is_resumed and directory.summary.exists():
-            view.say(f"{directory.root} already holds this run, finished. Its report: {directory.root / 'report.html'}")
+            view.say(
+                f"{directory.root} already holds this run, finished. Its report: "
+                f"{directory.root / 'report.html'}"
+            )
             return 0
         view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
         with contextlib.ExitStack() as stack:
-            redis = stack.enter_context(EmbeddedRedis(directory.redis, fsync="always")) if redis_url is None else redis_url
+            redis = (
+                stack.enter_context(EmbeddedRedis(directory.redis, fsync="always"))
+                if redis_url is None
+                else redis_url
+            )
             session = _Session(config, directory, redis, choose_port(_HOST, port), view)
             stack.callback(session.fleet.kill)
             return session.run()
@@ -74,7 +89,12 @@ class _Session:
     """One sitting of a run: from bringing the services up to taking them down."""
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, redis: EmbeddedRedis | str, http_port: int, view: View
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        redis: EmbeddedRedis | str,
+        http_port: int,
+        view: View,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -95,10 +115,16 @@ class _Session:
             self._start()
             status = self._watch()
         except _Interrupted:
-            self.view.say("Draining: finishing running episodes and writing a checkpoint. Ctrl-C again to stop at once.")
+            self.view.say(
+                "Draining: finishing running episodes and writing a checkpoint. Ctrl-C again to "
+                "stop at once."
+            )
             drained = self._drain()
             if drained is None:
-                self.view.say(f"Stopped. `sdar run` with the same configuration resumes in {self.directory.root}.")
+                self.view.say(
+                    "Stopped. `sdar run` with the same configuration resumes in "
+                    f"{self.directory.root}."
+                )
                 return INTERRUPTED_EXIT_CODE
             status = drained
         except ServiceFailedError:
@@ -114,7 +140,8 @@ class _Session:
     def wall_s(self) -> float:
         return self._earlier_s + time.monotonic() - self._began
 
-    # --- up ------------------------------------------------------------------------------------------------------------------
+    # --- up
+    # ----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         self.directory.write_json(self.directory.gateway, {"address": self.address})
@@ -128,7 +155,8 @@ class _Session:
             "SDAR_ENVS_ADDRESS": f"{_HOST}:{ports['envs']}",
             "SDAR_TEACHER_ADDRESS": f"{_HOST}:{ports['teacher']}",
         }
-        # The learner publishes the first policy, everyone else waits for it; vLLM takes longest to start.
+        # The learner publishes the first policy, everyone else waits for it; vLLM takes longest to
+        # start.
         for name in self._service_names():
             role = name.split("-")[0]
             grpc_port = ports.get(role) or choose_port(_HOST)
@@ -140,7 +168,8 @@ class _Session:
             self.view.starting(waiting)
             if time.monotonic() > deadline:
                 raise ServiceFailedError(
-                    f"Not ready after {_START_TIMEOUT_S:.0f} s: {', '.join(waiting)}. Their logs are in {self.directory.logs}."
+                    f"Not ready after {_START_TIMEOUT_S:.0f} s: {', '.join(waiting)}. Their logs "
+                    f"are in {self.directory.logs}."
                 )
             time.sleep(0.25)
         self.view.say(f"All services are ready. Gateway: {self.url}")
@@ -153,7 +182,11 @@ class _Session:
 
     def _add(self, name: str, role: str, environment: dict[str, str]) -> None:
         probe_port = self._http_port if role == "gateway" else choose_port(_HOST)
-        own = {"SDAR_PROBE_PORT": str(probe_port), "SDAR_HTTP_PORT": str(self._http_port), "SDAR_INSTANCE": name}
+        own = {
+            "SDAR_PROBE_PORT": str(probe_port),
+            "SDAR_HTTP_PORT": str(self._http_port),
+            "SDAR_INSTANCE": name,
+        }
         log_path = self.directory.logs / f"{name}.log"
         is_gateway = role == "gateway"
         probe_url = self.url if is_gateway else f"http://{_HOST}:{probe_port}"
@@ -161,25 +194,33 @@ class _Session:
         service.security = self._security if is_gateway else OPEN
         self.fleet.add(service)
 
-    # --- watching ------------------------------------------------------------------------------------------------------------
+    # --- watching
+    # ----------------------------------------------------------------------------------------------
 
     def _watch(self) -> dict[str, Any]:
         """Keep everything up until the run is over; returns its status then."""
         while True:
             self._keep_redis()
             for name in self.fleet.check():
-                self.view.say(f"The {name} service died and was started again; its log is {self.directory.logs / name}.log")
+                self.view.say(
+                    f"The {name} service died and was started again; its log is "
+                    f"{self.directory.logs / name}.log"
+                )
             status = self._status()
             if status is not None:
                 self.view.show(status, self._metrics, self.wall_s)
                 if status["phase"] == "finished":
                     return status
                 if status["phase"] == "failed":
-                    raise ServiceFailedError(f"The run gave up: {status['detail']} Logs are in {self.directory.logs}.")
+                    raise ServiceFailedError(
+                        f"The run gave up: {status['detail']} Logs are in {self.directory.logs}."
+                    )
             time.sleep(_POLL_S)
 
     def _keep_redis(self) -> None:
-        """A Redis that died comes back on the same port with its append-only file; the services wait it out."""
+        """A Redis that died comes back on the same port with its append-only file; the services
+        wait it out.
+        """
         if isinstance(self._redis, EmbeddedRedis) and not self._redis.is_running():
             self.view.say(f"Redis died and was started again; its log is {self._redis.log_path}")
             self._redis.start()
@@ -188,15 +229,21 @@ class _Session:
         """The gateway's answer; None while it restarts and has not yet read where the run stands."""
         try:
             status = self._http.get("/v1/run").raise_for_status().json()
-            self._metrics.extend(self._http.get("/v1/metrics", params=self._metrics.query()).raise_for_status().json())
+            self._metrics.extend(
+                self._http.get("/v1/metrics", params=self._metrics.query())
+                .raise_for_status()
+                .json()
+            )
         except httpx.HTTPError:
             return None
         return dict(status) if status["policy_version"] >= 0 else None
 
-    # --- down ----------------------------------------------------------------------------------------------------------------
+    # --- down
+    # ----------------------------------------------------------------------------------------------
 
     def _drain(self) -> dict[str, Any] | None:
-        """Stop issuing, let running episodes end, then stop the services in the order of the data's flow.
+        """Stop issuing, let running episodes end, then stop the services in the order of the data's
+        flow.
 
         Returns the run's last status if it came to its end meanwhile, else None.
         """
@@ -207,13 +254,19 @@ class _Session:
             deadline = time.monotonic() + _DRAIN_TIMEOUT_S
             while time.monotonic() < deadline:
                 status = self._status()
-                if status is None or status["ledger"]["running"] == 0 or status["phase"] == "finished":
+                if (
+                    status is None
+                    or status["ledger"]["running"] == 0
+                    or status["phase"] == "finished"
+                ):
                     break
                 if status["bus"]["state"] != "ok":
                     break  # no episode can be handed in
                 time.sleep(0.2)
             self._stop(_FLOW[:-1])
-            status = self._status()  # what the learner reported at its end may have been the last that was missing
+            status = (
+                self._status()
+            )  # what the learner reported at its end may have been the last that was missing
             self._stop(_FLOW[-1:])
         return status if status is not None and status["phase"] == "finished" else None
 
@@ -223,7 +276,10 @@ class _Session:
     def _stop(self, flow: Sequence[tuple[str, ...]]) -> None:
         for names in flow:
             for killed in self.fleet.stop(names, _STOP_TIMEOUT_S):
-                self.view.say(f"The {killed} service did not stop within {_STOP_TIMEOUT_S:.0f} s and was killed.")
+                self.view.say(
+                    f"The {killed} service did not stop within {_STOP_TIMEOUT_S:.0f} s and was "
+                    "killed."
+                )
 
     def _finish(self, status: dict[str, Any]) -> int:
         self._stop_all()
@@ -233,7 +289,8 @@ class _Session:
         self.view.finished(summary, report)
         if status["ledger_gap"]:
             raise CorruptionError(
-                f"The run finished with a defect. {format_gap(status)} Keep {self.directory.root} and tell the project."
+                f"The run finished with a defect. {format_gap(status)} Keep {self.directory.root} "
+                "and tell the project."
             )
         return 0
 
@@ -248,7 +305,9 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise _Interrupted
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -266,6 +325,7 @@ def _check_redis(url: str) -> None:
     except (redis.RedisError, ValueError, OSError) as error:
         reason = str(error).rstrip(".")
         raise BusUnavailableError(
-            f"No Redis answers at {hide_credentials(url)}: {reason}. Start one there, correct --redis, or leave it out to "
+            f"No Redis answers at {hide_credentials(url)}: {reason}. Start one there, correct "
+            "--redis, or leave it out to "
             "have one started."
         ) from error

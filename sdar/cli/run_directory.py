@@ -1,4 +1,6 @@
-"""Owns runs/<name>/: its layout, the lock that keeps a second run out, and the check that a repeated run is the same run."""
+"""Owns runs/<name>/: its layout, the lock that keeps a second run out, and the check that a
+repeated run is the same run.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class RunDirectory:
 
     @property
     def gateway(self) -> Path:
-        """Where the gateway of the sitting in progress answers; it counts only while the directory is locked."""
+        """Where the gateway of the sitting in progress answers; it counts only while the directory
+        is locked.
+        """
         return self.root / "gateway.json"
 
     @property
@@ -82,7 +86,8 @@ class RunDirectory:
         except BlockingIOError as error:
             os.close(self._lock_fd)
             raise ConflictError(
-                f"Another `sdar run` is using {self.root}. Wait for it, stop it with Ctrl-C, or give this run another name."
+                f"Another `sdar run` is using {self.root}. Wait for it, stop it with Ctrl-C, or "
+                "give this run another name."
             ) from error
         except OSError as error:
             raise ConfigurationError(
@@ -90,11 +95,17 @@ class RunDirectory:
             ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.close(self._lock_fd)
 
     def prepare(self, config: RunConfig) -> bool:
-        """Write the configuration of a new run, or check that of an old one; tells whether the run is resumed.
+        """Write the configuration of a new run, or check that of an old one; tells whether the run
+        is resumed.
 
         Raises:
             ConflictError: the directory holds a run that was configured otherwise; names the keys.
@@ -104,7 +115,9 @@ class RunDirectory:
         for directory in (self.checkpoints, self.weights, self.logs, self.plots):
             directory.mkdir(exist_ok=True)
         if not self.config.exists():
-            with tempfile.NamedTemporaryFile("w", dir=self.root, suffix=".yaml", delete=False) as handle:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.root, suffix=".yaml", delete=False
+            ) as handle:
                 temporary = Path(handle.name)
             save_config(config, temporary)
             temporary.rename(self.config)
@@ -119,7 +132,9 @@ class RunDirectory:
         return True
 
     def choose_ports(self, host: str, names: Sequence[str]) -> dict[str, int]:
-        """Ports for servers whose address others remember: those of the last sitting where they are still free."""
+        """Ports for servers whose address others remember: those of the last sitting where they are
+        still free.
+        """
         before = json.loads(self.ports.read_text()) if self.ports.exists() else {}
         chosen = {}
         for name in names:
@@ -144,7 +159,8 @@ class RunDirectory:
         free = stat.f_bavail * stat.f_frsize
         if free < _LEAST_FREE_BYTES:
             raise UnavailableError(
-                f"Only {free / 2**20:.0f} MiB are free under {self.root}; a run needs {_LEAST_FREE_BYTES // 2**20} MiB to "
+                f"Only {free / 2**20:.0f} MiB are free under {self.root}; a run needs "
+                f"{_LEAST_FREE_BYTES // 2**20} MiB to "
                 "begin. Free some space or choose another --runs-dir."
             )
 
@@ -154,8 +170,12 @@ def list_running(runs_dir: Path) -> dict[str, str]:
     found = {}
     for path in sorted(runs_dir.glob("*/gateway.json")):
         if _is_locked(path.parent):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone, or being written
-                found[path.parent.name] = str(json.loads(path.read_text(encoding="utf-8"))["address"])
+            with contextlib.suppress(
+                OSError, ValueError, KeyError, TypeError
+            ):  # gone, or being written
+                found[path.parent.name] = str(
+                    json.loads(path.read_text(encoding="utf-8"))["address"]
+                )
     return found
 
 

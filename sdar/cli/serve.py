@@ -1,4 +1,6 @@
-"""Owns how a process becomes a service: settings, logs, library switches, then the service's own main."""
+"""Owns how a process becomes a service: settings, logs, library switches, then the service's own
+main.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,19 @@ import importlib
 from pathlib import Path
 
 from sdar.config import RunConfig, load_config
-from sdar.runtime.connect import locate_model
-from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
-from sdar.runtime.telemetry import configure_logging
-from sdar.runtime.tracing import serve_traces
-from sdar.runtime.vllm_weights import vllm_environment
+from sdar.connect import locate_model
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.process.settings import Settings, apply_environment, load_settings, thread_environment
+from sdar.process.telemetry import configure_logging
+from sdar.process.tracing import serve_traces
 
 
 def serve_service(name: str, config_path: Path | None) -> None:
     """Run service `name` of a run until SIGTERM.
 
     Raises:
-        SdarError: the configuration, a port or a dependency forbids it; other errors are defects and keep their traceback.
+        SdarError: the configuration, a port or a dependency forbids it; other errors are defects
+            and keep their traceback.
     """
     settings = load_settings()
     config = load_config(config_path or settings.config)
@@ -39,7 +42,9 @@ async def _serve(serve: object, config: RunConfig, settings: Settings) -> None:
 
 
 def _library_environment(name: str, config: RunConfig) -> dict[str, str]:
-    """Switches that math libraries and vLLM read when they are imported, which is why they are set before a service is."""
+    """Switches that math libraries and vLLM read when they are imported, which is why they are set
+    before a service is.
+    """
     threads = {
         "rollout": config.rollout.num_threads,
         "teacher": config.teacher.num_threads,

@@ -1,4 +1,6 @@
-"""Owns calling the tools that run containers: kubectl, docker, Compose. Their own words say what is wrong."""
+"""Owns calling the tools that run containers: kubectl, docker, Compose. Their own words say what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,16 @@ def find_compose() -> list[str]:
     Raises:
         ConfigurationError: there is neither.
     """
-    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+    if (
+        shutil.which("docker")
+        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+    ):
         return ["docker", "compose"]
     if shutil.which("docker-compose"):
         return ["docker-compose"]
-    raise ConfigurationError("--compose needs `docker compose` or `docker-compose`, and neither is here. Install one.")
+    raise ConfigurationError(
+        "--compose needs `docker compose` or `docker-compose`, and neither is here. Install one."
+    )
 
 
 def run_tool(command: Sequence[str]) -> str:
@@ -31,18 +38,31 @@ def run_tool(command: Sequence[str]) -> str:
         ConfigurationError: it is not installed. UnavailableError: it fails; its own words say why.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError as error:
         raise missing_tool(command[0]) from error
     except subprocess.TimeoutExpired as error:
-        raise UnavailableError(f"`{' '.join(command[:4])} ...` said nothing for {_TIMEOUT_S:.0f} s.") from error
+        raise UnavailableError(
+            f"`{' '.join(command[:4])} ...` said nothing for {_TIMEOUT_S:.0f} s."
+        ) from error
     if done.returncode:
-        words = [line for line in done.stderr.splitlines() if line and not line.startswith("command terminated with")]
+        words = [
+            line
+            for line in done.stderr.splitlines()
+            if line and not line.startswith("command terminated with")
+        ]
         # Compose 1 says nothing of a container that is not there.
-        told = " ".join(words[-3:]) or f"it says nothing, code {done.returncode}. Look whether that container runs."
+        told = (
+            " ".join(words[-3:])
+            or f"it says nothing, code {done.returncode}. Look whether that container runs."
+        )
         raise UnavailableError(f"`{' '.join(command[:4])} ...` failed: {told}")
     return done.stdout
 
 
 def missing_tool(name: str) -> ConfigurationError:
-    return ConfigurationError(f"{name} is not installed here, or not on PATH. Install it, or ask by --gateway URL.")
+    return ConfigurationError(
+        f"{name} is not installed here, or not on PATH. Install it, or ask by --gateway URL."
+    )

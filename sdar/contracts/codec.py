@@ -1,14 +1,15 @@
 """Owns the translation between domain types and sdar.v1 protobuf; no other module knows both sides.
 
-Three forms per type: `X_to_proto` / `X_from_proto` for servers and clients, and for what travels on a stream
-`encode_X` / `decode_X` (bytes). Encoding is deterministic: equal values give equal bytes.
+Three forms per type: `X_to_proto` / `X_from_proto` for servers and clients, and for what travels on
+a stream `encode_X` / `decode_X` (bytes). Encoding is deterministic: equal values give equal bytes.
 
-Bytes that are not a message raise CorruptionError; a message that contradicts itself raises ContractError; both name the
-type and the stream. Fields this build does not know are ignored, so an older reader survives a newer writer. A value that
-the wire cannot hold (a lone surrogate, an integer out of range) raises ContractError when it is written.
+Bytes that are not a message raise CorruptionError; a message that contradicts itself raises
+ContractError; both name the type and the stream. Fields this build does not know are ignored, so an
+older reader survives a newer writer. A value that the wire cannot hold (a lone surrogate, an
+integer out of range) raises ContractError when it is written.
 
-Arrays are mapped, not copied: decoded token ids and log-probs are read-only views of the message's own bytes, bit for bit.
-It never does I/O.
+Arrays are mapped, not copied: decoded token ids and log-probs are read-only views of the message's
+own bytes, bit for bit. It never does I/O.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ E = TypeVar("E", bound=StrEnum)
 _WIRE_INT32 = np.dtype("<i4")
 _WIRE_FLOAT32 = np.dtype("<f4")
 
-# Delta-coded prompts expand on decoding; without a bound a megabyte of hostile turns would expand to terabytes.
+# Delta-coded prompts expand on decoding; without a bound a megabyte of hostile turns would expand
+# to terabytes.
 MAX_PROMPT_TOKENS = 1 << 26
 
 
@@ -107,14 +109,17 @@ def _checked(to_proto: Callable[[T], M]) -> Callable[[T], M]:
             return to_proto(value)
         except (ValueError, TypeError, OverflowError) as error:
             raise ContractError(
-                f"{type(value).__name__} cannot be written: {error}. Pass valid Unicode text and numbers in the range that "
+                f"{type(value).__name__} cannot be written: {error}. Pass valid Unicode text and "
+                "numbers in the range that "
                 "proto/sdar/v1 gives."
             ) from error
 
     return checked
 
 
-def _in(where: str, error: ContractError | CorruptionError, **fields: object) -> ContractError | CorruptionError:
+def _in(
+    where: str, error: ContractError | CorruptionError, **fields: object
+) -> ContractError | CorruptionError:
     """The same error, told from further out."""
     return type(error)(f"{where}: {error.message}", **{**error.fields, **fields})
 
@@ -134,7 +139,8 @@ def _unpack(data: bytes, dtype: np.dtype[Any], where: str, field: str) -> Any:
     """Map packed bytes as an array, without a copy."""
     if len(data) % 4:
         raise CorruptionError(
-            f"{where}: {field} holds {len(data)} bytes, not a multiple of 4. The entry was cut or packed wrongly."
+            f"{where}: {field} holds {len(data)} bytes, not a multiple of 4. The entry was cut or "
+            "packed wrongly."
         )
     return np.frombuffer(data, dtype)
 
@@ -155,13 +161,22 @@ def task_to_proto(task: Task) -> task_pb2.Task:
 
 
 def task_from_proto(message: task_pb2.Task) -> Task:
-    return Task(message.environment, message.split, message.task_id, message.task_type, message.description, message.seed)
+    return Task(
+        message.environment,
+        message.split,
+        message.task_id,
+        message.task_type,
+        message.description,
+        message.seed,
+    )
 
 
 @_checked
 def sampling_to_proto(sampling: SamplingParameters) -> task_pb2.SamplingParameters:
     return task_pb2.SamplingParameters(
-        temperature=sampling.temperature, top_p=sampling.top_p, max_response_tokens=sampling.max_response_tokens
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_response_tokens=sampling.max_response_tokens,
     )
 
 
@@ -219,7 +234,9 @@ def ledger_event_from_proto(message: task_pb2.LedgerEvent) -> LedgerEvent:
     return LedgerEvent(
         run_id=message.run_id,
         group_id=message.group_id,
-        outcome=_enum_from_wire(_OUTCOME_BACK, message.outcome, f"LedgerEvent of group {message.group_id!r}", "outcome"),
+        outcome=_enum_from_wire(
+            _OUTCOME_BACK, message.outcome, f"LedgerEvent of group {message.group_id!r}", "outcome"
+        ),
         num_trajectories=message.num_trajectories,
         policy_version=message.policy_version,
         reason=message.reason,
@@ -231,10 +248,15 @@ def ledger_event_from_proto(message: task_pb2.LedgerEvent) -> LedgerEvent:
 
 
 def chat_messages_to_proto(messages: Iterable[ChatMessage]) -> list[trajectory_pb2.ChatMessage]:
-    return [trajectory_pb2.ChatMessage(role=message.role, content=message.content) for message in messages]
+    return [
+        trajectory_pb2.ChatMessage(role=message.role, content=message.content)
+        for message in messages
+    ]
 
 
-def chat_messages_from_proto(messages: Iterable[trajectory_pb2.ChatMessage]) -> tuple[ChatMessage, ...]:
+def chat_messages_from_proto(
+    messages: Iterable[trajectory_pb2.ChatMessage],
+) -> tuple[ChatMessage, ...]:
     return tuple([ChatMessage(message.role, message.content) for message in messages])
 
 
@@ -243,15 +265,21 @@ def _count_shared_prefix(history: bytes, prompt: bytes) -> int:
     if prompt.startswith(history):
         return len(history) // 4
     size = min(len(history), len(prompt))
-    differs = np.frombuffer(history[:size], _WIRE_INT32) != np.frombuffer(prompt[:size], _WIRE_INT32)
+    differs = np.frombuffer(history[:size], _WIRE_INT32) != np.frombuffer(
+        prompt[:size], _WIRE_INT32
+    )
     return int(differs.argmax()) if differs.any() else size // 4
 
 
-def _check_extension(turn_index: int, extends_previous: bool, num_shared: int, num_history: int) -> None:
+def _check_extension(
+    turn_index: int, extends_previous: bool, num_shared: int, num_history: int
+) -> None:
     if extends_previous and (turn_index == 0 or num_shared != num_history):
         raise ContractError(
-            f"Turn {turn_index} says that it extends the previous one, but shares {num_shared} of its {num_history} tokens. "
-            "Set extends_previous only if the prompt begins with the previous prompt and response, token by token.",
+            f"Turn {turn_index} says that it extends the previous one, but shares {num_shared} of "
+            f"its {num_history} tokens. "
+            "Set extends_previous only if the prompt begins with the previous prompt and response, "
+            "token by token.",
             turn_index=turn_index,
         )
 
@@ -262,10 +290,16 @@ def _versions_to_spans(versions: PolicyVersions) -> list[trajectory_pb2.PolicyVe
         return []
     packed = versions.tobytes()
     if packed == packed[:4] * len(versions):
-        return [trajectory_pb2.PolicyVersionSpan(policy_version=versions.item(0), num_tokens=len(versions))]
+        return [
+            trajectory_pb2.PolicyVersionSpan(
+                policy_version=versions.item(0), num_tokens=len(versions)
+            )
+        ]
     bounds = [0, *(np.flatnonzero(versions[1:] != versions[:-1]) + 1).tolist(), len(versions)]
     return [
-        trajectory_pb2.PolicyVersionSpan(policy_version=versions.item(start), num_tokens=end - start)
+        trajectory_pb2.PolicyVersionSpan(
+            policy_version=versions.item(start), num_tokens=end - start
+        )
         for start, end in itertools.pairwise(bounds)
     ]
 
@@ -275,16 +309,21 @@ def _versions_from_spans(spans: Any, num_tokens: int, turn_index: int) -> Policy
     # Counted before anything is allocated: a span's length is the sender's claim.
     if sum(lengths) != num_tokens or 0 in lengths:
         raise ContractError(
-            f"Turn {turn_index}: policy version spans of {lengths} tokens for {num_tokens} sampled tokens. "
+            f"Turn {turn_index}: policy version spans of {lengths} tokens for {num_tokens} sampled "
+            "tokens. "
             "Spans hold at least one token each and sum to the response.",
             turn_index=turn_index,
         )
     if len(versions) == 1:
-        return np.frombuffer(versions[0].to_bytes(4, sys.byteorder, signed=True) * num_tokens, np.int32)
+        return np.frombuffer(
+            versions[0].to_bytes(4, sys.byteorder, signed=True) * num_tokens, np.int32
+        )
     return np.repeat(np.array(versions, np.int32), lengths)
 
 
-def _turn_to_proto(turn: Turn, prompt: bytes, response: bytes, history: bytes) -> trajectory_pb2.Turn:
+def _turn_to_proto(
+    turn: Turn, prompt: bytes, response: bytes, history: bytes
+) -> trajectory_pb2.Turn:
     """`prompt` and `response` are the turn's own, packed; `history` is the previous turn's, joined."""
     num_shared = _count_shared_prefix(history, prompt)
     _check_extension(turn.turn_index, turn.extends_previous, num_shared, len(history) // 4)
@@ -309,7 +348,10 @@ def _turn_to_proto(turn: Turn, prompt: bytes, response: bytes, history: bytes) -
 def _turns_to_proto(turns: Iterable[Turn]) -> list[trajectory_pb2.Turn]:
     messages, history = [], b""
     for turn in turns:
-        prompt, response = _pack(turn.prompt_token_ids, _WIRE_INT32), _pack(turn.response_token_ids, _WIRE_INT32)
+        prompt, response = (
+            _pack(turn.prompt_token_ids, _WIRE_INT32),
+            _pack(turn.response_token_ids, _WIRE_INT32),
+        )
         messages.append(_turn_to_proto(turn, prompt, response, history))
         history = prompt + response
     return messages
@@ -320,7 +362,8 @@ def _prompt_from_proto(message: trajectory_pb2.Turn, history: bytes, turn_index:
     num_shared, num_history = message.num_prefix_tokens, len(history) // 4
     if num_shared > num_history:
         raise ContractError(
-            f"Turn {turn_index}: num_prefix_tokens {num_shared} with {num_history} tokens before it. "
+            f"Turn {turn_index}: num_prefix_tokens {num_shared} with {num_history} tokens before "
+            "it. "
             "A prompt can share no more than the previous turn's prompt and response.",
             turn_index=turn_index,
         )
@@ -329,7 +372,9 @@ def _prompt_from_proto(message: trajectory_pb2.Turn, history: bytes, turn_index:
     return prompt
 
 
-def _turn_from_proto(message: trajectory_pb2.Turn, prompt: bytes, response: bytes, turn_index: int) -> Turn:
+def _turn_from_proto(
+    message: trajectory_pb2.Turn, prompt: bytes, response: bytes, turn_index: int
+) -> Turn:
     where = f"Turn {turn_index}"
     return Turn(
         turn_index,
@@ -353,7 +398,10 @@ def _turns_from_proto(messages: Iterable[trajectory_pb2.Turn]) -> tuple[Turn, ..
     new_tokens: list[bytes] = []
     history, num_prompt_bytes = b"", 0
     for index, message in enumerate(messages):
-        prompt, response = _prompt_from_proto(message, history, index), message.packed_response_token_ids
+        prompt, response = (
+            _prompt_from_proto(message, history, index),
+            message.packed_response_token_ids,
+        )
         num_prompt_bytes += len(prompt)
         if num_prompt_bytes > 4 * MAX_PROMPT_TOKENS:
             raise ContractError(
@@ -364,7 +412,9 @@ def _turns_from_proto(messages: Iterable[trajectory_pb2.Turn]) -> tuple[Turn, ..
         new_tokens += (message.packed_prompt_suffix, response)
         history = prompt + response
     if (np.frombuffer(b"".join(new_tokens), _WIRE_INT32) < 0).any():
-        raise ContractError("A turn holds a token id of 2^31 or more. Token ids index the model's vocabulary.")
+        raise ContractError(
+            "A turn holds a token id of 2^31 or more. Token ids index the model's vocabulary."
+        )
     return tuple(turns)
 
 
@@ -385,7 +435,11 @@ def trajectory_to_proto(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
     try:
         turns = _turns_to_proto(trajectory.turns)
     except ContractError as error:
-        raise _in(f"Trajectory {trajectory.trajectory_id!r}", error, trajectory_id=trajectory.trajectory_id) from error
+        raise _in(
+            f"Trajectory {trajectory.trajectory_id!r}",
+            error,
+            trajectory_id=trajectory.trajectory_id,
+        ) from error
     return trajectory_pb2.Trajectory(
         run_id=trajectory.run_id,
         group_id=trajectory.group_id,
@@ -456,7 +510,10 @@ def teacher_score_from_proto(message: trajectory_pb2.TeacherScore) -> TeacherSco
         trajectory_id=message.trajectory_id,
         teacher_version=message.teacher_version,
         turn_logprobs=tuple(
-            [_unpack(packed, _WIRE_FLOAT32, where, "packed_turn_logprobs") for packed in message.packed_turn_logprobs]
+            [
+                _unpack(packed, _WIRE_FLOAT32, where, "packed_turn_logprobs")
+                for packed in message.packed_turn_logprobs
+            ]
         ),
         skill_ids=tuple(message.skill_ids),
         num_specific_skills=message.num_specific_skills,
@@ -517,7 +574,14 @@ def weights_manifest_from_proto(message: policy_pb2.WeightsManifest) -> WeightsM
         policy_version=message.policy_version,
         path=message.path,
         tensors=tuple(
-            TensorEntry(entry.name, entry.dtype, tuple(entry.shape), entry.shard, entry.sha256, entry.is_delta)
+            TensorEntry(
+                entry.name,
+                entry.dtype,
+                tuple(entry.shape),
+                entry.shard,
+                entry.sha256,
+                entry.is_delta,
+            )
             for entry in message.tensors
         ),
         size_bytes=message.size_bytes,
@@ -556,7 +620,9 @@ def metric_record_from_proto(message: gateway_pb2.MetricRecord) -> MetricRecord:
 @_checked
 def skill_event_to_proto(event: SkillChoice | SkillOutcome) -> teacher_pb2.SkillEvent:
     if isinstance(event, SkillChoice):
-        choice = teacher_pb2.SkillChoice(key=event.key, task_type=event.task_type, skill_ids=event.skill_ids)
+        choice = teacher_pb2.SkillChoice(
+            key=event.key, task_type=event.task_type, skill_ids=event.skill_ids
+        )
         return teacher_pb2.SkillEvent(choice=choice)
     outcome = teacher_pb2.SkillOutcome(
         trajectory_id=event.trajectory_id,
@@ -570,11 +636,15 @@ def skill_event_to_proto(event: SkillChoice | SkillOutcome) -> teacher_pb2.Skill
 def skill_event_from_proto(message: teacher_pb2.SkillEvent) -> SkillChoice | SkillOutcome:
     kind = message.WhichOneof("event")
     if kind is None:
-        raise ContractError("SkillEvent is neither a choice nor an outcome. The writer must set one.")
+        raise ContractError(
+            "SkillEvent is neither a choice nor an outcome. The writer must set one."
+        )
     event = getattr(message, kind)
     if kind == "choice":
         return SkillChoice(event.key, event.task_type, tuple(event.skill_ids))
-    return SkillOutcome(event.trajectory_id, event.task_type, tuple(event.skill_ids), event.is_success)
+    return SkillOutcome(
+        event.trajectory_id, event.task_type, tuple(event.skill_ids), event.is_success
+    )
 
 
 # ---- stream entries
@@ -584,7 +654,9 @@ def _encode(message: Any) -> bytes:
     try:
         data: bytes = message.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:  # Over protobuf's 2 GiB, mostly.
-        raise ContractError(f"{message.DESCRIPTOR.name} cannot be written: {error}. Make it smaller.") from error
+        raise ContractError(
+            f"{message.DESCRIPTOR.name} cannot be written: {error}. Make it smaller."
+        ) from error
     return data
 
 
@@ -598,7 +670,9 @@ def _decode(data: bytes, kind: Any, from_proto: Callable[[Any], T], stream: Stre
             stream=stream.value,
         ) from error
     except (ContractError, CorruptionError) as error:
-        raise _in(f"Stream {stream.value}, {kind.DESCRIPTOR.name}", error, stream=stream.value) from error
+        raise _in(
+            f"Stream {stream.value}, {kind.DESCRIPTOR.name}", error, stream=stream.value
+        ) from error
 
 
 def encode_task_group(group: TaskGroup) -> bytes:
@@ -623,7 +697,9 @@ def encode_scored_trajectory(scored: ScoredTrajectory) -> bytes:
 
 
 def decode_scored_trajectory(data: bytes) -> ScoredTrajectory:
-    return _decode(data, trajectory_pb2.ScoredTrajectory, scored_trajectory_from_proto, Stream.SCORED)
+    return _decode(
+        data, trajectory_pb2.ScoredTrajectory, scored_trajectory_from_proto, Stream.SCORED
+    )
 
 
 def encode_weights_manifest(manifest: WeightsManifest) -> bytes:
@@ -631,7 +707,9 @@ def encode_weights_manifest(manifest: WeightsManifest) -> bytes:
 
 
 def decode_weights_manifest(data: bytes) -> WeightsManifest:
-    return _decode(data, policy_pb2.WeightsManifest, weights_manifest_from_proto, Stream.POLICY_UPDATES)
+    return _decode(
+        data, policy_pb2.WeightsManifest, weights_manifest_from_proto, Stream.POLICY_UPDATES
+    )
 
 
 def encode_ledger_event(event: LedgerEvent) -> bytes:

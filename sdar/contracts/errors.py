@@ -1,4 +1,5 @@
-"""Owns the tree of exceptions and their one map to gRPC status and HTTP code. Every message says what, where, got, fix.
+"""Owns the tree of exceptions and their one map to gRPC status and HTTP code. Every message says
+what, where, got, fix.
 
 SdarError
 ├── InvalidInputError            the caller sent something wrong; repeating it cannot help
@@ -44,7 +45,9 @@ class SdarError(Exception):
 
     @property
     def reason(self) -> str:
-        """Stable upper-snake name of the error's class, as sent on the wire (`StaleError` -> `STALE`)."""
+        """Stable upper-snake name of the error's class, as sent on the wire (`StaleError` ->
+        `STALE`).
+        """
         name = type(self).__name__.removesuffix("Error")
         return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
 
@@ -81,7 +84,9 @@ class ConflictError(RefusedError):
 
 
 class LeaseLostError(ConflictError):
-    """Work that was given to somebody else meanwhile; nothing of it was published. Drop it and go on."""
+    """Work that was given to somebody else meanwhile; nothing of it was published. Drop it and go
+    on.
+    """
 
 
 class SupersededError(ConflictError):
@@ -125,4 +130,6 @@ class CorruptionError(SdarError):
 
 
 class EngineFailedError(SdarError):
-    """The sampler died or holds weights of no version. Not UnavailableError: repeating the call cannot help."""
+    """The sampler died or holds weights of no version. Not UnavailableError: repeating the call
+    cannot help.
+    """

@@ -28,8 +28,9 @@ class ConsumerGroup(StrEnum):
     GATEWAY = "gateway"
 
 
-# Streams whose entries are state or telemetry of the newest kind: readers tail them without a group, and old entries are
-# dropped by count. All others keep every entry until each of their groups has acknowledged it.
+# Streams whose entries are state or telemetry of the newest kind: readers tail them without a
+# group, and old entries are dropped by count. All others keep every entry until each of their
+# groups has acknowledged it.
 BROADCAST_MAX_ENTRIES: dict[Stream, int] = {
     Stream.POLICY_UPDATES: 1_000,
     Stream.METRICS: 50_000,
@@ -50,7 +51,9 @@ class RunKeys:
         return f"sdar:{self.run_id}:dead_letters"
 
     def states(self) -> str:
-        """Hash of the services' small durable states by name (the gateway's scheduler cursor, for one)."""
+        """Hash of the services' small durable states by name (the gateway's scheduler cursor, for
+        one).
+        """
         return f"sdar:{self.run_id}:states"
 
     def ledger(self) -> str:

@@ -26,13 +26,18 @@ PolicyVersions = npt.NDArray[np.int32]
 def _as_array(value: Any, dtype: type[np.generic]) -> npt.NDArray[Any]:
     array = np.ascontiguousarray(value, dtype=dtype)
     if array.ndim != 1:
-        raise ContractError(f"Expected a flat array of {np.dtype(dtype).name}, got shape {array.shape}. Flatten it first.")
+        raise ContractError(
+            f"Expected a flat array of {np.dtype(dtype).name}, got shape {array.shape}. Flatten it "
+            "first."
+        )
     array.setflags(write=False)
     return array
 
 
 class _ArrayEq:
-    """Equality by value for dataclasses that hold arrays (the generated one would ask an array for its truth)."""
+    """Equality by value for dataclasses that hold arrays (the generated one would ask an array for
+    its truth).
+    """
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -71,7 +76,9 @@ class EpisodeEnd(StrEnum):
 
 
 class GroupOutcome(StrEnum):
-    """What became of a task group. `ISSUED` opens its account, `GENERATED` ends its playing, all others close it, once."""
+    """What became of a task group. `ISSUED` opens its account, `GENERATED` ends its playing, all
+    others close it, once.
+    """
 
     ISSUED = "issued"
     GENERATED = "generated"
@@ -108,7 +115,9 @@ class EnvironmentIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model sampled: its name and a hash over its configuration and tokenizer (not its weights, which have versions)."""
+    """Which model sampled: its name and a hash over its configuration and tokenizer (not its
+    weights, which have versions).
+    """
 
     name: str
     fingerprint: str
@@ -116,7 +125,9 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem of an environment. `description` is the task's own sentence; skill retrieval reads nothing else."""
+    """One problem of an environment. `description` is the task's own sentence; skill retrieval
+    reads nothing else.
+    """
 
     environment: str
     split: str
@@ -128,8 +139,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskGroup:
-    """One task played `group_size` times. `admitted_version` is the newest policy version when it was issued; an
-    evaluation group is pinned to it."""
+    """One task played `group_size` times. `admitted_version` is the newest policy version when it
+    was issued; an evaluation group is pinned to it."""
 
     run_id: str
     group_id: str
@@ -145,7 +156,8 @@ class TaskGroup:
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_turns < 1:
             raise ContractError(
-                f"Task group {self.group_id}: group_size {self.group_size} and max_turns {self.max_turns} must be at least 1."
+                f"Task group {self.group_id}: group_size {self.group_size} and max_turns "
+                f"{self.max_turns} must be at least 1."
             )
 
 
@@ -155,11 +167,13 @@ class Turn(_ArrayEq):
 
     Attributes:
         prompt_token_ids: [P] the whole prompt the sampler saw, history included.
-        messages: the chat messages this turn added to the prompt; with `extends_previous` they follow the previous response,
-            otherwise they are the whole prompt.
-        extends_previous: the prompt begins with the previous turn's prompt and response, token by token.
-        response_token_ids, behavior_logprobs, policy_versions: [T] sampled tokens, the sampler's log-prob of each under the
-            distribution it was drawn from, and the policy version that sampled each.
+        messages: the chat messages this turn added to the prompt; with `extends_previous` they
+            follow the previous response, otherwise they are the whole prompt.
+        extends_previous: the prompt begins with the previous turn's prompt and response, token by
+            token.
+        response_token_ids, behavior_logprobs, policy_versions: [T] sampled tokens, the sampler's
+            log-prob of each under the distribution it was drawn from, and the policy version that
+            sampled each.
         reward: scalar reward of the step; reward_components are its named parts.
     """
 
@@ -189,7 +203,8 @@ class Turn(_ArrayEq):
         for name in ("behavior_logprobs", "policy_versions"):
             if len(getattr(self, name)) != num_tokens:
                 raise ContractError(
-                    f"Turn {self.turn_index}: {len(getattr(self, name))} {name} for {num_tokens} sampled tokens. "
+                    f"Turn {self.turn_index}: {len(getattr(self, name))} {name} for {num_tokens} "
+                    "sampled tokens. "
                     f"Return one value per token from the sampler.",
                     turn_index=self.turn_index,
                 )
@@ -199,7 +214,10 @@ class Turn(_ArrayEq):
                 "A sampled token has a finite log-prob; check the sampler's temperature and top_p."
             )
         if not np.isfinite(self.reward):
-            raise ContractError(f"Turn {self.turn_index}: reward {self.reward} is not finite. Fix the environment's reward.")
+            raise ContractError(
+                f"Turn {self.turn_index}: reward {self.reward} is not finite. Fix the "
+                "environment's reward."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +243,21 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if not self.turns:
-            raise ContractError(f"Trajectory {self.trajectory_id} has no turns. Drop episodes that never produced a response.")
+            raise ContractError(
+                f"Trajectory {self.trajectory_id} has no turns. Drop episodes that never produced "
+                "a response."
+            )
         if not 0 <= self.episode_index < self.group_size:
             raise ContractError(
-                f"Trajectory {self.trajectory_id}: episode_index {self.episode_index} outside its group of {self.group_size}."
+                f"Trajectory {self.trajectory_id}: episode_index {self.episode_index} outside its "
+                f"group of {self.group_size}."
             )
         for index, turn in enumerate(self.turns):
             if turn.turn_index != index:
-                raise ContractError(f"Trajectory {self.trajectory_id}: turn {index} carries turn_index {turn.turn_index}.")
+                raise ContractError(
+                    f"Trajectory {self.trajectory_id}: turn {index} carries turn_index "
+                    f"{turn.turn_index}."
+                )
 
     @property
     def episode_return(self) -> float:
@@ -246,16 +271,23 @@ class Trajectory:
     @property
     def min_policy_version(self) -> int:
         """The oldest policy version among the sampled tokens: what staleness is measured from."""
-        return min((int(turn.policy_versions.min()) for turn in self.turns if len(turn.policy_versions)), default=0)
+        return min(
+            (int(turn.policy_versions.min()) for turn in self.turns if len(turn.policy_versions)),
+            default=0,
+        )
 
     @property
     def max_policy_version(self) -> int:
-        return max((int(turn.policy_versions.max()) for turn in self.turns if len(turn.policy_versions)), default=0)
+        return max(
+            (int(turn.policy_versions.max()) for turn in self.turns if len(turn.policy_versions)),
+            default=0,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherScore(_ArrayEq):
-    """Log-probs of a trajectory's sampled tokens under the privileged context, and what that context was.
+    """Log-probs of a trajectory's sampled tokens under the privileged context, and what that
+    context was.
 
     `turn_logprobs[i]` is [T_i], aligned with turn i's response tokens.
     """
@@ -271,15 +303,23 @@ class TeacherScore(_ArrayEq):
     scorer: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "turn_logprobs", tuple(_as_array(values, np.float32) for values in self.turn_logprobs))
+        object.__setattr__(
+            self,
+            "turn_logprobs",
+            tuple(_as_array(values, np.float32) for values in self.turn_logprobs),
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TeacherScore):
             return NotImplemented
         same = all(
-            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self) if f.name != "turn_logprobs"
+            getattr(self, f.name) == getattr(other, f.name)
+            for f in dataclasses.fields(self)
+            if f.name != "turn_logprobs"
         )
-        return same and [a.tolist() for a in self.turn_logprobs] == [a.tolist() for a in other.turn_logprobs]
+        return same and [a.tolist() for a in self.turn_logprobs] == [
+            a.tolist() for a in other.turn_logprobs
+        ]
 
     __hash__ = None
 
@@ -295,19 +335,25 @@ class ScoredTrajectory:
         if self.score is None:
             return
         if self.score.trajectory_id != self.trajectory.trajectory_id:
-            raise ContractError(f"Score of {self.score.trajectory_id} attached to trajectory {self.trajectory.trajectory_id}.")
+            raise ContractError(
+                f"Score of {self.score.trajectory_id} attached to trajectory "
+                f"{self.trajectory.trajectory_id}."
+            )
         want = [len(turn.response_token_ids) for turn in self.trajectory.turns]
         got = [len(values) for values in self.score.turn_logprobs]
         if want != got:
             raise ContractError(
-                f"Trajectory {self.trajectory.trajectory_id}: teacher log-probs per turn {got} for sampled tokens {want}. "
+                f"Trajectory {self.trajectory.trajectory_id}: teacher log-probs per turn {got} for "
+                f"sampled tokens {want}. "
                 "Score exactly the sampled tokens."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class SkillChoice:
-    """Skills that retrieval by utility chose for all episodes of one group; `key` is its id. The first one for a key stands."""
+    """Skills that retrieval by utility chose for all episodes of one group; `key` is its id. The
+    first one for a key stands.
+    """
 
     key: str
     task_type: str
@@ -316,7 +362,9 @@ class SkillChoice:
 
 @dataclass(frozen=True, slots=True)
 class SkillOutcome:
-    """How an episode ended whose teacher was shown these specific skills. A trajectory counts once, however often told."""
+    """How an episode ended whose teacher was shown these specific skills. A trajectory counts once,
+    however often told.
+    """
 
     trajectory_id: str
     task_type: str
@@ -326,8 +374,9 @@ class SkillOutcome:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a published model. sha256 is over its raw little-endian bytes, of the whole tensor also where `is_delta`:
-    then the shard holds only the elements that differ from the manifest's base version."""
+    """One tensor of a published model. sha256 is over its raw little-endian bytes, of the whole
+    tensor also where `is_delta`: then the shard holds only the elements that differ from the
+    manifest's base version."""
 
     name: str
     dtype: str
@@ -341,8 +390,9 @@ class TensorEntry:
 class WeightsManifest:
     """What one policy version consists of. `path` is relative to the weight store's root.
 
-    `num_updates`: optimizer updates these weights have seen; a crash that loses updates leaves it behind `policy_version`.
-    `base_version`: what delta tensors are relative to, None where every tensor is whole.
+    `num_updates`: optimizer updates these weights have seen; a crash that loses updates leaves it
+    behind `policy_version`. `base_version`: what delta tensors are relative to, None where every
+    tensor is whole.
     """
 
     run_id: str
@@ -357,12 +407,17 @@ class WeightsManifest:
 
     def __post_init__(self) -> None:
         if self.policy_version < 0:
-            raise ContractError(f"Weights manifest with policy_version {self.policy_version}; versions count from 0.")
+            raise ContractError(
+                f"Weights manifest with policy_version {self.policy_version}; versions count from "
+                "0."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEvent:
-    """One step of a group's account (`sdar.runtime.ledger`). `episode_turns` counts each episode's: GENERATED and TRAINED."""
+    """One step of a group's account (`sdar.bus.ledger`). `episode_turns` counts each episode's:
+    GENERATED and TRAINED.
+    """
 
     run_id: str
     group_id: str
@@ -375,7 +430,9 @@ class LedgerEvent:
 
 @dataclass(frozen=True, slots=True)
 class MetricRecord:
-    """A service's measurements at one moment. `policy_version` is the version they belong to, -1 if none."""
+    """A service's measurements at one moment. `policy_version` is the version they belong to, -1 if
+    none.
+    """
 
     run_id: str
     service: str
@@ -386,5 +443,9 @@ class MetricRecord:
 
 
 def compute_staleness(learner_version: int, trajectories: Sequence[Trajectory]) -> int:
-    """`learner_version - policy_version` of the oldest sampled token among `trajectories`; 0 if there are none."""
-    return max((learner_version - trajectory.min_policy_version for trajectory in trajectories), default=0)
+    """`learner_version - policy_version` of the oldest sampled token among `trajectories`; 0 if
+    there are none.
+    """
+    return max(
+        (learner_version - trajectory.min_policy_version for trajectory in trajectories), default=0
+    )

@@ -1,1 +1,3 @@
-"""Owns the environment service: the Environment base, its sessions, its gRPC server, and the environments shipped."""
+"""Owns the environment service: the Environment base, its sessions, its gRPC server, and the
+environments shipped.
+"""

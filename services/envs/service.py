@@ -1,41 +1,25 @@
-"""Owns the environment process: builds the server of the environments and its probes, and serves until told to stop."""
+"""Owns the environment service of a run: the server of `sdar.environments` over the run's own
+environment.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-
-import structlog
-from prometheus_client import REGISTRY
-
 from sdar.config import RunConfig
-from sdar.contracts.errors import ConfigurationError
-from sdar.runtime.lifecycle import run_until_stopped
-from sdar.runtime.security import Security
-from sdar.runtime.settings import Settings, apply_environment, load_settings, thread_environment
-from sdar.runtime.telemetry import Health, configure_logging, serve_probes
-from services.envs.registry import EnvironmentSource, is_loading, load_environment
-from services.envs.server import serve_environments
-from services.envs.sessions import SessionLimits, SessionManager
-from services.envs.workers import WorkerHost
-
-_EVERY_ADDRESS = ("0.0.0.0", "::")
-_DRAIN_S = 5.0
-"""Of a server that somebody started by hand and waits for."""
-
-log = structlog.get_logger()
+from sdar.environments.registry import load_environment
+from sdar.environments.serving import serve_sources
+from sdar.environments.sessions import SessionLimits
+from sdar.process.settings import Settings
 
 
 async def serve(config: RunConfig, settings: Settings) -> None:
     """Serve the run's environment until SIGTERM.
 
     Raises:
-        ConfigurationError: the environment is unknown or cannot be built. ConflictError: a port is taken.
+        ConfigurationError: the environment is unknown or cannot be built. ConflictError: a port is
+            taken.
     """
     chosen = config.environment
-    await _serve(
+    await serve_sources(
         {chosen.name: load_environment(chosen.name, chosen.options)},
         SessionLimits(max_sessions=chosen.capacity, step_timeout_s=chosen.step_timeout_s),
         settings,
@@ -44,81 +28,3 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         probe_port=settings.probe_port,
         drain_s=settings.drain_s,
     )
-
-
-def serve_until_stopped(
-    environments: Mapping[str, EnvironmentSource],
-    limits: SessionLimits | None = None,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    probe_port: int = 0,
-    num_workers: int = 0,
-) -> None:
-    """Serve the environments until SIGTERM or Ctrl-C, as a process of its own: logs on stderr, one line on stdout once ready.
-
-    Args:
-        environments: by the names they are served under.
-        limits: of the server as a whole.
-        port: of gRPC. probe_port: of /healthz, /readyz and /metrics. 0 takes a free one.
-        num_workers: processes that play; 0 for one per usable core.
-
-    Raises:
-        ConfigurationError: an environment cannot be built. ConflictError: a port is taken.
-    """
-    if is_loading():
-        raise ConfigurationError(
-            "A worker process imports this module for its environment, and the module begins to serve at once. Put the call "
-            'of serve() under `if __name__ == "__main__":`.'
-        )
-    settings = load_settings()
-    configure_logging("envs", settings.instance, settings.log_level, settings.log_format)
-    apply_environment(thread_environment(1))  # each worker has one core
-    tell = functools.partial(_tell_address, list(environments), host)
-    asyncio.run(
-        _serve(
-            environments,
-            limits or SessionLimits(),
-            settings,
-            host=host,
-            port=port,
-            probe_port=probe_port,
-            num_workers=num_workers,
-            on_ready=tell,
-        )
-    )
-
-
-async def _serve(
-    environments: Mapping[str, EnvironmentSource],
-    limits: SessionLimits,
-    settings: Settings,
-    *,
-    host: str,
-    port: int,
-    probe_port: int,
-    num_workers: int = 0,
-    on_ready: Callable[[int], None] = lambda port: None,
-    drain_s: float = _DRAIN_S,
-) -> None:
-    health, security = Health(), Security.from_settings(settings)
-    limits = dataclasses.replace(limits, max_sessions_per_client=settings.max_sessions_per_client)
-    serve = functools.partial(
-        serve_environments,
-        sessions=SessionManager(WorkerHost(environments, num_workers), limits),
-        host=host,
-        port=port,
-        health=health,
-        security=security,
-        on_ready=on_ready,
-        drain_s=drain_s,
-    )
-    with serve_probes(host, probe_port, health, REGISTRY):
-        await run_until_stopped(serve)
-
-
-def _tell_address(names: list[str], host: str, port: int) -> None:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    # What is bound to every address is called by one, and a certificate names that.
-    called = f"localhost:{port}" if host in _EVERY_ADDRESS else address
-    print(f"Serving {', '.join(names)} on {address}. Check it: sdar env check {called}", flush=True)

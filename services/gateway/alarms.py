@@ -1,4 +1,6 @@
-"""Owns the alarms: what is wrong with a run, told as early as it can be known. Pure; acting on it is up to a person."""
+"""Owns the alarms: what is wrong with a run, told as early as it can be known. Pure; acting on it
+is up to a person.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,16 @@ from enum import StrEnum
 
 import structlog
 
+from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.streams import Stream
-from sdar.runtime.bus import BusMemory, StreamLag
 
 from .state import RunPhase
 
 log = structlog.get_logger()
 
 SILENCE_S = 60.0
-"""Rollout workers and teachers report every few seconds; this many missed in a row are no hiccup."""
+"""Rollout workers and teachers report every few seconds; this many missed in a row are no hiccup.
+"""
 LEARNER_LEAST_SILENCE_S = 300.0
 """The learner reports once an update. The first one compiles kernels, so less would cry wolf."""
 LEARNER_SILENCE_FACTOR = 3.0
@@ -26,9 +29,13 @@ TEACHER_LAG_S = 120.0
 MEMORY_SHARE = 0.8
 """Share of Redis' memory in use that leaves time to act before writes are refused."""
 LENGTH_DRIFT = 0.25
-"""A quarter of all episodes would have to be of other lengths for what is trained to look like what is played."""
+"""A quarter of all episodes would have to be of other lengths for what is trained to look like what
+is played.
+"""
 NO_PROGRESS_S = 600.0
-"""No group played or closed, no evaluation episode, no new policy: longer than the longest episode should take."""
+"""No group played or closed, no evaluation episode, no new policy: longer than the longest episode
+should take.
+"""
 
 _ACTIVE = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
 
@@ -65,8 +72,10 @@ class Situation:
 
     Attributes:
         lags: of each consumed stream, as last known.
-        heard_at_s: by service, when one of its processes last reported; for one never heard, from when on it is missed.
-        learner_busy_s: the slowest of the learner's newest updates, without its waiting; 0 before the first.
+        heard_at_s: by service, when one of its processes last reported; for one never heard, from
+            when on it is missed.
+        learner_busy_s: the slowest of the learner's newest updates, without its waiting; 0 before
+            the first.
         progress_at_s: when the account, the policy or an evaluation last moved.
         is_asleep: the idle guard holds the workers at zero: nobody can be missed.
         expected_at_s: until when workers of a run that was woken may take to come up.
@@ -139,9 +148,17 @@ def find_teacher_silent(situation: Situation) -> str:
 
 def find_teacher_lagging(situation: Situation) -> str:
     lag = situation.lags.get(Stream.TRAJECTORIES)
-    if situation.learner_input is Stream.TRAJECTORIES or situation.phase not in _ACTIVE or lag is None:
+    if (
+        situation.learner_input is Stream.TRAJECTORIES
+        or situation.phase not in _ACTIVE
+        or lag is None
+    ):
         return ""
-    if lag.oldest_age_s <= TEACHER_LAG_S or situation.is_asleep or situation.now_s < situation.expected_at_s:
+    if (
+        lag.oldest_age_s <= TEACHER_LAG_S
+        or situation.is_asleep
+        or situation.now_s < situation.expected_at_s
+    ):
         return ""
     waiting = lag.num_undelivered + lag.num_pending
     return f"{waiting} trajectories wait for the teacher, the oldest for {lag.oldest_age_s:.0f} s; they may go stale."
@@ -151,7 +168,8 @@ def find_learner_silent(situation: Situation) -> str:
     silence_s = situation.silence_s("learner")
     lag = situation.lags.get(situation.learner_input)
     bound_s = max(LEARNER_LEAST_SILENCE_S, LEARNER_SILENCE_FACTOR * situation.learner_busy_s)
-    # What it has read and holds until its next checkpoint is no sign of trouble; what it doesn't read is.
+    # What it has read and holds until its next checkpoint is no sign of trouble; what it doesn't
+    # read is.
     if silence_s <= bound_s or lag is None or not lag.num_undelivered:
         return ""
     return f"No update for {silence_s:.0f} s while {lag.num_undelivered} episodes wait for the learner. See its log."
@@ -174,7 +192,8 @@ def find_length_drift(situation: Situation) -> str:
     if drift <= LENGTH_DRIFT:
         return ""
     return (
-        f"Episodes that are trained differ in length from those played by {drift:.2f} (total variation): long ones are dropped "
+        f"Episodes that are trained differ in length from those played by {drift:.2f} (total "
+        "variation): long ones are dropped "
         "more often. Raise training.max_staleness or add rollout workers."
     )
 
@@ -220,7 +239,11 @@ class AlarmBoard:
     def update(self, situation: Situation) -> None:
         since_s = {alarm.name: alarm.since_s for alarm in self.alarms}
         found = {name: judge(situation) for name, judge in JUDGES.items()}
-        self.alarms = [Alarm(name, text, since_s.get(name, situation.now_s)) for name, text in found.items() if text]
+        self.alarms = [
+            Alarm(name, text, since_s.get(name, situation.now_s))
+            for name, text in found.items()
+            if text
+        ]
         for alarm in self.alarms:
             if alarm.name not in since_s:
                 log.warning("alarm_raised", name=alarm.name, message=alarm.message)

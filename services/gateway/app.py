@@ -1,4 +1,6 @@
-"""Owns the HTTP API: routes, their models and the map from errors to answers. Every decision is the scheduler's."""
+"""Owns the HTTP API: routes, their models and the map from errors to answers. Every decision is the
+scheduler's.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from tokenizers import Tokenizer
 
+from sdar.bus.ledger import format_group_id
+from sdar.bus.protocol import BEFORE_FIRST, Bus, DeadLetter
 from sdar.contracts.errors import InvalidInputError, SdarError, UnknownResourceError
-from sdar.runtime.bus import BEFORE_FIRST, Bus, DeadLetter
-from sdar.runtime.http import answer_error, build_error_response, build_page_policy
-from sdar.runtime.ledger import format_group_id
+from sdar.wire.http_server import answer_error, build_error_response, build_page_policy
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
 from .environments import ADDRESS_PATTERN, MAX_NAME_CHARACTERS
@@ -60,8 +62,17 @@ def _errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
 
 
 _ERRORS = _errors(
-    *(HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.REQUEST_TIMEOUT),
-    *(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.TOO_MANY_REQUESTS),
+    *(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.REQUEST_TIMEOUT,
+    ),
+    *(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    ),
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 """What the door before every route answers, or a dependency that is away."""
@@ -74,7 +85,9 @@ _NOT_NOW: dict[int | str, dict[str, Any]] = {
 
 class SleepReply(Reply):
     reason: str
-    """Why the idle guard holds rollout, teacher and learner at zero replicas, and what wakes the run."""
+    """Why the idle guard holds rollout, teacher and learner at zero replicas, and what wakes the
+    run.
+    """
     since_s: float
     """Unix time since when."""
 
@@ -108,8 +121,8 @@ class AlarmReply(Reply):
 
 class BusReply(Reply):
     state: str
-    """ok, unreachable (Redis does not answer) or full (it answers and refuses writes). Unless ok, what else is told here is as
-    it was last seen."""
+    """ok, unreachable (Redis does not answer) or full (it answers and refuses writes). Unless ok,
+    what else is told here is as it was last seen."""
     since_s: float
     """Unix time since when it is in that state."""
     message: str
@@ -138,15 +151,21 @@ class RunReply(Reply):
     failures: dict[str, str]
     """Why the newest groups failed or were cancelled, by id."""
     length_drift: float
-    """How much the lengths of episodes that are trained differ from those played: total variation distance, 0 to 1."""
+    """How much the lengths of episodes that are trained differ from those played: total variation
+    distance, 0 to 1.
+    """
     alarms: list[AlarmReply]
     """What is wrong now."""
     bus: BusReply
     dead_letters: int
     stream_lags: dict[str, dict[str, float]]
-    """Per stream: entries never delivered, delivered but unfinished, and the age of the oldest in seconds."""
+    """Per stream: entries never delivered, delivered but unfinished, and the age of the oldest in
+    seconds.
+    """
     instances: dict[str, int]
-    """Workers heard from in the last half minute, by service. The learner, which reports once an update, is not among them."""
+    """Workers heard from in the last half minute, by service. The learner, which reports once an
+    update, is not among them.
+    """
     evaluations: list[EvaluationReply]
     sleep: SleepReply | None
     """While the run sleeps; null otherwise."""
@@ -225,7 +244,9 @@ class RetryReply(Reply):
 class EnvironmentRequest(Reply):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARACTERS)
-    address: str = Field(pattern=ADDRESS_PATTERN, description="HOST:PORT of a running EnvironmentService.")
+    address: str = Field(
+        pattern=ADDRESS_PATTERN, description="HOST:PORT of a running EnvironmentService."
+    )
 
 
 class EnvironmentReply(Reply):
@@ -257,14 +278,18 @@ def build_app(
     scaler: Scaler | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
-    """The gateway's application. It answers at once while Redis is away: from what the watch saw last, or with 503.
+    """The gateway's application. It answers at once while Redis is away: from what the watch saw
+    last, or with 503.
 
     Args:
         bus: is asked for dead letters; its calls are given up after a moment.
-        load_tokenizer: the first trajectory that is asked for waits for it; without it tokens are shown as numbers only.
+        load_tokenizer: the first trajectory that is asked for waits for it; without it tokens are
+            shown as numbers only.
         scaler: none where nothing is scaled.
     """
-    app = FastAPI(title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS)
+    app = FastAPI(
+        title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS
+    )
     app.add_exception_handler(SdarError, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -294,7 +319,9 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
 async def _answer_http_error(_: Request, error: Exception) -> Response:
     """No such route or method, or a body that is no JSON: in the form of all errors."""
     assert isinstance(error, HTTPException)
-    response = build_error_response(InvalidInputError(f"{error.detail}. See /openapi.json."), error.status_code)
+    response = build_error_response(
+        InvalidInputError(f"{error.detail}. See /openapi.json."), error.status_code
+    )
     response.headers.update(error.headers or {})
     return response
 
@@ -303,14 +330,20 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry)
     @app.get("/healthz", response_class=PlainTextResponse, responses=_NOT_NOW, tags=["probes"])
     async def healthz() -> Response:
         """200 while the main loop turns."""
-        return PlainTextResponse(f"{scheduler.health.detail}\n", 200 if scheduler.health.is_alive else 503)
+        return PlainTextResponse(
+            f"{scheduler.health.detail}\n", 200 if scheduler.health.is_alive else 503
+        )
 
     @app.get("/readyz", response_class=PlainTextResponse, responses=_NOT_NOW, tags=["probes"])
     async def readyz() -> Response:
-        """200 once the run is running: the environment lists its tasks and a first policy is published."""
+        """200 once the run is running: the environment lists its tasks and a first policy is
+        published.
+        """
         health = scheduler.health
         is_ready = health.is_alive and health.is_ready and not health.blocked
-        return PlainTextResponse(f"{health.blocked or scheduler.detail or health.detail}\n", 200 if is_ready else 503)
+        return PlainTextResponse(
+            f"{health.blocked or scheduler.detail or health.detail}\n", 200 if is_ready else 503
+        )
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["probes"])
     async def metrics() -> Response:
@@ -333,14 +366,17 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
     async def pause(until_restart: bool = False) -> RunReply:
         """Issue no more groups; what is in flight goes on. 409 unless running.
 
-        It holds until somebody resumes the run; with `until_restart`, as a drain asks for it, at most until this gateway ends.
+        It holds until somebody resumes the run; with `until_restart`, as a drain asks for it, at
+        most until this gateway ends.
         """
         scheduler.pause(until_restart=until_restart)
         return describe_run(scheduler, watch)
 
     @app.post("/v1/run/resume", responses=_CONFLICT, tags=["run"])
     async def resume() -> RunReply:
-        """Go on issuing groups, also after giving up, and wake a run that sleeps. 409 where nothing can go on."""
+        """Go on issuing groups, also after giving up, and wake a run that sleeps. 409 where nothing
+        can go on.
+        """
         scheduler.resume()
         return describe_run(scheduler, watch)
 
@@ -353,12 +389,18 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
     @app.get("/v1/environments", tags=["environments"])
     async def list_environments() -> list[EnvironmentReply]:
         """The environments this run knows."""
-        return [EnvironmentReply(**dataclasses.asdict(item)) for item in scheduler.environments.values()]
+        return [
+            EnvironmentReply(**dataclasses.asdict(item)) for item in scheduler.environments.values()
+        ]
 
     @app.post("/v1/environments", responses=_NOT_FOUND, tags=["environments"])
     async def register_environment(request: EnvironmentRequest) -> EnvironmentReply:
         """Add an environment by its address, or move one: later groups are played there."""
-        return EnvironmentReply(**dataclasses.asdict(await scheduler.register_environment(request.name, request.address)))
+        return EnvironmentReply(
+            **dataclasses.asdict(
+                await scheduler.register_environment(request.name, request.address)
+            )
+        )
 
 
 def _add_scaling(app: FastAPI, scheduler: Scheduler, watch: Watch, scaler: Scaler | None) -> None:
@@ -372,10 +414,17 @@ def _add_scaling(app: FastAPI, scheduler: Scheduler, watch: Watch, scaler: Scale
             idle_after_s=file.idle_after_s if file else 0.0,
             sleep=_describe_sleep(scheduler),
             problem=watch.scaling_problem or (scaler.problem if scaler else ""),
-            workloads={role: WorkloadReply(**dataclasses.asdict(it)) for role, it in scaler.workloads.items()}
+            workloads={
+                role: WorkloadReply(**dataclasses.asdict(it))
+                for role, it in scaler.workloads.items()
+            }
             if scaler
             else {},
-            changes=[ScalingChangeReply(**dataclasses.asdict(one)) for one in reversed(scaler.changes)] if scaler else [],
+            changes=[
+                ScalingChangeReply(**dataclasses.asdict(one)) for one in reversed(scaler.changes)
+            ]
+            if scaler
+            else [],
         )
 
 
@@ -390,8 +439,13 @@ def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus
         before: Annotated[str | None, Query(pattern=_ENTRY_ID)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> list[DeadLetterReply]:
-        """Entries that were set aside, newest first. Pass the last one's id as `before` for older ones."""
-        return [DeadLetterReply(**_summarize(letter)) for letter in await watch.ask(bus.list_dead_letters(limit, before))]
+        """Entries that were set aside, newest first. Pass the last one's id as `before` for older
+        ones.
+        """
+        return [
+            DeadLetterReply(**_summarize(letter))
+            for letter in await watch.ask(bus.list_dead_letters(limit, before))
+        ]
 
     @app.get("/v1/dead-letters/{letter_id}", responses=_NOT_FOUND, tags=["dead letters"])
     async def get_dead_letter(letter_id: LetterId) -> FullDeadLetterReply:
@@ -401,11 +455,17 @@ def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus
             raise UnknownResourceError(f"There is no dead letter {letter_id}.", letter_id=letter_id)
         return FullDeadLetterReply(**_summarize(letter), **describe_letter(letter))
 
-    @app.post("/v1/dead-letters/{letter_id}/retry", responses=_NOT_FOUND | _CONFLICT, tags=["dead letters"])
+    @app.post(
+        "/v1/dead-letters/{letter_id}/retry",
+        responses=_NOT_FOUND | _CONFLICT,
+        tags=["dead letters"],
+    )
     async def retry_dead_letter(letter_id: LetterId) -> RetryReply:
-        """Do its work again and remove it, both or neither: a training task as a new group, an evaluation's as it was.
+        """Do its work again and remove it, both or neither: a training task as a new group, an
+        evaluation's as it was.
 
-        404 if it is not there, so also the second time. 409 if its payload tells of no work, or the run issues nothing.
+        404 if it is not there, so also the second time. 409 if its payload tells of no work, or the
+        run issues nothing.
         """
         group_id = await watch.ask(scheduler.retry_dead_letter(letter_id))
         return RetryReply(letter_id=letter_id, group_id=group_id)
@@ -417,7 +477,9 @@ def _summarize(letter: DeadLetter) -> dict[str, Any]:
     return shown | {"age_s": max(0.0, time.time() - letter.at_s), "size_bytes": len(letter.payload)}
 
 
-def _add_lookups(app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[], Tokenizer] | None) -> None:
+def _add_lookups(
+    app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[], Tokenizer] | None
+) -> None:
     @app.get("/v1/metrics", tags=["lookups"])
     async def get_metrics(
         after: Annotated[str, Query(pattern=_ENTRY_ID)] = BEFORE_FIRST,
@@ -444,9 +506,13 @@ def _add_lookups(app: FastAPI, scheduler: Scheduler, load_tokenizer: Callable[[]
 
     @app.get("/v1/trajectories/{trajectory_id}", responses=_NOT_FOUND, tags=["lookups"])
     async def get_trajectory(trajectory_id: str) -> dict[str, Any]:
-        """One of the newest trajectories: task, turns, log-probs, versions and the teacher's score. 404 if it is not there."""
+        """One of the newest trajectories: task, turns, log-probs, versions and the teacher's score.
+        404 if it is not there.
+        """
         found = scheduler.history.trajectory(trajectory_id)
-        return describe_trajectory(found, None if load_tokenizer is None else await asyncio.to_thread(load_tokenizer))
+        return describe_trajectory(
+            found, None if load_tokenizer is None else await asyncio.to_thread(load_tokenizer)
+        )
 
 
 def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
@@ -469,14 +535,20 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         failures=dict(reversed(newest_failures)),
         length_drift=scheduler.lengths.compute_drift(),
         alarms=[AlarmReply(**dataclasses.asdict(alarm)) for alarm in watch.board.alarms],
-        bus=BusReply(**dataclasses.asdict(watch.condition), used_bytes=memory.used_bytes, max_bytes=memory.max_bytes),
+        bus=BusReply(
+            **dataclasses.asdict(watch.condition),
+            used_bytes=memory.used_bytes,
+            max_bytes=memory.max_bytes,
+        ),
         dead_letters=watch.num_dead_letters,
         stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
         instances={
             name: scheduler.history.count_instances(name)
             for name in (("rollout", "teacher") if scheduler.config.needs_teacher else ("rollout",))
         },
-        evaluations=[EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations],
+        evaluations=[
+            EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations
+        ],
         sleep=_describe_sleep(scheduler),
         started_at_s=state.started_at_s,
         finished_at_s=state.finished_at_s,

@@ -1,4 +1,6 @@
-"""Owns how records of the wire are told as plain JSON. Texts in them are data: whoever shows them escapes them."""
+"""Owns how records of the wire are told as plain JSON. Texts in them are data: whoever shows them
+escapes them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from sdar.bus.protocol import DeadLetter
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory
-from sdar.runtime.bus import DeadLetter
 
 
-def describe_trajectory(scored: ScoredTrajectory, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+def describe_trajectory(
+    scored: ScoredTrajectory, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
     """A trajectory with its score; with a tokenizer its tokens as text too."""
     trajectory, score = scored.trajectory, scored.score
     turns = []
@@ -38,13 +42,23 @@ def describe_trajectory(scored: ScoredTrajectory, tokenizer: Tokenizer | None = 
         }
         if tokenizer is not None:
             ids = turn.response_token_ids.tolist()
-            shown["response_tokens"] = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+            shown["response_tokens"] = [
+                tokenizer.decode([token], skip_special_tokens=False) for token in ids
+            ]
         if score is not None:
             shown["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
         turns.append(shown)
     described = {
         name: getattr(trajectory, name)
-        for name in ("run_id", "group_id", "trajectory_id", "attempt", "episode_index", "is_success", "duration_s")
+        for name in (
+            "run_id",
+            "group_id",
+            "trajectory_id",
+            "attempt",
+            "episode_index",
+            "is_success",
+            "duration_s",
+        )
     }
     described |= {
         "task": dataclasses.asdict(trajectory.task),
@@ -73,7 +87,11 @@ def describe_letter(letter: DeadLetter) -> dict[str, Any]:
     try:
         payload = replace_non_finite(_PAYLOADS[letter.stream](letter.payload))
     except SdarError as error:
-        return {"payload": None, "payload_error": str(error), "payload_base64": base64.b64encode(letter.payload).decode()}
+        return {
+            "payload": None,
+            "payload_error": str(error),
+            "payload_base64": base64.b64encode(letter.payload).decode(),
+        }
     return {"payload": payload, "payload_error": "", "payload_base64": ""}
 
 
@@ -90,8 +108,12 @@ def replace_non_finite(value: Any) -> Any:
 
 _PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
     Stream.TASKS: lambda payload: dataclasses.asdict(codec.decode_task_group(payload)),
-    Stream.TRAJECTORIES: lambda payload: describe_trajectory(ScoredTrajectory(codec.decode_trajectory(payload), None)),
+    Stream.TRAJECTORIES: lambda payload: describe_trajectory(
+        ScoredTrajectory(codec.decode_trajectory(payload), None)
+    ),
     Stream.SCORED: lambda payload: describe_trajectory(codec.decode_scored_trajectory(payload)),
-    Stream.EVALUATIONS: lambda payload: describe_trajectory(ScoredTrajectory(codec.decode_trajectory(payload), None)),
+    Stream.EVALUATIONS: lambda payload: describe_trajectory(
+        ScoredTrajectory(codec.decode_trajectory(payload), None)
+    ),
     Stream.LEDGER: lambda payload: dataclasses.asdict(codec.decode_ledger_event(payload)),
 }

@@ -1,4 +1,6 @@
-"""Owns the registry of environments: names, addresses, descriptions and task lists, asked of their servers over gRPC."""
+"""Owns the registry of environments: names, addresses, descriptions and task lists, asked of their
+servers over gRPC.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from typing import Any, Protocol
 from sdar.contracts import codec
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, UnknownResourceError
 from sdar.contracts.types import Task
-from sdar.runtime import rpc
-from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.security import OPEN, Security
 
 ADDRESS_PATTERN = r"^[A-Za-z0-9._-]+:[0-9]{1,5}$"
-"""HOST:PORT and nothing else gRPC could take for a target: whoever registers an environment must not choose a local socket."""
+"""HOST:PORT and nothing else gRPC could take for a target: whoever registers an environment must
+not choose a local socket.
+"""
 MAX_NAME_CHARACTERS = 128
 
 _PAGE_SIZE = 1000
@@ -37,7 +41,9 @@ class EnvironmentCatalog(Protocol):
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment: ...
 
-    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]: ...
+    async def list_tasks(
+        self, name: str, address: str, split: str, max_tasks: int | None = None
+    ) -> list[Task]: ...
 
 
 class GrpcEnvironmentCatalog:
@@ -47,28 +53,46 @@ class GrpcEnvironmentCatalog:
         self._security = security
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
-        """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't served there."""
-        async with rpc.connect(address, self._security) as channel:
+        """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't
+        served there.
+        """
+        async with connect(address, self._security) as channel:
             stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
             request = environment_pb2.DescribeRequest(environment=name)
-            answer = await rpc.call(stub.Describe, request, timeout_s=_DEADLINE_S, peer=f"environment {name} at {address}")
+            answer = await call(
+                stub.Describe,
+                request,
+                timeout_s=_DEADLINE_S,
+                peer=f"environment {name} at {address}",
+            )
         found = next((item for item in answer.environments if item.name == name), None)
         if found is None:
-            raise UnknownResourceError(f"The server at {address} doesn't serve {name!r}. Ask it with Describe.")
+            raise UnknownResourceError(
+                f"The server at {address} doesn't serve {name!r}. Ask it with Describe."
+            )
         splits = {split.name: split.num_tasks for split in found.splits}
-        return RegisteredEnvironment(name, address, found.version, splits, found.instructions, found.limits.max_turns)
+        return RegisteredEnvironment(
+            name, address, found.version, splits, found.instructions, found.limits.max_turns
+        )
 
-    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
+    async def list_tasks(
+        self, name: str, address: str, split: str, max_tasks: int | None = None
+    ) -> list[Task]:
         """All tasks of a split in the server's fixed order, or its first `max_tasks`."""
         tasks: list[Task] = []
         token = ""
-        async with rpc.connect(address, self._security) as channel:
+        async with connect(address, self._security) as channel:
             stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
             while True:
                 request = environment_pb2.ListTasksRequest(
                     environment=name, split=split, page_size=_PAGE_SIZE, page_token=token
                 )
-                page = await rpc.call(stub.ListTasks, request, timeout_s=_DEADLINE_S, peer=f"environment {name} at {address}")
+                page = await call(
+                    stub.ListTasks,
+                    request,
+                    timeout_s=_DEADLINE_S,
+                    peer=f"environment {name} at {address}",
+                )
                 tasks.extend(codec.task_from_proto(task) for task in page.tasks)
                 token = page.next_page_token
                 if not token or (max_tasks is not None and len(tasks) >= max_tasks):
@@ -79,17 +103,22 @@ def check_registration(name: str, address: str) -> None:
     """Raises InvalidInputError for what cannot be the name and address of an environment."""
     if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.fullmatch(ADDRESS_PATTERN, address):
         raise InvalidInputError(
-            f"Cannot register environment {name!r} at {address!r}: a name of 1 to {MAX_NAME_CHARACTERS} characters and "
+            f"Cannot register environment {name!r} at {address!r}: a name of 1 to "
+            f"{MAX_NAME_CHARACTERS} characters and "
             "HOST:PORT are needed."
         )
 
 
 class TrainingOrder:
-    """Endless order of training tasks: a seeded permutation per epoch, addressed by position so that a cursor suffices."""
+    """Endless order of training tasks: a seeded permutation per epoch, addressed by position so
+    that a cursor suffices.
+    """
 
     def __init__(self, tasks: list[Task], seed: int) -> None:
         if not tasks:
-            raise ConfigurationError("The training split is empty. Choose another environment.train_split.")
+            raise ConfigurationError(
+                "The training split is empty. Choose another environment.train_split."
+            )
         self._tasks = tasks
         self._seed = seed
         self._epoch = -1

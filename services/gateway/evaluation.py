@@ -1,4 +1,6 @@
-"""Owns evaluations: fixed held-out tasks, pinned to one policy version, counts pooled over tasks, Wilson intervals. Pure."""
+"""Owns evaluations: fixed held-out tasks, pinned to one policy version, counts pooled over tasks,
+Wilson intervals. Pure.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,33 @@ _MAX_INDEX_DIGITS = 7
 
 
 def compute_wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """95% score interval of a success rate (Wilson 1927); (0, 1) without trials. Unlike the normal one it stays in [0, 1]."""
+    """95% score interval of a success rate (Wilson 1927); (0, 1) without trials. Unlike the normal
+    one it stays in [0, 1].
+    """
     if num_trials == 0:
         return 0.0, 1.0
     z2 = NORMAL_QUANTILE_95**2
     rate = num_successes / num_trials
     centre = (rate + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
-    half = NORMAL_QUANTILE_95 / (1 + z2 / num_trials) * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    half = (
+        NORMAL_QUANTILE_95
+        / (1 + z2 / num_trials)
+        * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def compute_change_interval(
-    before: float, before_interval: tuple[float, float], after: float, after_interval: tuple[float, float]
+    before: float,
+    before_interval: tuple[float, float],
+    after: float,
+    after_interval: tuple[float, float],
 ) -> tuple[float, float]:
-    """95% interval of `after - before`, two rates with their Wilson intervals (Newcombe 1998, method 10).
+    """95% interval of `after - before`, two rates with their Wilson intervals (Newcombe 1998,
+    method 10).
 
-    It takes the two for independent. Rates on the same tasks go together a little, so it is rather too wide than too narrow.
+    It takes the two for independent. Rates on the same tasks go together a little, so it is rather
+    too wide than too narrow.
     """
     change = after - before
     down = math.hypot(after - after_interval[0], before_interval[1] - before)
@@ -43,7 +56,8 @@ class Evaluation:
         pending: task indexes without a result.
         successes: by task type, [successes, episodes]; pooled, never averaged over batches.
         failed: indexes of the tasks whose episode could not be played; they count as no success.
-        component_sums: reward components by name, summed over turns and episodes: a benchmark's own score is one of them.
+        component_sums: reward components by name, summed over turns and episodes: a benchmark's own
+            score is one of them.
     """
 
     evaluation_id: str
@@ -58,7 +72,9 @@ class Evaluation:
     component_sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, policy_version: int, num_updates: int, *, is_greedy: bool, num_tasks: int) -> Evaluation:
+    def begin(
+        cls, policy_version: int, num_updates: int, *, is_greedy: bool, num_tasks: int
+    ) -> Evaluation:
         kind = "greedy" if is_greedy else "sampled"
         return cls(
             f"{kind}-{num_updates:06d}-v{policy_version:06d}",
@@ -77,13 +93,19 @@ class Evaluation:
         return f"{self.evaluation_id}-{task_index:05d}"
 
     def find_index(self, text: str) -> int | None:
-        """The task index that ends the id of one of this evaluation's groups; None for any other text."""
+        """The task index that ends the id of one of this evaluation's groups; None for any other
+        text.
+        """
         is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_INDEX_DIGITS
         index = int(text) if is_number else self.num_tasks
-        return index if index < self.num_tasks and self.group_id(index).endswith(f"-{text}") else None
+        return (
+            index if index < self.num_tasks and self.group_id(index).endswith(f"-{text}") else None
+        )
 
     def add(self, task_index: int, trajectory: Trajectory) -> bool:
-        """Count one episode; a second result for the same task is ignored. Tells whether it counted."""
+        """Count one episode; a second result for the same task is ignored. Tells whether it
+        counted.
+        """
         if task_index not in self.pending:
             return False
         self._count(task_index, trajectory.task.task_type, trajectory.is_success)
@@ -123,7 +145,9 @@ class Evaluation:
         return sum(counts[0] for counts in self.successes.values()) / max(1, self.num_episodes)
 
     def summary(self) -> dict[str, object]:
-        """Pooled success with its interval, in total and by task type; reward components as means over all episodes."""
+        """Pooled success with its interval, in total and by task type; reward components as means
+        over all episodes.
+        """
         num_successes = sum(counts[0] for counts in self.successes.values())
         return {
             "evaluation_id": self.evaluation_id,
@@ -137,9 +161,12 @@ class Evaluation:
             "success": self.success,
             "interval": compute_wilson_interval(num_successes, self.num_episodes),
             "reward_components": {
-                name: total / max(1, self.num_episodes) for name, total in sorted(self.component_sums.items())
+                name: total / max(1, self.num_episodes)
+                for name, total in sorted(self.component_sums.items())
             },
-            "by_task_type": {kind: tuple(counts) for kind, counts in sorted(self.successes.items())},
+            "by_task_type": {
+                kind: tuple(counts) for kind, counts in sorted(self.successes.items())
+            },
         }
 
     def _count(self, task_index: int, task_type: str, is_success: bool) -> None:

@@ -1,4 +1,6 @@
-"""Owns GatewayService over gRPC: the same registry and status as the HTTP API, for programs that already speak gRPC."""
+"""Owns GatewayService over gRPC: the same registry and status as the HTTP API, for programs that
+already speak gRPC.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         environments = [_to_proto(found) for found in self._scheduler.environments.values()]
         return gateway_pb2.ListEnvironmentsResponse(environments=environments)
 
-    async def GetRunStatus(self, request: gateway_pb2.GetRunStatusRequest, context: Any) -> gateway_pb2.GetRunStatusResponse:
+    async def GetRunStatus(
+        self, request: gateway_pb2.GetRunStatusRequest, context: Any
+    ) -> gateway_pb2.GetRunStatusResponse:
         scheduler = self._scheduler
         return gateway_pb2.GetRunStatusResponse(
             run_id=scheduler.config.name,
@@ -54,8 +58,13 @@ def _to_proto(found: RegisteredEnvironment) -> gateway_pb2.RegisteredEnvironment
     description = environment_pb2.EnvironmentDescription(
         name=found.name,
         version=found.version,
-        splits=[environment_pb2.Split(name=name, num_tasks=number) for name, number in found.splits.items()],
+        splits=[
+            environment_pb2.Split(name=name, num_tasks=number)
+            for name, number in found.splits.items()
+        ],
         instructions=found.instructions,
         limits=environment_pb2.EnvironmentLimits(max_turns=found.max_turns),
     )
-    return gateway_pb2.RegisteredEnvironment(name=found.name, address=found.address, description=description)
+    return gateway_pb2.RegisteredEnvironment(
+        name=found.name, address=found.address, description=description
+    )

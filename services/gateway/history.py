@@ -1,4 +1,6 @@
-"""Owns what can be looked up afterwards: metrics of every service and the newest trajectories. Bounded; decides nothing."""
+"""Owns what can be looked up afterwards: metrics of every service and the newest trajectories.
+Bounded; decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from itertools import islice
 
 import structlog
 
+from sdar.bus.protocol import BEFORE_FIRST, Bus, parse_entry_id
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError, UnknownResourceError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import MetricRecord, ScoredTrajectory
-from sdar.runtime.bus import BEFORE_FIRST, Bus, parse_entry_id
 
 log = structlog.get_logger()
 
@@ -23,7 +25,9 @@ _TRAJECTORY_PAGE = 100
 """A trajectory can weigh megabytes."""
 _INSTANCE_SILENCE_S = 30.0
 _MAX_SKEW_S = 60.0
-"""Records come in about the order of their times: machines' clocks differ, and a record may wait for Redis."""
+"""Records come in about the order of their times: machines' clocks differ, and a record may wait
+for Redis.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,11 @@ class MetricEntry:
 
 
 class History:
-    """Follows the metrics and trajectory streams without a consumer group: it slows nobody down and holds nothing back.
+    """Follows the metrics and trajectory streams without a consumer group: it slows nobody down and
+    holds nothing back.
 
-    A trajectory that was finished and trimmed before this process looked is missing here, which is fine
-    for looking and no basis for counting.
+    A trajectory that was finished and trimmed before this process looked is missing here, which is
+    fine for looking and no basis for counting.
     """
 
     def __init__(
@@ -68,7 +73,9 @@ class History:
                 continue
             self.metrics.append(MetricEntry(entry.entry_id, record))
             self._last_seen[record.service, record.instance] = record.at_s
-        for entry in await bus.tail(self._trajectory_stream, self._cursors[self._trajectory_stream], _TRAJECTORY_PAGE):
+        for entry in await bus.tail(
+            self._trajectory_stream, self._cursors[self._trajectory_stream], _TRAJECTORY_PAGE
+        ):
             self._cursors[self._trajectory_stream] = entry.entry_id
             try:
                 scored = self._decode(entry.payload)
@@ -85,16 +92,24 @@ class History:
     def list_instances(self, service: str) -> set[str]:
         """Names of the processes of a service heard from lately."""
         oldest = self._clock() - _INSTANCE_SILENCE_S
-        return {instance for (name, instance), at_s in self._last_seen.items() if name == service and at_s >= oldest}
+        return {
+            instance
+            for (name, instance), at_s in self._last_seen.items()
+            if name == service and at_s >= oldest
+        }
 
     def last_heard_s(self, service: str) -> float | None:
         """Unix time of the newest record of a service; None before the first."""
-        return max((at_s for (name, _), at_s in self._last_seen.items() if name == service), default=None)
+        return max(
+            (at_s for (name, _), at_s in self._last_seen.items() if name == service), default=None
+        )
 
     def newest_values(self, service: str, count: int) -> list[dict[str, float]]:
         """Values of a service's newest records, newest first."""
         records = (entry.record for entry in reversed(self.metrics))
-        return list(islice((record.values for record in records if record.service == service), count))
+        return list(
+            islice((record.values for record in records if record.service == service), count)
+        )
 
     def values_since(self, service: str, since_s: float) -> dict[str, list[dict[str, float]]]:
         """Values of a service's records since a Unix time, newest first, by instance."""
@@ -126,7 +141,8 @@ class History:
         found = self._trajectories.get(trajectory_id)
         if found is None:
             raise UnknownResourceError(
-                f"Trajectory {trajectory_id} is not among the newest {self._max_trajectories} this gateway has seen.",
+                f"Trajectory {trajectory_id} is not among the newest {self._max_trajectories} this "
+                "gateway has seen.",
                 trajectory_id=trajectory_id,
             )
         return found

@@ -1,6 +1,8 @@
-"""Owns the comparison of how long episodes were played and how long those were that got trained. In memory; decides nothing.
+"""Owns the comparison of how long episodes were played and how long those were that got trained. In
+memory; decides nothing.
 
-A system that is short of time throws long episodes away first, and trains on another distribution than it plays.
+A system that is short of time throws long episodes away first, and trains on another distribution
+than it plays.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from collections import Counter, deque
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 
 KEPT_GROUPS = 256
-"""Newest closed groups that are compared: many updates' worth, so that one update's luck is no drift."""
+"""Newest closed groups that are compared: many updates' worth, so that one update's luck is no
+drift.
+"""
 LEAST_GROUPS = 32
 """Below this many the comparison says nothing yet."""
 
@@ -18,8 +22,8 @@ LEAST_GROUPS = 32
 class EpisodeLengths:
     """Turns of each episode of the newest closed groups.
 
-    A group enters when it is closed after it was played; one that is SKIPPED for want of a training signal stays out, since a
-    signal may well go with length. A restarted gateway begins anew.
+    A group enters when it is closed after it was played; one that is SKIPPED for want of a training
+    signal stays out, since a signal may well go with length. A restarted gateway begins anew.
     """
 
     def __init__(self) -> None:
@@ -36,10 +40,18 @@ class EpisodeLengths:
             self._closed.append((turns, event.outcome is GroupOutcome.TRAINED))
 
     def compute_drift(self) -> float:
-        """`compute_length_drift` of all kept groups and the trained among them; 0 while there are too few, or none is."""
+        """`compute_length_drift` of all kept groups and the trained among them; 0 while there are
+        too few, or none is.
+        """
         played = Counter(length for turns, _ in self._closed for length in turns)
-        trained = Counter(length for turns, is_trained in self._closed if is_trained for length in turns)
-        return compute_length_drift(played, trained) if trained and len(self._closed) >= LEAST_GROUPS else 0.0
+        trained = Counter(
+            length for turns, is_trained in self._closed if is_trained for length in turns
+        )
+        return (
+            compute_length_drift(played, trained)
+            if trained and len(self._closed) >= LEAST_GROUPS
+            else 0.0
+        )
 
 
 def compute_length_drift(played: Counter[int], trained: Counter[int]) -> float:
@@ -47,7 +59,8 @@ def compute_length_drift(played: Counter[int], trained: Counter[int]) -> float:
 
         1/2 * sum over n of |share of n turns among the played - share of n turns among the trained|
 
-    With `trained` a part of `played` it is 0 where nothing was dropped, and at most the share that was.
+    With `trained` a part of `played` it is 0 where nothing was dropped, and at most the share that
+    was.
     """
     num_played, num_trained = played.total(), trained.total()
     lengths = played.keys() | trained.keys()

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from sdar.bus.ledger import LedgerAccount
+from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.config import TrainingConfig
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import LedgerEvent
-from sdar.runtime.bus import BusMemory, StreamLag
-from sdar.runtime.ledger import LedgerAccount
-from sdar.runtime.telemetry import LabelBound
+from sdar.process.telemetry import LabelBound
 
 from .alarms import JUDGES, Alarm, BusState
 from .evaluation import Evaluation
@@ -25,15 +25,32 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = CollectorRegistry() if registry is None else registry
-        self.groups = Gauge("sdar_ledger_groups", "Training groups by state of their account.", ["state"], registry=registry)
-        self.gap = Gauge("sdar_ledger_gap", "Groups the ledger cannot explain; anything but 0 is a defect.", registry=registry)
-        self.policy_version = Gauge("sdar_policy_version", "Newest published policy version.", registry=registry)
-        self.updates = Gauge("sdar_updates", "Optimizer updates so far.", registry=registry)
-        self.target_updates = Gauge("sdar_target_updates", "Updates that the run is for.", registry=registry)
-        self.max_staleness = Gauge(
-            "sdar_max_staleness_updates", "Bound of staleness (training.max_staleness).", registry=registry
+        self.groups = Gauge(
+            "sdar_ledger_groups",
+            "Training groups by state of their account.",
+            ["state"],
+            registry=registry,
         )
-        self.phase = Gauge("sdar_run_phase", "1 for the phase that the run is in.", ["phase"], registry=registry)
+        self.gap = Gauge(
+            "sdar_ledger_gap",
+            "Groups the ledger cannot explain; anything but 0 is a defect.",
+            registry=registry,
+        )
+        self.policy_version = Gauge(
+            "sdar_policy_version", "Newest published policy version.", registry=registry
+        )
+        self.updates = Gauge("sdar_updates", "Optimizer updates so far.", registry=registry)
+        self.target_updates = Gauge(
+            "sdar_target_updates", "Updates that the run is for.", registry=registry
+        )
+        self.max_staleness = Gauge(
+            "sdar_max_staleness_updates",
+            "Bound of staleness (training.max_staleness).",
+            registry=registry,
+        )
+        self.phase = Gauge(
+            "sdar_run_phase", "1 for the phase that the run is in.", ["phase"], registry=registry
+        )
         by_kind = ["sampling", "task_type"]
         self.evaluated = Gauge(
             "sdar_evaluation_episodes",
@@ -41,8 +58,12 @@ class GatewayMetrics:
             by_kind,
             registry=registry,
         )
-        self.solved = Gauge("sdar_evaluation_successes", "Those that solved their task.", by_kind, registry=registry)
-        self.unreadable_events = Counter("sdar_unreadable_events", "Events that could not be decoded.", registry=registry)
+        self.solved = Gauge(
+            "sdar_evaluation_successes", "Those that solved their task.", by_kind, registry=registry
+        )
+        self.unreadable_events = Counter(
+            "sdar_unreadable_events", "Events that could not be decoded.", registry=registry
+        )
         self._bound = LabelBound()
         self.turns = Histogram(
             "sdar_episode_turns",
@@ -52,15 +73,29 @@ class GatewayMetrics:
             registry=registry,
         )
         self.length_drift = Gauge(
-            "sdar_episode_length_drift", "Total variation distance of episode length, played to trained.", registry=registry
+            "sdar_episode_length_drift",
+            "Total variation distance of episode length, played to trained.",
+            registry=registry,
         )
         self.stream_entries = Gauge(
-            "sdar_stream_entries", "Entries a stream's consumers have not finished.", ["stream", "state"], registry=registry
+            "sdar_stream_entries",
+            "Entries a stream's consumers have not finished.",
+            ["stream", "state"],
+            registry=registry,
         )
-        self.stream_age = Gauge("sdar_stream_oldest_age_seconds", "Age of the oldest of them.", ["stream"], registry=registry)
+        self.stream_age = Gauge(
+            "sdar_stream_oldest_age_seconds",
+            "Age of the oldest of them.",
+            ["stream"],
+            registry=registry,
+        )
         self.dead_letters = Gauge("sdar_dead_letters", "Entries set aside.", registry=registry)
-        self.memory = Gauge("sdar_redis_memory_bytes", "Redis' memory: used, and most.", ["kind"], registry=registry)
-        self.bus = Gauge("sdar_bus_state", "1 for the state that the bus is in.", ["state"], registry=registry)
+        self.memory = Gauge(
+            "sdar_redis_memory_bytes", "Redis' memory: used, and most.", ["kind"], registry=registry
+        )
+        self.bus = Gauge(
+            "sdar_bus_state", "1 for the state that the bus is in.", ["state"], registry=registry
+        )
         self.alarms = Gauge("sdar_alarm", "1 while an alarm is up.", ["name"], registry=registry)
 
     def observe_lengths(self, event: LedgerEvent) -> None:
@@ -90,7 +125,9 @@ class GatewayMetrics:
         for other in RunPhase:
             self.phase.labels(other.value).set(other is phase)
         self.length_drift.set(length_drift)
-        newest = {evaluation.is_greedy: evaluation for evaluation in evaluations if evaluation.is_complete}
+        newest = {
+            evaluation.is_greedy: evaluation for evaluation in evaluations if evaluation.is_complete
+        }
         for evaluation in newest.values():
             self._observe_evaluation(evaluation)
 

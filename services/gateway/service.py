@@ -1,4 +1,6 @@
-"""Owns the gateway process: builds its parts from a run's configuration and serves HTTP and gRPC until told to stop."""
+"""Owns the gateway process: builds its parts from a run's configuration and serves HTTP and gRPC
+until told to stop.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
 
 from sdar.config import RunConfig
+from sdar.connect import build_bus
 from sdar.contracts.streams import Stream
-from sdar.runtime import rpc
-from sdar.runtime.connect import build_bus
-from sdar.runtime.http import bind_http, build_http_server
-from sdar.runtime.lifecycle import run_until_stopped
-from sdar.runtime.security import Security
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health
+from sdar.process.lifecycle import run_until_stopped
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health
 from sdar.v1 import gateway_pb2_grpc
+from sdar.wire.http_server import bind_http, build_http_server
+from sdar.wire.rpc_server import RpcService, build_server
+from sdar.wire.security import Security
 
 from .app import build_app
 from .environments import GrpcEnvironmentCatalog
@@ -58,14 +60,23 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     watch = Watch(scheduler, watch_bus, metrics)
     scaling_metrics, scaler = ScalingMetrics(REGISTRY), None
     if settings.scaling is not None:
-        scaler = Scaler(scheduler, watch, ScalingFileReader(settings.scaling), KubernetesCluster(), scaling_metrics)
-    # Without transformers, which the gateway's image does not have; loaded when the first trajectory is asked for.
-    load_tokenizer = functools.cache(lambda: Tokenizer.from_file(str(config.model.path / "tokenizer.json")))
+        scaler = Scaler(
+            scheduler,
+            watch,
+            ScalingFileReader(settings.scaling),
+            KubernetesCluster(),
+            scaling_metrics,
+        )
+    # Without transformers, which the gateway's image does not have; loaded when the first
+    # trajectory is asked for.
+    load_tokenizer = functools.cache(
+        lambda: Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    )
     app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer, scaler=scaler)
     http_server = build_http_server(app, settings.host, security)
     add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
-    grpc_service = rpc.RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
-    grpc_server = rpc.build_server(settings.host, settings.grpc_port, [grpc_service], security)
+    grpc_service = RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
+    grpc_server = build_server(settings.host, settings.grpc_port, [grpc_service], security)
 
     async def answer_http(stopping: asyncio.Event) -> None:
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
@@ -82,7 +93,14 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         await grpc_server.stop(grace_s=2.0)
 
     try:
-        mains = [scheduler.run, watch.run, answer_http, answer_grpc, bus.hurry, *([scaler.run] if scaler else [])]
+        mains = [
+            scheduler.run,
+            watch.run,
+            answer_http,
+            answer_grpc,
+            bus.hurry,
+            *([scaler.run] if scaler else []),
+        ]
         await run_until_stopped(*mains)
     finally:
         await bus.close()

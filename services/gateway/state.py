@@ -1,6 +1,8 @@
-"""Owns the gateway's durable memory: one small JSON record, saved in the same transaction as what it decided.
+"""Owns the gateway's durable memory: one small JSON record, saved in the same transaction as what
+it decided.
 
-The account of groups isn't in it: the bus keeps that (`sdar.runtime.ledger`). Here is what the account's journal adds to it.
+The account of groups isn't in it: the bus keeps that (`sdar.bus.ledger`). Here is what the
+account's journal adds to it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from .evaluation import Evaluation
 
 STATE_NAME = "gateway"
 KEPT_REASONS = 100
-"""Newest failures remembered. The record is written with every decision, so it stays small; the log has them all."""
+"""Newest failures remembered. The record is written with every decision, so it stays small; the log
+has them all.
+"""
 
 
 class RunPhase(StrEnum):
-    """STARTING waits for the first policy and the environment; STOPPING issues no more groups and evaluates once more;
-    FAILED gave up, since group after group failed."""
+    """STARTING waits for the first policy and the environment; STOPPING issues no more groups and
+    evaluates once more; FAILED gave up, since group after group failed."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -39,7 +43,8 @@ class Sleep:
     """The run's workloads are held at zero replicas, since the Unix time `since_s`.
 
     Attributes:
-        configuration: digest of the run configuration that fell asleep; a stuck run is tried again under another one.
+        configuration: digest of the run configuration that fell asleep; a stuck run is tried again
+            under another one.
     """
 
     reason: str
@@ -53,10 +58,12 @@ class GatewayState:
 
     Attributes:
         paused_at_s: when a pause was asked for that outlives the gateway; 0 if none is in force.
-        next_group_number: always the number of groups the account has seen issued: both change in one transaction.
+        next_group_number: always the number of groups the account has seen issued: both change in
+            one transaction.
         failure_reasons: of the newest failed and cancelled groups, by id.
         num_failed_in_a_row: failures since a group was last generated.
-        unaccounted: what the check at the end of the run found: numbers of groups without exactly one outcome.
+        unaccounted: what the check at the end of the run found: numbers of groups without exactly
+            one outcome.
         finished_target: updates that were wanted when the run finished.
         sleep: none while the run is awake.
         sizes: replicas by workload before the last sleep.
@@ -100,7 +107,8 @@ class GatewayState:
             return cls(phase=phase, evaluations=evaluations, sleep=sleep and Sleep(**sleep), **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(
-                f"The gateway's saved state can't be read ({error}). It was written by another version of sdar; "
+                f"The gateway's saved state can't be read ({error}). It was written by another "
+                "version of sdar; "
                 "start the run under a new name."
             ) from error
 

@@ -1,4 +1,6 @@
-"""Owns what is known of the bus and what is wrong with the run, looked up once a second so that no request waits for Redis."""
+"""Owns what is known of the bus and what is wrong with the run, looked up once a second so that no
+request waits for Redis.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from sdar.bus.protocol import Bus, BusMemory, StreamLag
 from sdar.contracts.errors import BusUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.runtime.bus import Bus, BusMemory, StreamLag
-from sdar.runtime.lifecycle import wait_or_stop
+from sdar.process.lifecycle import wait_or_stop
 
 from .alarms import AlarmBoard, BusCondition, BusState, Situation
 from .metrics import GatewayMetrics
@@ -20,9 +22,12 @@ T = TypeVar("T")
 
 _REFRESH_S = 1.0
 ANSWER_S = 2.0
-"""Longest wait for Redis' answer to a small question: a status page and a dead letter are asked for by people."""
+"""Longest wait for Redis' answer to a small question: a status page and a dead letter are asked for
+by people.
+"""
 _STARTUP_S = 300.0
-"""An engine may take minutes to load its model: a service that never reported isn't missed before."""
+"""An engine may take minutes to load its model: a service that never reported isn't missed before.
+"""
 _NEWEST_UPDATES = 20
 _BUSY_PARTS = ("step_s", "publish_s", "checkpoint_s")
 
@@ -78,12 +83,20 @@ class Watch:
             self._was_blocked = bool(blocked)
         self._note_progress()
         self.board.update(self._describe_situation())
-        self._metrics.observe_bus(self.condition.state, self.lags, self.memory, self.num_dead_letters, self.board.alarms)
+        self._metrics.observe_bus(
+            self.condition.state, self.lags, self.memory, self.num_dead_letters, self.board.alarms
+        )
 
     def _describe_fullness(self) -> str:
-        """That Redis has no room, which a gateway with nothing to write would not meet; empty if it has."""
+        """That Redis has no room, which a gateway with nothing to write would not meet; empty if it
+        has.
+        """
         used, most = self.memory.used_bytes, self.memory.max_bytes
-        return f"Redis is full ({used} of {most} bytes). Raise its maxmemory." if most and used >= most else ""
+        return (
+            f"Redis is full ({used} of {most} bytes). Raise its maxmemory."
+            if most and used >= most
+            else ""
+        )
 
     async def ask(self, question: Awaitable[T]) -> T:
         """The answer to a question to Redis, for somebody who waits.
@@ -95,18 +108,27 @@ class Watch:
             async with asyncio.timeout(self._answer_s):
                 return await question
         except TimeoutError as error:
-            reason = self._scheduler.health.blocked or f"Redis gave no answer within {self._answer_s:g} s."
+            reason = (
+                self._scheduler.health.blocked
+                or f"Redis gave no answer within {self._answer_s:g} s."
+            )
             raise BusUnavailableError(reason) from error
 
     async def _look(self) -> None:
-        lags = {stream: await self._bus.stream_lag(stream, group) for stream, group in self._consumers()}
+        lags = {
+            stream: await self._bus.stream_lag(stream, group) for stream, group in self._consumers()
+        }
         memory = await self._bus.memory()
         self.num_dead_letters = await self._bus.count_dead_letters()
         self.lags, self.memory = lags, memory
 
     def _consumers(self) -> list[tuple[Stream, ConsumerGroup]]:
         """Each consumed stream with its group; one role reads a stream."""
-        return [(stream, group) for stream, groups in self._scheduler.config.stream_consumers.items() for group in groups]
+        return [
+            (stream, group)
+            for stream, groups in self._scheduler.config.stream_consumers.items()
+            for group in groups
+        ]
 
     def _change(self, state: BusState, message: str) -> None:
         since_s = self.condition.since_s if state is self.condition.state else self._clock()
@@ -118,9 +140,13 @@ class Watch:
         return max(self._progress_at_s, self._scheduler.woken_at_s)
 
     def compute_learner_busy_s(self) -> float:
-        """The slowest of the learner's newest updates, seconds without its waiting; 0 before the first."""
+        """The slowest of the learner's newest updates, seconds without its waiting; 0 before the
+        first.
+        """
         updates = self._scheduler.history.newest_values("learner", _NEWEST_UPDATES)
-        return max((sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0)
+        return max(
+            (sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0
+        )
 
     def _note_progress(self) -> None:
         if self._scheduler.progress != self._progress:
@@ -138,7 +164,10 @@ class Watch:
             bus=self.condition,
             memory=self.memory,
             lags=self.lags,
-            heard_at_s={name: expected_s if at_s is None or at_s < woken_s else at_s for name, at_s in heard.items()},
+            heard_at_s={
+                name: expected_s if at_s is None or at_s < woken_s else at_s
+                for name, at_s in heard.items()
+            },
             learner_busy_s=self.compute_learner_busy_s(),
             learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
             num_dead_letters=self.num_dead_letters,

@@ -1,1 +1,3 @@
-"""The learner: assembles groups, updates the policy with DeepSpeed, publishes weights and keeps checkpoints."""
+"""The learner: assembles groups, updates the policy with DeepSpeed, publishes weights and keeps
+checkpoints.
+"""

@@ -1,4 +1,5 @@
-"""Owns checkpoints on disk: written whole or not at all, verified before use, old ones removed. Safetensors and JSON only.
+"""Owns checkpoints on disk: written whole or not at all, verified before use, old ones removed.
+Safetensors and JSON only.
 
     checkpoints/
       update-00000020/                     appears under this name by one rename, when everything in it is on the disk
@@ -10,8 +11,8 @@
       update-00000030.partial/             being written; removed at the next start
       update-00000030.replaced/            a damaged one of that name, until its successor is in place
 
-The learning rate is a function of the update number (`Trainer`), so no scheduler has state to be held. It never decides when to
-write a checkpoint, and never acknowledges anything.
+The learning rate is a function of the update number (`Trainer`), so no scheduler has state to be
+held. It never decides when to write a checkpoint, and never acknowledges anything.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError, ConfigurationError, ConflictError, CorruptionError
-from sdar.runtime.chat import compute_model_identity
+from sdar.model.chat import compute_model_identity
 from services.learner.progress import Progress
 from services.learner.ranks import Ranks
 
@@ -40,7 +41,12 @@ log = structlog.get_logger()
 
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
-_MANIFEST, _STATE, _SNAPSHOT, _WEIGHTS = "manifest.json", "state.json", "bus.snapshot", "weights.safetensors"
+_MANIFEST, _STATE, _SNAPSHOT, _WEIGHTS = (
+    "manifest.json",
+    "state.json",
+    "bus.snapshot",
+    "weights.safetensors",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +79,21 @@ class CheckpointStore:
                 replaced.rename(replaced.with_suffix(""))
 
     def find_newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint, None where none was ever written; logs which newer ones were skipped and why.
+        """The newest intact checkpoint, None where none was ever written; logs which newer ones
+        were skipped and why.
 
         Raises:
             CorruptionError: there are checkpoints, and all are damaged.
-            ConfigurationError: it was made for other ranks, another ZeRO stage, number format or model.
+            ConfigurationError: it was made for other ranks, another ZeRO stage, number format or
+                model.
         """
         skipped = {}
         for path in _list_newest_first(self._directory):
             try:
                 state = _verify(path)
-                found = Checkpoint(path, Progress.from_json(state["progress"]), (path / _SNAPSHOT).read_bytes())
+                found = Checkpoint(
+                    path, Progress.from_json(state["progress"]), (path / _SNAPSHOT).read_bytes()
+                )
             except CorruptionError as error:
                 log.error("checkpoint_skipped", path=str(path), reason=str(error))
                 skipped[path] = str(error)
@@ -91,17 +101,26 @@ class CheckpointStore:
             self._check_fits(path, state["made_for"])
             self._damaged = set(skipped)
             progress = found.progress
-            log.info("checkpoint_found", path=str(path), num_updates=progress.num_updates, version=progress.policy_version)
+            log.info(
+                "checkpoint_found",
+                path=str(path),
+                num_updates=progress.num_updates,
+                version=progress.policy_version,
+            )
             return found
         if skipped:
             raise _all_damaged(self._directory, skipped)
         return None
 
-    def write(self, progress: Progress, snapshot: bytes, write_shards: Callable[[Path], None]) -> Path:
-        """Make `progress` durable; `write_shards` puts every rank's files into the directory it is given.
+    def write(
+        self, progress: Progress, snapshot: bytes, write_shards: Callable[[Path], None]
+    ) -> Path:
+        """Make `progress` durable; `write_shards` puts every rank's files into the directory it is
+        given.
 
         Raises:
-            CapacityError: the disk is full, or cannot be written; nothing is left behind and earlier checkpoints stand.
+            CapacityError: the disk is full, or cannot be written; nothing is left behind and
+                earlier checkpoints stand.
         """
         final = self._directory / f"update-{progress.num_updates:08d}"
         partial = final.with_suffix(_PARTIAL)
@@ -110,8 +129,12 @@ class CheckpointStore:
             partial.mkdir()
             write_shards(partial)
             _write_file(partial / _SNAPSHOT, snapshot)
-            _write_file(partial / _STATE, _to_json({"progress": progress.to_json(), "made_for": self._made_for()}))
-            # The others' shards by name: on a shared disk, what other machines wrote is found later by listing than by asking.
+            _write_file(
+                partial / _STATE,
+                _to_json({"progress": progress.to_json(), "made_for": self._made_for()}),
+            )
+            # The others' shards by name: on a shared disk, what other machines wrote is found later
+            # by listing than by asking.
             num_ranks = self._config.training.num_ranks
             shards = [_name_shard(rank, num_ranks) for rank in range(1, num_ranks)]
             _write_file(partial / _MANIFEST, _describe_all(partial, shards))
@@ -126,7 +149,9 @@ class CheckpointStore:
         return final
 
     def _put_in_place(self, partial: Path, final: Path) -> None:
-        """Nothing goes before its successor is there, even if it is damaged: who has the name was not resumed from."""
+        """Nothing goes before its successor is there, even if it is damaged: who has the name was
+        not resumed from.
+        """
         replaced = final.with_suffix(_REPLACED)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -140,10 +165,15 @@ class CheckpointStore:
         os.close(self._lock)
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep the newest whole ones. Those found damaged don't count, and go once a newer one is there."""
+        """Keep the newest whole ones. Those found damaged don't count, and go once a newer one is
+        there.
+        """
         self._damaged.discard(newest)
         whole = [path for path in _list_newest_first(self._directory) if path not in self._damaged]
-        for path in [*whole[self._config.training.keep_checkpoints :], *(path for path in self._damaged if path < newest)]:
+        for path in [
+            *whole[self._config.training.keep_checkpoints :],
+            *(path for path in self._damaged if path < newest),
+        ]:
             shutil.rmtree(path)
             self._damaged.discard(path)
 
@@ -157,18 +187,27 @@ class CheckpointStore:
         }
 
     def _check_fits(self, path: Path, made_for: dict[str, Any]) -> None:
-        different = {name: (made_for.get(name), now) for name, now in self._made_for().items() if made_for.get(name) != now}
+        different = {
+            name: (made_for.get(name), now)
+            for name, now in self._made_for().items()
+            if made_for.get(name) != now
+        }
         if different:
-            changes = ", ".join(f"{name} {was} (now {now})" for name, (was, now) in different.items())
+            changes = ", ".join(
+                f"{name} {was} (now {now})" for name, (was, now) in different.items()
+            )
             raise ConfigurationError(
-                f"Checkpoint {path} was made with {changes}. Continue with the same values, or start another run."
+                f"Checkpoint {path} was made with {changes}. Continue with the same values, or "
+                "start another run."
             )
 
 
 def read_trained_groups(directory: Path) -> list[tuple[str, ...]]:
-    """Group ids of each update (the last `REMEMBERED_UPDATES`) that the newest intact checkpoint holds, oldest first.
+    """Group ids of each update (the last `REMEMBERED_UPDATES`) that the newest intact checkpoint
+    holds, oldest first.
 
-    For those who check a run from outside: it takes no lock, so it may be called beside a running learner.
+    For those who check a run from outside: it takes no lock, so it may be called beside a running
+    learner.
     """
     for path in _list_newest_first(directory):
         try:
@@ -208,7 +247,9 @@ def write_rank_shard(
         raise _disk_error(path, error) from error
 
 
-def read_rank_shard(directory: Path, ranks: Ranks, device: torch.device) -> tuple[dict[str, Tensor], int]:
+def read_rank_shard(
+    directory: Path, ranks: Ranks, device: torch.device
+) -> tuple[dict[str, Tensor], int]:
     """This rank's optimizer tensors and step count; the random state is put in place."""
     from safetensors import safe_open
 
@@ -236,17 +277,20 @@ def _lock_directory(directory: Path) -> int:
         handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise ConfigurationError(
-            f"Cannot use checkpoint directory {directory}: {error.strerror}. Make it writable or set SDAR_CHECKPOINTS."
+            f"Cannot use checkpoint directory {directory}: {error.strerror}. Make it writable or "
+            "set SDAR_CHECKPOINTS."
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
         raise ConflictError(
-            f"Another learner holds checkpoint directory {directory}. Stop it first, or give this run a directory of its own."
+            f"Another learner holds checkpoint directory {directory}. Stop it first, or give this "
+            "run a directory of its own."
         ) from error
     except OSError as error:
-        # Some shared disks have no locks. The role at the bus still lets one learner only read, book and begin a checkpoint.
+        # Some shared disks have no locks. The role at the bus still lets one learner only read,
+        # book and begin a checkpoint.
         log.warning("checkpoints_not_locked", directory=str(directory), error=str(error))
     return handle
 
@@ -268,7 +312,9 @@ def _verify(path: Path) -> dict[str, Any]:
             raise CorruptionError(f"{_MANIFEST} does not have the sha256 that it states of itself.")
         names = sorted(entry.name for entry in path.iterdir() if entry.name != _MANIFEST)
         if names != sorted(files) or not {_STATE, _SNAPSHOT, _WEIGHTS} <= files.keys():
-            raise CorruptionError(f"It holds the files {names}, its manifest names {sorted(files)}.")
+            raise CorruptionError(
+                f"It holds the files {names}, its manifest names {sorted(files)}."
+            )
         for name, expected in files.items():
             if (found := _describe(path / name)) != expected:
                 raise CorruptionError(f"{name} is {found}, its manifest says {expected}.")
@@ -285,7 +331,10 @@ def _describe_all(directory: Path, shards: Sequence[str] = ()) -> bytes:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "size_bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _seal(files: dict[str, Any]) -> bytes:
@@ -312,7 +361,8 @@ def _sync(path: Path) -> None:
 
 def _disk_error(path: Path, error: Exception) -> CapacityError:
     return CapacityError(
-        f"Cannot write {path}: {error}. Nothing was half-written and earlier checkpoints stand; the learner tries again until "
+        f"Cannot write {path}: {error}. Nothing was half-written and earlier checkpoints stand; "
+        "the learner tries again until "
         "there is room. Free space on that disk."
     )
 
@@ -320,6 +370,7 @@ def _disk_error(path: Path, error: Exception) -> CapacityError:
 def _all_damaged(directory: Path, skipped: dict[Path, str]) -> CorruptionError:
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
     return CorruptionError(
-        f"All checkpoints in {directory} are damaged ({reasons}). Put an intact copy back, or delete them (rm -r "
+        f"All checkpoints in {directory} are damaged ({reasons}). Put an intact copy back, or "
+        "delete them (rm -r "
         f"{directory}/update-*) to let the policy begin again from the model."
     )

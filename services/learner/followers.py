@@ -1,7 +1,8 @@
-"""Owns the learner's other ranks on this machine when nobody else starts them: their processes, and what such a process runs.
+"""Owns the learner's other ranks on this machine when nobody else starts them: their processes, and
+what such a process runs.
 
-A follower reads the run's configuration from its standard input, which rank 0 holds open: when rank 0 is gone, by whatever
-death, the input ends and the follower exits, so none is ever orphaned.
+A follower reads the run's configuration from its standard input, which rank 0 holds open: when rank
+0 is gone, by whatever death, the input ends and the follower exits, so none is ever orphaned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import SdarError
-from sdar.runtime.ports import find_free_port
+from sdar.process.ports import find_free_port
 from services.learner.ranks import Ranks, join_ranks
 from services.learner.update import Trainer, build_trainer
 
@@ -42,7 +43,14 @@ class FollowerProcesses:
     def __enter__(self) -> Self:
         num_ranks = self._config.training.num_ranks
         for rank in range(1, num_ranks):
-            command = [sys.executable, "-m", __name__, str(rank), str(num_ranks), str(self.store_address[1])]
+            command = [
+                sys.executable,
+                "-m",
+                __name__,
+                str(rank),
+                str(num_ranks),
+                str(self.store_address[1]),
+            ]
             process = subprocess.Popen(command, stdin=subprocess.PIPE)
             self._processes.append(process)
             assert process.stdin is not None
@@ -50,7 +58,12 @@ class FollowerProcesses:
             process.stdin.flush()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
@@ -64,12 +77,18 @@ class FollowerProcesses:
     async def watch(self, stopping: asyncio.Event) -> None:
         """Return when `stopping` is set; end this process if a follower dies before.
 
-        A collective that waits for a dead rank can't be interrupted, so there is no gentler way than leaving at once.
+        A collective that waits for a dead rank can't be interrupted, so there is no gentler way
+        than leaving at once.
         """
         while not stopping.is_set():
             for rank, process in enumerate(self._processes, start=1):
                 if process.poll() is not None:
-                    log.error("rank_died", rank=rank, exit_code=process.returncode, hint="its own log lines say why")
+                    log.error(
+                        "rank_died",
+                        rank=rank,
+                        exit_code=process.returncode,
+                        hint="its own log lines say why",
+                    )
                     os._exit(1)
             await asyncio.sleep(_WATCH_S)
 
@@ -87,7 +106,8 @@ def _exit_when_input_ends(stream: Any) -> None:
 
 def _main() -> None:
     rank, num_ranks, port = map(int, sys.argv[1:])
-    # A Ctrl-C goes to every process: rank 0 finishes its step first, needs this one for it, and says when to stop.
+    # A Ctrl-C goes to every process: rank 0 finishes its step first, needs this one for it, and
+    # says when to stop.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     config = RunConfig.model_validate_json(sys.stdin.buffer.readline())

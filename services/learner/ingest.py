@@ -1,12 +1,15 @@
-"""Owns the way from stream entries to batches of whole groups: completion, duplicates, staleness, zero-signal groups.
+"""Owns the way from stream entries to batches of whole groups: completion, duplicates, staleness,
+zero-signal groups.
 
-`GroupBuffer` decides and does no I/O; `GroupSource` reads the stream and writes what was decided. An entry of a group that will
-be trained stays unacknowledged: the main loop acknowledges it when a checkpoint holds its effect. Everything else is
-acknowledged in the transaction that books why. What is held is bounded by the gateway's admission.
+`GroupBuffer` decides and does no I/O; `GroupSource` reads the stream and writes what was decided.
+An entry of a group that will be trained stays unacknowledged: the main loop acknowledges it when a
+checkpoint holds its effect. Everything else is acknowledged in the transaction that books why. What
+is held is bounded by the gateway's admission.
 
-Groups are served earliest deadline first: the one that goes stale soonest is trained first, so a long episode, which arrives
-late and with old tokens, is not the one that waits. The choice depends on what has arrived and on nothing else: a learner that
-resumes makes the batches again that it would have made.
+Groups are served earliest deadline first: the one that goes stale soonest is trained first, so a
+long episode, which arrives late and with old tokens, is not the one that waits. The choice depends
+on what has arrived and on nothing else: a learner that resumes makes the batches again that it
+would have made.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ import structlog
 
 from sdar.algorithms.advantages import compute_advantages, has_signal
 from sdar.algorithms.methods import get_method
+from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery, parse_entry_id
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
-from sdar.runtime import tracing
-from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, parse_entry_id
+from sdar.process import tracing
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
 log = structlog.get_logger()
@@ -41,7 +44,8 @@ _BLOCK_S = 0.25
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Episodes of one task from one attempt, in the order of their index, and the stream entries that brought them.
+    """Episodes of one task from one attempt, in the order of their index, and the stream entries
+    that brought them.
 
     Attributes:
         policy_version: of the oldest sampled token.
@@ -64,7 +68,10 @@ class Group:
             items,
             deliveries,
             min(item.trajectory.min_policy_version for item in items),
-            min((item.score.teacher_version for item in items if item.score is not None), default=None),
+            min(
+                (item.score.teacher_version for item in items if item.score is not None),
+                default=None,
+            ),
             max(parse_entry_id(delivery.entry_id) for delivery in deliveries),
         )
 
@@ -91,7 +98,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dropped:
-    """A group that won't be trained, with every entry it brought and the turns of each episode that was judged."""
+    """A group that won't be trained, with every entry it brought and the turns of each episode that
+    was judged.
+    """
 
     group_id: str
     verdict: Verdict
@@ -155,20 +164,25 @@ class GroupBuffer:
         return len(self._complete)
 
     def add(self, item: ScoredTrajectory, delivery: Delivery) -> list[Delivery]:
-        """Take one episode in; returns entries that are superfluous and may be acknowledged at once.
+        """Take one episode in; returns entries that are superfluous and may be acknowledged at
+        once.
 
-        The first attempt at a group that is complete wins. A duplicate is superfluous because the entry that it repeats stays
-        pending.
+        The first attempt at a group that is complete wins. A duplicate is superfluous because the
+        entry that it repeats stays pending.
         """
         trajectory = item.trajectory
         key = (trajectory.group_id, trajectory.attempt)
-        if trajectory.group_id in self._complete or trajectory.episode_index in self._partial.get(key, ()):
+        if trajectory.group_id in self._complete or trajectory.episode_index in self._partial.get(
+            key, ()
+        ):
             return [delivery]
         partial = self._partial.setdefault(key, {})
         partial[trajectory.episode_index] = (item, delivery)
         if len(partial) < trajectory.group_size:
             return []
-        self._complete[trajectory.group_id] = Group.of(trajectory.group_id, self._partial.pop(key).values())
+        self._complete[trajectory.group_id] = Group.of(
+            trajectory.group_id, self._partial.pop(key).values()
+        )
         return [d for group in self._pop_partial(trajectory.group_id) for d in group.deliveries]
 
     def drop(self, group_id: str) -> list[Delivery]:
@@ -179,8 +193,13 @@ class GroupBuffer:
         return [delivery for group in groups for delivery in group.deliveries]
 
     def drop_where(self, judge: Callable[[Group, bool], Verdict | None]) -> list[Dropped]:
-        """Take out the groups that `judge(group, is_complete)` gives a verdict on; it sees the last attempt."""
-        newest = {key[0]: Group.of(key[0], pairs.values()) for key, pairs in sorted(self._partial.items(), key=_by_attempt)}
+        """Take out the groups that `judge(group, is_complete)` gives a verdict on; it sees the last
+        attempt.
+        """
+        newest = {
+            key[0]: Group.of(key[0], pairs.values())
+            for key, pairs in sorted(self._partial.items(), key=_by_attempt)
+        }
         judged = [(group, judge(group, True)) for group in self._complete.values()]
         judged += [(group, judge(group, False)) for group in newest.values()]
         return [
@@ -190,10 +209,14 @@ class GroupBuffer:
         ]
 
     def take(self, count: int, deadline: Callable[[Group], int]) -> list[Group] | None:
-        """The `count` whole groups with the earliest deadlines, by arrival among equals; None if there are fewer."""
+        """The `count` whole groups with the earliest deadlines, by arrival among equals; None if
+        there are fewer.
+        """
         if len(self._complete) < count:
             return None
-        urgent = sorted(self._complete.values(), key=lambda group: (deadline(group), group.arrived))[:count]
+        urgent = sorted(
+            self._complete.values(), key=lambda group: (deadline(group), group.arrived)
+        )[:count]
         return [self._complete.pop(group.group_id) for group in urgent]
 
     def _pop_partial(self, group_id: str) -> list[Group]:
@@ -227,8 +250,8 @@ class GroupSource:
     async def reclaim(self, progress: Progress) -> None:
         """After a start: have again all that an earlier life read and did not acknowledge.
 
-        Groups that the checkpoint holds are booked as trained in the transaction that acknowledges their entries: the crash
-        came between the checkpoint and that.
+        Groups that the checkpoint holds are booked as trained in the transaction that acknowledges
+        their entries: the crash came between the checkpoint and that.
         """
         self._progress = progress
         self._versions_in_checkpoint = progress.list_trained()
@@ -242,12 +265,17 @@ class GroupSource:
             deliveries += page
         await self._accept(deliveries)
         if deliveries:
-            log.info("entries_reclaimed", num_entries=len(deliveries), num_groups=self.buffer.num_complete)
+            log.info(
+                "entries_reclaimed",
+                num_entries=len(deliveries),
+                num_groups=self.buffer.num_complete,
+            )
 
     async def next_batch(
         self, progress: Progress, stopping: asyncio.Event, beat: Callable[[], None] = lambda: None
     ) -> list[Group] | None:
-        """The next groups to train on, none staler than the bound at this moment; None when asked to stop first.
+        """The next groups to train on, none staler than the bound at this moment; None when asked
+        to stop first.
 
         Args:
             beat: called at every look at the stream: waiting long is not being dead.
@@ -264,15 +292,23 @@ class GroupSource:
         return None
 
     async def cancel_all(self, reason: str) -> None:
-        """Close every group that is here or arrives now as CANCELLED: there is no update left for it."""
+        """Close every group that is here or arrives now as CANCELLED: there is no update left for
+        it.
+        """
         await self._read(_BLOCK_S)
-        await self._settle(self.buffer.drop_where(lambda *_: Verdict(GroupOutcome.CANCELLED, reason)))
+        await self._settle(
+            self.buffer.drop_where(lambda *_: Verdict(GroupOutcome.CANCELLED, reason))
+        )
 
     async def _read(self, block_s: float) -> None:
-        """Take in all that is there, waiting up to `block_s` for the first: who chooses by deadline must see everything."""
+        """Take in all that is there, waiting up to `block_s` for the first: who chooses by deadline
+        must see everything.
+        """
         num_read = self._max_count
         while num_read == self._max_count:
-            page = await self._bus.read(self._stream, ConsumerGroup.LEARNER, self._consumer, self._max_count, block_s)
+            page = await self._bus.read(
+                self._stream, ConsumerGroup.LEARNER, self._consumer, self._max_count, block_s
+            )
             await self._accept(page)
             num_read, block_s = len(page), 0.0
 
@@ -298,7 +334,10 @@ class GroupSource:
         if superfluous:
             self.counts.num_duplicates += len(superfluous)
             groups = [Group.of(group_id, pairs.values()) for group_id, pairs in durable.items()]
-            booked = [book_trained(self._config, group, self._versions_in_checkpoint[group.group_id]) for group in groups]
+            booked = [
+                book_trained(self._config, group, self._versions_in_checkpoint[group.group_id])
+                for group in groups
+            ]
             await self._bus.commit({}, superfluous, transitions=booked)
 
     def _decode(self, payload: bytes) -> ScoredTrajectory:
@@ -313,11 +352,15 @@ class GroupSource:
             for tokens in (turn.prompt_token_ids, turn.response_token_ids)
         )
         faults = {
-            f"run_id is {trajectory.run_id!r}, not {self._config.name!r}": trajectory.run_id != self._config.name,
+            f"run_id is {trajectory.run_id!r}, not {self._config.name!r}": trajectory.run_id
+            != self._config.name,
             "an evaluation episode is never trained on": trajectory.purpose is not Purpose.TRAIN,
             "the teacher score is missing": self._method.needs_teacher and item.score is None,
-            f"token id {largest} is outside the vocabulary of {self._vocabulary_size}": largest >= self._vocabulary_size,
-            "a turn has an empty prompt": any(not len(turn.prompt_token_ids) for turn in trajectory.turns),
+            f"token id {largest} is outside the vocabulary of {self._vocabulary_size}": largest
+            >= self._vocabulary_size,
+            "a turn has an empty prompt": any(
+                not len(turn.prompt_token_ids) for turn in trajectory.turns
+            ),
         }
         return "; ".join(text for text, is_so in faults.items() if is_so)
 
@@ -326,7 +369,9 @@ class GroupSource:
         group_id = item.trajectory.group_id
         others = self.buffer.drop(group_id)
         self._dropped.add([group_id])
-        event = self._event(group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0)
+        event = self._event(
+            group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0
+        )
         await self._bus.dead_letter(delivery, reason, [event])
         await self._bus.acknowledge(others)
         self.counts.num_failed += 1
@@ -337,8 +382,14 @@ class GroupSource:
         training, progress = self._config.training, self._progress
         if progress.num_updates > self._compute_deadline(group):
             staleness = progress.compute_staleness(group.policy_version)
-            here = "" if is_complete else f", {len(group.items)} of {group.items[0].trajectory.group_size} episodes here"
-            reason = f"oldest token {staleness} updates behind, bound {training.max_staleness}{here}"
+            here = (
+                ""
+                if is_complete
+                else f", {len(group.items)} of {group.items[0].trajectory.group_size} episodes here"
+            )
+            reason = (
+                f"oldest token {staleness} updates behind, bound {training.max_staleness}{here}"
+            )
             if staleness <= training.max_staleness:
                 reason = f"teacher past its lag of {self._config.teacher.max_lag}"
             return Verdict(GroupOutcome.STALE, reason)
@@ -353,17 +404,29 @@ class GroupSource:
         deadline = progress.count_updates(group.policy_version) + max_staleness
         if group.teacher_version is None:
             return deadline
-        return min(deadline, progress.count_updates(group.teacher_version) + max_staleness + self._config.teacher.max_lag)
+        return min(
+            deadline,
+            progress.count_updates(group.teacher_version)
+            + max_staleness
+            + self._config.teacher.max_lag,
+        )
 
     def _has_signal(self, group: Group) -> bool:
         return has_signal(compute_group_advantages(self._config, group.items))
 
     async def _settle(self, dropped: Sequence[Dropped]) -> None:
-        """Book what became of groups that won't be trained and acknowledge their entries, in one transaction."""
+        """Book what became of groups that won't be trained and acknowledge their entries, in one
+        transaction.
+        """
         if not dropped:
             return
-        events = [self._event(d.group_id, d.verdict.outcome, d.verdict.reason, len(d.deliveries)) for d in dropped]
-        await self._bus.commit({}, [delivery for group in dropped for delivery in group.deliveries], transitions=events)
+        events = [
+            self._event(d.group_id, d.verdict.outcome, d.verdict.reason, len(d.deliveries))
+            for d in dropped
+        ]
+        await self._bus.commit(
+            {}, [delivery for group in dropped for delivery in group.deliveries], transitions=events
+        )
         self._dropped.add(group.group_id for group in dropped)
         for group in dropped:
             outcome = group.verdict.outcome
@@ -372,29 +435,49 @@ class GroupSource:
             self.counts.num_skipped += outcome is GroupOutcome.SKIPPED
             self.counts.num_cancelled += outcome is GroupOutcome.CANCELLED
             self.counts.stale_turns += group.episode_turns if outcome is GroupOutcome.STALE else ()
-        log.info("groups_dropped", num_groups=len(events), first=f"{events[0].outcome}: {events[0].reason}")
+        log.info(
+            "groups_dropped",
+            num_groups=len(events),
+            first=f"{events[0].outcome}: {events[0].reason}",
+        )
 
-    def _event(self, group_id: str, outcome: GroupOutcome, reason: str, num_trajectories: int) -> LedgerEvent:
+    def _event(
+        self, group_id: str, outcome: GroupOutcome, reason: str, num_trajectories: int
+    ) -> LedgerEvent:
         version = self._progress.policy_version
         return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
 
 
 def book_trained(config: RunConfig, group: Group, policy_version: int) -> LedgerEvent:
-    """That a durable checkpoint holds what this group did to the weights; `policy_version` is what its update led to."""
+    """That a durable checkpoint holds what this group did to the weights; `policy_version` is what
+    its update led to.
+    """
     turns = group.episode_turns
-    return LedgerEvent(config.name, group.group_id, GroupOutcome.TRAINED, len(turns), policy_version, episode_turns=turns)
+    return LedgerEvent(
+        config.name,
+        group.group_id,
+        GroupOutcome.TRAINED,
+        len(turns),
+        policy_version,
+        episode_turns=turns,
+    )
 
 
 def decode_item(payload: bytes, *, needs_teacher: bool) -> ScoredTrajectory:
-    """One entry of the learner's stream, which is `scored` or, for methods without a teacher, `trajectories`."""
+    """One entry of the learner's stream, which is `scored` or, for methods without a teacher,
+    `trajectories`.
+    """
     if needs_teacher:
         return codec.decode_scored_trajectory(payload)
     return ScoredTrajectory(codec.decode_trajectory(payload), None)
 
 
-def compute_group_advantages(config: RunConfig, items: Sequence[ScoredTrajectory]) -> list[npt.NDArray[np.float64]]:
+def compute_group_advantages(
+    config: RunConfig, items: Sequence[ScoredTrajectory]
+) -> list[npt.NDArray[np.float64]]:
     """Advantage of every turn of every episode of one group, as the run's configuration has it."""
     level = config.method.advantage_level
-    # The rollout has taken an episode's penalty from its rewards already; only one per turn is left to the learner.
+    # The rollout has taken an episode's penalty from its rewards already; only one per turn is left
+    # to the learner.
     penalty = config.environment.invalid_action_penalty if level == "turn" else 0.0
     return compute_advantages([item.trajectory for item in items], level, penalty)

@@ -1,7 +1,9 @@
-"""Owns what one update is reported as: the record on the `metrics` stream and the Prometheus metrics. Never decides anything.
+"""Owns what one update is reported as: the record on the `metrics` stream and the Prometheus
+metrics. Never decides anything.
 
-Names in the record: means end in `_mean`, counts begin with `num_`, seconds end in `_s`. docs/metrics.md says what each is.
-Rates are given with their counts (`success_<type>` with `num_trajectories_<type>`), so that readers pool counts, not means.
+Names in the record: means end in `_mean`, counts begin with `num_`, seconds end in `_s`.
+docs/metrics.md says what each is. Rates are given with their counts (`success_<type>` with
+`num_trajectories_<type>`), so that readers pool counts, not means.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from prometheus_client import Counter as PrometheusCounter
 from prometheus_client import Gauge
 
 from sdar.contracts.types import ScoredTrajectory
-from sdar.runtime.telemetry import LabelBound
+from sdar.process.telemetry import LabelBound
 from services.learner.ingest import Group, IngestCounts
 from services.learner.progress import Progress
 
@@ -47,15 +49,22 @@ class Timing:
 
 VALUES = {
     "loss": "Loss, mean over the update's optimizer steps.",
-    "gate_mean": "Gate over scored tokens; 0.5 with teacher_gap_abs at 0 means that the skills do not reach the teacher.",
+    "gate_mean": (
+        "Gate over scored tokens; 0.5 with teacher_gap_abs at 0 means that the skills do "
+        "not reach the teacher."
+    ),
     "gate_open_share": "Share of scored tokens whose gate is over 0.5.",
     "teacher_gap_mean": "teacher_logprobs - policy_logprobs over scored tokens.",
     "teacher_gap_abs": "Absolute teacher gap over scored tokens.",
-    "engine_mismatch_abs": "|policy_logprobs - behavior_logprobs| of tokens sampled by the weights that are trained.",
+    "engine_mismatch_abs": (
+        "|policy_logprobs - behavior_logprobs| of tokens sampled by the weights that are trained."
+    ),
     "policy_behavior_gap_abs": "The same over all tokens, older ones included.",
     "k3_kl": "KL to the reference policy, k3 estimator; only with method.kl_coefficient above 0.",
     "entropy": "Entropy of the policy over sampled tokens.",
-    "gradient_norm": "Norm of the gradient before clipping, mean over the update's optimizer steps.",
+    "gradient_norm": (
+        "Norm of the gradient before clipping, mean over the update's optimizer steps."
+    ),
     "learning_rate": "Learning rate of the update.",
     "clip_fraction": "Share of tokens whose ratio is clipped.",
     "off_policy_weight_mean": "Off-policy weight of the policy term.",
@@ -79,23 +88,34 @@ class LearnerMetrics:
 
     def __init__(self, registry: prometheus_client.CollectorRegistry | None = None) -> None:
         registry = registry or prometheus_client.CollectorRegistry()
-        gauge, counter = partial(Gauge, registry=registry), partial(PrometheusCounter, registry=registry)
+        gauge, counter = (
+            partial(Gauge, registry=registry),
+            partial(PrometheusCounter, registry=registry),
+        )
         self._version = gauge("sdar_learner_policy_version", "Newest published version.")
         self._updates = gauge("sdar_learner_updates", "Optimizer updates done in the run.")
         self._buffered = gauge("sdar_learner_buffered_groups", "Whole groups waiting.")
         self._unacknowledged = gauge(
-            "sdar_learner_unacknowledged_entries", "Entries trained on that wait for a checkpoint: a restart trains them again."
+            "sdar_learner_unacknowledged_entries",
+            "Entries trained on that wait for a checkpoint: a restart trains them again.",
         )
         self._tokens = counter(
             "sdar_learner_trained_tokens",
-            "Sampled tokens trained on, by their staleness in updates (at most training.max_staleness): its histogram.",
+            "Sampled tokens trained on, by their staleness in updates (at most "
+            "training.max_staleness): its histogram.",
             ["staleness"],
         )
         self._groups = counter("sdar_learner_groups", "Groups by what became of them.", ["outcome"])
-        self._episodes = counter("sdar_learner_trained_episodes", "Episodes trained on.", ["task_type"])
-        self._successes = counter("sdar_learner_trained_successes", "Those that solved their task.", ["task_type"])
+        self._episodes = counter(
+            "sdar_learner_trained_episodes", "Episodes trained on.", ["task_type"]
+        )
+        self._successes = counter(
+            "sdar_learner_trained_successes", "Those that solved their task.", ["task_type"]
+        )
         self._rewards = gauge(
-            "sdar_learner_task_reward_mean", "Reward of the episodes in the newest update that had the type.", ["task_type"]
+            "sdar_learner_task_reward_mean",
+            "Reward of the episodes in the newest update that had the type.",
+            ["task_type"],
         )
         self._seconds = prometheus_client.Histogram(
             "sdar_learner_seconds",
@@ -116,7 +136,13 @@ class LearnerMetrics:
             value.set(math.nan)  # not measured yet, or never by this method
         self._bound = LabelBound()
 
-    def observe(self, progress: Progress, values: dict[str, float], num_buffered: int, num_unacknowledged: int) -> None:
+    def observe(
+        self,
+        progress: Progress,
+        values: dict[str, float],
+        num_buffered: int,
+        num_unacknowledged: int,
+    ) -> None:
         """Book one update's record."""
         self._version.set(progress.policy_version)
         self._updates.set(progress.num_updates)
@@ -190,7 +216,9 @@ def build_record(
             "teacher_gap_vanished",
             gate_mean=record["gate_mean"],
             teacher_gap_abs=record["teacher_gap_abs"],
-            hint="the skills do not reach the teacher's prompt, or the policy has learnt all of them",
+            hint=(
+                "the skills do not reach the teacher's prompt, or the policy has learnt all of them"
+            ),
         )
     return record
 
@@ -206,7 +234,9 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
         "success_mean": float(np.mean([trajectory.is_success for trajectory in trajectories])),
         "num_trajectories": float(len(trajectories)),
         "num_turns_mean": len(turns) / len(trajectories),
-        "num_response_tokens_mean": float(np.mean([trajectory.num_response_tokens for trajectory in trajectories])),
+        "num_response_tokens_mean": float(
+            np.mean([trajectory.num_response_tokens for trajectory in trajectories])
+        ),
         "invalid_action_share": float(np.mean([not turn.is_action_valid for turn in turns])),
     }
     for task_type, outcomes in sorted(by_type.items()):
@@ -214,7 +244,9 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
         values[f"num_trajectories_{task_type}"] = float(len(outcomes))
     scores = [item.score for item in items if item.score is not None]
     if scores:
-        values["specific_skill_share"] = float(np.mean([score.num_specific_skills > 0 for score in scores]))
+        values["specific_skill_share"] = float(
+            np.mean([score.num_specific_skills > 0 for score in scores])
+        )
     return values
 
 
@@ -229,9 +261,13 @@ def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> d
     for version, count in tokens.items():
         by_staleness[before.compute_staleness(version)] += count
     total = sum(by_staleness.values())
-    histogram = {f"{_STALENESS_TOKENS}{staleness}": float(count) for staleness, count in sorted(by_staleness.items())}
+    histogram = {
+        f"{_STALENESS_TOKENS}{staleness}": float(count)
+        for staleness, count in sorted(by_staleness.items())
+    }
     return {
-        "staleness_mean": sum(staleness * count for staleness, count in by_staleness.items()) / max(1, total),
+        "staleness_mean": sum(staleness * count for staleness, count in by_staleness.items())
+        / max(1, total),
         "staleness_max": float(max(by_staleness, default=0)),
         "num_policy_versions": float(len(tokens)),
         **histogram,

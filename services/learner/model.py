@@ -1,8 +1,10 @@
-"""Owns the policy on one rank: its DeepSpeed engine, the frozen reference, log-probs of both, and one optimizer step.
+"""Owns the policy on one rank: its DeepSpeed engine, the frozen reference, log-probs of both, and
+one optimizer step.
 
-Gradients are exact whatever the sharding: a loss share is a sum over tokens divided by the batch's token count, DeepSpeed
-averages over ranks, so shares are multiplied by the number of ranks before the backward pass and nothing else scales them.
-It never reads the bus and never decides what to train on.
+Gradients are exact whatever the sharding: a loss share is a sum over tokens divided by the batch's
+token count, DeepSpeed averages over ranks, so shares are multiplied by the number of ranks before
+the backward pass and nothing else scales them. It never reads the bus and never decides what to
+train on.
 
 Axes: N sampled tokens of a micro-batch.
 """
@@ -24,15 +26,18 @@ from sdar.algorithms.batching import MicroBatch
 from sdar.algorithms.logprobs import TokenScorer
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import ConfigurationError, CorruptionError
-from sdar.runtime.causal_lm import export_tensors, install_tensors, load_causal_lm
+from sdar.model.causal_lm import export_tensors, install_tensors, load_causal_lm
 from services.learner.ranks import Ranks
 
 LossShare = Callable[[int, MicroBatch, Tensor, Tensor], Tensor]
-"""(place, micro-batch, policy_logprobs, entropy) to this micro-batch's share of the batch's loss."""
+"""(place, micro-batch, policy_logprobs, entropy) to this micro-batch's share of the batch's loss.
+"""
 
 
 class PolicyModel:
-    """The policy being trained. All methods are collective: every rank calls them in the same order."""
+    """The policy being trained. All methods are collective: every rank calls them in the same
+    order.
+    """
 
     def __init__(
         self,
@@ -45,7 +50,9 @@ class PolicyModel:
         ranks: Ranks,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Args: weights: a checkpoint's, put in place of those in `model_path`; the reference always is `model_path`."""
+        """Args: weights: a checkpoint's, put in place of those in `model_path`; the reference
+        always is `model_path`.
+        """
         self._ranks = ranks
         self._training = training
         self._is_sharded = training.zero_stage == 3
@@ -54,28 +61,46 @@ class PolicyModel:
             install_tensors(causal_lm, weights.items())
         self._causal_lm = _prepare_for_training(causal_lm, training)
         self.vocabulary_size = int(causal_lm.get_input_embeddings().weight.shape[0])
-        scorer = TokenScorer(causal_lm, temperature=temperature, chunk_size=training.logprob_chunk_tokens)
+        scorer = TokenScorer(
+            causal_lm, temperature=temperature, chunk_size=training.logprob_chunk_tokens
+        )
         self._engine = _build_engine(scorer.to(ranks.device), dtype, training)
-        self._reference = self._build_reference(model_path, dtype, temperature) if needs_reference else None
+        self._reference = (
+            self._build_reference(model_path, dtype, temperature) if needs_reference else None
+        )
 
     @property
     def device(self) -> torch.device:
         return self._ranks.device
 
-    def compute_ref_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Float[Tensor, " N"]] | None:
-        """Log-probs under the frozen reference, one tensor per micro-batch; None if the method has no reference."""
+    def compute_ref_logprobs(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> list[Float[Tensor, " N"]] | None:
+        """Log-probs under the frozen reference, one tensor per micro-batch; None if the method has
+        no reference.
+        """
         if self._reference is None:
             return None
         with self._on_device(self._reference) as reference, torch.no_grad():
             return [reference(m.input_ids, m.response_mask)[0] for m in micro_batches]
 
-    def compute_policy_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Float[Tensor, " N"]]:
-        """Log-probs under the policy as it is now, without gradient: the proximal ones of later minibatches."""
+    def compute_policy_logprobs(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> list[Float[Tensor, " N"]]:
+        """Log-probs under the policy as it is now, without gradient: the proximal ones of later
+        minibatches.
+        """
         with torch.no_grad():
-            return [self._engine(m.input_ids, m.response_mask, self._num_rank_tokens(m))[0] for m in micro_batches]
+            return [
+                self._engine(m.input_ids, m.response_mask, self._num_rank_tokens(m))[0]
+                for m in micro_batches
+            ]
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float) -> float:
-        """One optimizer step over all micro-batches of all ranks; every rank passes the same number, at least one.
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float
+    ) -> float:
+        """One optimizer step over all micro-batches of all ranks; every rank passes the same
+        number, at least one.
 
         Returns:
             the global gradient norm before clipping.
@@ -94,23 +119,33 @@ class PolicyModel:
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def export(self) -> dict[str, Tensor]:
-        """Full tensors of this policy version on the CPU, by their Hugging Face names; empty on ranks other than 0."""
+        """Full tensors of this policy version on the CPU, by their Hugging Face names; empty on
+        ranks other than 0.
+        """
         tensors = export_tensors(self._causal_lm)
         if not self._is_sharded:
-            return {name: value.detach().cpu().clone() for name, value in tensors.items()} if self._ranks.is_leader else {}
+            return (
+                {name: value.detach().cpu().clone() for name, value in tensors.items()}
+                if self._ranks.is_leader
+                else {}
+            )
         import deepspeed
 
         parameters = dict(self._causal_lm.named_parameters(remove_duplicate=False))
         full: dict[str, Tensor] = {}
         for name, value in tensors.items():
             # One at a time: the whole model need not fit beside its shards.
-            with deepspeed.zero.GatheredParameters([parameters[name]] if name in parameters else []):
+            with deepspeed.zero.GatheredParameters(
+                [parameters[name]] if name in parameters else []
+            ):
                 if self._ranks.is_leader:
                     full[name] = parameters.get(name, value).detach().cpu().clone()
         return full
 
     def export_optimizer(self) -> tuple[dict[str, Tensor], int]:
-        """This rank's shard of master weights and AdamW moments, on the CPU, and the optimizer's step count."""
+        """This rank's shard of master weights and AdamW moments, on the CPU, and the optimizer's
+        step count.
+        """
         tensors, num_steps = {}, 0
         for index, master in enumerate(self._master_tensors()):
             tensors[f"{index}.master"] = master.detach().cpu().clone()
@@ -132,14 +167,21 @@ class PolicyModel:
             saved = tensors.get(f"{index}.master")
             if saved is None or saved.shape != master.shape:
                 raise CorruptionError(
-                    f"Optimizer shard of rank {self._ranks.rank} does not fit: part {index} of {len(masters)} has shape "
-                    f"{None if saved is None else tuple(saved.shape)}, expected {tuple(master.shape)}. Use the same model."
+                    f"Optimizer shard of rank {self._ranks.rank} does not fit: part {index} of "
+                    f"{len(masters)} has shape "
+                    f"{None if saved is None else tuple(saved.shape)}, expected "
+                    f"{tuple(master.shape)}. Use the same model."
                 )
             with torch.no_grad():
                 master.copy_(saved)
             if num_steps:
-                moments = {name: tensors[f"{index}.{name}"].to(master.device) for name in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(num_steps), device=master.device if self._is_fused else "cpu")
+                moments = {
+                    name: tensors[f"{index}.{name}"].to(master.device)
+                    for name in ("exp_avg", "exp_avg_sq")
+                }
+                step = torch.tensor(
+                    float(num_steps), device=master.device if self._is_fused else "cpu"
+                )
                 self._engine.basic_optimizer.state[master] = {"step": step, **moments}
 
     def close(self) -> None:
@@ -151,11 +193,14 @@ class PolicyModel:
         return bool(self._engine.basic_optimizer.defaults.get("fused"))
 
     def _num_rank_tokens(self, micro_batch: MicroBatch) -> int | None:
-        # Only gathered weights make every call to the head a collective; else each rank makes as many as it needs.
+        # Only gathered weights make every call to the head a collective; else each rank makes as
+        # many as it needs.
         return micro_batch.max_rank_tokens if self._is_sharded else None
 
     def _plain_gradient_norm(self) -> Tensor | None:
-        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips without telling it; None for its own optimizers."""
+        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips without telling it; None for
+        its own optimizers.
+        """
         if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -168,7 +213,9 @@ class PolicyModel:
 
     def _build_reference(self, model_path: Path, dtype: str, temperature: float) -> TokenScorer:
         causal_lm = load_causal_lm(model_path, dtype).requires_grad_(False)
-        reference = TokenScorer(causal_lm, temperature=temperature, chunk_size=self._training.logprob_chunk_tokens)
+        reference = TokenScorer(
+            causal_lm, temperature=temperature, chunk_size=self._training.logprob_chunk_tokens
+        )
         return reference if self._training.offload_reference else reference.to(self.device)
 
     @contextlib.contextmanager
@@ -179,7 +226,9 @@ class PolicyModel:
 
 
 def _prepare_for_training(causal_lm: Any, training: TrainingConfig) -> Any:
-    """Training mode without dropout: log-probs must not depend on chance, and checkpointing needs the mode."""
+    """Training mode without dropout: log-probs must not depend on chance, and checkpointing needs
+    the mode.
+    """
     for module in causal_lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -206,11 +255,14 @@ def _build_engine(scorer: TokenScorer, dtype: str, training: TrainingConfig) -> 
 
 
 def _deepspeed_config(dtype: str, training: TrainingConfig, *, is_on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. The learning rate is set before each step, so no scheduler has state of its own."""
+    """DeepSpeed's configuration. The learning rate is set before each step, so no scheduler has
+    state of its own.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise ConfigurationError(f"model.dtype {dtype} cannot be trained. Use float32 or bfloat16.")
     is_bfloat16 = dtype == "bfloat16"
-    # Stage 0 in bfloat16 would add up gradients in bfloat16; stage 1 does it in float32 and on one rank is the same.
+    # Stage 0 in bfloat16 would add up gradients in bfloat16; stage 1 does it in float32 and on one
+    # rank is the same.
     stage = max(training.zero_stage, 1) if is_bfloat16 else training.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,

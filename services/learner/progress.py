@@ -1,4 +1,6 @@
-"""Owns how far the learner has come: updates done, the policy version they led to, and the groups it is done with. Pure."""
+"""Owns how far the learner has come: updates done, the policy version they led to, and the groups
+it is done with. Pure.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,20 @@ from typing import Any, Self
 from sdar.contracts.errors import CorruptionError
 
 REMEMBERED_UPDATES = 2000
-"""Updates whose group ids are remembered. It must be at least the largest `checkpoint_every` there can be (an entry comes again
-until a checkpoint holds its effect) plus the largest `max_staleness` (a duplicate from before that is too stale to be trained,
-even if a policy sampled it that had got further and was lost)."""
+"""Updates whose group ids are remembered. It must be at least the largest `checkpoint_every` there
+can be (an entry comes again until a checkpoint holds its effect) plus the largest `max_staleness`
+(a duplicate from before that is too stale to be trained, even if a policy sampled it that had got
+further and was lost)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """State between two updates; what a checkpoint says beside its tensors.
 
-    Versions and updates count alike until a crash loses updates: a version never names two weights, so the policy restored at
-    update 20 after version 25 was published continues as version 26. Staleness is therefore counted in updates: `lineage`
-    holds (first version, its number of updates) of each life of the run, oldest first. Without a crash it is ((0, 0),).
+    Versions and updates count alike until a crash loses updates: a version never names two weights,
+    so the policy restored at update 20 after version 25 was published continues as version 26.
+    Staleness is therefore counted in updates: `lineage` holds (first version, its number of
+    updates) of each life of the run, oldest first. Without a crash it is ((0, 0),).
     """
 
     num_updates: int = 0
@@ -44,14 +48,20 @@ class Progress:
         )
 
     def continue_after(self, newest_version: int) -> Self:
-        """The same weights under the version after `newest_version`, beginning another life of the run."""
+        """The same weights under the version after `newest_version`, beginning another life of the
+        run.
+        """
         version = newest_version + 1
-        return replace(self, policy_version=version, lineage=(*self.lineage, (version, self.num_updates)))
+        return replace(
+            self, policy_version=version, lineage=(*self.lineage, (version, self.num_updates))
+        )
 
     def count_updates(self, policy_version: int) -> int:
         """Updates that the weights of a version had seen."""
         first_versions = [first for first, _ in self.lineage]
-        first, num_updates = self.lineage[max(0, bisect.bisect_right(first_versions, policy_version) - 1)]
+        first, num_updates = self.lineage[
+            max(0, bisect.bisect_right(first_versions, policy_version) - 1)
+        ]
         return num_updates + policy_version - first
 
     def version_after(self, num_updates: int) -> int:
@@ -64,10 +74,16 @@ class Progress:
         """Group id -> the version its update led to, for every group that is remembered."""
         first = self.num_updates - len(self.trained_groups) + 1
         versions = [self.version_after(number) for number in range(first, self.num_updates + 1)]
-        return {group_id: v for group_ids, v in zip(self.trained_groups, versions, strict=True) for group_id in group_ids}
+        return {
+            group_id: v
+            for group_ids, v in zip(self.trained_groups, versions, strict=True)
+            for group_id in group_ids
+        }
 
     def compute_staleness(self, policy_version: int) -> int:
-        """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had got further."""
+        """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had
+        got further.
+        """
         return max(0, self.num_updates - self.count_updates(policy_version))
 
     def to_json(self) -> dict[str, Any]:
@@ -89,8 +105,13 @@ class Progress:
                 int(value["num_updates"]),
                 int(value["policy_version"]),
                 tuple((int(version), int(updates)) for version, updates in value["lineage"]),
-                tuple(tuple(str(group_id) for group_id in group_ids) for group_ids in value["trained_groups"]),
+                tuple(
+                    tuple(str(group_id) for group_id in group_ids)
+                    for group_ids in value["trained_groups"]
+                ),
                 int(value["num_groups"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptionError(f"A checkpoint's progress cannot be read: {error!r}. Remove that checkpoint.") from error
+            raise CorruptionError(
+                f"A checkpoint's progress cannot be read: {error!r}. Remove that checkpoint."
+            ) from error

@@ -1,8 +1,10 @@
-"""Owns the learner's data-parallel ranks: how they meet, how rank 0 tells the others what to do, how numbers are summed.
+"""Owns the learner's data-parallel ranks: how they meet, how rank 0 tells the others what to do,
+how numbers are summed.
 
-Rank 0 leads: it broadcasts a command, then all ranks carry it out together. A command is JSON plus raw byte frames; nothing is
-ever pickled. A rank that dies breaks the next collective of the others, so the learner stops as a whole; rank 0 makes one every
-few seconds, for a rank that vanished and one that is asked to leave must be noticed while there is nothing to train, too.
+Rank 0 leads: it broadcasts a command, then all ranks carry it out together. A command is JSON plus
+raw byte frames; nothing is ever pickled. A rank that dies breaks the next collective of the others,
+so the learner stops as a whole; rank 0 makes one every few seconds, for a rank that vanished and
+one that is asked to leave must be noticed while there is nothing to train, too.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, ConflictError
-from sdar.runtime.settings import apply_environment
+from sdar.process.settings import apply_environment
 
-# Ranks hear from one another all the time, but for the longest step, publication or checkpoint of a large model.
+# Ranks hear from one another all the time, but for the longest step, publication or checkpoint of a
+# large model.
 _SILENCE_TIMEOUT = datetime.timedelta(minutes=30)
 _MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -36,8 +39,13 @@ class Ranks:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = device
-        # Commands travel over gloo even where gradients use NCCL: waiting there takes no GPU and may last.
-        self._control: Any = dist.new_group(backend="gloo", timeout=_SILENCE_TIMEOUT) if self.world_size > 1 else None
+        # Commands travel over gloo even where gradients use NCCL: waiting there takes no GPU and
+        # may last.
+        self._control: Any = (
+            dist.new_group(backend="gloo", timeout=_SILENCE_TIMEOUT)
+            if self.world_size > 1
+            else None
+        )
 
     @property
     def is_leader(self) -> bool:
@@ -55,10 +63,17 @@ class Ranks:
         dist.broadcast(count, src=0, group=self._control)
         sizes = sizes if self.is_leader else torch.empty(int(count), dtype=torch.int64)
         dist.broadcast(sizes, src=0, group=self._control)
-        joined = np.frombuffer(bytearray(b"".join(parts)), np.uint8) if self.is_leader else np.empty(int(sizes.sum()), np.uint8)
+        joined = (
+            np.frombuffer(bytearray(b"".join(parts)), np.uint8)
+            if self.is_leader
+            else np.empty(int(sizes.sum()), np.uint8)
+        )
         dist.broadcast(torch.from_numpy(joined), src=0, group=self._control)
         ends = np.cumsum(sizes.numpy())
-        received = [joined[end - size : end].tobytes() for end, size in zip(ends, sizes.numpy(), strict=True)]
+        received = [
+            joined[end - size : end].tobytes()
+            for end, size in zip(ends, sizes.numpy(), strict=True)
+        ]
         return json.loads(received[0]), received[1:]
 
     def send_checkpoint(self, path: Path | None) -> None:
@@ -81,47 +96,67 @@ class Ranks:
         return int(self.sum(torch.tensor([int(is_leaving)])))
 
     def raise_together(self, error: CapacityError | None, what: str) -> None:
-        """Raise on every rank if a disk refused `what` on any: its own error, or a sentence that another rank failed."""
+        """Raise on every rank if a disk refused `what` on any: its own error, or a sentence that
+        another rank failed.
+        """
         num_failed = int(self.sum(torch.tensor([0 if error is None else 1])))
         if error is not None:
             raise error
         if num_failed:
-            raise CapacityError(f"{what} failed on {num_failed} of {self.world_size} ranks. The log of those ranks says why.")
+            raise CapacityError(
+                f"{what} failed on {num_failed} of {self.world_size} ranks. The log of those ranks "
+                "says why."
+            )
 
 
 def stand_alone(device: str | None = None) -> Ranks:
-    """The only rank, without ports or environment variables; may be called again in the same process."""
+    """The only rank, without ports or environment variables; may be called again in the same
+    process.
+    """
     return _join(0, 1, device, {"store": dist.HashStore()})
 
 
 def join_ranks(
-    rank: int, world_size: int, store_address: tuple[str, int] | None = None, *, local_rank: int | None = None
+    rank: int,
+    world_size: int,
+    store_address: tuple[str, int] | None = None,
+    *,
+    local_rank: int | None = None,
 ) -> Ranks:
     """One of several ranks; each takes the GPU of its number on its machine, if there are GPUs.
 
     Args:
-        store_address: where rank 0 waits for the others, all on this machine; None where torchrun has told it through the
-            environment.
+        store_address: where rank 0 waits for the others, all on this machine; None where torchrun
+            has told it through the environment.
         local_rank: its number among the ranks of its machine; `rank` if not given.
 
     Raises:
         ConfigurationError: more ranks than GPUs.
     """
     local_rank = rank if local_rank is None else local_rank
-    num_gpus, num_local = torch.cuda.device_count(), local_rank + 1 if store_address is None else world_size
+    num_gpus, num_local = (
+        torch.cuda.device_count(),
+        local_rank + 1 if store_address is None else world_size,
+    )
     if num_gpus and num_local > num_gpus:
         raise ConfigurationError(
-            f"At least {num_local} of training.num_ranks {world_size} are on this machine, which has {num_gpus} GPUs. "
+            f"At least {num_local} of training.num_ranks {world_size} are on this machine, which "
+            f"has {num_gpus} GPUs. "
             "Use at most one rank per GPU (torchrun --nproc-per-node)."
         )
     meeting: dict[str, Any] = {"init_method": "env://"}
     if store_address is not None:
         host, port = store_address
-        # Left to themselves, torch's store listens on every address and gloo where the host's name leads; none asks who calls.
+        # Left to themselves, torch's store listens on every address and gloo where the host's name
+        # leads; none asks who calls.
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
         listener = socket.create_server((host, port)).detach() if rank == 0 else None
-        meeting = {"store": dist.TCPStore(host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener)}
+        meeting = {
+            "store": dist.TCPStore(
+                host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener
+            )
+        }
     return _join(rank, world_size, f"cuda:{local_rank}" if num_gpus else "cpu", meeting)
 
 
@@ -134,13 +169,18 @@ def _join(rank: int, world_size: int, device_name: str | None, meeting: dict[str
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, **meeting)
     if dist.get_world_size() != world_size:
-        raise ConflictError(f"This process already is one of {dist.get_world_size()} ranks, so it can't join {world_size}.")
+        raise ConflictError(
+            f"This process already is one of {dist.get_world_size()} ranks, so it can't join "
+            f"{world_size}."
+        )
     _adopt_process_group(device)
     return Ranks(device)
 
 
 def _import_deepspeed(rank: int, device: torch.device) -> None:
-    """Import it with what it reads at import in place: its accelerator and its rank; keep its log to errors."""
+    """Import it with what it reads at import in place: its accelerator and its rank; keep its log
+    to errors.
+    """
     apply_environment({"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(rank)})
     with warnings.catch_warnings():
         # Its import warns about its own deprecated calls.
@@ -154,7 +194,10 @@ def _adopt_process_group(device: torch.device) -> None:
     import deepspeed.comm
 
     if device.type == "cpu":
-        # It would first compile a shared-memory op, for most of a minute, that only its inference engine uses.
+        # It would first compile a shared-memory op, for most of a minute, that only its inference
+        # engine uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        deepspeed.comm.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+        )

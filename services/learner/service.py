@@ -1,7 +1,9 @@
-"""Owns the learner process: builds its parts from a run's configuration and serves until told to stop.
+"""Owns the learner process: builds its parts from a run's configuration and serves until told to
+stop.
 
-On one machine `sdar serve learner` starts the other ranks itself. Under torchrun (RANK and WORLD_SIZE are set) every rank is
-such a process. Only rank 0 has a bus and checkpoints to look after; the first rank of each machine answers probes.
+On one machine `sdar serve learner` starts the other ranks itself. Under torchrun (RANK and
+WORLD_SIZE are set) every rank is such a process. Only rank 0 has a bus and checkpoints to look
+after; the first rank of each machine answers probes.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from pathlib import Path
 
 import torch
 
+from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
+from sdar.connect import build_bus, build_weight_store
 from sdar.contracts.errors import ConfigurationError
-from sdar.runtime.bus import Bus
-from sdar.runtime.connect import build_bus, build_weight_store
-from sdar.runtime.gpu_time import GpuTime, count_gpus
-from sdar.runtime.lifecycle import run_until_stopped
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health, serve_probes
-from sdar.runtime.weights import WeightStore
+from sdar.model.gpus import count_gpus
+from sdar.process.gpu_time import GpuTime
+from sdar.process.lifecycle import run_until_stopped
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health, serve_probes
+from sdar.weights.store import WeightStore
 from services.learner.checkpoint import Checkpoint, CheckpointStore
 from services.learner.followers import FollowerProcesses, build_follower
 from services.learner.metrics import LearnerMetrics
@@ -41,12 +44,15 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     """Train a run until SIGTERM, as rank 0 or, under torchrun, as any rank.
 
     Raises:
-        ConfigurationError: model, checkpoint or ranks cannot be used. ConflictError: a port or the checkpoints are taken.
-        CorruptionError: every checkpoint is damaged. SupersededError: another learner has taken over.
+        ConfigurationError: model, checkpoint or ranks cannot be used. ConflictError: a port or the
+            checkpoints are taken.
+        CorruptionError: every checkpoint is damaged. SupersededError: another learner has taken
+            over.
     """
     if settings.world_size > 1 and settings.world_size != config.training.num_ranks:
         raise ConfigurationError(
-            f"training.num_ranks is {config.training.num_ranks}, but {settings.world_size} ranks were started. "
+            f"training.num_ranks is {config.training.num_ranks}, but {settings.world_size} ranks "
+            "were started. "
             "Let torchrun's --nnodes times --nproc-per-node make the same number."
         )
     if settings.rank > 0:
@@ -54,10 +60,16 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
-        registry.register(GpuTime(count_gpus(config.training.num_ranks)))  # of all ranks: the others have no /metrics
+        registry.register(
+            GpuTime(count_gpus(config.training.num_ranks))
+        )  # of all ranks: the others have no /metrics
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
-        followers = FollowerProcesses(config) if settings.world_size == 1 and config.training.num_ranks > 1 else None
+        followers = (
+            FollowerProcesses(config)
+            if settings.world_size == 1 and config.training.num_ranks > 1
+            else None
+        )
         if followers is not None:
             cleanup.enter_context(followers)
         learner = await cleanup.enter_async_context(
@@ -90,10 +102,12 @@ async def open_learner(
     health: Health | None = None,
     metrics: LearnerMetrics | None = None,
 ) -> AsyncIterator[Learner]:
-    """A learner on rank 0, resumed from its newest checkpoint; call its `run`. With `num_ranks` 1 it stands alone.
+    """A learner on rank 0, resumed from its newest checkpoint; call its `run`. With `num_ranks` 1
+    it stands alone.
 
     Args:
-        store_address: where the other ranks are told to meet; None for a lone rank or under torchrun.
+        store_address: where the other ranks are told to meet; None for a lone rank or under
+            torchrun.
     """
     checkpoints = CheckpointStore(checkpoint_dir, config)
     with contextlib.closing(checkpoints), ThreadPoolExecutor(1, "torch") as torch_thread:
@@ -133,7 +147,9 @@ def _build(
 
 
 async def _serve_follower(config: RunConfig, settings: Settings) -> None:
-    """A rank that does what rank 0 says. A signal asks it to leave: rank 0 hears of it, drains, and lets all ranks end."""
+    """A rank that does what rank 0 says. A signal asks it to leave: rank 0 hears of it, drains, and
+    lets all ranks end.
+    """
     leaving, health = asyncio.Event(), Health(max_silence_s=_MAX_SILENCE_S)
     loop = asyncio.get_running_loop()
 
@@ -145,10 +161,15 @@ async def _serve_follower(config: RunConfig, settings: Settings) -> None:
     def work() -> None:
         ranks = join_ranks(settings.rank, settings.world_size, local_rank=settings.local_rank)
         follower = build_follower(config, ranks)
-        # Before, a signal ends the process at once: nothing is trained yet, and the others would wait in vain.
+        # Before, a signal ends the process at once: nothing is trained yet, and the others would
+        # wait in vain.
         loop.call_soon_threadsafe(take_signals)
         follower.follow(health.beat, leaving.is_set)
 
     is_first = settings.local_rank == 0
-    with serve_probes(settings.host, settings.probe_port, health) if is_first else contextlib.nullcontext():
+    with (
+        serve_probes(settings.host, settings.probe_port, health)
+        if is_first
+        else contextlib.nullcontext()
+    ):
         await asyncio.to_thread(work)

@@ -1,8 +1,10 @@
-"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> report -> checkpoint -> acknowledge and book.
+"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> report -> checkpoint ->
+acknowledge and book.
 
-Everything asynchronous happens here, everything of torch in one thread of its own, so the event loop never waits for a step.
-The order is the promise: entries are acknowledged, and their groups booked as trained, in one transaction after the checkpoint
-that contains their effect is durable. A crash anywhere repeats work and loses none, and ends with the same weights.
+Everything asynchronous happens here, everything of torch in one thread of its own, so the event
+loop never waits for a step. The order is the promise: entries are acknowledged, and their groups
+booked as trained, in one transaction after the checkpoint that contains their effect is durable. A
+crash anywhere repeats work and loses none, and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ from typing import Any, TypeVar
 import structlog
 from torch import Tensor
 
+from sdar.bus.ledger import parse_group_number
+from sdar.bus.protocol import Bus, Delivery
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import CapacityError, UnavailableError, WeightsUnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
-from sdar.runtime import tracing
-from sdar.runtime.bus import Bus, Delivery
-from sdar.runtime.chat import compute_model_identity
-from sdar.runtime.ledger import parse_group_number
-from sdar.runtime.lifecycle import wait_or_stop
-from sdar.runtime.telemetry import Health
-from sdar.runtime.weights import WeightStore
+from sdar.model.chat import compute_model_identity
+from sdar.process import tracing
+from sdar.process.lifecycle import wait_or_stop
+from sdar.process.telemetry import Health
+from sdar.weights.store import WeightStore
 from services.learner.checkpoint import CheckpointStore
 from services.learner.ingest import Group, GroupSource, book_trained
 from services.learner.metrics import LearnerMetrics, Timing, build_record
@@ -42,7 +44,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _KEPT_VERSIONS = 8
-"""Published versions kept beyond the staleness bound: an evaluation pins one while newer ones appear."""
+"""Published versions kept beyond the staleness bound: an evaluation pins one while newer ones
+appear.
+"""
 _BEAT_S = 2.0
 """Between two signs of life to the other ranks; also how late one that was stopped is heard."""
 _RUN_FINISHED = "run finished"
@@ -51,7 +55,8 @@ _STORAGE_RETRY_S = 5.0
 
 
 class Learner:
-    """Trains until `num_updates` is reached, then closes whatever still arrives, until it is stopped.
+    """Trains until `num_updates` is reached, then closes whatever still arrives, until it is
+    stopped.
 
     Args:
         progress: of the checkpoint that `trainer` was built from, or a new one.
@@ -99,21 +104,28 @@ class Learner:
         return self.progress.num_updates >= self.config.training.num_updates
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made durable.
+        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made
+        durable.
 
         Raises:
             SupersededError: another learner has taken over; nothing was published since.
-            CapacityError, WeightsUnavailableError: stopped while it waited for a disk or the weight store.
+            CapacityError, WeightsUnavailableError: stopped while it waited for a disk or the weight
+                store.
         """
         self._stopping = stopping
         await self._resume()
         while not self.is_finished and (groups := await self._next_batch(stopping)):
             before = self.progress
             group_ids = [group.group_id for group in groups]
-            with tracing.span_over("learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)):
+            with tracing.span_over(
+                "learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)
+            ):
                 measured, tensors = await self._train(groups)
                 self.progress = before.after_update(group_ids)
-                self._unbooked += [book_trained(self.config, group, self.progress.policy_version) for group in groups]
+                self._unbooked += [
+                    book_trained(self.config, group, self.progress.policy_version)
+                    for group in groups
+                ]
                 await self._publish(tensors)
             await self._report(groups, before, measured)
             if self._is_checkpoint_due:
@@ -123,7 +135,8 @@ class Learner:
         await self._close_accounts(stopping)
 
     async def keep_ranks(self, stopping: asyncio.Event) -> None:
-        """Beside `run`, where there are other ranks: be in touch with them while there is nothing to train, too.
+        """Beside `run`, where there are other ranks: be in touch with them while there is nothing
+        to train, too.
 
         A rank that is gone ends this process: no collective that waits for it can be interrupted.
 
@@ -134,49 +147,74 @@ class Learner:
             try:
                 num_leaving = await self._in_torch(self._trainer.beat)
             except RuntimeError as error:
-                log.error("rank_lost", error=str(error), hint="all ranks end now; started again, they go on together")
+                log.error(
+                    "rank_lost",
+                    error=str(error),
+                    hint="all ranks end now; started again, they go on together",
+                )
                 os._exit(1)
             if num_leaving:
-                raise UnavailableError(f"{num_leaving} of the learner's ranks were stopped. Start all again: they go on.")
+                raise UnavailableError(
+                    f"{num_leaving} of the learner's ranks were stopped. Start all again: they go "
+                    "on."
+                )
 
     async def _resume(self) -> None:
-        """Let the others have a policy, under a version that names only it, and take back what was read before."""
+        """Let the others have a policy, under a version that names only it, and take back what was
+        read before.
+        """
         await self._bus.claim_role(ConsumerGroup.LEARNER)
         await self._restore_bus()
         entry = await self._bus.newest(Stream.POLICY_UPDATES)
-        announced = -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
+        announced = (
+            -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
+        )
         stored = await self._in_torch(self._weights.list_versions)
         newest = max([announced, *stored[-1:]])
         if newest > self.progress.policy_version:
-            # Updates after the checkpoint were lost, and their versions with them: a version never names two weights.
+            # Updates after the checkpoint were lost, and their versions with them: a version never
+            # names two weights.
             self.progress = self.progress.continue_after(newest)
-            log.warning("updates_lost", newest_version=newest, continuing_as=self.progress.policy_version)
+            log.warning(
+                "updates_lost", newest_version=newest, continuing_as=self.progress.policy_version
+            )
         if announced != self.progress.policy_version:
             await self._publish(await self._in_torch(self._trainer.export))
         await self._source.reclaim(self.progress)
         await self._compare_account()
         self._health.mark_ready("training")
-        log.info("learner_ready", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+        log.info(
+            "learner_ready",
+            num_updates=self.progress.num_updates,
+            policy_version=self.progress.policy_version,
+        )
 
     async def _restore_bus(self) -> None:
-        """Before the others see a policy: a bus without an account gets back what it was at the checkpoint."""
+        """Before the others see a policy: a bus without an account gets back what it was at the
+        checkpoint.
+        """
         if self._snapshot is None:
             return
         numbers = map(parse_group_number, self.progress.list_trained())
-        if await self._bus.restore_snapshot(self._snapshot, trained=[number for number in numbers if number is not None]):
+        if await self._bus.restore_snapshot(
+            self._snapshot, trained=[number for number in numbers if number is not None]
+        ):
             log.error(
                 "bus_restored_from_checkpoint",
                 num_updates=self.progress.num_updates,
-                hint="Redis came up without this run: its disk was lost. What was on its way is closed as cancelled",
+                hint=(
+                    "Redis came up without this run: its disk was lost. What was on its way is "
+                    "closed as cancelled"
+                ),
             )
 
     async def _compare_account(self) -> None:
-        """All that the checkpoint holds is booked by now; what is booked beyond it was in one that is damaged or gone."""
+        """All that the checkpoint holds is booked by now; what is booked beyond it was in one that
+        is damaged or gone.
+        """
         num_lost = (await self._bus.read_ledger()).num_trained - self.progress.num_groups
         if num_lost > 0:
-            hint = (
-                "they are booked as trained, and the weights have lost them: see checkpoint_skipped. Training goes on without"
-            )
+            hint = "they are booked as trained, and the weights have lost them: see checkpoint_skipped. Training goes on without"
             log.error("trained_groups_lost", num_groups=num_lost, hint=hint)
 
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
@@ -186,9 +224,17 @@ class Learner:
     async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
         self._unacknowledged += [delivery for group in groups for delivery in group.deliveries]
         for group in groups:
-            tracing.record("learner.buffer", group.group_id, group.arrived[0] / 1000, num_episodes=len(group.items))
+            tracing.record(
+                "learner.buffer",
+                group.group_id,
+                group.arrived[0] / 1000,
+                num_episodes=len(group.items),
+            )
         began_s = time.time()
-        with self._clock.measure("step"), tracing.span("learner.step", policy_version=self.progress.policy_version):
+        with (
+            self._clock.measure("step"),
+            tracing.span("learner.step", policy_version=self.progress.policy_version),
+        ):
             result = await self._in_torch(
                 self._trainer.update,
                 [(group.items, group.payloads) for group in groups],
@@ -199,7 +245,9 @@ class Learner:
         return result
 
     def _trace_trained(self, groups: Sequence[Group], began_s: float) -> None:
-        """Where each group's trace ends: the step that learned from it, with a link to the update's own trace."""
+        """Where each group's trace ends: the step that learned from it, with a link to the update's
+        own trace.
+        """
         for group in groups:
             tracing.record(
                 "learner.trained",
@@ -213,57 +261,98 @@ class Learner:
             )
 
     async def _publish(self, tensors: dict[str, Tensor]) -> None:
-        with self._clock.measure("publish"), tracing.span("learner.publish", policy_version=self.progress.policy_version):
+        with (
+            self._clock.measure("publish"),
+            tracing.span("learner.publish", policy_version=self.progress.policy_version),
+        ):
             manifest = await self._insist(self._write_weights, tensors, self.progress)
-            await self._bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
+            await self._bus.publish(
+                Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)]
+            )
             if manifest.policy_version % _KEPT_VERSIONS == 0:
                 await self._insist(self._collect_garbage, asyncio.get_running_loop())
 
     def _write_weights(self, tensors: dict[str, Tensor], progress: Progress) -> WeightsManifest:
         model = compute_model_identity(self.config.model.path)
-        return self._weights.publish(progress.policy_version, tensors, model, num_updates=progress.num_updates)
+        return self._weights.publish(
+            progress.policy_version, tensors, model, num_updates=progress.num_updates
+        )
 
     def _collect_garbage(self, loop: asyncio.AbstractEventLoop) -> None:
         def retire(versions: Sequence[int]) -> bool:
-            return asyncio.run_coroutine_threadsafe(self._bus.retire_versions(versions), loop).result()
+            return asyncio.run_coroutine_threadsafe(
+                self._bus.retire_versions(versions), loop
+            ).result()
 
         keep_newest = _KEPT_VERSIONS + self.config.training.max_staleness
         self._weights.collect_garbage(keep_newest, in_use=(0, self._durable_version), retire=retire)
 
-    async def _report(self, groups: list[Group], before: Progress, measured: dict[str, float]) -> None:
+    async def _report(
+        self, groups: list[Group], before: Progress, measured: dict[str, float]
+    ) -> None:
         """Tell everyone what the update was like."""
         num_buffered = self._source.buffer.num_complete
         counts = self._source.counts.take()
         values = build_record(groups, before, measured, self._clock.take(), counts, num_buffered)
         version = self.progress.policy_version
-        record = MetricRecord(self.config.name, "learner", self._consumer, version, time.time(), values)
+        record = MetricRecord(
+            self.config.name, "learner", self._consumer, version, time.time(), values
+        )
         await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
         self._metrics.observe(self.progress, values, num_buffered, len(self._unacknowledged))
         self._metrics.observe_episodes(groups, counts.stale_turns)
         self._health.beat()
-        shown = ("loss", "success_mean", "reward_mean", "gate_mean", "staleness_mean", "tokens_per_s", "step_s", "wait_share")
-        log.info("batch_trained", policy_version=version, **{n: round(values[n], 4) for n in shown if n in values})
+        shown = (
+            "loss",
+            "success_mean",
+            "reward_mean",
+            "gate_mean",
+            "staleness_mean",
+            "tokens_per_s",
+            "step_s",
+            "wait_share",
+        )
+        log.info(
+            "batch_trained",
+            policy_version=version,
+            **{n: round(values[n], 4) for n in shown if n in values},
+        )
 
     @property
     def _is_checkpoint_due(self) -> bool:
-        return self.is_finished or self.progress.num_updates % self.config.training.checkpoint_every == 0
+        return (
+            self.is_finished
+            or self.progress.num_updates % self.config.training.checkpoint_every == 0
+        )
 
     async def _make_durable(self) -> None:
         """Write a checkpoint, then acknowledge what it contains and book it as trained."""
         snapshot = await self._bus.take_snapshot()
         with self._clock.measure("checkpoint"):
-            path = await self._insist(self._checkpoints.write, self.progress, snapshot, self._trainer.save)
-        self._durable_updates, self._durable_version = self.progress.num_updates, self.progress.policy_version
-        # After the checkpoint: a crash between the two brings the entries back, and their ids tell that they are done.
+            path = await self._insist(
+                self._checkpoints.write, self.progress, snapshot, self._trainer.save
+            )
+        self._durable_updates, self._durable_version = (
+            self.progress.num_updates,
+            self.progress.policy_version,
+        )
+        # After the checkpoint: a crash between the two brings the entries back, and their ids tell
+        # that they are done.
         await self._bus.commit({}, self._unacknowledged, transitions=self._unbooked)
         log.info("checkpoint_written", path=str(path), num_acknowledged=len(self._unacknowledged))
         self._unacknowledged, self._unbooked = [], []
 
     async def _close_accounts(self, stopping: asyncio.Event) -> None:
-        """After the last update: groups that are still on their way are cancelled, so that the ledger closes."""
+        """After the last update: groups that are still on their way are cancelled, so that the
+        ledger closes.
+        """
         if self.is_finished:
             self._health.mark_ready(_RUN_FINISHED)
-            log.info("training_finished", num_updates=self.progress.num_updates, policy_version=self.progress.policy_version)
+            log.info(
+                "training_finished",
+                num_updates=self.progress.num_updates,
+                policy_version=self.progress.policy_version,
+            )
             await self._source.cancel_all(_RUN_FINISHED)
             # Nothing is held any more: what is still pending was read by someone who never told.
             await self._source.reclaim(self.progress)
@@ -272,7 +361,9 @@ class Learner:
             self._health.beat()
 
     async def _insist(self, function: Callable[..., T], *args: Any) -> T:
-        """In the torch thread, again and again while a full disk or an absent store refuses: a restart would meet the same."""
+        """In the torch thread, again and again while a full disk or an absent store refuses: a
+        restart would meet the same.
+        """
         while True:
             try:
                 result = await self._in_torch(function, *args)
@@ -306,7 +397,9 @@ class _Clock:
         now = time.perf_counter()
         spent, total_s = self._spent, now - self._began
         self._spent, self._began = {}, now
-        parts = {f"{name}_s": spent.get(name, 0.0) for name in ("wait", "step", "publish", "checkpoint")}
+        parts = {
+            f"{name}_s": spent.get(name, 0.0) for name in ("wait", "step", "publish", "checkpoint")
+        }
         return Timing(**parts, total_s=total_s)
 
 
@@ -318,4 +411,6 @@ class _Stopwatch:
         self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._spent[self._part] = self._spent.get(self._part, 0.0) + time.perf_counter() - self._began
+        self._spent[self._part] = (
+            self._spent.get(self._part, 0.0) + time.perf_counter() - self._began
+        )

@@ -1,7 +1,9 @@
-"""Owns one update of the policy on all ranks: groups to minibatches, reference and proximal log-probs, steps, metric sums.
+"""Owns one update of the policy on all ranks: groups to minibatches, reference and proximal
+log-probs, steps, metric sums.
 
-`Trainer` is the same object on every rank. Rank 0 calls its methods; each broadcasts its arguments (the trajectories as the
-bytes they arrived in) and then runs on all ranks alike, each taking its share of the micro-batches. The others sit in `follow`.
+`Trainer` is the same object on every rank. Rank 0 calls its methods; each broadcasts its arguments
+(the trajectories as the bytes they arrived in) and then runs on all ranks alike, each taking its
+share of the micro-batches. The others sit in `follow`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import structlog
 import torch
 from torch import Tensor
 
-from sdar.algorithms.batching import MicroBatch, TokenSequence, build_microbatches, build_sequences, count_response_tokens
+from sdar.algorithms.batching import (
+    MicroBatch,
+    TokenSequence,
+    build_microbatches,
+    build_sequences,
+    count_response_tokens,
+)
 from sdar.algorithms.methods import LossSettings, Metrics, compute_loss, get_method, reduce_metrics
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError
@@ -49,10 +57,15 @@ class Trainer:
         self._method = get_method(config.method.name)
         self._settings = build_loss_settings(config)
 
-    # --- what rank 0 calls -----------------------------------------------------------------------------------------------
+    # --- what rank 0 calls
+    # ----------------------------------------------------------------------------------------------
 
     def update(
-        self, groups: Sequence[tuple[Items, Sequence[bytes]]], *, update_index: int, policy_version: int
+        self,
+        groups: Sequence[tuple[Items, Sequence[bytes]]],
+        *,
+        update_index: int,
+        policy_version: int,
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Train on whole groups, each given decoded and as bytes.
 
@@ -95,13 +108,19 @@ class Trainer:
         self._ranks.broadcast_command({"do": "stop"})
         self.model.close()
 
-    # --- what the other ranks do -----------------------------------------------------------------------------------------
+    # --- what the other ranks do
+    # -----------------------------------------------------------------------------------------
 
-    def follow(self, beat: Callable[[], None] = lambda: None, is_leaving: Callable[[], bool] = lambda: False) -> None:
+    def follow(
+        self,
+        beat: Callable[[], None] = lambda: None,
+        is_leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Carry out what rank 0 says until it says stop.
 
         Args:
-            beat: called at every command. is_leaving: whether this rank is asked to leave; rank 0 is told and drains.
+            beat: called at every command. is_leaving: whether this rank is asked to leave; rank 0
+                is told and drains.
         """
         while True:
             command, frames = self._ranks.broadcast_command(None)
@@ -112,7 +131,12 @@ class Trainer:
                 self._ranks.count_leaving(is_leaving())
                 continue
             if command["do"] == "update":
-                items = iter([decode_item(frame, needs_teacher=self._method.needs_teacher) for frame in frames])
+                items = iter(
+                    [
+                        decode_item(frame, needs_teacher=self._method.needs_teacher)
+                        for frame in frames
+                    ]
+                )
                 groups = [[next(items) for _ in range(size)] for size in command["group_sizes"]]
                 self._update(groups, command["update_index"], command["policy_version"])
             elif command["do"] == "export":
@@ -127,19 +151,27 @@ class Trainer:
             # Rank 0 has got the error, too, and says when to try again.
             log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
-    # --- on every rank ---------------------------------------------------------------------------------------------------
+    # --- on every rank
+    # ----------------------------------------------------------------------------------------------
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         minibatches = list(self._build_minibatches(groups))
-        references = [self.model.compute_ref_logprobs(minibatch.micro_batches) for minibatch in minibatches]
+        references = [
+            self.model.compute_ref_logprobs(minibatch.micro_batches) for minibatch in minibatches
+        ]
         # The first step starts from the proximal policy itself, so only later ones need it scored.
-        scored = [self.model.compute_policy_logprobs(minibatch.micro_batches) for minibatch in minibatches[1:]]
+        scored = [
+            self.model.compute_policy_logprobs(minibatch.micro_batches)
+            for minibatch in minibatches[1:]
+        ]
         proximal = [None, *scored][: len(minibatches)]
         learning_rate = self._learning_rate(update_index)
         totals = _Totals()
-        for minibatch, ref_logprobs, proximal_logprobs in zip(minibatches, references, proximal, strict=True):
+        for minibatch, ref_logprobs, proximal_logprobs in zip(
+            minibatches, references, proximal, strict=True
+        ):
             loss = _BatchLoss(
                 partial(
                     compute_loss,
@@ -153,7 +185,9 @@ class Trainer:
                 proximal_logprobs,
                 totals,
             )
-            totals.gradient_norms.append(self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate))
+            totals.gradient_norms.append(
+                self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
+            )
         metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
         return metrics, self.model.export()
 
@@ -166,14 +200,18 @@ class Trainer:
                 sequences += build_sequences(items, compute_group_advantages(self.config, items))
             if not sequences:
                 continue
-            ranks = build_microbatches(sequences, training.microbatch_tokens, self._ranks.world_size)
+            ranks = build_microbatches(
+                sequences, training.microbatch_tokens, self._ranks.world_size
+            )
             own = [micro_batch.to(self.model.device) for micro_batch in ranks[self._ranks.rank]]
             yield _Minibatch(own, count_response_tokens(sequences))
 
     def _learning_rate(self, update_index: int) -> float:
         """A function of the update's number alone: a checkpoint need hold no scheduler."""
         training = self.config.training
-        return training.learning_rate * min(1.0, (update_index + 1) / max(1, training.warmup_updates))
+        return training.learning_rate * min(
+            1.0, (update_index + 1) / max(1, training.warmup_updates)
+        )
 
     def _save(self, directory: Path) -> None:
         error: CapacityError | None = None
@@ -218,20 +256,26 @@ def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[
 
 @dataclass(frozen=True, slots=True)
 class _BatchLoss:
-    """The loss of one optimizer step: what differs between its micro-batches is looked up by their place."""
+    """The loss of one optimizer step: what differs between its micro-batches is looked up by their
+    place.
+    """
 
     compute: Callable[..., tuple[Tensor, Metrics]]
     ref_logprobs: list[Tensor] | None
     proximal_logprobs: list[Tensor] | None
     totals: _Totals
 
-    def compute_share(self, place: int, micro_batch: MicroBatch, policy_logprobs: Tensor, entropy: Tensor) -> Tensor:
+    def compute_share(
+        self, place: int, micro_batch: MicroBatch, policy_logprobs: Tensor, entropy: Tensor
+    ) -> Tensor:
         loss, sums = self.compute(
             micro_batch,
             policy_logprobs=policy_logprobs,
             entropy=entropy,
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[place],
-            proximal_logprobs=None if self.proximal_logprobs is None else self.proximal_logprobs[place],
+            proximal_logprobs=None
+            if self.proximal_logprobs is None
+            else self.proximal_logprobs[place],
         )
         self.totals.add(loss, sums)
         return loss
@@ -254,8 +298,14 @@ class _Totals:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        totals = ranks.sum(torch.stack([self._sums[name].detach().double() for name in names]).cpu())
+        totals = ranks.sum(
+            torch.stack([self._sums[name].detach().double() for name in names]).cpu()
+        )
         sums = dict(zip(names, totals.tolist(), strict=True))
         num_steps = len(self.gradient_norms)
         loss = sums.pop("loss") / num_steps
-        return {**reduce_metrics(sums), "loss": loss, "gradient_norm": sum(self.gradient_norms) / num_steps}
+        return {
+            **reduce_metrics(sums),
+            "loss": loss,
+            "gradient_norm": sum(self.gradient_norms) / num_steps,
+        }

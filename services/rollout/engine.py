@@ -1,4 +1,5 @@
-"""Owns the sampler: token ids in, sampled tokens out, each stamped with the policy version that sampled it.
+"""Owns the sampler: token ids in, sampled tokens out, each stamped with the policy version that
+sampled it.
 
 It never renders prompts, decodes text or knows what an episode is.
 
@@ -20,8 +21,21 @@ import numpy as np
 import structlog
 
 from sdar.contracts.errors import EngineFailedError, InvalidInputError, UnavailableError
-from sdar.contracts.types import LogProbs, PolicyVersions, SamplingParameters, StopReason, TokenIds, WeightsManifest
-from sdar.runtime.vllm_weights import VllmWeights, build_llm, close_llm, engine_errors, memory_arguments
+from sdar.contracts.types import (
+    LogProbs,
+    PolicyVersions,
+    SamplingParameters,
+    StopReason,
+    TokenIds,
+    WeightsManifest,
+)
+from sdar.engines.vllm_weights import (
+    VllmWeights,
+    build_llm,
+    close_llm,
+    engine_errors,
+    memory_arguments,
+)
 
 log = structlog.get_logger()
 
@@ -32,8 +46,8 @@ class Generation:
 
     Attributes:
         response_token_ids: int32 [T]; ends with the stop token when `stop_reason` is END_OF_TURN.
-        logprobs: float32 [T], of the distribution each token was drawn from (temperature and top_p applied; a greedy
-            token's is that of the unscaled distribution). All finite.
+        logprobs: float32 [T], of the distribution each token was drawn from (temperature and top_p
+            applied; a greedy token's is that of the unscaled distribution). All finite.
         policy_versions: int32 [T], the policy version that sampled each token.
         num_cached_tokens: how many of the P prompt tokens the prefix cache served.
     """
@@ -65,11 +79,15 @@ class Engine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """The version the next token will be sampled by. The weights an engine starts with are version 0, the run's base."""
+        """The version the next token will be sampled by. The weights an engine starts with are
+        version 0, the run's base.
+        """
 
     @property
     def is_alive(self) -> bool:
-        """False before start, after stop, and for good once the engine has died: the service must then stop."""
+        """False before start, after stop, and for good once the engine has died: the service must
+        then stop.
+        """
 
     @property
     def stats(self) -> EngineStats: ...
@@ -79,23 +97,28 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Ends running generations with UnavailableError. Safe to call twice."""
 
-    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParameters) -> Generation:
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+    ) -> Generation:
         """Samples one response. Cancelling the call frees the request.
 
         Raises:
-            InvalidInputError: prompt empty, too long for the context or with an unknown token, or sampling out of range.
+            InvalidInputError: prompt empty, too long for the context or with an unknown token, or
+                sampling out of range.
             UnavailableError: the engine is not running, or was stopped meanwhile.
             EngineFailedError: the engine died.
         """
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
-        """Switches to the manifest's weights between two tokens; running generations go on under the new version.
+        """Switches to the manifest's weights between two tokens; running generations go on under
+        the new version.
 
-        Once begun it is carried through, even if the caller is cancelled. Updating to the present version does nothing.
+        Once begun it is carried through, even if the caller is cancelled. Updating to the present
+        version does nothing.
 
         Raises:
-            CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this model; the previous
-                ones still serve.
+            CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this
+                model; the previous ones still serve.
             UnavailableError: the engine is not running.
             EngineFailedError: the engine died.
         """
@@ -136,13 +159,16 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._stop_token_ids = list(stop_token_ids)
-        self._weights = VllmWeights(self._model_path, weight_store_url=weight_store_url, run_id=run_id)
+        self._weights = VllmWeights(
+            self._model_path, weight_store_url=weight_store_url, run_id=run_id
+        )
         self._tensor_parallel_size = tensor_parallel_size
         self._kv_cache_gib = kv_cache_gib
         self._gpu_memory_utilization = gpu_memory_utilization
         self._seed = seed
 
-        # vLLM copies the parameters of each request, so requests may share them: building them was a tenth of our own time.
+        # vLLM copies the parameters of each request, so requests may share them: building them was
+        # a tenth of our own time.
         self._sampling_parameters = functools.lru_cache(maxsize=256)(self._build_sampling)
         self._llm: Any = None
         self._policy_version = 0
@@ -151,7 +177,9 @@ class VllmEngine:
         self._request_ids = map(str, itertools.count())
         self._running: set[str] = set()
         self._update_lock = asyncio.Lock()
-        self._num_generated_tokens = self._num_prompt_tokens = self._num_cached_tokens = self._num_weight_updates = 0
+        self._num_generated_tokens = self._num_prompt_tokens = self._num_cached_tokens = (
+            self._num_weight_updates
+        ) = 0
         self._weight_staging_s = self._weight_pause_s = 0.0
 
     @property
@@ -175,7 +203,8 @@ class VllmEngine:
         )
 
     async def start(self) -> None:
-        """Loads the model. Takes some 15 s even for the smallest: two processes import vLLM, one after the other.
+        """Loads the model. Takes some 15 s even for the smallest: two processes import vLLM, one
+        after the other.
 
         Raises:
             EngineFailedError: vLLM did not come up; its own log on stderr says why.
@@ -185,7 +214,11 @@ class VllmEngine:
         await asyncio.to_thread(self._build_llm)
         await self._weights.attach(self._llm, self._policy_version)
         self._vocabulary_size = self._llm.model_config.get_vocab_size()
-        log.info("engine_started", model=self._model_path, duration_s=round(time.monotonic() - started, 1))
+        log.info(
+            "engine_started",
+            model=self._model_path,
+            duration_s=round(time.monotonic() - started, 1),
+        )
 
     def _build_llm(self) -> None:
         # Set here, not returned: an executor's thread holds on to what its last call returned.
@@ -198,9 +231,12 @@ class VllmEngine:
             tensor_parallel_size=self._tensor_parallel_size,
             distributed_executor_backend="uni" if self._tensor_parallel_size == 1 else "mp",
             enable_prefix_caching=True,
-            generation_config="vllm",  # the model's own would add stop tokens and sampling defaults nobody asked for
+            # the model's own would add stop tokens and sampling defaults nobody asked for
+            generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            **memory_arguments(kv_cache_gib=self._kv_cache_gib, gpu_memory_utilization=self._gpu_memory_utilization),
+            **memory_arguments(
+                kv_cache_gib=self._kv_cache_gib, gpu_memory_utilization=self._gpu_memory_utilization
+            ),
         )
 
     async def stop(self) -> None:
@@ -210,7 +246,9 @@ class VllmEngine:
         await llm.abort(list(self._running))
         close_llm(llm)
 
-    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParameters) -> Generation:
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+    ) -> Generation:
         llm = self._require_llm()
         prompt = self._check_prompt(prompt_token_ids)
         request_id = next(self._request_ids)
@@ -219,7 +257,9 @@ class VllmEngine:
         self._running.add(request_id)
         try:
             with engine_errors():
-                outputs = llm.generate({"type": "token", "prompt_token_ids": prompt}, parameters, request_id)
+                outputs = llm.generate(
+                    {"type": "token", "prompt_token_ids": prompt}, parameters, request_id
+                )
                 async for output in outputs:
                     final = output
         finally:
@@ -235,12 +275,14 @@ class VllmEngine:
         prompt = np.asarray(prompt_token_ids, dtype=np.int64)
         if not 0 < len(prompt) < self._max_model_len:
             raise InvalidInputError(
-                f"Prompt of {len(prompt)} tokens; this engine takes 1 to {self._max_model_len - 1}. "
+                f"Prompt of {len(prompt)} tokens; this engine takes 1 to "
+                f"{self._max_model_len - 1}. "
                 "End the episode earlier or raise model.max_sequence_tokens."
             )
         if prompt.min() < 0 or prompt.max() >= self._vocabulary_size:
             raise InvalidInputError(
-                f"Prompt holds token {prompt.max() if prompt.min() >= 0 else prompt.min()}; the model knows 0 to "
+                f"Prompt holds token {prompt.max() if prompt.min() >= 0 else prompt.min()}; the "
+                "model knows 0 to "
                 f"{self._vocabulary_size - 1}. Tokenize with the model's own tokenizer."
             )
         tokens: list[int] = prompt.tolist()
@@ -281,7 +323,10 @@ class VllmEngine:
                 staged = time.monotonic()
                 await self._install(llm, manifest.policy_version)
             self._num_weight_updates += 1
-            self._weight_staging_s, self._weight_pause_s = staged - started, time.monotonic() - staged
+            self._weight_staging_s, self._weight_pause_s = (
+                staged - started,
+                time.monotonic() - staged,
+            )
             log.info(
                 "weights_updated",
                 policy_version=manifest.policy_version,
@@ -303,7 +348,9 @@ class VllmEngine:
         if self._llm is None:
             raise UnavailableError("The engine is not running. Start it first.")
         if not self.is_alive:
-            raise EngineFailedError("The engine has died; its log on stderr says why. Restart the service.")
+            raise EngineFailedError(
+                "The engine has died; its log on stderr says why. Restart the service."
+            )
         return self._llm
 
 
@@ -316,15 +363,19 @@ def _build_generation(output: Any) -> Generation:
     completion = output.outputs[0]
     if completion.finish_reason not in ("stop", "length"):
         raise UnavailableError(
-            f"Generation ended as {completion.finish_reason!r}: the engine is stopping or failed. Repeat it."
+            f"Generation ended as {completion.finish_reason!r}: the engine is stopping or failed. "
+            "Repeat it."
         )
     spans = completion.weight_versions
     return Generation(
         response_token_ids=np.asarray(completion.token_ids, dtype=np.int32),
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
         policy_versions=np.repeat(
-            np.asarray([int(span.version) for span in spans], dtype=np.int32), [span.end - span.start for span in spans]
+            np.asarray([int(span.version) for span in spans], dtype=np.int32),
+            [span.end - span.start for span in spans],
         ),
-        stop_reason=StopReason.END_OF_TURN if completion.finish_reason == "stop" else StopReason.LENGTH,
+        stop_reason=StopReason.END_OF_TURN
+        if completion.finish_reason == "stop"
+        else StopReason.LENGTH,
         num_cached_tokens=output.num_cached_tokens or 0,
     )

@@ -1,6 +1,8 @@
-"""Owns how a rollout worker talks to an environment: the `EnvironmentClient` protocol and its gRPC implementation.
+"""Owns how a rollout worker talks to an environment: the `EnvironmentClient` protocol and its gRPC
+implementation.
 
-Answers are checked here, so that an environment that answers nonsense fails its episode and never reaches training.
+Answers are checked here, so that an environment that answers nonsense fails its episode and never
+reaches training.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from sdar.contracts.errors import (
     UnknownResourceError,
 )
 from sdar.contracts.types import EnvironmentIdentity, Task
-from sdar.runtime.rpc import call
-from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2
+from sdar.wire.rpc_client import call
+from sdar.wire.security import OPEN, Security
 from services.rollout.environment_servers import EnvironmentServer, EnvironmentServers, Resolve
 
 T = TypeVar("T")
@@ -33,10 +35,14 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 OPEN_PATIENCE_S = 60.0
-"""An environment that is away or full is waited for so long before an episode begins; only then does the attempt fail."""
+"""An environment that is away or full is waited for so long before an episode begins; only then
+does the attempt fail.
+"""
 _LONGEST_OPEN_DELAY_S = 5.0
 _CLOSE_PATIENCE_S = 5.0
-"""How long a client that closes waits for sessions that were given up while they opened. The server reaps the rest."""
+"""How long a client that closes waits for sessions that were given up while they opened. The server
+reaps the rest.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +81,15 @@ class StepOutcome:
 class EnvironmentClient(Protocol):
     """One environment, be it one server or many. Calls are safe to repeat by their keys.
 
-    Every method raises EnvironmentFailedError when the environment died, hung or answered nonsense: the episode is lost, a
-    new one may go well. InvalidInputError means that no other try can help.
+    Every method raises EnvironmentFailedError when the environment died, hung or answered nonsense:
+    the episode is lost, a new one may go well. InvalidInputError means that no other try can help.
     """
 
     async def describe(self, environment: str) -> EnvironmentProfile: ...
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
-        """Begin an episode of the task with its seed; waits while all sessions are taken or no server is there.
+        """Begin an episode of the task with its seed; waits while all sessions are taken or no
+        server is there.
 
         A session that opens after its caller was cancelled is closed at once.
         """
@@ -150,7 +157,8 @@ class _Place:
 
 
 class GrpcEnvironmentClient:
-    """`EnvironmentClient` over `sdar.v1.EnvironmentService`: sessions are spread over all servers behind the address.
+    """`EnvironmentClient` over `sdar.v1.EnvironmentService`: sessions are spread over all servers
+    behind the address.
 
     Args:
         step_timeout_s: deadline of one call, its transport-level retries included.
@@ -179,23 +187,34 @@ class GrpcEnvironmentClient:
     async def describe(self, environment: str) -> EnvironmentProfile:
         if environment not in self._profiles:
             request = environment_pb2.DescribeRequest(environment=environment)
-            server, response = await self._patiently(lambda server: self._call(server, server.stub.Describe, request))
+            server, response = await self._patiently(
+                lambda server: self._call(server, server.stub.Describe, request)
+            )
             self._servers.release(server)
             found = next((one for one in response.environments if one.name == environment), None)
             if found is None or not found.version:
-                raise self._nonsense(f"Describe({environment!r}) without that environment or its version")
+                raise self._nonsense(
+                    f"Describe({environment!r}) without that environment or its version"
+                )
             identity = EnvironmentIdentity(found.name, found.version)
-            self._profiles[environment] = EnvironmentProfile(identity, found.instructions, found.action_format)
+            self._profiles[environment] = EnvironmentProfile(
+                identity, found.instructions, found.action_format
+            )
         return self._profiles[environment]
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
         request = environment_pb2.OpenSessionRequest(
-            environment=task.environment, task_id=task.task_id, seed=task.seed, idempotency_key=idempotency_key
+            environment=task.environment,
+            task_id=task.task_id,
+            seed=task.seed,
+            idempotency_key=idempotency_key,
         )
         server, response = await self._patiently(lambda server: self._open(server, request))
         if not response.session_id or not response.observation:
             self._servers.release(server)
-            raise self._nonsense(f"OpenSession of task {task.task_id!r} without session_id or observation")
+            raise self._nonsense(
+                f"OpenSession of task {task.task_id!r} without session_id or observation"
+            )
         own_id = f"{response.session_id}@{server.target}"
         self._places[own_id] = _Place(server, response.session_id)
         return Session(own_id, response.observation, tuple(response.admissible_actions))
@@ -203,13 +222,19 @@ class GrpcEnvironmentClient:
     async def step(self, session_id: str, step_index: int, text: str) -> StepOutcome:
         place = self._places.get(session_id)
         if place is None:
-            raise EnvironmentFailedError(f"Session lost at {self._address}: {session_id!r} is not open. Open another.")
-        request = environment_pb2.StepRequest(session_id=place.session_id, step_index=step_index, text=text)
+            raise EnvironmentFailedError(
+                f"Session lost at {self._address}: {session_id!r} is not open. Open another."
+            )
+        request = environment_pb2.StepRequest(
+            session_id=place.session_id, step_index=step_index, text=text
+        )
         try:
             response = await self._call(place.server, place.server.stub.Step, request)
         except UnknownResourceError as error:
             # The server restarted or reaped the session; the task itself is fine.
-            raise EnvironmentFailedError(f"Session lost at {place.server.target}: {error}") from error
+            raise EnvironmentFailedError(
+                f"Session lost at {place.server.target}: {error}"
+            ) from error
         self._check(response, step_index)
         return StepOutcome(
             observation=response.observation,
@@ -230,9 +255,18 @@ class GrpcEnvironmentClient:
     async def _close(self, place: _Place) -> None:
         server = place.server
         try:
-            await self._call(server, server.stub.CloseSession, environment_pb2.CloseSessionRequest(session_id=place.session_id))
+            await self._call(
+                server,
+                server.stub.CloseSession,
+                environment_pb2.CloseSessionRequest(session_id=place.session_id),
+            )
         except SdarError as error:
-            log.warning("session_not_closed", address=server.target, session_id=place.session_id, error=str(error))
+            log.warning(
+                "session_not_closed",
+                address=server.target,
+                session_id=place.session_id,
+                error=str(error),
+            )
         finally:
             self._servers.release(server)
 
@@ -241,19 +275,27 @@ class GrpcEnvironmentClient:
             await asyncio.wait(self._given_up, timeout=_CLOSE_PATIENCE_S)
         await self._servers.close()
 
-    async def _open(self, server: EnvironmentServer, request: environment_pb2.OpenSessionRequest) -> Any:
-        """One call. The server opens what it was asked for, whether or not the caller is still there: it is closed then."""
+    async def _open(
+        self, server: EnvironmentServer, request: environment_pb2.OpenSessionRequest
+    ) -> Any:
+        """One call. The server opens what it was asked for, whether or not the caller is still
+        there: it is closed then.
+        """
         opening = asyncio.ensure_future(self._call(server, server.stub.OpenSession, request))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
             self._servers.take(server)
-            closing = asyncio.create_task(self._close_given_up(server, opening), name="close_given_up")
+            closing = asyncio.create_task(
+                self._close_given_up(server, opening), name="close_given_up"
+            )
             self._given_up.add(closing)
             closing.add_done_callback(self._given_up.discard)
             raise
 
-    async def _close_given_up(self, server: EnvironmentServer, opening: asyncio.Future[Any]) -> None:
+    async def _close_given_up(
+        self, server: EnvironmentServer, opening: asyncio.Future[Any]
+    ) -> None:
         try:
             response = await opening
         except SdarError as error:
@@ -264,15 +306,20 @@ class GrpcEnvironmentClient:
 
     def _check(self, response: environment_pb2.StepResponse, step_index: int) -> None:
         numbers = {"reward": response.reward, **response.reward_components}
-        if wrong := [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+        if wrong := [
+            f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)
+        ]:
             raise self._nonsense(f"Step {step_index} with {', '.join(wrong)}")
         is_over = response.terminated or response.truncated
         if not is_over and not response.observation:
-            raise self._nonsense(f"Step {step_index} of an unfinished episode without an observation")
+            raise self._nonsense(
+                f"Step {step_index} of an unfinished episode without an observation"
+            )
 
     def _nonsense(self, what: str) -> EnvironmentFailedError:
         return EnvironmentFailedError(
-            f"The environment at {self._address} answered {what}. Run `sdar env check {self._address}` against it.",
+            f"The environment at {self._address} answered {what}. Run `sdar env check "
+            f"{self._address}` against it.",
             address=self._address,
         )
 
@@ -286,8 +333,11 @@ class GrpcEnvironmentClient:
                 f"The environment at {server.target} failed: {error}", address=server.target
             ) from error
 
-    async def _patiently(self, attempt: Callable[[EnvironmentServer], Awaitable[T]]) -> tuple[EnvironmentServer, T]:
-        """Repeat while all servers are full or away: an environment that restarts must not cost its groups.
+    async def _patiently(
+        self, attempt: Callable[[EnvironmentServer], Awaitable[T]]
+    ) -> tuple[EnvironmentServer, T]:
+        """Repeat while all servers are full or away: an environment that restarts must not cost its
+        groups.
 
         Returns the server too, with a session counted there.
         """
@@ -301,7 +351,9 @@ class GrpcEnvironmentClient:
                 except (UnavailableError, CapacityError) as error:
                     if time.monotonic() + delay_s > deadline:
                         raise EnvironmentFailedError(
-                            f"No session at {self._address} within {self._open_patience_s:g} s: {error}", address=self._address
+                            f"No session at {self._address} within {self._open_patience_s:g} s: "
+                            f"{error}",
+                            address=self._address,
                         ) from error
                     self.num_waiting += not is_waiting
                     is_waiting = True
@@ -310,7 +362,9 @@ class GrpcEnvironmentClient:
         finally:
             self.num_waiting -= is_waiting
 
-    async def _try_each(self, attempt: Callable[[EnvironmentServer], Awaitable[T]]) -> tuple[EnvironmentServer, T]:
+    async def _try_each(
+        self, attempt: Callable[[EnvironmentServer], Awaitable[T]]
+    ) -> tuple[EnvironmentServer, T]:
         """The first server that is neither full nor away; what the last one said if all are."""
         refusal: BaseException | None = None
         for server in await self._servers.rank():
@@ -321,7 +375,9 @@ class GrpcEnvironmentClient:
                 return server, await attempt(server)
             except BaseException as error:
                 self._servers.release(server)
-                is_away = isinstance(error, UnavailableError) and not isinstance(error, EnvironmentFailedError)
+                is_away = isinstance(error, UnavailableError) and not isinstance(
+                    error, EnvironmentFailedError
+                )
                 if not is_away and not isinstance(error, CapacityError):
                     raise
                 self._servers.avoid(server, is_away=is_away)

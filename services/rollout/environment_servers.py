@@ -1,7 +1,9 @@
-"""Owns which servers stand behind an environment's address: finds them by name, and says where the next session goes.
+"""Owns which servers stand behind an environment's address: finds them by name, and says where the
+next session goes.
 
-A name may stand for many servers, as a headless Service of Kubernetes does for its pods. Each gets a channel of its own, for a
-session lives in one server; gRPC's own balancing knows calls, not sessions. Never looks into a call.
+A name may stand for many servers, as a headless Service of Kubernetes does for its pods. Each gets
+a channel of its own, for a session lives in one server; gRPC's own balancing knows calls, not
+sessions. Never looks into a call.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import grpc
 import structlog
 
 from sdar.contracts.errors import UnavailableError
-from sdar.runtime.rpc import connect
-from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2_grpc
+from sdar.wire.rpc_client import connect
+from sdar.wire.security import OPEN, Security
 
 log = structlog.get_logger()
 
@@ -31,7 +33,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _RESOLVE_EVERY_S = 5.0
 _RESOLVE_AGAIN_S = 1.0
-"""Soonest look-up after a server was found away: its pod may have gone, and another may have come."""
+"""Soonest look-up after a server was found away: its pod may have gone, and another may have come.
+"""
 _AVOID_AWAY_S = 5.0
 _AVOID_FULL_S = 0.5
 
@@ -57,13 +60,17 @@ class EnvironmentServer:
 
 
 class EnvironmentServers:
-    """The servers of one address. HOST:PORT with a name is looked up again and again; all else is one target of gRPC's.
+    """The servers of one address. HOST:PORT with a name is looked up again and again; all else is
+    one target of gRPC's.
 
     Args:
-        security: what servers are verified against and shown; certificates must name the host of `address`.
+        security: what servers are verified against and shown; certificates must name the host of
+            `address`.
     """
 
-    def __init__(self, address: str, security: Security = OPEN, resolve: Resolve | None = None) -> None:
+    def __init__(
+        self, address: str, security: Security = OPEN, resolve: Resolve | None = None
+    ) -> None:
         self._address, self._security = address, security
         self._resolve = resolve or resolve_host
         self._name = _parse_name(address)
@@ -77,7 +84,8 @@ class EnvironmentServers:
             security.check_target(address)
 
     async def rank(self) -> list[EnvironmentServer]:
-        """All servers, the one to ask first at the front: with the fewest sessions of ours, those away or full at the end.
+        """All servers, the one to ask first at the front: with the fewest sessions of ours, those
+        away or full at the end.
 
         Raises:
             UnavailableError: the name leads nowhere.
@@ -86,7 +94,8 @@ class EnvironmentServers:
         servers = [server for server in self._servers.values() if server.is_listed]
         if not servers:
             raise UnavailableError(
-                f"No server is known under {self._address}: the name has no address. Start the environment, or correct it."
+                f"No server is known under {self._address}: the name has no address. Start the "
+                "environment, or correct it."
             )
         random.shuffle(servers)
         now = time.monotonic()
@@ -111,7 +120,9 @@ class EnvironmentServers:
         if self._resolving is not None:
             self._resolving.cancel()
             await asyncio.gather(self._resolving, return_exceptions=True)
-        await asyncio.gather(*self._closing, *(server.channel.close() for server in self._servers.values()))
+        await asyncio.gather(
+            *self._closing, *(server.channel.close() for server in self._servers.values())
+        )
         self._servers.clear()
 
     async def _look_up(self) -> None:
@@ -119,7 +130,9 @@ class EnvironmentServers:
         if self._name is None:
             return
         if self._resolving is None and time.monotonic() >= self._resolve_at:
-            self._resolving = asyncio.create_task(self._update(*self._name), name="resolve_environments")
+            self._resolving = asyncio.create_task(
+                self._update(*self._name), name="resolve_environments"
+            )
         if self._resolving is not None and not self._servers:
             await asyncio.shield(self._resolving)
 
@@ -127,7 +140,8 @@ class EnvironmentServers:
         try:
             targets = await self._resolve(host, port)
         except (OSError, UnicodeError) as error:
-            # The servers known so far may well be there still: a name server that is away takes nobody along.
+            # The servers known so far may well be there still: a name server that is away takes
+            # nobody along.
             log.warning("environments_not_resolved", address=self._address, error=str(error))
         else:
             self._set_targets(targets)
@@ -148,11 +162,19 @@ class EnvironmentServers:
             log.info("environments_resolved", address=self._address, targets=sorted(targets))
 
     def _add(self, target: str) -> None:
-        channel = connect(target, self._security, is_sticky=True, host="" if self._name is None else self._name[0])
-        self._servers[target] = EnvironmentServer(target, channel, environment_pb2_grpc.EnvironmentServiceStub(channel))
+        channel = connect(
+            target, self._security, is_sticky=True, host="" if self._name is None else self._name[0]
+        )
+        self._servers[target] = EnvironmentServer(
+            target, channel, environment_pb2_grpc.EnvironmentServiceStub(channel)
+        )
 
     def _drop_if_unused(self, server: EnvironmentServer) -> None:
-        if server.is_listed or server.num_sessions or self._servers.pop(server.target, None) is None:
+        if (
+            server.is_listed
+            or server.num_sessions
+            or self._servers.pop(server.target, None) is None
+        ):
             return
         closing = asyncio.ensure_future(server.channel.close())
         self._closing.add(closing)

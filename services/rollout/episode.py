@@ -1,6 +1,8 @@
-"""Owns how episodes are played: sample, step, repeat, until the environment or a limit ends one; and a group of them at once.
+"""Owns how episodes are played: sample, step, repeat, until the environment or a limit ends one;
+and a group of them at once.
 
-Knows no stream and no worker: the same functions serve the rollout service and a single process that experiments.
+Knows no stream and no worker: the same functions serve the rollout service and a single process
+that experiments.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass, field
 
 from sdar.contracts.errors import InvalidInputError
 from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
-from sdar.runtime import tracing
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
+from sdar.process import tracing
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
 from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, PromptStyleFactory
@@ -26,7 +28,9 @@ INVALID_ACTION = "invalid_action"
 
 @dataclass(slots=True)
 class EpisodeClock:
-    """Where the time of all episodes went so far, in episode-seconds, and how many prompts were short of earlier turns."""
+    """Where the time of all episodes went so far, in episode-seconds, and how many prompts were
+    short of earlier turns.
+    """
 
     engine_s: float = 0.0
     environment_s: float = 0.0
@@ -67,7 +71,9 @@ class EpisodeSlots:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at a group: its number, from 0 and never given twice, and the tokens sampled in it, whatever becomes of them."""
+    """One try at a group: its number, from 0 and never given twice, and the tokens sampled in it,
+    whatever becomes of them.
+    """
 
     number: int
     num_sampled_tokens: int = 0
@@ -78,8 +84,8 @@ class EpisodeRules:
     """What all episodes of a worker have in common.
 
     Attributes:
-        invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn of the first one; 0
-            where the learner applies it turn by turn.
+        invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn
+            of the first one; 0 where the learner applies it turn by turn.
         max_sequence_tokens: longest prompt plus response of a turn.
     """
 
@@ -101,7 +107,8 @@ async def play_group(
     skill_text: str = "",
     slots: EpisodeSlots | None = None,
 ) -> list[Trajectory]:
-    """Play all episodes of a group at once, each once. The first that fails ends the others; all sessions are closed.
+    """Play all episodes of a group at once, each once. The first that fails ends the others; all
+    sessions are closed.
 
     Args:
         attempt: which try at the group this is; no session of another one is continued.
@@ -109,8 +116,10 @@ async def play_group(
         slots: an episode begins when one is free; none means at once.
 
     Raises:
-        EnvironmentFailedError, UnavailableError: an environment failed, or is away; another attempt may go well.
-        InvalidInputError: the task is unknown, or its first observation leaves no room for a response.
+        EnvironmentFailedError, UnavailableError: an environment failed, or is away; another attempt
+            may go well.
+        InvalidInputError: the task is unknown, or its first observation leaves no room for a
+            response.
         UnavailableError, EngineFailedError: from the engine.
     """
 
@@ -119,9 +128,19 @@ async def play_group(
         async with slots or contextlib.nullcontext():
             with tracing.span("rollout.episode", trajectory_id=trajectory_id) as span:
                 trajectory = await play_episode(
-                    group, episode_index, attempt, engine=engine, environment=environment, rules=rules, skill_text=skill_text
+                    group,
+                    episode_index,
+                    attempt,
+                    engine=engine,
+                    environment=environment,
+                    rules=rules,
+                    skill_text=skill_text,
                 )
-                span.set(num_turns=len(trajectory.turns), is_success=trajectory.is_success, end=trajectory.end.value)
+                span.set(
+                    num_turns=len(trajectory.turns),
+                    is_success=trajectory.is_success,
+                    end=trajectory.end.value,
+                )
                 return trajectory
 
     episodes = [asyncio.ensure_future(play(index)) for index in range(group.group_size)]
@@ -144,16 +163,22 @@ async def play_episode(
     rules: EpisodeRules,
     skill_text: str = "",
 ) -> Trajectory:
-    """Play one episode of a group, once. The session is closed however it ends. Raises as `play_group`."""
+    """Play one episode of a group, once. The session is closed however it ends. Raises as
+    `play_group`.
+    """
     started = time.monotonic()
     trajectory_id = _name_trajectory(group, episode_index, attempt)
     with rules.clock.stepping(), tracing.span("environment.open"):
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
-        setting = EpisodeSetting(profile.instructions, profile.action_format, group.task.description, skill_text)
+        setting = EpisodeSetting(
+            profile.instructions, profile.action_format, group.task.description, skill_text
+        )
         prompts = rules.build_prompts(setting)
-        turns, last = await _play_turns(group, attempt, session, prompts, engine, environment, rules)
+        turns, last = await _play_turns(
+            group, attempt, session, prompts, engine, environment, rules
+        )
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
         await asyncio.shield(asyncio.ensure_future(environment.close_session(session.session_id)))
@@ -196,20 +221,29 @@ async def _play_turns(
     prompt = prompts.begin(session.observation, session.admissible_actions)
     if len(prompt.token_ids) > num_prompt_tokens:
         raise InvalidInputError(
-            f"The first prompt of task {group.task.task_id} has {len(prompt.token_ids)} tokens; model.max_sequence_tokens "
-            f"{rules.max_sequence_tokens} less a response leaves {num_prompt_tokens}. Raise it, or shorten the observation."
+            f"The first prompt of task {group.task.task_id} has {len(prompt.token_ids)} tokens; "
+            "model.max_sequence_tokens "
+            f"{rules.max_sequence_tokens} less a response leaves {num_prompt_tokens}. Raise it, or "
+            "shorten the observation."
         )
     while True:
         turn = len(turns)
         with rules.clock.sampling(), tracing.span("rollout.generate", turn=turn) as span:
             generation = await engine.generate(prompt.token_ids, group.sampling)
             versions = sorted({int(version) for version in generation.policy_versions})
-            span.set(num_prompt_tokens=len(prompt.token_ids), num_tokens=len(generation.logprobs), policy_versions=versions)
+            span.set(
+                num_prompt_tokens=len(prompt.token_ids),
+                num_tokens=len(generation.logprobs),
+                policy_versions=versions,
+            )
         attempt.num_sampled_tokens += len(generation.response_token_ids)
         text = rules.tokenizer.decode_response(generation.response_token_ids)
         with rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
             outcome = await environment.step(session.session_id, turn, text)
-            span.set(is_action_valid=outcome.is_action_valid, is_over=outcome.is_terminated or outcome.is_truncated)
+            span.set(
+                is_action_valid=outcome.is_action_valid,
+                is_over=outcome.is_terminated or outcome.is_truncated,
+            )
         turns.append(_build_turn(turn, prompt, generation, text, outcome))
         if outcome.is_terminated or outcome.is_truncated or len(turns) == group.max_turns:
             return turns, outcome
@@ -225,7 +259,9 @@ async def _play_turns(
             return turns, outcome
 
 
-def _build_turn(index: int, prompt: Prompt, generation: Generation, text: str, outcome: StepOutcome) -> Turn:
+def _build_turn(
+    index: int, prompt: Prompt, generation: Generation, text: str, outcome: StepOutcome
+) -> Turn:
     return Turn(
         turn_index=index,
         prompt_token_ids=prompt.token_ids,

@@ -1,4 +1,6 @@
-"""Owns the rollout worker's measurements: Prometheus metrics and the values of its record on `metrics`. Decides nothing."""
+"""Owns the rollout worker's measurements: Prometheus metrics and the values of its record on
+`metrics`. Decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sdar.contracts.types import Purpose, Trajectory
-from sdar.runtime.telemetry import LabelBound
+from sdar.process.telemetry import LabelBound
 from services.rollout.engine import EngineStats
 from services.rollout.episode import EpisodeClock
 
@@ -26,34 +28,65 @@ class RolloutMetrics:
         now: seconds, monotonic.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.registry = registry = CollectorRegistry() if registry is None else registry
         by_kind = ["purpose", "task_type"]
-        self._episodes = Counter("sdar_rollout_episodes", "Episodes of groups that were played.", by_kind, registry=registry)
-        self._successes = Counter("sdar_rollout_successes", "Those that solved their task.", by_kind, registry=registry)
-        self._tokens = Counter("sdar_rollout_generated_tokens", "Tokens sampled, for outside callers too.", registry=registry)
-        self._prompt_tokens = Counter("sdar_rollout_prompt_tokens", "Tokens of prompts given to the engine.", registry=registry)
-        self._cached_tokens = Counter(
-            "sdar_rollout_cached_tokens", "Those of them that the engine's prefix cache held.", registry=registry
+        self._episodes = Counter(
+            "sdar_rollout_episodes",
+            "Episodes of groups that were played.",
+            by_kind,
+            registry=registry,
         )
-        self._failures = Counter("sdar_rollout_failed_groups", "Groups given up.", ["purpose"], registry=registry)
-        self._dead_letters = Counter("sdar_rollout_dead_letters", "Tasks set aside.", registry=registry)
+        self._successes = Counter(
+            "sdar_rollout_successes", "Those that solved their task.", by_kind, registry=registry
+        )
+        self._tokens = Counter(
+            "sdar_rollout_generated_tokens",
+            "Tokens sampled, for outside callers too.",
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "sdar_rollout_prompt_tokens",
+            "Tokens of prompts given to the engine.",
+            registry=registry,
+        )
+        self._cached_tokens = Counter(
+            "sdar_rollout_cached_tokens",
+            "Those of them that the engine's prefix cache held.",
+            registry=registry,
+        )
+        self._failures = Counter(
+            "sdar_rollout_failed_groups", "Groups given up.", ["purpose"], registry=registry
+        )
+        self._dead_letters = Counter(
+            "sdar_rollout_dead_letters", "Tasks set aside.", registry=registry
+        )
         self._reclaimed = Counter(
             "sdar_rollout_reclaimed_groups",
             "Groups taken over from a dead worker, an earlier life of this one included.",
             registry=registry,
         )
         self._retries = Counter(
-            "sdar_rollout_retried_groups", "Groups played again because their environment failed.", registry=registry
+            "sdar_rollout_retried_groups",
+            "Groups played again because their environment failed.",
+            registry=registry,
         )
         self._late_results = Counter(
-            "sdar_rollout_late_results", "Results refused because the group was given to another attempt.", registry=registry
+            "sdar_rollout_late_results",
+            "Results refused because the group was given to another attempt.",
+            registry=registry,
         )
         self._repeated_tokens = Counter(
-            "sdar_rollout_repeated_tokens", "Tokens sampled in attempts that were thrown away.", registry=registry
+            "sdar_rollout_repeated_tokens",
+            "Tokens sampled in attempts that were thrown away.",
+            registry=registry,
         )
         self._refused_policies = Counter(
-            "sdar_rollout_refused_policies", "Times that a published policy could not be read.", registry=registry
+            "sdar_rollout_refused_policies",
+            "Times that a published policy could not be read.",
+            registry=registry,
         )
         self._turns = Histogram(
             "sdar_rollout_episode_turns",
@@ -62,16 +95,25 @@ class RolloutMetrics:
             registry=registry,
         )
         self._episode_s = Histogram(
-            "sdar_rollout_episode_seconds", "Wall time of an episode.", buckets=_EPISODE_BUCKETS, registry=registry
+            "sdar_rollout_episode_seconds",
+            "Wall time of an episode.",
+            buckets=_EPISODE_BUCKETS,
+            registry=registry,
         )
         self._environment_s = Counter(
-            "sdar_rollout_environment_wait_seconds", "Episode-seconds spent waiting for environments.", registry=registry
+            "sdar_rollout_environment_wait_seconds",
+            "Episode-seconds spent waiting for environments.",
+            registry=registry,
         )
         self._engine_s = Counter(
-            "sdar_rollout_engine_wait_seconds", "Episode-seconds spent waiting for the engine.", registry=registry
+            "sdar_rollout_engine_wait_seconds",
+            "Episode-seconds spent waiting for the engine.",
+            registry=registry,
         )
         self._shortened = Counter(
-            "sdar_rollout_shortened_prompts", "Prompts that show fewer earlier turns than asked for.", registry=registry
+            "sdar_rollout_shortened_prompts",
+            "Prompts that show fewer earlier turns than asked for.",
+            registry=registry,
         )
         self._staging_s = Histogram(
             "sdar_rollout_weight_staging_seconds",
@@ -80,17 +122,30 @@ class RolloutMetrics:
             registry=registry,
         )
         self._pause_s = Histogram(
-            "sdar_rollout_weight_pause_seconds", "Generation held by an update.", buckets=_UPDATE_BUCKETS, registry=registry
+            "sdar_rollout_weight_pause_seconds",
+            "Generation held by an update.",
+            buckets=_UPDATE_BUCKETS,
+            registry=registry,
         )
         self._running = Gauge("sdar_rollout_running_groups", "Groups in hand.", registry=registry)
-        self._running_episodes = Gauge("sdar_rollout_running_episodes", "Episodes being played.", registry=registry)
-        self._waiting_s = Counter("sdar_rollout_waiting_seconds", "Time without a group in hand.", registry=registry)
-        self._version = Gauge("sdar_rollout_policy_version", "Version being sampled from.", registry=registry)
-        self._lag = Gauge("sdar_rollout_policy_lag", "Versions behind the newest published.", registry=registry)
+        self._running_episodes = Gauge(
+            "sdar_rollout_running_episodes", "Episodes being played.", registry=registry
+        )
+        self._waiting_s = Counter(
+            "sdar_rollout_waiting_seconds", "Time without a group in hand.", registry=registry
+        )
+        self._version = Gauge(
+            "sdar_rollout_policy_version", "Version being sampled from.", registry=registry
+        )
+        self._lag = Gauge(
+            "sdar_rollout_policy_lag", "Versions behind the newest published.", registry=registry
+        )
         self._bound = LabelBound()
         self._now = now
         self.num_episodes = self.num_successes = self.num_failed_groups = 0
-        self.num_reclaimed_groups = self.num_retried_groups = self.num_late_results = self.num_repeated_tokens = 0
+        self.num_reclaimed_groups = self.num_retried_groups = self.num_late_results = (
+            self.num_repeated_tokens
+        ) = 0
         self._num_running = 0
         self._idle_s, self._idle_since = 0.0, now()
         self._last_record = (now(), EngineStats(), EpisodeClock(), 0.0)
@@ -140,7 +195,9 @@ class RolloutMetrics:
         self._num_running, self._idle_since = num_groups, self._now()
         self._running.set(num_groups)
 
-    def observe_engine(self, stats: EngineStats, clock: EpisodeClock, policy_version: int, newest_version: int) -> None:
+    def observe_engine(
+        self, stats: EngineStats, clock: EpisodeClock, policy_version: int, newest_version: int
+    ) -> None:
         """Carry the engine's own counters and the episodes' clock over into Prometheus."""
         seen, seen_clock = self._last_seen
         if stats.num_weight_updates != seen.num_weight_updates:
@@ -156,13 +213,18 @@ class RolloutMetrics:
         self._shortened.inc(clock.num_shortened_prompts - seen_clock.num_shortened_prompts)
         self._last_seen = stats, dataclasses.replace(clock)
 
-    def collect_window(self, stats: EngineStats, clock: EpisodeClock, num_running_episodes: int) -> dict[str, float]:
+    def collect_window(
+        self, stats: EngineStats, clock: EpisodeClock, num_running_episodes: int
+    ) -> dict[str, float]:
         """Values of a metric record: totals since start; rates and shares since the last call."""
         self.observe_running(self._num_running)
         now = self._now()
         then, old, old_clock, old_idle_s = self._last_record
         duration_s = max(now - then, 1e-9)
-        engine_s, environment_s = clock.engine_s - old_clock.engine_s, clock.environment_s - old_clock.environment_s
+        engine_s, environment_s = (
+            clock.engine_s - old_clock.engine_s,
+            clock.environment_s - old_clock.environment_s,
+        )
         episode_s = max(engine_s + environment_s, 1e-9)
         idle_s = self._idle_s
         self._last_record = now, stats, dataclasses.replace(clock), idle_s

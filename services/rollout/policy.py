@@ -1,8 +1,10 @@
-"""Owns which policy version the engine serves: the version an evaluation is pinned to while one runs, else the newest.
+"""Owns which policy version the engine serves: the version an evaluation is pinned to while one
+runs, else the newest.
 
-Tokens are stamped by the engine, so training episodes in flight simply go on across any switch. A version that cannot be read
-(torn, corrupt, of another base, being deleted, or its store is away) is refused: the previous one goes on serving, the newest
-that can be read is taken, and the refused one is tried again after a while.
+Tokens are stamped by the engine, so training episodes in flight simply go on across any switch. A
+version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away) is
+refused: the previous one goes on serving, the newest that can be read is taken, and the refused one
+is tried again after a while.
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ from dataclasses import dataclass
 
 import structlog
 
+from sdar.bus.protocol import BEFORE_FIRST, Bus
 from sdar.contracts import codec
-from sdar.contracts.errors import BusUnavailableError, EngineFailedError, SdarError, WeightsUnavailableError
+from sdar.contracts.errors import (
+    BusUnavailableError,
+    EngineFailedError,
+    SdarError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
-from sdar.runtime.bus import BEFORE_FIRST, Bus
-from sdar.runtime.pins import PinnedVersions
+from sdar.weights.pins import PinnedVersions
 from services.rollout.engine import Engine
 from services.rollout.metrics import RolloutMetrics
 
@@ -29,7 +36,9 @@ log = structlog.get_logger()
 
 _PAGE = 1000
 _MAX_KNOWN = 100
-"""Newest published versions kept in mind, more than the learner keeps in the store; and the first, which it always keeps."""
+"""Newest published versions kept in mind, more than the learner keeps in the store; and the first,
+which it always keeps.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +85,17 @@ class PolicyFollower:
         return self._newest
 
     async def catch_up(self) -> None:
-        """Read what has been published so far and serve what is due. Called once before the first task.
+        """Read what has been published so far and serve what is due. Called once before the first
+        task.
 
         Raises:
             EngineFailedError, UnavailableError: from the engine.
         """
         await self._read(block_s=0.0)
         is_loaded = asyncio.Event()
-        keeping = asyncio.create_task(self._pins.keep(is_loaded), name="policy_pins")  # loading may take minutes
+        keeping = asyncio.create_task(
+            self._pins.keep(is_loaded), name="policy_pins"
+        )  # loading may take minutes
         try:
             await self._switch()
         finally:
@@ -111,7 +123,8 @@ class PolicyFollower:
 
     @contextlib.asynccontextmanager
     async def pinned(self, policy_version: int) -> AsyncIterator[None]:
-        """Hold the engine at a version. Waits while others hold another; of those that wait, the oldest version is next.
+        """Hold the engine at a version. Waits while others hold another; of those that wait, the
+        oldest version is next.
 
         Raises:
             WeightsUnavailableError, CorruptionError: that version cannot be loaded.
@@ -127,13 +140,17 @@ class PolicyFollower:
     async def reached(self, policy_version: int) -> None:
         """Wait until the engine serves this version or a newer one.
 
-        The gateway admits a group for a version, counting on tokens that are no older: played before the engine has switched,
-        or while an evaluation holds it back, the group would be staler than its admission allows. One of a version that cannot
-        be read is played all the same; the learner judges its tokens.
+        The gateway admits a group for a version, counting on tokens that are no older: played
+        before the engine has switched, or while an evaluation holds it back, the group would be
+        staler than its admission allows. One of a version that cannot be read is played all the
+        same; the learner judges its tokens.
         """
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._engine.policy_version >= policy_version or self._is_refused(policy_version)
+                lambda: (
+                    self._engine.policy_version >= policy_version
+                    or self._is_refused(policy_version)
+                )
             )
 
     async def _enter(self, version: int) -> None:
@@ -144,7 +161,9 @@ class PolicyFollower:
             self._waiting[version] += 1
             self._changed.notify_all()
             try:
-                await self._changed.wait_for(lambda: self._is_served(version) or self._is_refused(version))
+                await self._changed.wait_for(
+                    lambda: self._is_served(version) or self._is_refused(version)
+                )
                 if not self._is_served(version):
                     raise self._refusals[version].error
                 self._serving[version] += 1
@@ -202,7 +221,9 @@ class PolicyFollower:
         return target != self._engine.policy_version and not self._is_refused(target) and is_known
 
     async def _switch(self) -> None:
-        """Bring the engine to the version due; one that cannot be read is refused and the previous goes on serving."""
+        """Bring the engine to the version due; one that cannot be read is refused and the previous
+        goes on serving.
+        """
         if not self._is_due():
             return
         target = self._target()
@@ -210,11 +231,23 @@ class PolicyFollower:
         try:
             await self._load(target)
         except SdarError as error:
-            if isinstance(error, (BusUnavailableError, EngineFailedError)) or not self._engine.is_alive:
+            if (
+                isinstance(error, (BusUnavailableError, EngineFailedError))
+                or not self._engine.is_alive
+            ):
                 raise
-            log.error("policy_refused", policy_version=target, serving=self._engine.policy_version, error=str(error))
+            log.error(
+                "policy_refused",
+                policy_version=target,
+                serving=self._engine.policy_version,
+                error=str(error),
+            )
             self._metrics.observe_refused_policy()
-            lasting = {version: refusal for version, refusal in self._refusals.items() if self._is_refused(version)}
+            lasting = {
+                version: refusal
+                for version, refusal in self._refusals.items()
+                if self._is_refused(version)
+            }
             self._refusals = lasting | {target: _Refusal(error, time.monotonic() + self._refusal_s)}
         finally:
             self._is_switching = False
@@ -224,7 +257,8 @@ class PolicyFollower:
     async def _load(self, version: int) -> None:
         if version not in self._manifests:
             raise WeightsUnavailableError(
-                f"Policy version {version} is not in the stream of updates any more; the newest is {self._newest}. "
+                f"Policy version {version} is not in the stream of updates any more; the newest is "
+                f"{self._newest}. "
                 "Evaluate sooner after a version is published.",
                 policy_version=version,
             )
@@ -234,9 +268,15 @@ class PolicyFollower:
                     await self._engine.update_weights(self._manifests[version])
                 break
             except WeightsUnavailableError as error:
-                # Collected as garbage, or the store is away for a moment: only the second is worth waiting for.
+                # Collected as garbage, or the store is away for a moment: only the second is worth
+                # waiting for.
                 if delay_s is None or self._target() != version:
                     raise
-                log.warning("policy_unavailable", policy_version=version, error=str(error), retry_in_s=delay_s)
+                log.warning(
+                    "policy_unavailable",
+                    policy_version=version,
+                    error=str(error),
+                    retry_in_s=delay_s,
+                )
                 await asyncio.sleep(delay_s)
         log.info("policy_loaded", policy_version=version, newest_version=self._newest)

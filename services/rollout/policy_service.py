@@ -1,4 +1,6 @@
-"""Owns PolicyService over gRPC: the sampler, for agents whose loop lives elsewhere. Decides nothing about weights."""
+"""Owns PolicyService over gRPC: the sampler, for agents whose loop lives elsewhere. Decides nothing
+about weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from sdar.contracts.codec import (
 )
 from sdar.contracts.errors import CapacityError, ConflictError, InvalidInputError, StaleError
 from sdar.contracts.types import ModelIdentity
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 from sdar.v1 import policy_pb2, policy_pb2_grpc
 from services.rollout.engine import Engine
 
@@ -47,16 +49,22 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._engine, self._tokenizer = engine, tokenizer
         self._run_id, self._model, self._max_model_tokens = run_id, model, max_model_tokens
         self._max_requests, self._num_requests = max_requests, 0
-        self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[policy_pb2.GenerateResponse]]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[policy_pb2.GenerateResponse]]] = (
+            OrderedDict()
+        )
 
-    async def Generate(self, request: policy_pb2.GenerateRequest, context: Any) -> policy_pb2.GenerateResponse:
+    async def Generate(
+        self, request: policy_pb2.GenerateRequest, context: Any
+    ) -> policy_pb2.GenerateResponse:
         """A repeated request id gets the first one's answer, even while that is still being made."""
         if not request.request_id:
             return await self._generate(request)
         # Shielded: a caller that hangs up and repeats finds the answer it missed.
         return await asyncio.shield(self._start_or_join(request))
 
-    async def GetPolicy(self, request: policy_pb2.GetPolicyRequest, context: Any) -> policy_pb2.GetPolicyResponse:
+    async def GetPolicy(
+        self, request: policy_pb2.GetPolicyRequest, context: Any
+    ) -> policy_pb2.GetPolicyResponse:
         return policy_pb2.GetPolicyResponse(
             run_id=self._run_id,
             model=model_to_proto(self._model),
@@ -65,16 +73,20 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             max_model_tokens=self._max_model_tokens,
         )
 
-    def _start_or_join(self, request: policy_pb2.GenerateRequest) -> asyncio.Task[policy_pb2.GenerateResponse]:
+    def _start_or_join(
+        self, request: policy_pb2.GenerateRequest
+    ) -> asyncio.Task[policy_pb2.GenerateResponse]:
         if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
             raise InvalidInputError(
-                f"request_id has {len(request.request_id)} characters, the limit is {MAX_REQUEST_ID_CHARACTERS}. Shorten it."
+                f"request_id has {len(request.request_id)} characters, the limit is "
+                f"{MAX_REQUEST_ID_CHARACTERS}. Shorten it."
             )
         content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         known = self._answers.get(request.request_id)
         if known is not None and known[0] != content:
             raise ConflictError(
-                f"Request id {request.request_id!r} was used for another request. Choose a new one for each sample wanted.",
+                f"Request id {request.request_id!r} was used for another request. Choose a new one "
+                "for each sample wanted.",
                 request_id=request.request_id,
             )
         if known is None or _has_failed(known[1]):
@@ -92,9 +104,13 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             del self._answers[request_id]
 
     def _forget_oldest(self) -> None:
-        """Finished answers only: an unfinished one is somebody's, and there are never more than `max_requests` of them."""
+        """Finished answers only: an unfinished one is somebody's, and there are never more than
+        `max_requests` of them.
+        """
         surplus = len(self._answers) - _MAX_ANSWERS
-        finished = [key for key, (_, task) in self._answers.items() if task.done()] if surplus > 0 else []
+        finished = (
+            [key for key, (_, task) in self._answers.items() if task.done()] if surplus > 0 else []
+        )
         for key in finished[: max(surplus, 0)]:
             del self._answers[key]
 
@@ -119,12 +135,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     def _check(self, request: policy_pb2.GenerateRequest) -> None:
         if self._num_requests >= self._max_requests:
             raise CapacityError(
-                f"{self._num_requests} responses are being sampled, the limit is {self._max_requests}. Retry after a while.",
+                f"{self._num_requests} responses are being sampled, the limit is "
+                f"{self._max_requests}. Retry after a while.",
                 limit=self._max_requests,
             )
         if self._engine.policy_version < request.min_policy_version:
             raise StaleError(
-                f"This worker samples policy version {self._engine.policy_version}, version {request.min_policy_version} is "
+                f"This worker samples policy version {self._engine.policy_version}, version "
+                f"{request.min_policy_version} is "
                 "asked for. Repeat when it is published, or ask for an older one.",
                 policy_version=self._engine.policy_version,
             )
@@ -138,7 +156,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 self._tokenizer.check_size(messages, self._max_model_tokens)
                 return self._tokenizer.render_fresh(messages).tolist()
             case _:
-                raise InvalidInputError("GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one message.")
+                raise InvalidInputError(
+                    "GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one "
+                    "message."
+                )
 
 
 def _has_failed(task: asyncio.Task[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from sdar.contracts.types import ChatMessage, StopReason, TokenIds
-from sdar.runtime.chat import ChatTokenizer, place_skills
+from sdar.model.chat import ChatTokenizer, place_skills
 
 NOTHING_READ = "(no action that could be read)"
 """Stands in the history for a response in which the environment found no action."""
@@ -18,7 +18,8 @@ NOTHING_READ = "(no action that could be read)"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt as the sampler sees it and as `Turn` records it: [P] token ids, the messages it added, how it came to be.
+    """A prompt as the sampler sees it and as `Turn` records it: [P] token ids, the messages it
+    added, how it came to be.
 
     `num_missing_turns`: earlier turns that it should have shown and that did not fit.
     """
@@ -35,7 +36,8 @@ class EpisodeSetting:
 
     Attributes:
         instructions: the system message. action_format: one sentence on how to write an action.
-        task_description: the task's own sentence. skill_text: placed in the first user message of every fresh prompt.
+        task_description: the task's own sentence. skill_text: placed in the first user message of
+            every fresh prompt.
     """
 
     instructions: str = ""
@@ -58,20 +60,24 @@ class PromptStyle(Protocol):
         observation: str,
         admissible_actions: Sequence[str] = (),
     ) -> Prompt:
-        """The prompt after a response, the action read out of it, and what the environment showed then."""
+        """The prompt after a response, the action read out of it, and what the environment showed
+        then.
+        """
 
 
 PromptStyleFactory = Callable[[EpisodeSetting], PromptStyle]
 
 
 class Conversation:
-    """One growing chat. Each prompt is the one before, the response as it was sampled, and the tokens between::
+    """One growing chat. Each prompt is the one before, the response as it was sampled, and the
+    tokens between::
 
         begin    [system instructions] [user: {skills} {observation 0}] [assistant
         extend   ... response 0 <|im_end|>] [user: {observation 1}] [assistant
 
-    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last stretch. The task's sentence
-    stands before observation 0 unless that holds it already; admissible actions are not listed.
+    Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last
+    stretch. The task's sentence stands before observation 0 unless that holds it already;
+    admissible actions are not listed.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting) -> None:
@@ -95,13 +101,16 @@ class Conversation:
         admissible_actions: Sequence[str] = (),
     ) -> Prompt:
         messages = (ChatMessage("user", observation),)
-        delta = self._tokenizer.render_delta(messages, is_closed=stop_reason is StopReason.END_OF_TURN)
+        delta = self._tokenizer.render_delta(
+            messages, is_closed=stop_reason is StopReason.END_OF_TURN
+        )
         self._token_ids = np.concatenate([self._token_ids, response_token_ids, delta])
         return Prompt(self._token_ids, messages, extends_previous=True)
 
 
 class HistoryWindow:
-    """A fresh prompt every turn, which shows the last turns only: episodes of 50 turns stay within a short context. Turn 3::
+    """A fresh prompt every turn, which shows the last turns only: episodes of 50 turns stay within
+    a short context. Turn 3::
 
         [system instructions] [user: {skills}
         Task: put a clean mug on the desk
@@ -117,11 +126,18 @@ class HistoryWindow:
         {action_format}] [assistant
 
     Args:
-        num_turns: earlier turns to show; the oldest are left out where the prompt would be too long with them.
+        num_turns: earlier turns to show; the oldest are left out where the prompt would be too long
+            with them.
         max_prompt_tokens: most tokens of a prompt that shows any earlier turn.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting, num_turns: int, max_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        setting: EpisodeSetting,
+        num_turns: int,
+        max_prompt_tokens: int,
+    ) -> None:
         self._tokenizer = tokenizer
         self._setting = setting
         self._max_prompt_tokens = max_prompt_tokens

@@ -1,4 +1,6 @@
-"""Owns the rollout process: builds its parts from a run's configuration and serves until told to stop."""
+"""Owns the rollout process: builds its parts from a run's configuration and serves until told to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,19 @@ import contextlib
 import zlib
 from pathlib import Path
 
+from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
-from sdar.runtime.bus import Bus
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.connect import build_bus
-from sdar.runtime.gpu_time import GpuTime, count_gpus
-from sdar.runtime.lifecycle import run_until_stopped
-from sdar.runtime.rpc import RpcService, build_server
-from sdar.runtime.security import Security
-from sdar.runtime.settings import Settings, apply_environment
-from sdar.runtime.telemetry import Health, serve_probes
-from sdar.runtime.vllm_weights import vllm_environment
+from sdar.connect import build_bus
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.model.gpus import count_gpus
+from sdar.process.gpu_time import GpuTime
+from sdar.process.lifecycle import run_until_stopped
+from sdar.process.settings import Settings, apply_environment
+from sdar.process.telemetry import Health, serve_probes
 from sdar.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
+from sdar.wire.rpc_server import RpcService, build_server
+from sdar.wire.security import Security
 from services.rollout.engine import Engine, VllmEngine
 from services.rollout.environment_client import EnvironmentDirectory, GrpcEnvironmentDirectory
 from services.rollout.episode import EpisodeRules
@@ -37,7 +40,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     """Play for a run until SIGTERM.
 
     Raises:
-        ConfigurationError: the model cannot be used. ConflictError: a port is taken. EngineFailedError: the engine died.
+        ConfigurationError: the model cannot be used. ConflictError: a port is taken.
+            EngineFailedError: the engine died.
     """
     health, security = Health(max_silence_s=_MAX_SILENCE_S), Security.from_settings(settings)
     async with contextlib.AsyncExitStack() as cleanup:
@@ -45,7 +49,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         await bus.ping()
-        environments = GrpcEnvironmentDirectory(security, step_timeout_s=config.environment.step_timeout_s)
+        environments = GrpcEnvironmentDirectory(
+            security, step_timeout_s=config.environment.step_timeout_s
+        )
         cleanup.push_async_callback(environments.close)
         skills = None
         if config.method.name == "skill_grpo":
@@ -55,7 +61,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         registry.register(GpuTime(count_gpus(config.rollout.tensor_parallel_size)))
         cleanup.push_async_callback(engine.stop)
         await engine.start()
-        await run_worker(config, settings, bus, engine, environments, health, RolloutMetrics(registry), skills)
+        await run_worker(
+            config, settings, bus, engine, environments, health, RolloutMetrics(registry), skills
+        )
 
 
 def build_engine(config: RunConfig, settings: Settings) -> Engine:
@@ -72,7 +80,8 @@ def build_engine(config: RunConfig, settings: Settings) -> Engine:
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         kv_cache_gib=config.rollout.kv_cache_gib,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        # Each worker draws its own tokens: members of a group that all begin alike would otherwise repeat across workers.
+        # Each worker draws its own tokens: members of a group that all begin alike would otherwise
+        # repeat across workers.
         seed=zlib.crc32(f"{config.seed}.{settings.instance}".encode()) % 2**31,
     )
 
@@ -86,7 +95,8 @@ def build_rules(config: RunConfig) -> EpisodeRules:
         build_prompts=_choose_prompts(config, tokenizer),
         model=compute_model_identity(Path(config.model.path)),
         max_sequence_tokens=config.model.max_sequence_tokens,
-        # With advantages per turn each invalid turn is penalised on its own, which the learner does.
+        # With advantages per turn each invalid turn is penalised on its own, which the learner
+        # does.
         invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
     )
 
@@ -137,7 +147,9 @@ async def run_worker(
         max_requests=max_episodes,
     )
     service = RpcService(SERVICE_NAME, add_PolicyServiceServicer_to_server, servicer)
-    server = build_server(settings.host, settings.grpc_port, [service], Security.from_settings(settings))
+    server = build_server(
+        settings.host, settings.grpc_port, [service], Security.from_settings(settings)
+    )
 
     async def answer(stopping: asyncio.Event) -> None:
         await server.start()

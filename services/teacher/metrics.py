@@ -1,4 +1,6 @@
-"""Owns the teacher's measurements: Prometheus metrics and the record on the `metrics` stream. Never decides anything."""
+"""Owns the teacher's measurements: Prometheus metrics and the record on the `metrics` stream. Never
+decides anything.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _COUNTERS: dict[CounterName, str] = {
     "swapped_contexts": "Trajectories shown a wrong skill on purpose.",
     "dropped_skills": "Specific skills left out because the privileged prompt was too long.",
     "dead_letters": "Trajectories set aside.",
-    "reclaimed_entries": "Entries taken over from consumers that died, an earlier life of this one included.",
+    "reclaimed_entries": (
+        "Entries taken over from consumers that died, an earlier life of this one included."
+    ),
     "late_results": "Scores refused because their entry was given to another teacher.",
     "refused_policies": "Times that a published policy could not be read.",
 }
@@ -45,19 +49,38 @@ class TeacherMetrics:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         registry = CollectorRegistry() if registry is None else registry
-        self._counters = {name: Counter(f"sdar_teacher_{name}", text, registry=registry) for name, text in _COUNTERS.items()}
+        self._counters = {
+            name: Counter(f"sdar_teacher_{name}", text, registry=registry)
+            for name, text in _COUNTERS.items()
+        }
         self._scoring = Histogram(
-            "sdar_teacher_scoring_seconds", "Time to score one batch.", buckets=_SECONDS_BUCKETS, registry=registry
+            "sdar_teacher_scoring_seconds",
+            "Time to score one batch.",
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
         self._loading = Histogram(
-            "sdar_teacher_weight_load_seconds", "Time to load new weights.", buckets=_SECONDS_BUCKETS, registry=registry
+            "sdar_teacher_weight_load_seconds",
+            "Time to load new weights.",
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
-        self._waiting = Counter("sdar_teacher_waiting_seconds", "Time in which there was nothing to score.", registry=registry)
-        self._version = Gauge("sdar_teacher_version", "Policy version that scores.", registry=registry)
+        self._waiting = Counter(
+            "sdar_teacher_waiting_seconds",
+            "Time in which there was nothing to score.",
+            registry=registry,
+        )
+        self._version = Gauge(
+            "sdar_teacher_version", "Policy version that scores.", registry=registry
+        )
         self._lag = Gauge(
-            "sdar_teacher_lag_versions", "Versions behind the newest policy at the last score.", registry=registry
+            "sdar_teacher_lag_versions",
+            "Versions behind the newest policy at the last score.",
+            registry=registry,
         )
         self._clock = clock
         self.totals: dict[CounterName, float] = dict.fromkeys(_COUNTERS, 0.0)
@@ -94,6 +117,8 @@ class TeacherMetrics:
             "waiting_share": min(1.0, (self._waited_s - self._window_waited_s) / duration_s),
         }
         self._window_at, self._window_tokens, self._window_waited_s = now, tokens, self._waited_s
-        totals = {f"num_{name}": total for name, total in self.totals.items() if name != "scored_tokens"}
+        totals = {
+            f"num_{name}": total for name, total in self.totals.items() if name != "scored_tokens"
+        }
         state = {"teacher_version": float(self.teacher_version), "lag": float(self.lag)}
         return {"num_tokens_scored": tokens, **rates, **state, **totals}

@@ -1,7 +1,9 @@
-"""Owns how a teacher keeps up with the policy: which version is newest, and when it is loaded. Never scores.
+"""Owns how a teacher keeps up with the policy: which version is newest, and when it is loaded.
+Never scores.
 
-A version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away) is passed over: the newest
-one that can be read and is due is taken; where there is none, whoever asked waits for the next.
+A version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away)
+is passed over: the newest one that can be read and is due is taken; where there is none, whoever
+asked waits for the next.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable
 
 import structlog
 
+from sdar.bus.protocol import BEFORE_FIRST, Bus
 from sdar.contracts import codec
 from sdar.contracts.errors import (
     CorruptionError,
@@ -22,8 +25,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
-from sdar.runtime.bus import BEFORE_FIRST, Bus
-from sdar.runtime.pins import PinnedVersions
+from sdar.weights.pins import PinnedVersions
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.scorer import Scorer
 
@@ -32,14 +34,17 @@ log = structlog.get_logger()
 _PAGE = 1000
 
 EAGER_LOADING_SHARE = 0.2
-"""A version that is not due yet is loaded when loading has taken less than this share of the time since the last one."""
+"""A version that is not due yet is loaded when loading has taken less than this share of the time
+since the last one.
+"""
 
 _UNREADABLE = (CorruptionError, WeightsUnavailableError, InvalidInputError, RefusedError)
 """What a version raises that cannot be loaded; the weights in use are untouched by it."""
 
 
 class PolicyFollower:
-    """Keeps a scorer within `max_lag` versions of the newest published policy; not safe for concurrent calls.
+    """Keeps a scorer within `max_lag` versions of the newest published policy; not safe for
+    concurrent calls.
 
     Args:
         max_lag: most versions behind the newest that a score may be made with.
@@ -77,9 +82,11 @@ class PolicyFollower:
         return self.newest_version - self._scorer.teacher_version
 
     async def catch_up(self, min_version: int = 0) -> None:
-        """Return with a scorer of at least `min_version`, at most `max_lag` behind the newest policy.
+        """Return with a scorer of at least `min_version`, at most `max_lag` behind the newest
+        policy.
 
-        Within those bounds the newest version is taken as well while loading is cheap beside the rest of the work.
+        Within those bounds the newest version is taken as well while loading is cheap beside the
+        rest of the work.
 
         Raises:
             StaleError: `min_version` has not been published yet.
@@ -88,7 +95,8 @@ class PolicyFollower:
         await self._follow()
         if self.newest_version < min_version:
             raise StaleError(
-                f"The teacher knows policy versions up to {self.newest_version}, version {min_version} is asked for. "
+                f"The teacher knows policy versions up to {self.newest_version}, version "
+                f"{min_version} is asked for. "
                 "Repeat when it is published, or ask for an older one.",
                 newest_version=self.newest_version,
                 min_version=min_version,
@@ -100,7 +108,12 @@ class PolicyFollower:
             try:
                 await self._load(self.newest_version)
             except WeightsUnavailableError as error:
-                log.warning("policy_not_loaded", policy_version=self.newest_version, lag=self.lag, error=str(error))
+                log.warning(
+                    "policy_not_loaded",
+                    policy_version=self.newest_version,
+                    lag=self.lag,
+                    error=str(error),
+                )
 
     async def _follow(self) -> None:
         while entries := await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE):
@@ -109,7 +122,9 @@ class PolicyFollower:
             self._cursor = entries[-1].entry_id
 
     def _remember(self, payload: bytes) -> None:
-        """Keep the versions that may still be loaded: the newest, and those no further behind it than scores may be."""
+        """Keep the versions that may still be loaded: the newest, and those no further behind it
+        than scores may be.
+        """
         try:
             manifest = codec.decode_weights_manifest(payload)
         except SdarError as error:
@@ -117,26 +132,39 @@ class PolicyFollower:
             return
         self._manifests[manifest.policy_version] = manifest
         oldest = max(self._manifests) - self._max_lag
-        self._manifests = {version: kept for version, kept in self._manifests.items() if version >= oldest}
+        self._manifests = {
+            version: kept for version, kept in self._manifests.items() if version >= oldest
+        }
 
     def _is_loading_cheap(self) -> bool:
         return self.last_load_s < EAGER_LOADING_SHARE * (self._clock() - self._tried_at)
 
     async def _load(self, least: int) -> None:
-        """Load the newest version that can be read, of at least `least`; one that is published meanwhile is newer still."""
+        """Load the newest version that can be read, of at least `least`; one that is published
+        meanwhile is newer still.
+        """
         tried: set[int] = set()
         reasons: list[str] = []
-        while due := [version for version in self._manifests if version >= least and version not in tried]:
+        while due := [
+            version for version in self._manifests if version >= least and version not in tried
+        ]:
             version = max(due)
             tried.add(version)
             try:
                 return await self._install(self._manifests[version])
             except _UNREADABLE as error:
-                log.error("policy_refused", policy_version=version, serving=self._scorer.teacher_version, error=str(error))
+                log.error(
+                    "policy_refused",
+                    policy_version=version,
+                    serving=self._scorer.teacher_version,
+                    error=str(error),
+                )
                 self._metrics.count("refused_policies")
                 reasons.append(str(error))
                 await self._follow()
-        raise WeightsUnavailableError(f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}")
+        raise WeightsUnavailableError(
+            f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}"
+        )
 
     async def _install(self, manifest: WeightsManifest) -> None:
         started_at = self._clock()

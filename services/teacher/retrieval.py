@@ -1,5 +1,6 @@
-"""Owns the choice of skills for a task. Reads the task's own type and sentence and nothing else: observations name every
-object and every action, so words matched there would retrieve anything. Never reads files, never builds prompts.
+"""Owns the choice of skills for a task. Reads the task's own type and sentence and nothing else:
+observations name every object and every action, so words matched there would retrieve anything.
+Never reads files, never builds prompts.
 
 `prepare` first, which may wait for the bus, then `retrieve`, which only looks up.
 """
@@ -24,7 +25,9 @@ from services.teacher.utility import SkillUtility
 RetrievalKind = Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"]
 
 _SWAPPABLE: tuple[RetrievalKind, ...] = ("task_type", "keyword", "embedding")
-"""Kinds whose skills may be swapped. Not ucb: what it is to learn from would be the end of an episode with another skill."""
+"""Kinds whose skills may be swapped. Not ucb: what it is to learn from would be the end of an
+episode with another skill.
+"""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -62,12 +65,14 @@ class Retriever:
     """Chooses skills: the same task and key, the same skills, in every process.
 
     Args:
-        kind: task_type: skills for the task's type, in index order. keyword: skills that share telling words with the task's
-            sentence. embedding: those nearest in meaning to it. ucb: skills for the task's type, those with the best bound on
-            their utility. all: every specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
+        kind: task_type: skills for the task's type, in index order. keyword: skills that share
+            telling words with the task's sentence. embedding: those nearest in meaning to it. ucb:
+            skills for the task's type, those with the best bound on their utility. all: every
+            specific skill, whatever `num_skills` says. random: a draw by the key. none: no skill at
             all, general ones included.
         num_skills: most specific skills.
-        wrong_skill_fraction: share of keys whose specific skills are swapped for those of another task type.
+        wrong_skill_fraction: share of keys whose specific skills are swapped for those of another
+            task type.
         index: of the library's specific skills; embedding needs it. utility: ucb needs it.
 
     Raises:
@@ -105,13 +110,16 @@ class Retriever:
         self._num_skills_with = Counter(word for words in self._words.values() for word in words)
         if wrong_skill_fraction and (kind not in _SWAPPABLE or len(library.task_types) < 2):
             raise ConfigurationError(
-                f"teacher.wrong_skill_fraction {wrong_skill_fraction} with retrieval {kind} and a library for "
-                f"{len(library.task_types)} task types: there is no wrong skill to swap in. Use {' or '.join(_SWAPPABLE)} "
+                f"teacher.wrong_skill_fraction {wrong_skill_fraction} with retrieval {kind} and a "
+                "library for "
+                f"{len(library.task_types)} task types: there is no wrong skill to swap in. Use "
+                f"{' or '.join(_SWAPPABLE)} "
                 "and a library for at least two types, or set the fraction to 0."
             )
 
     async def prepare(self, task: Task, key: str) -> None:
-        """To be called before `retrieve`: ucb agrees with the run's other teachers on what the key gets, once.
+        """To be called before `retrieve`: ucb agrees with the run's other teachers on what the key
+        gets, once.
 
         Raises:
             BusUnavailableError: they cannot be asked.
@@ -121,27 +129,42 @@ class Retriever:
             await self._utility.choose(key, task.task_type, ids, self._num_skills)
 
     def retrieve(self, task: Task, key: str) -> Retrieval:
-        """Skills for a task. `key` (the group id) seeds every draw, so that all episodes of a group see the same text."""
+        """Skills for a task. `key` (the group id) seeds every draw, so that all episodes of a group
+        see the same text.
+        """
         if self.kind == "none":
             return Retrieval((), (), self.kind)
         specific = self._choose(task, key)
         is_swapped = bool(specific) and _draw(f"wrong-skill:{key}") < self._wrong_skill_fraction
         shown = self._swap(task, key, specific) if is_swapped else specific
-        return Retrieval(self.skill_library.general, shown, self.kind, is_swapped, is_miss=not specific)
+        return Retrieval(
+            self.skill_library.general, shown, self.kind, is_swapped, is_miss=not specific
+        )
 
     def _list_of_type(self, task_type: str) -> tuple[Skill, ...]:
-        return tuple(skill for skill in self.skill_library.specific if task_type in skill.task_types)
+        return tuple(
+            skill for skill in self.skill_library.specific if task_type in skill.task_types
+        )
 
     def _by_keyword(self, description: str) -> tuple[Skill, ...]:
         asked = set(_WORD.findall(description.lower()))
-        scores = {skill: self._compute_overlap(asked, skill) for skill in self.skill_library.specific}
-        best = sorted((skill for skill in scores if scores[skill] > 0), key=lambda skill: -scores[skill])
+        scores = {
+            skill: self._compute_overlap(asked, skill) for skill in self.skill_library.specific
+        }
+        best = sorted(
+            (skill for skill in scores if scores[skill] > 0), key=lambda skill: -scores[skill]
+        )
         return tuple(best[: self._num_skills])
 
     def _compute_overlap(self, asked: set[str], skill: Skill) -> float:
-        """Sum over shared words of log(skills / skills with the word): a word that every skill has tells nothing."""
+        """Sum over shared words of log(skills / skills with the word): a word that every skill has
+        tells nothing.
+        """
         num_skills = len(self.skill_library.specific)
-        return sum(math.log(num_skills / self._num_skills_with[word]) for word in sorted(asked & self._words[skill.skill_id]))
+        return sum(
+            math.log(num_skills / self._num_skills_with[word])
+            for word in sorted(asked & self._words[skill.skill_id])
+        )
 
     def _by_nearness(self, description: str) -> tuple[Skill, ...]:
         assert self._index is not None
@@ -156,18 +179,27 @@ class Retriever:
 
     def _by_draw(self, key: str) -> tuple[Skill, ...]:
         count = min(self._num_skills, len(self.skill_library.specific))
-        return tuple(random.Random(f"random-skills:{key}").sample(self.skill_library.specific, count))
+        return tuple(
+            random.Random(f"random-skills:{key}").sample(self.skill_library.specific, count)
+        )
 
     def _swap(self, task: Task, key: str, right: tuple[Skill, ...]) -> tuple[Skill, ...]:
         """As many skills of one other task type, none of which is right for this task."""
         wrong = {
-            task_type: [s for s in self._list_of_type(task_type)[: self._num_skills] if task.task_type not in s.task_types]
+            task_type: [
+                s
+                for s in self._list_of_type(task_type)[: self._num_skills]
+                if task.task_type not in s.task_types
+            ]
             for task_type in self.skill_library.task_types
         }
-        candidates = [skills for skills in wrong.values() if skills and not set(skills) & set(right)]
+        candidates = [
+            skills for skills in wrong.values() if skills and not set(skills) & set(right)
+        ]
         if not candidates:
             raise ConfigurationError(
-                f"teacher.wrong_skill_fraction {self._wrong_skill_fraction}: every skill is right for task type "
+                f"teacher.wrong_skill_fraction {self._wrong_skill_fraction}: every skill is right "
+                "for task type "
                 f"{task.task_type!r}. Add skills for other types, or set the fraction to 0."
             )
         chosen = candidates[int(_draw(f"wrong-type:{key}") * len(candidates))]

@@ -1,4 +1,5 @@
-"""Owns turning privileged contexts into log-probs of the sampled tokens, and the weights that do it.
+"""Owns turning privileged contexts into log-probs of the sampled tokens, and the weights that do
+it.
 
 It never chooses skills and never decides when weights are due.
 
@@ -20,7 +21,7 @@ from sdar.algorithms.batching import build_microbatches, split_by_turn
 from sdar.algorithms.logprobs import TokenScorer
 from sdar.contracts.errors import ContractError
 from sdar.contracts.types import LogProbs, WeightsManifest
-from sdar.runtime.causal_lm import install_tensors
+from sdar.model.causal_lm import install_tensors
 from services.teacher.context import PrivilegedContext
 
 _T = TypeVar("_T")
@@ -30,13 +31,15 @@ TurnLogProbs = tuple[LogProbs, ...]
 
 
 class WeightReader(Protocol):
-    """The part of `sdar.runtime.weights.WeightStore` that scoring needs."""
+    """The part of `sdar.weights.store.WeightStore` that scoring needs."""
 
     def iter_tensors(self, manifest: WeightsManifest) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
 class Scorer(Protocol):
-    """What a teacher needs of an engine. One caller at a time: scoring and weight updates never overlap."""
+    """What a teacher needs of an engine. One caller at a time: scoring and weight updates never
+    overlap.
+    """
 
     @property
     def name(self) -> str:
@@ -44,7 +47,9 @@ class Scorer(Protocol):
 
     @property
     def teacher_version(self) -> int:
-        """The policy version that scores. The weights an engine starts with are version 0, the run's base."""
+        """The policy version that scores. The weights an engine starts with are version 0, the
+        run's base.
+        """
 
     async def start(self) -> None: ...
 
@@ -55,13 +60,16 @@ class Scorer(Protocol):
         """Raises ContractError for a context that this scorer cannot score, whatever the weights."""
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
-        """Log-probs of every context's sampled tokens, of the distribution they were drawn from (temperature applied)."""
+        """Log-probs of every context's sampled tokens, of the distribution they were drawn from
+        (temperature applied).
+        """
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
         """Switch to the manifest's weights.
 
         Raises:
-            CorruptionError, WeightsUnavailableError: they cannot be read, or are not of this model; the previous ones stay.
+            CorruptionError, WeightsUnavailableError: they cannot be read, or are not of this model;
+                the previous ones stay.
         """
 
 
@@ -79,7 +87,9 @@ class TransformersScorer:
 
     name = "transformers"
 
-    def __init__(self, causal_lm: Any, weights: WeightReader, *, batch_tokens: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, causal_lm: Any, weights: WeightReader, *, batch_tokens: int, chunk_tokens: int
+    ) -> None:
         self._causal_lm = causal_lm
         self._weights = weights
         self._batch_tokens = batch_tokens
@@ -108,7 +118,9 @@ class TransformersScorer:
             by_temperature[context.trajectory.sampling.temperature].append(index)
         scores: list[TurnLogProbs] = [()] * len(contexts)
         for temperature, indices in by_temperature.items():
-            scored = await self._in_thread(partial(self._score, [contexts[i] for i in indices], temperature))
+            scored = await self._in_thread(
+                partial(self._score, [contexts[i] for i in indices], temperature)
+            )
             for index, turns in zip(indices, scored, strict=True):
                 scores[index] = turns
         return scores
@@ -124,35 +136,55 @@ class TransformersScorer:
         install_tensors(self._causal_lm, self._weights.iter_tensors(manifest))
 
     @torch.inference_mode()
-    def _score(self, contexts: Sequence[PrivilegedContext], temperature: float) -> list[TurnLogProbs]:
-        scorer = TokenScorer(self._causal_lm, temperature=temperature, chunk_size=self._chunk_tokens)
-        sequences = [piece for index, context in enumerate(contexts) for piece in context.build_sequences(index)]
+    def _score(
+        self, contexts: Sequence[PrivilegedContext], temperature: float
+    ) -> list[TurnLogProbs]:
+        scorer = TokenScorer(
+            self._causal_lm, temperature=temperature, chunk_size=self._chunk_tokens
+        )
+        sequences = [
+            piece
+            for index, context in enumerate(contexts)
+            for piece in context.build_sequences(index)
+        ]
         (micro_batches,) = build_microbatches(sequences, self._batch_tokens)
         device = self._causal_lm.device
         values = []
         for micro_batch in micro_batches:
-            logprobs, _ = scorer(micro_batch.input_ids.to(device), micro_batch.response_mask.to(device))
+            logprobs, _ = scorer(
+                micro_batch.input_ids.to(device), micro_batch.response_mask.to(device)
+            )
             values.append(logprobs.float().cpu().numpy())
-        return split_by_turn(micro_batches, values, [len(context.trajectory.turns) for context in contexts])
+        return split_by_turn(
+            micro_batches, values, [len(context.trajectory.turns) for context in contexts]
+        )
 
 
 def check_temperature(context: PrivilegedContext) -> None:
-    """Raises ContractError for greedy or top-p sampling: those tokens were not drawn from the full distribution."""
+    """Raises ContractError for greedy or top-p sampling: those tokens were not drawn from the full
+    distribution.
+    """
     sampling = context.trajectory.sampling
     if sampling.temperature <= 0 or sampling.top_p != 1:
         raise ContractError(
-            f"Trajectory {context.trajectory.trajectory_id} was sampled with temperature {sampling.temperature} and top_p "
-            f"{sampling.top_p}; its tokens have no log-probs to compare with. Score training episodes, sampled with "
+            f"Trajectory {context.trajectory.trajectory_id} was sampled with temperature "
+            f"{sampling.temperature} and top_p "
+            f"{sampling.top_p}; its tokens have no log-probs to compare with. Score training "
+            "episodes, sampled with "
             "temperature > 0 and top_p 1."
         )
 
 
 def check_vocabulary(context: PrivilegedContext, vocabulary_size: int) -> None:
-    """Raises ContractError for a token id that the model does not know: on an accelerator it would end the process."""
+    """Raises ContractError for a token id that the model does not know: on an accelerator it would
+    end the process.
+    """
     for turn in context.trajectory.turns:
         for token_ids in (turn.prompt_token_ids, turn.response_token_ids):
             if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocabulary_size:
                 raise ContractError(
-                    f"Trajectory {context.trajectory.trajectory_id} turn {turn.turn_index} holds token ids up to "
-                    f"{token_ids.max()}, the model knows {vocabulary_size}. Give rollout and teacher the same model.path."
+                    f"Trajectory {context.trajectory.trajectory_id} turn {turn.turn_index} holds "
+                    "token ids up to "
+                    f"{token_ids.max()}, the model knows {vocabulary_size}. Give rollout and "
+                    "teacher the same model.path."
                 )

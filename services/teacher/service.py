@@ -1,4 +1,6 @@
-"""Owns the teacher process: builds its parts from a run's configuration and serves until told to stop."""
+"""Owns the teacher process: builds its parts from a run's configuration and serves until told to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,21 @@ import contextlib
 
 import torch
 
+from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
+from sdar.connect import build_bus, build_weight_store
 from sdar.contracts.streams import ConsumerGroup
-from sdar.runtime.bus import Bus
-from sdar.runtime.causal_lm import load_causal_lm
-from sdar.runtime.chat import ChatTokenizer
-from sdar.runtime.connect import build_bus, build_weight_store
-from sdar.runtime.gpu_time import GpuTime, count_gpus
-from sdar.runtime.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
-from sdar.runtime.pins import PinnedVersions
-from sdar.runtime.rpc import RpcService, build_server
-from sdar.runtime.security import Security
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health, serve_probes
+from sdar.model.causal_lm import load_causal_lm
+from sdar.model.chat import ChatTokenizer
+from sdar.model.gpus import count_gpus
+from sdar.process.gpu_time import GpuTime
+from sdar.process.lifecycle import retry_while_unavailable, run_until_stopped, wait_or_stop
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health, serve_probes
 from sdar.v1.teacher_pb2_grpc import add_TeacherServiceServicer_to_server
+from sdar.weights.pins import PinnedVersions
+from sdar.wire.rpc_server import RpcService, build_server
+from sdar.wire.security import Security
 from services.teacher.context import ContextBuilder
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
@@ -41,7 +44,8 @@ _DRAIN_S = 5.0
 
 
 async def serve(config: RunConfig, settings: Settings) -> None:
-    """Score for a run until SIGTERM. A method without a teacher still has skills handed out and scores made on demand.
+    """Score for a run until SIGTERM. A method without a teacher still has skills handed out and
+    scores made on demand.
 
     Raises:
         ConfigurationError: model or skill library cannot be used. ConflictError: a port is taken.
@@ -60,7 +64,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
 
 
 def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -> Scorer:
-    """The scorer a configuration asks for, with the base weights; `weights` serves the transformers scorer."""
+    """The scorer a configuration asks for, with the base weights; `weights` serves the transformers
+    scorer.
+    """
     teacher = config.teacher
     if teacher.scorer == "vllm":
         return VllmScorer(
@@ -79,19 +85,24 @@ def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -
     if torch.cuda.is_available():
         model = model.to("cuda")
     chunk_tokens = config.training.logprob_chunk_tokens
-    return TransformersScorer(model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens)
+    return TransformersScorer(
+        model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens
+    )
 
 
 def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retriever:
     """The retriever a configuration asks for, with its sentence model if it needs one.
 
     Raises:
-        ConfigurationError: library or sentence model cannot be used, or options contradict each other.
+        ConfigurationError: library or sentence model cannot be used, or options contradict each
+            other.
     """
     teacher, library = config.teacher, open_skill_library(config)
     index = utility = None
     if teacher.retrieval == "embedding":
-        index = SkillIndex(library.specific, SentenceEncoder(teacher.embedding_model), settings.cache / "skills")
+        index = SkillIndex(
+            library.specific, SentenceEncoder(teacher.embedding_model), settings.cache / "skills"
+        )
     if teacher.retrieval == "ucb":
         utility = SkillUtility(bus, teacher.ucb_exploration)
     return Retriever(
@@ -104,16 +115,22 @@ def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retrieve
     )
 
 
-def build_teacher(config: RunConfig, settings: Settings, bus: Bus, scorer: Scorer, metrics: TeacherMetrics) -> Teacher:
+def build_teacher(
+    config: RunConfig, settings: Settings, bus: Bus, scorer: Scorer, metrics: TeacherMetrics
+) -> Teacher:
     """A teacher by configuration; bus and scorer may be any."""
     retriever = build_retriever(config, settings, bus)
-    contexts = ContextBuilder(ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens)
+    contexts = ContextBuilder(
+        ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens
+    )
     pins = PinnedVersions(bus, f"{ConsumerGroup.TEACHER}.{settings.instance}")
     follower = PolicyFollower(bus, scorer, pins, metrics, config.teacher.max_lag)
     return Teacher(contexts, scorer, follower, metrics, config.teacher.max_lag)
 
 
-async def _run(config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher, health: Health) -> None:
+async def _run(
+    config: RunConfig, settings: Settings, bus: Bus, teacher: Teacher, health: Health
+) -> None:
     server = build_server(
         settings.host,
         settings.grpc_port,

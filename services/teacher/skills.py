@@ -1,4 +1,5 @@
-"""Owns the skill library: reading it from its directory, checking it, and naming its content by a hash. Never chooses skills.
+"""Owns the skill library: reading it from its directory, checking it, and naming its content by a
+hash. Never chooses skills.
 
 A library is a directory with an `index.yaml`, a list of entries::
 
@@ -27,7 +28,9 @@ from sdar.contracts.errors import ConfigurationError
 
 INDEX_FILE = "index.yaml"
 SHIPPED_LIBRARIES = Path(services.__file__).resolve().parent.parent / "skills"
-"""skills/ beside the `services` package: in a checkout, an editable installation and the container image alike."""
+"""skills/ beside the `services` package: in a checkout, an editable installation and the container
+image alike.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,9 @@ class SkillLibrary:
 
     @cached_property
     def content_hash(self) -> str:
-        """16 hex digits over every id, title, type and text, in order: scores under another library are not comparable."""
+        """16 hex digits over every id, title, type and text, in order: scores under another library
+        are not comparable.
+        """
         digest = hashlib.sha256()
         for skill in self.skills:
             for part in (skill.skill_id, skill.title, skill.text, *skill.task_types):
@@ -72,7 +77,9 @@ class SkillLibrary:
     @cached_property
     def task_types(self) -> tuple[str, ...]:
         """Every task type that some skill is for, sorted."""
-        return tuple(sorted({task_type for skill in self.specific for task_type in skill.task_types}))
+        return tuple(
+            sorted({task_type for skill in self.specific for task_type in skill.task_types})
+        )
 
 
 class _IndexEntry(BaseModel):
@@ -89,7 +96,8 @@ _INDEX = TypeAdapter(list[_IndexEntry])
 
 
 def open_skill_library(config: RunConfig) -> SkillLibrary:
-    """The library of a run: `teacher.skills`, else the shipped one of its environment; with retrieval `none` an empty one.
+    """The library of a run: `teacher.skills`, else the shipped one of its environment; with
+    retrieval `none` an empty one.
 
     Raises:
         ConfigurationError: see `load_skill_library`.
@@ -103,20 +111,24 @@ def load_skill_library(directory: Path) -> SkillLibrary:
     """Read and check a library.
 
     Raises:
-        ConfigurationError: no index there, or an entry that cannot be used; names the entry, what was found and the fix.
+        ConfigurationError: no index there, or an entry that cannot be used; names the entry, what
+            was found and the fix.
     """
     entries = _read_index(directory / INDEX_FILE)
     skills = tuple(_read_skill(directory, entry) for entry in entries)
     ids = [skill.skill_id for skill in skills]
     if repeated := sorted({skill_id for skill_id in ids if ids.count(skill_id) > 1}):
         raise ConfigurationError(
-            f"{directory / INDEX_FILE}: id {', '.join(repeated)} is used twice. Give every skill its own id."
+            f"{directory / INDEX_FILE}: id {', '.join(repeated)} is used twice. Give every skill "
+            "its own id."
         )
     return SkillLibrary(skills)
 
 
 def format_skills(skills: Sequence[Skill]) -> str:
-    """The text that a prompt shows: the skills in order, an empty line between two; empty without skills."""
+    """The text that a prompt shows: the skills in order, an empty line between two; empty without
+    skills.
+    """
     return "\n\n".join(skill.text for skill in skills)
 
 
@@ -126,29 +138,43 @@ def _read_index(path: Path) -> list[_IndexEntry]:
         entries = _INDEX.validate_python(raw)
     except OSError as error:
         raise ConfigurationError(
-            f"Cannot read the skill library's index {path}: {error.strerror}. Point teacher.skills at a directory with an "
+            f"Cannot read the skill library's index {path}: {error.strerror}. Point teacher.skills "
+            "at a directory with an "
             f"{INDEX_FILE}, or set teacher.retrieval: none."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'index'}: {p['msg']}, got {p['input']!r}" for p in error.errors()
+            f"{'.'.join(map(str, p['loc'])) or 'index'}: {p['msg']}, got {p['input']!r}"
+            for p in error.errors()
         )
-        raise ConfigurationError(f"{path}: {problems}. List entries of id, title, kind, task_types, file.") from error
+        raise ConfigurationError(
+            f"{path}: {problems}. List entries of id, title, kind, task_types, file."
+        ) from error
     if not entries:
-        raise ConfigurationError(f"{path} lists no skills. Add some, or set teacher.retrieval: none.")
+        raise ConfigurationError(
+            f"{path} lists no skills. Add some, or set teacher.retrieval: none."
+        )
     return entries
 
 
 def _read_skill(directory: Path, entry: _IndexEntry) -> Skill:
     where = f"{directory / INDEX_FILE}: skill {entry.id}"
     if (entry.kind == "specific") != bool(entry.task_types):
-        fix = "Name the task types it is for" if entry.kind == "specific" else "Remove task_types, or make it specific"
-        raise ConfigurationError(f"{where} is {entry.kind} with task_types {list(entry.task_types)}. {fix}.")
+        fix = (
+            "Name the task types it is for"
+            if entry.kind == "specific"
+            else "Remove task_types, or make it specific"
+        )
+        raise ConfigurationError(
+            f"{where} is {entry.kind} with task_types {list(entry.task_types)}. {fix}."
+        )
     path = (directory / entry.file).resolve()
     if not path.is_relative_to(directory.resolve()):
-        raise ConfigurationError(f"{where} names {entry.file}, outside the library. Move the file into {directory}.")
+        raise ConfigurationError(
+            f"{where} names {entry.file}, outside the library. Move the file into {directory}."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -156,11 +182,14 @@ def _read_skill(directory: Path, entry: _IndexEntry) -> Skill:
             f"{where}: cannot read {path}: {error.strerror}. Add the file or correct the entry."
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{where}: {path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+        raise ConfigurationError(
+            f"{where}: {path} is not UTF-8 text: {error}. Save it as UTF-8."
+        ) from error
     if text.startswith("# "):
         text = text.partition("\n")[2]
     if not text.strip():
         raise ConfigurationError(
-            f"{where}: {path} holds no text below its heading. An empty skill would teach nothing; write it."
+            f"{where}: {path} holds no text below its heading. An empty skill would teach nothing; "
+            "write it."
         )
     return Skill(entry.id, entry.title, text.strip(), entry.task_types)

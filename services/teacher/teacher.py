@@ -1,4 +1,6 @@
-"""Owns one teacher: trajectories in, scored ones out, by the rules on skills, prompt length and lag. Never touches streams."""
+"""Owns one teacher: trajectories in, scored ones out, by the rules on skills, prompt length and
+lag. Never touches streams.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import structlog
 
+from sdar.bus.protocol import Publications
 from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError, SdarError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherScore, Trajectory
-from sdar.runtime import tracing
-from sdar.runtime.bus import Publications
+from sdar.process import tracing
 from services.teacher.context import ContextBuilder, PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import PolicyFollower
@@ -25,10 +27,17 @@ log = structlog.get_logger()
 
 
 class Teacher:
-    """Retrieves, builds privileged prompts, keeps its weights within the lag bound, scores. Calls may overlap; they queue."""
+    """Retrieves, builds privileged prompts, keeps its weights within the lag bound, scores. Calls
+    may overlap; they queue.
+    """
 
     def __init__(
-        self, contexts: ContextBuilder, scorer: Scorer, follower: PolicyFollower, metrics: TeacherMetrics, max_lag: int
+        self,
+        contexts: ContextBuilder,
+        scorer: Scorer,
+        follower: PolicyFollower,
+        metrics: TeacherMetrics,
+        max_lag: int,
     ) -> None:
         self.contexts = contexts
         self.metrics = metrics
@@ -53,7 +62,9 @@ class Teacher:
         await self._follower.pins.keep(stopping)
 
     async def retrieve(self, task: Task, key: str) -> Retrieval:
-        """The skills for a task, as a student that may see them gets them; misses are counted and reported."""
+        """The skills for a task, as a student that may see them gets them; misses are counted and
+        reported.
+        """
         await self.contexts.retriever.prepare(task, key)
         # In a thread: a sentence model may have to read the task first.
         retrieval = await asyncio.to_thread(self.contexts.retriever.retrieve, task, key)
@@ -61,19 +72,26 @@ class Teacher:
         return retrieval
 
     def list_outcomes(self, scored: Sequence[ScoredTrajectory]) -> Publications:
-        """What the next choices of skills learn from these episodes; to be published together with their scores."""
+        """What the next choices of skills learn from these episodes; to be published together with
+        their scores.
+        """
         if self.contexts.retriever.kind != "ucb":
             return {}
-        outcomes = [_describe_outcome(item.trajectory, item.score) for item in scored if item.score is not None]
+        outcomes = [
+            _describe_outcome(item.trajectory, item.score)
+            for item in scored
+            if item.score is not None
+        ]
         return {Stream.SKILL_EVENTS: [codec.encode_skill_event(outcome) for outcome in outcomes]}
 
     async def score(
         self, trajectories: Sequence[Trajectory], min_teacher_version: int = 0
     ) -> list[ScoredTrajectory | SdarError]:
-        """Score each trajectory; one that cannot be scored yields its error and leaves the others alone.
+        """Score each trajectory; one that cannot be scored yields its error and leaves the others
+        alone.
 
-        All scores come from one policy version: at least `min_teacher_version`, at most `max_lag` behind the newest published
-        policy and behind the newest that sampled any of these tokens.
+        All scores come from one policy version: at least `min_teacher_version`, at most `max_lag`
+        behind the newest published policy and behind the newest that sampled any of these tokens.
 
         Raises:
             StaleError: that version has not been published yet.
@@ -81,13 +99,20 @@ class Teacher:
         """
         async with self._turnstile:
             retrieving_at_s = time.time()
-            for group_id, task in {trajectory.group_id: trajectory.task for trajectory in trajectories}.items():
+            for group_id, task in {
+                trajectory.group_id: trajectory.task for trajectory in trajectories
+            }.items():
                 await self.contexts.retriever.prepare(task, group_id)
-            # A tokenizer serves one thread at a time, so prompts are built inside the turnstile too.
-            built = await asyncio.to_thread(lambda: [self._build(trajectory) for trajectory in trajectories])
+            # A tokenizer serves one thread at a time, so prompts are built inside the turnstile
+            # too.
+            built = await asyncio.to_thread(
+                lambda: [self._build(trajectory) for trajectory in trajectories]
+            )
             contexts = [context for context in built if isinstance(context, PrivilegedContext)]
             _trace_retrieval(contexts, retrieving_at_s)
-            sampled_by = max((context.trajectory.max_policy_version for context in contexts), default=0)
+            sampled_by = max(
+                (context.trajectory.max_policy_version for context in contexts), default=0
+            )
             await self._follower.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
             version = self._scorer.teacher_version
             self.metrics.observe_version(version, self._follower.lag)
@@ -95,8 +120,12 @@ class Teacher:
             logprobs = await self._scorer.score(contexts)
             self.metrics.observe_scoring(time.monotonic() - started_at)
             _trace_scores(contexts, scoring_at_s, version)
-        scored = iter([self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)])
-        return [next(scored) if isinstance(context, PrivilegedContext) else context for context in built]
+        scored = iter(
+            [self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)]
+        )
+        return [
+            next(scored) if isinstance(context, PrivilegedContext) else context for context in built
+        ]
 
     def _build(self, trajectory: Trajectory) -> PrivilegedContext | SdarError:
         try:
@@ -106,11 +135,14 @@ class Teacher:
             return error
         return context
 
-    def _attach(self, context: PrivilegedContext, logprobs: TurnLogProbs, version: int) -> ScoredTrajectory | SdarError:
+    def _attach(
+        self, context: PrivilegedContext, logprobs: TurnLogProbs, version: int
+    ) -> ScoredTrajectory | SdarError:
         trajectory, retrieval = context.trajectory, context.retrieval
         if not all(np.isfinite(values).all() for values in logprobs):
             return CorruptionError(
-                f"Trajectory {trajectory.trajectory_id}: the teacher's log-probs under policy version {version} are not all "
+                f"Trajectory {trajectory.trajectory_id}: the teacher's log-probs under policy "
+                f"version {version} are not all "
                 "finite. Look at that version's training: its weights diverged.",
                 trajectory_id=trajectory.trajectory_id,
                 teacher_version=version,
@@ -145,7 +177,9 @@ class Teacher:
         self._note_retrieval(trajectory.task, retrieval)
 
     def _note_retrieval(self, task: Task, retrieval: Retrieval) -> None:
-        """Count, and warn once a task type: a teacher without the specific skill would in silence teach little."""
+        """Count, and warn once a task type: a teacher without the specific skill would in silence
+        teach little.
+        """
         self.metrics.count("swapped_contexts", retrieval.is_swapped)
         self.metrics.count("retrieval_misses", retrieval.is_miss)
         if retrieval.is_miss and task.task_type not in self._reported_misses:
@@ -155,7 +189,10 @@ class Teacher:
                 task_type=task.task_type,
                 task_id=task.task_id,
                 known_task_types=list(self.contexts.retriever.skill_library.task_types),
-                fix="add a skill for this task type, or correct the task type the environment reports",
+                fix=(
+                    "add a skill for this task type, or correct the task type the environment "
+                    "reports"
+                ),
             )
 
 
@@ -188,6 +225,10 @@ def _trace_scores(contexts: Sequence[PrivilegedContext], began_s: float, version
 
 
 def _describe_outcome(trajectory: Trajectory, score: TeacherScore) -> SkillOutcome:
-    """What was really shown, after skills were dropped; general skills, which every task gets, come first and are left out."""
+    """What was really shown, after skills were dropped; general skills, which every task gets, come
+    first and are left out.
+    """
     shown = score.skill_ids[len(score.skill_ids) - score.num_specific_skills :]
-    return SkillOutcome(trajectory.trajectory_id, trajectory.task.task_type, shown, trajectory.is_success)
+    return SkillOutcome(
+        trajectory.trajectory_id, trajectory.task.task_type, shown, trajectory.is_success
+    )

@@ -1,4 +1,6 @@
-"""Owns TeacherService over gRPC: scores on demand, and the skills that hints are made of. Decides nothing."""
+"""Owns TeacherService over gRPC: scores on demand, and the skills that hints are made of. Decides
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
         self._teacher = teacher
         self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[TeacherScore]]] = OrderedDict()
 
-    async def Score(self, request: teacher_pb2.ScoreRequest, context: Any) -> teacher_pb2.ScoreResponse:
+    async def Score(
+        self, request: teacher_pb2.ScoreRequest, context: Any
+    ) -> teacher_pb2.ScoreResponse:
         """A repeated request id gets the first one's answer, even while that is still being made."""
         score = await asyncio.shield(self._start_or_join(request))
-        return teacher_pb2.ScoreResponse(request_id=request.request_id, score=teacher_score_to_proto(score))
+        return teacher_pb2.ScoreResponse(
+            request_id=request.request_id, score=teacher_score_to_proto(score)
+        )
 
     async def RetrieveSkills(
         self, request: teacher_pb2.RetrieveSkillsRequest, context: Any
@@ -54,19 +60,23 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
     def _start_or_join(self, request: teacher_pb2.ScoreRequest) -> asyncio.Task[TeacherScore]:
         if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
             raise InvalidInputError(
-                f"request_id has {len(request.request_id)} characters, the limit is {MAX_REQUEST_ID_CHARACTERS}. Shorten it."
+                f"request_id has {len(request.request_id)} characters, the limit is "
+                f"{MAX_REQUEST_ID_CHARACTERS}. Shorten it."
             )
         content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         known = self._answers.get(request.request_id) if request.request_id else None
         if known is not None and known[0] != content:
             raise ConflictError(
-                f"Request id {request.request_id!r} was used for another request. Choose a new one for each request.",
+                f"Request id {request.request_id!r} was used for another request. Choose a new one "
+                "for each request.",
                 request_id=request.request_id,
             )
         if known is not None and not _has_failed(known[1]):
             return known[1]
         trajectory = trajectory_from_proto(request.trajectory)
-        task = asyncio.create_task(self._score(trajectory, request.min_teacher_version, request.request_id))
+        task = asyncio.create_task(
+            self._score(trajectory, request.min_teacher_version, request.request_id)
+        )
         if request.request_id:
             task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
             self._answers[request.request_id] = (content, task)
@@ -80,7 +90,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[
         if known is not None and known[1] is task and _has_failed(task):
             del self._answers[request_id]
 
-    async def _score(self, trajectory: Trajectory, min_teacher_version: int, request_id: str) -> TeacherScore:
+    async def _score(
+        self, trajectory: Trajectory, min_teacher_version: int, request_id: str
+    ) -> TeacherScore:
         (outcome,) = await self._teacher.score([trajectory], min_teacher_version)
         if isinstance(outcome, SdarError):
             raise outcome

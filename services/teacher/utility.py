@@ -1,11 +1,15 @@
-"""Owns what retrieval kind ucb has learned: which skills each group got, and how the episodes behind them ended.
+"""Owns what retrieval kind ucb has learned: which skills each group got, and how the episodes
+behind them ended.
 
-All of it is one stream of events, `skill_events`, that every teacher reads from its beginning. The state is a fold over the
-newest of them, so teachers agree and a restart forgets nothing; older ones are forgotten, as the policy has moved on.
+All of it is one stream of events, `skill_events`, that every teacher reads from its beginning. The
+state is a fold over the newest of them, so teachers agree and a restart forgets nothing; older ones
+are forgotten, as the policy has moved on.
 
-- A choice is made by publishing it. Of two teachers that choose for the same group, the one that Redis put first is right.
-- An outcome is published in the transaction that publishes the score and acknowledges the episode, hence never lost. One that
-  comes twice (a transaction repeated, an episode scored by two teachers) is known by its trajectory id and counts once.
+- A choice is made by publishing it. Of two teachers that choose for the same group, the one that
+  Redis put first is right.
+- An outcome is published in the transaction that publishes the score and acknowledges the episode,
+  hence never lost. One that comes twice (a transaction repeated, an episode scored by two teachers)
+  is known by its trajectory id and counts once.
 - A crash between choice and outcome leaves the choice, and the episode's next scorer finds it.
 
 It never reads a trajectory and never sees a skill's text.
@@ -21,11 +25,11 @@ from dataclasses import dataclass
 
 import structlog
 
+from sdar.bus.protocol import BEFORE_FIRST, Bus
 from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, Stream
 from sdar.contracts.types import SkillChoice, SkillOutcome
-from sdar.runtime.bus import BEFORE_FIRST, Bus
 
 log = structlog.get_logger()
 
@@ -48,16 +52,22 @@ class SkillUtility:
 
         score_i = successes_i / outcomes_i + exploration * sqrt(ln N / n)      never given: first of all
 
-    Utility is the success of an episode, 0 or 1: returns of different environments and penalties need no scale then. Groups
-    are counted when they choose, episodes when they end, so a skill whose outcomes are still awaited is not chosen by
-    everybody at once; until the first of them its mean is 0.
+    Utility is the success of an episode, 0 or 1: returns of different environments and penalties
+    need no scale then. Groups are counted when they choose, episodes when they end, so a skill
+    whose outcomes are still awaited is not chosen by everybody at once; until the first of them its
+    mean is 0.
 
     Args:
         exploration: weight of the second term.
         max_events: newest events that count; what the stream keeps.
     """
 
-    def __init__(self, bus: Bus, exploration: float, max_events: int = BROADCAST_MAX_ENTRIES[Stream.SKILL_EVENTS]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        exploration: float,
+        max_events: int = BROADCAST_MAX_ENTRIES[Stream.SKILL_EVENTS],
+    ) -> None:
         self._bus = bus
         self._exploration = exploration
         self._max_events = max_events
@@ -70,7 +80,8 @@ class SkillUtility:
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     async def choose(self, key: str, task_type: str, skill_ids: Sequence[str], count: int) -> None:
-        """See to it that `key` has its choice: the one that stands, or the `count` best of `skill_ids`, ties in their order.
+        """See to it that `key` has its choice: the one that stands, or the `count` best of
+        `skill_ids`, ties in their order.
 
         Raises:
             BusUnavailableError: the choice cannot be shared, so none is made.
@@ -78,7 +89,9 @@ class SkillUtility:
         async with self._turnstile:
             await self._follow()
             while key not in self._choices:
-                best = sorted(skill_ids, key=lambda skill_id: -self.compute_score(task_type, skill_id))[:count]
+                best = sorted(
+                    skill_ids, key=lambda skill_id: -self.compute_score(task_type, skill_id)
+                )[:count]
                 proposal = SkillChoice(key, task_type, tuple(best))
                 await self._bus.publish(Stream.SKILL_EVENTS, [codec.encode_skill_event(proposal)])
                 await self._follow()
@@ -92,7 +105,9 @@ class SkillUtility:
         if not tally.num_groups:
             return math.inf
         mean = tally.num_successes / max(tally.num_outcomes, 1)
-        return mean + self._exploration * math.sqrt(math.log(self._num_groups[task_type]) / tally.num_groups)
+        return mean + self._exploration * math.sqrt(
+            math.log(self._num_groups[task_type]) / tally.num_groups
+        )
 
     async def _follow(self) -> None:
         while entries := await self._bus.tail(Stream.SKILL_EVENTS, self._cursor, _PAGE):
@@ -101,7 +116,8 @@ class SkillUtility:
                 try:
                     self._remember(codec.decode_skill_event(entry.payload))
                 except (ContractError, CorruptionError) as error:
-                    # Other teachers skip it as well; stopping here would stop every one of them for good.
+                    # Other teachers skip it as well; stopping here would stop every one of them for
+                    # good.
                     log.error("skill_event_unreadable", entry_id=entry.entry_id, error=str(error))
 
     def _remember(self, event: SkillChoice | SkillOutcome) -> None:
@@ -126,7 +142,10 @@ class SkillUtility:
             self._outcomes.remove(event.trajectory_id)
 
     def _count(self, event: SkillChoice | SkillOutcome, sign: int) -> None:
-        tallies = [self._tallies.setdefault((event.task_type, skill_id), _Tally()) for skill_id in event.skill_ids]
+        tallies = [
+            self._tallies.setdefault((event.task_type, skill_id), _Tally())
+            for skill_id in event.skill_ids
+        ]
         if isinstance(event, SkillChoice):
             self._num_groups[event.task_type] += sign
         for tally in tallies:

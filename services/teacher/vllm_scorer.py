@@ -1,4 +1,5 @@
-"""Owns scoring with vLLM, for models that span several GPUs. Its log-probs differ from the learner's as the engines differ.
+"""Owns scoring with vLLM, for models that span several GPUs. Its log-probs differ from the
+learner's as the engines differ.
 
 Axes: L tokens of a sequence, N sampled tokens of a sequence.
 """
@@ -17,7 +18,13 @@ import structlog
 from sdar.algorithms.batching import TokenSequence
 from sdar.contracts.errors import ContractError, EngineFailedError, UnavailableError
 from sdar.contracts.types import LogProbs, WeightsManifest
-from sdar.runtime.vllm_weights import VllmWeights, build_llm, close_llm, engine_errors, memory_arguments
+from sdar.engines.vllm_weights import (
+    VllmWeights,
+    build_llm,
+    close_llm,
+    engine_errors,
+    memory_arguments,
+)
 from services.teacher.context import PrivilegedContext
 from services.teacher.scorer import TurnLogProbs, check_temperature, check_vocabulary
 
@@ -27,7 +34,8 @@ _NUM_CONCURRENT_SEQUENCES = 64
 
 
 class VllmScorer:
-    """`Scorer` on vLLM's prompt log-probs, which are of the untempered distribution: it serves temperature 1 only.
+    """`Scorer` on vLLM's prompt log-probs, which are of the untempered distribution: it serves
+    temperature 1 only.
 
     Args:
         model_path: directory or hub name of the model whose weights are version 0.
@@ -64,8 +72,13 @@ class VllmScorer:
             "tensor_parallel_size": tensor_parallel_size,
             "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
         }
-        self._memory = {"kv_cache_gib": kv_cache_gib, "gpu_memory_utilization": gpu_memory_utilization}
-        self._weights = VllmWeights(self._model_path, weight_store_url=weight_store_url, run_id=run_id)
+        self._memory = {
+            "kv_cache_gib": kv_cache_gib,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
+        self._weights = VllmWeights(
+            self._model_path, weight_store_url=weight_store_url, run_id=run_id
+        )
         self._llm: Any = None
         self._version = 0
         self._vocabulary_size = 0
@@ -108,18 +121,26 @@ class VllmScorer:
         temperature = context.trajectory.sampling.temperature
         if temperature != 1:
             raise ContractError(
-                f"Trajectory {context.trajectory.trajectory_id} was sampled at temperature {temperature}; vLLM's prompt "
-                "log-probs are those of temperature 1. Use teacher.scorer transformers, or rollout.temperature 1."
+                f"Trajectory {context.trajectory.trajectory_id} was sampled at temperature "
+                f"{temperature}; vLLM's prompt "
+                "log-probs are those of temperature 1. Use teacher.scorer transformers, or "
+                "rollout.temperature 1."
             )
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
-        sequences = [piece for index, context in enumerate(contexts) for piece in context.build_sequences(index)]
+        sequences = [
+            piece
+            for index, context in enumerate(contexts)
+            for piece in context.build_sequences(index)
+        ]
         turns = [[np.empty(0, np.float32)] * len(context.trajectory.turns) for context in contexts]
         with engine_errors():
             scored = await asyncio.gather(*map(self._score_sequence, sequences))
         for sequence, logprobs in zip(sequences, scored, strict=True):
             for turn_index in np.unique(sequence.turn_index):
-                turns[sequence.trajectory_index][turn_index] = logprobs[sequence.turn_index == turn_index]
+                turns[sequence.trajectory_index][turn_index] = logprobs[
+                    sequence.turn_index == turn_index
+                ]
         return [tuple(values) for values in turns]
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
@@ -147,13 +168,16 @@ class VllmScorer:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"type": "token", "prompt_token_ids": sequence.token_ids.tolist()}
-        async for output in self._require_llm().generate(prompt, parameters, next(self._request_ids)):
+        async for output in self._require_llm().generate(
+            prompt, parameters, next(self._request_ids)
+        ):
             final = output
         # Nothing predicts the first token, so the flat list starts with the second one's.
         logprobs = np.asarray(final.prompt_logprobs.logprobs, np.float32)
         if len(logprobs) != sequence.num_tokens - 1:
             raise EngineFailedError(
-                f"vLLM returned {len(logprobs)} log-probs for a prompt of {sequence.num_tokens} tokens, expected one for each "
+                f"vLLM returned {len(logprobs)} log-probs for a prompt of {sequence.num_tokens} "
+                "tokens, expected one for each "
                 "but the first. Use the vLLM version this project pins."
             )
         return logprobs[sequence.response_mask[1:]]
@@ -162,5 +186,7 @@ class VllmScorer:
         if self._llm is None:
             raise UnavailableError("The engine is not running. Start it first.")
         if self._llm.errored:
-            raise EngineFailedError("The engine has died; its log on stderr says why. Restart the service.")
+            raise EngineFailedError(
+                "The engine has died; its log on stderr says why. Restart the service."
+            )
         return self._llm

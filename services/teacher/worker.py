@@ -1,7 +1,9 @@
-"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next. Never looks into a prompt.
+"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next.
+Never looks into a prompt.
 
-A score gets in once: of a batch whose claims were lost in part, what is still held is published, and the rest belongs to the
-teacher that took it. An episode that cannot be scored fails its whole group, whose other scores the learner drops.
+A score gets in once: of a batch whose claims were lost in part, what is still held is published,
+and the rest belongs to the teacher that took it. An episode that cannot be scored fails its whole
+group, whose other scores the learner drops.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import (
     CapacityError,
@@ -26,10 +29,16 @@ from sdar.contracts.errors import (
     WeightsUnavailableError,
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, MetricRecord, Purpose, ScoredTrajectory, Trajectory
-from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery
-from sdar.runtime.lifecycle import retry_while_unavailable, wait_or_stop
-from sdar.runtime.telemetry import Health
+from sdar.contracts.types import (
+    GroupOutcome,
+    LedgerEvent,
+    MetricRecord,
+    Purpose,
+    ScoredTrajectory,
+    Trajectory,
+)
+from sdar.process.lifecycle import retry_while_unavailable, wait_or_stop
+from sdar.process.telemetry import Health
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.teacher import Teacher
 
@@ -41,12 +50,13 @@ class WorkerLimits:
     """Bounds of the main loop.
 
     Attributes:
-        batch_tokens: context tokens read at once, several forward passes' worth: enough to batch well, and no batch so long
-            that its scores are late. Known only by the mean of what came before, so it is a target.
+        batch_tokens: context tokens read at once, several forward passes' worth: enough to batch
+            well, and no batch so long that its scores are late. Known only by the mean of what came
+            before, so it is a target.
         max_batch: most trajectories read at once.
         read_block_s: how long a quiet stream is waited on; also how late a stop is noticed.
-        claim_idle_s: an entry that its consumer has not renewed for so long is taken over, if that one is gone (see
-            `Bus.reclaim`).
+        claim_idle_s: an entry that its consumer has not renewed for so long is taken over, if that
+            one is gone (see `Bus.reclaim`).
         max_deliveries: an entry delivered more often than this is taken to kill whoever scores it.
         report_interval_s: time between two records on the `metrics` stream.
     """
@@ -116,7 +126,8 @@ class TeacherWorker:
                 continue
             async with self._keep_claims(deliveries):
                 batch = await self._score(deliveries, stopping)
-                # Publish and acknowledge in one transaction: a crash before it repeats work, it never loses it.
+                # Publish and acknowledge in one transaction: a crash before it repeats work, it
+                # never loses it.
                 await self._publish(batch.accepted, stopping)
                 await self._set_aside(batch.rejected)
 
@@ -124,7 +135,14 @@ class TeacherWorker:
         """Second loop: what this process did, on the `metrics` stream."""
         while not await wait_or_stop(stopping, self._limits.report_interval_s):
             values = self._metrics.collect_window()
-            record = MetricRecord(self._run_id, "teacher", self._instance, self._teacher.teacher_version, time.time(), values)
+            record = MetricRecord(
+                self._run_id,
+                "teacher",
+                self._instance,
+                self._teacher.teacher_version,
+                time.time(),
+                values,
+            )
             try:
                 await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
             except UnavailableError as error:
@@ -132,23 +150,38 @@ class TeacherWorker:
                 log.warning("metrics_not_published", error=str(error))
 
     async def _receive(self) -> list[Delivery]:
-        """New entries, as many as are there and make a batch; before them what an earlier life or a dead peer held."""
+        """New entries, as many as are there and make a batch; before them what an earlier life or a
+        dead peer held.
+        """
         if taken := await self._reclaim():
             self._metrics.count("reclaimed_entries", len(taken))
             log.info("entries_reclaimed", num_entries=len(taken))
             return taken
         started_at = self._clock()
         deliveries = await self._bus.read(
-            Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._batch_size(), self._limits.read_block_s
+            Stream.TRAJECTORIES,
+            ConsumerGroup.TEACHER,
+            self._instance,
+            self._batch_size(),
+            self._limits.read_block_s,
         )
         self._metrics.observe_waiting(self._clock() - started_at)
         return deliveries
 
     async def _reclaim(self) -> list[Delivery]:
-        """At first what an earlier life of this teacher held, at once; then, now and then, what a dead peer held."""
-        stream, group, name, size = Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self._instance, self._batch_size()
+        """At first what an earlier life of this teacher held, at once; then, now and then, what a
+        dead peer held.
+        """
+        stream, group, name, size = (
+            Stream.TRAJECTORIES,
+            ConsumerGroup.TEACHER,
+            self._instance,
+            self._batch_size(),
+        )
         if self._after_own is not None:
-            own = await self._bus.reclaim(stream, group, name, 0.0, size, self._after_own, held_by=name)
+            own = await self._bus.reclaim(
+                stream, group, name, 0.0, size, self._after_own, held_by=name
+            )
             self._after_own = own[-1].entry_id if own else None
             return own
         if self._clock() < self._reclaim_at:
@@ -157,12 +190,16 @@ class TeacherWorker:
         return await self._bus.reclaim(stream, group, name, self._limits.claim_idle_s, size)
 
     def _batch_size(self) -> int:
-        """Entries to ask for, from the mean length of those scored so far; few before anything is known."""
+        """Entries to ask for, from the mean length of those scored so far; few before anything is
+        known.
+        """
         totals = self._metrics.totals
         if not totals["scored_trajectories"]:
             return min(8, self._limits.max_batch)
         mean_tokens = totals["context_tokens"] / totals["scored_trajectories"]
-        return max(1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0))))
+        return max(
+            1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0)))
+        )
 
     @contextlib.asynccontextmanager
     async def _keep_claims(self, deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
@@ -178,7 +215,8 @@ class TeacherWorker:
             yield
         finally:
             renewing.cancel()
-            # A renewal that failed is no reason to throw finished work away: at worst a peer does it again.
+            # A renewal that failed is no reason to throw finished work away: at worst a peer does
+            # it again.
             with contextlib.suppress(asyncio.CancelledError, UnavailableError):
                 await renewing
 
@@ -186,7 +224,11 @@ class TeacherWorker:
         started_at = self._clock()
         decoded = [self._decode(delivery) for delivery in deliveries]
         rejected = [item for item in decoded if isinstance(item, _Rejected)]
-        wanted = [(delivery, item) for delivery, item in zip(deliveries, decoded, strict=True) if isinstance(item, Trajectory)]
+        wanted = [
+            (delivery, item)
+            for delivery, item in zip(deliveries, decoded, strict=True)
+            if isinstance(item, Trajectory)
+        ]
         accepted: list[tuple[Delivery, ScoredTrajectory]] = []
         for delivery, trajectory, outcome in await self._score_trajectories(wanted, stopping):
             if isinstance(outcome, ScoredTrajectory):
@@ -211,8 +253,10 @@ class TeacherWorker:
             return _Rejected(delivery, str(error))
         if trajectory.run_id != self._run_id or trajectory.purpose is not Purpose.TRAIN:
             reason = (
-                f"Trajectory {trajectory.trajectory_id} of run {trajectory.run_id!r} and purpose {trajectory.purpose}; "
-                f"this stream carries training episodes of {self._run_id!r}. Find what else writes to it."
+                f"Trajectory {trajectory.trajectory_id} of run {trajectory.run_id!r} and purpose "
+                f"{trajectory.purpose}; "
+                f"this stream carries training episodes of {self._run_id!r}. Find what else writes "
+                "to it."
             )
             return _Rejected(delivery, reason)
         if delivery.num_deliveries > self._limits.max_deliveries:
@@ -223,7 +267,9 @@ class TeacherWorker:
     async def _score_trajectories(
         self, wanted: Sequence[tuple[Delivery, Trajectory]], stopping: asyncio.Event
     ) -> list[tuple[Delivery, Trajectory, ScoredTrajectory | Exception]]:
-        """Score, waiting while weights are unavailable; nothing if the service stops meanwhile: those entries stay pending."""
+        """Score, waiting while weights are unavailable; nothing if the service stops meanwhile:
+        those entries stay pending.
+        """
         if not wanted:
             return []
         outcomes: list[ScoredTrajectory | SdarError] = []
@@ -233,28 +279,41 @@ class TeacherWorker:
             try:
                 outcomes[:] = await self._teacher.score([trajectory for _, trajectory in wanted])
             except StaleError as error:
-                # Tokens of a version whose manifest has not arrived: the stream is behind, not the trajectory.
+                # Tokens of a version whose manifest has not arrived: the stream is behind, not the
+                # trajectory.
                 raise WeightsUnavailableError(str(error)) from error
 
         try:
             if stopping.is_set():
-                await attempt()  # A stop lets the batch in hand finish, without waiting for anything.
+                await (
+                    attempt()
+                )  # A stop lets the batch in hand finish, without waiting for anything.
             else:
                 await retry_while_unavailable(attempt, stopping, what="policy weights")
         except SdarError:
             raise
-        except Exception as error:  # The worker's boundary: find the one entry that does it, spare the others.
+        except Exception as error:
+            # The worker's boundary: find the one entry that does it, spare the others.
             if len(wanted) == 1:
                 log.exception("scoring_failed", trajectory_id=wanted[0][1].trajectory_id)
                 return [(*wanted[0], error)]
-            return [part for pair in wanted for part in await self._score_trajectories([pair], stopping)]
+            return [
+                part for pair in wanted for part in await self._score_trajectories([pair], stopping)
+            ]
         return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
 
-    async def _publish(self, accepted: Sequence[tuple[Delivery, ScoredTrajectory]], stopping: asyncio.Event) -> None:
-        """Commit, however long the learner takes to make room; when the service stops first, the entries stay pending."""
+    async def _publish(
+        self, accepted: Sequence[tuple[Delivery, ScoredTrajectory]], stopping: asyncio.Event
+    ) -> None:
+        """Commit, however long the learner takes to make room; when the service stops first, the
+        entries stay pending.
+        """
         while accepted:
             self._health.beat()
-            scored, deliveries = [item for _, item in accepted], [delivery for delivery, _ in accepted]
+            scored, deliveries = (
+                [item for _, item in accepted],
+                [delivery for delivery, _ in accepted],
+            )
             payloads = [codec.encode_scored_trajectory(item) for item in scored]
             publications = {Stream.SCORED: payloads, **self._teacher.list_outcomes(scored)}
             try:

@@ -1,7 +1,9 @@
-"""Owns one stack of docker-compose.yml under a project name of the test's own: up, down, kills, what it says of itself.
+"""Owns one stack of docker-compose.yml under a project name of the test's own: up, down, kills,
+what it says of itself.
 
-Everything runs by the commands that a person types. A crash is a SIGKILL of a container's first process from beside it: after
-`docker kill`, which counts as a stop by hand, Docker starts nothing again.
+Everything runs by the commands that a person types. A crash is a SIGKILL of a container's first
+process from beside it: after `docker kill`, which counts as a stop by hand, Docker starts nothing
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Self
 
 import httpx
 
-from sdar.runtime.ports import find_free_port
+from sdar.process.ports import find_free_port
 from tests.kube.cluster import ROOT, CommandError, run, say, wait
 
 ROLES = ("gateway", "envs", "teacher", "learner", "rollout")
@@ -70,7 +72,14 @@ class Stack:
     def sdar(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The `sdar` command of this checkout, from outside."""
         command = [str(ROOT / ".venv" / "bin" / "sdar"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, cwd=ROOT, check=False)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_TIMEOUT_S,
+            cwd=ROOT,
+            check=False,
+        )
 
     # ---- containers
 
@@ -84,7 +93,17 @@ class Stack:
     def crash(self, service: str) -> None:
         state = self.inspect(service)["State"]
         image = self.inspect("gateway")["Config"]["Image"]
-        as_root = ["docker", "run", "--rm", "--pid=host", "--user", "0:0", "--entrypoint", "python", image]
+        as_root = [
+            "docker",
+            "run",
+            "--rm",
+            "--pid=host",
+            "--user",
+            "0:0",
+            "--entrypoint",
+            "python",
+            image,
+        ]
         run([*as_root, "-c", f"import os; os.kill({int(state['Pid'])}, 9)"])
 
         def is_back() -> bool:
@@ -99,7 +118,9 @@ class Stack:
 
     def list_zombies(self, service: str) -> list[str]:
         """Names of the dead processes of a container that nobody has collected."""
-        stats = self.compose("exec", "-T", service, "sh", "-c", "cat /proc/[0-9]*/stat 2>/dev/null || true")
+        stats = self.compose(
+            "exec", "-T", service, "sh", "-c", "cat /proc/[0-9]*/stat 2>/dev/null || true"
+        )
         rows = [line.rpartition(")") for line in stats.splitlines()]
         return [head.partition("(")[2] for head, _, rest in rows if rest.split()[:1] == ["Z"]]
 
@@ -109,17 +130,27 @@ class Stack:
     def token(self) -> str:
         """The operate token that the stack made for itself."""
         if not self._token:
-            lines = self.compose("exec", "-T", "gateway", "cat", "/etc/sdar-auth/tokens").splitlines()
-            self._token = next(line.partition(":")[2] for line in lines if line.startswith("operate:"))
+            lines = self.compose(
+                "exec", "-T", "gateway", "cat", "/etc/sdar-auth/tokens"
+            ).splitlines()
+            self._token = next(
+                line.partition(":")[2] for line in lines if line.startswith("operate:")
+            )
         return self._token
 
     def ask(self, path: str, token: str | None = None) -> httpx.Response:
-        """A GET of the gateway, by the port that Docker published. Raises httpx.HTTPError where it does not answer."""
+        """A GET of the gateway, by the port that Docker published. Raises httpx.HTTPError where it
+        does not answer.
+        """
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.get(f"http://127.0.0.1:{self.ports['gateway']}{path}", headers=headers, timeout=5.0)
+        return httpx.get(
+            f"http://127.0.0.1:{self.ports['gateway']}{path}", headers=headers, timeout=5.0
+        )
 
     def read_status(self) -> dict[str, Any] | None:
-        """The run's status; None while the gateway does not answer, or has not read yet where the run stands."""
+        """The run's status; None while the gateway does not answer, or has not read yet where the
+        run stands.
+        """
         try:
             answer = self.ask("/v1/run", self.token)
         except (httpx.HTTPError, CommandError):
@@ -131,10 +162,16 @@ class Stack:
         return dict(status)
 
     def wait_for_updates(self, num_updates: int, timeout_s: float) -> dict[str, Any]:
-        return self._wait(f"update {num_updates}", lambda status: status["num_updates"] >= num_updates, timeout_s)
+        return self._wait(
+            f"update {num_updates}", lambda status: status["num_updates"] >= num_updates, timeout_s
+        )
 
     def wait_for_the_end(self, timeout_s: float) -> dict[str, Any]:
-        return self._wait("the end of the run", lambda status: status["phase"] in ("finished", "failed"), timeout_s)
+        return self._wait(
+            "the end of the run",
+            lambda status: status["phase"] in ("finished", "failed"),
+            timeout_s,
+        )
 
     def _wait(self, what: str, is_reached: Any, timeout_s: float) -> dict[str, Any]:
         def find() -> dict[str, Any] | None:
@@ -142,13 +179,19 @@ class Stack:
             return status if status and is_reached(status) else None
 
         def tell() -> str:
-            return f"update {self.statuses[-1]['num_updates']}" if self.statuses else "the gateway does not answer yet"
+            return (
+                f"update {self.statuses[-1]['num_updates']}"
+                if self.statuses
+                else "the gateway does not answer yet"
+            )
 
         return wait(what, find, timeout_s, tell=tell)
 
     def query_targets(self) -> dict[str, str]:
         """Health of each target that Prometheus scrapes, by role."""
-        answer = httpx.get(f"http://127.0.0.1:{self.ports['prometheus']}/api/v1/targets", timeout=5.0).raise_for_status()
+        answer = httpx.get(
+            f"http://127.0.0.1:{self.ports['prometheus']}/api/v1/targets", timeout=5.0
+        ).raise_for_status()
         targets = answer.json()["data"]["activeTargets"]
         return {target["labels"]["role"]: target["health"] for target in targets}
 
@@ -163,20 +206,32 @@ def find_compose() -> list[str]:
 
 
 def missing_images() -> list[str]:
-    """Images that docker-compose.yml names and this machine lacks. Raises CommandError without Docker."""
+    """Images that docker-compose.yml names and this machine lacks. Raises CommandError without
+    Docker.
+    """
     if shutil.which("docker") is None:
         raise CommandError("there is no docker command")
     config = run([*find_compose(), "--file", str(ROOT / "docker-compose.yml"), "config"])
-    wanted = sorted({line.split("image:")[1].strip() for line in config.splitlines() if line.strip().startswith("image:")})
+    wanted = sorted(
+        {
+            line.split("image:")[1].strip()
+            for line in config.splitlines()
+            if line.strip().startswith("image:")
+        }
+    )
     there = run(["docker", "images", "--format", "{{.Repository}}:{{.Tag}}"]).split()
     return [image for image in wanted if image not in there and "grafana" not in image]
 
 
 def check_account(statuses: list[dict[str, Any]]) -> None:
-    """In each status both equations hold; between two nothing shrinks that only grows, over every restart."""
+    """In each status both equations hold; between two nothing shrinks that only grows, over every
+    restart.
+    """
     for status in statuses:
         ledger = status["ledger"]
-        closed = sum(ledger[name] for name in ("trained", "skipped", "stale", "failed", "cancelled"))
+        closed = sum(
+            ledger[name] for name in ("trained", "skipped", "stale", "failed", "cancelled")
+        )
         assert status["ledger_gap"] == 0, status
         assert ledger["issued"] == ledger["running"] + ledger["generated"], ledger
         assert ledger["generated"] == closed + ledger["buffered"], ledger

@@ -1,4 +1,6 @@
-"""Each image by itself: no root, a root file system that stays as it is, no port without tokens, an end on SIGTERM."""
+"""Each image by itself: no root, a root file system that stays as it is, no port without tokens, an
+end on SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ STRICT = (
     "--tmpfs=/tmp",
     "--tmpfs=/var/cache/sdar:uid=10001",
 )
-HOUSEHOLD = ("--volume", f"{ROOT}/examples:/etc/sdar/examples:ro", "--env", "SDAR_CONFIG=/etc/sdar/examples/household.yaml")
+HOUSEHOLD = (
+    "--volume",
+    f"{ROOT}/examples:/etc/sdar/examples:ro",
+    "--env",
+    "SDAR_CONFIG=/etc/sdar/examples/household.yaml",
+)
 _LOG_TIMEOUT_S = 120.0
 
 
@@ -42,13 +49,17 @@ def start(image: str, *options: str) -> str:
 
 
 def read_log(name: str) -> str:
-    done = subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        ["docker", "logs", name], capture_output=True, text=True, check=True, timeout=30
+    )
     return done.stdout + done.stderr
 
 
 def has_said(name: str, event: str) -> bool:
     """Whether the log holds the event. Raises AssertionError once the container has ended without."""
-    is_running = run(["docker", "inspect", "--format", "{{.State.Running}}", name]).strip() == "true"
+    is_running = (
+        run(["docker", "inspect", "--format", "{{.State.Running}}", name]).strip() == "true"
+    )
     log = read_log(name)
     assert is_running or event in log, log
     return event in log
@@ -59,9 +70,11 @@ def test_an_image_says_what_it_is_and_runs_without_root(image):
     role = image.removeprefix("sdar-").partition(":")[0]
     assert config["User"] == "10001:10001"
     assert (config["Entrypoint"], config["Cmd"]) == (["sdar"], ["serve", role])
-    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "sdar.runtime.probe"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "sdar.process.probe"]
     assert config["Labels"]["org.opencontainers.image.title"] == f"sdar-{role}"
-    assert set(config["Labels"]) >= {f"org.opencontainers.image.{name}" for name in ("version", "revision", "licenses")}
+    assert set(config["Labels"]) >= {
+        f"org.opencontainers.image.{name}" for name in ("version", "revision", "licenses")
+    }
 
 
 def test_light_images_hold_no_torch(image):
@@ -72,7 +85,9 @@ def test_light_images_hold_no_torch(image):
 
 
 def test_a_container_ends_on_sigterm_while_it_starts(image):
-    name = start(image, "--env", "SDAR_INSECURE=true", "--env", "SDAR_REDIS_URL=redis://127.0.0.1:1/0")
+    name = start(
+        image, "--env", "SDAR_INSECURE=true", "--env", "SDAR_REDIS_URL=redis://127.0.0.1:1/0"
+    )
     try:
         wait("a handler of SIGTERM", lambda: is_handling(name, signal.SIGTERM), 30.0, poll_s=0.1)
         began_s = time.monotonic()
@@ -100,9 +115,15 @@ def test_a_container_without_tokens_ends_with_a_sentence_instead_of_listening():
 
 @pytest.mark.parametrize("config", ["alfworld-tiny.yaml", "webshop-tiny.yaml", "search-tiny.yaml"])
 def test_environments_of_every_kind_are_served_by_their_image(config):
-    name = start(ENVS, "--env", "SDAR_INSECURE=true", "--env", f"SDAR_CONFIG=/etc/sdar/examples/{config}")
+    name = start(
+        ENVS, "--env", "SDAR_INSECURE=true", "--env", f"SDAR_CONFIG=/etc/sdar/examples/{config}"
+    )
     try:
-        wait("the environment to be served, or an end", lambda: has_said(name, "environments_served"), _LOG_TIMEOUT_S)
-        run(["docker", "exec", name, "python", "-m", "sdar.runtime.probe", "--ready"])
+        wait(
+            "the environment to be served, or an end",
+            lambda: has_said(name, "environments_served"),
+            _LOG_TIMEOUT_S,
+        )
+        run(["docker", "exec", name, "python", "-m", "sdar.process.probe", "--ready"])
     finally:
         run(["docker", "rm", "--force", "--volumes", name])

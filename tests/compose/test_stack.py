@@ -1,4 +1,6 @@
-"""`docker-compose up` with nothing set trains the household agent to its end; stopped and crashed on the way it goes on."""
+"""`docker-compose up` with nothing set trains the household agent to its end; stopped and crashed
+on the way it goes on.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import json
 from typing import Any
 
 from loadtest.chaos.checks import check_trained
+from sdar.bus.ledger import parse_group_number
 from sdar.config import load_config
-from sdar.runtime.ledger import parse_group_number
 from services.learner.checkpoint import read_trained_groups
 from tests.compose.stack import ROLES, Stack, check_account
 from tests.kube.cluster import ROOT, run, say, wait
@@ -15,12 +17,16 @@ from tools.check_dashboards import find_down, find_empty
 
 CONFIG = load_config(ROOT / "examples" / "household.yaml")
 LEAST_SUCCESS = 0.80
-"""Of 240 held-out episodes, sampled; the README's run ended at 0.896, three seeds of docs/method.md lie above 0.85."""
+"""Of 240 held-out episodes, sampled; the README's run ended at 0.896, three seeds of docs/method.md
+lie above 0.85.
+"""
 _END_TIMEOUT_S = 1500.0
 _UPDATE_TIMEOUT_S = 600.0
 
 
-def test_up_trains_the_household_agent_to_its_end_and_everything_is_as_it_should_be(stack: Stack) -> None:
+def test_up_trains_the_household_agent_to_its_end_and_everything_is_as_it_should_be(
+    stack: Stack,
+) -> None:
     stack.up()
     stack.wait_for_updates(1, _UPDATE_TIMEOUT_S)
     wait(
@@ -38,10 +44,14 @@ def test_up_trains_the_household_agent_to_its_end_and_everything_is_as_it_should
     assert {role: stack.inspect(role)["RestartCount"] for role in ROLES} == dict.fromkeys(ROLES, 0)
     assert {role: stack.list_zombies(role) for role in ROLES} == {role: [] for role in ROLES}
     stack.compose("stop")
-    assert {role: stack.inspect(role)["State"]["ExitCode"] for role in ROLES} == dict.fromkeys(ROLES, 0)
+    assert {role: stack.inspect(role)["State"]["ExitCode"] for role in ROLES} == dict.fromkeys(
+        ROLES, 0
+    )
 
 
-def test_a_run_that_is_killed_stopped_and_started_again_loses_nothing_and_doubles_nothing(stack: Stack, tmp_path) -> None:
+def test_a_run_that_is_killed_stopped_and_started_again_loses_nothing_and_doubles_nothing(
+    stack: Stack, tmp_path
+) -> None:
     stack.up()
     every = CONFIG.training.checkpoint_every
     stack.wait_for_updates(every + 2, _UPDATE_TIMEOUT_S)
@@ -55,25 +65,43 @@ def test_a_run_that_is_killed_stopped_and_started_again_loses_nothing_and_double
     assert after["num_updates"] >= before["num_updates"]
     status = stack.wait_for_the_end(_END_TIMEOUT_S)
     _check_end(stack, status)
-    stack.copy("learner", "/var/lib/sdar/checkpoints/examples/household.yaml", tmp_path / "checkpoints")
+    stack.copy(
+        "learner", "/var/lib/sdar/checkpoints/examples/household.yaml", tmp_path / "checkpoints"
+    )
     updates = read_trained_groups(tmp_path / "checkpoints")
     trained = sorted({parse_group_number(group_id) for update in updates for group_id in update})
-    check = check_trained(updates, trained, CONFIG.training.groups_per_update, CONFIG.training.num_updates)
+    check = check_trained(
+        updates, trained, CONFIG.training.groups_per_update, CONFIG.training.num_updates
+    )
     assert check.is_kept, check.evidence
     assert len(trained) == status["ledger"]["trained"]
 
 
 def _check_end(stack: Stack, status: dict[str, Any]) -> None:
-    assert (status["phase"], status["num_updates"]) == ("finished", CONFIG.training.num_updates), status
+    assert (status["phase"], status["num_updates"]) == ("finished", CONFIG.training.num_updates), (
+        status
+    )
     check_account(stack.statuses)
     ledger = status["ledger"]
-    assert (ledger["running"], ledger["buffered"], ledger["failed"], status["dead_letters"]) == (0, 0, 0, 0), ledger
+    assert (ledger["running"], ledger["buffered"], ledger["failed"], status["dead_letters"]) == (
+        0,
+        0,
+        0,
+        0,
+    ), ledger
     assert ledger["trained"] == CONFIG.training.num_updates * CONFIG.training.groups_per_update
     first, last = (
-        next(one for one in status["evaluations"] if one["num_updates"] == num_updates and not one["is_greedy"])
+        next(
+            one
+            for one in status["evaluations"]
+            if one["num_updates"] == num_updates and not one["is_greedy"]
+        )
         for num_updates in (0, CONFIG.training.num_updates)
     )
-    say(f"held-out success, sampled: {first['success']:.3f} -> {last['success']:.3f}; ledger {ledger}")
+    say(
+        f"held-out success, sampled: {first['success']:.3f} -> {last['success']:.3f}; ledger "
+        f"{ledger}"
+    )
     assert first["success"] < 0.4
     assert last["success"] >= LEAST_SUCCESS
 
@@ -86,11 +114,18 @@ def _check_hardening(stack: Stack) -> None:
         assert (host["CapDrop"], host["CapAdd"]) == (["ALL"], None), service
         assert host["SecurityOpt"] == ["no-new-privileges:true"], service
         assert found["Config"]["User"] == "10001:10001", service
-        published = [one["HostIp"] for many in found["NetworkSettings"]["Ports"].values() for one in many or []]
+        published = [
+            one["HostIp"]
+            for many in found["NetworkSettings"]["Ports"].values()
+            for one in many or []
+        ]
         assert set(published) <= {"127.0.0.1"}, (service, published)
     for role in ROLES:
         assert (
-            stack.compose("exec", "-T", role, "sh", "-c", "id -u; touch /opt/x /x /etc/x 2>&1 || true").count("Read-only") == 3
+            stack.compose(
+                "exec", "-T", role, "sh", "-c", "id -u; touch /opt/x /x /etc/x 2>&1 || true"
+            ).count("Read-only")
+            == 3
         )
 
 
@@ -123,4 +158,4 @@ def _check_commands(stack: Stack) -> None:
     assert "paused" not in stack.sdar("resume", "--compose").stdout
     assert stack.sdar("dead-letter", "list", "--compose").returncode == 0
     for role in ROLES:
-        run(["docker", "exec", stack.find(role), "python", "-m", "sdar.runtime.probe", "--ready"])
+        run(["docker", "exec", stack.find(role), "python", "-m", "sdar.process.probe", "--ready"])

@@ -1,8 +1,10 @@
-"""A model of the protocol between the services, on a real bus, stepped by hand: what the state machine of test_protocol drives.
+"""A model of the protocol between the services, on a real bus, stepped by hand: what the state
+machine of test_protocol drives.
 
-Every role is a small process that makes the calls of its service in the service's order. What decides there decides here: the
-learner's `GroupSource` and `Progress`, the codec, the bus. A process moves one call at a time: the call takes effect, and its
-result waits for the next step. So it can be crashed or left behind between any two effects, the reply of the last one lost.
+Every role is a small process that makes the calls of its service in the service's order. What
+decides there decides here: the learner's `GroupSource` and `Progress`, the codec, the bus. A
+process moves one call at a time: the call takes effect, and its result waits for the next step. So
+it can be crashed or left behind between any two effects, the reply of the last one lost.
 
     gateway    read events | read account | see policy | commit (issue, acknowledge, state)
     rollout    read or take over | play | commit (publish, acknowledge, GENERATED) or give up or set aside
@@ -23,6 +25,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from sdar.bus.ledger import CLOSING, format_group_id, parse_group_number
+from sdar.bus.protocol import Bus, Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import ConflictError, CorruptionError, LeaseLostError, SupersededError
 from sdar.contracts.streams import ConsumerGroup, Stream
@@ -38,18 +42,20 @@ from sdar.contracts.types import (
     Trajectory,
     WeightsManifest,
 )
-from sdar.runtime.bus import Bus, Delivery
-from sdar.runtime.ledger import CLOSING, format_group_id, parse_group_number
 from services.learner.ingest import Group, GroupSource, book_trained
 from services.learner.progress import Progress
 from tests.unit.learner.builders import RUN, VOCABULARY, make_config, make_item
 
 GROUP_SIZE = 2
-CONFIG = make_config(num_updates=4, groups_per_update=2, group_size=GROUP_SIZE, checkpoint_every=2, max_staleness=1)
+CONFIG = make_config(
+    num_updates=4, groups_per_update=2, group_size=GROUP_SIZE, checkpoint_every=2, max_staleness=1
+)
 MAX_OPEN_GROUPS = (CONFIG.training.max_staleness + 1) * CONFIG.training.groups_per_update
 STATE = "gateway"
 STEPS_TO_THE_END = 5000
-"""More than any run without further faults takes from anywhere; reaching it means that the run hangs."""
+"""More than any run without further faults takes from anywhere; reaching it means that the run
+hangs.
+"""
 TEACHER_BATCH = 3
 FAILS_EVERY, IS_POISON_EVERY = 7, 11
 """Every so many groups: one whose environment fails, and one that kills whoever plays it."""
@@ -68,7 +74,9 @@ def demand(is_true: bool, what: str) -> None:
 
 
 class SteppedBus:
-    """A process's handle on the bus: a call takes effect at once, its result is handed out at the process's next step."""
+    """A process's handle on the bus: a call takes effect at once, its result is handed out at the
+    process's next step.
+    """
 
     def __init__(self, bus: Bus, process: Process) -> None:
         self.bus, self._process = bus, process
@@ -82,7 +90,9 @@ class SteppedBus:
 
         return stepped
 
-    async def commit(self, publications: dict[Stream, list[bytes]], *args: Any, **kwargs: Any) -> None:
+    async def commit(
+        self, publications: dict[Stream, list[bytes]], *args: Any, **kwargs: Any
+    ) -> None:
         """The model remembers which task was last issued under a number."""
         try:
             await self.bus.commit(publications, *args, **kwargs)
@@ -92,7 +102,14 @@ class SteppedBus:
         finally:
             await self._process.pause("commit")
 
-    async def read(self, stream: Stream, group: ConsumerGroup, consumer: str, max_count: int, block_s: float = 0.0) -> Any:
+    async def read(
+        self,
+        stream: Stream,
+        group: ConsumerGroup,
+        consumer: str,
+        max_count: int,
+        block_s: float = 0.0,
+    ) -> Any:
         """Waits for nothing: time passes by steps."""
         return await self.__getattr__("read")(stream, group, consumer, max_count)
 
@@ -145,7 +162,11 @@ class Process:
 
     def take_suspects(self) -> list[str]:
         """Peers whose leases have run out since somebody looked."""
-        found = {name for name in self.world.suspects if name[:-1] == self.name[:-1] and name != self.name}
+        found = {
+            name
+            for name in self.world.suspects
+            if name[:-1] == self.name[:-1] and name != self.name
+        }
         self.world.suspects -= found
         return sorted(found)
 
@@ -176,11 +197,14 @@ class GatewayState:
 class Gateway(Process):
     async def main(self) -> None:
         await self.bus.claim_role(ConsumerGroup.GATEWAY)
-        # Before the state: a snapshot restored between the two is adopted later, instead of being overwritten.
+        # Before the state: a snapshot restored between the two is adopted later, instead of being
+        # overwritten.
         is_empty = await self.is_empty()
         await self.load()
         while True:
-            events = self._in_hand or await self.bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 100)
+            events = self._in_hand or await self.bus.read(
+                Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 100
+            )
             self._in_hand = []
             account = await self.bus.read_ledger()
             newest = await self.bus.newest(Stream.POLICY_UPDATES)
@@ -194,7 +218,9 @@ class Gateway(Process):
                 continue
             num_updates = codec.decode_weights_manifest(newest.payload).num_updates
             is_training = num_updates < CONFIG.training.num_updates
-            await self._turn(events, max(0, MAX_OPEN_GROUPS - len(account.open)) if is_training else 0)
+            await self._turn(
+                events, max(0, MAX_OPEN_GROUPS - len(account.open)) if is_training else 0
+            )
 
     async def is_empty(self) -> bool:
         account = await self.bus.read_ledger()
@@ -202,7 +228,9 @@ class Gateway(Process):
 
     async def load(self) -> None:
         self.state = GatewayState.from_bytes(await self.bus.load_state(STATE))
-        self._in_hand = await self.bus.reclaim(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 0.0, 100)
+        self._in_hand = await self.bus.reclaim(
+            Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 0.0, 100
+        )
 
     async def adopt(self) -> None:
         await self.load()
@@ -210,7 +238,11 @@ class Gateway(Process):
     async def _turn(self, events: list[Delivery], num_groups: int) -> None:
         for event in events:
             self.state.absorbed[codec.decode_ledger_event(event.payload).outcome] += 1
-        letters = [letter for letter in self.world.letters_to_retry if await self.bus.find_dead_letter(letter)]
+        letters = [
+            letter
+            for letter in self.world.letters_to_retry
+            if await self.bus.find_dead_letter(letter)
+        ]
         self.world.letters_to_retry.intersection_update(letters)
         numbers = range(self.state.next_number, self.state.next_number + num_groups + len(letters))
         if not (events or numbers):
@@ -221,7 +253,9 @@ class Gateway(Process):
         except LeaseLostError:
             await self.load()
 
-    async def commit(self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]) -> None:
+    async def commit(
+        self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]
+    ) -> None:
         issued = [note(group.group_id, GroupOutcome.ISSUED) for group in groups]
         tasks = {Stream.TASKS: [codec.encode_task_group(group) for group in groups]}
         await self.bus.commit(tasks, events, {STATE: self.state.to_bytes()}, issued, letters)
@@ -230,7 +264,9 @@ class Gateway(Process):
         self.world.num_tasks += 1
         task = Task("fake", "train", f"t{number}", "type", "do it", self.world.num_tasks)
         sampling = SamplingParameters(1.0, 1.0, 8)
-        return TaskGroup(RUN, format_group_id(number), task, GROUP_SIZE, Purpose.TRAIN, 0, sampling, 2, "here:1")
+        return TaskGroup(
+            RUN, format_group_id(number), task, GROUP_SIZE, Purpose.TRAIN, 0, sampling, 2, "here:1"
+        )
 
 
 class Rollout(Process):
@@ -245,27 +281,40 @@ class Rollout(Process):
             deliveries += await self.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, self.name, 1)
 
     async def _take_over(self, held_by: str) -> list[Delivery]:
-        return await self.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, self.name, 0.0, 10, held_by=held_by)
+        return await self.bus.reclaim(
+            Stream.TASKS, ConsumerGroup.ROLLOUT, self.name, 0.0, 10, held_by=held_by
+        )
 
     async def _play(self, delivery: Delivery) -> None:
         group = codec.decode_task_group(delivery.payload)
-        number, newest = parse_group_number(group.group_id), await self.bus.newest(Stream.POLICY_UPDATES)
+        number, newest = (
+            parse_group_number(group.group_id),
+            await self.bus.newest(Stream.POLICY_UPDATES),
+        )
         assert number is not None
         version = codec.decode_weights_manifest(newest.payload).policy_version if newest else 0
         try:
             if number % IS_POISON_EVERY == IS_POISON_EVERY - 1:
-                await self.bus.dead_letter(delivery, "poison", [note(group.group_id, GroupOutcome.FAILED)])
+                await self.bus.dead_letter(
+                    delivery, "poison", [note(group.group_id, GroupOutcome.FAILED)]
+                )
             elif number % FAILS_EVERY == FAILS_EVERY - 1:
                 await self.commit({}, delivery, note(group.group_id, GroupOutcome.FAILED))
             else:
                 attempt = delivery.num_deliveries - 1
                 played = [_play(group, index, attempt, version) for index in range(GROUP_SIZE)]
                 payloads = [codec.encode_trajectory(trajectory) for trajectory in played]
-                await self.commit({Stream.TRAJECTORIES: payloads}, delivery, note(group.group_id, GroupOutcome.GENERATED))
+                await self.commit(
+                    {Stream.TRAJECTORIES: payloads},
+                    delivery,
+                    note(group.group_id, GroupOutcome.GENERATED),
+                )
         except LeaseLostError:
             return  # Another attempt is under way.
 
-    async def commit(self, publications: dict[Stream, list[bytes]], delivery: Delivery, event: LedgerEvent) -> None:
+    async def commit(
+        self, publications: dict[Stream, list[bytes]], delivery: Delivery, event: LedgerEvent
+    ) -> None:
         await self.bus.commit(publications, [delivery], transitions=[event])
 
 
@@ -278,14 +327,21 @@ class Teacher(Process):
             deliveries = []
             for suspect in self.take_suspects():
                 deliveries += await self._take_over(suspect)
-            deliveries += await self.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name, TEACHER_BATCH)
+            deliveries += await self.bus.read(
+                Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name, TEACHER_BATCH
+            )
 
     async def _take_over(self, held_by: str) -> list[Delivery]:
-        return await self.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name, 0.0, 10, held_by=held_by)
+        return await self.bus.reclaim(
+            Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name, 0.0, 10, held_by=held_by
+        )
 
     async def _score(self, deliveries: list[Delivery]) -> None:
         while deliveries:
-            payloads = [codec.encode_scored_trajectory(_score(codec.decode_trajectory(d.payload))) for d in deliveries]
+            payloads = [
+                codec.encode_scored_trajectory(_score(codec.decode_trajectory(d.payload)))
+                for d in deliveries
+            ]
             try:
                 return await self.commit(payloads, deliveries)
             except LeaseLostError:
@@ -297,7 +353,9 @@ class Teacher(Process):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is durable. `weights` is what the weights depend on: the groups of every update and their tasks, in order."""
+    """What is durable. `weights` is what the weights depend on: the groups of every update and
+    their tasks, in order.
+    """
 
     progress: dict[str, Any]
     weights: tuple[tuple[str, int], ...]
@@ -321,7 +379,10 @@ class Learner(Process):
         self.progress, self.weights = Progress(), ()
         await self.bus.claim_role(ConsumerGroup.LEARNER)
         if checkpoint is not None:
-            self.progress, self.weights = Progress.from_json(checkpoint.progress), checkpoint.weights
+            self.progress, self.weights = (
+                Progress.from_json(checkpoint.progress),
+                checkpoint.weights,
+            )
             await self.restore(checkpoint)
         newest = await self.bus.newest(Stream.POLICY_UPDATES)
         announced = codec.decode_weights_manifest(newest.payload).policy_version if newest else -1
@@ -342,10 +403,14 @@ class Learner(Process):
         await self.bus.restore_snapshot(checkpoint.snapshot, trained)
 
     async def _update(self, groups: list[Group]) -> None:
-        self.weights += tuple((group.group_id, group.items[0].trajectory.task.seed) for group in groups)
+        self.weights += tuple(
+            (group.group_id, group.items[0].trajectory.task.seed) for group in groups
+        )
         self.progress = self.progress.after_update(group.group_id for group in groups)
         self.unacknowledged += [delivery for group in groups for delivery in group.deliveries]
-        self.unbooked += [book_trained(CONFIG, group, self.progress.policy_version) for group in groups]
+        self.unbooked += [
+            book_trained(CONFIG, group, self.progress.policy_version) for group in groups
+        ]
         await self._publish()
         if self.progress.num_updates % CONFIG.training.checkpoint_every == 0:
             await self.make_durable()
@@ -355,7 +420,14 @@ class Learner(Process):
         self.world.published.add(self.progress.policy_version)
         await self.pause("store")
         manifest = WeightsManifest(
-            RUN, self.progress.policy_version, "p", (), 0, ModelIdentity("m", "f"), 0.0, self.progress.num_updates
+            RUN,
+            self.progress.policy_version,
+            "p",
+            (),
+            0,
+            ModelIdentity("m", "f"),
+            0.0,
+            self.progress.num_updates,
         )
         await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
 
@@ -384,13 +456,21 @@ def note(group_id: str, outcome: GroupOutcome) -> LedgerEvent:
 
 def _play(group: TaskGroup, index: int, attempt: int, version: int) -> Trajectory:
     reward = float(index)  # Not the same for all episodes: there is something to learn.
-    item = make_item(group.group_id, index, reward=reward, version=version, attempt=attempt, num_turns=1)
+    item = make_item(
+        group.group_id, index, reward=reward, version=version, attempt=attempt, num_turns=1
+    )
     return dataclasses.replace(item.trajectory, task=group.task)
 
 
 def _score(trajectory: Trajectory) -> ScoredTrajectory:
-    index, version, attempt = trajectory.episode_index, trajectory.min_policy_version, trajectory.attempt
-    score = make_item(trajectory.group_id, index, version=version, attempt=attempt, num_turns=1).score
+    index, version, attempt = (
+        trajectory.episode_index,
+        trajectory.min_policy_version,
+        trajectory.attempt,
+    )
+    score = make_item(
+        trajectory.group_id, index, version=version, attempt=attempt, num_turns=1
+    ).score
     return ScoredTrajectory(trajectory, score)
 
 
@@ -461,7 +541,9 @@ class World:
         self.processes[name] = self.roles[name](self, name, self.connect(name))
 
     async def step(self, name: str, count: int) -> None:
-        """A process moves. One that was refused its role is followed by another, as its supervisor sees to."""
+        """A process moves. One that was refused its role is followed by another, as its supervisor
+        sees to.
+        """
         for _ in range(count):
             await self.processes[name].step()
             if self.processes[name].is_over:
@@ -491,7 +573,9 @@ class World:
         return False
 
     async def retry_letters(self) -> None:
-        self.letters_to_retry.update(letter.letter_id for letter in await self._any_bus.list_dead_letters())
+        self.letters_to_retry.update(
+            letter.letter_id for letter in await self._any_bus.list_dead_letters()
+        )
 
     @property
     def _any_bus(self) -> Bus:
@@ -503,30 +587,53 @@ class World:
         account = await self._any_bus.read_ledger()
         demand(account.find_gap() == 0, f"the account has a gap: {account.counts()}")
         closed = {outcome: await self._any_bus.list_closed(outcome) for outcome in CLOSING}
-        numbers = sorted([*account.open, *(number for numbers in closed.values() for number in numbers)])
-        demand(numbers == list(range(account.num_issued)), f"not every issued group is open or closed once: {numbers}")
-        self._check_weights(set(closed[GroupOutcome.TRAINED]), account.open, is_known=account.num_issued > 0)
+        numbers = sorted(
+            [*account.open, *(number for numbers in closed.values() for number in numbers)]
+        )
+        demand(
+            numbers == list(range(account.num_issued)),
+            f"not every issued group is open or closed once: {numbers}",
+        )
+        self._check_weights(
+            set(closed[GroupOutcome.TRAINED]), account.open, is_known=account.num_issued > 0
+        )
         await self._check_cursor(account.num_issued)
         await self._check_kept(account.open)
 
-    def _check_weights(self, booked: set[int], open_groups: dict[int, bool], *, is_known: bool) -> None:
+    def _check_weights(
+        self, booked: set[int], open_groups: dict[int, bool], *, is_known: bool
+    ) -> None:
         learner = self.processes["learner"]
         kept = self.checkpoint.weights if self.checkpoint else ()
         for weights in (kept, getattr(learner, "weights", ())):
             demand(len(dict(weights)) == len(weights), f"trained twice: {sorted(weights)}")
         durable = {parse_group_number(group_id) for group_id, _ in kept}
-        false = [name for name, task in kept if parse_group_number(name) in booked and self.issued[name] != task]
-        demand(not false, f"booked as trained, but under these names other tasks were trained: {false}")
+        false = [
+            name
+            for name, task in kept
+            if parse_group_number(name) in booked and self.issued[name] != task
+        ]
+        demand(
+            not false, f"booked as trained, but under these names other tasks were trained: {false}"
+        )
         demand(booked <= durable, f"booked as trained and not durable: {booked - durable}")
         if is_known:
-            demand(durable - booked <= open_groups.keys(), f"durable, closed, and not as trained: {durable - booked}")
+            demand(
+                durable - booked <= open_groups.keys(),
+                f"durable, closed, and not as trained: {durable - booked}",
+            )
 
     async def _check_cursor(self, num_issued: int) -> None:
         state = GatewayState.from_bytes(await self._any_bus.load_state(STATE))
-        demand(state.next_number == num_issued, f"the cursor says {state.next_number}, the account {num_issued}")
+        demand(
+            state.next_number == num_issued,
+            f"the cursor says {state.next_number}, the account {num_issued}",
+        )
 
     async def _check_kept(self, open_groups: dict[int, bool]) -> None:
-        """Whatever an open group needs to end is on a stream and acknowledged by nobody; one attempt gets through."""
+        """Whatever an open group needs to end is on a stream and acknowledged by nobody; one
+        attempt gets through.
+        """
         tasks = Counter(
             codec.decode_task_group(data).group_id
             for data in await self.list_unacknowledged(Stream.TASKS, ConsumerGroup.ROLLOUT)
@@ -544,11 +651,17 @@ class World:
             attempts = {attempt for attempt, _ in found}
             if is_generated:
                 whole = {(attempt, index) for attempt in attempts for index in range(GROUP_SIZE)}
-                demand(len(attempts) == 1 and found.keys() == whole, f"{group_id} is buffered, its episodes are {found}")
+                demand(
+                    len(attempts) == 1 and found.keys() == whole,
+                    f"{group_id} is buffered, its episodes are {found}",
+                )
                 demand(set(found.values()) == {1}, f"{group_id} has an episode twice: {found}")
                 demand(not tasks[group_id], f"{group_id} is played and its task is still there")
             else:
-                demand(tasks[group_id] == 1 and not found, f"{group_id} is running: {tasks[group_id]} tasks, episodes {found}")
+                demand(
+                    tasks[group_id] == 1 and not found,
+                    f"{group_id} is running: {tasks[group_id]} tasks, episodes {found}",
+                )
 
     async def finish(self) -> None:
         """Run everything to its end without further faults: nothing may be left over."""
@@ -563,25 +676,34 @@ class World:
         account = await self._any_bus.read_ledger()
         demand(not account.open, f"never closed: {sorted(account.open)}")
         demand(
-            self.checkpoint is not None and self.checkpoint.progress["num_updates"] == CONFIG.training.num_updates,
+            self.checkpoint is not None
+            and self.checkpoint.progress["num_updates"] == CONFIG.training.num_updates,
             f"the run does not end: {account.counts()}",
         )
         await self.check()
         await self._check_absorbed()
 
     async def _is_quiet(self) -> bool:
-        is_done = self.checkpoint is not None and self.checkpoint.progress["num_updates"] == CONFIG.training.num_updates
+        is_done = (
+            self.checkpoint is not None
+            and self.checkpoint.progress["num_updates"] == CONFIG.training.num_updates
+        )
         left = [await self.list_unacknowledged(*pair) for pair in WIRED]
         return is_done and not any(left) and not (await self._any_bus.read_ledger()).open
 
     async def _check_absorbed(self) -> None:
-        """The gateway has seen every end exactly once. What was booked by a restored snapshot has no event."""
+        """The gateway has seen every end exactly once. What was booked by a restored snapshot has
+        no event.
+        """
         if self.num_disks_lost:
             return
         state = GatewayState.from_bytes(await self._any_bus.load_state(STATE))
         closed = (await self._any_bus.read_ledger()).closed
         for outcome, count in closed.items():
-            demand(state.absorbed[outcome] == count, f"{count} groups {outcome}, the gateway saw {state.absorbed[outcome]}")
+            demand(
+                state.absorbed[outcome] == count,
+                f"{count} groups {outcome}, the gateway saw {state.absorbed[outcome]}",
+            )
 
 
 CONSUMERS: dict[Stream, Collection[ConsumerGroup]] = {

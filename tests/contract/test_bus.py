@@ -1,4 +1,6 @@
-"""The promises of `Bus`, kept by every implementation: the one in memory and the one over a real Redis server."""
+"""The promises of `Bus`, kept by every implementation: the one in memory and the one over a real
+Redis server.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.ledger import CLOSING, format_group_id
+from sdar.bus.protocol import BEFORE_FIRST, SUSPECT_FACTOR, Bus, BusLimits, Delivery
+from sdar.bus.redis import RedisBus
 from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import (
     CapacityError,
@@ -26,23 +32,26 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
-from sdar.runtime.bus import BEFORE_FIRST, SUSPECT_FACTOR, Bus, BusLimits, Delivery
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.ledger import CLOSING, format_group_id
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.redis_bus import RedisBus
+from sdar.in_process.memory_bus import MemoryBus
 
 TASKS, TRAJECTORIES, LEDGER = Stream.TASKS, Stream.TRAJECTORIES, Stream.LEDGER
 ISSUED, GENERATED, TRAINED = GroupOutcome.ISSUED, GroupOutcome.GENERATED, GroupOutcome.TRAINED
 STALE, FAILED, CANCELLED = GroupOutcome.STALE, GroupOutcome.FAILED, GroupOutcome.CANCELLED
-ROLLOUT, TEACHER, LEARNER, GATEWAY = ConsumerGroup.ROLLOUT, ConsumerGroup.TEACHER, ConsumerGroup.LEARNER, ConsumerGroup.GATEWAY
+ROLLOUT, TEACHER, LEARNER, GATEWAY = (
+    ConsumerGroup.ROLLOUT,
+    ConsumerGroup.TEACHER,
+    ConsumerGroup.LEARNER,
+    ConsumerGroup.GATEWAY,
+)
 WIRING: Mapping[Stream, tuple[ConsumerGroup, ...]] = {
     TASKS: (ROLLOUT,),
     TRAJECTORIES: (TEACHER, LEARNER),
     LEDGER: (GATEWAY,),
 }
 # Trimming is asked for where a test needs it; producers do it on their own when a stream is full.
-LIMITS = BusLimits(max_entries=8, publish_timeout_s=0.2, trim_interval_s=3600.0, outage_tolerance_s=5.0)
+LIMITS = BusLimits(
+    max_entries=8, publish_timeout_s=0.2, trim_interval_s=3600.0, outage_tolerance_s=5.0
+)
 BLOCK_S = 2.0
 run_numbers = itertools.count()
 
@@ -54,7 +63,9 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Maker(Protocol):
-    """Makes buses of one run, each as another process would have it, connected under a name or without one."""
+    """Makes buses of one run, each as another process would have it, connected under a name or
+    without one.
+    """
 
     def __call__(self, client_name: str = "") -> Bus: ...
 
@@ -70,7 +81,13 @@ async def new_run(request: pytest.FixtureRequest) -> AsyncIterator[Callable[[], 
             def build(client_name: str = "") -> Bus:
                 if request.param == "memory":
                     return memory.view(client_name)
-                bus = RedisBus(request.getfixturevalue("redis_url"), run_id, WIRING, LIMITS, client_name=client_name)
+                bus = RedisBus(
+                    request.getfixturevalue("redis_url"),
+                    run_id,
+                    WIRING,
+                    LIMITS,
+                    client_name=client_name,
+                )
                 stack.push_async_callback(bus.close)
                 return bus
 
@@ -94,7 +111,9 @@ def payloads(deliveries: list[Delivery]) -> list[bytes]:
 
 
 def event(number: int, outcome: GroupOutcome, reason: str = "") -> LedgerEvent:
-    return LedgerEvent("run", format_group_id(number), outcome, num_trajectories=2, policy_version=0, reason=reason)
+    return LedgerEvent(
+        "run", format_group_id(number), outcome, num_trajectories=2, policy_version=0, reason=reason
+    )
 
 
 def events(outcome: GroupOutcome, *numbers: int) -> list[LedgerEvent]:
@@ -108,7 +127,10 @@ async def read_account(bus: Bus) -> dict[str, int]:
 
 
 async def read_journal(bus: Bus) -> list[LedgerEvent]:
-    return [decode_ledger_event(entry.payload) for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9999)]
+    return [
+        decode_ledger_event(entry.payload)
+        for entry in await bus.tail(LEDGER, BEFORE_FIRST, max_count=9999)
+    ]
 
 
 async def test_entries_arrive_whole_and_in_the_order_they_were_published(bus: Bus) -> None:
@@ -147,7 +169,9 @@ async def test_a_read_of_a_quiet_stream_returns_nothing_when_its_time_is_over(bu
     assert time.monotonic() - started >= 0.03
 
 
-async def test_entries_of_a_dead_consumer_reach_another_with_a_higher_delivery_count(buses: Maker) -> None:
+async def test_entries_of_a_dead_consumer_reach_another_with_a_higher_delivery_count(
+    buses: Maker,
+) -> None:
     await buses().publish(TASKS, [b"1", b"2"])
     await buses().read(TASKS, ROLLOUT, "dead", max_count=2)
     survivor = buses()
@@ -157,7 +181,10 @@ async def test_entries_of_a_dead_consumer_reach_another_with_a_higher_delivery_c
         while len(taken) < 2:
             taken += await survivor.reclaim(TASKS, ROLLOUT, "alive", min_idle_s=0.02, max_count=9)
             await asyncio.sleep(0.005)
-    assert [(d.payload, d.num_deliveries, d.consumer) for d in taken] == [(b"1", 2, "alive"), (b"2", 2, "alive")]
+    assert [(d.payload, d.num_deliveries, d.consumer) for d in taken] == [
+        (b"1", 2, "alive"),
+        (b"2", 2, "alive"),
+    ]
 
 
 async def test_entries_that_are_not_idle_long_enough_stay_with_their_consumer(bus: Bus) -> None:
@@ -170,7 +197,9 @@ async def test_a_restarted_consumer_pages_through_all_it_held(bus: Bus) -> None:
     await bus.publish(TASKS, [b"%d" % number for number in range(5)])
     await bus.read(TASKS, ROLLOUT, "learner", max_count=5)
     first = await bus.reclaim(TASKS, ROLLOUT, "learner", min_idle_s=0.0, max_count=3)
-    rest = await bus.reclaim(TASKS, ROLLOUT, "learner", min_idle_s=0.0, max_count=3, after_id=first[-1].entry_id)
+    rest = await bus.reclaim(
+        TASKS, ROLLOUT, "learner", min_idle_s=0.0, max_count=3, after_id=first[-1].entry_id
+    )
     assert payloads(first + rest) == [b"0", b"1", b"2", b"3", b"4"]
 
 
@@ -187,12 +216,16 @@ async def test_a_renewed_delivery_is_not_idle_and_counts_as_no_new_attempt(bus: 
     assert again.num_deliveries == 2
 
 
-async def test_what_is_handed_back_reaches_another_at_once_and_what_was_lost_is_left_alone(buses: Maker) -> None:
+async def test_what_is_handed_back_reaches_another_at_once_and_what_was_lost_is_left_alone(
+    buses: Maker,
+) -> None:
     leaving, survivor = buses("leaving"), buses("survivor")
     lease_s = 1.0
     await leaving.publish(TASKS, [b"0"])
     await leaving.read(TASKS, ROLLOUT, "dead", max_count=1)
-    async with asyncio.timeout(10 * lease_s):  # until the survivor has been in touch for long enough to judge others
+    async with asyncio.timeout(
+        10 * lease_s
+    ):  # until the survivor has been in touch for long enough to judge others
         first: list[Delivery] = []
         while not first:
             first = await survivor.reclaim(TASKS, ROLLOUT, "survivor", lease_s, max_count=9)
@@ -224,7 +257,9 @@ async def test_acknowledged_entries_are_never_delivered_again(bus: Bus) -> None:
     first, second = await bus.read(TASKS, ROLLOUT, "a", max_count=2)
     await bus.acknowledge([first])
     await bus.acknowledge([first])
-    assert payloads(await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)) == [second.payload]
+    assert payloads(await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)) == [
+        second.payload
+    ]
 
 
 async def test_a_commit_publishes_acknowledges_and_saves_together(bus: Bus) -> None:
@@ -246,11 +281,15 @@ async def test_a_commit_refused_for_lack_of_room_changes_nothing(bus: Bus) -> No
     assert await bus.newest(LEDGER) is None
     assert (await bus.stream_lag(TRAJECTORIES, TEACHER)).num_undelivered == LIMITS.max_entries
     assert await bus.load_state("cursor") is None
-    assert payloads(await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)) == [b"task"]
+    assert payloads(await bus.reclaim(TASKS, ROLLOUT, "b", min_idle_s=0.0, max_count=9)) == [
+        b"task"
+    ]
 
 
 async def test_an_output_is_there_whenever_its_input_is_acknowledged(buses: Maker) -> None:
-    """A worker is cancelled at every point of its loop in turn; afterwards each task has its output or is still pending."""
+    """A worker is cancelled at every point of its loop in turn; afterwards each task has its output
+    or is still pending.
+    """
     await buses().publish(TASKS, [b"%d" % number for number in range(8)])
 
     async def work(bus: Bus) -> None:
@@ -265,7 +304,9 @@ async def test_an_output_is_there_whenever_its_input_is_acknowledged(buses: Make
         worker.cancel()
         await asyncio.wait([worker])
     done = {entry.payload for entry in await buses().tail(LEDGER, BEFORE_FIRST, max_count=99)}
-    pending = set(payloads(await buses().reclaim(TASKS, ROLLOUT, "other", min_idle_s=0.0, max_count=99)))
+    pending = set(
+        payloads(await buses().reclaim(TASKS, ROLLOUT, "other", min_idle_s=0.0, max_count=99))
+    )
     unread = set(payloads(await buses().read(TASKS, ROLLOUT, "other", max_count=99)))
     assert done | pending | unread == {b"%d" % number for number in range(8)}
 
@@ -275,11 +316,15 @@ async def test_a_full_stream_makes_producers_wait_until_a_consumer_is_done(buses
     await producer.publish(TASKS, [b"old"] * LIMITS.max_entries)
     blocked = asyncio.create_task(producer.publish(TASKS, [b"new"]))
     deliveries = await consumer.read(TASKS, ROLLOUT, "a", max_count=99)
-    assert payloads(deliveries) == [b"old"] * LIMITS.max_entries, "the new entry must not be in before there is room"
+    assert payloads(deliveries) == [b"old"] * LIMITS.max_entries, (
+        "the new entry must not be in before there is room"
+    )
     await consumer.acknowledge(deliveries[:1])
     async with asyncio.timeout(BLOCK_S):
         await blocked
-    assert payloads(await consumer.read(TASKS, ROLLOUT, "a", max_count=99, block_s=BLOCK_S)) == [b"new"]
+    assert payloads(await consumer.read(TASKS, ROLLOUT, "a", max_count=99, block_s=BLOCK_S)) == [
+        b"new"
+    ]
 
 
 async def test_a_full_stream_refuses_with_its_name_and_keeps_what_it_has(bus: Bus) -> None:
@@ -287,11 +332,15 @@ async def test_a_full_stream_refuses_with_its_name_and_keeps_what_it_has(bus: Bu
     with pytest.raises(CapacityError, match="Stream tasks holds 8 entries") as caught:
         await bus.publish(TASKS, [b"new"])
     assert caught.value.fields["stream"] == TASKS
-    assert payloads(await bus.read(TASKS, ROLLOUT, "a", max_count=99)) == [b"old"] * LIMITS.max_entries
+    assert (
+        payloads(await bus.read(TASKS, ROLLOUT, "a", max_count=99)) == [b"old"] * LIMITS.max_entries
+    )
 
 
 async def test_trimming_never_removes_what_a_group_has_not_acknowledged(bus: Bus) -> None:
-    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0. Nothing may go until learner finishes 0."""
+    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0. Nothing may go
+    until learner finishes 0.
+    """
     await bus.publish(TRAJECTORIES, [b"0", b"1", b"2", b"3", b"4"])
     teacher = await bus.read(TRAJECTORIES, TEACHER, "t", max_count=4)
     await bus.acknowledge(teacher[:3])
@@ -301,9 +350,15 @@ async def test_trimming_never_removes_what_a_group_has_not_acknowledged(bus: Bus
     assert await bus.trim() == 0, "the learner still holds 0"
     await bus.acknowledge(learner[:1])
     await bus.trim()
-    assert [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)] == [b"2", b"3", b"4"]
+    assert [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)] == [
+        b"2",
+        b"3",
+        b"4",
+    ]
     assert payloads(await bus.read(TRAJECTORIES, LEARNER, "l", max_count=9)) == [b"2", b"3", b"4"]
-    assert payloads(await bus.reclaim(TRAJECTORIES, TEACHER, "u", min_idle_s=0.0, max_count=9)) == [b"3"]
+    assert payloads(await bus.reclaim(TRAJECTORIES, TEACHER, "u", min_idle_s=0.0, max_count=9)) == [
+        b"3"
+    ]
 
 
 async def test_a_fully_acknowledged_stream_is_trimmed_to_nothing(bus: Bus) -> None:
@@ -322,7 +377,12 @@ async def test_a_dead_letter_keeps_payload_and_reason_and_leaves_the_group(bus: 
     await bus.dead_letter(delivery, "cannot decode: byte 0", [failed])
     [letter] = await bus.list_dead_letters()
     assert (letter.payload, letter.reason) == (b"poison", "cannot decode: byte 0")
-    assert (letter.stream, letter.group, letter.entry_id, letter.num_deliveries) == (TASKS, ROLLOUT, delivery.entry_id, 1)
+    assert (letter.stream, letter.group, letter.entry_id, letter.num_deliveries) == (
+        TASKS,
+        ROLLOUT,
+        delivery.entry_id,
+        1,
+    )
     assert abs(letter.at_s - time.time()) < 60
     assert await bus.count_dead_letters() == 1
     assert await read_journal(bus) == [failed]
@@ -355,21 +415,29 @@ async def test_a_letter_is_retired_once_together_with_what_replaces_it(bus: Bus)
     [delivery] = await bus.read(TASKS, ROLLOUT, "a", max_count=1)
     await bus.dead_letter(delivery, "bad")
     [letter] = await bus.list_dead_letters()
-    await bus.commit({TASKS: [b"again"]}, transitions=events(ISSUED, 5), retired_letters=[letter.letter_id])
+    await bus.commit(
+        {TASKS: [b"again"]}, transitions=events(ISSUED, 5), retired_letters=[letter.letter_id]
+    )
     assert await bus.count_dead_letters() == 0
     for gone in (letter.letter_id, "nonsense"):
         with pytest.raises(LeaseLostError, match="no dead letter"):
-            await bus.commit({TASKS: [b"twice"]}, transitions=events(ISSUED, 6), retired_letters=[gone])
+            await bus.commit(
+                {TASKS: [b"twice"]}, transitions=events(ISSUED, 6), retired_letters=[gone]
+            )
     assert payloads(await bus.read(TASKS, ROLLOUT, "a", max_count=9)) == [b"again"]
     assert await read_account(bus) == {"issued": 1, "running": 1}
 
 
-async def test_late_results_of_an_entry_that_was_given_to_another_are_refused_whole(bus: Bus) -> None:
+async def test_late_results_of_an_entry_that_was_given_to_another_are_refused_whole(
+    bus: Bus,
+) -> None:
     await bus.commit({TASKS: [b"1"]}, transitions=events(ISSUED, 1))
     [late] = await bus.read(TASKS, ROLLOUT, "slow", max_count=1)
     [taken] = await bus.reclaim(TASKS, ROLLOUT, "peer", min_idle_s=0.0, max_count=1)
     with pytest.raises(LeaseLostError, match="no longer lent to slow as attempt 1") as caught:
-        await bus.commit({TRAJECTORIES: [b"late"]}, [late], {"cursor": b"late"}, events(GENERATED, 1))
+        await bus.commit(
+            {TRAJECTORIES: [b"late"]}, [late], {"cursor": b"late"}, events(GENERATED, 1)
+        )
     assert caught.value.fields["entry_id"] == late.entry_id
     with pytest.raises(LeaseLostError):
         await bus.dead_letter(late, "late", events(FAILED, 1))
@@ -380,10 +448,14 @@ async def test_late_results_of_an_entry_that_was_given_to_another_are_refused_wh
     await bus.commit({TRAJECTORIES: [b"first"]}, [taken], transitions=events(GENERATED, 1))
     with pytest.raises(LeaseLostError):
         await bus.commit({TRAJECTORIES: [b"second"]}, [taken])
-    assert [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)] == [b"first"]
+    assert [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)] == [
+        b"first"
+    ]
 
 
-async def test_an_entry_taken_back_by_the_same_consumer_refuses_its_earlier_attempt(bus: Bus) -> None:
+async def test_an_entry_taken_back_by_the_same_consumer_refuses_its_earlier_attempt(
+    bus: Bus,
+) -> None:
     await bus.publish(TASKS, [b"1"])
     [earlier] = await bus.read(TASKS, ROLLOUT, "worker-0", max_count=1)
     [again] = await bus.reclaim(TASKS, ROLLOUT, "worker-0", 0.0, 9, held_by="worker-0")
@@ -411,7 +483,9 @@ async def test_acknowledging_what_was_given_to_another_leaves_it_there(bus: Bus)
     assert await bus.renew(taken) == taken
 
 
-async def test_a_worker_takes_back_at_once_what_its_earlier_life_held_and_nothing_of_others(buses: Maker) -> None:
+async def test_a_worker_takes_back_at_once_what_its_earlier_life_held_and_nothing_of_others(
+    buses: Maker,
+) -> None:
     await buses().publish(TASKS, [b"mine", b"theirs"])
     first_life = buses("worker-0")
     await first_life.read(TASKS, ROLLOUT, "worker-0", max_count=1)
@@ -421,8 +495,12 @@ async def test_a_worker_takes_back_at_once_what_its_earlier_life_held_and_nothin
     assert [(delivery.payload, delivery.num_deliveries) for delivery in taken] == [(b"mine", 2)]
 
 
-async def test_a_silent_consumer_is_spared_while_it_is_connected_until_its_silence_is_too_long(buses: Maker) -> None:
-    """Entry 1 belongs to a consumer that dies, 2 to one that only falls silent; both names need cleaning at the server."""
+async def test_a_silent_consumer_is_spared_while_it_is_connected_until_its_silence_is_too_long(
+    buses: Maker,
+) -> None:
+    """Entry 1 belongs to a consumer that dies, 2 to one that only falls silent; both names need
+    cleaning at the server.
+    """
     min_idle_s = 0.2
     await buses().publish(TASKS, [b"1", b"2"])
     dead, silent, survivor = buses("dead one"), buses("silent\nöne"), buses("survivor")
@@ -434,7 +512,9 @@ async def test_a_silent_consumer_is_spared_while_it_is_connected_until_its_silen
     taken: dict[bytes, float] = {}
     async with asyncio.timeout(10.0):
         while len(taken) < 2:
-            for delivery in await survivor.reclaim(TASKS, ROLLOUT, "survivor", min_idle_s, max_count=9):
+            for delivery in await survivor.reclaim(
+                TASKS, ROLLOUT, "survivor", min_idle_s, max_count=9
+            ):
                 taken[delivery.payload] = time.monotonic() - started
                 await survivor.acknowledge([delivery])
             await asyncio.sleep(0.005)
@@ -450,8 +530,13 @@ async def test_of_two_that_reclaim_at_once_one_gets_each_entry(buses: Maker) -> 
     taken: list[bytes] = []
     async with asyncio.timeout(10.0):
         while len(taken) < 8:
-            calls = [survivor.reclaim(TASKS, ROLLOUT, f"s{i}", 0.3, 3) for i, survivor in enumerate(survivors)]
-            taken += [delivery.payload for page in await asyncio.gather(*calls) for delivery in page]
+            calls = [
+                survivor.reclaim(TASKS, ROLLOUT, f"s{i}", 0.3, 3)
+                for i, survivor in enumerate(survivors)
+            ]
+            taken += [
+                delivery.payload for page in await asyncio.gather(*calls) for delivery in page
+            ]
     assert sorted(taken) == [b"%d" % number for number in range(8)]
 
 
@@ -480,7 +565,11 @@ async def test_who_is_followed_in_its_role_is_refused_from_then_on(buses: Maker)
             await write()
     await after.save_state("cursor", b"2")
     await gateway.publish(TASKS, [b"3"])
-    assert [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)] == [b"1", b"2", b"3"]
+    assert [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)] == [
+        b"1",
+        b"2",
+        b"3",
+    ]
     assert await after.load_state("cursor") == b"2"
     assert await after.count_dead_letters() == 0
     assert await after.renew(held) == held
@@ -493,22 +582,40 @@ async def test_every_group_is_accounted_for_at_every_step(bus: Bus) -> None:
     await bus.commit({}, transitions=events(GENERATED, 0, 1))
     assert await read_account(bus) == {"issued": 3, "running": 1, "generated": 2, "buffered": 2}
     await bus.commit({}, transitions=[event(0, TRAINED), event(2, FAILED, "no environment")])
-    assert await read_account(bus) == {"issued": 3, "generated": 3, "trained": 1, "failed": 1, "buffered": 1}
+    assert await read_account(bus) == {
+        "issued": 3,
+        "generated": 3,
+        "trained": 1,
+        "failed": 1,
+        "buffered": 1,
+    }
     assert (await bus.read_ledger()).open == {1: True}
-    assert [await bus.list_closed(outcome) for outcome in (TRAINED, FAILED, STALE)] == [[0], [2], []]
+    assert [await bus.list_closed(outcome) for outcome in (TRAINED, FAILED, STALE)] == [
+        [0],
+        [2],
+        [],
+    ]
 
 
 async def test_a_transition_that_changes_nothing_is_neither_counted_nor_journaled(bus: Bus) -> None:
     await bus.commit({}, transitions=events(ISSUED, 1))
     useful = [event(1, GENERATED), event(1, TRAINED)]
-    await bus.commit({}, transitions=[event(1, ISSUED), useful[0], event(1, GENERATED), useful[1], event(1, FAILED)])
-    await bus.commit({}, transitions=[event(1, outcome) for outcome in GroupOutcome] + events(TRAINED, 77))
+    await bus.commit(
+        {},
+        transitions=[event(1, ISSUED), useful[0], event(1, GENERATED), useful[1], event(1, FAILED)],
+    )
+    await bus.commit(
+        {}, transitions=[event(1, outcome) for outcome in GroupOutcome] + events(TRAINED, 77)
+    )
     assert await read_account(bus) == {"issued": 1, "generated": 1, "trained": 1}
     assert await read_journal(bus) == useful
 
 
 async def test_transitions_of_groups_without_an_account_are_journaled_every_time(bus: Bus) -> None:
-    strange = [replace(event(0, FAILED), group_id=group_id) for group_id in ("eval-7-0", "group-1", "group-4294967296")]
+    strange = [
+        replace(event(0, FAILED), group_id=group_id)
+        for group_id in ("eval-7-0", "group-1", "group-4294967296")
+    ]
     await bus.commit({}, transitions=strange)
     await bus.commit({}, transitions=strange)
     assert await read_journal(bus) == strange + strange
@@ -524,17 +631,26 @@ async def test_the_journal_waits_for_no_room(bus: Bus) -> None:
     assert len(await read_journal(bus)) == 2 * LIMITS.max_entries
 
 
-_steps = st.lists(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(GroupOutcome)), max_size=4), max_size=12)
+_steps = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(GroupOutcome)), max_size=4), max_size=12
+)
 
 
 @settings(max_examples=60)
 @given(steps=_steps)
-def test_both_buses_keep_the_same_account(redis_url: str, steps: list[list[tuple[int, GroupOutcome]]]) -> None:
+def test_both_buses_keep_the_same_account(
+    redis_url: str, steps: list[list[tuple[int, GroupOutcome]]]
+) -> None:
     async def drive() -> None:
-        memory, other = MemoryBus(WIRING, LIMITS), RedisBus(redis_url, f"run-{next(run_numbers)}", WIRING, LIMITS)
+        memory, other = (
+            MemoryBus(WIRING, LIMITS),
+            RedisBus(redis_url, f"run-{next(run_numbers)}", WIRING, LIMITS),
+        )
         for step in steps:
             for bus in (memory, other):
-                await bus.commit({}, transitions=[event(number, outcome) for number, outcome in step])
+                await bus.commit(
+                    {}, transitions=[event(number, outcome) for number, outcome in step]
+                )
             account = await memory.read_ledger()
             assert account.find_gap() == 0
             assert await other.read_ledger() == account
@@ -547,22 +663,38 @@ def test_both_buses_keep_the_same_account(redis_url: str, steps: list[list[tuple
     asyncio.run(drive())
 
 
-async def test_a_snapshot_brings_states_and_account_into_a_server_that_lost_them(new_run: Callable[[], Maker]) -> None:
+async def test_a_snapshot_brings_states_and_account_into_a_server_that_lost_them(
+    new_run: Callable[[], Maker],
+) -> None:
     before, after = new_run()(), new_run()()
-    await before.commit({TASKS: [b"t"]}, state={"cursor": b"\x00\xff"}, transitions=events(ISSUED, 0, 1, 2, 3, 70))
+    await before.commit(
+        {TASKS: [b"t"]}, state={"cursor": b"\x00\xff"}, transitions=events(ISSUED, 0, 1, 2, 3, 70)
+    )
     await before.commit({}, transitions=events(GENERATED, 1, 2, 70) + events(STALE, 70))
     snapshot = await before.take_snapshot()
     await before.commit({}, transitions=events(TRAINED, 1))
     assert await after.restore_snapshot(snapshot, trained=[1, 999])
-    assert await read_account(after) == {"issued": 5, "generated": 5, "trained": 1, "stale": 1, "cancelled": 3}
-    assert [await after.list_closed(outcome) for outcome in (TRAINED, STALE, CANCELLED)] == [[1], [70], [0, 2, 3]]
+    assert await read_account(after) == {
+        "issued": 5,
+        "generated": 5,
+        "trained": 1,
+        "stale": 1,
+        "cancelled": 3,
+    }
+    assert [await after.list_closed(outcome) for outcome in (TRAINED, STALE, CANCELLED)] == [
+        [1],
+        [70],
+        [0, 2, 3],
+    ]
     assert await after.load_state("cursor") == b"\x00\xff"
     assert await after.newest(TASKS) is None
     await after.commit({}, transitions=events(ISSUED, 1, 4))
     assert (await after.read_ledger()).open == {4: False}, "a closed group stays closed"
 
 
-async def test_a_snapshot_does_not_touch_an_account_that_is_there(new_run: Callable[[], Maker]) -> None:
+async def test_a_snapshot_does_not_touch_an_account_that_is_there(
+    new_run: Callable[[], Maker],
+) -> None:
     before, after = new_run()(), new_run()()
     await before.commit({}, state={"cursor": b"old"}, transitions=events(ISSUED, 0))
     await after.commit({}, transitions=events(ISSUED, 8))
@@ -575,9 +707,13 @@ async def test_an_empty_snapshot_can_be_restored(new_run: Callable[[], Maker]) -
     assert await new_run()().restore_snapshot(await new_run()().take_snapshot(), trained=[])
 
 
-async def test_a_damaged_snapshot_is_refused_and_nothing_restored(bus: Bus, new_run: Callable[[], Maker]) -> None:
+async def test_a_damaged_snapshot_is_refused_and_nothing_restored(
+    bus: Bus, new_run: Callable[[], Maker]
+) -> None:
     await bus.commit(
-        {}, state={"cursor": b"1"}, transitions=events(ISSUED, 0, 1) + events(GENERATED, 0, 1) + events(TRAINED, 1)
+        {},
+        state={"cursor": b"1"},
+        transitions=events(ISSUED, 0, 1) + events(GENERATED, 0, 1) + events(TRAINED, 1),
     )
     document = json.loads(await bus.take_snapshot())
     damages = (
@@ -588,18 +724,29 @@ async def test_a_damaged_snapshot_is_refused_and_nothing_restored(bus: Bus, new_
         {"format": 2},
         {"states": {"a": "%"}},
     )
-    for data in (b"", b"[]", b"\xff", b"null", b"[" * 100_000, *(json.dumps(document | damage).encode() for damage in damages)):
+    for data in (
+        b"",
+        b"[]",
+        b"\xff",
+        b"null",
+        b"[" * 100_000,
+        *(json.dumps(document | damage).encode() for damage in damages),
+    ):
         with pytest.raises(CorruptionError, match="Bus snapshot"):
             await (other := new_run()()).restore_snapshot(data, trained=[])
         assert await read_account(other) == {}
         assert await other.load_state("cursor") is None
 
 
-async def test_a_version_in_use_is_not_retired_and_a_retired_one_not_taken_into_use(bus: Bus) -> None:
+async def test_a_version_in_use_is_not_retired_and_a_retired_one_not_taken_into_use(
+    bus: Bus,
+) -> None:
     assert await bus.pin_versions("rollout-0", [3, 4], ttl_s=60.0)
     assert await bus.pin_versions("teacher-0", [4], ttl_s=60.0)
     assert not await bus.retire_versions([2, 3]), "all or nothing: 3 is in use"
-    assert await bus.pin_versions("rollout-0", [2, 4], ttl_s=60.0), "2 was not retired; 3 is given up"
+    assert await bus.pin_versions("rollout-0", [2, 4], ttl_s=60.0), (
+        "2 was not retired; 3 is given up"
+    )
     assert await bus.retire_versions([3])
     assert await bus.retire_versions([3]), "again is the same"
     assert not await bus.pin_versions("teacher-0", [5, 3], ttl_s=60.0)
@@ -632,7 +779,9 @@ async def test_a_broadcast_reaches_every_reader_and_keeps_the_newest_entries(bus
     await bus.publish(Stream.POLICY_UPDATES, [b"%d" % number for number in range(bound + 2)])
     for _ in range(2):
         entries = await bus.tail(Stream.POLICY_UPDATES, BEFORE_FIRST, max_count=bound + 2)
-        assert [entry.payload for entry in entries] == [b"%d" % number for number in range(2, bound + 2)]
+        assert [entry.payload for entry in entries] == [
+            b"%d" % number for number in range(2, bound + 2)
+        ]
     newest = await bus.newest(Stream.POLICY_UPDATES)
     assert newest == entries[-1]
     assert await bus.tail(Stream.POLICY_UPDATES, newest.entry_id, max_count=9, block_s=0.01) == []
@@ -640,7 +789,9 @@ async def test_a_broadcast_reaches_every_reader_and_keeps_the_newest_entries(bus
 
 async def test_a_tail_waits_for_the_next_entry(buses: Maker) -> None:
     async with asyncio.timeout(BLOCK_S), asyncio.TaskGroup() as tasks:
-        waiting = tasks.create_task(buses().tail(Stream.POLICY_UPDATES, BEFORE_FIRST, max_count=1, block_s=60.0))
+        waiting = tasks.create_task(
+            buses().tail(Stream.POLICY_UPDATES, BEFORE_FIRST, max_count=1, block_s=60.0)
+        )
         await asyncio.sleep(0)
         await buses().publish(Stream.POLICY_UPDATES, [b"v1"])
     assert [entry.payload for entry in waiting.result()] == [b"v1"]

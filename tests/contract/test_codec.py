@@ -1,4 +1,5 @@
-"""The codec: what is written is read back bit for bit, the bytes of today can be read tomorrow, bad bytes say what they are.
+"""The codec: what is written is read back bit for bit, the bytes of today can be read tomorrow, bad
+bytes say what they are.
 
 The golden trajectory, tokens in brackets, delta-coded:
 
@@ -51,7 +52,9 @@ TASK = Task("household", "train", "household-7", "clean", "put a clean plate in 
 MODEL = ModelIdentity("tiny", "f00d")
 
 
-def make_turn(index: int, prompt: list[int], response: list[int], versions: list[int], **changes: object) -> Turn:
+def make_turn(
+    index: int, prompt: list[int], response: list[int], versions: list[int], **changes: object
+) -> Turn:
     values: dict[str, object] = {
         "turn_index": index,
         "prompt_token_ids": prompt,
@@ -73,8 +76,24 @@ def make_turn(index: int, prompt: list[int], response: list[int], versions: list
 def make_trajectory(**changes: object) -> Trajectory:
     turns = (
         make_turn(0, [1, 2, 3], [10, 11], [4, 4]),
-        make_turn(1, [1, 2, 3, 10, 11, 20], [12, 13, 14], [4, 5, 5], extends_previous=True, stop_reason=StopReason.LENGTH),
-        make_turn(2, [1, 2, 30], [], [], reward_components={}, is_action_valid=False, action="", response_text=""),
+        make_turn(
+            1,
+            [1, 2, 3, 10, 11, 20],
+            [12, 13, 14],
+            [4, 5, 5],
+            extends_previous=True,
+            stop_reason=StopReason.LENGTH,
+        ),
+        make_turn(
+            2,
+            [1, 2, 30],
+            [],
+            [],
+            reward_components={},
+            is_action_valid=False,
+            action="",
+            response_text="",
+        ),
     )
     values: dict[str, object] = {
         "run_id": "run",
@@ -113,15 +132,34 @@ def make_score(**changes: object) -> TeacherScore:
 
 GOLDEN_VALUES = {
     "task_group": TaskGroup(
-        "run", "g1", TASK, 8, Purpose.EVALUATION, 12, SamplingParameters(0.4, 1.0, 16), 6, "127.0.0.1:9093", "e3"
+        "run",
+        "g1",
+        TASK,
+        8,
+        Purpose.EVALUATION,
+        12,
+        SamplingParameters(0.4, 1.0, 16),
+        6,
+        "127.0.0.1:9093",
+        "e3",
     ),
     "trajectory": make_trajectory(),
     "scored_trajectory": ScoredTrajectory(make_trajectory(), make_score()),
     "weights_manifest": WeightsManifest(
-        "run", 12, "v12", (TensorEntry("w", "F32", (2, 3), "model.safetensors", "ab"),), 24, MODEL, 1700000000.25
+        "run",
+        12,
+        "v12",
+        (TensorEntry("w", "F32", (2, 3), "model.safetensors", "ab"),),
+        24,
+        MODEL,
+        1700000000.25,
     ),
-    "ledger_event": LedgerEvent("run", "g1", GroupOutcome.STALE, 8, 12, "5 versions behind, bound 4"),
-    "metric_record": MetricRecord("run", "learner", "learner-0", 12, 1700000000.25, {"loss": -0.0, "gate_mean": 0.5}),
+    "ledger_event": LedgerEvent(
+        "run", "g1", GroupOutcome.STALE, 8, 12, "5 versions behind, bound 4"
+    ),
+    "metric_record": MetricRecord(
+        "run", "learner", "learner-0", 12, 1700000000.25, {"loss": -0.0, "gate_mean": 0.5}
+    ),
     "skill_event": SkillOutcome("g1.3.a0", "clean", ("clean", "heat"), True),
 }
 ENCODE = {name: getattr(codec, f"encode_{name}") for name in GOLDEN_VALUES}
@@ -130,7 +168,9 @@ DECODE = {name: getattr(codec, f"decode_{name}") for name in GOLDEN_VALUES}
 
 @pytest.mark.parametrize("name", GOLDEN_VALUES)
 def test_golden_bytes_are_what_is_written_and_can_be_read(name):
-    """A difference here is a change of the wire. If it is meant and readers can take it: SDAR_WRITE_GOLDEN=1 pytest."""
+    """A difference here is a change of the wire. If it is meant and readers can take it:
+    SDAR_WRITE_GOLDEN=1 pytest.
+    """
     path = GOLDEN / f"{name}.bin"
     if os.environ.get("SDAR_WRITE_GOLDEN"):
         path.write_bytes(ENCODE[name](GOLDEN_VALUES[name]))
@@ -167,9 +207,13 @@ def turn_lists(draw: st.DrawFn) -> tuple[Turn, ...]:
                 prompt_token_ids=prompt,
                 messages=tuple(draw(st.lists(st.builds(ChatMessage, texts, texts), max_size=2))),
                 extends_previous=extends,
-                response_token_ids=draw(npst.arrays(np.int32, length, elements=st.integers(0, 2**31 - 1))),
+                response_token_ids=draw(
+                    npst.arrays(np.int32, length, elements=st.integers(0, 2**31 - 1))
+                ),
                 behavior_logprobs=draw(npst.arrays(np.float32, length, elements=finite_float32s)),
-                policy_versions=draw(npst.arrays(np.int32, length, elements=st.integers(0, 3) | int32s)),
+                policy_versions=draw(
+                    npst.arrays(np.int32, length, elements=st.integers(0, 3) | int32s)
+                ),
                 response_text=draw(texts),
                 stop_reason=draw(st.sampled_from(StopReason)),
                 action=draw(texts),
@@ -210,7 +254,13 @@ def scored_trajectories(draw: st.DrawFn) -> ScoredTrajectory:
     if draw(st.booleans()):
         return ScoredTrajectory(trajectory, None)
     logprobs = tuple(
-        draw(npst.arrays(np.float32, len(turn.response_token_ids), elements=finite_float32s | st.just(-np.inf)))
+        draw(
+            npst.arrays(
+                np.float32,
+                len(turn.response_token_ids),
+                elements=finite_float32s | st.just(-np.inf),
+            )
+        )
         for turn in trajectory.turns
     )
     score = make_score(
@@ -226,7 +276,17 @@ def scored_trajectories(draw: st.DrawFn) -> ScoredTrajectory:
 positive = st.integers(1, 2**32 - 1)
 VALUES = {
     "task_group": st.builds(
-        TaskGroup, texts, texts, tasks, positive, st.sampled_from(Purpose), int32s, samplings, positive, texts, texts
+        TaskGroup,
+        texts,
+        texts,
+        tasks,
+        positive,
+        st.sampled_from(Purpose),
+        int32s,
+        samplings,
+        positive,
+        texts,
+        texts,
     ),
     "trajectory": trajectories(),
     "scored_trajectory": scored_trajectories(),
@@ -236,19 +296,35 @@ VALUES = {
         st.integers(0, 2**31 - 1),
         texts,
         st.lists(
-            st.builds(TensorEntry, texts, texts, st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple), texts, texts),
+            st.builds(
+                TensorEntry,
+                texts,
+                texts,
+                st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple),
+                texts,
+                texts,
+            ),
             max_size=3,
         ).map(tuple),
         st.integers(0, 2**64 - 1),
         models,
         numbers,
     ),
-    "ledger_event": st.builds(LedgerEvent, texts, texts, st.sampled_from(GroupOutcome), uint32s, int32s, texts),
+    "ledger_event": st.builds(
+        LedgerEvent, texts, texts, st.sampled_from(GroupOutcome), uint32s, int32s, texts
+    ),
     "metric_record": st.builds(
-        MetricRecord, texts, texts.filter(bool), texts, int32s, numbers, st.dictionaries(texts, numbers, max_size=4)
+        MetricRecord,
+        texts,
+        texts.filter(bool),
+        texts,
+        int32s,
+        numbers,
+        st.dictionaries(texts, numbers, max_size=4),
     ),
     "skill_event": st.one_of(
-        st.builds(SkillChoice, texts, texts, text_lists), st.builds(SkillOutcome, texts, texts, text_lists, st.booleans())
+        st.builds(SkillChoice, texts, texts, text_lists),
+        st.builds(SkillOutcome, texts, texts, text_lists, st.booleans()),
     ),
 }
 
@@ -266,20 +342,26 @@ def test_what_is_written_is_read_back(name):
 
 
 def test_float32_values_keep_their_bits():
-    bits = np.array([0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0xFF7FFFFF, 0xBDCCCCCD], np.uint32)
+    bits = np.array(
+        [0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0xFF7FFFFF, 0xBDCCCCCD], np.uint32
+    )
     logprobs = bits.view(np.float32)  # -0.0, denormals, smallest normal, -max, -0.1
     turn = make_turn(0, [1], list(range(6)), [0] * 6, behavior_logprobs=logprobs)
     read = codec.decode_trajectory(codec.encode_trajectory(make_trajectory(turns=(turn,)))).turns[0]
     assert read.behavior_logprobs.view(np.uint32).tolist() == bits.tolist()
 
     payload_nan = np.array([0x7FC12345, 0xFF800000], np.uint32).view(np.float32)
-    score = codec.teacher_score_from_proto(codec.teacher_score_to_proto(make_score(turn_logprobs=(payload_nan,))))
+    score = codec.teacher_score_from_proto(
+        codec.teacher_score_to_proto(make_score(turn_logprobs=(payload_nan,)))
+    )
     assert score.turn_logprobs[0].view(np.uint32).tolist() == [0x7FC12345, 0xFF800000]
 
 
 def test_a_megabyte_of_text_travels():
     text = "наблюдение ☃ " * 80_000
-    trajectory = make_trajectory(turns=(make_turn(0, [1], [2], [0], messages=(ChatMessage("user", text),)),))
+    trajectory = make_trajectory(
+        turns=(make_turn(0, [1], [2], [0], messages=(ChatMessage("user", text),)),)
+    )
     assert codec.decode_trajectory(codec.encode_trajectory(trajectory)) == trajectory
 
 
@@ -289,7 +371,11 @@ def test_a_growing_conversation_costs_linear_bytes():
     history: list[int] = []
     for index in range(50):
         prompt = history + list(range(100, 110))
-        turns.append(make_turn(index, prompt, list(range(10)), [3] * 10, extends_previous=index > 0, messages=()))
+        turns.append(
+            make_turn(
+                index, prompt, list(range(10)), [3] * 10, extends_previous=index > 0, messages=()
+            )
+        )
         history = prompt + list(range(10))
     trajectory = make_trajectory(turns=tuple(turns))
     data = codec.encode_trajectory(trajectory)
@@ -299,14 +385,21 @@ def test_a_growing_conversation_costs_linear_bytes():
 
 def test_decoded_arrays_cannot_be_written_to():
     turn = codec.decode_trajectory(codec.encode_trajectory(make_trajectory())).turns[1]
-    for array in (turn.prompt_token_ids, turn.response_token_ids, turn.behavior_logprobs, turn.policy_versions):
+    for array in (
+        turn.prompt_token_ids,
+        turn.response_token_ids,
+        turn.behavior_logprobs,
+        turn.policy_versions,
+    ):
         assert not array.flags.writeable
 
 
 def test_message_prompts_and_stop_reasons_survive_for_servers():
     messages = (ChatMessage("system", "a"), ChatMessage("user", "b"))
     assert codec.chat_messages_from_proto(codec.chat_messages_to_proto(messages)) == messages
-    assert [codec.stop_reason_from_proto(codec.stop_reason_to_proto(reason)) for reason in StopReason] == list(StopReason)
+    assert [
+        codec.stop_reason_from_proto(codec.stop_reason_to_proto(reason)) for reason in StopReason
+    ] == list(StopReason)
 
 
 # ---- what must be refused
@@ -331,7 +424,8 @@ def test_a_cut_entry_never_escapes_as_anything_but_our_errors(name):
     with pytest.raises(CorruptionError):
         DECODE[name](data[:-1])
     for size in range(len(data)):
-        # A cut between two fields leaves a message that may be whole; any other error would fail here.
+        # A cut between two fields leaves a message that may be whole; any other error would fail
+        # here.
         with contextlib.suppress(CorruptionError, ContractError):
             DECODE[name](data[:size])
 
@@ -351,7 +445,9 @@ def test_the_evaluation_stream_is_named_when_it_is_the_one():
 
 @pytest.mark.parametrize("name", GOLDEN_VALUES)
 def test_fields_of_a_newer_writer_are_ignored(name):
-    newer = ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"  # Field 1023, three bytes.
+    newer = (
+        ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"
+    )  # Field 1023, three bytes.
     assert DECODE[name](newer) == GOLDEN_VALUES[name]
 
 
@@ -367,13 +463,33 @@ def changed(**changes: object) -> trajectory_pb2.Trajectory:
     ("changes", "error", "text"),
     [
         ({"num_prefix_tokens": 6}, ContractError, "num_prefix_tokens 6 with 5 tokens"),
-        ({"num_prefix_tokens": 3}, ContractError, "extends the previous one, but shares 3 of its 5"),
+        (
+            {"num_prefix_tokens": 3},
+            ContractError,
+            "extends the previous one, but shares 3 of its 5",
+        ),
         ({"packed_prompt_suffix": b"12345"}, CorruptionError, "packed_prompt_suffix holds"),
-        ({"packed_response_token_ids": b"12345"}, CorruptionError, "packed_response_token_ids holds 5 bytes"),
-        ({"packed_behavior_logprobs": b"1234"}, ContractError, "1 behavior_logprobs for 3 sampled tokens"),
-        ({"packed_behavior_logprobs": np.full(3, np.nan, "<f4").tobytes()}, ContractError, "not finite"),
+        (
+            {"packed_response_token_ids": b"12345"},
+            CorruptionError,
+            "packed_response_token_ids holds 5 bytes",
+        ),
+        (
+            {"packed_behavior_logprobs": b"1234"},
+            ContractError,
+            "1 behavior_logprobs for 3 sampled tokens",
+        ),
+        (
+            {"packed_behavior_logprobs": np.full(3, np.nan, "<f4").tobytes()},
+            ContractError,
+            "not finite",
+        ),
         ({"packed_response_token_ids": b"\xff" * 12}, ContractError, "token id of 2\\^31 or more"),
-        ({"stop_reason": 0}, ContractError, "stop_reason is 0, which is none of end_of_turn, length"),
+        (
+            {"stop_reason": 0},
+            ContractError,
+            "stop_reason is 0, which is none of end_of_turn, length",
+        ),
         ({"stop_reason": 99}, ContractError, "stop_reason is 99"),
         ({"reward": float("nan")}, ContractError, "reward nan is not finite"),
     ],
@@ -381,11 +497,15 @@ def changed(**changes: object) -> trajectory_pb2.Trajectory:
 def test_a_turn_that_contradicts_itself_is_refused_with_its_place(changes, error, text):
     with pytest.raises(error, match=text) as caught:
         codec.decode_trajectory(changed(**changes).SerializeToString())
-    assert caught.value.message.startswith("Stream trajectories, Trajectory: Trajectory 'g1.3.a0': ")
+    assert caught.value.message.startswith(
+        "Stream trajectories, Trajectory: Trajectory 'g1.3.a0': "
+    )
     assert caught.value.fields["trajectory_id"] == "g1.3.a0"
 
 
-@pytest.mark.parametrize("spans", [[(4, 2)], [(4, 2_000_000_000), (5, 2_000_000_000)], [(4, 0), (4, 3)], []])
+@pytest.mark.parametrize(
+    "spans", [[(4, 2)], [(4, 2_000_000_000), (5, 2_000_000_000)], [(4, 0), (4, 3)], []]
+)
 def test_version_spans_must_cover_the_response(spans):
     message = changed()
     del message.turns[1].policy_version_spans[:]
@@ -410,12 +530,17 @@ def test_a_trajectory_without_its_provenance_is_refused(field):
 
 
 def test_a_false_claim_of_extension_is_refused_when_written():
-    turns = (make_turn(0, [1, 2], [3], [0]), make_turn(1, [1, 2, 4], [5], [0], extends_previous=True))
+    turns = (
+        make_turn(0, [1, 2], [3], [0]),
+        make_turn(1, [1, 2, 4], [5], [0], extends_previous=True),
+    )
     with pytest.raises(ContractError, match="shares 2 of its 3 tokens") as caught:
         codec.encode_trajectory(make_trajectory(turns=turns))
     assert caught.value.fields["trajectory_id"] == "g1.3.a0"
     with pytest.raises(ContractError, match="Turn 0 says that it extends"):
-        codec.encode_trajectory(make_trajectory(turns=(make_turn(0, [1], [3], [0], extends_previous=True),)))
+        codec.encode_trajectory(
+            make_trajectory(turns=(make_turn(0, [1], [3], [0], extends_previous=True),))
+        )
 
 
 def test_a_score_of_another_trajectory_is_refused():
@@ -439,7 +564,9 @@ def test_what_the_wire_cannot_hold_is_refused_when_written(change, text):
 
 def test_text_of_the_policy_that_is_not_unicode_is_refused_when_written():
     with pytest.raises(ContractError, match="cannot be written"):
-        codec.encode_trajectory(make_trajectory(turns=(make_turn(0, [1], [2], [0], response_text="\udc80"),)))
+        codec.encode_trajectory(
+            make_trajectory(turns=(make_turn(0, [1], [2], [0], response_text="\udc80"),))
+        )
 
 
 def test_wire_and_domain_fields_have_the_same_names():
@@ -452,9 +579,17 @@ def test_wire_and_domain_fields_have_the_same_names():
         "policy_versions": "policy_version_spans",
         "turn_logprobs": "packed_turn_logprobs",
     }
-    pairs = [(kind, getattr(trajectory_pb2, kind.__name__)) for kind in (Turn, Trajectory, TeacherScore, ScoredTrajectory)]
-    pairs += [(kind, getattr(task_pb2, kind.__name__)) for kind in (Task, TaskGroup, SamplingParameters, LedgerEvent)]
+    pairs = [
+        (kind, getattr(trajectory_pb2, kind.__name__))
+        for kind in (Turn, Trajectory, TeacherScore, ScoredTrajectory)
+    ]
+    pairs += [
+        (kind, getattr(task_pb2, kind.__name__))
+        for kind in (Task, TaskGroup, SamplingParameters, LedgerEvent)
+    ]
     pairs += [(kind, getattr(policy_pb2, kind.__name__)) for kind in (WeightsManifest, TensorEntry)]
     for kind, message in pairs:
         names = {renamed.get(field.name, field.name) for field in dataclasses.fields(kind)} - {None}
-        assert names == set(message.DESCRIPTOR.fields_by_name) - {"num_prefix_tokens"}, kind.__name__
+        assert names == set(message.DESCRIPTOR.fields_by_name) - {"num_prefix_tokens"}, (
+            kind.__name__
+        )

@@ -1,7 +1,9 @@
-"""Whatever bytes arrive on a stream, in a manifest, a checkpoint or from a worker: a typed error says so, nothing else happens.
+"""Whatever bytes arrive on a stream, in a manifest, a checkpoint or from a worker: a typed error
+says so, nothing else happens.
 
-Thousands of inputs each, from fixed seeds: random bytes, good payloads with bytes changed, and messages with every field at its
-extremes. Single-byte corruption of weights and checkpoints as wholes is proved elsewhere; here it is about the decoders.
+Thousands of inputs each, from fixed seeds: random bytes, good payloads with bytes changed, and
+messages with every field at its extremes. Single-byte corruption of weights and checkpoints as
+wholes is proved elsewhere; here it is about the decoders.
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ from typing import Any
 
 import pytest
 
+from sdar.bus.ledger import parse_group_number
 from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError
-from sdar.runtime.ledger import parse_group_number
-from sdar.runtime.weights import manifest_from_json, manifest_to_json
+from sdar.environments.frames import FrameReader, pack_frame
 from sdar.v1 import gateway_pb2, policy_pb2, task_pb2, teacher_pb2, trajectory_pb2
-from services.envs.frames import FrameReader, pack_frame
+from sdar.weights.store import manifest_from_json, manifest_to_json
 from services.learner.progress import Progress
 from tests.fuzzing import Fuzzer, hostile_inputs, resident_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_INPUTS = 3000
 MAX_GROWTH_BYTES = 128 << 20
-"""What a process may keep after all inputs of one test: the allocator's slack, not the inputs (each test makes far more)."""
+"""What a process may keep after all inputs of one test: the allocator's slack, not the inputs (each
+test makes far more).
+"""
 
 PAYLOADS = {
     "task_group": task_pb2.TaskGroup,
@@ -38,7 +42,9 @@ PAYLOADS = {
     "metric_record": gateway_pb2.MetricRecord,
     "skill_event": teacher_pb2.SkillEvent,
 }
-DECODERS = sorted(name.removeprefix("decode_") for name in vars(codec) if name.startswith("decode_"))
+DECODERS = sorted(
+    name.removeprefix("decode_") for name in vars(codec) if name.startswith("decode_")
+)
 
 
 def seed_of(name: str) -> int:
@@ -53,7 +59,9 @@ def bounded_memory():
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_stream_payload_is_decoded_or_refused_by_type_and_what_is_accepted_can_be_written_again(name: str) -> None:
+def test_a_stream_payload_is_decoded_or_refused_by_type_and_what_is_accepted_can_be_written_again(
+    name: str,
+) -> None:
     decode: Callable[[bytes], Any] = getattr(codec, f"decode_{name}")
     encode: Callable[[Any], bytes] = getattr(codec, f"encode_{name}")
     kind = PAYLOADS[name]
@@ -76,11 +84,31 @@ def test_a_stream_payload_is_decoded_or_refused_by_type_and_what_is_accepted_can
 
 def make_json(rng: random.Random, depth: int = 0) -> Any:
     """Any JSON value, with extremes that Python's parser lets through."""
-    scalars = (None, True, 0, -1, 1, 2**63, 10**400, 0.5, float("inf"), float("nan"), "", "v00000001", "é\0", [], {})
+    scalars = (
+        None,
+        True,
+        0,
+        -1,
+        1,
+        2**63,
+        10**400,
+        0.5,
+        float("inf"),
+        float("nan"),
+        "",
+        "v00000001",
+        "é\0",
+        [],
+        {},
+    )
     if depth > 3 or rng.random() < 0.6:
         return rng.choice(scalars)
     values = [make_json(rng, depth + 1) for _ in range(rng.randint(0, 4))]
-    return values if rng.random() < 0.5 else {rng.choice(("a", "shape", "path", "name")): value for value in values}
+    return (
+        values
+        if rng.random() < 0.5
+        else {rng.choice(("a", "shape", "path", "name")): value for value in values}
+    )
 
 
 def vary_json(rng: random.Random, value: Any) -> Any:
@@ -112,14 +140,18 @@ def hostile_documents(name: str, good: Any) -> list[str]:
     text = json.dumps(good)
     deep = ["[" * 100_000, '{"a":' * 50_000, f'{{"tensors": {"[" * 100_000}']
     varied = [json.dumps(vary_json(rng, good)) for _ in range(NUM_INPUTS // 3)]
-    mutated = [fuzzer.mutate(text.encode()).decode(errors="replace") for _ in range(NUM_INPUTS // 3)]
+    mutated = [
+        fuzzer.mutate(text.encode()).decode(errors="replace") for _ in range(NUM_INPUTS // 3)
+    ]
     return deep + varied + mutated + [json.dumps(make_json(rng)) for _ in range(NUM_INPUTS // 3)]
 
 
 def test_a_weights_manifest_is_read_or_refused_as_corrupt() -> None:
     manifest = codec.decode_weights_manifest((GOLDEN / "weights_manifest.bin").read_bytes())
     good = json.loads(manifest_to_json(manifest)) | {"path": "run/v00000012"}
-    good["tensors"] = [entry | {"shard": f"shard-00000-{'0' * 64}.safetensors"} for entry in good["tensors"]]
+    good["tensors"] = [
+        entry | {"shard": f"shard-00000-{'0' * 64}.safetensors"} for entry in good["tensors"]
+    ]
     manifest_from_json(json.dumps(good))
     for text in hostile_documents("weights manifest", good):
         try:
@@ -150,7 +182,9 @@ def test_progress_in_a_checkpoint_is_read_or_refused_as_corrupt() -> None:
 # ---- frames between the environment server and its workers
 
 
-def test_frames_from_a_worker_are_objects_or_a_value_error_and_a_broken_promise_of_length_is_not_waited_for() -> None:
+def test_frames_from_a_worker_are_objects_or_a_value_error_and_a_broken_promise_of_length_is_not_waited_for() -> (
+    None
+):
     fuzzer = Fuzzer(seed_of("frames"))
     good = b"".join(pack_frame({"id": index, "ok": {"text": "é" * index}}) for index in range(5))
     for index in range(NUM_INPUTS):

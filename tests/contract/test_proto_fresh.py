@@ -22,11 +22,20 @@ def version(text: str) -> tuple[int, ...]:
 def test_stubs_are_what_the_protos_generate(tmp_path):
     """`make proto` writes them; this runs the same command into an empty folder."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs, *map(str, PROTOS)]
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{ROOT / 'proto'}",
+        *outputs,
+        *map(str, PROTOS),
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     fresh = {path.name: path.read_text() for path in (tmp_path / "sdar" / "v1").iterdir()}
     kept = {path.name: path.read_text() for path in (ROOT / "sdar" / "v1").glob("*_pb2*.py*")}
-    differing = sorted(name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name))
+    differing = sorted(
+        name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name)
+    )
     assert not differing, "Run `make proto` and commit the result."
 
 
@@ -37,14 +46,21 @@ def test_the_generator_is_pinned_exactly():
     assert importlib.metadata.version("grpcio-tools") == pin[1]
 
 
-@pytest.mark.parametrize("requirement", ["grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf"])
+@pytest.mark.parametrize(
+    "requirement",
+    ["grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf"],
+)
 def test_the_least_version_that_may_be_installed_can_load_the_stubs(requirement):
-    """Generated code refuses runtimes older than its generator; the floors in pyproject.toml must know that."""
+    """Generated code refuses runtimes older than its generator; the floors in pyproject.toml must
+    know that.
+    """
     floor = re.search(rf'"{requirement}>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
     stub = (ROOT / "sdar" / "v1" / "policy_pb2.py").read_text()
     grpc_stub = (ROOT / "sdar" / "v1" / "policy_pb2_grpc.py").read_text()
     pattern, text = (
-        ("Protobuf Python Version: (.*)", stub) if requirement == "protobuf" else ("GENERATED_VERSION = '(.*)'", grpc_stub)
+        ("Protobuf Python Version: (.*)", stub)
+        if requirement == "protobuf"
+        else ("GENERATED_VERSION = '(.*)'", grpc_stub)
     )
     needed = re.search(pattern, text)
     assert floor is not None
@@ -61,7 +77,9 @@ def test_the_installed_runtime_can_load_the_stubs():
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.stem)
 def test_every_message_and_service_is_explained(proto):
-    """A definition starts after a comment, except requests and responses, which their method explains."""
+    """A definition starts after a comment, except requests and responses, which their method
+    explains.
+    """
     lines = proto.read_text().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"(message|enum|service) (?!\w+(Request|Response)\b)|  rpc ", line):

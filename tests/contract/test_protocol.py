@@ -1,8 +1,10 @@
-"""The protocol's model checked by machine: crashes, pauses, expired leases, take-overs and lost disks in any order, anywhere.
+"""The protocol's model checked by machine: crashes, pauses, expired leases, take-overs and lost
+disks in any order, anywhere.
 
-After every step: both equations of the account hold, every issued group is open or closed exactly once, no group is trained
-twice, what is booked as trained is durable, and all that an open group needs to end is on a stream and acknowledged by nobody.
-At the end nothing is left over. The same machine finds every planted mutant: the invariants have teeth.
+After every step: both equations of the account hold, every issued group is open or closed exactly
+once, no group is trained twice, what is booked as trained is durable, and all that an open group
+needs to end is on a stream and acknowledged by nobody. At the end nothing is left over. The same
+machine finds every planted mutant: the invariants have teeth.
 """
 
 from __future__ import annotations
@@ -20,16 +22,22 @@ import redis.asyncio
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery, parse_entry_id
+from sdar.bus.redis import RedisBus
 from sdar.contracts import codec
 from sdar.contracts.errors import LeaseLostError
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, TaskGroup
-from sdar.runtime.bus import BEFORE_FIRST, Bus, Delivery, parse_entry_id
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.redis_bus import RedisBus
+from sdar.in_process.memory_bus import MemoryBus
 from services.learner.ingest import GroupSource
 from services.learner.progress import Progress
 from tests.contract.protocol import (
@@ -50,7 +58,12 @@ from tests.contract.protocol import (
 )
 from tests.unit.learner.builders import VOCABULARY
 
-QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
+QUIET = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+]
 COMMON = {
     "derandomize": True,
     "database": None,
@@ -78,7 +91,11 @@ class MemoryWorld(World):
     async def list_unacknowledged(self, stream: Stream, group: ConsumerGroup) -> list[bytes]:
         log = self._bus._store.logs[stream]
         position = log.groups[group]
-        return [data for entry, data in log.entries.items() if entry in position.pending or entry > position.last_delivered]
+        return [
+            data
+            for entry, data in log.entries.items()
+            if entry in position.pending or entry > position.last_delivered
+        ]
 
     async def lose_disk(self) -> None:
         next_millisecond()
@@ -169,7 +186,11 @@ class ProtocolMachine(RuleBasedStateMachine):
         else:
             self.do(self.world.crash(name))
 
-    @precondition(lambda self: self.world.checkpoint is not None and self.world.num_disks_lost < MAX_DISKS_LOST)
+    @precondition(
+        lambda self: (
+            self.world.checkpoint is not None and self.world.num_disks_lost < MAX_DISKS_LOST
+        )
+    )
     @rule(restarts=RESTARTS)
     def lose_disk(self, restarts: list[tuple[str, int]]) -> None:
         self.do(self.world.lose_disk())
@@ -196,11 +217,15 @@ def quiet_log() -> Iterator[None]:
 
 
 def run(machine: type[ProtocolMachine], max_examples: int, step_count: int) -> None:
-    limits = settings(max_examples=max_examples, stateful_step_count=step_count, phases=[Phase.generate], **COMMON)
+    limits = settings(
+        max_examples=max_examples, stateful_step_count=step_count, phases=[Phase.generate], **COMMON
+    )
     run_state_machine_as_test(machine, settings=limits)
 
 
-def test_no_order_of_crashes_pauses_expiries_take_overs_and_lost_disks_breaks_an_invariant() -> None:
+def test_no_order_of_crashes_pauses_expiries_take_overs_and_lost_disks_breaks_an_invariant() -> (
+    None
+):
     run(ProtocolMachine, max_examples=EXAMPLES, step_count=STEPS)
 
 
@@ -227,7 +252,9 @@ class ForgetsWhatItTrained(Learner):
 
 
 class DropsDurableEntriesUnbooked(Learner):
-    """Entries of a trained group, left by a crash between checkpoint and commit, are duplicates and nothing more."""
+    """Entries of a trained group, left by a crash between checkpoint and commit, are duplicates and
+    nothing more.
+    """
 
     def build_source(self) -> GroupSource:
         return _UnbookedSource(CONFIG, self.bus, "learner", VOCABULARY)
@@ -251,7 +278,9 @@ class KeepsItsFirstSnapshot(Learner):
 
 
 class IssuesBeforeItSavesItsCursor(Gateway):
-    async def commit(self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]) -> None:
+    async def commit(
+        self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]
+    ) -> None:
         issued = [note(group.group_id, GroupOutcome.ISSUED) for group in groups]
         tasks = {Stream.TASKS: [codec.encode_task_group(group) for group in groups]}
         await self.bus.commit(tasks, events, None, issued, letters)
@@ -259,7 +288,9 @@ class IssuesBeforeItSavesItsCursor(Gateway):
 
 
 class AcknowledgesEventsOnTheirOwn(Gateway):
-    async def commit(self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]) -> None:
+    async def commit(
+        self, events: list[Delivery], groups: list[TaskGroup], letters: list[str]
+    ) -> None:
         await self.bus.acknowledge(events)
         await super().commit([], groups, letters)
 
@@ -282,7 +313,9 @@ class LoadsItsStateBeforeItLooksForOne(Gateway):
 
 
 class PublishesThenAcknowledges(Rollout):
-    async def commit(self, publications: dict[Stream, list[bytes]], delivery: Delivery, event: LedgerEvent) -> None:
+    async def commit(
+        self, publications: dict[Stream, list[bytes]], delivery: Delivery, event: LedgerEvent
+    ) -> None:
         await self.bus.commit(publications, transitions=[event])
         await self.bus.acknowledge([delivery])
 
@@ -306,7 +339,10 @@ class UnfencedBus(MemoryBus):
     """Takes results of whoever comes, held or not."""
 
     def _check_fences(
-        self, acknowledgements: Sequence[Delivery], needs_leases: bool, retired_letters: Sequence[str] = ()
+        self,
+        acknowledgements: Sequence[Delivery],
+        needs_leases: bool,
+        retired_letters: Sequence[str] = (),
     ) -> list[Delivery]:
         return super()._check_fences(acknowledgements, False, retired_letters)
 
@@ -334,12 +370,16 @@ class BusThatTrimsWhatWasDelivered(MemoryBus):
         for log in (self._store.logs[stream] for stream in streams if stream in CONSUMERS):
             for group in log.groups.values():
                 log.drop_before(group.last_delivered)
-                group.pending = {entry: claim for entry, claim in group.pending.items() if entry in log.entries}
+                group.pending = {
+                    entry: claim for entry, claim in group.pending.items() if entry in log.entries
+                }
         return 0
 
 
 class BusThatBooksOnTheSide(MemoryBus):
-    """The account follows the commit, as a second transaction would: a crash or a refusal between the two shows."""
+    """The account follows the commit, as a second transaction would: a crash or a refusal between
+    the two shows.
+    """
 
     def _book(self, event: LedgerEvent) -> bool:
         if event.outcome is GroupOutcome.GENERATED and self._name == "rollout-2":
@@ -348,10 +388,20 @@ class BusThatBooksOnTheSide(MemoryBus):
 
 
 LEARNERS = [
-    *(AcknowledgesBeforeTheCheckpoint, BooksTrainedBeforeItIsDurable, ForgetsWhatItTrained, DropsDurableEntriesUnbooked),
+    *(
+        AcknowledgesBeforeTheCheckpoint,
+        BooksTrainedBeforeItIsDurable,
+        ForgetsWhatItTrained,
+        DropsDurableEntriesUnbooked,
+    ),
     *(NeverRestores, KeepsItsFirstSnapshot),
 ]
-GATEWAYS = [IssuesBeforeItSavesItsCursor, AcknowledgesEventsOnTheirOwn, IssuesIntoAnEmptyBus, LoadsItsStateBeforeItLooksForOne]
+GATEWAYS = [
+    IssuesBeforeItSavesItsCursor,
+    AcknowledgesEventsOnTheirOwn,
+    IssuesIntoAnEmptyBus,
+    LoadsItsStateBeforeItLooksForOne,
+]
 MUTANT_ROLES: list[tuple[str, type[Process]]] = [
     *(("learner", kind) for kind in LEARNERS),
     *(("gateway", kind) for kind in GATEWAYS),
@@ -359,14 +409,24 @@ MUTANT_ROLES: list[tuple[str, type[Process]]] = [
     *(("teacher", kind) for kind in [AcknowledgesThenPublishes, PublishesWhatWasTakenAway]),
 ]
 MUTANT_BUSES = [
-    *(UnfencedBus, BusWithoutTenures, BusThatLetsTheSupersededRead, BusThatTrimsWhatWasDelivered, BusThatBooksOnTheSide),
+    *(
+        UnfencedBus,
+        BusWithoutTenures,
+        BusThatLetsTheSupersededRead,
+        BusThatTrimsWhatWasDelivered,
+        BusThatBooksOnTheSide,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("role", "mutant"), MUTANT_ROLES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("role", "mutant"), MUTANT_ROLES, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_a_role_that_breaks_the_protocol_is_found(role: str, mutant: type[Process]) -> None:
     class Mutated(ProtocolMachine):
-        roles: ClassVar = {name: mutant if name.startswith(role) else kind for name, kind in ROLES.items()}
+        roles: ClassVar = {
+            name: mutant if name.startswith(role) else kind for name, kind in ROLES.items()
+        }
 
     with pytest.raises(ProtocolBroken):
         run(Mutated, max_examples=MUTANT_EXAMPLES, step_count=STEPS)
@@ -388,7 +448,9 @@ def test_a_bus_that_breaks_its_promise_is_found(mutant: type[MemoryBus]) -> None
 
 
 class RedisWorld(World):
-    """Every process has a connection of its own. The server may be killed; its disk stays, or is lost with all it held."""
+    """Every process has a connection of its own. The server may be killed; its disk stays, or is
+    lost with all it held.
+    """
 
     server: ClassVar[EmbeddedRedis]
 
@@ -407,7 +469,9 @@ class RedisWorld(World):
         if not await self._redis.exists(key):
             return []
         groups = {info["name"].decode(): info for info in await self._redis.xinfo_groups(key)}
-        entries = [(entry_id.decode(), fields) for entry_id, fields in await self._redis.xrange(key)]
+        entries = [
+            (entry_id.decode(), fields) for entry_id, fields in await self._redis.xrange(key)
+        ]
         pending: set[str] = set()
         last = BEFORE_FIRST
         if str(group) in groups:
@@ -450,8 +514,14 @@ class RedisMachine(ProtocolMachine):
         self.do(self.world.restart_under(name))
 
     def take_random_step(self, rng: random.Random) -> None:
-        """One fault or some work. Not hypothesis: what a server does depends on time, so no example could be replayed."""
-        name, worker, unique = rng.choice(sorted(ROLES)), rng.choice(WORKER_NAMES), rng.choice(World.UNIQUE)
+        """One fault or some work. Not hypothesis: what a server does depends on time, so no example
+        could be replayed.
+        """
+        name, worker, unique = (
+            rng.choice(sorted(ROLES)),
+            rng.choice(WORKER_NAMES),
+            rng.choice(World.UNIQUE),
+        )
         faults: list[Callable[[], None]] = [
             lambda: self.crash(name),
             lambda: self.expire_leases(worker),
@@ -471,7 +541,9 @@ class RedisMachine(ProtocolMachine):
 
 
 @pytest.mark.parametrize("seed", range(REDIS_SEEDS))
-def test_the_same_holds_on_a_real_redis_that_is_killed_and_comes_back(tmp_path: Path, seed: int) -> None:
+def test_the_same_holds_on_a_real_redis_that_is_killed_and_comes_back(
+    tmp_path: Path, seed: int
+) -> None:
     with EmbeddedRedis(tmp_path, fsync="always") as server:
         RedisWorld.server = server
         machine = RedisMachine()

@@ -1,4 +1,6 @@
-"""What every `Scorer` promises, and how far the two engines are apart. vLLM starts once for the module."""
+"""What every `Scorer` promises, and how far the two engines are apart. vLLM starts once for the
+module.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from sdar.contracts.errors import ContractError, CorruptionError
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.settings import apply_environment
-from sdar.runtime.vllm_weights import vllm_environment
-from sdar.runtime.weights import WeightStore
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.causal_lm import export_tensors, load_causal_lm
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.process.settings import apply_environment
+from sdar.weights.store import WeightStore
 from services.teacher.context import ContextBuilder
 from services.teacher.retrieval import Retriever
 from services.teacher.scorer import TransformersScorer
@@ -60,14 +62,20 @@ async def bench(model_directory, tmp_path_factory):
         run_id=RUN_ID,
         kv_cache_gib=0.1,
     )
-    scorers = {"transformers": TransformersScorer(base, store, batch_tokens=600, chunk_tokens=16), "vllm": vllm}
+    scorers = {
+        "transformers": TransformersScorer(base, store, batch_tokens=600, chunk_tokens=16),
+        "vllm": vllm,
+    }
     model = Qwen2ForCausalLM.from_pretrained(model_directory).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     identity = compute_model_identity(model_directory)
     manifests = {1: store.publish(1, export_tensors(model), identity)}
-    contexts = [builder.build(play(chat, num_turns=1 + seed % 4, seed=seed, is_windowed=seed % 3 == 0)) for seed in range(12)]
+    contexts = [
+        builder.build(play(chat, num_turns=1 + seed % 4, seed=seed, is_windowed=seed % 3 == 0))
+        for seed in range(12)
+    ]
     for scorer in scorers.values():
         await scorer.start()
     yield Bench(scorers, store, model, contexts, manifests)
@@ -92,7 +100,9 @@ async def test_it_starts_as_version_zero(scorer):
 async def test_it_returns_one_value_for_each_sampled_token_and_none_for_others(bench, scorer):
     scores = await scorer.score(bench.contexts)
     for context, turns in zip(bench.contexts, scores, strict=True):
-        assert [len(values) for values in turns] == [len(turn.response_token_ids) for turn in context.trajectory.turns]
+        assert [len(values) for values in turns] == [
+            len(turn.response_token_ids) for turn in context.trajectory.turns
+        ]
     assert (flat(scores) < 0).all()
     assert flat(scores).dtype == np.float32
 
@@ -118,14 +128,20 @@ async def test_greedy_episodes_are_refused(bench, scorer):
 async def test_vllm_refuses_a_temperature_it_cannot_apply(bench):
     context = bench.contexts[0]
     sampling = dataclasses.replace(context.trajectory.sampling, temperature=0.7)
-    tempered = dataclasses.replace(context, trajectory=dataclasses.replace(context.trajectory, sampling=sampling))
+    tempered = dataclasses.replace(
+        context, trajectory=dataclasses.replace(context.trajectory, sampling=sampling)
+    )
     bench.scorers["transformers"].check(tempered)
-    with pytest.raises(ContractError, match=r"temperature 0\.7; vLLM's prompt log-probs are those of temperature 1"):
+    with pytest.raises(
+        ContractError, match=r"temperature 0\.7; vLLM's prompt log-probs are those of temperature 1"
+    ):
         bench.scorers["vllm"].check(tempered)
 
 
 async def test_the_two_engines_agree(bench, record_property):
-    ours, theirs = [flat(await bench.scorers[name].score(bench.contexts)) for name in ("transformers", "vllm")]
+    ours, theirs = [
+        flat(await bench.scorers[name].score(bench.contexts)) for name in ("transformers", "vllm")
+    ]
     difference = np.abs(ours - theirs)
     record_property("scorer_difference_nats_max", float(difference.max()))
     assert len(ours) > 100
@@ -139,7 +155,9 @@ async def test_weights_of_another_model_are_refused_and_the_old_ones_stay(bench,
     with pytest.raises(CorruptionError):
         await scorer.update_weights(foreign)
     assert scorer.teacher_version == 0
-    np.testing.assert_allclose(flat(await scorer.score(bench.contexts)), before, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        flat(await scorer.score(bench.contexts)), before, atol=TOLERANCE, rtol=0
+    )
 
 
 async def test_published_weights_score_as_transformers_does_with_them(bench, scorer):

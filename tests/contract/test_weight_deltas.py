@@ -1,4 +1,6 @@
-"""Versions published as what changed: they come back as whole ones do, and nothing damaged is taken for a policy."""
+"""Versions published as what changed: they come back as whole ones do, and nothing damaged is taken
+for a policy.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,21 @@ from torch import Tensor
 
 from sdar.contracts.errors import ConflictError, CorruptionError, WeightsUnavailableError
 from sdar.contracts.types import ModelIdentity, WeightsManifest
-from sdar.runtime.weights import FULL_PUBLISH_EVERY, WeightStore
+from sdar.weights.store import FULL_PUBLISH_EVERY, WeightStore
 from tests.contract.weight_places import MODEL, Gathered, Place
 
 
 def train(num_versions: int) -> Iterator[dict[str, Tensor]]:
-    """Versions of a small bfloat16 policy under AdamW on float32 master weights, one update each, at a usual step size."""
+    """Versions of a small bfloat16 policy under AdamW on float32 master weights, one update each,
+    at a usual step size.
+    """
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(64, 32),
+        torch.nn.Linear(32, 64),
+        torch.nn.GELU(),
+        torch.nn.Linear(64, 64),
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -35,18 +44,32 @@ def train(num_versions: int) -> Iterator[dict[str, Tensor]]:
 
 
 def make_versions(num_versions: int) -> list[dict[str, Tensor]]:
-    """Versions in which one element of each bfloat16 tensor changes, beside a float32 tensor that changes whole."""
-    embed, norm = torch.arange(40, dtype=torch.bfloat16).reshape(8, 5), torch.ones(16, dtype=torch.bfloat16)
+    """Versions in which one element of each bfloat16 tensor changes, beside a float32 tensor that
+    changes whole.
+    """
+    embed, norm = (
+        torch.arange(40, dtype=torch.bfloat16).reshape(8, 5),
+        torch.ones(16, dtype=torch.bfloat16),
+    )
     versions = []
     for version in range(num_versions):
         embed[version % 8, version % 5] += 100
         norm[version % 16] *= -3
-        versions.append({"embed": embed.clone(), "norm": norm.clone(), "scale": torch.full((2,), float(version))})
+        versions.append(
+            {
+                "embed": embed.clone(),
+                "norm": norm.clone(),
+                "scale": torch.full((2,), float(version)),
+            }
+        )
     return versions
 
 
 def publish_all(store: WeightStore, versions: list[dict[str, Tensor]]) -> list[WeightsManifest]:
-    return [store.publish(version, tensors, MODEL, num_updates=version) for version, tensors in enumerate(versions)]
+    return [
+        store.publish(version, tensors, MODEL, num_updates=version)
+        for version, tensors in enumerate(versions)
+    ]
 
 
 def read(store: WeightStore, manifest: WeightsManifest) -> dict[str, Tensor]:
@@ -74,7 +97,9 @@ def test_twenty_versions_as_deltas_are_bit_for_bit_those_published_whole(place: 
         ]
         for got in (read(follower, delta), read(place.open(), delta), read(place.open(), whole)):
             assert_same_bits(got, tensors)
-    assert total["deltas"] < total["whole"] / 4, "two whole ones, and eighteen of which the largest changes a tenth"
+    assert total["deltas"] < total["whole"] / 4, (
+        "two whole ones, and eighteen of which the largest changes a tenth"
+    )
 
 
 def test_a_chain_ends_after_ten_versions_and_a_new_one_begins_whole(place: Place) -> None:
@@ -86,7 +111,9 @@ def test_a_chain_ends_after_ten_versions_and_a_new_one_begins_whole(place: Place
         ("norm", True),
         ("scale", False),
     ]
-    assert manifests[1].size_bytes == (1 + 2) + (1 + 2) + 2 * 4, "a gap and a value each, and the float32 tensor"
+    assert manifests[1].size_bytes == (1 + 2) + (1 + 2) + 2 * 4, (
+        "a gap and a value each, and the float32 tensor"
+    )
     assert place.open().fetch_manifest(1) == manifests[1]
 
 
@@ -116,15 +143,21 @@ def test_a_follower_lets_go_of_its_base_as_it_reads_on(place: Place) -> None:
     publisher, follower = place.open(), place.open()
     first = publisher.publish(0, tensors, MODEL)
     bases = [weakref.ref(tensor) for tensor in read(follower, first).values()]
-    assert sum(base() is not None for base in bases) == len(tensors), "remembered by the follower alone"
+    assert sum(base() is not None for base in bases) == len(tensors), (
+        "remembered by the follower alone"
+    )
     tensors["0"][0] = 1
-    for num_read, _ in enumerate(follower.iter_tensors(publisher.publish(1, tensors, MODEL)), start=1):
+    for num_read, _ in enumerate(
+        follower.iter_tensors(publisher.publish(1, tensors, MODEL)), start=1
+    ):
         assert sum(base() is not None for base in bases) == len(tensors) - num_read
 
 
 def test_float32_weights_are_published_whole(place: Place) -> None:
     store = place.open()
-    assert [store.publish(version, {"a": torch.zeros(100)}, MODEL).base_version for version in range(3)] == [None] * 3
+    assert [
+        store.publish(version, {"a": torch.zeros(100)}, MODEL).base_version for version in range(3)
+    ] == [None] * 3
 
 
 def test_a_version_that_changes_more_than_half_is_whole_and_begins_a_chain(place: Place) -> None:
@@ -139,7 +172,9 @@ def test_half_is_of_the_whole_version(place: Place) -> None:
     """A float32 tensor that is as large as all the rest leaves nothing to save."""
     store, small, large = place.open(), torch.zeros(100, dtype=torch.bfloat16), torch.zeros(50)
     store.publish(0, {"small": small, "large": large}, MODEL)
-    assert store.publish(1, {"small": small, "large": large}, MODEL).base_version == 0, "exactly half"
+    assert store.publish(1, {"small": small, "large": large}, MODEL).base_version == 0, (
+        "exactly half"
+    )
     small[0] = 1
     assert store.publish(2, {"small": small, "large": large}, MODEL).base_version is None
 
@@ -148,15 +183,29 @@ def test_half_is_of_the_whole_version(place: Place) -> None:
     "tensors",
     [
         {"embed": torch.zeros(8, 5, dtype=torch.bfloat16)},
-        {"norm": torch.ones(16, dtype=torch.bfloat16), "embed": torch.zeros(8, 5, dtype=torch.bfloat16)},
-        {"embed": torch.zeros(5, 8, dtype=torch.bfloat16), "norm": torch.ones(16, dtype=torch.bfloat16)},
-        {"embed": torch.zeros(8, 5, dtype=torch.float16), "norm": torch.ones(16, dtype=torch.bfloat16)},
+        {
+            "norm": torch.ones(16, dtype=torch.bfloat16),
+            "embed": torch.zeros(8, 5, dtype=torch.bfloat16),
+        },
+        {
+            "embed": torch.zeros(5, 8, dtype=torch.bfloat16),
+            "norm": torch.ones(16, dtype=torch.bfloat16),
+        },
+        {
+            "embed": torch.zeros(8, 5, dtype=torch.float16),
+            "norm": torch.ones(16, dtype=torch.bfloat16),
+        },
     ],
     ids=["one less", "other order", "other shape", "other type"],
 )
-def test_other_tensors_than_before_are_published_whole(place: Place, tensors: dict[str, Tensor]) -> None:
+def test_other_tensors_than_before_are_published_whole(
+    place: Place, tensors: dict[str, Tensor]
+) -> None:
     store = place.open()
-    base = {"embed": torch.zeros(8, 5, dtype=torch.bfloat16), "norm": torch.ones(16, dtype=torch.bfloat16)}
+    base = {
+        "embed": torch.zeros(8, 5, dtype=torch.bfloat16),
+        "norm": torch.ones(16, dtype=torch.bfloat16),
+    }
     store.publish(0, base, MODEL)
     assert store.publish(1, tensors, MODEL).base_version is None
     assert_same_bits(read(place.open(), store.fetch_manifest(1)), tensors)
@@ -197,7 +246,9 @@ def test_publishing_a_delta_again_changes_nothing(place: Place) -> None:
     manifests = publish_all(store, versions)
     before = place.paths()
     assert store.publish(2, versions[2], MODEL, num_updates=2) == manifests[2]
-    assert place.open().publish(2, versions[2], MODEL, num_updates=2) == manifests[2], "whole this time, and the same weights"
+    assert place.open().publish(2, versions[2], MODEL, num_updates=2) == manifests[2], (
+        "whole this time, and the same weights"
+    )
     assert place.paths() == before
     with pytest.raises(ConflictError):
         place.open().publish(2, versions[1], MODEL, num_updates=2)
@@ -234,7 +285,9 @@ def test_a_wrong_base_is_refused(place: Place, num_read: int) -> None:
     wrong = dataclasses.replace(manifests[3], base_version=1)
     for manifest in manifests[1 : 1 + num_read]:
         read(reader, manifest)
-    with pytest.raises(CorruptionError, match=r"Tensor embed of version 3 .*put together on version 1, has SHA-256"):
+    with pytest.raises(
+        CorruptionError, match=r"Tensor embed of version 3 .*put together on version 1, has SHA-256"
+    ):
         read(reader, wrong)
     assert_same_bits(read(reader, manifests[1]), versions[1])
 
@@ -242,14 +295,18 @@ def test_a_wrong_base_is_refused(place: Place, num_read: int) -> None:
 def test_a_base_with_other_tensors_is_refused(place: Place) -> None:
     versions = make_versions(2)
     manifests = publish_all(place.open(), versions)
-    entries = tuple(dataclasses.replace(entry, name=f"other.{entry.name}") for entry in manifests[1].tensors)
+    entries = tuple(
+        dataclasses.replace(entry, name=f"other.{entry.name}") for entry in manifests[1].tensors
+    )
     with pytest.raises(CorruptionError, match="delta on version 0, which has other tensors"):
         read(place.open(), dataclasses.replace(manifests[1], tensors=entries))
 
 
 def test_a_delta_without_a_base_is_refused(place: Place) -> None:
     manifests = publish_all(place.open(), make_versions(2))
-    with pytest.raises(CorruptionError, match=r"Tensor embed of version 1 .* there is nothing to apply it to"):
+    with pytest.raises(
+        CorruptionError, match=r"Tensor embed of version 1 .* there is nothing to apply it to"
+    ):
         read(place.open(), dataclasses.replace(manifests[1], base_version=None))
 
 
@@ -272,19 +329,28 @@ def test_a_base_that_is_gone_makes_its_deltas_unavailable(place: Place) -> None:
     versions = make_versions(3)
     manifests = publish_all(place.open(), versions)
     obstore.delete(place.objects, f"{manifests[0].path}/{manifests[0].tensors[0].shard}")
-    with pytest.raises(WeightsUnavailableError, match="it was never published or has been collected"):
+    with pytest.raises(
+        WeightsUnavailableError, match="it was never published or has been collected"
+    ):
         read(place.open(), manifests[2])
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "missing"])
-def test_after_a_damaged_delta_a_follower_goes_on_with_what_it_can_read(place: Place, damage: str) -> None:
+def test_after_a_damaged_delta_a_follower_goes_on_with_what_it_can_read(
+    place: Place, damage: str
+) -> None:
     versions = make_versions(FULL_PUBLISH_EVERY + 2)
     manifests = publish_all(place.open(), versions)
     shard = f"{manifests[2].path}/{manifests[2].tensors[0].shard}"
     if damage == "missing":
         obstore.delete(place.objects, shard)
     else:
-        place.damage(shard, lambda content: content[:-1] if damage == "torn" else content[:-1] + bytes([content[-1] ^ 1]))
+        place.damage(
+            shard,
+            lambda content: (
+                content[:-1] if damage == "torn" else content[:-1] + bytes([content[-1] ^ 1])
+            ),
+        )
     follower = place.open()
     served = read(follower, manifests[1])
     for manifest in manifests[2:FULL_PUBLISH_EVERY]:
@@ -302,7 +368,10 @@ class Damage:
         self.directory = directory
         self.place = Place(str(directory), LocalStore(prefix=directory, mkdir=True))
         weights = torch.arange(12, dtype=torch.bfloat16)
-        self.versions = [{"a": weights, "b": torch.ones(1)}, {"a": weights.clone(), "b": torch.ones(1)}]
+        self.versions = [
+            {"a": weights, "b": torch.ones(1)},
+            {"a": weights.clone(), "b": torch.ones(1)},
+        ]
         self.versions[1]["a"][[3, 7]] *= -1
         self.manifests = publish_all(self.place.open(), self.versions)
         assert [manifest.base_version for manifest in self.manifests] == [None, 0]
@@ -313,7 +382,9 @@ class Damage:
         return read(store, store.fetch_manifest(version))
 
     def check(self, path: Path) -> None:
-        """The file's own version is refused; a delta on it is refused or comes back as it was published."""
+        """The file's own version is refused; a delta on it is refused or comes back as it was
+        published.
+        """
         own = int(path.parent.name.removeprefix("v"))
         with pytest.raises(CorruptionError):
             self.read(own)
@@ -342,7 +413,11 @@ def test_every_cut_of_every_file_is_found_and_so_is_every_byte_more(tmp_path: Pa
     damage = Damage(tmp_path)
     for path in damage.files:
         content = path.read_bytes()
-        for cut in (*(content[:length] for length in range(len(content))), content + b"\0", content + b"\n"):
+        for cut in (
+            *(content[:length] for length in range(len(content))),
+            content + b"\0",
+            content + b"\n",
+        ):
             path.write_bytes(cut)
             damage.check(path)
         path.write_bytes(content)

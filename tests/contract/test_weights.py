@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdar.contracts.errors import ConfigurationError, ConflictError, ContractError, CorruptionError, WeightsUnavailableError
+from sdar.contracts.errors import (
+    ConfigurationError,
+    ConflictError,
+    ContractError,
+    CorruptionError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.types import ModelIdentity, WeightsManifest
-from sdar.runtime.weights import WeightStore, manifest_from_json, manifest_to_json
+from sdar.weights.store import WeightStore, manifest_from_json, manifest_to_json
 from tests.contract.weight_places import MODEL, Gathered, Place, assert_same, make_tensors
 
 
@@ -34,7 +40,9 @@ def test_tensors_come_back_bit_for_bit_and_in_order(place: Place) -> None:
     manifest = place.open().publish(3, tensors, MODEL)
     got = dict(place.open().iter_tensors(manifest))
     assert_same(got, {name: tensor.detach() for name, tensor in tensors.items()})
-    assert manifest.size_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert manifest.size_bytes == sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors.values()
+    )
     assert (manifest.run_id, manifest.policy_version, manifest.path) == ("run", 3, "run/v00000003")
 
 
@@ -60,13 +68,17 @@ def test_publishing_whole_keeps_no_more_than_a_shard_in_memory(place: Place) -> 
         alive.append(weakref.ref(tensor.untyped_storage()))
         return tensor
 
-    place.open(max_shard_bytes=30).publish(0, Gathered([str(index) for index in range(12)], gather), MODEL)
+    place.open(max_shard_bytes=30).publish(
+        0, Gathered([str(index) for index in range(12)], gather), MODEL
+    )
     assert most_alive <= 4, "three tensors of a shard and the next one"
 
 
 def test_the_newest_version_is_the_default_and_each_keeps_its_content(place: Place) -> None:
     store = place.open()
-    published = {version: store.publish(version, make_tensors(version), MODEL) for version in (9, 10, 2)}
+    published = {
+        version: store.publish(version, make_tensors(version), MODEL) for version in (9, 10, 2)
+    }
     assert store.list_versions() == [2, 9, 10]
     assert store.fetch_manifest() == published[10]
     assert store.fetch_manifest(9) == published[9]
@@ -147,7 +159,9 @@ def test_a_flipped_byte_is_found_and_its_tensor_named(place: Place) -> None:
     store = place.open()
     manifest = store.publish(1, {"only.weight": torch.ones(8)}, MODEL)
     place.damage(shard_path(manifest), lambda content: content[:-1] + b"\x01")
-    with pytest.raises(CorruptionError, match=r"Tensor only\.weight of version 1 .* SHA-256") as caught:
+    with pytest.raises(
+        CorruptionError, match=r"Tensor only\.weight of version 1 .* SHA-256"
+    ) as caught:
         list(store.iter_tensors(manifest))
     assert caught.value.fields == {"tensor": "only.weight"}
 
@@ -168,7 +182,9 @@ def test_a_truncated_shard_is_found(place: Place) -> None:
         ({"name": "x"}, "missing"),
     ],
 )
-def test_a_tensor_that_contradicts_its_manifest_is_refused(place: Place, change: dict[str, object], message: str) -> None:
+def test_a_tensor_that_contradicts_its_manifest_is_refused(
+    place: Place, change: dict[str, object], message: str
+) -> None:
     store = place.open()
     manifest = store.publish(1, make_tensors(), MODEL)
     entries = (dataclasses.replace(manifest.tensors[0], **change), *manifest.tensors[1:])
@@ -202,7 +218,16 @@ def test_a_manifest_moved_to_another_version_is_corrupt(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../run/v00000001", "/etc", "run/v00000001/..", "run", "../../v00000001", "a/b/v00000001", "run/v00000002"]
+    "path",
+    [
+        "../run/v00000001",
+        "/etc",
+        "run/v00000001/..",
+        "run",
+        "../../v00000001",
+        "a/b/v00000001",
+        "run/v00000002",
+    ],
 )
 def test_a_manifest_cannot_lead_out_of_the_store(place: Place, path: str) -> None:
     store = place.open()
@@ -219,7 +244,11 @@ def test_a_run_id_in_a_manifest_cannot_lead_out_of_the_store(place: Place, run_i
     store = place.open()
     manifest = store.publish(1, make_tensors(), MODEL)
     with pytest.raises(CorruptionError, match="no path this store makes"):
-        list(store.iter_tensors(dataclasses.replace(manifest, run_id=run_id, path=f"{run_id}/v00000001")))
+        list(
+            store.iter_tensors(
+                dataclasses.replace(manifest, run_id=run_id, path=f"{run_id}/v00000001")
+            )
+        )
 
 
 def test_garbage_collection_keeps_the_newest_and_those_in_use(place: Place) -> None:
@@ -234,10 +263,14 @@ def test_garbage_collection_keeps_the_newest_and_those_in_use(place: Place) -> N
         store.collect_garbage(keep_newest=0)
 
 
-def test_garbage_collection_clears_what_a_crash_left_but_not_a_version_being_written(place: Place) -> None:
+def test_garbage_collection_clears_what_a_crash_left_but_not_a_version_being_written(
+    place: Place,
+) -> None:
     store = place.open()
     for version in (1, 3):
-        obstore.put(place.objects, f"run/v{version:08d}/shard-00000-{'0' * 16}.safetensors", b"half")
+        obstore.put(
+            place.objects, f"run/v{version:08d}/shard-00000-{'0' * 16}.safetensors", b"half"
+        )
     assert store.collect_garbage(keep_newest=1) == []
     assert len(place.paths()) == 2, "nothing newer is published"
     store.publish(2, make_tensors(), MODEL)
@@ -263,7 +296,9 @@ def test_a_manifest_survives_its_json(place: Place) -> None:
 
 
 @pytest.mark.parametrize("tensors", [{}, {"a:gaps": torch.zeros(1)}, {"": torch.zeros(1)}])
-def test_a_version_has_tensors_with_names_that_no_delta_needs(place: Place, tensors: dict[str, Tensor]) -> None:
+def test_a_version_has_tensors_with_names_that_no_delta_needs(
+    place: Place, tensors: dict[str, Tensor]
+) -> None:
     with pytest.raises(ContractError, match="Publish at least one, and no ':' in a name"):
         place.open().publish(1, tensors, MODEL)
 
@@ -274,7 +309,9 @@ def test_a_run_id_that_is_no_directory_name_is_refused(tmp_path: Path, run_id: s
         WeightStore(str(tmp_path), run_id)
 
 
-@pytest.mark.parametrize("url", ["", "http://host/path", "s3://", "file://host/path", "gs://bucket"])
+@pytest.mark.parametrize(
+    "url", ["", "http://host/path", "s3://", "file://host/path", "gs://bucket"]
+)
 def test_an_address_that_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="Give a directory"):
         WeightStore(url, "run")

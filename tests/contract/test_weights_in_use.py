@@ -1,4 +1,6 @@
-"""Collecting old versions: a chain goes whole or stays, never while one of its versions is in use, and a crash hurts nobody."""
+"""Collecting old versions: a chain goes whole or stays, never while one of its versions is in use,
+and a crash hurts nobody.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,19 @@ import torch
 from obstore.store import LocalStore
 from torch import Tensor
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.protocol import Bus
+from sdar.bus.redis import RedisBus
 from sdar.contracts.types import WeightsManifest
-from sdar.runtime.bus import Bus
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.object_store import ObjectStore
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.weights import FULL_PUBLISH_EVERY, WeightStore
+from sdar.weights.objects import ObjectStore
+from sdar.weights.store import FULL_PUBLISH_EVERY, WeightStore
 from tests.contract.weight_places import MODEL, Place
 
 
 def make_weights(version: int) -> dict[str, Tensor]:
-    """bfloat16, one element more changed in each version: every version after a whole one is a delta."""
+    """bfloat16, one element more changed in each version: every version after a whole one is a
+    delta.
+    """
     weights = torch.zeros(200, dtype=torch.bfloat16)
     weights[:version] = 7
     return {"weights": weights}
@@ -42,7 +46,10 @@ def check_readable(store: WeightStore) -> list[int]:
     """Every version that exists can be read; returns them."""
     versions = store.list_versions()
     for version in versions:
-        assert torch.equal(dict(store.iter_tensors(store.fetch_manifest(version)))["weights"], make_weights(version)["weights"])
+        assert torch.equal(
+            dict(store.iter_tensors(store.fetch_manifest(version)))["weights"],
+            make_weights(version)["weights"],
+        )
     return versions
 
 
@@ -77,7 +84,9 @@ def test_a_chain_that_may_not_be_retired_stays_whole(place: Place) -> None:
 
 
 def test_what_the_publisher_builds_on_stays(place: Place) -> None:
-    """Another publisher's versions are newer: two learners of one run, which the bus allows for a moment."""
+    """Another publisher's versions are newer: two learners of one run, which the bus allows for a
+    moment.
+    """
     mine, theirs = place.open(), place.open()
     publish(mine, 0, 1)
     publish(theirs, 50)
@@ -138,7 +147,9 @@ def dies(work: Callable[[WeightStore], object], place: Place, num_changes: int) 
     return False
 
 
-def count_up_to_death(work: Callable[[WeightStore], object], places: Iterator[Place]) -> Iterator[tuple[Place, int]]:
+def count_up_to_death(
+    work: Callable[[WeightStore], object], places: Iterator[Place]
+) -> Iterator[tuple[Place, int]]:
     """Places in which `work` died after 0, 1, 2, ... changes, until it lives."""
     for num_changes, place in enumerate(places):
         if not dies(work, place, num_changes):
@@ -147,7 +158,9 @@ def count_up_to_death(work: Callable[[WeightStore], object], places: Iterator[Pl
         yield place, num_changes
 
 
-def test_a_collector_killed_between_any_two_deletions_leaves_versions_that_can_be_read(tmp_path: Path) -> None:
+def test_a_collector_killed_between_any_two_deletions_leaves_versions_that_can_be_read(
+    tmp_path: Path,
+) -> None:
     publish(open_directory(tmp_path / "published").open(), *range(FULL_PUBLISH_EVERY + 2))
 
     def places() -> Iterator[Place]:
@@ -158,16 +171,23 @@ def test_a_collector_killed_between_any_two_deletions_leaves_versions_that_can_b
     num_deaths = 0
     for place, num_changes in count_up_to_death(lambda store: store.collect_garbage(1), places()):
         left = check_readable(place.open())
-        assert left == [*range(max(0, FULL_PUBLISH_EVERY - num_changes)), FULL_PUBLISH_EVERY, FULL_PUBLISH_EVERY + 1]
+        assert left == [
+            *range(max(0, FULL_PUBLISH_EVERY - num_changes)),
+            FULL_PUBLISH_EVERY,
+            FULL_PUBLISH_EVERY + 1,
+        ]
         place.open().collect_garbage(1)
         assert list_directories(place) == [FULL_PUBLISH_EVERY, FULL_PUBLISH_EVERY + 1]
         num_deaths += 1
     assert num_deaths == 2 * FULL_PUBLISH_EVERY, "a manifest and a shard of each version"
 
 
-def test_a_publisher_killed_between_any_two_writes_leaves_versions_that_can_be_read(tmp_path: Path) -> None:
+def test_a_publisher_killed_between_any_two_writes_leaves_versions_that_can_be_read(
+    tmp_path: Path,
+) -> None:
     for place, num_changes in count_up_to_death(
-        lambda store: publish(store, *range(3)), (open_directory(tmp_path / str(index)) for index in itertools.count())
+        lambda store: publish(store, *range(3)),
+        (open_directory(tmp_path / str(index)) for index in itertools.count()),
     ):
         versions = check_readable(place.open())
         assert versions == list(range(num_changes // 2)), "a shard and a manifest each"
@@ -194,7 +214,9 @@ def test_a_publisher_killed_at_any_moment_leaves_versions_that_can_be_read(tmp_p
     publish(place.open(), first + 1)
     place.open().collect_garbage(1)
     files = [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()]
-    assert sorted(name.partition("-")[0] for name in files) == ["manifest.json", "shard"], "nothing half written is left either"
+    assert sorted(name.partition("-")[0] for name in files) == ["manifest.json", "shard"], (
+        "nothing half written is left either"
+    )
 
 
 def fork_publisher(place: Place, first: int) -> int:
@@ -224,8 +246,12 @@ async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
         await bus.close()
 
 
-async def test_no_load_of_a_version_that_a_reader_has_declared_ever_fails(place: Place, bus: Bus) -> None:
-    """A publisher that collects after every version against readers that declare, load and release any version they know."""
+async def test_no_load_of_a_version_that_a_reader_has_declared_ever_fails(
+    place: Place, bus: Bus
+) -> None:
+    """A publisher that collects after every version against readers that declare, load and release
+    any version they know.
+    """
     num_versions = 4 * FULL_PUBLISH_EVERY
     loop = asyncio.get_running_loop()
     manifests: list[WeightsManifest] = []
@@ -241,7 +267,10 @@ async def test_no_load_of_a_version_that_a_reader_has_declared_ever_fails(place:
             collected.extend(store.collect_garbage(keep_newest=2, retire=retire))
 
     publishing = asyncio.create_task(asyncio.to_thread(publish_and_collect))
-    readers = [asyncio.create_task(keep_reading(f"reader-{seed}", bus, place, manifests, publishing)) for seed in range(4)]
+    readers = [
+        asyncio.create_task(keep_reading(f"reader-{seed}", bus, place, manifests, publishing))
+        for seed in range(4)
+    ]
     await publishing
     outcomes = [await reader for reader in readers]
     num_loaded, num_refused = (sum(column) for column in zip(*outcomes, strict=True))
@@ -251,13 +280,22 @@ async def test_no_load_of_a_version_that_a_reader_has_declared_ever_fails(place:
     store = place.open()
     remaining = [version for version in range(num_versions) if version not in collected]
     assert await asyncio.to_thread(check_readable, store) == remaining
-    assert await asyncio.to_thread(store.collect_garbage, 2, (), retire) == remaining[:-FULL_PUBLISH_EVERY], "all let go"
+    assert (
+        await asyncio.to_thread(store.collect_garbage, 2, (), retire)
+        == remaining[:-FULL_PUBLISH_EVERY]
+    ), "all let go"
 
 
 async def keep_reading(
-    name: str, bus: Bus, place: Place, manifests: list[WeightsManifest], publishing: asyncio.Task[None]
+    name: str,
+    bus: Bus,
+    place: Place,
+    manifests: list[WeightsManifest],
+    publishing: asyncio.Task[None],
 ) -> tuple[int, int]:
-    """Load versions at random until no more are published; returns how many were loaded, and how many were retired."""
+    """Load versions at random until no more are published; returns how many were loaded, and how
+    many were retired.
+    """
     chance, store = random.Random(name), place.open()
     num_loaded, num_refused = 0, 0
     while not publishing.done():

@@ -11,7 +11,7 @@ from obstore.store import LocalStore, S3Store
 from torch import Tensor
 
 from sdar.contracts.types import ModelIdentity
-from sdar.runtime.weights import WeightStore
+from sdar.weights.store import WeightStore
 
 MODEL = ModelIdentity("tiny", "f00d")
 
@@ -52,7 +52,10 @@ class Gathered(Mapping[str, Tensor]):
 
 
 def make_tensors(value: float = 1.0) -> dict[str, Tensor]:
-    return {"embed.weight": torch.full((4, 3), value), "norm.weight": torch.full((3,), -value, dtype=torch.bfloat16)}
+    return {
+        "embed.weight": torch.full((4, 3), value),
+        "norm.weight": torch.full((3,), -value, dtype=torch.bfloat16),
+    }
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

@@ -1,4 +1,6 @@
-"""`sdar run` against bad input: one clear sentence, an exit code, nothing half-written, nothing left running."""
+"""`sdar run` against bad input: one clear sentence, an exit code, nothing half-written, nothing
+left running.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def assert_nothing_remains(runs_dir: Path) -> None:
 
 
 def read_command(process: psutil.Process) -> list[str]:
-    """A process's command line; empty for one that has ended, even if nobody has asked for its exit code yet."""
+    """A process's command line; empty for one that has ended, even if nobody has asked for its exit
+    code yet.
+    """
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -76,7 +80,9 @@ def read_command(process: psutil.Process) -> list[str]:
         (["nonsense"], ["KEY=VALUE", "nonsense"]),
     ],
 )
-def test_a_bad_configuration_is_one_sentence(run_sdar: Command, tmp_path: Path, overrides: list[str], parts: list[str]) -> None:
+def test_a_bad_configuration_is_one_sentence(
+    run_sdar: Command, tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
     options = [text for override in overrides for text in ("--set", override)]
     done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), *options)
     assert_refused(done, *parts)
@@ -99,7 +105,9 @@ def test_a_malformed_model_is_found_before_anything_starts(
     (model / file).unlink()
     if content is not None:
         (model / file).write_bytes(content)
-    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--set", f"model.path={model}")
+    done = run_sdar(
+        str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--set", f"model.path={model}"
+    )
     assert_refused(done, part)
     assert_nothing_remains(tmp_path)
 
@@ -115,7 +123,9 @@ def test_a_busy_port_is_named(run_sdar: Command, tmp_path: Path) -> None:
 
 
 def test_an_absent_redis_is_named(run_sdar: Command, tmp_path: Path) -> None:
-    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--redis", "redis://127.0.0.1:1/0")
+    done = run_sdar(
+        str(EXAMPLE), "--runs-dir", str(tmp_path / "runs"), "--redis", "redis://127.0.0.1:1/0"
+    )
     assert_refused(done, "redis://127.0.0.1:1/0", "Start one")
     assert_nothing_remains(tmp_path)
 
@@ -128,7 +138,9 @@ def test_a_second_run_on_the_same_directory_is_refused(run_sdar: Command, tmp_pa
 
 
 def test_errors_reach_programs_as_json(run_sdar: Command, tmp_path: Path) -> None:
-    done = run_sdar(str(EXAMPLE), "--runs-dir", str(tmp_path), "--set", "seed=-1", "--output", "json")
+    done = run_sdar(
+        str(EXAMPLE), "--runs-dir", str(tmp_path), "--set", "seed=-1", "--output", "json"
+    )
     assert done.code == 2
     assert '"reason": "CONFIGURATION"' in done.stdout
 

@@ -1,4 +1,6 @@
-"""The short form of `make chaos`: every service of a real run is killed, one paused, connections are cut; nothing is lost."""
+"""The short form of `make chaos`: every service of a real run is killed, one paused, connections
+are cut; nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,27 @@ class Outcome:
 
     @property
     def broken(self) -> list[str]:
-        return [f"{check['promise']}: {check['evidence']}" for check in self.report["checks"] if not check["is_kept"]]
+        return [
+            f"{check['promise']}: {check['evidence']}"
+            for check in self.report["checks"]
+            if not check["is_kept"]
+        ]
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     directory = tmp_path_factory.mktemp("chaos")
-    command = [sys.executable, "-m", "loadtest.chaos", "--minutes", str(MINUTES), "--seed", str(SEED), "--out", str(directory)]
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest.chaos",
+        "--minutes",
+        str(MINUTES),
+        "--seed",
+        str(SEED),
+        "--out",
+        str(directory),
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -56,9 +72,15 @@ def test_a_run_whose_every_service_is_killed_keeps_every_promise(outcome: Outcom
     assert outcome.code == 0
 
 
-def test_its_faults_are_kills_of_every_service_a_pause_and_severed_connections(outcome: Outcome) -> None:
+def test_its_faults_are_kills_of_every_service_a_pause_and_severed_connections(
+    outcome: Outcome,
+) -> None:
     done = Counter((fault["kind"], fault["target"]) for fault in outcome.report["faults"])
-    assert {target for kind, target in done if kind == "kill"} == {*SERVICES, "rollout-0", "rollout-1"}
+    assert {target for kind, target in done if kind == "kill"} == {
+        *SERVICES,
+        "rollout-0",
+        "rollout-1",
+    }
     assert {kind for kind, _ in done} >= {"kill", "kill child", "pause", "sever"}
 
 

@@ -1,4 +1,6 @@
-"""A short run with everything real: processes, vLLM, DeepSpeed, Redis, gRPC. It is disturbed on the way and must not mind."""
+"""A short run with everything real: processes, vLLM, DeepSpeed, Redis, gRPC. It is disturbed on the
+way and must not mind.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,22 @@ from typing import Any
 import psutil
 import pytest
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.protocol import BEFORE_FIRST
+from sdar.bus.redis import RedisBus
 from sdar.cli.processes import end_with_parent
 from sdar.config import RunConfig, load_config
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory
-from sdar.runtime.bus import BEFORE_FIRST
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.redis_bus import RedisBus
 from tests.collector import Received, collecting
 from tests.e2e.test_bad_input import read_command
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "name": "e2e",
-    "training.num_updates": 80,  # an update takes 0.1 s: there must be some left when the disturber has looked
+    # an update takes 0.1 s: there must be some left when the disturber has looked
+    "training.num_updates": 80,
     "training.groups_per_update": 2,
     "training.group_size": 4,
     "training.checkpoint_every": 2,
@@ -80,13 +83,30 @@ class Sitting:
         self.process.stdout.close()
 
 
-def start(runs_dir: Path, redis_url: str, variables: Mapping[str, str] | None = None, **changes: object) -> Sitting:
-    options = [text for key, value in (SETTINGS | changes).items() for text in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "sdar.cli.main", "run", "examples/household.yaml", "--runs-dir", str(runs_dir)]
+def start(
+    runs_dir: Path, redis_url: str, variables: Mapping[str, str] | None = None, **changes: object
+) -> Sitting:
+    options = [
+        text for key, value in (SETTINGS | changes).items() for text in ("--set", f"{key}={value}")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "sdar.cli.main",
+        "run",
+        "examples/household.yaml",
+        "--runs-dir",
+        str(runs_dir),
+    ]
     command += ["--redis", redis_url, "--output", "json", *options]
     environment = os.environ | (variables or {})
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, preexec_fn=end_with_parent
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=end_with_parent,
     )
     return Sitting(process)
 
@@ -100,7 +120,11 @@ def ask(runs_dir: Path, *arguments: str) -> str:
 def services_of(sitting: Sitting) -> dict[str, psutil.Process]:
     """The run's service processes by name (their instance name stands in their environment)."""
     children = psutil.Process(sitting.process.pid).children()
-    return {child.environ()["SDAR_INSTANCE"]: child for child in children if "serve" in read_command(child)}
+    return {
+        child.environ()["SDAR_INSTANCE"]: child
+        for child in children
+        if "serve" in read_command(child)
+    }
 
 
 async def first_scored_group(bus: RedisBus, config: RunConfig) -> list[ScoredTrajectory]:
@@ -114,7 +138,9 @@ async def first_scored_group(bus: RedisBus, config: RunConfig) -> list[ScoredTra
                 scored = codec.decode_scored_trajectory(entry.payload)
                 group = groups.setdefault(scored.trajectory.group_id, [])
                 group.append(scored)
-                if len(group) == config.training.group_size and all(s.trajectory.max_policy_version == 0 for s in group):
+                if len(group) == config.training.group_size and all(
+                    s.trajectory.max_policy_version == 0 for s in group
+                ):
                     return group
 
 
@@ -123,15 +149,23 @@ async def forge_stale_group(bus: RedisBus, group: list[ScoredTrajectory]) -> Non
     payloads = []
     for scored in group:
         assert scored.score is not None
-        trajectory_id = scored.trajectory.trajectory_id.replace(scored.trajectory.group_id, FORGED_GROUP)
-        trajectory = dataclasses.replace(scored.trajectory, group_id=FORGED_GROUP, trajectory_id=trajectory_id)
+        trajectory_id = scored.trajectory.trajectory_id.replace(
+            scored.trajectory.group_id, FORGED_GROUP
+        )
+        trajectory = dataclasses.replace(
+            scored.trajectory, group_id=FORGED_GROUP, trajectory_id=trajectory_id
+        )
         score = dataclasses.replace(scored.score, trajectory_id=trajectory_id)
         payloads.append(codec.encode_scored_trajectory(ScoredTrajectory(trajectory, score)))
     await bus.publish(Stream.SCORED, payloads)
 
 
-async def disturb(sitting: Sitting, config: RunConfig, redis_url: str, runs_dir: Path) -> dict[str, int]:
-    """Pause, kill the rollout worker in the middle and slip a stale group in; returns the process ids seen before."""
+async def disturb(
+    sitting: Sitting, config: RunConfig, redis_url: str, runs_dir: Path
+) -> dict[str, int]:
+    """Pause, kill the rollout worker in the middle and slip a stale group in; returns the process
+    ids seen before.
+    """
     bus = RedisBus(redis_url, config.name, config.stream_consumers)
     group = await first_scored_group(bus, config)
     await asyncio.to_thread(sitting.read_until_update, 3)
@@ -170,21 +204,31 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         sitting.read_until("finished")
         code = sitting.end()
         directory = runs_dir / "e2e"
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        updates = [line["values"] for line in lines if line["service"] == "learner" and "success_mean" in line["values"]]
+        lines = [
+            json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
+        ]
+        updates = [
+            line["values"]
+            for line in lines
+            if line["service"] == "learner" and "success_mean" in line["values"]
+        ]
         messages = [event["message"] for event in sitting.events if event["event"] == "message"]
         summary = json.loads((directory / "summary.json").read_text())
         yield Finished(directory, summary, updates, pids, code, messages, collector.spans)
 
 
-def test_the_run_finishes_all_its_updates_and_the_policy_version_advances(finished: Finished) -> None:
+def test_the_run_finishes_all_its_updates_and_the_policy_version_advances(
+    finished: Finished,
+) -> None:
     assert finished.code == 0
     assert finished.summary["num_updates"] == SETTINGS["training.num_updates"]
     assert finished.summary["evaluations"][-1]["policy_version"] >= SETTINGS["training.num_updates"]
 
 
 def test_a_killed_rollout_worker_does_not_stop_the_run(finished: Finished) -> None:
-    assert any("rollout-0 service died and was started again" in message for message in finished.messages)
+    assert any(
+        "rollout-0 service died and was started again" in message for message in finished.messages
+    )
     assert finished.summary["ledger"]["failed"] == 0
 
 
@@ -194,7 +238,10 @@ def test_a_stale_group_is_refused(finished: Finished) -> None:
 
 def test_no_trained_token_is_staler_than_the_bound(finished: Finished) -> None:
     assert finished.summary["staleness_max"] <= finished.summary["max_staleness"]
-    assert max(values["staleness_max"] for values in finished.updates) <= finished.summary["max_staleness"]
+    assert (
+        max(values["staleness_max"] for values in finished.updates)
+        <= finished.summary["max_staleness"]
+    )
 
 
 def test_the_ledger_closes(finished: Finished) -> None:
@@ -202,27 +249,52 @@ def test_the_ledger_closes(finished: Finished) -> None:
     closed = sum(ledger[name] for name in ("trained", "skipped", "stale", "failed", "cancelled"))
     assert ledger["gap"] == 0
     assert ledger["issued"] == closed
-    assert ledger["trained"] == SETTINGS["training.num_updates"] * SETTINGS["training.groups_per_update"]
+    assert (
+        ledger["trained"]
+        == SETTINGS["training.num_updates"] * SETTINGS["training.groups_per_update"]
+    )
 
 
 def test_both_evaluations_are_complete_and_pooled_over_the_fixed_list(finished: Finished) -> None:
     evaluations = finished.summary["evaluations"]
-    assert [(e["num_updates"], e["is_greedy"]) for e in evaluations] == [(0, False), (0, True), (80, False), (80, True)]
+    assert [(e["num_updates"], e["is_greedy"]) for e in evaluations] == [
+        (0, False),
+        (0, True),
+        (80, False),
+        (80, True),
+    ]
     assert {e["num_episodes"] for e in evaluations} == {24}
     assert {e["num_failed"] for e in evaluations} == {0}
 
 
 def test_the_run_leaves_its_files(finished: Finished) -> None:
-    expected = ("config.yaml", "metrics.jsonl", "report.html", "summary.json", "logs/learner.log", "plots/success.png")
+    expected = (
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "summary.json",
+        "logs/learner.log",
+        "plots/success.png",
+    )
     assert [name for name in expected if not (finished.directory / name).is_file()] == []
     assert list((finished.directory / "checkpoints").iterdir())
 
 
 def test_the_logs_of_all_services_are_read_in_the_order_of_time(finished: Finished) -> None:
-    lines = [json.loads(line) for line in ask(finished.directory.parent, "logs", "--json").splitlines()]
-    assert {line["source"] for line in lines} >= {"gateway", "rollout-0", "teacher", "envs", "learner"}
+    lines = [
+        json.loads(line) for line in ask(finished.directory.parent, "logs", "--json").splitlines()
+    ]
+    assert {line["source"] for line in lines} >= {
+        "gateway",
+        "rollout-0",
+        "teacher",
+        "envs",
+        "learner",
+    }
     assert any("batch_trained" in line.get("message", "") for line in lines)
-    assert "batch_trained" not in ask(finished.directory.parent, "logs", "learner", "--level", "warning")
+    assert "batch_trained" not in ask(
+        finished.directory.parent, "logs", "learner", "--level", "warning"
+    )
 
 
 def test_the_processes_of_a_run_trace_a_group_together(finished: Finished) -> None:
@@ -231,27 +303,44 @@ def test_the_processes_of_a_run_trace_a_group_together(finished: Finished) -> No
     for span in finished.spans:
         traces[span.trace_id].append(span)
     whole = [
-        trace for trace in traces.values() if {"gateway.issue", "teacher.score", "learner.trained"} <= {s.name for s in trace}
+        trace
+        for trace in traces.values()
+        if {"gateway.issue", "teacher.score", "learner.trained"} <= {s.name for s in trace}
     ]
     assert whole
     for trace in whole:
         ids = {span.span_id for span in trace}
         assert len(ids) == len(trace)
-        services = {span.resource["service.name"] for span in trace if not span.parent_id or span.parent_id in ids}
+        services = {
+            span.resource["service.name"]
+            for span in trace
+            if not span.parent_id or span.parent_id in ids
+        }
         if services == {"sdar-gateway", "sdar-rollout", "sdar-teacher", "sdar-learner"}:
             break
     else:
         raise AssertionError("no trace has the spans of all four")
     # vLLM can trace too, which nobody asked for.
-    assert {span.name.split(".")[0] for span in finished.spans} == {"gateway", "rollout", "environment", "teacher", "learner"}
+    assert {span.name.split(".")[0] for span in finished.spans} == {
+        "gateway",
+        "rollout",
+        "environment",
+        "teacher",
+        "learner",
+    }
 
 
 def test_no_process_outlives_the_run(finished: Finished) -> None:
     assert [name for name, pid in finished.pids.items() if psutil.pid_exists(pid)] == []
 
 
-def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(tmp_path: Path) -> None:
-    changes = {"name": "resumed", "training.num_updates": 40}  # more than the drain can finish: an update takes 0.1 s
+def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(
+    tmp_path: Path,
+) -> None:
+    changes = {
+        "name": "resumed",
+        "training.num_updates": 40,
+    }  # more than the drain can finish: an update takes 0.1 s
     with EmbeddedRedis(tmp_path / "redis") as redis:
         with start(tmp_path / "runs", redis.url, **changes) as first:
             before = first.read_until_update(2)
@@ -260,7 +349,9 @@ def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(t
         with start(tmp_path / "runs", redis.url, **changes) as second:
             status = second.read_until("update")["status"]
             assert status["num_updates"] >= before["num_updates"]
-            assert status["policy_version"] >= before["policy_version"]  # equal if nothing was trained while draining
+            assert (
+                status["policy_version"] >= before["policy_version"]
+            )  # equal if nothing was trained while draining
             summary = second.read_until("finished")["summary"]
             assert second.end() == 0
     assert summary["num_updates"] == 40

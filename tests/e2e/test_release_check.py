@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdar.runtime.embedded_redis import EmbeddedRedis
+from sdar.bus.embedded_redis import EmbeddedRedis
 from tests.e2e.test_local_run import ask, services_of, start
 
 Check = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,22 +26,40 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
     """The command with the variables that the chart gives it, while a long run trains."""
     changes = {"name": "checked", "training.num_updates": 10_000}
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis, start(runs_dir, redis.url, **changes) as sitting:
+    with (
+        EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis,
+        start(runs_dir, redis.url, **changes) as sitting,
+    ):
         sitting.read_until_update(1)
         services = {name: process.environ() for name, process in services_of(sitting).items()}
         policy = f"127.0.0.1:{services['rollout-0']['SDAR_GRPC_PORT']}"
-        variables = {name: services["rollout-0"][name] for name in ("SDAR_CONFIG", "SDAR_ENVS_ADDRESS")}
+        variables = {
+            name: services["rollout-0"][name] for name in ("SDAR_CONFIG", "SDAR_ENVS_ADDRESS")
+        }
         variables["SDAR_GATEWAY_URL"] = f"http://127.0.0.1:{services['gateway']['SDAR_HTTP_PORT']}"
 
         def run(**arguments: str) -> subprocess.CompletedProcess[str]:
-            options = [word for name, value in ({"policy": policy} | arguments).items() for word in (f"--{name}", value)]
+            options = [
+                word
+                for name, value in ({"policy": policy} | arguments).items()
+                for word in (f"--{name}", value)
+            ]
             command = [sys.executable, "-m", "sdar.cli.release_check", *options]
-            return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120, check=False)
+            return subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=os.environ | variables,
+                timeout=120,
+                check=False,
+            )
 
         yield run
 
 
-def test_a_run_that_trains_passes_by_an_episode_of_its_policy_and_a_newer_version(check: Check) -> None:
+def test_a_run_that_trains_passes_by_an_episode_of_its_policy_and_a_newer_version(
+    check: Check,
+) -> None:
     done = check()
 
     assert (done.returncode, done.stderr) == (0, "")

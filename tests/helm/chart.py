@@ -1,4 +1,6 @@
-"""Owns how these tests render the chart: by the real Helm, as objects. Answers are kept, since a rendering takes 0.2 s."""
+"""Owns how these tests render the chart: by the real Helm, as objects. Answers are kept, since a
+rendering takes 0.2 s.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,41 @@ CHART = ROOT / "helm"
 HELM = os.environ.get("HELM", "helm")
 VALUES_DIR = Path(__file__).parent / "values"
 OPTIONAL_APIS = ("keda.sh/v1alpha1", "monitoring.coreos.com/v1")
-VALUES_FILES = {"defaults": None, "eks": CHART / "values-eks.yaml", **{path.stem: path for path in VALUES_DIR.glob("*.yaml")}}
+VALUES_FILES = {
+    "defaults": None,
+    "eks": CHART / "values-eks.yaml",
+    **{path.stem: path for path in VALUES_DIR.glob("*.yaml")},
+}
 Object = dict[str, Any]
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Without the variables of a cluster: a rendering must not depend on one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KUBE")}
-    return subprocess.run([HELM, *arguments], capture_output=True, text=True, env=environment, check=False, timeout=60)
+    return subprocess.run(
+        [HELM, *arguments], capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
 
 
 @functools.cache
-def render_text(values: str = "defaults", *settings: str, release: str = "sdar", apis: tuple[str, ...] = OPTIONAL_APIS) -> str:
-    """The manifest of a release. `values` names one of VALUES_FILES; each setting is KEY=VALUE of --set."""
+def render_text(
+    values: str = "defaults",
+    *settings: str,
+    release: str = "sdar",
+    apis: tuple[str, ...] = OPTIONAL_APIS,
+) -> str:
+    """The manifest of a release. `values` names one of VALUES_FILES; each setting is KEY=VALUE of
+    --set.
+    """
     arguments = ["template", release, str(CHART), "--namespace", "runs"]
     if (path := VALUES_FILES[values]) is not None:
         arguments += ["--values", str(path)]
     for setting in settings:
         # Helm takes a number with a point for a text, unless it is told that it is JSON.
-        arguments += ["--set-json" if re.search(r"=[0-9.]+(e-?[0-9]+)?$", setting) else "--set", setting]
+        arguments += [
+            "--set-json" if re.search(r"=[0-9.]+(e-?[0-9]+)?$", setting) else "--set",
+            setting,
+        ]
     for api in apis:
         arguments += ["--api-versions", api]
     done = helm(*arguments)
@@ -47,7 +65,11 @@ def render_text(values: str = "defaults", *settings: str, release: str = "sdar",
 def render(values: str = "defaults", *settings: str, **options: Any) -> list[Object]:
     """The same as objects, not to be changed."""
     # The C loader takes a tenth of the time.
-    return [thing for thing in yaml.load_all(render_text(values, *settings, **options), yaml.CSafeLoader) if thing]
+    return [
+        thing
+        for thing in yaml.load_all(render_text(values, *settings, **options), yaml.CSafeLoader)
+        if thing
+    ]
 
 
 def refuse(*arguments: str) -> str:

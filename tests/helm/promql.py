@@ -1,20 +1,36 @@
-"""Which series a PromQL expression reads, by which labels it chooses and groups them. Knows enough PromQL to be strict: what it
-takes for no metric's name is a function, an operator or a label list; everything else counts as a name."""
+"""Which series a PromQL expression reads, by which labels it chooses and groups them. Knows enough
+PromQL to be strict: what it takes for no metric's name is a function, an operator or a label list;
+everything else counts as a name."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-_TOKEN = re.compile(r'\s+|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[a-zA-Z_:][\w:]*|[0-9][\w.]*|=~|!~|!=|>=|<=|==|[-+*/%^=<>(){},]')
-_AGGREGATIONS = {"sum", "min", "max", "avg", "count", "group", "stddev", "topk", "bottomk", "quantile"}
+_TOKEN = re.compile(
+    r'\s+|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[a-zA-Z_:][\w:]*|[0-9][\w.]*|=~|!~|!=|>=|<=|==|[-+*/%^=<>(){},]'
+)
+_AGGREGATIONS = {
+    "sum",
+    "min",
+    "max",
+    "avg",
+    "count",
+    "group",
+    "stddev",
+    "topk",
+    "bottomk",
+    "quantile",
+}
 _LABEL_LISTS = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _WORDS = {"and", "or", "unless", "bool", "offset", "inf", "nan"}
 
 
 @dataclass
 class Reading:
-    """`selectors`: names with their matchers, label to (operator, value). `groupings`: labels of by, on and the like."""
+    """`selectors`: names with their matchers, label to (operator, value). `groupings`: labels of
+    by, on and the like.
+    """
 
     selectors: list[tuple[str, dict[str, tuple[str, str]]]] = field(default_factory=list)
     groupings: set[str] = field(default_factory=set)
@@ -33,12 +49,17 @@ def read(expression: str) -> Reading:
             place = end + 1
         elif token == "{":
             raise ValueError(f"a selector without a name in {expression}")
-        elif re.match(r"[a-zA-Z_:]", token) and token not in _AGGREGATIONS | _WORDS and after != "(":
+        elif (
+            re.match(r"[a-zA-Z_:]", token) and token not in _AGGREGATIONS | _WORDS and after != "("
+        ):
             matchers = {}
             if after == "{":
                 end = tokens.index("}", place)
                 inside = [part for part in tokens[place + 1 : end] if part != ","]
-                matchers = {name: (sign, value[1:-1]) for name, sign, value in zip(*[iter(inside)] * 3, strict=True)}
+                matchers = {
+                    name: (sign, value[1:-1])
+                    for name, sign, value in zip(*[iter(inside)] * 3, strict=True)
+                }
                 place = end + 1
             found.selectors.append((token, matchers))
     return found

@@ -1,4 +1,6 @@
-"""Alert rules: they name what exists, tell people what to do, and fire when promtool's tests say so and not else."""
+"""Alert rules: they name what exists, tell people what to do, and fire when promtool's tests say so
+and not else.
+"""
 
 import re
 import subprocess
@@ -19,7 +21,9 @@ NAMES = [rule["alert"] for rule in RULES]
 
 def run_promtool(*arguments) -> str:
     """Its output if it found a fault."""
-    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
@@ -41,13 +45,17 @@ def test_an_alert_tells_how_bad_it_is_what_is_wrong_and_what_to_do(rule):
     assert "{{ $labels.run }}" in rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
     headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
-    assert anchor in {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert anchor in {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 def test_every_alarm_of_the_gateway_has_its_alert():
     expressions = " ".join(rule["expr"] for rule in RULES)
     patterns = re.findall(r'name=~?"([^"]+)"', expressions)
-    assert [name for name in JUDGES if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+    assert [
+        name for name in JUDGES if not any(re.fullmatch(pattern, name) for pattern in patterns)
+    ] == []
 
 
 def test_the_rules_are_valid_and_each_fires_on_its_case_and_not_on_its_neighbour():
@@ -62,8 +70,14 @@ def test_each_alert_has_a_case_in_which_it_fires():
 
 
 def test_the_cases_notice_an_alert_that_never_fires_and_one_that_always_does(tmp_path):
-    (tmp_path / "cases.yaml").write_text(yaml.safe_dump(yaml.safe_load(CASES.read_text()) | {"rule_files": ["rules.yaml"]}))
+    (tmp_path / "cases.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load(CASES.read_text()) | {"rule_files": ["rules.yaml"]})
+    )
     for broken in ("vector(1) > 2", 'label_replace(vector(1), "run", "near", "", "")'):
-        rules = [rule | {"expr": broken} if rule["alert"] == "SdarIdleGpu" else rule for rule in RULES]
-        (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "one", "rules": rules}]}))
+        rules = [
+            rule | {"expr": broken} if rule["alert"] == "SdarIdleGpu" else rule for rule in RULES
+        ]
+        (tmp_path / "rules.yaml").write_text(
+            yaml.safe_dump({"groups": [{"name": "one", "rules": rules}]})
+        )
         assert "SdarIdleGpu" in run_promtool("test", "rules", tmp_path / "cases.yaml")

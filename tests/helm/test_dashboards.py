@@ -1,5 +1,5 @@
-"""Dashboards: what Grafana needs of them, and queries that name only what exists. Whether each shows something is asked of a
-real Prometheus by `python -m tools.check_dashboards`."""
+"""Dashboards: what Grafana needs of them, and queries that name only what exists. Whether each
+shows something is asked of a real Prometheus by `python -m tools.check_dashboards`."""
 
 import json
 import re
@@ -14,15 +14,24 @@ from tools.make_dashboards import ALL, render
 QUERIES = list(list_queries())
 FILLED = [query.fill("household", window="1m", seconds=1800) for query in QUERIES]
 FILES = {path.stem: json.loads(path.read_text()) for path in DASHBOARDS.glob("*.json")}
-PANELS = [(name, panel) for name, found in FILES.items() for panel in found["panels"] if panel["type"] != "row"]
+PANELS = [
+    (name, panel)
+    for name, found in FILES.items()
+    for panel in found["panels"]
+    if panel["type"] != "row"
+]
 
 
 def test_the_files_are_written_from_the_current_panels():
     written = {f"sdar-{path.stem}": path.read_text() for path in DASHBOARDS.glob("*.json")}
-    assert written == {dashboard.uid: render(dashboard) for dashboard in ALL}, "helm/dashboards is out of date: run `make docs`"
+    assert written == {dashboard.uid: render(dashboard) for dashboard in ALL}, (
+        "helm/dashboards is out of date: run `make docs`"
+    )
 
 
-@pytest.mark.parametrize("place", range(len(QUERIES)), ids=[f"{q.dashboard}/{q.panel}/{q.legend}" for q in QUERIES])
+@pytest.mark.parametrize(
+    "place", range(len(QUERIES)), ids=[f"{q.dashboard}/{q.panel}/{q.legend}" for q in QUERIES]
+)
 def test_a_query_reads_only_series_and_labels_that_a_service_exports(place):
     assert find_faults(FILLED[place]) == []
 
@@ -33,9 +42,10 @@ def test_prometheus_takes_every_query():
 
 def test_every_query_is_about_the_run_that_is_chosen():
     for query in QUERIES:
-        assert {matchers.get("run") for _, matchers in read(query.fill("$run", window="1m", seconds=9)).selectors} == {
-            ("=", "$run")
-        }
+        assert {
+            matchers.get("run")
+            for _, matchers in read(query.fill("$run", window="1m", seconds=9)).selectors
+        } == {("=", "$run")}
 
 
 def test_legends_name_labels_that_the_query_keeps():
@@ -44,7 +54,9 @@ def test_legends_name_labels_that_the_query_keeps():
 
 
 def test_no_datasource_is_written_into_a_dashboard():
-    named = [target["datasource"]["uid"] for _, panel in PANELS for target in [panel, *panel["targets"]]]
+    named = [
+        target["datasource"]["uid"] for _, panel in PANELS for target in [panel, *panel["targets"]]
+    ]
     assert set(named) == {"${datasource}"}
     for found in FILES.values():
         variables = found["templating"]["list"]
@@ -60,10 +72,14 @@ def test_dashboards_and_panels_can_be_told_apart():
         assert len(set(ids)) == len(ids)
         used = {(name, v["name"]) for name in [found["uid"]] for v in found["templating"]["list"]}
         text = json.dumps(found["panels"])
-        assert [name for _, name in used if f"${name}" not in text and f"${{{name}}}" not in text] == []
+        assert [
+            name for _, name in used if f"${name}" not in text and f"${{{name}}}" not in text
+        ] == []
 
 
-@pytest.mark.parametrize(("dashboard", "panel"), PANELS, ids=[f"{name}/{panel['title']}" for name, panel in PANELS])
+@pytest.mark.parametrize(
+    ("dashboard", "panel"), PANELS, ids=[f"{name}/{panel['title']}" for name, panel in PANELS]
+)
 def test_a_panel_has_a_title_a_unit_a_description_and_queries(dashboard, panel):
     assert panel["title"]
     assert panel["description"].endswith((".", "`."))
@@ -77,15 +93,25 @@ def test_panels_do_not_lie_over_each_other_or_beyond_the_edge(name):
     taken = set()
     for panel in FILES[name]["panels"]:
         place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
         assert not cells & taken
         assert place["x"] + place["w"] <= 24
         taken |= cells
 
 
 def test_a_query_with_a_wrong_name_label_or_value_is_found():
-    assert find_faults('sum(rate(sdar_nonsense_total{run="x"}[1m]))') == ["no service has sdar_nonsense_total"]
+    assert find_faults('sum(rate(sdar_nonsense_total{run="x"}[1m]))') == [
+        "no service has sdar_nonsense_total"
+    ]
     assert find_faults('sdar_updates{run="x", phase="y"}') == ["sdar_updates has no label phase"]
-    assert find_faults('sdar_run_phase{run="x", phase="asleep"}') == ["sdar_run_phase has no phase 'asleep'"]
-    assert find_faults('sum by (stream) (sdar_updates{run="x"})') == ["none of its series has the label stream"]
-    assert find_faults('rate(sdar_learner_seconds{run="x"}[1m])') == ["no service has sdar_learner_seconds"]
+    assert find_faults('sdar_run_phase{run="x", phase="asleep"}') == [
+        "sdar_run_phase has no phase 'asleep'"
+    ]
+    assert find_faults('sum by (stream) (sdar_updates{run="x"})') == [
+        "none of its series has the label stream"
+    ]
+    assert find_faults('rate(sdar_learner_seconds{run="x"}[1m])') == [
+        "no service has sdar_learner_seconds"
+    ]

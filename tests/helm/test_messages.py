@@ -28,22 +28,40 @@ from tests.helm.chart import CHART, ROOT, refuse
             "run.rollout.tensor_parallel_size=2",
             ["run.rollout.tensor_parallel_size is 2", "rollout.gpus is 0", "Set rollout.gpus to 2"],
         ),
-        ("learner.gpus=2", ["learner.gpus is 2", "run.training.num_ranks 1", "Set learner.gpus to 1"]),
-        ("learner.replicas=2,run.training.num_ranks=3", ["learner.replicas 2 does not divide run.training.num_ranks 3"]),
-        ("learner.replicas=2,run.training.num_ranks=2", ["learner.replicas is 2", "storage.accessModes has no ReadWriteMany"]),
+        (
+            "learner.gpus=2",
+            ["learner.gpus is 2", "run.training.num_ranks 1", "Set learner.gpus to 1"],
+        ),
+        (
+            "learner.replicas=2,run.training.num_ranks=3",
+            ["learner.replicas 2 does not divide run.training.num_ranks 3"],
+        ),
+        (
+            "learner.replicas=2,run.training.num_ranks=2",
+            ["learner.replicas is 2", "storage.accessModes has no ReadWriteMany"],
+        ),
         ("envs.replicas.min=3", ["envs.replicas.min 3 is above envs.replicas.max 1"]),
         ("envs.replicas.min=0", ["at '/envs/replicas/min'", "got 0, want 1"]),
         ("autoscaling.mode=keda", ["autoscaling.mode is keda", "keda.sh/v1alpha1"]),
-        ("autoscaling.mode=none,autoscaling.dryRun=true", ["autoscaling.dryRun", "autoscaling.mode is none"]),
+        (
+            "autoscaling.mode=none,autoscaling.dryRun=true",
+            ["autoscaling.dryRun", "autoscaling.mode is none"],
+        ),
         ("storage.weightsUrl=gs://bucket", ["at '/storage/weightsUrl'", "gs://bucket"]),
         ("redis.enabled=false", ["redis.enabled is false", "redis.url"]),
-        ("redis.url=redis://elsewhere:6379", ["redis.url names a Redis, and redis.enabled starts another"]),
+        (
+            "redis.url=redis://elsewhere:6379",
+            ["redis.url names a Redis, and redis.enabled starts another"],
+        ),
         ("ingress.enabled=true", ["ingress.host is empty"]),
         ("run.name=Mine", ["at '/run/name'", "Mine"]),
         ("fullnameOverride=2024-run", ["at '/fullnameOverride'", "2024-run"]),
         ("image.tag=0.1.0@sha256:00", ["at '/image/tag'", "0.1.0@sha256:00"]),
         ("image.pullSecrets[0].nam=mine", ["at '/image/pullSecrets/0'", "'nam' not allowed"]),
-        ("storage.accessModes[0]=ReadWriteOncePod", ["storage.accessModes has ReadWriteOncePod", "storage.weightsUrl"]),
+        (
+            "storage.accessModes[0]=ReadWriteOncePod",
+            ["storage.accessModes has ReadWriteOncePod", "storage.weightsUrl"],
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_its_name(setting, said):
@@ -81,7 +99,10 @@ def test_rules_between_sections_are_refused_in_the_words_of_run_config(changes, 
 def test_several_mistakes_are_told_at_once():
     message = refuse("--set", "rollout.gpus=3,learner.gpus=2,run.model.path=")
 
-    assert all(words in message for words in ("rollout.gpus is 3", "learner.gpus is 2", "run.model.path is empty"))
+    assert all(
+        words in message
+        for words in ("rollout.gpus is 3", "learner.gpus is 2", "run.model.path is empty")
+    )
 
 
 def test_run_config_has_no_rule_between_sections_that_the_chart_lacks():
@@ -89,7 +110,10 @@ def test_run_config_has_no_rule_between_sections_that_the_chart_lacks():
 
     rules = inspect.getsource(RunConfig._check_across_sections).count("raise ValueError")
     section = (
-        (CHART / "templates/_validate.tpl").read_text().partition("rules between sections")[2].partition("{{/* GPUs */}}")[0]
+        (CHART / "templates/_validate.tpl")
+        .read_text()
+        .partition("rules between sections")[2]
+        .partition("{{/* GPUs */}}")[0]
     )
 
     assert section.count("append $problems") == rules

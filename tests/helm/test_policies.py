@@ -1,11 +1,23 @@
-"""What every pod of the chart keeps to: restricted, probed, bounded, spoken to along the arrows of the architecture only."""
+"""What every pod of the chart keeps to: restricted, probed, bounded, spoken to along the arrows of
+the architecture only.
+"""
 
 from __future__ import annotations
 
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, VALUES_FILES, component, containers, find, helm, of_kind, pods, render
+from tests.helm.chart import (
+    CHART,
+    VALUES_FILES,
+    component,
+    containers,
+    find,
+    helm,
+    of_kind,
+    pods,
+    render,
+)
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
 SERVICES = {"gateway", "rollout", "teacher", "envs", "learner", "redis"}
@@ -44,7 +56,11 @@ def test_every_container_asks_for_what_it_needs_and_is_bounded(values):
         assert {"cpu", "memory"} <= set(container["resources"]["requests"]), role
         assert {"cpu", "memory"} <= set(container["resources"]["limits"]), role
         # Kubernetes 1.20 refuses a number from a server-side apply, which is how Helm 4 installs.
-        assert all(isinstance(amount, str) for kind in container["resources"].values() for amount in kind.values()), role
+        assert all(
+            isinstance(amount, str)
+            for kind in container["resources"].values()
+            for amount in kind.values()
+        ), role
 
 
 def test_the_default_release_fits_two_cores_and_eight_gibibytes():
@@ -53,7 +69,11 @@ def test_the_default_release_fits_two_cores_and_eight_gibibytes():
         unit = next((unit for unit in units if str(quantity).endswith(unit)), "")
         return float(str(quantity).removesuffix(unit)) * units.get(unit, 1)
 
-    requests = [container["resources"]["requests"] for role, container in containers(render()) if role != "check"]
+    requests = [
+        container["resources"]["requests"]
+        for role, container in containers(render())
+        if role != "check"
+    ]
 
     assert sum(size(request["cpu"]) for request in requests) < 1
     assert sum(size(request["memory"]) for request in requests) < 5 * 2**30
@@ -71,7 +91,9 @@ def test_only_a_scaling_gateway_may_talk_to_kubernetes(values):
     for account in of_kind(things, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
     names = {account["metadata"]["name"] for account in of_kind(things, "ServiceAccount")}
-    assert all(pod["spec"]["serviceAccountName"] in names for role, pod in pods(things) if role != "check")
+    assert all(
+        pod["spec"]["serviceAccountName"] in names for role, pod in pods(things) if role != "check"
+    )
 
 
 def test_the_gateway_may_change_sizes_of_its_own_release_and_write_events_and_nothing_else():
@@ -79,11 +101,19 @@ def test_the_gateway_may_change_sizes_of_its_own_release_and_write_events_and_no
     (role,) = of_kind(things, "Role")
     rules = {resource: rule for rule in role["rules"] for resource in rule["resources"]}
     workloads = of_kind(things, "Deployment", "StatefulSet")
-    own = {thing["metadata"]["name"] for thing in workloads if component(thing) in ("rollout", "teacher", "envs", "learner")}
+    own = {
+        thing["metadata"]["name"]
+        for thing in workloads
+        if component(thing) in ("rollout", "teacher", "envs", "learner")
+    }
 
     assert set(rules) == {"deployments/scale", "statefulsets/scale", "events"}
     assert {name for rule in rules.values() for name in rule.get("resourceNames", [])} == own
-    assert rules["deployments/scale"]["verbs"] == rules["statefulsets/scale"]["verbs"] == ["get", "update"]
+    assert (
+        rules["deployments/scale"]["verbs"]
+        == rules["statefulsets/scale"]["verbs"]
+        == ["get", "update"]
+    )
     assert rules["events"]["verbs"] == ["create"]
     (binding,) = of_kind(things, "RoleBinding")
     assert [subject["name"] for subject in binding["subjects"]] == ["sdar-gateway"]
@@ -101,14 +131,22 @@ def test_selectors_of_workloads_services_and_budgets_find_their_pods_and_no_othe
         assert chosen(thing["spec"]["selector"]["matchLabels"]) == {component(thing)}
     for thing in of_kind(things, "Service"):
         assert chosen(thing["spec"]["selector"]) == {component(thing)}
-    assert {component(thing) for thing in of_kind(things, "PodDisruptionBudget")} == set(labels) - {"check"}
-    assert all(thing["spec"]["maxUnavailable"] == 1 for thing in of_kind(things, "PodDisruptionBudget"))
+    assert {component(thing) for thing in of_kind(things, "PodDisruptionBudget")} == set(labels) - {
+        "check"
+    }
+    assert all(
+        thing["spec"]["maxUnavailable"] == 1 for thing in of_kind(things, "PodDisruptionBudget")
+    )
 
 
-@pytest.mark.parametrize(("version", "told"), [("1.34.1-eks-113cf36", "AlwaysAllow"), ("1.26.0", None), ("0.0.0", None)])
+@pytest.mark.parametrize(
+    ("version", "told"), [("1.34.1-eks-113cf36", "AlwaysAllow"), ("1.26.0", None), ("0.0.0", None)]
+)
 def test_a_pod_that_is_not_ready_may_leave_its_node_where_kubernetes_can_be_told(version, told):
     done = helm("template", "sdar", str(CHART), "--kube-version", version)
-    budgets = of_kind([thing for thing in yaml.safe_load_all(done.stdout) if thing], "PodDisruptionBudget")
+    budgets = of_kind(
+        [thing for thing in yaml.safe_load_all(done.stdout) if thing], "PodDisruptionBudget"
+    )
 
     assert len(budgets) == len(SERVICES)
     assert {budget["spec"].get("unhealthyPodEvictionPolicy") for budget in budgets} == {told}
@@ -124,11 +162,19 @@ def test_every_pod_is_denied_what_no_policy_names(values):
         assert denial["spec"]["policyTypes"] == ["Ingress", "Egress"]
         assert "ingress" not in denial["spec"]
         for _, pod in pods(things):
-            assert denial["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+            assert (
+                denial["spec"]["podSelector"]["matchLabels"].items()
+                <= pod["metadata"]["labels"].items()
+            )
 
 
 ARROWS = {
-    *(("gateway", "redis", 6379), ("rollout", "redis", 6379), ("teacher", "redis", 6379), ("learner", "redis", 6379)),
+    *(
+        ("gateway", "redis", 6379),
+        ("rollout", "redis", 6379),
+        ("teacher", "redis", 6379),
+        ("learner", "redis", 6379),
+    ),
     *(("gateway", "envs", 9090), ("rollout", "envs", 9090)),
     *(("check", "gateway", 8080), ("check", "envs", 9090), ("check", "rollout", 9090)),
 }
@@ -164,19 +210,39 @@ def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, more):
 def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():
     def ways(values, role, *settings):
         policy = find(render(values, *settings), "NetworkPolicy", f"sdar-{role}")
-        return {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"] if not _is_to_pods(rule)}
+        return {
+            port["port"]
+            for rule in policy["spec"]["egress"]
+            for port in rule["ports"]
+            if not _is_to_pods(rule)
+        }
 
-    assert ways("defaults", "rollout") == ways("defaults", "teacher") == ways("defaults", "learner") == set()
-    assert ways("defaults", "gateway") == {443, 6443, 8443, 16443}  # the API server, as clusters have it
+    assert (
+        ways("defaults", "rollout")
+        == ways("defaults", "teacher")
+        == ways("defaults", "learner")
+        == set()
+    )
+    assert ways("defaults", "gateway") == {
+        443,
+        6443,
+        8443,
+        16443,
+    }  # the API server, as clusters have it
     assert ways("everything", "rollout") == {443, 4317}
     assert ways("keda", "learner") == {6380}
     assert ways("grpo", "rollout") == {50051}
     for role in ("rollout", "learner"):
         hosts = ("redis.url=redis://redis1/0", "tracing.endpoint=http://collector2")
-        assert ways("keda", role, *hosts) == {6379, 4317}  # the usual ports, not the last digit of a host
+        assert ways("keda", role, *hosts) == {
+            6379,
+            4317,
+        }  # the usual ports, not the last digit of a host
     for rule in find(render("everything"), "NetworkPolicy", "sdar-rollout")["spec"]["egress"]:
         for peer in rule.get("to", []):
-            assert "ipBlock" not in peer or peer["ipBlock"]["except"]  # never the cloud's metadata service
+            assert (
+                "ipBlock" not in peer or peer["ipBlock"]["except"]
+            )  # never the cloud's metadata service
 
 
 def _is_to_pods(rule):
@@ -191,7 +257,9 @@ def test_only_the_learner_writes_the_claim():
             for mount in container["volumeMounts"]
             if mount["name"] == "data" and role != "redis"
         }
-        assert mounts == {"learner": False} | ({"rollout": True, "teacher": True} if values == "defaults" else {})
+        assert mounts == {"learner": False} | (
+            {"rollout": True, "teacher": True} if values == "defaults" else {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -211,12 +279,16 @@ def test_pods_that_share_a_claim_of_one_node_are_put_on_one_node(values, setting
     bound = {}
     for role, pod in pods(things):
         for term in (
-            pod["spec"].get("affinity", {}).get("podAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+            pod["spec"]
+            .get("affinity", {})
+            .get("podAffinity", {})
+            .get("requiredDuringSchedulingIgnoredDuringExecution", [])
         ):
             (expression,) = term["labelSelector"]["matchExpressions"]
             assert term["topologyKey"] == "kubernetes.io/hostname"
             assert term["labelSelector"]["matchLabels"].items() <= labels[role].items()
-            # Each is one of those that it wants to be beside: else the first of them would find no node.
+            # Each is one of those that it wants to be beside: else the first of them would find no
+            # node.
             bound[role] = set(expression["values"])
 
     assert bound == dict.fromkeys(together, together)
@@ -227,7 +299,10 @@ def test_pods_that_share_a_claim_of_one_node_are_put_on_one_node(values, setting
 
 def test_a_learner_of_several_pods_meets_before_anyone_is_ready():
     things = render("everything")
-    service, learner = find(things, "Service", "sdar-learner"), find(things, "StatefulSet", "sdar-learner")
+    service, learner = (
+        find(things, "Service", "sdar-learner"),
+        find(things, "StatefulSet", "sdar-learner"),
+    )
 
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
@@ -252,10 +327,21 @@ def test_no_drain_outlives_a_spot_interruption_but_the_learners():
 
 def test_gpus_are_asked_for_where_they_are_said():
     gpus = {
-        role: container["resources"]["limits"].get("nvidia.com/gpu") for role, container in containers(render("everything"))
+        role: container["resources"]["limits"].get("nvidia.com/gpu")
+        for role, container in containers(render("everything"))
     }
 
-    assert (gpus["rollout"], gpus["teacher"], gpus["learner"], gpus["gateway"], gpus["envs"]) == ("2", "2", "4", None, None)
-    limits = next(container["resources"]["limits"] for role, container in containers(render("everything")) if role == "learner")
+    assert (gpus["rollout"], gpus["teacher"], gpus["learner"], gpus["gateway"], gpus["envs"]) == (
+        "2",
+        "2",
+        "4",
+        None,
+        None,
+    )
+    limits = next(
+        container["resources"]["limits"]
+        for role, container in containers(render("everything"))
+        if role == "learner"
+    )
     assert limits["vpc.amazonaws.com/efa"] == "1"
     assert limits["memory"]  # what was not said stays

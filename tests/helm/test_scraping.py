@@ -1,4 +1,6 @@
-"""What scrapes a release: ServiceMonitors for the Prometheus operator, deploy/prometheus for others. Both find each process."""
+"""What scrapes a release: ServiceMonitors for the Prometheus operator, deploy/prometheus for
+others. Both find each process.
+"""
 
 import re
 import subprocess
@@ -23,7 +25,11 @@ def relabel(labels, rules):
         if (action == "keep" and not match) or (action == "drop" and match):
             return None
         if action == "replace" and match:
-            labels = labels | {rule["target_label"]: match.expand(rule.get("replacement", r"\1").replace("$", "\\"))}
+            labels = labels | {
+                rule["target_label"]: match.expand(
+                    rule.get("replacement", r"\1").replace("$", "\\")
+                )
+            }
     return labels
 
 
@@ -31,17 +37,29 @@ def discover(things):
     """What Prometheus' pod discovery finds of the release's pods: a target for each port."""
     for thing in of_kind(things, "Deployment", "StatefulSet"):
         template = thing["spec"]["template"]
-        found = {POD_LABEL + re.sub(r"\W", "_", name): value for name, value in template["metadata"]["labels"].items()}
+        found = {
+            POD_LABEL + re.sub(r"\W", "_", name): value
+            for name, value in template["metadata"]["labels"].items()
+        }
         for container in template["spec"]["containers"]:
             for port in container.get("ports", ()):
                 name = {"__meta_kubernetes_pod_container_port_name": port["name"]}
-                yield found | name | {"__meta_kubernetes_pod_phase": "Running", "__address__": str(port["containerPort"])}
+                yield (
+                    found
+                    | name
+                    | {
+                        "__meta_kubernetes_pod_phase": "Running",
+                        "__address__": str(port["containerPort"]),
+                    }
+                )
 
 
 def test_a_prometheus_without_the_operator_finds_each_service_at_the_port_with_its_metrics():
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "kubernetes.yml").read_text())
     rules = config["scrape_configs"][0]["relabel_configs"]
-    targets = [target for pod in discover(render(release="first")) if (target := relabel(pod, rules))]
+    targets = [
+        target for pod in discover(render(release="first")) if (target := relabel(pod, rules))
+    ]
     assert {target["role"] for target in targets} == ROLES
     assert len(targets) == len(ROLES)
     assert {target["run"] for target in targets} == {"first"}
@@ -59,17 +77,27 @@ def test_a_service_monitor_of_each_role_finds_its_pods_and_names_run_and_role():
         endpoint = monitor["spec"]["endpoints"][0]
         labels = {rule["targetLabel"]: rule["replacement"] for rule in endpoint["relabelings"]}
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
-        services = [s for s in of_kind(things, "Service") if wanted <= s["metadata"]["labels"].items()]
-        ports = {port["name"]: port.get("targetPort") for service in services for port in service["spec"]["ports"]}
+        services = [
+            s for s in of_kind(things, "Service") if wanted <= s["metadata"]["labels"].items()
+        ]
+        ports = {
+            port["name"]: port.get("targetPort")
+            for service in services
+            for port in service["spec"]["ports"]
+        }
         pods = [
             container
             for thing in of_kind(things, "Deployment", "StatefulSet")
-            if services[0]["spec"]["selector"].items() <= thing["spec"]["template"]["metadata"]["labels"].items()
+            if services[0]["spec"]["selector"].items()
+            <= thing["spec"]["template"]["metadata"]["labels"].items()
             for container in thing["spec"]["template"]["spec"]["containers"]
         ]
         assert len(services) == len(pods) == 1
         assert ports[endpoint["port"]] in {port["name"] for port in pods[0]["ports"]}
-        assert labels == {"run": "first", "role": monitor["metadata"]["labels"]["app.kubernetes.io/component"]}
+        assert labels == {
+            "run": "first",
+            "role": monitor["metadata"]["labels"]["app.kubernetes.io/component"],
+        }
 
 
 def test_a_gateway_with_tls_is_scraped_by_tls():
@@ -91,7 +119,11 @@ def test_a_release_watches_itself_and_leaves_the_rules_of_others_to_them():
 
 
 def test_a_release_brings_three_dashboards_for_the_sidecar():
-    maps = [m for m in of_kind(render(), "ConfigMap") if m["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    maps = [
+        m
+        for m in of_kind(render(), "ConfigMap")
+        if m["metadata"]["labels"].get("grafana_dashboard") == "1"
+    ]
     keys = sorted(key for each in maps for key in each["data"])
     assert keys == ["sdar-health.json", "sdar-learning.json", "sdar-throughput.json"]
     for each in maps:
@@ -115,11 +147,18 @@ def test_the_operators_own_labels_come_on_top():
 
 
 def test_promtool_takes_the_configuration_of_compose_with_the_rules_beside_it(tmp_path):
-    (tmp_path / "prometheus.yml").write_text((ROOT / "deploy" / "prometheus" / "compose.yml").read_text())
+    (tmp_path / "prometheus.yml").write_text(
+        (ROOT / "deploy" / "prometheus" / "compose.yml").read_text()
+    )
     (tmp_path / "alerts").mkdir()
-    (tmp_path / "alerts" / "sdar.yaml").write_text((ROOT / "helm" / "alerts" / "sdar.yaml").read_text())
+    (tmp_path / "alerts" / "sdar.yaml").write_text(
+        (ROOT / "helm" / "alerts" / "sdar.yaml").read_text()
+    )
     done = subprocess.run(
-        ["promtool", "check", "config", tmp_path / "prometheus.yml"], capture_output=True, text=True, check=False
+        ["promtool", "check", "config", tmp_path / "prometheus.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "1 rule files found" in done.stdout

@@ -1,4 +1,6 @@
-"""What the chart hands to the services is what the services know: variables, commands, ports, keys, hosts of certificates."""
+"""What the chart hands to the services is what the services know: variables, commands, ports, keys,
+hosts of certificates.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from sdar.cli.main import ServiceName
 from sdar.cli.release_check import build_parser
 from sdar.config import RunConfig
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
-from sdar.runtime.settings import Settings
+from sdar.process.settings import Settings
 from tests.helm.chart import CHART, ROOT, VALUES_FILES, containers, find, of_kind, pods, render
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
@@ -28,7 +30,10 @@ OF_LIBRARIES = {
 
 
 def known_variables():
-    return {field.validation_alias or f"SDAR_{name.upper()}" for name, field in Settings.model_fields.items()}
+    return {
+        field.validation_alias or f"SDAR_{name.upper()}"
+        for name, field in Settings.model_fields.items()
+    }
 
 
 @every_values_file
@@ -36,7 +41,9 @@ def test_every_variable_is_one_that_settings_or_a_library_reads(values):
     users = {item["name"] for item in _own_env(values, "rollout")}
     for role, container in containers(render(values)):
         for variable in container.get("env", []):
-            assert variable["name"] in known_variables() | set(OF_LIBRARIES) | users, f"{role}: {variable['name']}"
+            assert variable["name"] in known_variables() | set(OF_LIBRARIES) | users, (
+                f"{role}: {variable['name']}"
+            )
 
 
 def _own_env(values, role):
@@ -59,7 +66,9 @@ def test_every_grace_that_the_chart_takes_is_a_drain_that_services_take(grace_s)
     for role in ("rollout", "envs"):
         environment = {
             variable["name"]: variable.get("value")
-            for name, container in containers(render("defaults", f"{role}.terminationGracePeriodSeconds={grace_s}"))
+            for name, container in containers(
+                render("defaults", f"{role}.terminationGracePeriodSeconds={grace_s}")
+            )
             for variable in container.get("env", [])
             if name == role
         }
@@ -84,30 +93,47 @@ def test_every_command_is_one_of_sdars(values):
 def test_torchrun_is_started_with_flags_that_it_knows():
     from torch.distributed.run import get_args_parser
 
-    (script,) = [container["command"][2] for role, container in containers(render("everything")) if role == "learner"]
+    (script,) = [
+        container["command"][2]
+        for role, container in containers(render("everything"))
+        if role == "learner"
+    ]
     words = shlex.split(script.replace("${HOSTNAME##*-}", "1"))
     told = get_args_parser().parse_args(words[2:])
 
     assert words[:2] == ["exec", "torchrun"]
     assert (told.nnodes, told.nproc_per_node, told.node_rank) == ("2", "4", 1)
-    assert (told.master_addr, told.master_port, told.no_python) == ("sdar-learner-0.sdar-learner", 29500, True)
+    assert (told.master_addr, told.master_port, told.no_python) == (
+        "sdar-learner-0.sdar-learner",
+        29500,
+        True,
+    )
     assert [told.training_script, *told.training_script_args] == ["sdar", "serve", "learner"]
 
 
 def test_every_role_has_its_image_and_a_teacher_with_vllm_the_rollouts():
     def images(values):
-        return {role: container["image"] for role, container in containers(render(values)) if role != "redis"}
+        return {
+            role: container["image"]
+            for role, container in containers(render(values))
+            if role != "redis"
+        }
 
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     roles = ("gateway", "rollout", "teacher", "envs", "learner")
-    assert images("defaults") == {role: f"sdar-{role}:{version}" for role in roles} | {"check": f"sdar-gateway:{version}"}
+    assert images("defaults") == {role: f"sdar-{role}:{version}" for role in roles} | {
+        "check": f"sdar-gateway:{version}"
+    }
     assert images("everything")["teacher"] == "registry.example.com/team/sdar-rollout:0.2.0-cuda"
     assert images("everything")["learner"] == "registry.example.com/team/sdar-learner:0.2.0-cuda"
     assert images("everything")["envs"] == "registry.example.com/team/sdar-envs:0.2.0"
 
 
 def test_ports_are_those_that_services_take_by_themselves():
-    ports = {field: Settings.model_fields[field].default for field in ("http_port", "grpc_port", "probe_port")}
+    ports = {
+        field: Settings.model_fields[field].default
+        for field in ("http_port", "grpc_port", "probe_port")
+    }
     named = {
         port["name"]: port["containerPort"]
         for role, one in containers(render())
@@ -115,17 +141,28 @@ def test_ports_are_those_that_services_take_by_themselves():
         for port in one.get("ports", [])
     }
 
-    assert named == {"http": ports["http_port"], "grpc": ports["grpc_port"], "probe": ports["probe_port"]}
+    assert named == {
+        "http": ports["http_port"],
+        "grpc": ports["grpc_port"],
+        "probe": ports["probe_port"],
+    }
 
 
 @every_values_file
 def test_every_volume_is_there_and_every_mount_has_one(values):
     things = render(values)
-    made = {kind: {thing["metadata"]["name"] for thing in of_kind(things, kind)} for kind in ("ConfigMap", "Secret")}
+    made = {
+        kind: {thing["metadata"]["name"] for thing in of_kind(things, kind)}
+        for kind in ("ConfigMap", "Secret")
+    }
     elsewhere = {"tokens", "certificates", "redis"} if values == "existing" else set()
     for role, pod in pods(things):
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
-        mounted = {mount["name"] for container in pod["spec"]["containers"] for mount in container["volumeMounts"]}
+        mounted = {
+            mount["name"]
+            for container in pod["spec"]["containers"]
+            for mount in container["volumeMounts"]
+        }
         assert mounted - {"data"} <= set(volumes) if role == "redis" else mounted == set(volumes)
         for volume in volumes.values():
             if "configMap" in volume:
@@ -140,7 +177,9 @@ def test_every_volume_is_there_and_every_mount_has_one(values):
 
 def test_nothing_that_is_written_lies_on_the_root_file_system():
     for role, container in containers(render()):
-        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        writable = {
+            mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
+        }
         expected = {"/tmp", "/var/cache/sdar"} if role not in ("redis", "check") else {"/tmp"}
         assert expected <= writable, role
 
@@ -149,41 +188,83 @@ def test_keda_goes_by_streams_and_groups_that_exist():
     keys, streams = RunKeys("sdar"), set()
     for thing in of_kind(render("keda"), "ScaledObject"):
         for trigger in thing["spec"]["triggers"]:
-            streams.add((thing["metadata"]["name"], trigger["metadata"]["stream"], trigger["metadata"]["consumerGroup"]))
+            streams.add(
+                (
+                    thing["metadata"]["name"],
+                    trigger["metadata"]["stream"],
+                    trigger["metadata"]["consumerGroup"],
+                )
+            )
             assert trigger["metadata"]["enableTLS"] == "true"
-        assert {key for one in thing["spec"]["triggers"] for key in one["metadata"]} >= {"lagCount", "pendingEntriesCount"}
+        assert {key for one in thing["spec"]["triggers"] for key in one["metadata"]} >= {
+            "lagCount",
+            "pendingEntriesCount",
+        }
 
     assert streams == {
         ("sdar-rollout", keys.stream(Stream.TASKS), ConsumerGroup.ROLLOUT.value),
         ("sdar-envs", keys.stream(Stream.TASKS), ConsumerGroup.ROLLOUT.value),
         ("sdar-teacher", keys.stream(Stream.TRAJECTORIES), ConsumerGroup.TEACHER.value),
     }
-    least = {thing["metadata"]["name"]: thing["spec"]["minReplicaCount"] for thing in of_kind(render("keda"), "ScaledObject")}
-    assert least == {"sdar-rollout": 0, "sdar-teacher": 0, "sdar-envs": 2}  # the gateway first asks environments for tasks
+    least = {
+        thing["metadata"]["name"]: thing["spec"]["minReplicaCount"]
+        for thing in of_kind(render("keda"), "ScaledObject")
+    }
+    assert least == {
+        "sdar-rollout": 0,
+        "sdar-teacher": 0,
+        "sdar-envs": 2,
+    }  # the gateway first asks environments for tasks
 
 
 def test_keda_finds_the_address_and_the_password_in_the_secret():
     things = render("keda")
     secret = find(things, "Secret", "sdar-redis")["stringData"]
     (authentication,) = of_kind(things, "TriggerAuthentication")
-    told = {item["parameter"]: secret[item["key"]] for item in authentication["spec"]["secretTargetRef"]}
+    told = {
+        item["parameter"]: secret[item["key"]] for item in authentication["spec"]["secretTargetRef"]
+    }
 
-    assert told == {"address": "redis.example.com:6380", "username": "trainer", "password": "secret"}
+    assert told == {
+        "address": "redis.example.com:6380",
+        "username": "trainer",
+        "password": "secret",
+    }
     elsewhere = ("redis.url=redis://redis1/2",)
-    assert find(render("keda", *elsewhere), "Secret", "sdar-redis")["stringData"]["redis-address"] == "redis1:6379"
-    for trigger in (one for thing in of_kind(render("keda", *elsewhere), "ScaledObject") for one in thing["spec"]["triggers"]):
+    assert (
+        find(render("keda", *elsewhere), "Secret", "sdar-redis")["stringData"]["redis-address"]
+        == "redis1:6379"
+    )
+    for trigger in (
+        one
+        for thing in of_kind(render("keda", *elsewhere), "ScaledObject")
+        for one in thing["spec"]["triggers"]
+    ):
         assert trigger["metadata"]["databaseIndex"] == "2"
         assert "enableTLS" not in trigger["metadata"]
     # A Secret of one's own says it all: nothing of TLS may then be in the trigger.
-    (own,) = of_kind(render("keda", "redis.url=", "redis.existingSecret=theirs"), "TriggerAuthentication")
-    named = {(item["parameter"], item["name"], item["key"]) for item in own["spec"]["secretTargetRef"]}
-    assert named == {(key, "theirs", f"redis-{key}") for key in ("address", "username", "password", "tls")}
-    assert find(render(), "Secret", "sdar-redis")["stringData"]["redis-address"] == "sdar-redis.runs.svc:6379"
+    (own,) = of_kind(
+        render("keda", "redis.url=", "redis.existingSecret=theirs"), "TriggerAuthentication"
+    )
+    named = {
+        (item["parameter"], item["name"], item["key"]) for item in own["spec"]["secretTargetRef"]
+    }
+    assert named == {
+        (key, "theirs", f"redis-{key}") for key in ("address", "username", "password", "tls")
+    }
+    assert (
+        find(render(), "Secret", "sdar-redis")["stringData"]["redis-address"]
+        == "sdar-redis.runs.svc:6379"
+    )
 
 
 def test_redis_keeps_what_was_confirmed_and_throws_nothing_away():
     secret = find(render(), "Secret", "sdar-redis")["stringData"]
-    settings = dict(line.split(maxsplit=1) for line in secret["redis.conf"].splitlines() if not line.startswith("#"))
+    settings = dict(
+        line.split(maxsplit=1)
+        for line in secret["redis.conf"].splitlines()
+        if not line.startswith("#")
+    )
 
     assert settings["appendonly"] == "yes"
     assert settings["appendfsync"] == "always"
@@ -193,7 +274,7 @@ def test_redis_keeps_what_was_confirmed_and_throws_nothing_away():
 
 
 def test_tokens_are_as_servers_take_them():
-    from sdar.runtime.security import parse_tokens
+    from sdar.wire.tokens import parse_tokens
 
     text = base64.b64decode(find(render(), "Secret", "sdar-auth")["data"]["tokens"]).decode()
 
@@ -213,7 +294,11 @@ def test_the_certificate_names_every_host_that_is_called():
         if variable["name"] in ("SDAR_ENVS_ADDRESS", "SDAR_TEACHER_ADDRESS", "SDAR_GATEWAY_URL")
     }
 
-    assert called | {"sdar-rollout", "localhost", "sdar.example.com", "sdar-gateway.runs.svc.cluster.local"} <= hosts
+    assert (
+        called
+        | {"sdar-rollout", "localhost", "sdar.example.com", "sdar-gateway.runs.svc.cluster.local"}
+        <= hosts
+    )
     assert "127.0.0.1" in map(str, names.get_values_for_type(x509.IPAddress))
     authority = x509.load_pem_x509_certificate(base64.b64decode(data["ca.crt"]))
     certificate.verify_directly_issued_by(authority)
@@ -243,9 +328,14 @@ def test_openssl_accepts_the_generated_certificate_too(tmp_path):
 def test_a_role_restarts_for_every_key_of_the_run_that_its_code_reads(role):
     listed = _listed_keys(role)
     code = "\n".join(path.read_text() for path in (ROOT / "services" / role).rglob("*.py"))
-    sections = "|".join(name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields"))
+    sections = "|".join(
+        name
+        for name, field in RunConfig.model_fields.items()
+        if hasattr(field.annotation, "model_fields")
+    )
     read = {
-        ".".join(part for part in found if part) for found in re.findall(rf"\bconfig\.({sections})\b(?:\.([a-z_]+))?", code)
+        ".".join(part for part in found if part)
+        for found in re.findall(rf"\bconfig\.({sections})\b(?:\.([a-z_]+))?", code)
     }
     read |= set(re.findall(r"\bconfig\.(name|seed)\b", code))
     missing = {key for key in read if not any(_covers(one, key) for one in listed)}

@@ -1,4 +1,6 @@
-"""What the tests of dashboards and alerts have in common: which series exist, and what is wrong with a query's use of them."""
+"""What the tests of dashboards and alerts have in common: which series exist, and what is wrong
+with a query's use of them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ _VALUES = {
     ("sdar_rollout_episodes_total", "purpose"): {purpose.value for purpose in Purpose},
     ("sdar_rollout_successes_total", "purpose"): {purpose.value for purpose in Purpose},
     ("sdar_learner_groups_total", "outcome"): {outcome.value for outcome in GroupOutcome},
-    ("sdar_ledger_groups", "state"): {*(outcome.value for outcome in GroupOutcome), "running", "buffered"},
+    ("sdar_ledger_groups", "state"): {
+        *(outcome.value for outcome in GroupOutcome),
+        "running",
+        "buffered",
+    },
     ("sdar_evaluation_successes", "sampling"): {"sampled", "greedy"},
     ("sdar_evaluation_episodes", "sampling"): {"sampled", "greedy"},
     ("sdar_learner_seconds_bucket", "part"): {"wait", "step", "publish", "checkpoint"},
@@ -35,7 +41,9 @@ _VALUES = {
 
 @functools.cache
 def known_series() -> dict[str, set[str]]:
-    series = {name: set(labels) for metric in list_metrics() for name, labels in metric.series.items()}
+    series = {
+        name: set(labels) for metric in list_metrics() for name, labels in metric.series.items()
+    }
     return series | {"up": set()}
 
 
@@ -50,12 +58,19 @@ def find_faults(expression: str) -> list[str]:
             faults.append(f"no service has {name}")
             continue
         labels |= known[name]
-        faults += [f"{name} has no label {label}" for label in matchers.keys() - known[name] - _OF_TARGETS]
+        faults += [
+            f"{name} has no label {label}" for label in matchers.keys() - known[name] - _OF_TARGETS
+        ]
         for label, (sign, value) in matchers.items():
             if label in known[name]:
                 wanted = {value} if sign in ("=", "!=") else set(value.split("|"))
-                faults += [f"{name} has no {label} {part!r}" for part in wanted - _VALUES.get((name, label), set())]
-    return faults + [f"none of its series has the label {label}" for label in sorted(reading.groupings - labels)]
+                faults += [
+                    f"{name} has no {label} {part!r}"
+                    for part in wanted - _VALUES.get((name, label), set())
+                ]
+    return faults + [
+        f"none of its series has the label {label}" for label in sorted(reading.groupings - labels)
+    ]
 
 
 def check_by_promtool(expressions: list[str]) -> str:
@@ -64,5 +79,7 @@ def check_by_promtool(expressions: list[str]) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}, file)
         file.flush()
-        done = subprocess.run(["promtool", "check", "rules", file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["promtool", "check", "rules", file.name], capture_output=True, text=True, check=False
+        )
     return "" if done.returncode == 0 else done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""What tests of the `sdar` command share: a server as a process of its own, and `sdar env ...` as a user runs it."""
+"""What tests of the `sdar` command share: a server as a process of its own, and `sdar env ...` as a
+user runs it.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,12 @@ class Ended:
 
 @asynccontextmanager
 async def server_process(command: Sequence[str], directory: Path = ROOT) -> AsyncIterator[Server]:
-    """Run a server that says `Serving NAME on HOST:PORT` once it answers; stopped by SIGTERM at the end."""
-    process = await asyncio.create_subprocess_exec(*command, cwd=directory, stdin=DEVNULL, stdout=PIPE, stderr=None)
+    """Run a server that says `Serving NAME on HOST:PORT` once it answers; stopped by SIGTERM at the
+    end.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=directory, stdin=DEVNULL, stdout=PIPE, stderr=None
+    )
     assert process.stdout is not None
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
@@ -63,8 +69,11 @@ async def server_process(command: Sequence[str], directory: Path = ROOT) -> Asyn
             await process.wait()
 
 
-async def run_sdar(*arguments: str, typed: str = "", environment: Mapping[str, str] | None = None) -> Ended:
-    """Run `sdar ARGUMENTS`, with `typed` on its standard input; a lone surrogate there is a byte that is no text.
+async def run_sdar(
+    *arguments: str, typed: str = "", environment: Mapping[str, str] | None = None
+) -> Ended:
+    """Run `sdar ARGUMENTS`, with `typed` on its standard input; a lone surrogate there is a byte
+    that is no text.
 
     Args:
         environment: variables beside those of the test.
@@ -82,6 +91,10 @@ async def check_in_full(address: str) -> None:
     """`sdar env check` has to pass with nothing left out."""
     ended = await run_sdar("env", "check", address, "--json")
     assert ended.code in (0, 1), ended.stderr
-    blemishes = [(one["id"], one["expected"], one["got"]) for one in ended.told["checks"] if one["verdict"] != "PASS"]
+    blemishes = [
+        (one["id"], one["expected"], one["got"])
+        for one in ended.told["checks"]
+        if one["verdict"] != "PASS"
+    ]
     assert not blemishes
     assert (ended.code, ended.told["num_failed"], ended.told["num_not_run"]) == (0, 0, 0)

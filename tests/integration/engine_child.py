@@ -1,4 +1,6 @@
-"""A process that starts another, as vLLM starts its engine core, and waits. Run as a module; prints the other one's pid."""
+"""A process that starts another, as vLLM starts its engine core, and waits. Run as a module; prints
+the other one's pid.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from multiprocessing.connection import Connection
 
 def hold(ready: Connection) -> None:
     """The engine core's part: import the worker extension, then live on."""
-    import sdar.runtime.vllm_worker  # noqa: F401
+    import sdar.engines.vllm_worker  # noqa: F401
 
     ready.send(None)
     threading.Event().wait()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.telemetry import Health
+from sdar.environments.registry import load_environment
+from sdar.environments.server import serve_environments
+from sdar.environments.sessions import SessionLimits, SessionManager
+from sdar.environments.workers import WorkerHost
+from sdar.process.telemetry import Health
 from sdar.v1 import environment_pb2 as pb
 from sdar.v1 import environment_pb2_grpc
-from services.envs.registry import load_environment
-from services.envs.server import serve_environments
-from services.envs.sessions import SessionLimits, SessionManager
-from services.envs.workers import WorkerHost
+from sdar.wire.rpc_client import call, connect
 
 TASK_ID = "polish-apple-drawer-desk"
 
@@ -25,7 +25,9 @@ class Client:
         self.stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
 
     async def describe(self, environment=""):
-        return await call(self.stub.Describe, pb.DescribeRequest(environment=environment), timeout_s=5)
+        return await call(
+            self.stub.Describe, pb.DescribeRequest(environment=environment), timeout_s=5
+        )
 
     async def list_tasks(self, split, **fields):
         request = pb.ListTasksRequest(split=split, **{"environment": "household", **fields})
@@ -40,12 +42,16 @@ class Client:
         return await call(self.stub.Step, request, timeout_s=5)
 
     async def close(self, session_id):
-        return await call(self.stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s=5)
+        return await call(
+            self.stub.CloseSession, pb.CloseSessionRequest(session_id=session_id), timeout_s=5
+        )
 
 
 @asynccontextmanager
 async def serving(limits: SessionLimits | None = None, host: WorkerHost | None = None, **options):
-    """A client of a running server, of the household if not told otherwise, the event that stops it, and its health."""
+    """A client of a running server, of the household if not told otherwise, the event that stops
+    it, and its health.
+    """
     host = host or WorkerHost({"household": load_environment("household")}, num_workers=1)
     stopping, health = asyncio.Event(), Health()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

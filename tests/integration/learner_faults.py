@@ -1,11 +1,14 @@
-"""What test_learner_faults runs in a process of its own, which forks each life of a learner: torch is imported once.
+"""What test_learner_faults runs in a process of its own, which forks each life of a learner: torch
+is imported once.
 
 python -m tests.integration.learner_faults DIRECTORY every-state|every-line
 
-A run of three updates is played once without a fault. Then, from each of three beginnings, a life of the learner is killed
-before a line of its own files, and the next life goes on to the end. Where a life is killed matters only through what it has
-left behind: the state of Redis, of the checkpoints and of the weight store. `every-state` kills a life in each state that it
-leads these through, however often it executes a line; `every-line` kills before every line where it is first reached.
+A run of three updates is played once without a fault. Then, from each of three beginnings, a life
+of the learner is killed before a line of its own files, and the next life goes on to the end. Where
+a life is killed matters only through what it has left behind: the state of Redis, of the
+checkpoints and of the weight store. `every-state` kills a life in each state that it leads these
+through, however often it executes a line; `every-line` kills before every line where it is first
+reached.
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ import redis
 import structlog
 import torch
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.redis import RedisBus
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.runtime import weights
-from sdar.runtime.causal_lm import load_causal_lm
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.telemetry import Health
-from sdar.runtime.weights import WeightStore
+from sdar.model.causal_lm import load_causal_lm
+from sdar.process.telemetry import Health
+from sdar.weights import store as weights
+from sdar.weights.store import WeightStore
 from services.learner import checkpoint, ingest, progress, train
 from services.learner.checkpoint import read_trained_groups
 from services.learner.ranks import _import_deepspeed
@@ -43,26 +46,38 @@ from services.learner.service import open_learner
 from services.learner.train import Learner
 from tests.faults import KILLED, Line, die, run_forked, trace_lines
 from tests.support import until
-from tests.unit.learner.builders import RUN, issue, make_config, make_group, read_account, read_journal
+from tests.unit.learner.builders import (
+    RUN,
+    issue,
+    make_config,
+    make_group,
+    read_account,
+    read_journal,
+)
 
 FILES = tuple(str(module.__file__) for module in (train, ingest, checkpoint, progress, weights))
 NUM_WORKERS = 3
 """More than there are cores: a life spends half its time waiting for its stream."""
-CONFIG = make_config(num_updates=3, checkpoint_every=2, max_staleness=1, num_minibatches=2, warmup_updates=2)
+CONFIG = make_config(
+    num_updates=3, checkpoint_every=2, max_staleness=1, num_minibatches=2, warmup_updates=2
+)
 
 Watch = Callable[[Line], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A copy of the learner's directory, and every key of Redis with its remaining time and its value."""
+    """A copy of the learner's directory, and every key of Redis with its remaining time and its
+    value.
+    """
 
     path: Path
     keys: dict[bytes, tuple[int, bytes]]
 
 
 async def fill(url: str) -> None:
-    """Of ten groups six can be trained: five have old tokens, of which one goes stale; two are spare; one is unreadable.
+    """Of ten groups six can be trained: five have old tokens, of which one goes stale; two are
+    spare; one is unreadable.
 
     One entry comes twice, and one group's second episode comes last.
     """
@@ -71,18 +86,24 @@ async def fill(url: str) -> None:
     await issue(bus, range(2, 3), make=lambda group_id: make_group(group_id, largest_token=100_000))
     await issue(bus, range(3, 6), version=1)
     await issue(bus, range(6, 9), num_turns=4)
-    await bus.publish(Stream.SCORED, [entry.payload for entry in await bus.tail(Stream.SCORED, "0-0", 1)])
+    await bus.publish(
+        Stream.SCORED, [entry.payload for entry in await bus.tail(Stream.SCORED, "0-0", 1)]
+    )
     await bus.close()
 
 
 async def live(directory: Path, url: str, watch: Watch | None) -> None:
-    """One life of a learner to the end of the run, each of whose lines `watch` is told; then what became of the run."""
+    """One life of a learner to the end of the run, each of whose lines `watch` is told; then what
+    became of the run.
+    """
     bus = RedisBus(url, RUN, CONFIG.stream_consumers, client_name="learner")
     store = WeightStore(str(directory / "weights"), RUN)
     health = Health()
     if watch is not None:
         trace_lines(FILES, watch)
-    async with open_learner(CONFIG, bus, store, directory / "checkpoints", consumer="learner", health=health) as learner:
+    async with open_learner(
+        CONFIG, bus, store, directory / "checkpoints", consumer="learner", health=health
+    ) as learner:
         stopping = asyncio.Event()
         task = asyncio.create_task(learner.run(stopping))
         await until(lambda: task.done() or health.detail == "run finished", timeout_s=120)
@@ -102,7 +123,9 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
     published = store.fetch_manifest()
     events = [(event.group_id, str(event.outcome)) for event in await read_journal(bus)]
     return {
-        "sha256": {name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")},
+        "sha256": {
+            name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")
+        },
         "published": {entry.name: entry.sha256 for entry in published.tensors},
         "num_updates": published.num_updates,
         "trained": read_trained_groups(directory / "checkpoints"),
@@ -113,7 +136,9 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
 
 
 class World:
-    """What outlives a learner: a Redis and a directory. It can be saved, and be brought back as it was."""
+    """What outlives a learner: a Redis and a directory. It can be saved, and be brought back as it
+    was.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "learner"
@@ -126,7 +151,9 @@ class World:
     def save(self, path: Path) -> Saved:
         shutil.copytree(self.directory, path)
         keys = self._redis.keys()
-        return Saved(path, {key: (max(0, self._redis.pttl(key)), self._redis.dump(key)) for key in keys})
+        return Saved(
+            path, {key: (max(0, self._redis.pttl(key)), self._redis.dump(key)) for key in keys}
+        )
 
     def load(self, saved: Saved) -> None:
         shutil.rmtree(self.directory)
@@ -136,11 +163,14 @@ class World:
             self._redis.restore(key, ttl_ms, value)
 
     def fingerprint(self) -> str:
-        """Changes with every command that anybody else gives Redis, and with every change of a file."""
+        """Changes with every command that anybody else gives Redis, and with every change of a
+        file.
+        """
         self._num_asked += 1
         num_commands = self._redis.info("stats")["total_commands_processed"] - self._num_asked
         files = [
-            (str(path), path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in self.directory.rglob("*")
+            (str(path), path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in self.directory.rglob("*")
         ]
         return f"{num_commands} {sorted(files)}"
 
@@ -177,15 +207,26 @@ def record(world: World) -> list[tuple[Point, str]]:
 
     def live_and_tell() -> None:
         count, lines = Count(), list[tuple[Point, str]]()
-        asyncio.run(live(world.directory, world.url, lambda line: lines.append((count(line), world.fingerprint()))))
+        asyncio.run(
+            live(
+                world.directory,
+                world.url,
+                lambda line: lines.append((count(line), world.fingerprint())),
+            )
+        )
         path.write_text(json.dumps(lines))
 
     assert run_forked(live_and_tell) == 0
-    return [((file, number, execution), state) for (file, number, execution), state in json.loads(path.read_text())]
+    return [
+        ((file, number, execution), state)
+        for (file, number, execution), state in json.loads(path.read_text())
+    ]
 
 
 def prepare(world: World, directory: Path) -> dict[str, Saved]:
-    """The beginnings: of the run; of a life whose checkpoint is not acknowledged; of one that lost a published update."""
+    """The beginnings: of the run; of a life whose checkpoint is not acknowledged; of one that lost
+    a published update.
+    """
     assert run_forked(lambda: asyncio.run(fill(world.url))) == 0
     beginnings = {"new": world.save(directory / "new")}
     source, first = inspect.getsourcelines(Learner._make_durable)
@@ -199,7 +240,9 @@ def prepare(world: World, directory: Path) -> dict[str, Saved]:
 
 
 def kill_and_resume(world: World, saved: Saved, point: Point, expected: dict[str, Any]) -> str:
-    """What is wrong after a life that ended before `point` and one that went on to the end; empty if nothing is."""
+    """What is wrong after a life that ended before `point` and one that went on to the end; empty
+    if nothing is.
+    """
     world.load(saved)
     count = Count()
     code = world.live(lambda line: die() if count(line) == point else None)
@@ -208,16 +251,24 @@ def kill_and_resume(world: World, saved: Saved, point: Point, expected: dict[str
     if code := world.live():
         return f"the next life ended with {code}"
     found = world.result()
-    return "; ".join(f"{name} is {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name])
+    return "; ".join(
+        f"{name} is {found[name]}, not {expected[name]}"
+        for name in expected
+        if found[name] != expected[name]
+    )
 
 
-def work(directory: Path, points: Sequence[tuple[str, Saved, Point]], expected: dict[str, Any]) -> None:
+def work(
+    directory: Path, points: Sequence[tuple[str, Saved, Point]], expected: dict[str, Any]
+) -> None:
     """Try some of the points in a world of their own, and leave what went wrong."""
     world = World(directory)
     wrong = []
     for name, saved, point in points:
         if fault := kill_and_resume(world, saved, point, expected):
-            wrong.append(f"{name}, before {Path(point[0]).name}:{point[1]} (execution {point[2]}): {fault}")
+            wrong.append(
+                f"{name}, before {Path(point[0]).name}:{point[1]} (execution {point[2]}): {fault}"
+            )
             print(wrong[-1], file=sys.stderr, flush=True)
     world.close()
     (directory / "wrong.json").write_text(json.dumps(wrong))
@@ -238,17 +289,25 @@ def main(directory: Path, mode: str) -> None:
         events = record(world)
         assert world.result() == expected, name
         first_of_state = {state: point for point, state in reversed(events)}
-        first_of_line = [point for point, _ in events if point[2] == 1 and point[:2] not in lines_seen]
+        first_of_line = [
+            point for point, _ in events if point[2] == 1 and point[:2] not in lines_seen
+        ]
         lines_seen |= {point[:2] for point in first_of_line}
         chosen = first_of_line if mode == "every-line" else list(first_of_state.values())
         points += [(name, saved, point) for point in chosen]
         counts[name] = {"events": len(events), "states": len(first_of_state), "points": len(chosen)}
     world.close()
     wrong = share_work(directory, points, expected)
-    print(json.dumps({"counts": counts, "num_lines": len(lines_seen), "expected": expected, "wrong": wrong}))
+    print(
+        json.dumps(
+            {"counts": counts, "num_lines": len(lines_seen), "expected": expected, "wrong": wrong}
+        )
+    )
 
 
-def share_work(directory: Path, points: Sequence[tuple[str, Saved, Point]], expected: dict[str, Any]) -> list[str]:
+def share_work(
+    directory: Path, points: Sequence[tuple[str, Saved, Point]], expected: dict[str, Any]
+) -> list[str]:
     """Have every point tried by one of the workers; what went wrong."""
     paths = [directory / f"worker-{index}" for index in range(NUM_WORKERS)]
     pids = []
@@ -263,7 +322,9 @@ def share_work(directory: Path, points: Sequence[tuple[str, Saved, Point]], expe
 
 
 def import_everything() -> None:
-    """What each life would import and read anew. Nothing here starts a thread that a fork would lose."""
+    """What each life would import and read anew. Nothing here starts a thread that a fork would
+    lose.
+    """
     torch.set_num_threads(1)
     _import_deepspeed(0, torch.device("cpu"))
     importlib.import_module("deepspeed.ops.op_builder.all_ops")

@@ -1,4 +1,5 @@
-"""What the learner's integration tests run in processes of their own: DeepSpeed joins ranks once in a process.
+"""What the learner's integration tests run in processes of their own: DeepSpeed joins ranks once in
+a process.
 
 python -m tests.integration.learner_ranks steps RANK WORLD_SIZE PORT DIRECTORY
 python -m tests.integration.learner_ranks train DIRECTORY
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from sdar.algorithms.batching import build_microbatches, build_sequences, count_response_tokens
 from sdar.algorithms.methods import compute_loss, get_method
-from sdar.runtime.weights import WeightStore
+from sdar.weights.store import WeightStore
 from services.learner.followers import FollowerProcesses
 from services.learner.model import PolicyModel
 from services.learner.ranks import join_ranks
@@ -38,14 +39,24 @@ def make_batches():
     rng = np.random.default_rng(0)
     batches = []
     for step in range(NUM_STEPS):
-        items = [item for g in range(5) for item in make_group(f"s{step}g{g}", num_turns=1 + g, version=step)]
+        items = [
+            item
+            for g in range(5)
+            for item in make_group(f"s{step}g{g}", num_turns=1 + g, version=step)
+        ]
         advantages = [rng.normal(size=len(item.trajectory.turns)) for item in items]
         batches.append(build_sequences(items, advantages))
     return batches
 
 
 def make_step_config(zero_stage, **training):
-    return make_config(zero_stage=zero_stage, weight_decay=0.1, max_gradient_norm=0.5, logprob_chunk_tokens=7, **training)
+    return make_config(
+        zero_stage=zero_stage,
+        weight_decay=0.1,
+        max_gradient_norm=0.5,
+        logprob_chunk_tokens=7,
+        **training,
+    )
 
 
 def compute_share(config, micro_batch, logprobs, entropy, ref_logprobs, num_tokens, step):
@@ -65,15 +76,32 @@ def compute_share(config, micro_batch, logprobs, entropy, ref_logprobs, num_toke
 def take_steps(ranks, zero_stage, token_budget, dtype="float32", **training):
     """Weights and gradient norms after NUM_STEPS steps with DeepSpeed."""
     config = make_step_config(zero_stage, **training)
-    model = PolicyModel(MODEL_PATH, dtype=dtype, temperature=1.0, training=config.training, needs_reference=True, ranks=ranks)
+    model = PolicyModel(
+        MODEL_PATH,
+        dtype=dtype,
+        temperature=1.0,
+        training=config.training,
+        needs_reference=True,
+        ranks=ranks,
+    )
     norms = []
     for step, sequences in enumerate(make_batches()):
         micro_batches = build_microbatches(sequences, token_budget, ranks.world_size)[ranks.rank]
         ref_logprobs = model.compute_ref_logprobs(micro_batches)
         num_tokens = count_response_tokens(sequences)
 
-        def share(place, micro_batch, logprobs, entropy, step=step, ref=ref_logprobs, num_tokens=num_tokens):
-            return compute_share(config, micro_batch, logprobs, entropy, ref[place], num_tokens, step)
+        def share(
+            place,
+            micro_batch,
+            logprobs,
+            entropy,
+            step=step,
+            ref=ref_logprobs,
+            num_tokens=num_tokens,
+        ):
+            return compute_share(
+                config, micro_batch, logprobs, entropy, ref[place], num_tokens, step
+            )
 
         norms.append(model.train_step(micro_batches, share, LEARNING_RATE))
         # Scoring between steps must disturb nothing.
@@ -89,14 +117,23 @@ def _steps(rank, world_size, port, directory):
         for budget in TOKEN_BUDGETS:
             weights, norms = take_steps(ranks, stage, budget)
             if ranks.is_leader:
-                save_file({**weights, "norms": torch.tensor(norms)}, directory / f"stage{stage}-budget{budget}.safetensors")
+                save_file(
+                    {**weights, "norms": torch.tensor(norms)},
+                    directory / f"stage{stage}-budget{budget}.safetensors",
+                )
 
 
 def _listen(port):
     """Print the addresses that a leading rank listens on."""
     join_ranks(0, 1, ("127.0.0.1", port))
-    listening = [socket.laddr for socket in psutil.Process().net_connections() if socket.status == psutil.CONN_LISTEN]
-    print("listening:", *sorted(f"{address.ip}:{address.port}" for address in listening), flush=True)
+    listening = [
+        socket.laddr
+        for socket in psutil.Process().net_connections()
+        if socket.status == psutil.CONN_LISTEN
+    ]
+    print(
+        "listening:", *sorted(f"{address.ip}:{address.port}" for address in listening), flush=True
+    )
 
 
 async def _train(directory):
@@ -115,7 +152,10 @@ async def _train(directory):
             stopping.set()
             await task
     manifest = store.fetch_manifest()
-    save_file(dict(store.iter_tensors(manifest)), directory / f"result-v{manifest.policy_version}.safetensors")
+    save_file(
+        dict(store.iter_tensors(manifest)),
+        directory / f"result-v{manifest.policy_version}.safetensors",
+    )
 
 
 def _main():

@@ -1,6 +1,8 @@
-"""Six users of the load test against a server until each kind of request that is asked for was made: `CLASS HOST NAME...`.
+"""Six users of the load test against a server until each kind of request that is asked for was
+made: `CLASS HOST NAME...`.
 
-A process of its own, since Locust patches the one that it is imported into. Prints requests and failures as JSON.
+A process of its own, since Locust patches the one that it is imported into. Prints requests and
+failures as JSON.
 """
 
 from __future__ import annotations
@@ -27,9 +29,20 @@ def main() -> None:
         while not set(names) <= {name for name, _ in environment.stats.entries}:
             gevent.sleep(0.05)
     runner.quit()
-    counts = {name: (entry.num_requests, entry.num_failures) for (name, _), entry in environment.stats.entries.items()}
+    counts = {
+        name: (entry.num_requests, entry.num_failures)
+        for (name, _), entry in environment.stats.entries.items()
+    }
     errors = sorted({str(error.error) for error in environment.stats.errors.values()})
-    print(json.dumps({"counts": counts, "errors": errors, "exceptions": [one["msg"] for one in runner.exceptions.values()]}))
+    print(
+        json.dumps(
+            {
+                "counts": counts,
+                "errors": errors,
+                "exceptions": [one["msg"] for one in runner.exceptions.values()],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

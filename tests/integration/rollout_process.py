@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from sdar.config import EnvironmentConfig, MethodConfig, ModelConfig, RolloutConfig, RunConfig
-from sdar.runtime.connect import build_bus
-from sdar.runtime.lifecycle import run_until_stopped
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health
+from sdar.connect import build_bus
+from sdar.in_process.transformers_engine import TransformersEngine
+from sdar.process.lifecycle import run_until_stopped
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.service import build_rules
-from services.rollout.transformers_engine import TransformersEngine
 from services.rollout.worker import RolloutWorker, WorkerLimits
 
 MODEL_PATH = Path(__file__).parents[2] / "examples" / "models" / "household-tiny"
@@ -63,7 +63,10 @@ async def work(order: Order) -> None:
     bus = build_bus(config, Settings(redis_url=order.redis_url, instance=order.instance))
     rules = build_rules(config)
     engine = ThoughtfulEngine(
-        MODEL_PATH, dtype="float32", max_sequence_tokens=384, stop_token_ids=[rules.tokenizer.eos_token_id]
+        MODEL_PATH,
+        dtype="float32",
+        max_sequence_tokens=384,
+        stop_token_ids=[rules.tokenizer.eos_token_id],
     )
     engine.think_s = order.think_s
     await engine.start()
@@ -76,7 +79,9 @@ async def work(order: Order) -> None:
         run_id=RUN_ID,
         instance=order.instance,
         limits=WorkerLimits(
-            order.max_concurrent_episodes, claim_idle_s=order.claim_idle_s, report_interval_s=REPORT_INTERVAL_S
+            order.max_concurrent_episodes,
+            claim_idle_s=order.claim_idle_s,
+            report_interval_s=REPORT_INTERVAL_S,
         ),
         health=Health(),
         metrics=RolloutMetrics(),

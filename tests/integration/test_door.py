@@ -1,4 +1,6 @@
-"""The door over real connections: what lets in, and what does not and is told so that it can be mended."""
+"""The door over real connections: what lets in, and what does not and is told so that it can be
+mended.
+"""
 
 import asyncio
 import contextlib
@@ -18,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
 
+from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.contracts.errors import (
     CapacityError,
     ConfigurationError,
@@ -28,19 +31,19 @@ from sdar.contracts.errors import (
     UnavailableError,
 )
 from sdar.contracts.types import Task
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.http import bind_http, build_http_server
-from sdar.runtime.http_client import client_options, open_http
-from sdar.runtime.rpc import build_server, call, connect
-from sdar.runtime.security import Security
-from sdar.runtime.settings import Settings
+from sdar.environments.server import SERVICE_NAME, build_environment_server
+from sdar.environments.sessions import SessionLimits, SessionManager
+from sdar.in_process.environment_host import InProcessHost
+from sdar.process.settings import Settings
 from sdar.v1 import environment_pb2 as pb
 from sdar.v1 import environment_pb2_grpc
-from services.envs.hosts import InProcessHost
+from sdar.wire.http_client import client_options, open_http
+from sdar.wire.http_server import bind_http, build_http_server
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.rpc_server import build_server
+from sdar.wire.security import Security
 from services.envs.household.environment import HouseholdEnvironment
 from services.envs.search.retriever_service import RetrieverState, build_app
-from services.envs.server import SERVICE_NAME, build_environment_server
-from services.envs.sessions import SessionLimits, SessionManager
 from services.rollout.environment_client import GrpcEnvironmentClient
 from tests.certificates import Authority, Files
 from tests.integration.commands import ROOT, SDAR, run_sdar, server_process
@@ -77,7 +80,9 @@ class Place:
         settings = {"tls_client_auth": "grpc", "tokens_file": self.tokens, **settings}
         return self.build(files or self.server, **settings)
 
-    def build_client(self, token: str = OPERATE_TOKEN, files: Files | None = None, **settings) -> Security:
+    def build_client(
+        self, token: str = OPERATE_TOKEN, files: Files | None = None, **settings
+    ) -> Security:
         return self.build(files or self.client, token=SecretStr(token), **settings)
 
 
@@ -91,7 +96,9 @@ def place(tmp_path):
 @asynccontextmanager
 async def household(security: Security, limits: SessionLimits | None = None):
     """Address of a running environment server behind its door."""
-    sessions = SessionManager(InProcessHost({"household": HouseholdEnvironment}), limits or SessionLimits())
+    sessions = SessionManager(
+        InProcessHost({"household": HouseholdEnvironment}), limits or SessionLimits()
+    )
     await sessions.start()
     server = build_environment_server(sessions, "127.0.0.1", 0, security)
     await server.start()
@@ -122,10 +129,14 @@ async def open_session(address: str, security: Security) -> str:
 
 async def test_an_episode_is_played_over_mutual_tls_with_a_token(place):
     async with household(place.build_server()) as address:
-        client = GrpcEnvironmentClient(address, place.build_client(), step_timeout_s=10.0, open_patience_s=1.0)
+        client = GrpcEnvironmentClient(
+            address, place.build_client(), step_timeout_s=10.0, open_patience_s=1.0
+        )
         try:
             assert (await client.describe("household")).identity.name == "household"
-            session = await client.open_session(Task("household", "train", TASK_ID, "place", "place it", 0), "key")
+            session = await client.open_session(
+                Task("household", "train", TASK_ID, "place", "place it", 0), "key"
+            )
             assert (await client.step(session.session_id, 0, "take plate")).is_action_valid
             await client.close_session(session.session_id)
         finally:
@@ -151,7 +162,9 @@ async def test_a_missing_or_wrong_token_is_refused_on_every_method_and_told_so(p
 
 async def test_a_rollouts_client_says_why_it_was_refused(place):
     async with household(place.build_server()) as address:
-        client = GrpcEnvironmentClient(address, place.build_client("w" * 40), step_timeout_s=5.0, open_patience_s=0.5)
+        client = GrpcEnvironmentClient(
+            address, place.build_client("w" * 40), step_timeout_s=5.0, open_patience_s=0.5
+        )
         with pytest.raises((EnvironmentFailedError, UnauthenticatedError), match="not accepted"):
             await client.describe("household")
         await client.close()
@@ -159,19 +172,32 @@ async def test_a_rollouts_client_says_why_it_was_refused(place):
 
 async def test_what_is_sent_is_not_parsed_before_the_token_is_judged(place):
     async with household(place.build_server()) as address:
-        for token, refusal in ((OPERATE_TOKEN, "are not its request"), ("w" * 40, "asks for a token")):
+        for token, refusal in (
+            (OPERATE_TOKEN, "are not its request"),
+            ("w" * 40, "asks for a token"),
+        ):
             async with connect(address, place.build_client(token)) as channel:
                 with pytest.raises(Exception, match=refusal):
-                    await call(channel.unary_unary(f"/{SERVICE_NAME}/Step"), b"\xff\xff", timeout_s=5)
+                    await call(
+                        channel.unary_unary(f"/{SERVICE_NAME}/Step"), b"\xff\xff", timeout_s=5
+                    )
 
 
 async def test_a_strangers_message_stays_outside(place):
-    """The bound on messages is not even asked: whoever may not come in is refused before anything is collected."""
+    """The bound on messages is not even asked: whoever may not come in is refused before anything
+    is collected.
+    """
     server = build_server("127.0.0.1", 0, [], place.build_server(), max_message_bytes=1000)
     await server.start()
     try:
-        address, method = f"127.0.0.1:{server.port}", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-        for token, refusal in ((OPERATE_TOKEN, InvalidInputError), ("w" * 40, UnauthenticatedError)):
+        address, method = (
+            f"127.0.0.1:{server.port}",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        )
+        for token, refusal in (
+            (OPERATE_TOKEN, InvalidInputError),
+            ("w" * 40, UnauthenticatedError),
+        ):
             async with connect(address, place.build_client(token)) as channel:
                 with pytest.raises(refusal):
                     await call(channel.unary_unary(method), bytes(100_000), timeout_s=5)
@@ -189,7 +215,10 @@ async def test_open_calls_count_and_none_can_be_held(place):
             await stub.Watch(health_pb2.HealthCheckRequest()).read()
         checks = [call(stub.Check, health_pb2.HealthCheckRequest(), timeout_s=5) for _ in range(10)]
         answers = await asyncio.gather(*checks, return_exceptions=True)
-        assert {type(answer) for answer in answers} == {health_pb2.HealthCheckResponse, CapacityError}
+        assert {type(answer) for answer in answers} == {
+            health_pb2.HealthCheckResponse,
+            CapacityError,
+        }
 
 
 def strangers_certificate(place):
@@ -220,7 +249,9 @@ def plaintext(place):
 async def test_no_connection_is_made_with(place, build):
     async with household(place.build_server()) as address:
         assert await describe(address, place.build_client()) == "household"
-        with pytest.raises(UnavailableError, match=r"certificates the other accepts.*SDAR_TLS_CERT, SDAR_TLS_CA"):
+        with pytest.raises(
+            UnavailableError, match=r"certificates the other accepts.*SDAR_TLS_CERT, SDAR_TLS_CA"
+        ):
             await describe(address, build(place))
 
 
@@ -238,7 +269,9 @@ async def test_a_client_that_speaks_tls_gives_no_token_to_a_server_that_does_not
 
 
 @pytest.mark.parametrize("is_verifying", [True, False])
-def test_an_address_without_tls_gets_no_token_of_a_process_that_verifies_its_peers(place, is_verifying):
+def test_an_address_without_tls_gets_no_token_of_a_process_that_verifies_its_peers(
+    place, is_verifying
+):
     shown = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -304,10 +337,14 @@ async def test_one_client_cannot_take_all_sessions(place):
     other_token = "p" * 40
     with place.tokens.open("a") as file:
         file.write(f"operate:{other_token}\n")
-    async with household(place.build_server(), SessionLimits(max_sessions=3, max_sessions_per_client=2)) as address:
+    async with household(
+        place.build_server(), SessionLimits(max_sessions=3, max_sessions_per_client=2)
+    ) as address:
         for _ in range(2):
             await open_session(address, place.build_client())
-        with pytest.raises(CapacityError, match=r"holds its 2 sessions.*SDAR_MAX_SESSIONS_PER_CLIENT"):
+        with pytest.raises(
+            CapacityError, match=r"holds its 2 sessions.*SDAR_MAX_SESSIONS_PER_CLIENT"
+        ):
             await open_session(address, place.build_client())
         await open_session(address, place.build_client(other_token))
         with pytest.raises(CapacityError, match="All 3 sessions"):
@@ -318,7 +355,16 @@ async def test_a_server_beyond_loopback_without_tokens_does_not_start(place):
     with pytest.raises(ConfigurationError, match=r"Listening on 0\.0\.0\.0.*SDAR_TOKENS_FILE"):
         build_server("0.0.0.0", 0, [])
     process = await asyncio.create_subprocess_exec(
-        *SDAR, "env", "serve", "household", "--port", "0", "--host", "0.0.0.0", cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        *SDAR,
+        "env",
+        "serve",
+        "household",
+        "--port",
+        "0",
+        "--host",
+        "0.0.0.0",
+        cwd=ROOT,
+        stderr=asyncio.subprocess.PIPE,
     )
     _, told = await process.communicate()
     assert process.returncode == 2
@@ -332,7 +378,9 @@ async def test_a_server_beyond_loopback_without_tokens_does_not_start(place):
 async def gateway_process(environment: dict[str, str]):
     """A gateway of the household example."""
     command = [*SDAR, "serve", "gateway", "--config", str(ROOT / "examples" / "household.yaml")]
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env={**os.environ, **environment})
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env={**os.environ, **environment}
+    )
     try:
         yield process
     finally:
@@ -341,8 +389,12 @@ async def gateway_process(environment: dict[str, str]):
         await process.wait()
 
 
-async def until_the_gateway_lists(http: httpx.Client, name: str, process: asyncio.subprocess.Process) -> None:
-    """Return once the gateway has described the environment; its log, if it ends or takes too long, is on stderr."""
+async def until_the_gateway_lists(
+    http: httpx.Client, name: str, process: asyncio.subprocess.Process
+) -> None:
+    """Return once the gateway has described the environment; its log, if it ends or takes too long,
+    is on stderr.
+    """
     async with asyncio.timeout(90):
         while True:
             assert process.returncode is None
@@ -354,7 +406,9 @@ async def until_the_gateway_lists(http: httpx.Client, name: str, process: asynci
 
 
 async def test_a_gateway_and_an_environment_server_meet_behind_locked_doors(place):
-    """`sdar env serve` and `sdar serve gateway` as processes, beyond loopback: gRPC over mutual TLS, HTTPS, tokens for both."""
+    """`sdar env serve` and `sdar serve gateway` as processes, beyond loopback: gRPC over mutual
+    TLS, HTTPS, tokens for both.
+    """
     shared = {
         "SDAR_TLS_CERT": str(place.server.certificate),
         "SDAR_TLS_KEY": str(place.server.key),
@@ -366,7 +420,20 @@ async def test_a_gateway_and_an_environment_server_meet_behind_locked_doors(plac
         redis = stack.enter_context(EmbeddedRedis(place.directory / "redis"))
         serve = ["env", *[f"{name}={value}" for name, value in shared.items()], *SDAR]
         served = await stack.enter_async_context(
-            server_process([*serve, "env", "serve", "household", "--port", "0", "--host", "0.0.0.0", "--workers", "1"])
+            server_process(
+                [
+                    *serve,
+                    "env",
+                    "serve",
+                    "household",
+                    "--port",
+                    "0",
+                    "--host",
+                    "0.0.0.0",
+                    "--workers",
+                    "1",
+                ]
+            )
         )
         ports = free_ports(2)
         own = {
@@ -380,9 +447,13 @@ async def test_a_gateway_and_an_environment_server_meet_behind_locked_doors(plac
         address = f"127.0.0.1:{ports[0]}"
         http = stack.enter_context(open_http(address, place.build_client(), timeout_s=10))
         await until_the_gateway_lists(http, "household", gateway)
-        checked = await run_sdar("env", "check", own["SDAR_ENVS_ADDRESS"], "--json", environment=shared)
+        checked = await run_sdar(
+            "env", "check", own["SDAR_ENVS_ADDRESS"], "--json", environment=shared
+        )
         assert (checked.code, checked.told["num_failed"]) == (0, 0), checked.stderr
-        refused = await run_sdar("env", "check", own["SDAR_ENVS_ADDRESS"], environment=shared | {"SDAR_TOKEN": "w" * 40})
+        refused = await run_sdar(
+            "env", "check", own["SDAR_ENVS_ADDRESS"], environment=shared | {"SDAR_TOKEN": "w" * 40}
+        )
         assert (refused.code, "not accepted" in refused.stderr) == (2, True)
         await asyncio.to_thread(check_https, place, address)
 
@@ -397,7 +468,12 @@ def free_ports(number: int) -> list[int]:
 
 def check_https(place: Place, address: str) -> None:
     statuses = {}
-    for name, token in (("none", ""), ("wrong", "w" * 40), ("read", READ_TOKEN), ("operate", OPERATE_TOKEN)):
+    for name, token in (
+        ("none", ""),
+        ("wrong", "w" * 40),
+        ("read", READ_TOKEN),
+        ("operate", OPERATE_TOKEN),
+    ):
         with open_http(address, place.build_client(token)) as http:
             paths = ("/", "/healthz", "/metrics", "/v1/run", "/v1/trajectories", "/openapi.json")
             statuses[name] = [http.get(path).status_code for path in paths]
@@ -409,7 +485,10 @@ def check_https(place: Place, address: str) -> None:
         "operate": [200, 200, 200, 200, 200, 200, 409],
     }
     deceived = place.build_client(ca=Authority(place.directory, "stranger").certificate)
-    with open_http(address, deceived) as http, pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+    with (
+        open_http(address, deceived) as http,
+        pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
         http.get("/healthz")
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://{address}/healthz", trust_env=False)
@@ -422,7 +501,9 @@ def check_https(place: Place, address: str) -> None:
 async def retriever(security: Security):
     """Address of a running retriever that loads for ever: what its door decides needs none."""
     listener = bind_http("127.0.0.1", 0)
-    server = build_http_server(build_app(RetrieverState()), "127.0.0.1", security, read_posts=("/retrieve",))
+    server = build_http_server(
+        build_app(RetrieverState()), "127.0.0.1", security, read_posts=("/retrieve",)
+    )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
@@ -449,7 +530,11 @@ async def test_http_may_demand_certificates_too_and_shows_a_renewed_one(place):
                 return http.get("/healthz").status_code
 
         assert await asyncio.to_thread(get, place.build_client()) == 200
-        for stranger in (no_certificate(place), expired_certificate(place), strangers_certificate(place)):
+        for stranger in (
+            no_certificate(place),
+            expired_certificate(place),
+            strangers_certificate(place),
+        ):
             with pytest.raises((httpx.TransportError, ssl.SSLError)):
                 await asyncio.to_thread(get, stranger)
         renewed = place.authority.issue("renewed")

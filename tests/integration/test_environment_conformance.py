@@ -1,4 +1,6 @@
-"""Every built-in environment as a user serves it, under `sdar env check` in full; and the other verbs of `sdar env`."""
+"""Every built-in environment as a user serves it, under `sdar env check` in full; and the other
+verbs of `sdar env`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 
 from sdar.cli.conformance import ALL_CHECKS
 from sdar.cli.conformance.runner import find_environment
-from sdar.runtime.rpc import connect
+from sdar.wire.rpc_client import connect
 from tests.integration.commands import SDAR, check_in_full, run_sdar, server_process
 from tests.integration.test_openenv import playing_server
 
@@ -29,7 +31,19 @@ SERVED: dict[str, tuple[str, ...]] = {
 
 def command(name: str, options: tuple[str, ...] = ()) -> list[str]:
     flags = [flag for option in options for flag in ("--option", option)]
-    return [*SDAR, "env", "serve", name, *flags, "--port", "0", "--capacity", "16", "--workers", "1"]
+    return [
+        *SDAR,
+        "env",
+        "serve",
+        name,
+        *flags,
+        "--port",
+        "0",
+        "--capacity",
+        "16",
+        "--workers",
+        "1",
+    ]
 
 
 async def count_sessions(address: str) -> int:
@@ -49,7 +63,9 @@ async def test_a_served_environment_passes_the_conformance_suite_in_full(name: s
 
 
 async def test_an_environment_in_a_file_is_served_and_the_table_shows_every_verdict() -> None:
-    async with server_process(command("examples/environments/guess_number.py:GuessNumber")) as server:
+    async with server_process(
+        command("examples/environments/guess_number.py:GuessNumber")
+    ) as server:
         ended = await run_sdar("env", "check", server.address)
     assert ended.code == 0, ended.stdout
     assert all(check.check_id in ended.stdout for check in ALL_CHECKS)
@@ -57,7 +73,9 @@ async def test_an_environment_in_a_file_is_served_and_the_table_shows_every_verd
 
 
 async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
-    """place-plate-desk-cabinet: one action is listed at first; `fly` is none; leaving early closes the session."""
+    """place-plate-desk-cabinet: one action is listed at first; `fly` is none; leaving early closes
+    the session.
+    """
     async with server_process(command("household")) as server:
         play = ("env", "play", server.address, "--task", "place-plate-desk-cabinet")
         ended = await run_sdar(*play, typed="1\n99\nfly\nput plate in cabinet\n")
@@ -76,7 +94,9 @@ async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
 
 async def test_what_an_environment_writes_cannot_take_over_a_terminal() -> None:
     async with server_process(command("tests.misbehaving:Misbehaving")) as server:
-        ended = await run_sdar("env", "play", server.address, typed="echo \x1b]0;owned\x07\x1b[2J\u202e\n")
+        ended = await run_sdar(
+            "env", "play", server.address, typed="echo \x1b]0;owned\x07\x1b[2J\u202e\n"
+        )
         assert ended.code == 0, ended.stderr
         assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e" in ended.stdout
         assert not set(ended.stdout) & set("\x1b\x07\u202e")
@@ -84,7 +104,9 @@ async def test_what_an_environment_writes_cannot_take_over_a_terminal() -> None:
 
 async def test_what_no_keyboard_types_is_refused_and_the_game_goes_on() -> None:
     async with server_process(command("household")) as server:
-        ended = await run_sdar("env", "play", server.address, typed="9" * 5000 + "\n\udcff\udcfe\n1\n")
+        ended = await run_sdar(
+            "env", "play", server.address, typed="9" * 5000 + "\n\udcff\udcfe\n1\n"
+        )
         assert ended.code == 0, ended.stderr
         lines = ended.stdout.splitlines()
         assert [line for line in lines if line.startswith("No action ")]
@@ -100,7 +122,9 @@ async def test_a_server_on_an_ipv6_address_is_found_where_it_says() -> None:
 
 async def test_ctrl_c_leaves_the_game_and_closes_its_session() -> None:
     async with server_process(command("household")) as server:
-        process = await asyncio.create_subprocess_exec(*SDAR, "env", "play", server.address, stdin=PIPE, stdout=PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *SDAR, "env", "play", server.address, stdin=PIPE, stdout=PIPE
+        )
         assert process.stdout is not None
         async with asyncio.timeout(30):
             while not (await process.stdout.readline()).startswith(b"  1  "):
@@ -127,7 +151,10 @@ async def test_what_cannot_be_played_is_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("check", "127.0.0.1:1"), "No environment server answers at 127.0.0.1:1. Start one with `sdar env serve NAME`"),
+        (
+            ("check", "127.0.0.1:1"),
+            "No environment server answers at 127.0.0.1:1. Start one with `sdar env serve NAME`",
+        ),
         (("play", "127.0.0.1:1"), "No environment server answers at 127.0.0.1:1."),
         (("check", "household"), "'household' is no address. Write HOST:PORT"),
         (("check", "127.0.0.1:99999"), "is no address"),
@@ -138,11 +165,16 @@ async def test_what_cannot_be_played_is_refused_in_one_sentence() -> None:
             "--option colour is '[1]', expected a number, a text, true or false",
         ),
         (("serve", "household", "--option", "colour=blue", "--port", "0"), "colour"),
-        (("generate", "chess", "somewhere"), "'chess' is not one of 'alfworld', 'webshop', 'search'"),
+        (
+            ("generate", "chess", "somewhere"),
+            "'chess' is not one of 'alfworld', 'webshop', 'search'",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-async def test_what_the_commands_cannot_use_ends_with_code_2(arguments: tuple[str, ...], words: str) -> None:
+async def test_what_the_commands_cannot_use_ends_with_code_2(
+    arguments: tuple[str, ...], words: str
+) -> None:
     ended = await run_sdar("env", *arguments)
     assert ended.code == 2, ended.stderr
     assert words in " ".join(ended.stderr.replace("│", " ").split())
@@ -156,7 +188,9 @@ async def test_an_error_is_json_where_json_is_asked_for() -> None:
 
 async def test_generated_data_is_served_at_once(tmp_path: Path) -> None:
     directory = tmp_path / "shop"
-    ended = await run_sdar("env", "generate", "webshop", str(directory), "--tasks", "20", "--seed", "3")
+    ended = await run_sdar(
+        "env", "generate", "webshop", str(directory), "--tasks", "20", "--seed", "3"
+    )
     assert ended.code == 0, ended.stderr
     async with server_process(command("webshop", (f"data_dir={directory}",))) as server:
         played = await run_sdar("env", "play", server.address, typed="search[lamp]\n")

@@ -1,4 +1,6 @@
-"""A server over real gRPC whose environments, workers and callers misbehave: who is told what, and what is left."""
+"""A server over real gRPC whose environments, workers and callers misbehave: who is told what, and
+what is left.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,21 @@ from sdar.contracts.errors import (
     UnavailableError,
     UnknownResourceError,
 )
-from sdar.runtime.rpc import connect
-from sdar.runtime.telemetry import Health
+from sdar.environments.registry import EnvironmentSource
+from sdar.environments.server import SERVICE_NAME, serve_environments
+from sdar.environments.sessions import MAX_TASK_ID_CHARACTERS, SessionLimits, SessionManager
+from sdar.environments.workers import WorkerHost
+from sdar.process.telemetry import Health
 from sdar.v1 import environment_pb2 as pb
-from services.envs.registry import EnvironmentSource
-from services.envs.server import SERVICE_NAME, serve_environments
-from services.envs.sessions import MAX_TASK_ID_CHARACTERS, SessionLimits, SessionManager
-from services.envs.workers import WorkerHost
+from sdar.wire.rpc_client import connect
 from tests.integration.environment_server import Client, serving
 from tests.support import until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "environments" / "guess_number.py"
 ABANDONED_LEASE_S = 2.0
-"""Longer than a busy machine takes to open two hundred sessions, all of which are counted before the first is reaped."""
+"""Longer than a busy machine takes to open two hundred sessions, all of which are counted before
+the first is reaped.
+"""
 NONSENSE = {
     "reward nan": "reward nan",
     "reward inf": "reward inf",
@@ -60,7 +64,9 @@ NONSENSE = {
 @asynccontextmanager
 async def misbehaving(num_workers: int = 1, limits: SessionLimits | None = None):
     """A client of a server of the environment that breaks on command, and the host of its workers."""
-    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers)
+    host = WorkerHost(
+        {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers
+    )
     async with serving(limits, host, drain_s=0.0) as (client, _, _):
         yield client, host
 
@@ -86,8 +92,12 @@ async def test_nonsense_fails_its_session_only_with_a_typed_error(client, comman
     assert (await client.describe()).environments[0].capacity.num_open_sessions == 1
 
 
-@pytest.mark.parametrize(("seed", "why"), [(-1, "OSError: no such file in reset"), (-2, "no Unicode text")])
-async def test_an_episode_that_does_not_start_is_a_typed_error_and_holds_no_place(client, seed, why):
+@pytest.mark.parametrize(
+    ("seed", "why"), [(-1, "OSError: no such file in reset"), (-2, "no Unicode text")]
+)
+async def test_an_episode_that_does_not_start_is_a_typed_error_and_holds_no_place(
+    client, seed, why
+):
     with pytest.raises(EnvironmentFailedError, match=why):
         await open_session(client, seed=seed)
     assert (await client.describe()).environments[0].capacity.num_open_sessions == 0
@@ -99,7 +109,9 @@ async def test_an_environment_that_is_full_says_so_and_holds_no_place(client):
     assert (await client.describe()).environments[0].capacity.num_open_sessions == 0
 
 
-@pytest.mark.parametrize("text", ["echo", "echo \0\x1b\x7f", "echo 한국어 🦜 ́", "echo " + "é" * 500_000])
+@pytest.mark.parametrize(
+    "text", ["echo", "echo \0\x1b\x7f", "echo 한국어 🦜 ́", "echo " + "é" * 500_000]
+)
 async def test_texts_of_all_kinds_come_through_unchanged(client, text):
     assert (await client.step(await open_session(client), 0, text)).observation == text
 
@@ -123,7 +135,11 @@ async def test_bytes_that_are_no_text_are_refused(client):
 
 
 async def test_what_nobody_has_is_not_found(client):
-    for asked in (client.open("no task", "misbehaving"), client.open("task 0", "chess"), client.step("no session", 0, "")):
+    for asked in (
+        client.open("no task", "misbehaving"),
+        client.open("task 0", "chess"),
+        client.step("no session", 0, ""),
+    ):
         with pytest.raises(UnknownResourceError):
             await asked
     with pytest.raises(InvalidInputError, match="characters"):
@@ -153,7 +169,9 @@ async def test_a_hung_environment_is_killed_at_its_deadline_and_takes_only_its_o
 async def test_a_worker_killed_under_load_fails_its_sessions_and_no_other_and_capacity_returns():
     async with misbehaving(2) as (client, host):
         sessions = [await open_session(client, number) for number in range(48)]
-        pids = {session: int((await client.step(session, 0, "")).observation) for session in sessions}
+        pids = {
+            session: int((await client.step(session, 0, "")).observation) for session in sessions
+        }
         steps = dict.fromkeys(sessions, 1)
         is_over = asyncio.Event()
 
@@ -170,20 +188,32 @@ async def test_a_worker_killed_under_load_fails_its_sessions_and_no_other_and_ca
         lost = [session for session, pid in pids.items() if pid == victim]
         others = [session for session, pid in pids.items() if pid != victim]
         await until(lambda: all(playing[session].done() for session in lost), timeout_s=10)
-        await until(lambda: all(steps[session] >= seen[session] + 4 for session in others), timeout_s=10)
+        await until(
+            lambda: all(steps[session] >= seen[session] + 4 for session in others), timeout_s=10
+        )
         is_over.set()
-        ends = dict(zip(playing, await asyncio.gather(*playing.values(), return_exceptions=True), strict=True))
+        ends = dict(
+            zip(
+                playing,
+                await asyncio.gather(*playing.values(), return_exceptions=True),
+                strict=True,
+            )
+        )
         assert {type(ends[session]) for session in lost} == {EnvironmentFailedError}
         assert {ends[session] for session in others} == {None}
 
         await until(lambda: len(host.pids) == 2, timeout_s=10)
         again = [await open_session(client, number) for number in range(48)]
-        assert {int((await client.step(session, 0, "")).observation) for session in again} == set(host.pids)
+        assert {int((await client.step(session, 0, "")).observation) for session in again} == set(
+            host.pids
+        )
 
 
 async def test_a_server_is_ready_only_while_a_worker_lives(tmp_path):
     trap = tmp_path / "trap"
-    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", {"trap": str(trap)})}, 1)
+    host = WorkerHost(
+        {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", {"trap": str(trap)})}, 1
+    )
     async with serving(None, host, drain_s=0.0, reap_every_s=0.05) as (client, _, health):
         assert health.is_ready
         trap.touch()
@@ -203,9 +233,13 @@ def list_children() -> set[int]:
 
 
 def start_server(stopping: asyncio.Event, **options) -> asyncio.Task[None]:
-    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", options)}, 1)
+    host = WorkerHost(
+        {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", options)}, 1
+    )
     sessions = SessionManager(host, SessionLimits())
-    return asyncio.create_task(serve_environments(stopping, sessions=sessions, host="127.0.0.1", port=0, health=Health()))
+    return asyncio.create_task(
+        serve_environments(stopping, sessions=sessions, host="127.0.0.1", port=0, health=Health())
+    )
 
 
 async def test_a_server_whose_environment_cannot_be_built_does_not_start():
@@ -227,9 +261,13 @@ async def test_a_server_does_not_wait_for_an_episode_that_hangs_as_it_begins():
 
 
 async def test_tasks_that_are_none_fail_their_page_in_typed_form():
-    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", {"seed": "many"})}, 1)
+    host = WorkerHost(
+        {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving", {"seed": "many"})}, 1
+    )
     async with serving(None, host, drain_s=0.0) as (client, _, _):
-        with pytest.raises(UnavailableError, match=r"cannot be listed: .* with seed 'many', expected"):
+        with pytest.raises(
+            UnavailableError, match=r"cannot be listed: .* with seed 'many', expected"
+        ):
             await client.list_tasks("train", environment="misbehaving")
 
 
@@ -248,9 +286,15 @@ async def test_a_server_that_is_still_starting_stops_when_told_to():
 
 @asynccontextmanager
 async def running(script: Path):
-    """A started script that serves on any port: its process as asyncio and psutil know it, and a client."""
+    """A started script that serves on any port: its process as asyncio and psutil know it, and a
+    client.
+    """
     process = await asyncio.create_subprocess_exec(
-        sys.executable, script, cwd=script.parent, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        sys.executable,
+        script,
+        cwd=script.parent,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     server = psutil.Process(process.pid)
     try:
@@ -271,7 +315,9 @@ def example(tmp_path) -> Path:
     script = tmp_path / "guess_number.py"
     source = EXAMPLE.read_text()
     assert "serve(GuessNumber)\n" in source
-    script.write_text(source.replace("serve(GuessNumber)\n", "serve(GuessNumber, port=0, num_workers=1)\n"))
+    script.write_text(
+        source.replace("serve(GuessNumber)\n", "serve(GuessNumber, port=0, num_workers=1)\n")
+    )
     return script
 
 
@@ -302,10 +348,17 @@ async def test_two_hundred_abandoned_sessions_are_reaped_and_their_memory_given_
     async with running(example) as (_, server, client):
 
         def measure_bytes() -> int:
-            return sum(one.memory_full_info().uss for one in (server, *server.children(recursive=True)))
+            return sum(
+                one.memory_full_info().uss for one in (server, *server.children(recursive=True))
+            )
 
         async def abandon() -> None:
-            await asyncio.gather(*(client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S) for _ in range(200)))
+            await asyncio.gather(
+                *(
+                    client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S)
+                    for _ in range(200)
+                )
+            )
             assert (await client.describe()).environments[0].capacity.num_open_sessions == 200
             async with asyncio.timeout(20):
                 while (await client.describe()).environments[0].capacity.num_open_sessions:  # noqa: ASYNC110
@@ -340,7 +393,9 @@ async def test_workers_end_when_their_server_is_killed_even_one_that_hangs(tmp_p
 
 async def test_a_script_without_a_guard_is_told_to_write_one(example):
     example.write_text(example.read_text().replace('if __name__ == "__main__":', "if True:"))
-    process = await asyncio.create_subprocess_exec(sys.executable, example, stderr=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, example, stderr=asyncio.subprocess.PIPE
+    )
     async with asyncio.timeout(30):
         _, told = await process.communicate()
     assert process.returncode == 1

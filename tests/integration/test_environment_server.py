@@ -15,17 +15,23 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sdar.config import EnvironmentConfig, ModelConfig, RolloutConfig, RunConfig
 from sdar.contracts.codec import task_from_proto
-from sdar.contracts.errors import CapacityError, ConflictError, InvalidInputError, UnavailableError, UnknownResourceError
-from sdar.runtime.rpc import connect
-from sdar.runtime.settings import Settings
+from sdar.contracts.errors import (
+    CapacityError,
+    ConflictError,
+    InvalidInputError,
+    UnavailableError,
+    UnknownResourceError,
+)
+from sdar.environments.server import SERVICE_NAME
+from sdar.environments.sessions import SessionLimits
+from sdar.process.settings import Settings
 from sdar.v1 import environment_pb2 as pb
 from sdar.v1 import environment_pb2_grpc
+from sdar.wire.rpc_client import connect
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import list_demonstration
 from services.envs.household.game import parse_task_id
-from services.envs.server import SERVICE_NAME
 from services.envs.service import serve
-from services.envs.sessions import SessionLimits
 from tests.integration.environment_server import TASK_ID, serving
 from tests.support import until
 
@@ -40,8 +46,15 @@ async def test_describe_tells_splits_limits_and_room(client):
     described = (await client.describe()).environments
     assert [one.name for one in described] == ["household"]
     household = described[0]
-    assert {split.name: split.num_tasks for split in household.splits} == {"train": 7246, "heldout": 818}
-    assert (household.version, household.limits.max_turns, household.capacity.num_open_sessions) == ("1", 8, 0)
+    assert {split.name: split.num_tasks for split in household.splits} == {
+        "train": 7246,
+        "heldout": 818,
+    }
+    assert (
+        household.version,
+        household.limits.max_turns,
+        household.capacity.num_open_sessions,
+    ) == ("1", 8, 0)
     await client.open()
     assert (await client.describe("household")).environments[0].capacity.num_open_sessions == 1
 
@@ -72,11 +85,17 @@ async def test_a_strange_page_token_is_refused(client, token):
 async def test_an_expert_plays_to_the_reward(client):
     opened = await client.open(seed=3, lease_s=20)
     assert opened.observation.startswith("task : polish the apple")
-    assert (opened.task.task_id, opened.task.task_type, opened.task.seed, opened.lease_s) == (TASK_ID, "polish", 3, 20)
+    assert (opened.task.task_id, opened.task.task_type, opened.task.seed, opened.lease_s) == (
+        TASK_ID,
+        "polish",
+        3,
+        20,
+    )
     assert list(opened.admissible_actions) == ["open drawer"]
     task = parse_task_id(TASK_ID)
     steps = [
-        await client.step(opened.session_id, index, text) for index, text in enumerate(list_demonstration(task, task.procedure))
+        await client.step(opened.session_id, index, text)
+        for index, text in enumerate(list_demonstration(task, task.procedure))
     ]
     assert [step.reward for step in steps] == [0, 0, 0, 0, 1]
     assert (steps[-1].terminated, steps[-1].truncated, steps[-1].is_success) == (True, False, True)
@@ -88,7 +107,11 @@ async def test_an_expert_plays_to_the_reward(client):
 async def test_an_invalid_action_is_reported_not_raised(client):
     opened = await client.open()
     step = await client.step(opened.session_id, 0, "fly")
-    assert (step.observation, step.action, step.is_action_valid) == ("nothing happens .", "fly", False)
+    assert (step.observation, step.action, step.is_action_valid) == (
+        "nothing happens .",
+        "fly",
+        False,
+    )
 
 
 async def test_errors_keep_their_class_and_fields_on_the_wire(client):
@@ -146,7 +169,11 @@ async def test_a_stopping_server_lets_open_episodes_finish_and_starts_none():
 
 
 async def test_a_stopping_server_lives_and_waits_for_no_session_that_its_caller_forgot():
-    async with serving(SessionLimits(default_lease_s=1.0), drain_s=60.0, reap_every_s=0.05) as (client, stopping, health):
+    async with serving(SessionLimits(default_lease_s=1.0), drain_s=60.0, reap_every_s=0.05) as (
+        client,
+        stopping,
+        health,
+    ):
         await client.open()
         stopping.set()
         health.max_silence_s = 0.5
@@ -162,7 +189,9 @@ async def test_standard_health_and_reflection_are_offered(client):
     answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
-    async for response in reflection_pb2_grpc.ServerReflectionStub(client.channel).ServerReflectionInfo(iter(requests)):
+    async for response in reflection_pb2_grpc.ServerReflectionStub(
+        client.channel
+    ).ServerReflectionInfo(iter(requests)):
         assert SERVICE_NAME in {service.name for service in response.list_services_response.service}
 
 
@@ -198,7 +227,9 @@ async def test_the_service_of_a_run_serves_its_environment_with_its_bounds_until
     service = asyncio.create_task(serve(config, Settings(grpc_port=port, probe_port=0)))
     async with connect(f"127.0.0.1:{port}") as channel:
         stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
-        described = (await stub.Describe(pb.DescribeRequest(), timeout=10, wait_for_ready=True)).environments[0]
+        described = (
+            await stub.Describe(pb.DescribeRequest(), timeout=10, wait_for_ready=True)
+        ).environments[0]
     assert (described.capacity.max_sessions, described.limits.step_timeout_s) == (3, 7)
     # Safe: the server answered, so the service owns the signal by now.
     os.kill(os.getpid(), signal.SIGTERM)

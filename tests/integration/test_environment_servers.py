@@ -1,4 +1,6 @@
-"""Many environment servers behind one name: real ones on 127.0.0.1 to .3, as pods are; only the look-up is the test's."""
+"""Many environment servers behind one name: real ones on 127.0.0.1 to .3, as pods are; only the
+look-up is the test's.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from pydantic import SecretStr
 
 from sdar.contracts.errors import EnvironmentFailedError, UnavailableError
 from sdar.contracts.types import Task
-from sdar.runtime.ports import find_free_port
-from sdar.runtime.security import OPEN, Security
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health
+from sdar.environments.server import serve_environments
+from sdar.environments.sessions import SessionLimits, SessionManager
+from sdar.in_process.environment_host import InProcessHost
+from sdar.process.ports import find_free_port
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health
 from sdar.v1 import environment_pb2
-from services.envs.hosts import InProcessHost
+from sdar.wire.security import OPEN, Security
 from services.envs.household.environment import HouseholdEnvironment
-from services.envs.server import serve_environments
-from services.envs.sessions import SessionLimits, SessionManager
 from services.rollout import environment_servers
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from tests.certificates import Authority
@@ -47,11 +49,22 @@ class Pods:
         self.sessions: dict[str, SessionManager] = {}
         self.running: dict[str, tuple[asyncio.Event, asyncio.Task]] = {}
 
-    async def start(self, host: str, max_sessions: int = 64, security: Security = OPEN, drain_s: float = 0.0) -> None:
-        sessions = SessionManager(InProcessHost({"household": HouseholdEnvironment}), SessionLimits(max_sessions=max_sessions))
+    async def start(
+        self, host: str, max_sessions: int = 64, security: Security = OPEN, drain_s: float = 0.0
+    ) -> None:
+        sessions = SessionManager(
+            InProcessHost({"household": HouseholdEnvironment}),
+            SessionLimits(max_sessions=max_sessions),
+        )
         stopping, health = asyncio.Event(), Health()
         serving = serve_environments(
-            stopping, sessions=sessions, host=host, port=self.port, health=health, security=security, drain_s=drain_s
+            stopping,
+            sessions=sessions,
+            host=host,
+            port=self.port,
+            health=health,
+            security=security,
+            drain_s=drain_s,
         )
         self.running[host] = stopping, asyncio.create_task(serving)
         self.sessions[host] = sessions
@@ -75,8 +88,12 @@ class Pods:
         assert host in ("envs.example", "localhost")
         return [f"{listed}:{port}" for listed in self.listed]
 
-    def client(self, *, patience_s: float = 5.0, security: Security = OPEN, name: str = "envs.example"):
-        directory = GrpcEnvironmentDirectory(security, step_timeout_s=5.0, open_patience_s=patience_s, resolve=self.resolve)
+    def client(
+        self, *, patience_s: float = 5.0, security: Security = OPEN, name: str = "envs.example"
+    ):
+        directory = GrpcEnvironmentDirectory(
+            security, step_timeout_s=5.0, open_patience_s=patience_s, resolve=self.resolve
+        )
         self._stack.push_async_callback(directory.close)
         return directory.get(f"{name}:{self.port}")
 
@@ -92,7 +109,9 @@ async def pods(monkeypatch):
 
 
 async def open_many(client, count: int, tag: str = "") -> list[str]:
-    sessions = await asyncio.gather(*(client.open_session(TASK, f"{tag}{number}") for number in range(count)))
+    sessions = await asyncio.gather(
+        *(client.open_session(TASK, f"{tag}{number}") for number in range(count))
+    )
     return [session.session_id for session in sessions]
 
 
@@ -160,7 +179,8 @@ async def test_a_killed_server_costs_its_own_sessions_and_no_others(pods):
             with pytest.raises(UnavailableError):
                 await client.step(session_id, 0, "open drawer")
         await client.close_session(session_id)
-    # Still listed, as a pod is until its readiness fails: the next episodes begin elsewhere, and soon.
+    # Still listed, as a pod is until its readiness fails: the next episodes begin elsewhere, and
+    # soon.
     began_s = time.monotonic()
     assert set(map(host_of, await open_many(client, 4, "again"))) == {HOSTS[0]}
     assert time.monotonic() - began_s < 4.0
@@ -174,11 +194,15 @@ async def test_a_server_that_appears_is_used_without_a_restart_and_one_that_vani
     await opens_at(client, HOSTS[:2])
     pods.listed.remove(HOSTS[0])
     await opens_at(client, HOSTS[1:2])
-    assert (await client.step(first, 0, "open drawer")).is_action_valid, "its episodes may end where they began"
+    assert (await client.step(first, 0, "open drawer")).is_action_valid, (
+        "its episodes may end where they began"
+    )
 
 
 async def test_a_server_that_leaves_while_others_are_asked_costs_no_episode(pods):
-    """Its channel closes with its place in the list: the worker would take that for a defect and give the group up."""
+    """Its channel closes with its place in the list: the worker would take that for a defect and
+    give the group up.
+    """
     for host in HOSTS[:2]:
         await pods.start(host)
     client = pods.client()
@@ -250,7 +274,9 @@ async def test_certificates_are_checked_for_the_name_and_not_for_the_pod(pods, t
     tokens.write_text(f"operate:{token}\n")
     server = Settings(tls_cert=files.certificate, tls_key=files.key, tokens_file=tokens)
     await pods.start(HOSTS[1], security=Security.from_settings(server))
-    security = Security.from_settings(Settings(tls_ca=authority.certificate, token=SecretStr(token)))
+    security = Security.from_settings(
+        Settings(tls_ca=authority.certificate, token=SecretStr(token))
+    )
     session = await pods.client(security=security, name="localhost").open_session(TASK, "key")
     assert host_of(session.session_id) == HOSTS[1]
     with pytest.raises(EnvironmentFailedError, match="within 1 s"):

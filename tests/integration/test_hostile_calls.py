@@ -1,8 +1,10 @@
-"""Every gRPC method of the contract against hostile requests, on real servers with real parts behind them.
+"""Every gRPC method of the contract against hostile requests, on real servers with real parts
+behind them.
 
-Methods are found in the descriptors: a new one is called without a word here, a new service fails until it has a server here.
-Thousands of requests from fixed seeds: random bytes, good requests with bytes or fields changed, every field at its extremes.
-An answer is OK or a typed refusal, never INTERNAL or UNKNOWN, and not silence; afterwards a good request is answered as before.
+Methods are found in the descriptors: a new one is called without a word here, a new service fails
+until it has a server here. Thousands of requests from fixed seeds: random bytes, good requests with
+bytes or fields changed, every field at its extremes. An answer is OK or a typed refusal, never
+INTERNAL or UNKNOWN, and not silence; afterwards a good request is answered as before.
 """
 
 from __future__ import annotations
@@ -29,22 +31,31 @@ from sdar.config import EnvironmentConfig, MethodConfig, ModelConfig, RunConfig,
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import ModelIdentity, SamplingParameters
-from sdar.runtime.causal_lm import load_causal_lm
-from sdar.runtime.chat import ChatTokenizer
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.rpc import RpcService, build_server, connect, read_error_detail
-from sdar.runtime.telemetry import Health
-from sdar.v1 import environment_pb2, gateway_pb2_grpc, policy_pb2, policy_pb2_grpc, teacher_pb2, teacher_pb2_grpc
-from services.envs.registry import load_environment
-from services.envs.sessions import SessionLimits
-from services.envs.workers import WorkerHost
+from sdar.environments.registry import load_environment
+from sdar.environments.sessions import SessionLimits
+from sdar.environments.workers import WorkerHost
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.in_process.transformers_engine import TransformersEngine
+from sdar.model.causal_lm import load_causal_lm
+from sdar.model.chat import ChatTokenizer
+from sdar.process.telemetry import Health
+from sdar.v1 import (
+    environment_pb2,
+    gateway_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+    teacher_pb2,
+    teacher_pb2_grpc,
+)
+from sdar.wire.rpc_client import connect
+from sdar.wire.rpc_errors import read_error_detail
+from sdar.wire.rpc_server import RpcService, build_server
 from services.gateway.environments import GrpcEnvironmentCatalog
 from services.gateway.grpc_service import GatewayServicer
 from services.gateway.history import History
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.scheduler import Scheduler
 from services.rollout.policy_service import PolicyServicer
-from services.rollout.transformers_engine import TransformersEngine
 from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.retrieval import Retriever
@@ -69,9 +80,14 @@ DEFECTS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DE
 
 
 def list_services() -> dict[str, ServiceDescriptor]:
-    modules = [importlib.import_module(f"sdar.v1.{module.name}") for module in pkgutil.iter_modules(sdar.v1.__path__)]
+    modules = [
+        importlib.import_module(f"sdar.v1.{module.name}")
+        for module in pkgutil.iter_modules(sdar.v1.__path__)
+    ]
     files = [module.DESCRIPTOR for module in modules if module.__name__.endswith("_pb2")]
-    return {service.full_name: service for file in files for service in file.services_by_name.values()}
+    return {
+        service.full_name: service for file in files for service in file.services_by_name.values()
+    }
 
 
 @dataclass
@@ -109,11 +125,15 @@ async def environment() -> AsyncIterator[Target]:
             ("household", "train", "heldout", TASK_ID, opened.session_id, "open drawer", "100"),
             {
                 "Describe": lambda: environment_pb2.DescribeRequest(environment="household"),
-                "ListTasks": lambda: environment_pb2.ListTasksRequest(environment="household", split="heldout", page_size=5),
+                "ListTasks": lambda: environment_pb2.ListTasksRequest(
+                    environment="household", split="heldout", page_size=5
+                ),
                 "OpenSession": lambda: environment_pb2.OpenSessionRequest(
                     environment="household", task_id=TASK_ID, lease_s=1.0
                 ),
-                "Step": lambda: environment_pb2.StepRequest(session_id=opened.session_id, text="open drawer"),
+                "Step": lambda: environment_pb2.StepRequest(
+                    session_id=opened.session_id, text="open drawer"
+                ),
                 "CloseSession": lambda: environment_pb2.CloseSessionRequest(session_id="nobody"),
             },
         )
@@ -122,10 +142,19 @@ async def environment() -> AsyncIterator[Target]:
 @contextlib.asynccontextmanager
 async def teacher() -> AsyncIterator[Target]:
     chat, bus = ChatTokenizer(MODEL_PATH), MemoryBus({})
-    scorer = TransformersScorer(load_causal_lm(MODEL_PATH, "float32"), MemoryWeights({}), batch_tokens=4096, chunk_tokens=512)
-    contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="task_type", num_skills=3), MAX_MODEL_TOKENS)
+    scorer = TransformersScorer(
+        load_causal_lm(MODEL_PATH, "float32"),
+        MemoryWeights({}),
+        batch_tokens=4096,
+        chunk_tokens=512,
+    )
+    contexts = ContextBuilder(
+        chat, Retriever(LIBRARY, kind="task_type", num_skills=3), MAX_MODEL_TOKENS
+    )
     metrics = TeacherMetrics(CollectorRegistry())
-    servicer = TeacherServicer(Teacher(contexts, scorer, build_follower(bus, scorer, 2), metrics, max_lag=2))
+    servicer = TeacherServicer(
+        Teacher(contexts, scorer, build_follower(bus, scorer, 2), metrics, max_lag=2)
+    )
     trajectory = codec.trajectory_to_proto(play(chat))
     add = teacher_pb2_grpc.add_TeacherServiceServicer_to_server
     async with serve("sdar.v1.TeacherService", add, servicer) as address:
@@ -134,7 +163,9 @@ async def teacher() -> AsyncIterator[Target]:
             ("clean", "household", "g0", "assistant", "user"),
             {
                 "Score": lambda: teacher_pb2.ScoreRequest(trajectory=trajectory),
-                "RetrieveSkills": lambda: teacher_pb2.RetrieveSkillsRequest(task=trajectory.task, key="g0"),
+                "RetrieveSkills": lambda: teacher_pb2.RetrieveSkillsRequest(
+                    task=trajectory.task, key="g0"
+                ),
             },
         )
     await scorer.stop()
@@ -144,19 +175,30 @@ async def teacher() -> AsyncIterator[Target]:
 async def policy() -> AsyncIterator[Target]:
     tokenizer = ChatTokenizer(MODEL_PATH)
     stops = [tokenizer.eos_token_id]
-    engine = TransformersEngine(MODEL_PATH, dtype="float32", max_sequence_tokens=MAX_MODEL_TOKENS, stop_token_ids=stops)
+    engine = TransformersEngine(
+        MODEL_PATH, dtype="float32", max_sequence_tokens=MAX_MODEL_TOKENS, stop_token_ids=stops
+    )
     await engine.start()
     servicer = PolicyServicer(
-        engine, tokenizer, run_id="run", model=MODEL, max_model_tokens=MAX_MODEL_TOKENS, max_requests=CONCURRENT_REQUESTS
+        engine,
+        tokenizer,
+        run_id="run",
+        model=MODEL,
+        max_model_tokens=MAX_MODEL_TOKENS,
+        max_requests=CONCURRENT_REQUESTS,
     )
     sampling = codec.sampling_to_proto(SamplingParameters(1.0, 1.0, 4))
     messages = [{"role": "user", "content": "clean the mug ."}]
-    async with serve("sdar.v1.PolicyService", policy_pb2_grpc.add_PolicyServiceServicer_to_server, servicer) as address:
+    async with serve(
+        "sdar.v1.PolicyService", policy_pb2_grpc.add_PolicyServiceServicer_to_server, servicer
+    ) as address:
         yield Target(
             address,
             ("user", "assistant", "system"),
             {
-                "Generate": lambda: policy_pb2.GenerateRequest(chat={"messages": messages}, sampling=sampling),
+                "Generate": lambda: policy_pb2.GenerateRequest(
+                    chat={"messages": messages}, sampling=sampling
+                ),
                 "GetPolicy": policy_pb2.GetPolicyRequest,
             },
         )
@@ -190,9 +232,15 @@ async def gateway() -> AsyncIterator[Target]:
         async with serve("sdar.v1.GatewayService", add, GatewayServicer(scheduler)) as address:
             good = {"name": "household", "address": played.address}
             request = GetMessageClass(
-                list_services()["sdar.v1.GatewayService"].methods_by_name["RegisterEnvironment"].input_type
+                list_services()["sdar.v1.GatewayService"]
+                .methods_by_name["RegisterEnvironment"]
+                .input_type
             )
-            yield Target(address, ("household", played.address), {"RegisterEnvironment": lambda: request(**good)})
+            yield Target(
+                address,
+                ("household", played.address),
+                {"RegisterEnvironment": lambda: request(**good)},
+            )
         stopping.set()
         await running
 
@@ -212,7 +260,9 @@ SERVERS: dict[str, Callable[[], contextlib.AbstractAsyncContextManager[Target]]]
 }
 
 
-async def send(channel: grpc.aio.Channel, path: str, data: bytes) -> tuple[grpc.StatusCode, str, bool]:
+async def send(
+    channel: grpc.aio.Channel, path: str, data: bytes
+) -> tuple[grpc.StatusCode, str, bool]:
     """Status, details and whether they have a type, of one call with these bytes as its request."""
     try:
         await channel.unary_unary(path)(data, timeout=ANSWER_WITHIN_S)
@@ -221,11 +271,15 @@ async def send(channel: grpc.aio.Channel, path: str, data: bytes) -> tuple[grpc.
         return error.code(), error.details() or "", read_error_detail(error) is not None
 
 
-async def attack(target: Target, method: MethodDescriptor, channel: grpc.aio.Channel) -> Counter[grpc.StatusCode]:
+async def attack(
+    target: Target, method: MethodDescriptor, channel: grpc.aio.Channel
+) -> Counter[grpc.StatusCode]:
     path = f"/{method.containing_service.full_name}/{method.name}"
     fuzzer = Fuzzer(zlib.crc32(path.encode()), target.texts)
     good = target.good.get(method.name, lambda: None)
-    inputs = list(hostile_inputs(fuzzer, GetMessageClass(method.input_type), REQUESTS_PER_METHOD, good))
+    inputs = list(
+        hostile_inputs(fuzzer, GetMessageClass(method.input_type), REQUESTS_PER_METHOD, good)
+    )
     seen: Counter[grpc.StatusCode] = Counter()
     defects: list[str] = []
     for start in range(0, len(inputs), CONCURRENT_REQUESTS):
@@ -236,12 +290,16 @@ async def attack(target: Target, method: MethodDescriptor, channel: grpc.aio.Cha
             seen[code] += 1
             if code in DEFECTS or not is_typed:
                 defects.append(f"{code} {details!r} for {data[:300]!r} ({len(data)} bytes)")
-    assert not defects, f"{path}: {len(defects)} defects, first: " + "\n".join(defects[:SHOWN_DEFECTS])
+    assert not defects, f"{path}: {len(defects)} defects, first: " + "\n".join(
+        defects[:SHOWN_DEFECTS]
+    )
     return seen
 
 
 @pytest.mark.parametrize("name", sorted(list_services()))
-async def test_a_service_answers_or_refuses_by_type_whatever_it_is_sent_and_goes_on(name: str) -> None:
+async def test_a_service_answers_or_refuses_by_type_whatever_it_is_sent_and_goes_on(
+    name: str,
+) -> None:
     service = list_services()[name]
     async with SERVERS[name]() as target, connect(target.address) as channel:
         for method in service.methods:  # Warm: what a first call loads and caches is no growth.
@@ -251,10 +309,16 @@ async def test_a_service_answers_or_refuses_by_type_whatever_it_is_sent_and_goes
         for method in service.methods:
             seen = await attack(target, method, channel)
             assert sum(seen.values()) == REQUESTS_PER_METHOD
-            assert seen[grpc.StatusCode.INVALID_ARGUMENT], f"{method.name} took random bytes for a request: {seen}"
+            assert seen[grpc.StatusCode.INVALID_ARGUMENT], (
+                f"{method.name} took random bytes for a request: {seen}"
+            )
         for method in service.methods:
             good = target.good.get(method.name, GetMessageClass(method.input_type))()
             if method.name != "Step":
-                code, details, _ = await send(channel, f"/{name}/{method.name}", good.SerializeToString())
-                assert code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED), f"{method.name}: {code} {details}"
+                code, details, _ = await send(
+                    channel, f"/{name}/{method.name}", good.SerializeToString()
+                )
+                assert code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED), (
+                    f"{method.name}: {code} {details}"
+                )
         assert resident_bytes() - before < MAX_GROWTH_BYTES

@@ -1,4 +1,6 @@
-"""The learner with real DeepSpeed on gloo: every ZeRO stage and number of ranks takes the step that plain PyTorch takes."""
+"""The learner with real DeepSpeed on gloo: every ZeRO stage and number of ranks takes the step that
+plain PyTorch takes.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from sdar.algorithms.batching import build_microbatches, count_response_tokens
 from sdar.algorithms.logprobs import TokenScorer
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from sdar.runtime.ports import find_free_port
-from sdar.runtime.weights import WeightStore
+from sdar.model.causal_lm import export_tensors, load_causal_lm
+from sdar.process.ports import find_free_port
+from sdar.weights.store import WeightStore
 from services.learner.ranks import stand_alone
 from services.learner.service import open_learner
 from tests.integration.learner_ranks import (
@@ -32,15 +34,32 @@ from tests.integration.learner_ranks import (
     take_steps,
 )
 from tests.support import until
-from tests.unit.learner.builders import MODEL_PATH, count_pending, make_bus, make_config, make_group, read_ledger, send
+from tests.unit.learner.builders import (
+    MODEL_PATH,
+    count_pending,
+    make_bus,
+    make_config,
+    make_group,
+    read_ledger,
+    send,
+)
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
-"""Adam divides by the gradient's own size, so rounding of a tiny gradient shows; three steps may move a weight by 3e-3."""
+"""Adam divides by the gradient's own size, so rounding of a tiny gradient shows; three steps may
+move a weight by 3e-3.
+"""
 
 
 def run_ranks(*arguments):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.integration.learner_ranks", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.integration.learner_ranks",
+        *map(str, arguments),
+    ]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -62,7 +81,10 @@ def finish(*processes, timeout_s=600):
         process.communicate()[0] if one.exception() else one.result()[0]
         for process, one in zip(processes, reading, strict=True)
     ]
-    said = "\n".join(f"exit code {process.returncode}:\n{output}" for process, output in zip(processes, outputs, strict=True))
+    said = "\n".join(
+        f"exit code {process.returncode}:\n{output}"
+        for process, output in zip(processes, outputs, strict=True)
+    )
     assert not is_late, f"Not over within {timeout_s} s.\n{said}"
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return outputs
@@ -81,7 +103,9 @@ def expected():
         with torch.no_grad():
             ref_logprobs = reference(batch.input_ids, batch.response_mask)[0]
         logprobs, entropy = policy(batch.input_ids, batch.response_mask)
-        loss = compute_share(config, batch, logprobs, entropy, ref_logprobs, count_response_tokens(sequences), step)
+        loss = compute_share(
+            config, batch, logprobs, entropy, ref_logprobs, count_response_tokens(sequences), step
+        )
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)))
@@ -104,7 +128,9 @@ def test_one_rank_steps_as_plain_pytorch_does(stage, budget, expected):
 
 
 def test_gradient_checkpointing_and_offloading_the_reference_change_nothing(expected):
-    weights, norms = take_steps(stand_alone("cpu"), 0, 128, gradient_checkpointing=True, offload_reference=True)
+    weights, norms = take_steps(
+        stand_alone("cpu"), 0, 128, gradient_checkpointing=True, offload_reference=True
+    )
     assert_same(weights, expected[0], norms, expected[1])
 
 
@@ -113,8 +139,11 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
     weights, norms = take_steps(stand_alone("cpu"), stage, 128, dtype="bfloat16")
     assert norms == pytest.approx(expected[1], rel=0.3)
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    moved = torch.cat([(weights[name].float() - value).abs().flatten() for name, value in expected[0].items()])
-    # Half a bfloat16 step of a weight near 1, and what three steps of the learning rate can differ by.
+    moved = torch.cat(
+        [(weights[name].float() - value).abs().flatten() for name, value in expected[0].items()]
+    )
+    # Half a bfloat16 step of a weight near 1, and what three steps of the learning rate can differ
+    # by.
     assert moved.max() < 2**-8 + 6 * LEARNING_RATE
 
 
@@ -131,9 +160,14 @@ def test_two_ranks_step_as_one_does(expected, tmp_path):
 def test_two_ranks_under_zero_3_resume_bitwise(tmp_path):
     finish(run_ranks("train", tmp_path / "whole"))
     resumed = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "update-00000001", resumed / "checkpoints" / "update-00000001")
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "update-00000001",
+        resumed / "checkpoints" / "update-00000001",
+    )
     finish(run_ranks("train", resumed))
-    whole, again = (load_file(next(directory.glob("result-*"))) for directory in (tmp_path / "whole", resumed))
+    whole, again = (
+        load_file(next(directory.glob("result-*"))) for directory in (tmp_path / "whole", resumed)
+    )
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -152,7 +186,10 @@ class Run:
         async with open_learner(self.config, self.bus, self.store, self.checkpoints) as learner:
             stopping = asyncio.Event()
             task = asyncio.create_task(learner.run(stopping))
-            await until(lambda: self.has_published(learner.progress, until_update) or task.done(), timeout_s=120)
+            await until(
+                lambda: self.has_published(learner.progress, until_update) or task.done(),
+                timeout_s=120,
+            )
             if is_killed:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -162,7 +199,10 @@ class Run:
             return learner.progress
 
     def has_published(self, progress, until_update):
-        return progress.num_updates >= until_update and self.store.list_versions()[-1] == progress.policy_version
+        return (
+            progress.num_updates >= until_update
+            and self.store.list_versions()[-1] == progress.policy_version
+        )
 
     def weights(self):
         return dict(self.store.iter_tensors(self.store.fetch_manifest()))
@@ -173,7 +213,13 @@ NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 
 @pytest.mark.parametrize("method", ["sdar", "grpo"])
 async def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(method, tmp_path):
-    training = {"num_updates": 4, "max_staleness": 4, "num_minibatches": 2, "checkpoint_every": 1, "warmup_updates": 3}
+    training = {
+        "num_updates": 4,
+        "max_staleness": 4,
+        "num_minibatches": 2,
+        "checkpoint_every": 1,
+        "warmup_updates": 3,
+    }
     items = [item for name in NAMES for item in make_group(name, has_score=method == "sdar")]
     runs = [Run(tmp_path / name, method=method, **training) for name in ("whole", "parts")]
     for run in runs:
@@ -189,8 +235,13 @@ async def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(method, tmp_
 
 
 async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_bit(tmp_path):
-    """Killed after update 3 with the checkpoint of update 2 on the disk: e and f train again, as another version."""
-    runs = [Run(tmp_path / name, num_updates=4, max_staleness=4, checkpoint_every=2) for name in ("whole", "killed")]
+    """Killed after update 3 with the checkpoint of update 2 on the disk: e and f train again, as
+    another version.
+    """
+    runs = [
+        Run(tmp_path / name, num_updates=4, max_staleness=4, checkpoint_every=2)
+        for name in ("whole", "killed")
+    ]
     for run in runs:
         await send(run.bus, *[item for name in NAMES[:6] for item in make_group(name)])
     await runs[0].train(3)
@@ -205,16 +256,26 @@ async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_b
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-async def test_a_finished_learner_that_is_started_again_for_more_updates_goes_on_under_the_new_settings(tmp_path):
+async def test_a_finished_learner_that_is_started_again_for_more_updates_goes_on_under_the_new_settings(
+    tmp_path,
+):
     run = Run(tmp_path, num_updates=2, checkpoint_every=1)
     await send(run.bus, *[item for name in NAMES[:5] for item in make_group(name)])
     await run.train(2)
     run.config = make_config(num_updates=3, checkpoint_every=1, max_staleness=4, learning_rate=3e-4)
     await send(run.bus, *[item for name in NAMES[5:7] for item in make_group(name)])
     progress = await run.train(3)
-    assert progress.trained_groups == (("a", "b"), ("c", "d"), ("f", "g"))  # e came after what was then the last update
-    assert sorted(await read_ledger(run.bus)) == sorted([(name, "trained") for name in "abcdfg"] + [("e", "cancelled")])
-    records = [codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)]
+    assert progress.trained_groups == (
+        ("a", "b"),
+        ("c", "d"),
+        ("f", "g"),
+    )  # e came after what was then the last update
+    assert sorted(await read_ledger(run.bus)) == sorted(
+        [(name, "trained") for name in "abcdfg"] + [("e", "cancelled")]
+    )
+    records = [
+        codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
+    ]
     before, again, last = (record.values["learning_rate"] for record in records)
     assert before == again != last == 3e-4
 
@@ -226,7 +287,9 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
     assert await read_ledger(run.bus) == [(name, "trained") for name in NAMES[:4]]
     assert await count_pending(run.bus) == 0
     assert run.store.list_versions() == [0, 1, 2]
-    records = [codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)]
+    records = [
+        codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
+    ]
     wanted = {
         "loss", "reward_mean", "success_mean", "success_heat", "num_trajectories_heat", "gate_mean", "gate_open_share",
         "teacher_gap_mean", "k3_kl", "entropy", "gradient_norm", "clip_fraction", "engine_mismatch_abs",
@@ -234,13 +297,17 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
         "publish_s", "num_groups_skipped", "num_groups_stale", "num_policy_versions", "learning_rate",
     }  # fmt: skip
     assert wanted <= records[0].values.keys()
-    assert records[0].values["k3_kl"] == pytest.approx(0, abs=1e-6), "the first update begins at the reference"
+    assert records[0].values["k3_kl"] == pytest.approx(0, abs=1e-6), (
+        "the first update begins at the reference"
+    )
     assert records[1].values["k3_kl"] > 0
 
 
 def test_ranks_meet_where_only_this_machine_reaches_them():
     port = find_free_port("127.0.0.1")
     output = finish(run_ranks("listen", port))[0]
-    addresses = next(line.split()[1:] for line in output.splitlines() if line.startswith("listening:"))
+    addresses = next(
+        line.split()[1:] for line in output.splitlines() if line.startswith("listening:")
+    )
     assert f"127.0.0.1:{port}" in addresses
     assert all(address.startswith("127.") for address in addresses)

@@ -1,4 +1,6 @@
-"""A learner, with real DeepSpeed, Redis, checkpoints and weights, that is killed anywhere, and one whose Redis goes away."""
+"""A learner, with real DeepSpeed, Redis, checkpoints and weights, that is killed anywhere, and one
+whose Redis goes away.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.redis_bus import RedisBus
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.ledger import format_group_id
+from sdar.bus.redis import RedisBus
 from services.learner.checkpoint import read_trained_groups
 from tests.integration import learner_faults
 from tests.support import until
@@ -21,7 +23,11 @@ from tests.unit.learner.builders import RUN, count_pending, issue, read_account
 from tests.unit.learner.rig import Rig
 
 ROOT = Path(__file__).parents[2]
-TRAINED = [("group-00000000", "group-00000001"), ("group-00000006", "group-00000007"), ("group-00000003", "group-00000004")]
+TRAINED = [
+    ("group-00000000", "group-00000001"),
+    ("group-00000006", "group-00000007"),
+    ("group-00000003", "group-00000004"),
+]
 """Two updates of old tokens before the fresh ones that had come before them."""
 
 
@@ -41,17 +47,29 @@ def try_points(directory, mode, timeout_s):
     assert report["wrong"] == []
     expected = report["expected"]
     assert [tuple(group_ids) for group_ids in expected["trained"]] == TRAINED
-    assert expected["account"] == {"issued": 9, "generated": 9, "trained": 6, "stale": 1, "failed": 1, "cancelled": 1}
-    assert [group_id for group_id, _ in expected["closed"]] == [format_group_id(number) for number in range(9)]
+    assert expected["account"] == {
+        "issued": 9,
+        "generated": 9,
+        "trained": 6,
+        "stale": 1,
+        "failed": 1,
+        "cancelled": 1,
+    }
+    assert [group_id for group_id, _ in expected["closed"]] == [
+        format_group_id(number) for number in range(9)
+    ]
     assert expected["num_updates"] == 3
     assert expected["num_pending"] == 0
     assert len(expected["sha256"]) == 2
     return report
 
 
-def test_a_learner_killed_in_any_state_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(tmp_path):
-    """Every state of Redis and of the files that a life leads through is left behind once; what follows a state is the same
-    whichever line left it. Weights, optimizer, groups of each update and account are those of a run without a fault."""
+def test_a_learner_killed_in_any_state_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(
+    tmp_path,
+):
+    """Every state of Redis and of the files that a life leads through is left behind once; what
+    follows a state is the same whichever line left it. Weights, optimizer, groups of each update
+    and account are those of a run without a fault."""
     report = try_points(tmp_path, "every-state", timeout_s=1800)
     assert set(report["counts"]) == {"new", "unacknowledged", "update lost"}
     for name, count in report["counts"].items():
@@ -60,7 +78,9 @@ def test_a_learner_killed_in_any_state_between_any_two_lines_resumes_to_the_same
 
 
 @pytest.mark.slow
-def test_a_learner_killed_before_every_line_of_its_step_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+def test_a_learner_killed_before_every_line_of_its_step_resumes_to_the_same_weights_bit_for_bit(
+    tmp_path,
+):
     report = try_points(tmp_path, "every-line", timeout_s=7200)
     assert sum(count["points"] for count in report["counts"].values()) == report["num_lines"]
     assert report["num_lines"] > 400
@@ -75,12 +95,18 @@ def server(tmp_path):
 def connect(rig, server):
     """The learner's bus, and the one of all others."""
     rig.bus = RedisBus(
-        server.url, RUN, rig.config.stream_consumers, client_name="learner", on_blocked=rig.health.report_blocked
+        server.url,
+        RUN,
+        rig.config.stream_consumers,
+        client_name="learner",
+        on_blocked=rig.health.report_blocked,
     )
     return RedisBus(server.url, RUN, rig.config.stream_consumers)
 
 
-async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_the_middle_of_an_update(tmp_path, server):
+async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_the_middle_of_an_update(
+    tmp_path, server
+):
     rig = Rig(tmp_path)
     others = connect(rig, server)
     await issue(others, range(2))
@@ -114,7 +140,9 @@ async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_
 
 
 async def test_a_run_goes_on_when_the_directory_of_redis_was_lost_between_two_lives(tmp_path):
-    """Update 2 is durable, update 3 is not, and group 6 waited: the account closes, and nothing is trained twice."""
+    """Update 2 is durable, update 3 is not, and group 6 waited: the account closes, and nothing is
+    trained twice.
+    """
     rig = Rig(tmp_path, num_updates=4)
     with EmbeddedRedis(tmp_path / "redis") as server:
         others = connect(rig, server)
@@ -132,12 +160,24 @@ async def test_a_run_goes_on_when_the_directory_of_redis_was_lost_between_two_li
         await rig.start()
         await until(lambda: rig.health.is_ready or rig.task.done(), timeout_s=60)
         assert await others.load_state("scheduler") == b"cursor"
-        assert await read_account(others) == {"issued": 7, "generated": 7, "trained": 4, "cancelled": 3}
+        assert await read_account(others) == {
+            "issued": 7,
+            "generated": 7,
+            "trained": 4,
+            "cancelled": 3,
+        }
         await issue(others, range(7, 11), version=2)
         await until(lambda: rig.health.detail == "run finished" or rig.task.done(), timeout_s=60)
         await rig.stop()
-        assert await read_account(others) == {"issued": 11, "generated": 11, "trained": 8, "cancelled": 3}
-        trained = [group_id for group_ids in read_trained_groups(rig.directory) for group_id in group_ids]
+        assert await read_account(others) == {
+            "issued": 11,
+            "generated": 11,
+            "trained": 8,
+            "cancelled": 3,
+        }
+        trained = [
+            group_id for group_ids in read_trained_groups(rig.directory) for group_id in group_ids
+        ]
         assert trained == [format_group_id(number) for number in (0, 1, 2, 3, 7, 8, 9, 10)]
         for bus in (rig.bus, others):
             await bus.close()

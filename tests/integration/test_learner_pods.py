@@ -1,4 +1,6 @@
-"""A learner over two pods, each a torchrun that is started again whenever it ends, as by a kubelet; the rest is real too."""
+"""A learner over two pods, each a torchrun that is started again whenever it ends, as by a kubelet;
+the rest is real too.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.ledger import format_group_id
+from sdar.bus.redis import RedisBus
 from sdar.config import save_config
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.ports import find_free_port
-from sdar.runtime.redis_bus import RedisBus
+from sdar.process.ports import find_free_port
 from services.learner.checkpoint import read_trained_groups
 from tests.unit.learner.builders import RUN, count_pending, issue, make_config, read_account
 
@@ -28,19 +30,40 @@ ROOT = Path(__file__).parents[2]
 HOSTS = ("127.0.0.1", "127.0.0.2")
 """Where each pod answers probes; the port is one, as in Kubernetes."""
 START_S = 180.0
-"""Two starts of torch and DeepSpeed on a busy machine, and what was begun against ranks that were about to end."""
+"""Two starts of torch and DeepSpeed on a busy machine, and what was begun against ranks that were
+about to end.
+"""
 
 
 class Pod:
     """One node of torchrun. `codes` tells how its lives ended."""
 
-    def __init__(self, index: int, directory: Path, environment: dict[str, str], master_port: int) -> None:
+    def __init__(
+        self, index: int, directory: Path, environment: dict[str, str], master_port: int
+    ) -> None:
         self.index, self.codes = index, list[int]()
         self._log = directory / f"pod-{index}.log"
-        self._environment = {**os.environ, **environment, "SDAR_HOST": HOSTS[index], "SDAR_INSTANCE": f"learner-{index}"}
+        self._environment = {
+            **os.environ,
+            **environment,
+            "SDAR_HOST": HOSTS[index],
+            "SDAR_INSTANCE": f"learner-{index}",
+        }
         self._command = (
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={index}"),
-            *("--master-addr=127.0.0.1", f"--master-port={master_port}", "--rdzv-conf=timeout=120", "--max-restarts=0"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc-per-node=1",
+                f"--node-rank={index}",
+            ),
+            *(
+                "--master-addr=127.0.0.1",
+                f"--master-port={master_port}",
+                "--rdzv-conf=timeout=120",
+                "--max-restarts=0",
+            ),
             *("--shutdown-timeout=60", "-m", "sdar.cli.main", "serve", "learner"),
         )
         self._is_deleted = False
@@ -55,7 +78,12 @@ class Pod:
         while not self._is_deleted:
             with self._log.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self._command, cwd=ROOT, env=self._environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+                    *self._command,
+                    cwd=ROOT,
+                    env=self._environment,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
             self.codes.append(await self._process.wait())
             self._end_orphans()
@@ -69,9 +97,20 @@ class Pod:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                is_rank = "serve" in process.cmdline()[-2:] and "torch.distributed.run" not in process.cmdline()
-                if is_rank and process.environ().get("SDAR_PROBE_PORT") == self._environment["SDAR_PROBE_PORT"]:
-                    found += [process] if process.environ().get("SDAR_INSTANCE") == f"learner-{self.index}" else []
+                is_rank = (
+                    "serve" in process.cmdline()[-2:]
+                    and "torch.distributed.run" not in process.cmdline()
+                )
+                if (
+                    is_rank
+                    and process.environ().get("SDAR_PROBE_PORT")
+                    == self._environment["SDAR_PROBE_PORT"]
+                ):
+                    found += (
+                        [process]
+                        if process.environ().get("SDAR_INSTANCE") == f"learner-{self.index}"
+                        else []
+                    )
         return found
 
     def kill(self) -> None:
@@ -97,7 +136,9 @@ class Pod:
 
 class Pods:
     def __init__(self, stack: AsyncExitStack, directory: Path) -> None:
-        config = make_config(num_ranks=2, num_updates=5, max_staleness=100, checkpoint_every=2, keep_checkpoints=9)
+        config = make_config(
+            num_ranks=2, num_updates=5, max_staleness=100, checkpoint_every=2, keep_checkpoints=9
+        )
         save_config(config, directory / "run.yaml")
         server = stack.enter_context(EmbeddedRedis(directory / "redis", fsync="always"))
         self.checkpoints = directory / "checkpoints"
@@ -125,14 +166,20 @@ class Pods:
                 while not await is_reached():  # noqa: ASYNC110  files, ports and processes offer no event for it
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            pytest.fail("\n".join([f"Not reached: {what}", *(pod.text[-6000:] for pod in self.pods)]))
+            pytest.fail(
+                "\n".join([f"Not reached: {what}", *(pod.text[-6000:] for pod in self.pods)])
+            )
 
     async def all_ready(self) -> bool:
-        return all(await asyncio.gather(*(asyncio.to_thread(self._is_ready, host) for host in HOSTS)))
+        return all(
+            await asyncio.gather(*(asyncio.to_thread(self._is_ready, host) for host in HOSTS))
+        )
 
     def _is_ready(self, host: str) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{host}:{self._probe_port}/readyz", timeout=2) as response:
+            with urllib.request.urlopen(
+                f"http://{host}:{self._probe_port}/readyz", timeout=2
+            ) as response:
                 return response.status == 200
         except OSError:
             return False
@@ -144,30 +191,40 @@ class Pods:
 
     async def _has_policy(self, num_updates: int) -> bool:
         entry = await self.bus.newest(Stream.POLICY_UPDATES)
-        return entry is not None and codec.decode_weights_manifest(entry.payload).num_updates >= num_updates
+        return (
+            entry is not None
+            and codec.decode_weights_manifest(entry.payload).num_updates >= num_updates
+        )
 
     async def has_trained(self, num_groups: int) -> bool:
-        return await count_pending(self.bus) == 0 and (await self.bus.read_ledger()).num_trained == num_groups
+        return (
+            await count_pending(self.bus) == 0
+            and (await self.bus.read_ledger()).num_trained == num_groups
+        )
 
     def count_durable(self) -> int:
         return len(read_trained_groups(self.checkpoints))
 
 
-async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_killed_drained_and_deleted(tmp_path):
+async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_killed_drained_and_deleted(
+    tmp_path,
+):
     async with AsyncExitStack() as stack:
         learner = Pods(stack, tmp_path)
         leader, other = learner.pods
         await learner.reach(learner.all_ready, "every pod answers its probe")
         await learner.train(range(2), 1)
 
-        # The other pod is killed with an update that no checkpoint holds: both end, meet again and make it again.
+        # The other pod is killed with an update that no checkpoint holds: both end, meet again and
+        # make it again.
         assert learner.count_durable() == 0
         other.kill()
         await learner.reach(lambda: _is_over(leader, 1), "the leader ends")
         await learner.train(range(2, 4), 2)
         await learner.reach(lambda: learner.has_trained(4), "two updates are durable")
 
-        # One pod is asked to leave, as in a rolling update: all drain, so that nothing has to be made again.
+        # One pod is asked to leave, as in a rolling update: all drain, so that nothing has to be
+        # made again.
         await learner.train(range(4, 6), 3)
         assert learner.count_durable() == 2
         num_lives = len(leader.codes)
@@ -182,10 +239,15 @@ async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_k
         await learner.train(range(6, 10), 5)
         await learner.reach(lambda: learner.has_trained(10), "the account is closed")
         assert await read_account(learner.bus) == {"issued": 10, "generated": 10, "trained": 10}
-        trained = [group_id for group_ids in read_trained_groups(learner.checkpoints) for group_id in group_ids]
+        trained = [
+            group_id
+            for group_ids in read_trained_groups(learner.checkpoints)
+            for group_id in group_ids
+        ]
         assert sorted(trained) == [format_group_id(number) for number in range(10)], "each once"
 
-        # All are deleted at once: rank 0 needs the others to drain, and all are gone long before their bound.
+        # All are deleted at once: rank 0 needs the others to drain, and all are gone long before
+        # their bound.
         async with asyncio.timeout(45):
             await asyncio.gather(*(pod.delete() for pod in learner.pods))
 

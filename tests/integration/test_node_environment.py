@@ -1,4 +1,6 @@
-"""The example outside Python: the Node server under the conformance suite, and an episode as a rollout worker plays it."""
+"""The example outside Python: the Node server under the conformance suite, and an episode as a
+rollout worker plays it.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,24 @@ SOLUTION = (
     "fill large",
     "pour large into small",
 )
-TASK = Task(environment="jugs", split="train", task_id="jugs-3-5-4", task_type="measure", description="", seed=0)
+TASK = Task(
+    environment="jugs",
+    split="train",
+    task_id="jugs-3-5-4",
+    task_type="measure",
+    description="",
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
     """The example's packages as its lock file has them, installed once and kept under build/."""
     if shutil.which("npm") is None:
-        pytest.fail("The Node example needs Node.js with npm. Install Node.js 18 or later, then run this test again.")
+        pytest.fail(
+            "The Node example needs Node.js with npm. Install Node.js 18 or later, then run this "
+            "test again."
+        )
     lock = (EXAMPLE / "package-lock.json").read_bytes()
     kept = CACHE / hashlib.sha256(lock).hexdigest()[:16] / "node_modules"
     if not kept.exists():
@@ -46,21 +58,33 @@ def packages() -> Path:
 
 
 def install(directory: Path) -> None:
-    """`npm ci` aside, then into place at once: an install that was cut short is not taken for a whole one."""
+    """`npm ci` aside, then into place at once: an install that was cut short is not taken for a
+    whole one.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as aside:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(EXAMPLE / name, aside)
         command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=aside, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False)
-        assert done.returncode == 0, f"npm ci failed; does this machine reach a package registry? {done.stderr[-500:]}"
+        done = subprocess.run(
+            command,
+            cwd=aside,
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, (
+            f"npm ci failed; does this machine reach a package registry? {done.stderr[-500:]}"
+        )
         directory.mkdir(exist_ok=True)
         os.rename(Path(aside) / "node_modules", directory / "node_modules")
 
 
 @pytest.fixture
 def command(packages: Path) -> list[str]:
-    # The sources are run where they are, for they read ../../../proto; only the packages are elsewhere.
+    # The sources are run where they are, for they read ../../../proto; only the packages are
+    # elsewhere.
     return ["env", f"NODE_PATH={packages}", "node", "server.js", "--port", "0", "--capacity", "16"]
 
 
@@ -71,9 +95,16 @@ async def test_the_node_server_passes_the_conformance_suite_in_full(command: lis
 
 
 @pytest.mark.parametrize("capacity", ["many", "0", "1.5"])
-def test_a_node_server_without_a_sensible_capacity_does_not_start(command: list[str], capacity: str) -> None:
+def test_a_node_server_without_a_sensible_capacity_does_not_start(
+    command: list[str], capacity: str
+) -> None:
     ended = subprocess.run(
-        [*command, f"--capacity={capacity}"], cwd=EXAMPLE, capture_output=True, text=True, timeout=30, check=False
+        [*command, f"--capacity={capacity}"],
+        cwd=EXAMPLE,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert ended.returncode == 2
     assert f"--capacity is {capacity}, expected a number of sessions" in ended.stderr
@@ -86,7 +117,10 @@ async def test_a_rollout_worker_plays_an_episode_on_the_node_server(command: lis
         assert (profile.identity.name, profile.identity.version) == ("jugs", "1")
         session = await client.open_session(TASK, "key")
         assert session.observation == "The small jug holds 0 of 3 litres, the large jug 0 of 5."
-        outcomes = [await client.step(session.session_id, index, text) for index, text in enumerate(SOLUTION)]
+        outcomes = [
+            await client.step(session.session_id, index, text)
+            for index, text in enumerate(SOLUTION)
+        ]
         with pytest.raises(InvalidInputError, match="has no task"):
             await client.open_session(Task("jugs", "train", "chess", "", "", 0), "other key")
         await client.close_session(session.session_id)
@@ -99,10 +133,14 @@ async def test_a_rollout_worker_plays_an_episode_on_the_node_server(command: lis
 
 
 async def test_a_person_plays_the_node_server_with_a_seed(command: list[str]) -> None:
-    """Seed 2: the small jug begins with two litres, so the first move of the solution leaves two litres to go."""
+    """Seed 2: the small jug begins with two litres, so the first move of the solution leaves two
+    litres to go.
+    """
     async with server_process(command, EXAMPLE) as server:
         play = ("env", "play", server.address, "--task", "jugs-3-5-4", "--seed", "2")
-        typed = "\n".join(("pour small into large", "fill small", "pour small into large", "dig", ""))
+        typed = "\n".join(
+            ("pour small into large", "fill small", "pour small into large", "dig", "")
+        )
         ended = await run_sdar(*play, typed=typed)
     assert ended.code == 0, ended.stderr
     assert "The small jug holds 2 of 3 litres, the large jug 0 of 5." in ended.stdout

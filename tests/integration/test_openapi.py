@@ -1,7 +1,9 @@
-"""The gateway's HTTP API against its own OpenAPI document, and its port against what is no HTTP at all.
+"""The gateway's HTTP API against its own OpenAPI document, and its port against what is no HTTP at
+all.
 
-A real gateway serves on a socket. Schemathesis makes requests that fit the document and requests that do not, hundreds a route
-from a fixed seed: no 5xx but 503, every status documented, every body of the documented form, bad data refused.
+A real gateway serves on a socket. Schemathesis makes requests that fit the document and requests
+that do not, hundreds a route from a fixed seed: no 5xx but 503, every status documented, every body
+of the documented form, bad data refused.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from schemathesis import GenerationMode
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import MetricRecord
-from sdar.runtime.http import bind_http, build_http_server
+from sdar.wire.http_server import bind_http, build_http_server
 from services.gateway.app import build_app
 from services.gateway.watch import Watch
 from tests.fuzzing import Fuzzer, resident_bytes
@@ -45,13 +47,20 @@ SERVER_ERRORS_ALLOWED = {503}
 
 
 async def serve(ready: queue.Queue[int], over: threading.Event) -> None:
-    """A gateway in the middle of a run: trajectories, numbers that are not finite, dead letters are there to be asked for."""
+    """A gateway in the middle of a run: trajectories, numbers that are not finite, dead letters are
+    there to be asked for.
+    """
     run = Run(build_config())
     _, training = await begin(run)
     trajectory = dataclasses.replace(play(training[0], 0), duration_s=math.nan)
     await run.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory)])
-    records = [MetricRecord("test", "learner", "l", v, float(v), {"loss": math.nan, "norm": math.inf}) for v in range(3)]
-    await run.bus.publish(Stream.METRICS, [codec.encode_metric_record(record) for record in records])
+    records = [
+        MetricRecord("test", "learner", "l", v, float(v), {"loss": math.nan, "norm": math.inf})
+        for v in range(3)
+    ]
+    await run.bus.publish(
+        Stream.METRICS, [codec.encode_metric_record(record) for record in records]
+    )
     for payload in (b"\xff", codec.encode_task_group(training[1])):
         await run.bus.publish(Stream.TASKS, [payload])
     for delivery in await run.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "r", 2):
@@ -83,7 +92,9 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_every_route_answers_as_documented_whatever_it_is_asked(port: int, mode: GenerationMode) -> None:
+def test_every_route_answers_as_documented_whatever_it_is_asked(
+    port: int, mode: GenerationMode
+) -> None:
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 15
@@ -111,7 +122,8 @@ def test_every_route_answers_as_documented_whatever_it_is_asked(port: int, mode:
             assert mode is GenerationMode.NEGATIVE, operation.label
             never_wrong.add(operation.label)
     assert not [key for key in seen if key[1] >= 500 and key[1] not in SERVER_ERRORS_ALLOWED]
-    # Routes without anything to choose can be asked in one way only; all others were asked many times, and both ways.
+    # Routes without anything to choose can be asked in one way only; all others were asked many
+    # times, and both ways.
     assert len(operations) - len(never_wrong) >= MIN_ROUTES_WITH_INPUT, never_wrong
     assert sum(seen.values()) >= EXAMPLES_PER_ROUTE * MIN_ROUTES_WITH_INPUT, seen
 
@@ -137,8 +149,15 @@ def make_rubbish(fuzzer: Fuzzer, index: int) -> bytes:
         case 0:
             return fuzzer.make_bytes()
         case 1:
-            header = fuzzer.random.choice((b"X: ", b"Cookie: ", b"Authorization: Bearer ", b"Content-Length: "))
-            return b"GET /v1/run HTTP/1.1\r\nHost: 127.0.0.1\r\n" + header + fuzzer.make_bytes() * 40 + b"\r\n\r\n"
+            header = fuzzer.random.choice(
+                (b"X: ", b"Cookie: ", b"Authorization: Bearer ", b"Content-Length: ")
+            )
+            return (
+                b"GET /v1/run HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                + header
+                + fuzzer.make_bytes() * 40
+                + b"\r\n\r\n"
+            )
         case _:
             return fuzzer.mutate(good)
 
@@ -156,17 +175,26 @@ def test_what_is_no_http_is_refused_without_a_crash_and_memory_stays(port: int) 
 
 
 def test_many_requests_that_never_end_keep_nobody_else_from_an_answer(port: int) -> None:
-    """Slow loris: connections that send the beginning of a request, a byte more now and then, and never finish."""
-    begun = b"POST /v1/environments HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\nX-Padding: "
+    """Slow loris: connections that send the beginning of a request, a byte more now and then, and
+    never finish.
+    """
+    begun = (
+        b"POST /v1/environments HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\nX-Padding: "
+    )
     rng = random.Random(3)
-    waiting = [socket.create_connection(("127.0.0.1", port), timeout=ANSWER_WITHIN_S) for _ in range(200)]
+    waiting = [
+        socket.create_connection(("127.0.0.1", port), timeout=ANSWER_WITHIN_S) for _ in range(200)
+    ]
     try:
         for connection in waiting:
             connection.sendall(begun[: rng.randint(1, len(begun))])
         for _ in range(20):
             for connection in rng.sample(waiting, 20):
                 connection.sendall(b"a")
-            assert httpx.get(f"http://127.0.0.1:{port}/v1/run", timeout=ANSWER_WITHIN_S).status_code == 200
+            assert (
+                httpx.get(f"http://127.0.0.1:{port}/v1/run", timeout=ANSWER_WITHIN_S).status_code
+                == 200
+            )
     finally:
         for connection in waiting:
             connection.close()

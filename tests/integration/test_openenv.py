@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, EnvironmentFailedError
-from sdar.runtime.rpc import call, connect
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.wire.rpc_client import call, connect
 from services.envs.adapters.openenv_adapter import OpenEnvEnvironment
 from tests.integration.commands import SDAR, server_process
 
@@ -47,7 +47,9 @@ def _wait_until_healthy(process, url, timeout_s=60.0):
             return httpx.get(f"{url}/health").raise_for_status()
         except httpx.TransportError:
             assert process.poll() is None, "the OpenEnv server ended"
-            assert time.monotonic() < deadline, f"the OpenEnv server did not answer in {timeout_s} s"
+            assert time.monotonic() < deadline, (
+                f"the OpenEnv server did not answer in {timeout_s} s"
+            )
             time.sleep(0.05)
 
 
@@ -80,7 +82,11 @@ def test_an_episode_is_played_to_its_end_and_again_the_same(url, game):
     assert first.text == "I think of a number from 1 to 30. Which?"
     results = search(game)
     assert (results[-1].observation.text, results[-1].reward) == ("Yes!", 1.0)
-    assert (results[-1].terminated, results[-1].truncated, results[-1].is_success) == (True, False, True)
+    assert (results[-1].terminated, results[-1].truncated, results[-1].is_success) == (
+        True,
+        False,
+        True,
+    )
     assert {result.is_success for result in results[:-1]} == {False}
     game.reset("train-0", 0)
     assert search(game) == results
@@ -106,7 +112,10 @@ def test_a_whole_action_may_be_written_as_json(game):
     results = [game.step(text) for text in ('{"guess": "no"}', '{"gues": "1"}', '{"guess": 1}', "")]
     assert [result.is_action_valid for result in results] == [True, False, False, False]
     assert results[0].observation.text == "That is no number."
-    assert results[1].observation.text == "That is no action here. The guess: any text, alone or in <action> tags."
+    assert (
+        results[1].observation.text
+        == "That is no action here. The guess: any text, alone or in <action> tags."
+    )
 
 
 def test_long_and_strange_texts_come_through(game):
@@ -159,9 +168,14 @@ def test_a_server_that_dies_fails_the_episode_and_the_next_one():
 
 
 def test_a_server_that_hangs_fails_the_episode_in_time_and_closing_frees_who_waits():
-    """Stopped, the server answers nothing: one call gives up by its own limit, one is ended by `close` from another thread."""
+    """Stopped, the server answers nothing: one call gives up by its own limit, one is ended by
+    `close` from another thread.
+    """
     with playing_server() as (process, url):
-        patient, hasty = OpenEnvEnvironment(url=url, timeout_s=60), OpenEnvEnvironment(url=url, timeout_s=0.2)
+        patient, hasty = (
+            OpenEnvEnvironment(url=url, timeout_s=60),
+            OpenEnvEnvironment(url=url, timeout_s=0.2),
+        )
         patient.reset("train-0", 0)
         hasty.reset("train-0", 0)
         os.kill(process.pid, signal.SIGSTOP)
@@ -176,7 +190,18 @@ def test_a_server_that_hangs_fails_the_episode_in_time_and_closing_frees_who_wai
 
 async def test_a_full_openenv_server_is_resource_exhausted_and_a_dead_one_unavailable():
     with playing_server() as (process, url):
-        command = [*SDAR, "env", "serve", "openenv", "--option", f"url={url}", "--port", "0", "--workers", "1"]
+        command = [
+            *SDAR,
+            "env",
+            "serve",
+            "openenv",
+            "--option",
+            f"url={url}",
+            "--port",
+            "0",
+            "--workers",
+            "1",
+        ]
         async with server_process(command) as server, connect(server.address) as channel:
             stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
             request = environment_pb2.OpenSessionRequest(environment="openenv", task_id="train-0")

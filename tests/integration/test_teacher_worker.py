@@ -1,4 +1,6 @@
-"""The teacher's whole process in this one: `serve` with Redis, a weight store on disk, gRPC and probes."""
+"""The teacher's whole process in this one: `serve` with Redis, a weight store on disk, gRPC and
+probes.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.config import EnvironmentConfig, ModelConfig, RunConfig, TeacherConfig
+from sdar.connect import build_bus, build_weight_store
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.runtime.causal_lm import export_tensors
-from sdar.runtime.chat import ChatTokenizer, compute_model_identity
-from sdar.runtime.connect import build_bus, build_weight_store
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.settings import Settings
+from sdar.model.causal_lm import export_tensors
+from sdar.model.chat import ChatTokenizer, compute_model_identity
+from sdar.process.settings import Settings
 from sdar.v1 import teacher_pb2
 from sdar.v1.teacher_pb2_grpc import TeacherServiceStub
+from sdar.wire.rpc_client import call, connect
 from services.envs.household import HouseholdEnvironment
 from services.teacher.service import serve
 from tests.unit.teacher.builders import RUN_ID, make_model_directory, play
@@ -60,7 +62,9 @@ async def until_ready(settings):
     async with httpx.AsyncClient() as client, asyncio.timeout(60):
         while True:
             try:
-                if (await client.get(f"http://127.0.0.1:{settings.probe_port}/readyz")).status_code == 200:
+                if (
+                    await client.get(f"http://127.0.0.1:{settings.probe_port}/readyz")
+                ).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -71,12 +75,16 @@ async def read_scored(bus, count):
     deliveries = []
     async with asyncio.timeout(60):
         while len(deliveries) < count:
-            deliveries += await bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 100, block_s=1.0)
+            deliveries += await bus.read(
+                Stream.SCORED, ConsumerGroup.LEARNER, "learner", 100, block_s=1.0
+            )
     return [codec.decode_scored_trajectory(delivery.payload) for delivery in deliveries]
 
 
 def score_plainly(model, chat, trajectory, skill):
-    """Log-probs of the first turn's response by one forward of transformers, the skill put in by hand."""
+    """Log-probs of the first turn's response by one forward of transformers, the skill put in by
+    hand.
+    """
     text = f"<|im_start|>user\n{skill} {trajectory.turns[0].messages[0].content}<|im_end|>\n<|im_start|>assistant\n"
     prompt = chat.tokenizer.encode(text, add_special_tokens=False)
     ids = torch.tensor([[*prompt, *trajectory.turns[0].response_token_ids.tolist()]])
@@ -85,14 +93,22 @@ def score_plainly(model, chat, trajectory, skill):
     return [float(logprobs[t - 1, ids[0, t]]) for t in range(len(prompt), ids.shape[1])]
 
 
-async def test_a_teacher_scores_with_the_newest_published_weights_and_drains_on_sigterm(config, settings, model_directory):
-    chat, bus, store = ChatTokenizer(model_directory), build_bus(config, settings), build_weight_store(config, settings)
+async def test_a_teacher_scores_with_the_newest_published_weights_and_drains_on_sigterm(
+    config, settings, model_directory
+):
+    chat, bus, store = (
+        ChatTokenizer(model_directory),
+        build_bus(config, settings),
+        build_weight_store(config, settings),
+    )
     serving = asyncio.create_task(serve(config, settings))
     await until_ready(settings)
 
     model = Qwen2ForCausalLM.from_pretrained(model_directory).eval()
     first = [play(chat, TASK, episode_index=index, seed=index) for index in range(4)]
-    await bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in first])
+    await bus.publish(
+        Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in first]
+    )
     before = await read_scored(bus, 4)
 
     with torch.no_grad():
@@ -100,7 +116,9 @@ async def test_a_teacher_scores_with_the_newest_published_weights_and_drains_on_
             parameter.mul_(1.1)
     manifest = store.publish(1, export_tensors(model), compute_model_identity(model_directory))
     await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
-    await bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in first])
+    await bus.publish(
+        Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in first]
+    )
     after = await read_scored(bus, 4)
 
     assert {item.score.teacher_version for item in before} == {0}
@@ -113,7 +131,9 @@ async def test_a_teacher_scores_with_the_newest_published_weights_and_drains_on_
 
     channel = connect(f"127.0.0.1:{settings.grpc_port}")
     request = teacher_pb2.ScoreRequest(
-        request_id="on-demand", trajectory=codec.trajectory_to_proto(first[0]), min_teacher_version=1
+        request_id="on-demand",
+        trajectory=codec.trajectory_to_proto(first[0]),
+        min_teacher_version=1,
     )
     response = await call(TeacherServiceStub(channel).Score, request, timeout_s=30)
     on_demand = codec.teacher_score_from_proto(response.score)

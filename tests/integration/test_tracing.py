@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
-from sdar.cli.in_process import play_run
 from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import ConfigurationError
-from sdar.runtime import tracing
-from sdar.runtime.ports import find_free_port
-from sdar.runtime.settings import Settings
-from services.envs.base import StepResult
+from sdar.environments.base import StepResult
+from sdar.in_process.run import play_run
+from sdar.process import tracing
+from sdar.process.ports import find_free_port
+from sdar.process.settings import Settings
 from services.envs.household import HouseholdEnvironment
 from tests.collector import Collector, Received, collecting
 
@@ -65,7 +65,9 @@ async def collector(tmp_path_factory: pytest.TempPathFactory) -> Collector:
         return collector
 
 
-def test_a_trajectory_is_followed_from_its_task_to_the_step_that_trains_it(collector: Collector) -> None:
+def test_a_trajectory_is_followed_from_its_task_to_the_step_that_trains_it(
+    collector: Collector,
+) -> None:
     trained = collector.named("learner.trained")
     assert len(trained) == 4
     for end in trained:
@@ -89,9 +91,9 @@ def test_a_trajectory_is_followed_from_its_task_to_the_step_that_trains_it(colle
             "learner.buffer": {"gateway.issue"},
             "learner.trained": {"gateway.issue"},
         }
-        assert {span.attributes["sdar.group_id"] for span in trace if "sdar.group_id" in span.attributes} == {
-            root.attributes["sdar.group_id"]
-        }
+        assert {
+            span.attributes["sdar.group_id"] for span in trace if "sdar.group_id" in span.attributes
+        } == {root.attributes["sdar.group_id"]}
         buffered = next(span for span in trace if span.name == "learner.buffer")
         assert root.began <= buffered.began <= buffered.ended <= end.ended
 
@@ -116,11 +118,17 @@ def test_an_update_points_to_the_groups_it_trained_and_they_to_it(collector: Col
         assert set(update.links) <= roots
         inner = [span.name for span in collector.spans if span.parent_id == update.span_id]
         assert sorted(inner) == ["learner.publish", "learner.step"]
-        pointing = [span for span in collector.named("learner.trained") if span.links == [(update.trace_id, update.span_id)]]
+        pointing = [
+            span
+            for span in collector.named("learner.trained")
+            if span.links == [(update.trace_id, update.span_id)]
+        ]
         assert {span.trace_id for span in pointing} == {trace_id for trace_id, _ in update.links}
         for span in pointing:
             told = span.attributes
-            assert told["sdar.staleness"] == told["sdar.policy_version"] - told["sdar.sampled_version"]
+            assert (
+                told["sdar.staleness"] == told["sdar.policy_version"] - told["sdar.sampled_version"]
+            )
 
 
 def test_a_repeated_attempt_is_seen_beside_the_one_that_failed(collector: Collector) -> None:
@@ -129,20 +137,33 @@ def test_a_repeated_attempt_is_seen_beside_the_one_that_failed(collector: Collec
         attempts[span.trace_id][span.attributes["sdar.attempt"]] = span
     (found,) = [found for found in attempts.values() if len(found) > 1]
     codes = {number: (span.status.code, span.status.message) for number, span in found.items()}
-    assert codes == {0: (Status.STATUS_CODE_ERROR, "EnvironmentFailedError"), 1: (Status.STATUS_CODE_UNSET, "")}
+    assert codes == {
+        0: (Status.STATUS_CODE_ERROR, "EnvironmentFailedError"),
+        1: (Status.STATUS_CODE_UNSET, ""),
+    }
 
 
 def test_spans_hold_no_words_of_an_episode(collector: Collector) -> None:
-    texts = {key: value for span in collector.spans for key, value in span.attributes.items() if isinstance(value, str)}
+    texts = {
+        key: value
+        for span in collector.spans
+        for key, value in span.attributes.items()
+        if isinstance(value, str)
+    }
     known = {"group_id", "trajectory_id", "task_id", "task_type", "end", "retrieval", "outcome"}
     assert {key.removeprefix("sdar.") for key in texts} <= known
-    assert not any("secret" in f"{span.status.message} {span.attributes}" for span in collector.spans)
+    assert not any(
+        "secret" in f"{span.status.message} {span.attributes}" for span in collector.spans
+    )
 
 
 def test_spans_tell_whose_they_are(collector: Collector) -> None:
     for span in collector.spans:
         told = span.resource
-        assert (told["service.name"], told["service.instance.id"]) == ("sdar-in-process", "worker-7")
+        assert (told["service.name"], told["service.instance.id"]) == (
+            "sdar-in-process",
+            "worker-7",
+        )
         assert told["sdar.run_id"] == "household"
 
 
@@ -151,17 +172,20 @@ def test_services_that_are_told_the_same_share_trace_the_same_groups() -> None:
     found = {}
     for share in (0.25, 0.5):
         with tracing.serve_traces(settings_for("http://127.0.0.1:9", share), "gateway", "run"):
-            found[share] = {one for one in ids if tracing.group_span("x", one) is not tracing.NOTHING}
+            found[share] = {
+                one for one in ids if tracing.group_span("x", one) is not tracing.NOTHING
+            }
     assert 60 < len(found[0.25]) < 140 < len(found[0.5]) < 260
     assert found[0.25] < found[0.5]
 
 
 def test_off_nothing_of_it_is_imported_and_nothing_is_made() -> None:
     code = (
-        "import sys; from sdar.runtime import tracing; from sdar.runtime.settings import Settings\n"
+        "import sys; from sdar.process import tracing; from sdar.process.settings import Settings\n"
         "import services.gateway.scheduler, services.rollout.worker, services.learner.ingest\n"
         "with tracing.serve_traces(Settings(), 'gateway', 'run'):\n"
-        "    made = [tracing.open_group('g'), tracing.group_span('x', 'g'), tracing.span('x'), tracing.span_over('x', ['g'])]\n"
+        "    made = [tracing.open_group('g'), tracing.group_span('x', 'g'), tracing.span('x'), "
+        "tracing.span_over('x', ['g'])]\n"
         "    tracing.record('x', 'g', 0.0)\n"
         "assert all(one is tracing.NOTHING for one in made), made\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
@@ -169,9 +193,13 @@ def test_off_nothing_of_it_is_imported_and_nothing_is_made() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-def test_a_collector_that_is_away_costs_neither_the_work_nor_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collector_that_is_away_costs_neither_the_work_nor_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     began = time.monotonic()
-    with tracing.serve_traces(settings_for(f"http://127.0.0.1:{find_free_port('127.0.0.1')}"), "gateway", "run"):
+    with tracing.serve_traces(
+        settings_for(f"http://127.0.0.1:{find_free_port('127.0.0.1')}"), "gateway", "run"
+    ):
         for number in range(3000):  # more than the queue holds
             with tracing.group_span("rollout.attempt", f"group-{number}"):
                 pass
@@ -182,5 +210,8 @@ def test_a_collector_that_is_away_costs_neither_the_work_nor_the_end(capsys: pyt
 
 
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="http://HOST:4317"), tracing.serve_traces(settings_for("x:4317"), "a", "b"):
+    with (
+        pytest.raises(ConfigurationError, match="http://HOST:4317"),
+        tracing.serve_traces(settings_for("x:4317"), "a", "b"),
+    ):
         pass

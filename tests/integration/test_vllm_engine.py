@@ -1,7 +1,8 @@
-"""The sampler on real vLLM against transformers: one engine for the module, since a start takes 15 s.
+"""The sampler on real vLLM against transformers: one engine for the module, since a start takes 15
+s.
 
-Every policy version is a perturbation of one tiny random model, far enough from the others (more than 0.5 nats on average)
-that a token stamped with the wrong version cannot pass.
+Every policy version is a perturbation of one tiny random model, far enough from the others (more
+than 0.5 nats on average) that a token stamped with the wrong version cannot pass.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from sdar.contracts.errors import (
     WeightsUnavailableError,
 )
 from sdar.contracts.types import ModelIdentity, SamplingParameters, StopReason, WeightsManifest
-from sdar.runtime.causal_lm import export_tensors, install_tensors
-from sdar.runtime.settings import apply_environment
-from sdar.runtime.vllm_weights import vllm_environment
-from sdar.runtime.weights import WeightStore
+from sdar.engines.vllm_weights import vllm_environment
+from sdar.model.causal_lm import export_tensors, install_tensors
+from sdar.process.settings import apply_environment
+from sdar.weights.store import WeightStore
 from services.rollout.engine import Generation, VllmEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -66,22 +67,32 @@ class Policies:
         self.causal_lm.save_pretrained(self.base_path)
         self.store_path = directory / "weights"
         self.store = WeightStore(self.store_path.as_uri(), "run")
-        self.tensors = {0: {name: value.clone() for name, value in export_tensors(self.causal_lm).items()}}
+        self.tensors = {
+            0: {name: value.clone() for name, value in export_tensors(self.causal_lm).items()}
+        }
 
     def publish(self, change: dict[str, torch.Tensor] | None = None) -> WeightsManifest:
         """Publish the next version: a perturbed base, with `change` on top."""
         version = len(self.tensors)
         generator = torch.Generator().manual_seed(version)
         tensors = {
-            name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in self.tensors[0].items()
+            name: value + 0.05 * torch.randn(value.shape, generator=generator)
+            for name, value in self.tensors[0].items()
         }
         self.tensors[version] = tensors
-        return self.store.publish(version, tensors | (change or {}), ModelIdentity("tiny", "fingerprint"))
+        return self.store.publish(
+            version, tensors | (change or {}), ModelIdentity("tiny", "fingerprint")
+        )
 
     def publish_bfloat16(self) -> WeightsManifest:
-        """Publish the next version in bfloat16: the last with every fiftieth weight changed, a delta if that was one too."""
+        """Publish the next version in bfloat16: the last with every fiftieth weight changed, a
+        delta if that was one too.
+        """
         version = len(self.tensors)
-        tensors = {name: value.to(torch.bfloat16, copy=True) for name, value in self.tensors[version - 1].items()}
+        tensors = {
+            name: value.to(torch.bfloat16, copy=True)
+            for name, value in self.tensors[version - 1].items()
+        }
         for tensor in tensors.values():
             tensor.view(-1)[version % 50 :: 50] += 0.3
         self.tensors[version] = tensors
@@ -91,18 +102,28 @@ class Policies:
         return self.store_path / manifest.path / manifest.tensors[0].shard
 
     @torch.no_grad()
-    def compute_logprobs(self, version: int, prompt: list[int], response: np.ndarray, temperature: float) -> np.ndarray:
+    def compute_logprobs(
+        self, version: int, prompt: list[int], response: np.ndarray, temperature: float
+    ) -> np.ndarray:
         """Reference log-prob of each response token under a version; float32 [T]."""
         install_tensors(self.causal_lm, self.tensors[version].items())
-        logits = self.causal_lm(torch.tensor([[*prompt, *response.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        logits = self.causal_lm(torch.tensor([[*prompt, *response.tolist()]])).logits[
+            0, len(prompt) - 1 : -1
+        ]
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         return logprobs.gather(1, torch.from_numpy(response).long()[:, None])[:, 0].numpy()
 
-    def measure_error(self, prompt: list[int], generation: Generation, temperature: float = 1.0) -> float:
-        """Largest difference from the reference, each token scored under the version it is stamped with."""
+    def measure_error(
+        self, prompt: list[int], generation: Generation, temperature: float = 1.0
+    ) -> float:
+        """Largest difference from the reference, each token scored under the version it is stamped
+        with.
+        """
         error = 0.0
         for version in set(generation.policy_versions.tolist()):
-            reference = self.compute_logprobs(version, prompt, generation.response_token_ids, temperature)
+            reference = self.compute_logprobs(
+                version, prompt, generation.response_token_ids, temperature
+            )
             mine = generation.policy_versions == version
             error = max(error, float(np.abs(reference - generation.logprobs)[mine].max()))
         return error
@@ -139,10 +160,14 @@ async def engine(policies: Policies) -> AsyncIterator[VllmEngine]:
 def prompts() -> Any:
     """An endless supply of prompts of 100 tokens, none twice."""
     generator = np.random.default_rng(time.time_ns())
-    return (generator.integers(STOP_TOKEN + 1, VOCABULARY_SIZE, 100).tolist() for _ in itertools.count())
+    return (
+        generator.integers(STOP_TOKEN + 1, VOCABULARY_SIZE, 100).tolist() for _ in itertools.count()
+    )
 
 
-async def test_base_weights_are_version_0(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_base_weights_are_version_0(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     prompt = next(prompts)
     generation = await engine.generate(prompt, WARM)
     assert engine.policy_version == 0
@@ -166,13 +191,17 @@ async def test_greedy_tokens_carry_the_unscaled_logprob_beside_sampled_ones(
     greedy = dataclasses.replace(WARM, temperature=0.0, max_response_tokens=20)
     first, second = next(prompts), next(prompts)
     alone = await engine.generate(first, greedy)
-    beside, sampled = await asyncio.gather(engine.generate(first, greedy), engine.generate(second, WARM))
+    beside, sampled = await asyncio.gather(
+        engine.generate(first, greedy), engine.generate(second, WARM)
+    )
     assert beside.response_token_ids.tolist() == alone.response_token_ids.tolist()
     for prompt, generation in ((first, alone), (first, beside), (second, sampled)):
         assert policies.measure_error(prompt, generation) < TOLERANCE
 
 
-async def test_top_p_renormalises_over_the_tokens_it_keeps(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_top_p_renormalises_over_the_tokens_it_keeps(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     prompt = next(prompts)
     generation = await engine.generate(prompt, dataclasses.replace(WARM, top_p=0.5))
     unfiltered = policies.compute_logprobs(0, prompt, generation.response_token_ids, 1.0)
@@ -183,11 +212,17 @@ async def test_top_p_renormalises_over_the_tokens_it_keeps(engine: VllmEngine, p
     assert gain.mean() > 0.1
 
 
-async def test_response_ends_with_the_stop_token_and_its_logprob(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_response_ends_with_the_stop_token_and_its_logprob(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     sampling = dataclasses.replace(WARM, temperature=2.0)
-    pairs = [(prompt, engine.generate(prompt, sampling)) for prompt in itertools.islice(prompts, 32)]
+    pairs = [
+        (prompt, engine.generate(prompt, sampling)) for prompt in itertools.islice(prompts, 32)
+    ]
     reasons = set()
-    for prompt, generation in zip([p for p, _ in pairs], await asyncio.gather(*(g for _, g in pairs)), strict=True):
+    for prompt, generation in zip(
+        [p for p, _ in pairs], await asyncio.gather(*(g for _, g in pairs)), strict=True
+    ):
         response = generation.response_token_ids.tolist()
         has_ended = generation.stop_reason is StopReason.END_OF_TURN
         reasons.add(generation.stop_reason)
@@ -238,8 +273,12 @@ async def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(
     assert engine.stats.num_running_requests == 0
 
 
-async def test_every_token_is_of_the_version_it_is_stamped_with(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
-    """Requests in flight across three updates, while the event loop is held so that outputs are read late."""
+async def test_every_token_is_of_the_version_it_is_stamped_with(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
+    """Requests in flight across three updates, while the event loop is held so that outputs are
+    read late.
+    """
     versions = [policies.publish() for _ in range(3)]
     finished: list[tuple[list[int], float, Generation]] = []
     is_over = asyncio.Event()
@@ -248,7 +287,13 @@ async def test_every_token_is_of_the_version_it_is_stamped_with(engine: VllmEngi
         while not is_over.is_set():
             prompt = next(prompts)
             finished.append(
-                (prompt, temperature, await engine.generate(prompt, dataclasses.replace(WARM, temperature=temperature)))
+                (
+                    prompt,
+                    temperature,
+                    await engine.generate(
+                        prompt, dataclasses.replace(WARM, temperature=temperature)
+                    ),
+                )
             )
 
     async def hold_the_loop() -> None:
@@ -265,22 +310,32 @@ async def test_every_token_is_of_the_version_it_is_stamped_with(engine: VllmEngi
             assert engine.policy_version == manifest.policy_version
         is_over.set()
 
-    crossing = [generation for _, _, generation in finished if len(set(generation.policy_versions.tolist())) > 1]
+    crossing = [
+        generation
+        for _, _, generation in finished
+        if len(set(generation.policy_versions.tolist())) > 1
+    ]
     assert len(crossing) >= 3
     for prompt, temperature, generation in finished:
         assert (np.diff(generation.policy_versions) >= 0).all()
         assert policies.measure_error(prompt, generation, temperature) < TOLERANCE
 
 
-async def test_versions_are_told_apart_by_the_reference(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_versions_are_told_apart_by_the_reference(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     """Without this, agreement would prove nothing."""
     prompt = next(prompts)
     generation = await engine.generate(prompt, WARM)
-    other = policies.compute_logprobs(engine.policy_version - 1, prompt, generation.response_token_ids, 1.0)
+    other = policies.compute_logprobs(
+        engine.policy_version - 1, prompt, generation.response_token_ids, 1.0
+    )
     assert np.abs(other - generation.logprobs).mean() > 0.5
 
 
-async def test_an_update_empties_the_prefix_cache(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_an_update_empties_the_prefix_cache(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     prompt = next(prompts)
     await engine.generate(prompt, WARM)
     await engine.update_weights(policies.publish())
@@ -289,7 +344,9 @@ async def test_an_update_empties_the_prefix_cache(engine: VllmEngine, policies: 
     assert policies.measure_error(prompt, generation) < TOLERANCE
 
 
-async def test_an_older_version_can_be_served_again(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_an_older_version_can_be_served_again(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     """Evaluation is pinned to one version while newer ones appear."""
     older, newer = policies.publish(), policies.publish()
     prompt = next(prompts)
@@ -329,8 +386,12 @@ async def test_a_bad_publication_leaves_the_previous_weights_serving(
     assert engine.policy_version > version
 
 
-async def test_deltas_are_served_and_a_damaged_one_is_not(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
-    """The worker process remembers the version it read last, and goes back to the store when there is none to remember."""
+async def test_deltas_are_served_and_a_damaged_one_is_not(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
+    """The worker process remembers the version it read last, and goes back to the store when there
+    is none to remember.
+    """
     whole, first, second, damaged, _, later = (policies.publish_bfloat16() for _ in range(6))
     assert [manifest.base_version for manifest in (whole, first)] == [None, whole.policy_version]
     shard = policies.locate_shard(damaged)
@@ -345,7 +406,9 @@ async def test_deltas_are_served_and_a_damaged_one_is_not(engine: VllmEngine, po
         else:
             await engine.update_weights(manifest)
         generation = await engine.generate(prompt, WARM)
-        assert set(generation.policy_versions.tolist()) == {(second if is_damaged else manifest).policy_version}
+        assert set(generation.policy_versions.tolist()) == {
+            (second if is_damaged else manifest).policy_version
+        }
         assert policies.measure_error(prompt, generation) < TOLERANCE
 
 
@@ -363,7 +426,9 @@ async def test_a_cancelled_caller_neither_stalls_generation_nor_the_update(
     assert request.cancelled()
     await engine.update_weights(manifest)
     assert engine.policy_version == manifest.policy_version
-    assert set((await engine.generate(next(prompts), WARM)).policy_versions.tolist()) == {manifest.policy_version}
+    assert set((await engine.generate(next(prompts), WARM)).policy_versions.tolist()) == {
+        manifest.policy_version
+    }
     assert engine.stats.num_running_requests == 0
 
 
@@ -373,14 +438,19 @@ async def test_stats_count_tokens(engine: VllmEngine, prompts: Any) -> None:
     after = engine.stats
     assert after.num_prompt_tokens - before.num_prompt_tokens == 200
     assert after.num_cached_tokens - before.num_cached_tokens == 96
-    assert after.num_generated_tokens - before.num_generated_tokens == sum(len(g.logprobs) for g in generations)
+    assert after.num_generated_tokens - before.num_generated_tokens == sum(
+        len(g.logprobs) for g in generations
+    )
     assert after.weight_pause_s > 0
 
 
-async def test_an_engine_that_dies_says_so_and_stays_dead(engine: VllmEngine, policies: Policies, prompts: Any) -> None:
+async def test_an_engine_that_dies_says_so_and_stays_dead(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
     """Last on the module's engine. vLLM itself would leave the update waiting for ever."""
     running: list[asyncio.Task[Any]] = [
-        asyncio.create_task(engine.generate(prompt, WARM)) for prompt in itertools.islice(prompts, 4)
+        asyncio.create_task(engine.generate(prompt, WARM))
+        for prompt in itertools.islice(prompts, 4)
     ]
     running.append(asyncio.create_task(engine.update_weights(policies.publish())))
     await asyncio.sleep(0)
@@ -405,7 +475,10 @@ async def test_stopping_ends_running_generations_at_once(policies: Policies, pro
     assert not engine.is_alive
     await engine.start()
     endless = dataclasses.replace(WARM, temperature=0.0)
-    running = [asyncio.create_task(engine.generate(prompt, endless)) for prompt in itertools.islice(prompts, 64)]
+    running = [
+        asyncio.create_task(engine.generate(prompt, endless))
+        for prompt in itertools.islice(prompts, 64)
+    ]
     await asyncio.sleep(0)
     await engine.stop()
     results = await asyncio.gather(*running, return_exceptions=True)

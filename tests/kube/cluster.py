@@ -1,6 +1,8 @@
-"""Owns access to the cluster: kubectl and helm as child processes, namespaces of the test's own, waiting with progress.
+"""Owns access to the cluster: kubectl and helm as child processes, namespaces of the test's own,
+waiting with progress.
 
-Nothing here names a machine: the cluster is the one of KUBECONFIG (or kubectl's default), helm the one of $HELM or PATH.
+Nothing here names a machine: the cluster is the one of KUBECONFIG (or kubectl's default), helm the
+one of $HELM or PATH.
 """
 
 from __future__ import annotations
@@ -38,18 +40,29 @@ class CommandError(AssertionError):
 def run(command: Sequence[str], *, stdin: str | None = None, timeout_s: float = 120.0) -> str:
     """Standard output of a command. Raises CommandError: it failed, or did not end in time."""
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired as error:
-        raise CommandError(f"{' '.join(command[:6])} did not end within {timeout_s:.0f} s.") from error
+        raise CommandError(
+            f"{' '.join(command[:6])} did not end within {timeout_s:.0f} s."
+        ) from error
     if done.returncode != 0:
         raise CommandError(f"{' '.join(command[:12])}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
 def wait(
-    what: str, find: Callable[[], T | None], timeout_s: float, *, tell: Callable[[], str] | None = None, poll_s: float = _POLL_S
+    what: str,
+    find: Callable[[], T | None],
+    timeout_s: float,
+    *,
+    tell: Callable[[], str] | None = None,
+    poll_s: float = _POLL_S,
 ) -> T:
-    """What `find` returns once that is true; says every 15 s what is waited for. Raises AssertionError after `timeout_s`."""
+    """What `find` returns once that is true; says every 15 s what is waited for. Raises
+    AssertionError after `timeout_s`.
+    """
     began_s = told_s = time.monotonic()
     while True:
         found = find()
@@ -57,7 +70,9 @@ def wait(
             return found
         now_s = time.monotonic()
         if now_s - began_s > timeout_s:
-            raise AssertionError(f"Waited {timeout_s:.0f} s in vain for {what}. {tell() if tell else ''}")
+            raise AssertionError(
+                f"Waited {timeout_s:.0f} s in vain for {what}. {tell() if tell else ''}"
+            )
         if now_s - told_s > _TELL_EVERY_S:
             told_s = now_s
             say(f"waiting for {what}{': ' + tell() if tell else ''}")
@@ -79,7 +94,9 @@ class Pod:
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Pod:
         metadata, status = raw["metadata"], raw.get("status", {})
-        conditions = {condition["type"]: condition["status"] for condition in status.get("conditions", ())}
+        conditions = {
+            condition["type"]: condition["status"] for condition in status.get("conditions", ())
+        }
         return cls(
             metadata["name"],
             metadata["uid"],
@@ -104,7 +121,9 @@ class Cluster:
         self._helm = find_helm() or "helm"
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 120.0) -> str:
-        return run(["kubectl", "--namespace", self.namespace, *arguments], stdin=stdin, timeout_s=timeout_s)
+        return run(
+            ["kubectl", "--namespace", self.namespace, *arguments], stdin=stdin, timeout_s=timeout_s
+        )
 
     def helm(self, *arguments: str, timeout_s: float = 600.0) -> str:
         return run([self._helm, "--namespace", self.namespace, *arguments], timeout_s=timeout_s)
@@ -120,19 +139,39 @@ class Cluster:
     def list_pods(self, selector: str = NAME) -> list[Pod]:
         return [Pod.parse(raw) for raw in self.get("pods", "--selector", selector)["items"]]
 
-    def run_python(self, target: str, script: str, *arguments: str, timeout_s: float = 120.0) -> str:
+    def run_python(
+        self, target: str, script: str, *arguments: str, timeout_s: float = 120.0
+    ) -> str:
         """What `script` prints inside a pod; `target` is a pod, or kind/name of what owns one."""
-        return self.kubectl("exec", "--stdin", target, "--", "python", "-", *arguments, stdin=script, timeout_s=timeout_s)
+        return self.kubectl(
+            "exec",
+            "--stdin",
+            target,
+            "--",
+            "python",
+            "-",
+            *arguments,
+            stdin=script,
+            timeout_s=timeout_s,
+        )
 
     def diagnose(self, selector: str = NAME) -> str:
         """For a failure: pods, newest events, and the last words of whatever is not ready."""
         parts = [self._try("get", "pods,pvc", "--output", "wide")]
-        parts.append("\n".join(self._try("get", "events", "--sort-by", ".lastTimestamp").splitlines()[-15:]))
+        parts.append(
+            "\n".join(self._try("get", "events", "--sort-by", ".lastTimestamp").splitlines()[-15:])
+        )
         for pod in self.list_pods(selector):
             if not pod.is_ready:
-                parts += [f"--- {pod.name}", self._try("logs", pod.name, "--all-containers", "--tail", "15")]
+                parts += [
+                    f"--- {pod.name}",
+                    self._try("logs", pod.name, "--all-containers", "--tail", "15"),
+                ]
             if pod.num_restarts:
-                parts += [f"--- {pod.name}, before", self._try("logs", pod.name, "--previous", "--tail", "15")]
+                parts += [
+                    f"--- {pod.name}, before",
+                    self._try("logs", pod.name, "--previous", "--tail", "15"),
+                ]
         return "\n".join(parts)
 
     def _try(self, *arguments: str) -> str:

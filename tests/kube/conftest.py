@@ -1,4 +1,6 @@
-"""Fixtures of the cluster test, its two options, and the collection of evidence. See docs/kubernetes.md."""
+"""Fixtures of the cluster test, its two options, and the collection of evidence. See
+docs/kubernetes.md.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,16 @@ _claims = pytest.StashKey[dict[str, Claim]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--values", action="append", default=[], help="values file for every release, such as one with a registry")
-    parser.addoption("--namespace", help="namespace to use, and to leave with everything in it, such as after a failure")
+    parser.addoption(
+        "--values",
+        action="append",
+        default=[],
+        help="values file for every release, such as one with a registry",
+    )
+    parser.addoption(
+        "--namespace",
+        help="namespace to use, and to leave with everything in it, such as after a failure",
+    )
     parser.addoption("--report", help="Markdown page that gets the claims and their evidence")
 
 
@@ -64,9 +74,13 @@ def evidence(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A namespace of the test's own, with volumes where the cluster makes none. The session ends here without a cluster."""
+    """A namespace of the test's own, with volumes where the cluster makes none. The session ends
+    here without a cluster.
+    """
     kept = request.config.getoption("--namespace")
-    cluster = Cluster(kept or f"sdar-test-{secrets.token_hex(3)}", request.config.getoption("--values"))
+    cluster = Cluster(
+        kept or f"sdar-test-{secrets.token_hex(3)}", request.config.getoption("--values")
+    )
     _check_surroundings(cluster)
     say(f"namespace {cluster.namespace} on {describe_cluster()}")
     cluster.apply(_describe_namespace(cluster.namespace))
@@ -74,7 +88,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         if has_default_storage_class():
             yield cluster
         else:
-            say("no default StorageClass: the test makes a volume of a node's directory for each claim")
+            say(
+                "no default StorageClass: the test makes a volume of a node's directory for each "
+                "claim"
+            )
             with Volumes(cluster, _image("gateway", cluster), is_kept=bool(kept)):
                 yield cluster
     finally:
@@ -84,7 +101,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def installed(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Release]:
-    """`helm install sdar ./helm`, with default values. The tests of test_release.py follow its life."""
+    """`helm install sdar ./helm`, with default values. The tests of test_release.py follow its
+    life.
+    """
     with Release(cluster, "sdar", is_kept=bool(request.config.getoption("--namespace"))) as release:
         if not release.is_installed:
             say(release.install())
@@ -105,10 +124,15 @@ def _check_surroundings(cluster: Cluster) -> None:
     if any(len(images) >= _MOST_IMAGES for images in nodes):
         return  # a node tells of its largest ones only
     images = {name for images in nodes for image in images for name in image["names"]}
-    missing = [name for name in (_image(role, cluster) for role in ROLES) if not any(_is_same(name, other) for other in images)]
+    missing = [
+        name
+        for name in (_image(role, cluster) for role in ROLES)
+        if not any(_is_same(name, other) for other in images)
+    ]
     if missing and not cluster.values:
         pytest.exit(
-            f"No node has {', '.join(missing)}. Build them with `make images` and load them (docs/kubernetes.md), "
+            f"No node has {', '.join(missing)}. Build them with `make images` and load them "
+            "(docs/kubernetes.md), "
             "or name a registry that has them: make test-kube VALUES=FILE.",
             2,
         )
@@ -118,7 +142,10 @@ def _image(role: str, cluster: Cluster) -> str:
     """The image that the chart gives a role with this test's values."""
     for raw in yaml.safe_load_all(cluster.helm("template", "sdar", str(CHART), *cluster.values)):
         labels: dict[str, Any] = (raw or {}).get("metadata", {}).get("labels", {})
-        if labels.get("app.kubernetes.io/component") == role and raw["kind"] in ("Deployment", "StatefulSet"):
+        if labels.get("app.kubernetes.io/component") == role and raw["kind"] in (
+            "Deployment",
+            "StatefulSet",
+        ):
             return str(raw["spec"]["template"]["spec"]["containers"][0]["image"])
     raise AssertionError(f"The chart has no workload of component {role}.")
 
@@ -129,6 +156,8 @@ def _is_same(wanted: str, found: str) -> bool:
 
 
 def _describe_namespace(name: str) -> dict[str, Any]:
-    """With the strictest pod security, where the cluster knows it: it then refuses a pod that asks for more."""
+    """With the strictest pod security, where the cluster knows it: it then refuses a pod that asks
+    for more.
+    """
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}

@@ -1,4 +1,6 @@
-"""Owns a Prometheus in the test's namespace that scrapes a release as deploy/prometheus says, and what it is asked."""
+"""Owns a Prometheus in the test's namespace that scrapes a release as deploy/prometheus says, and
+what it is asked.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,18 @@ class Monitoring:
 
     def __enter__(self) -> Self:
         self._cluster.apply(*self._describe())
-        self._cluster.kubectl("wait", "--for=condition=Ready", f"pod/{_NAME}", "--timeout", f"{_READY_TIMEOUT_S:.0f}s")
+        self._cluster.kubectl(
+            "wait", "--for=condition=Ready", f"pod/{_NAME}", "--timeout", f"{_READY_TIMEOUT_S:.0f}s"
+        )
         self._forward = subprocess.Popen(
-            ["kubectl", "--namespace", self._cluster.namespace, "port-forward", f"pod/{_NAME}", f":{_PORT}"],
+            [
+                "kubectl",
+                "--namespace",
+                self._cluster.namespace,
+                "port-forward",
+                f"pod/{_NAME}",
+                f":{_PORT}",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -48,10 +59,13 @@ class Monitoring:
         self.finds_pods_itself = "kubernetes_sd_configs" in self._ask("status/config")["yaml"]
         if not self.finds_pods_itself:
             say(
-                "This Prometheus was built without discovery of pods: it is told them in a file, and relabels them as it would."
+                "This Prometheus was built without discovery of pods: it is told them in a file, "
+                "and relabels them as it would."
             )
             targets = json.dumps(self._list_targets())
-            self._cluster.kubectl("exec", "--stdin", _NAME, "--", "sh", "-c", f"cat > {_TARGETS}", stdin=targets)
+            self._cluster.kubectl(
+                "exec", "--stdin", _NAME, "--", "sh", "-c", f"cat > {_TARGETS}", stdin=targets
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +88,15 @@ class Monitoring:
 
     def check_dashboards(self) -> str:
         """Ask Prometheus every query of every dashboard; returns the last line of what was found."""
-        command = [sys.executable, "-m", "tools.check_dashboards", "--prometheus", self.url, "--run", self._release.name]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.check_dashboards",
+            "--prometheus",
+            self.url,
+            "--run",
+            self._release.name,
+        ]
         told: list[str] = []
 
         def find() -> bool:
@@ -85,7 +107,9 @@ class Monitoring:
                 return False
             return True
 
-        wait("data in every panel", find, _READY_TIMEOUT_S, tell=lambda: "; ".join(told), poll_s=10.0)
+        wait(
+            "data in every panel", find, _READY_TIMEOUT_S, tell=lambda: "; ".join(told), poll_s=10.0
+        )
         say(told[-1])
         return told[-1]
 
@@ -99,17 +123,23 @@ class Monitoring:
         return wait("every alert rule to be evaluated", find, _READY_TIMEOUT_S)
 
     def _ask(self, path: str, **query: str) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=_HTTP_TIMEOUT_S)
+        answer = httpx.get(
+            f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=_HTTP_TIMEOUT_S
+        )
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()["data"]
         return found
 
     def _tell(self) -> str:
         targets = self._ask("targets")["activeTargets"]
-        return ", ".join(f"{target['scrapeUrl']} {target['health']} {target['lastError']}" for target in targets)
+        return ", ".join(
+            f"{target['scrapeUrl']} {target['health']} {target['lastError']}" for target in targets
+        )
 
     def _list_targets(self) -> list[dict[str, Any]]:
-        """What discovery of pods would find: each container port of each pod, under the labels it would give."""
+        """What discovery of pods would find: each container port of each pod, under the labels it
+        would give.
+        """
         return [
             {
                 "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
@@ -131,10 +161,14 @@ class Monitoring:
         ]
 
     def _build_configs(self) -> dict[str, str]:
-        """The project's configuration, kept to this namespace and quick; and the same for a build that cannot ask for pods."""
+        """The project's configuration, kept to this namespace and quick; and the same for a build
+        that cannot ask for pods.
+        """
         configs = {}
         for name in ("prometheus.yml", _WITHOUT_DISCOVERY):
-            config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "kubernetes.yml").read_text(encoding="utf-8"))
+            config = yaml.safe_load(
+                (ROOT / "deploy" / "prometheus" / "kubernetes.yml").read_text(encoding="utf-8")
+            )
             config["global"].update(scrape_interval="5s", evaluation_interval="5s")
             for job in config["scrape_configs"]:
                 discoveries = job.pop("kubernetes_sd_configs")
@@ -142,31 +176,50 @@ class Monitoring:
                     job["file_sd_configs"] = [{"files": [_TARGETS], "refresh_interval": "1s"}]
                 else:
                     namespaces = {"namespaces": {"names": [self._cluster.namespace]}}
-                    job["kubernetes_sd_configs"] = [discovery | namespaces for discovery in discoveries]
+                    job["kubernetes_sd_configs"] = [
+                        discovery | namespaces for discovery in discoveries
+                    ]
             configs[name] = yaml.safe_dump(config)
         return configs
 
     def _describe(self) -> list[dict[str, Any]]:
         rules = (ROOT / "helm" / "alerts" / "sdar.yaml").read_text(encoding="utf-8")
         start = (
-            f"promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || config={_WITHOUT_DISCOVERY}; "
+            "promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || "
+            f"config={_WITHOUT_DISCOVERY}; "
             "exec prometheus --config.file=/etc/sdar/$config --storage.tsdb.path=/data"
         )
         metadata = {"name": _NAME}
-        places = {"prometheus.yml": "prometheus.yml", _WITHOUT_DISCOVERY: _WITHOUT_DISCOVERY, "rules": "alerts/sdar.yaml"}
+        places = {
+            "prometheus.yml": "prometheus.yml",
+            _WITHOUT_DISCOVERY: _WITHOUT_DISCOVERY,
+            "rules": "alerts/sdar.yaml",
+        }
         items = [{"key": key, "path": path} for key, path in places.items()]
         rule = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
         return [
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
-            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": metadata, "rules": [rule]},
+            {
+                "apiVersion": "rbac.authorization.k8s.io/v1",
+                "kind": "Role",
+                "metadata": metadata,
+                "rules": [rule],
+            },
             {
                 "apiVersion": "rbac.authorization.k8s.io/v1",
                 "kind": "RoleBinding",
                 "metadata": metadata,
                 "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": _NAME},
-                "subjects": [{"kind": "ServiceAccount", "name": _NAME, "namespace": self._cluster.namespace}],
+                "subjects": [
+                    {"kind": "ServiceAccount", "name": _NAME, "namespace": self._cluster.namespace}
+                ],
             },
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {**self._build_configs(), "rules": rules}},
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": metadata,
+                "data": {**self._build_configs(), "rules": rules},
+            },
             {
                 "apiVersion": "v1",
                 "kind": "Pod",
@@ -186,7 +239,10 @@ class Monitoring:
                             "command": ["sh", "-c", start],
                             "ports": [{"containerPort": _PORT}],
                             "readinessProbe": {"httpGet": {"path": "/-/ready", "port": _PORT}},
-                            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                            "securityContext": {
+                                "allowPrivilegeEscalation": False,
+                                "capabilities": {"drop": ["ALL"]},
+                            },
                             "volumeMounts": [
                                 {"name": "config", "mountPath": "/etc/sdar"},
                                 {"name": "data", "mountPath": "/data"},

@@ -1,4 +1,6 @@
-"""Owns one release of the chart: install, upgrade, uninstall, its gateway's answers, its pods, and what its parts recorded."""
+"""Owns one release of the chart: install, upgrade, uninstall, its gateway's answers, its pods, and
+what its parts recorded.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.chaos.observer import Sample
+from sdar.bus.ledger import LedgerAccount
 from sdar.cli.processes import end_with_parent
 from sdar.contracts.types import GroupOutcome
-from sdar.runtime.ledger import LedgerAccount
 from tests.kube.cluster import CHART, NAME, Cluster, CommandError, Pod, run, say, wait
 
 GATEWAY_PORT = 8080
@@ -36,7 +38,9 @@ class AwayError(Exception):
 
 
 class Gateway:
-    """HTTP to a release's gateway through `kubectl port-forward`, which is opened anew whenever its pod has gone."""
+    """HTTP to a release's gateway through `kubectl port-forward`, which is opened anew whenever its
+    pod has gone.
+    """
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self._cluster = cluster
@@ -69,7 +73,11 @@ class Gateway:
             assert self._http is not None
             answer = self._http.request(method, path)
             answer.raise_for_status()
-            return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else answer.text
+            return (
+                answer.json()
+                if answer.headers.get("content-type", "").startswith("application/json")
+                else answer.text
+            )
         except (httpx.HTTPError, CommandError, json.JSONDecodeError) as error:
             self.close()
             raise AwayError(str(error)) from error
@@ -105,7 +113,9 @@ class Gateway:
 
 
 class Watch:
-    """Reads the status once a second in a thread while it is open, so that no moment of the account goes unseen."""
+    """Reads the status once a second in a thread while it is open, so that no moment of the account
+    goes unseen.
+    """
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self.samples: list[Sample] = []
@@ -131,15 +141,23 @@ class Watch:
                     self.num_missed += 1
                     continue
                 if status["phase"] == "starting":
-                    self.num_missed += 1  # a gateway that reads where the run stands has no numbers yet
+                    self.num_missed += (
+                        1  # a gateway that reads where the run stands has no numbers yet
+                    )
                     continue
                 self.samples.append(
-                    Sample(time.time(), status["ledger"], status["ledger_gap"], int(status["bus"]["used_bytes"]))
+                    Sample(
+                        time.time(),
+                        status["ledger"],
+                        status["ledger_gap"],
+                        int(status["bus"]["used_bytes"]),
+                    )
                 )
 
 
 class Release:
-    """One release in the cluster's namespace. As a context manager it is uninstalled and its claims are deleted at the end.
+    """One release in the cluster's namespace. As a context manager it is uninstalled and its claims
+    are deleted at the end.
 
     Args:
         is_kept: goes on with one that is installed, and leaves it.
@@ -163,14 +181,22 @@ class Release:
             return
         if self.is_installed:
             self.uninstall()
-        self.cluster.kubectl("delete", "persistentvolumeclaims", "--selector", f"app.kubernetes.io/instance={self.name}")
+        self.cluster.kubectl(
+            "delete",
+            "persistentvolumeclaims",
+            "--selector",
+            f"app.kubernetes.io/instance={self.name}",
+        )
 
-    # --- helm ----------------------------------------------------------------------------------------------------------------
+    # --- helm
+    # ----------------------------------------------------------------------------------------------
 
     def install(self, **values: Any) -> str:
         say(f"helm install {self.name} ./helm{_show(values)}")
         self.is_installed = True
-        return self.cluster.helm("install", self.name, str(CHART), *self.cluster.values, *_set(values))
+        return self.cluster.helm(
+            "install", self.name, str(CHART), *self.cluster.values, *_set(values)
+        )
 
     def upgrade(self, **values: Any) -> None:
         """Change some values and keep all others."""
@@ -188,22 +214,31 @@ class Release:
     def test(self) -> str:
         return self.cluster.helm("test", self.name, "--timeout", "300s")
 
-    # --- pods ----------------------------------------------------------------------------------------------------------------
+    # --- pods
+    # ----------------------------------------------------------------------------------------------
 
     def pods(self, role: str = "") -> list[Pod]:
         """Those of one role or of all, without the one of `helm test`."""
-        found = self.cluster.list_pods(self.selector + (f",app.kubernetes.io/component={role}" if role else ""))
+        found = self.cluster.list_pods(
+            self.selector + (f",app.kubernetes.io/component={role}" if role else "")
+        )
         return [pod for pod in found if pod.role != "check"]
 
     def lives(self) -> dict[str, tuple[str, int]]:
-        """What tells that a pod was neither replaced nor restarted: uid and restarts by name; not of one on its way out."""
+        """What tells that a pod was neither replaced nor restarted: uid and restarts by name; not
+        of one on its way out.
+        """
         return {pod.name: (pod.uid, pod.num_restarts) for pod in self.pods() if not pod.is_ending}
 
     def sdar(self, *arguments: str, expected_code: int = 0) -> str:
         """What the `sdar` command of this checkout says about the release, its error included."""
         command = [sys.executable, "-m", "sdar.cli.main", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)
-        assert done.returncode == expected_code, f"sdar {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
+        )
+        assert done.returncode == expected_code, (
+            f"sdar {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        )
         return done.stdout + done.stderr
 
     @property
@@ -212,13 +247,18 @@ class Release:
         return ("--release", self.name, "--namespace", self.cluster.namespace)
 
     def wait_ready(self, counts: Mapping[str, int], timeout_s: float = READY_TIMEOUT_S) -> float:
-        """Until each role has exactly so many pods and all are ready; returns the seconds that took."""
+        """Until each role has exactly so many pods and all are ready; returns the seconds that
+        took.
+        """
         began_s = time.monotonic()
 
         def is_ready() -> bool:
             pods = self.pods()
             own = {role: [pod for pod in pods if pod.role == role] for role in counts}
-            return all(len(own[role]) == number and all(_is_up(pod) for pod in own[role]) for role, number in counts.items())
+            return all(
+                len(own[role]) == number and all(_is_up(pod) for pod in own[role])
+                for role, number in counts.items()
+            )
 
         try:
             wait(f"ready pods ({_join(counts)})", is_ready, timeout_s, tell=self._tell_pods)
@@ -227,7 +267,9 @@ class Release:
         return time.monotonic() - began_s
 
     def delete_pod(self, role: str) -> float:
-        """`kubectl delete pod` of one pod of a role; returns the seconds until another is ready in its place."""
+        """`kubectl delete pod` of one pod of a role; returns the seconds until another is ready in
+        its place.
+        """
         before = [pod for pod in self.pods(role) if not pod.is_ending]
         gone = before[0]
         began_s = time.monotonic()
@@ -242,7 +284,9 @@ class Release:
 
     def _tell_pods(self) -> str:
         return ", ".join(
-            f"{pod.name} {'ready' if pod.is_ready else pod.phase}{' ending' if pod.is_ending else ''}" for pod in self.pods()
+            f"{pod.name} "
+            f"{'ready' if pod.is_ready else pod.phase}{' ending' if pod.is_ending else ''}"
+            for pod in self.pods()
         )
 
     def scrape(self, pod: Pod) -> dict[str, float]:
@@ -255,10 +299,13 @@ class Release:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
-    # --- the run -------------------------------------------------------------------------------------------------------------
+    # --- the run
+    # ----------------------------------------------------------------------------------------------
 
     def find_status(self) -> dict[str, Any]:
-        """The gateway's status; empty while it does not answer or does not know yet where the run stands."""
+        """The gateway's status; empty while it does not answer or does not know yet where the run
+        stands.
+        """
         try:
             status: dict[str, Any] = self.gateway.ask("GET", "/v1/run")
         except AwayError:
@@ -282,7 +329,9 @@ class Release:
         """Until `more` updates are made beyond what there are now; returns the seconds that took."""
         began_s = time.monotonic()
         now = self.wait_status("the gateway's answer", bool, timeout_s)["num_updates"]
-        self.wait_status(f"update {now + more}", lambda status: status["num_updates"] >= now + more, timeout_s)
+        self.wait_status(
+            f"update {now + more}", lambda status: status["num_updates"] >= now + more, timeout_s
+        )
         return time.monotonic() - began_s
 
     def read_account(self) -> tuple[LedgerAccount, dict[GroupOutcome, list[int]]]:
@@ -299,7 +348,9 @@ class Release:
 
     def read_trained_groups(self) -> list[list[str]]:
         """Group ids of each optimizer step, from the learner's newest checkpoint."""
-        found: list[list[str]] = json.loads(self._run_inside(f"statefulset/{self.fullname}-learner", "trained_groups.py"))
+        found: list[list[str]] = json.loads(
+            self._run_inside(f"statefulset/{self.fullname}-learner", "trained_groups.py")
+        )
         return found
 
     def _run_inside(self, target: str, script: str) -> str:
@@ -317,7 +368,9 @@ def describe(status: Mapping[str, Any]) -> str:
 
 def list_left(cluster: Cluster, instance: str) -> dict[str, list[str]]:
     """Every object of the namespace that carries the release's label, by kind."""
-    kinds = run(["kubectl", "api-resources", "--namespaced", "--verbs=list,delete", "--output=name"]).split()
+    kinds = run(
+        ["kubectl", "api-resources", "--namespaced", "--verbs=list,delete", "--output=name"]
+    ).split()
     selector = f"app.kubernetes.io/instance={instance}"
     found = cluster.get(",".join(kinds), "--selector", selector)["items"]
     left: dict[str, list[str]] = {}
@@ -332,7 +385,11 @@ def _is_up(pod: Pod) -> bool:
 
 def _set(values: Mapping[str, Any]) -> list[str]:
     """`--set-json` arguments; a key's dots are written as two underscores."""
-    return [part for key, value in values.items() for part in ("--set-json", f"{key.replace('__', '.')}={json.dumps(value)}")]
+    return [
+        part
+        for key, value in values.items()
+        for part in ("--set-json", f"{key.replace('__', '.')}={json.dumps(value)}")
+    ]
 
 
 def _show(values: Mapping[str, Any]) -> str:
@@ -346,5 +403,9 @@ def _join(counts: Mapping[str, int]) -> str:
 def describe_cluster(versions: Sequence[str] = ()) -> str:
     """Kubernetes' and helm's versions, nodes and what they have. Never a host name."""
     nodes = json.loads(run(["kubectl", "get", "nodes", "--output", "json"]))["items"]
-    told = [f"{node['status']['nodeInfo']['kubeletVersion']} with {node['status']['capacity']['cpu']} CPUs" for node in nodes]
+    told = [
+        f"{node['status']['nodeInfo']['kubeletVersion']} with {node['status']['capacity']['cpu']} "
+        "CPUs"
+        for node in nodes
+    ]
     return ", ".join([f"Kubernetes nodes: {' and '.join(told)}", *versions])

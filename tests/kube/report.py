@@ -1,6 +1,8 @@
-"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks of a page. Runs nothing.
+"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks
+of a page. Runs nothing.
 
-A claim that was not put to the test this time keeps the row it had, so that a page can be made in several goes.
+A claim that was not put to the test this time keeps the row it had, so that a page can be made in
+several goes.
 """
 
 from __future__ import annotations
@@ -45,9 +47,7 @@ class Claim:
         assert self.ended_at is not None
         evidence = "; ".join(self.evidence).replace("|", "\\|").replace("\n", " ")
         when = self.ended_at.strftime("%Y-%m-%d %H:%M")
-        return (
-            f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
-        )
+        return f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
 
 
 def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
@@ -59,7 +59,12 @@ def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
     rows = {found["claim"]: line for line in kept.splitlines() if (found := _ROW.match(line))}
     rows |= {claim.text: claim.format() for claim in claims if claim.outcome}
     held = sum(row.startswith("| yes |") for row in rows.values())
-    head = [f"{held} of {len(rows)} claims held. {where}", "", "| held | claim | evidence | s | UTC |", "|---|---|---|---|---|"]
+    head = [
+        f"{held} of {len(rows)} claims held. {where}",
+        "",
+        "| held | claim | evidence | s | UTC |",
+        "|---|---|---|---|---|",
+    ]
     return "\n".join([*head, *rows.values()]) + "\n"
 
 
@@ -69,4 +74,7 @@ def write_report(claims: Sequence[Claim], path: Path, *, where: str) -> None:
     head, found, rest = page.partition(BEGIN)
     kept, _, tail = rest.partition(END)
     text = format_claims(claims, kept, where=where)
-    path.write_text(f"{head}{'' if found or not head else chr(10)}{BEGIN}\n{text}{END}{tail or chr(10)}", encoding="utf-8")
+    path.write_text(
+        f"{head}{'' if found or not head else chr(10)}{BEGIN}\n{text}{END}{tail or chr(10)}",
+        encoding="utf-8",
+    )

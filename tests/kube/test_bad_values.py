@@ -1,4 +1,6 @@
-"""Values that no run could use fail at `helm install`, before anything is made, with a sentence that names the key."""
+"""Values that no run could use fail at `helm install`, before anything is made, with a sentence
+that names the key.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ BAD_VALUES = {
         ["--set", "rollout.gpus=1", "--set", "run.rollout.tensor_parallel_size=4"],
         "rollout.gpus",
     ),
-    "ranks_that_pods_cannot_share": (["--set", "learner.replicas=2", "--set", "run.training.num_ranks=3"], "num_ranks"),
+    "ranks_that_pods_cannot_share": (
+        ["--set", "learner.replicas=2", "--set", "run.training.num_ranks=3"],
+        "num_ranks",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_VALUES)
-def test_a_bad_value_fails_at_install_and_its_key_is_named(cluster: Cluster, evidence: list[str], name: str) -> None:
+def test_a_bad_value_fails_at_install_and_its_key_is_named(
+    cluster: Cluster, evidence: list[str], name: str
+) -> None:
     arguments, key = BAD_VALUES[name]
     with pytest.raises(CommandError) as failure:
         cluster.helm("install", "bad", str(CHART), *cluster.values, *arguments)

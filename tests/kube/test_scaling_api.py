@@ -1,4 +1,6 @@
-"""The gateway's door to Kubernetes against a real API server, with the rights that the chart gives it and no others."""
+"""The gateway's door to Kubernetes against a real API server, with the rights that the chart gives
+it and no others.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from services.gateway.scaling.cluster import KubernetesCluster
 from services.gateway.scaling.file import ScalingFile, Workload
 from tests.kube.cluster import CHART, ROLES, Cluster, CommandError, run
 
-# The kubeconfig decides whether the server's certificate is checked; a cluster of a test machine often has none to check.
+# The kubeconfig decides whether the server's certificate is checked; a cluster of a test machine
+# often has none to check.
 pytestmark = pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 
 GATEWAY = "sdar-gateway"
@@ -27,7 +30,9 @@ GRANTS = ("role", "rolebinding", "serviceaccount")
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Cluster]:
-    """A namespace with the gateway's rights as the chart renders them, and its workloads without pods that could run."""
+    """A namespace with the gateway's rights as the chart renders them, and its workloads without
+    pods that could run.
+    """
     try:
         run(["kubectl", "get", "nodes"], timeout_s=20.0)
     except (CommandError, FileNotFoundError) as error:
@@ -36,7 +41,9 @@ def own() -> Iterator[Cluster]:
     run(["kubectl", "create", "namespace", own.namespace])
     try:
         own.apply(*(render(own, f"templates/gateway/{name}.yaml")[0] for name in GRANTS))
-        own.apply(*(describe_workload(workload) for workload in read_scaling_file(own).workloads.values()))
+        own.apply(
+            *(describe_workload(workload) for workload in read_scaling_file(own).workloads.values())
+        )
         yield own
     finally:
         own.kubectl("delete", "namespace", own.namespace, timeout_s=180.0)
@@ -54,13 +61,23 @@ def door(own: Cluster) -> KubernetesCluster:
 
 def render(own: Cluster, *templates: str, **values: str) -> list[dict[str, Any]]:
     shown = [argument for name in templates for argument in ("--show-only", name)]
-    changed = [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
-    return [raw for raw in yaml.safe_load_all(own.helm("template", "sdar", str(CHART), *shown, *changed)) if raw]
+    changed = [
+        argument for key, value in values.items() for argument in ("--set", f"{key}={value}")
+    ]
+    return [
+        raw
+        for raw in yaml.safe_load_all(own.helm("template", "sdar", str(CHART), *shown, *changed))
+        if raw
+    ]
 
 
 def read_scaling_file(own: Cluster) -> ScalingFile:
     """The file that the chart gives the gateway, as the gateway reads it."""
-    [found] = [raw for raw in render(own) if raw["kind"] == "ConfigMap" and raw["metadata"]["name"] == "sdar-scaling"]
+    [found] = [
+        raw
+        for raw in render(own)
+        if raw["kind"] == "ConfigMap" and raw["metadata"]["name"] == "sdar-scaling"
+    ]
     return ScalingFile.model_validate(yaml.safe_load(found["data"]["scaling.yaml"]))
 
 
@@ -83,9 +100,14 @@ def sign_in(own: Cluster, account: str = GATEWAY) -> client.ApiClient:
     """A client with the token of a service account, as a pod of it has."""
     admin = config.new_client_from_config()
     spec: dict[str, Any] = {"spec": {"audiences": []}}
-    answer: Any = client.CoreV1Api(admin).create_namespaced_service_account_token(account, own.namespace, spec)
+    answer: Any = client.CoreV1Api(admin).create_namespaced_service_account_token(
+        account, own.namespace, spec
+    )
     configuration: Any = client.Configuration()
-    configuration.host, configuration.ssl_ca_cert = admin.configuration.host, admin.configuration.ssl_ca_cert
+    configuration.host, configuration.ssl_ca_cert = (
+        admin.configuration.host,
+        admin.configuration.ssl_ca_cert,
+    )
     configuration.verify_ssl = admin.configuration.verify_ssl
     configuration.api_key = {"BearerToken": f"Bearer {answer.status.token}"}
     configuration.retries = False
@@ -140,25 +162,50 @@ async def test_an_event_stands_beside_the_workload_that_it_tells_of(
     assert "The run is finished" in own.kubectl("describe", workload.kind, workload.name)
 
 
-async def test_what_is_not_in_the_scaling_file_is_out_of_reach(own: Cluster, workloads: dict[str, Workload]) -> None:
+async def test_what_is_not_in_the_scaling_file_is_out_of_reach(
+    own: Cluster, workloads: dict[str, Workload]
+) -> None:
     stranger = workloads["rollout"].model_copy(update={"name": "stranger"})
     own.apply(describe_workload(stranger))
     door = KubernetesCluster(lambda: (sign_in(own), own.namespace))
-    with pytest.raises(UnavailableError, match=r"answers 403 for Deployment stranger: .*scaling file"):
+    with pytest.raises(
+        UnavailableError, match=r"answers 403 for Deployment stranger: .*scaling file"
+    ):
         await door.read(stranger)
     gateway = client.AppsV1Api(sign_in(own))
     with pytest.raises(client.ApiException, match="Forbidden"):
-        await asyncio.to_thread(gateway.read_namespaced_deployment, workloads["rollout"].name, own.namespace)
+        await asyncio.to_thread(
+            gateway.read_namespaced_deployment, workloads["rollout"].name, own.namespace
+        )
 
 
 def test_turning_a_dry_run_on_leaves_every_size_as_it_is(own: Cluster) -> None:
-    """Whoever turns it on while a release is large wants advice, not three workers less. No pod of it has to run."""
+    """Whoever turns it on while a release is large wants advice, not three workers less. No pod of
+    it has to run.
+    """
     nowhere = (("--set", f"{role}.nodeSelector.no=node") for role in (*ROLES, "redis"))
-    own.helm("install", "large", str(CHART), *chain.from_iterable(nowhere), "--set", "rollout.replicas.max=4")
+    own.helm(
+        "install",
+        "large",
+        str(CHART),
+        *chain.from_iterable(nowhere),
+        "--set",
+        "rollout.replicas.max=4",
+    )
     own.kubectl("scale", "deployment/large-sdar-rollout", "--replicas", "4")
     for level in ("info", "debug"):  # as it is turned on, and at an upgrade while it is on
-        own.helm("upgrade", "large", str(CHART), "--reuse-values", "--set", f"autoscaling.dryRun=true,logLevel={level}")
-        sizes = {thing["metadata"]["name"]: thing["spec"]["replicas"] for thing in own.get("deployments")["items"]}
+        own.helm(
+            "upgrade",
+            "large",
+            str(CHART),
+            "--reuse-values",
+            "--set",
+            f"autoscaling.dryRun=true,logLevel={level}",
+        )
+        sizes = {
+            thing["metadata"]["name"]: thing["spec"]["replicas"]
+            for thing in own.get("deployments")["items"]
+        }
         assert sizes["large-sdar-rollout"] == 4
         assert {sizes[f"large-sdar-{role}"] for role in ("gateway", "teacher", "envs")} == {1}
     own.helm("uninstall", "large")
@@ -173,7 +220,9 @@ async def test_a_workload_that_was_removed_is_named(
         await door.read(workload)
 
 
-async def test_an_api_server_that_is_not_there_is_told_of_within_seconds(workloads: dict[str, Workload]) -> None:
+async def test_an_api_server_that_is_not_there_is_told_of_within_seconds(
+    workloads: dict[str, Workload],
+) -> None:
     def connect() -> tuple[client.ApiClient, str]:
         configuration: Any = client.Configuration()
         configuration.host, configuration.retries = "https://127.0.0.1:9", False
@@ -184,7 +233,9 @@ async def test_an_api_server_that_is_not_there_is_told_of_within_seconds(workloa
             await KubernetesCluster(connect).read(workloads["rollout"])
 
 
-async def test_outside_a_cluster_the_way_in_is_named(workloads: dict[str, Workload], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_outside_a_cluster_the_way_in_is_named(
+    workloads: dict[str, Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UnavailableError, match="SDAR_SCALING"):
         await KubernetesCluster().read(workloads["rollout"])

@@ -1,4 +1,6 @@
-"""A release whose services talk TLS among each other and to whoever calls, with a generated authority."""
+"""A release whose services talk TLS among each other and to whoever calls, with a generated
+authority.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from tests.kube.release import READY_TIMEOUT_S, Release, describe
 NUM_UPDATES = 4
 
 
-def test_a_release_with_tls_trains_and_passes_its_test(cluster: Cluster, evidence: list[str]) -> None:
+def test_a_release_with_tls_trains_and_passes_its_test(
+    cluster: Cluster, evidence: list[str]
+) -> None:
     with Release(cluster, "private") as release:
         release.install(
             tls__enabled=True,

@@ -1,6 +1,8 @@
-"""Owns volumes for a cluster that makes none itself: a directory of the node for each claim, as a PersistentVolume.
+"""Owns volumes for a cluster that makes none itself: a directory of the node for each claim, as a
+PersistentVolume.
 
-A cluster with a default StorageClass never needs this. hostPath volumes know no fsGroup: the directories are open to all users.
+A cluster with a default StorageClass never needs this. hostPath volumes know no fsGroup: the
+directories are open to all users.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _LABEL = "sdar-kube-test"
 
 
 class Volumes:
-    """Answers every waiting claim of `cluster`'s namespace while it is open, and removes all it made at the end.
+    """Answers every waiting claim of `cluster`'s namespace while it is open, and removes all it
+    made at the end.
 
     Args:
         image: any image of the nodes that has a shell.
@@ -35,7 +38,9 @@ class Volumes:
         self.failure: CommandError | None = None
 
     def __enter__(self) -> Self:
-        self._keeper.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self._keeper.namespace}})
+        self._keeper.apply(
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self._keeper.namespace}}
+        )
         self._node = _find_node(self._cluster)
         self._keeper.apply(self._describe_keeper())
         wait(
@@ -53,8 +58,16 @@ class Volumes:
             self._thread.join()
         if self._is_kept:
             return
-        self._keeper.kubectl("exec", _KEEPER, "--", "rm", "-rf", f"/volumes/{self._cluster.namespace}")
-        self._keeper.kubectl("delete", "persistentvolumes", "--selector", f"{_LABEL}={self._cluster.namespace}", "--wait=false")
+        self._keeper.kubectl(
+            "exec", _KEEPER, "--", "rm", "-rf", f"/volumes/{self._cluster.namespace}"
+        )
+        self._keeper.kubectl(
+            "delete",
+            "persistentvolumes",
+            "--selector",
+            f"{_LABEL}={self._cluster.namespace}",
+            "--wait=false",
+        )
         self._keeper.kubectl("delete", "namespace", self._keeper.namespace, "--wait=false")
 
     def _serve(self) -> None:
@@ -75,13 +88,21 @@ class Volumes:
         name, uid, spec = claim["metadata"]["name"], claim["metadata"]["uid"], claim["spec"]
         directory = f"{self._cluster.namespace}/{name}-{uid[:8]}"
         self._keeper.kubectl(
-            "exec", _KEEPER, "--", "sh", "-c", f"mkdir -p /volumes/{directory} && chmod 777 /volumes/{directory}"
+            "exec",
+            _KEEPER,
+            "--",
+            "sh",
+            "-c",
+            f"mkdir -p /volumes/{directory} && chmod 777 /volumes/{directory}",
         )
         self._keeper.apply(
             {
                 "apiVersion": "v1",
                 "kind": "PersistentVolume",
-                "metadata": {"name": f"{self._cluster.namespace}-{uid[:8]}", "labels": {_LABEL: self._cluster.namespace}},
+                "metadata": {
+                    "name": f"{self._cluster.namespace}-{uid[:8]}",
+                    "labels": {_LABEL: self._cluster.namespace},
+                },
                 "spec": {
                     "capacity": {"storage": spec["resources"]["requests"]["storage"]},
                     "accessModes": spec["accessModes"],
@@ -89,7 +110,11 @@ class Volumes:
                     "persistentVolumeReclaimPolicy": "Retain",
                     "claimRef": {"namespace": self._cluster.namespace, "name": name, "uid": uid},
                     "hostPath": {"path": f"{_DIRECTORY}/{directory}", "type": "Directory"},
-                    "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [self._match_node()]}]}},
+                    "nodeAffinity": {
+                        "required": {
+                            "nodeSelectorTerms": [{"matchExpressions": [self._match_node()]}]
+                        }
+                    },
                 },
             }
         )
@@ -116,7 +141,9 @@ class Volumes:
                         "volumeMounts": [{"name": "volumes", "mountPath": "/volumes"}],
                     }
                 ],
-                "volumes": [{"name": "volumes", "hostPath": {"path": _DIRECTORY, "type": "Directory"}}],
+                "volumes": [
+                    {"name": "volumes", "hostPath": {"path": _DIRECTORY, "type": "Directory"}}
+                ],
             },
         }
 

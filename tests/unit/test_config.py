@@ -26,24 +26,38 @@ def test_a_minimal_configuration_loads_with_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (MINIMAL + "method: {gate_sharpnes: 2}\n", ["method.gate_sharpnes", "Did you mean gate_sharpness?"]),
+        (
+            MINIMAL + "method: {gate_sharpnes: 2}\n",
+            ["method.gate_sharpnes", "Did you mean gate_sharpness?"],
+        ),
         (MINIMAL + "learning_rate: 1\n", ["unknown key learning_rate", "Known keys here"]),
-        (MINIMAL + "training: {max_staleness: -1}\n", ["training.max_staleness", "-1", "greater than or equal to 0"]),
+        (
+            MINIMAL + "training: {max_staleness: -1}\n",
+            ["training.max_staleness", "-1", "greater than or equal to 0"],
+        ),
         (MINIMAL + "training: {num_updates: many}\n", ["training.num_updates", "'many'"]),
         (MINIMAL + "method: {name: ppo}\n", ["method.name", "'ppo'", "grpo"]),
         ("model: {path: m}\nenvironment: {name: x}\n", ["name is missing"]),
-        (MINIMAL + "rollout: {max_concurrent_episodes: 4}\n", ["max_concurrent_episodes 4", "group_size 8"]),
+        (
+            MINIMAL + "rollout: {max_concurrent_episodes: 4}\n",
+            ["max_concurrent_episodes 4", "group_size 8"],
+        ),
         (
             MINIMAL + "method: {name: skill_grpo}\nteacher: {retrieval: ucb}\n",
             ["teacher.retrieval ucb", "method.name skill_grpo", "Use another"],
         ),
-        (MINIMAL + "training: {num_minibatches: 99}\n", ["num_minibatches 99", "groups_per_update 16"]),
+        (
+            MINIMAL + "training: {num_minibatches: 99}\n",
+            ["num_minibatches 99", "groups_per_update 16"],
+        ),
         ("- a list\n", ["list", "mapping"]),
         ("name: [unclosed\n", ["not valid YAML"]),
         ("name: Not/Allowed\nmodel: {path: m}\nenvironment: {name: x}\n", ["name", "Not/Allowed"]),
     ],
 )
-def test_a_bad_configuration_is_refused_with_the_key_and_what_fits(tmp_path: Path, text: str, named: list[str]) -> None:
+def test_a_bad_configuration_is_refused_with_the_key_and_what_fits(
+    tmp_path: Path, text: str, named: list[str]
+) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_config(write(tmp_path, text))
     for part in named:
@@ -66,19 +80,26 @@ def test_overrides_reach_nested_keys_and_are_validated(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_file_not_to_the_process(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    config = load_config(write(tmp_path, MINIMAL + "teacher: {skills: library, embedding_model: ../minilm}\n"))
+    config = load_config(
+        write(tmp_path, MINIMAL + "teacher: {skills: library, embedding_model: ../minilm}\n")
+    )
     assert config.model.path == tmp_path / "m"
     assert config.teacher.skills == tmp_path / "library"
     assert config.teacher.embedding_model == tmp_path.parent / "minilm"
 
 
 def test_a_saved_configuration_loads_as_the_same_run(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, MINIMAL + "method: {name: rlsd}\ntraining: {adam_betas: [0.8, 0.9]}\n"))
+    config = load_config(
+        write(tmp_path, MINIMAL + "method: {name: rlsd}\ntraining: {adam_betas: [0.8, 0.9]}\n")
+    )
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-@pytest.mark.parametrize(("method", "has_teacher"), [("grpo", False), ("skill_grpo", False), ("sdar", True), ("rlsd", True)])
+@pytest.mark.parametrize(
+    ("method", "has_teacher"),
+    [("grpo", False), ("skill_grpo", False), ("sdar", True), ("rlsd", True)],
+)
 def test_the_method_wires_the_streams(tmp_path: Path, method: str, has_teacher: bool) -> None:
     consumers = load_config(write(tmp_path, MINIMAL), {"method.name": method}).stream_consumers
     reads_itself = consumers[Stream.TRAJECTORIES] == (ConsumerGroup.LEARNER,)

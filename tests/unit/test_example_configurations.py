@@ -1,4 +1,6 @@
-"""The shipped run configurations: each can be loaded, and those of the paper hold the paper's numbers."""
+"""The shipped run configurations: each can be loaded, and those of the paper hold the paper's
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_every_example_loads_and_is_named_after_its_file(path: Path) -> None:
 
 @pytest.mark.parametrize("model", PAPER_MODELS)
 @pytest.mark.parametrize("environment", PAPER)
-def test_the_full_sizes_hold_the_paper_s_numbers_with_each_of_its_models(environment: str, model: str) -> None:
+def test_the_full_sizes_hold_the_paper_s_numbers_with_each_of_its_models(
+    environment: str, model: str
+) -> None:
     config = load_config(EXAMPLES / f"{environment}.yaml", {"model.path": model})
     wanted = PAPER_EVERYWHERE | PAPER[environment]
     assert {key: read(config, key) for key in wanted} == wanted
@@ -84,7 +88,9 @@ def test_the_full_sizes_hold_the_paper_s_numbers_with_each_of_its_models(environ
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in configurations() if "tiny" in p.stem or p.stem == "household"], ids=lambda p: p.stem
+    "path",
+    [p for p in configurations() if "tiny" in p.stem or p.stem == "household"],
+    ids=lambda p: p.stem,
 )
 def test_everything_a_tiny_example_names_is_shipped(path: Path) -> None:
     config = load_config(path)

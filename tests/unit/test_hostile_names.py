@@ -1,4 +1,6 @@
-"""Names that come from outside cannot lead out of where they belong: stores, runs, tasks, tokens in addresses."""
+"""Names that come from outside cannot lead out of where they belong: stores, runs, tasks, tokens in
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from sdar.config import RunName
 from sdar.contracts.errors import ConfigurationError, CorruptionError, UnknownResourceError
 from sdar.contracts.types import ModelIdentity, TensorEntry, WeightsManifest
-from sdar.runtime.object_store import DirectoryStore
-from sdar.runtime.weights import WeightStore
+from sdar.weights.objects import DirectoryStore
+from sdar.weights.store import WeightStore
 from services.envs.household import HouseholdEnvironment
 from tests.support import EXAMPLES
 
@@ -86,7 +88,9 @@ def test_no_name_leads_out_of_a_directory_of_weights(place, name):
         with contextlib.suppress(*refusals):
             write(name, b"planted")
     with contextlib.suppress(*refusals):
-        assert "secret" not in [Path(found).name for found in store.list(name) if not found.startswith("link/")]
+        assert "secret" not in [
+            Path(found).name for found in store.list(name) if not found.startswith("link/")
+        ]
     with contextlib.suppress(*refusals):
         store.delete(name)
     assert outside(place) == before
@@ -102,7 +106,11 @@ def test_a_link_in_a_directory_of_weights_is_not_followed(place):
 @given(name=NASTY)
 @each_known
 def test_a_run_whose_name_is_no_plain_word_is_refused(tmp_path_factory, name):
-    is_plain = 0 < len(name) <= 63 and set(name) <= set(string.ascii_lowercase + string.digits + "-") and name[0] != "-"
+    is_plain = (
+        0 < len(name) <= 63
+        and set(name) <= set(string.ascii_lowercase + string.digits + "-")
+        and name[0] != "-"
+    )
     adapter = TypeAdapter(RunName)
     if is_plain:
         assert adapter.validate_python(name) == name
@@ -114,7 +122,12 @@ def test_a_run_whose_name_is_no_plain_word_is_refused(tmp_path_factory, name):
 @given(name=NASTY)
 @each_known
 def test_a_store_of_weights_refuses_a_run_that_could_lead_out(place, name):
-    is_plain = set(name) <= set(string.ascii_letters + string.digits + "._-") and name[:1] not in ("", ".", "_", "-")
+    is_plain = set(name) <= set(string.ascii_letters + string.digits + "._-") and name[:1] not in (
+        "",
+        ".",
+        "_",
+        "-",
+    )
     if is_plain:
         WeightStore(str(place / "store"), name)
     else:
@@ -152,7 +165,11 @@ def build_search():
     return SearchEnvironment(data_dir=str(EXAMPLES / "data" / "search"))
 
 
-@pytest.fixture(scope="module", params=[build_household, build_alfworld, build_search], ids=lambda build: build.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[build_household, build_alfworld, build_search],
+    ids=lambda build: build.__name__,
+)
 def environment(request):
     built = request.param()
     yield built

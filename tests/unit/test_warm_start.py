@@ -1,4 +1,6 @@
-"""The shipped model and the recipe that makes it. The figures are success shares on the household's held-out tasks."""
+"""The shipped model and the recipe that makes it. The figures are success shares on the household's
+held-out tasks.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from sdar.cli.warm_start.household import HouseholdRecipe
 from sdar.cli.warm_start.making import create_model, train_tokenizer
 from sdar.cli.warm_start.recipe import WarmStartPhase
 from sdar.contracts.types import ChatMessage
-from sdar.runtime.chat import ChatTokenizer, place_skills
-from services.envs.base import StepResult
+from sdar.environments.base import StepResult
+from sdar.model.chat import ChatTokenizer, place_skills
 from services.envs.household import HouseholdEnvironment
 from services.envs.household.demonstrations import skill_wording
 from services.envs.household.game import PROCEDURES, TASK_TYPES
@@ -38,11 +40,15 @@ class Player:
     """Plays many held-out tasks at once, turn by turn, with the model's own `generate`."""
 
     def __init__(self, model_dir: Path) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_dir, padding_side="left"
+        )
         self.model = Qwen2ForCausalLM.from_pretrained(model_dir).eval()
 
     def success(self, num_tasks: int, *, hint: str = "none", is_greedy: bool = False) -> float:
-        """Share of the first `num_tasks` held-out tasks solved. `hint` is none, right, or wrong (another type's skill)."""
+        """Share of the first `num_tasks` held-out tasks solved. `hint` is none, right, or wrong
+        (another type's skill).
+        """
         tasks = HouseholdEnvironment().list_tasks("heldout")[:num_tasks]
         games = [HouseholdEnvironment() for _ in tasks]
         talks = []
@@ -53,7 +59,9 @@ class Player:
         results: dict[int, StepResult] = {}
         while len(results) < len(games):
             playing = [index for index in range(len(games)) if index not in results]
-            for index, action in zip(playing, self._answer([talks[i] for i in playing], is_greedy), strict=True):
+            for index, action in zip(
+                playing, self._answer([talks[i] for i in playing], is_greedy), strict=True
+            ):
                 result = games[index].step(action)
                 talks[index] += [
                     {"role": "assistant", "content": action},
@@ -67,10 +75,16 @@ class Player:
         prompts = self.tokenizer.apply_chat_template(
             talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        sampling = {"do_sample": False} if is_greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        sampling = (
+            {"do_sample": False}
+            if is_greedy
+            else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        )
         with torch.inference_mode():
             output = self.model.generate(**prompts, max_new_tokens=MAX_ACTION_TOKENS, **sampling)
-        return self.tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(
+            output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
 
 def skill_text(task_type: str, hint: str) -> str:
@@ -91,7 +105,9 @@ def _one_seeded_thread():
 
 
 def test_the_shipped_model_is_the_default_recipes():
-    assert (SHIPPED / "recipe.json").read_text() == json.dumps(HouseholdRecipe().to_json(), indent=2) + "\n"
+    assert (SHIPPED / "recipe.json").read_text() == json.dumps(
+        HouseholdRecipe().to_json(), indent=2
+    ) + "\n"
 
 
 def test_the_default_recipe_makes_the_shipped_tokenizer_byte_for_byte(tmp_path):
@@ -102,8 +118,14 @@ def test_the_default_recipe_makes_the_shipped_tokenizer_byte_for_byte(tmp_path):
 
 
 def test_the_first_demonstrations_are_those_of_the_shipped_model():
-    """The weights follow from them; the slow test below makes them. The hash was taken when the model was shipped."""
-    demonstrator, chat, rng = HouseholdRecipe().open_demonstrator(), ChatTokenizer(SHIPPED), random.Random(1)
+    """The weights follow from them; the slow test below makes them. The hash was taken when the
+    model was shipped.
+    """
+    demonstrator, chat, rng = (
+        HouseholdRecipe().open_demonstrator(),
+        ChatTokenizer(SHIPPED),
+        random.Random(1),
+    )
     examples = [demonstrator.write(chat, rng, 0.85) for _ in range(32)]
     assert hashlib.sha256(repr(examples).encode()).hexdigest().startswith("0fe0978b0442a6c0")
 
@@ -162,7 +184,9 @@ def test_another_hyperparameter_is_another_model():
 
 @pytest.mark.slow
 def test_the_default_recipe_gives_the_base_figures_in_minutes(tmp_path):
-    """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure). The right skill: 0.99. A wrong one: 0.00."""
+    """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure). The right skill:
+    0.99. A wrong one: 0.00.
+    """
     began_s = time.process_time()
     made = create_model(HouseholdRecipe(), tmp_path)
     assert time.process_time() - began_s < 400

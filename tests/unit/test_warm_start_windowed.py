@@ -1,4 +1,6 @@
-"""Demonstrations for environments that are played through prompts with a window of history, and the models made of them."""
+"""Demonstrations for environments that are played through prompts with a window of history, and the
+models made of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from sdar.cli.warm_start.recipe import END_OF_TURN_ID, WarmStartPhase, load_reci
 from sdar.cli.warm_start.search import SearchDemonstrator, SearchRecipe
 from sdar.cli.warm_start.webshop import WebshopRecipe
 from sdar.contracts.errors import ConfigurationError
-from sdar.runtime.chat import ChatTokenizer, place_skills
+from sdar.model.chat import ChatTokenizer, place_skills
 from services.rollout.prompting import EpisodeSetting, HistoryWindow
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import SHIPPED_LIBRARIES, format_skills, load_skill_library
@@ -37,7 +39,10 @@ def test_a_model_for_an_unknown_environment_is_refused_with_those_that_are_known
 @pytest.mark.parametrize("environment", ["alfworld", "webshop", "search"])
 def test_a_shipped_model_is_its_default_recipe_s_and_small(environment):
     shipped = MODELS / f"{environment}-tiny"
-    assert json.loads((shipped / "recipe.json").read_text())["digest"] == load_recipe(environment).digest
+    assert (
+        json.loads((shipped / "recipe.json").read_text())["digest"]
+        == load_recipe(environment).digest
+    )
     assert sum(file.stat().st_size for file in shipped.iterdir()) < 1_500_000
 
 
@@ -53,10 +58,18 @@ def test_a_hinted_demonstration_shows_skills_exactly_as_a_teacher_s_prompt_does(
     demonstrator.tasks = demonstrator.tasks[:1]
     (task,) = demonstrator.tasks
     first = demonstrator.write(chat, random.Random(0), hinted_share=1.0)
-    setting = EpisodeSetting(demonstrator.environment.instructions, demonstrator.environment.action_format, task.description)
+    setting = EpisodeSetting(
+        demonstrator.environment.instructions,
+        demonstrator.environment.action_format,
+        task.description,
+    )
     observation = demonstrator.environment.reset(task.task_id, task.seed)
     plain = HistoryWindow(chat, setting, 0, 512).begin(observation.text).messages
-    skills = Retriever(demonstrator.skill_library, kind="task_type", num_skills=NUM_SKILLS).retrieve(task, "key").skills
+    skills = (
+        Retriever(demonstrator.skill_library, kind="task_type", num_skills=NUM_SKILLS)
+        .retrieve(task, "key")
+        .skills
+    )
     privileged = chat.render_fresh(place_skills(plain, format_skills(skills))).tolist()
     shown = [first, *demonstrator._written]
     assert privileged in [prompt for (prompt, _), _ in shown]
@@ -71,7 +84,9 @@ def test_where_a_skill_is_shown_the_expert_is_imitated_and_elsewhere_the_player_
     for hinted_share, imitated in ((1.0, choice.expert), (0.0, choice.erring)):
         demonstrator, chat = open_search(expert_share=0.0)
         demonstrator.tasks = [task]
-        responses = [demonstrator.write(chat, random.Random(0), hinted_share)[1][0] for _ in range(100)]
+        responses = [
+            demonstrator.write(chat, random.Random(0), hinted_share)[1][0] for _ in range(100)
+        ]
         assert [*chat.tokenizer.encode(imitated), END_OF_TURN_ID] in responses
         unwanted = choice.erring if imitated == choice.expert else choice.expert
         assert [*chat.tokenizer.encode(unwanted), END_OF_TURN_ID] not in responses
@@ -101,7 +116,9 @@ def test_alfworld_is_learnt_in_small_rooms_with_one_object_and_its_expert_wins()
 def test_a_thinned_list_keeps_the_action_that_is_taken_and_the_order():
     demonstrator = WebshopRecipe(thinned_share=1.0).open_demonstrator()
     actions = [f"click[{letter}]" for letter in "abcdefgh"]
-    thinned = demonstrator._thin_out(actions, "<think></think><action>click[e]</action>", random.Random(0))
+    thinned = demonstrator._thin_out(
+        actions, "<think></think><action>click[e]</action>", random.Random(0)
+    )
     assert "click[e]" in thinned
     assert list(thinned) == [action for action in actions if action in thinned]
     assert len(thinned) <= 3
@@ -118,6 +135,8 @@ def test_webshop_s_expert_buys_most_training_goals_with_a_full_score():
 
 
 def test_equal_recipes_make_equal_models_of_search(tmp_path):
-    recipe = SearchRecipe(**SMALL_WORLD, num_layers=1, batch_size=2, phases=(WarmStartPhase(2, 1e-3, 0.5, 0.5),))
+    recipe = SearchRecipe(
+        **SMALL_WORLD, num_layers=1, batch_size=2, phases=(WarmStartPhase(2, 1e-3, 0.5, 0.5),)
+    )
     first, second = (create_model(recipe, tmp_path / name) / "model.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()

@@ -1,7 +1,9 @@
-"""Owns `sdar env check`: what every environment server must do, tried over the wire alone, whatever language it is written in.
+"""Owns `sdar env check`: what every environment server must do, tried over the wire alone, whatever
+language it is written in.
 
-`runner` tries the checks, `report` shows the verdicts; `discovery`, `sessions`, `steps`, `episodes` and `aftermath` hold the
-checks, `bench` is what they reach the server with, `actions` how they write one. Nothing here knows an environment.
+`runner` tries the checks, `report` shows the verdicts; `discovery`, `sessions`, `steps`, `episodes`
+and `aftermath` hold the checks, `bench` is what they reach the server with, `actions` how they
+write one. Nothing here knows an environment.
 """
 
 from sdar.cli.conformance.runner import ALL_CHECKS, Report, check_server

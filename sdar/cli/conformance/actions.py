@@ -1,4 +1,6 @@
-"""Owns how an action is written for an environment that nobody here knows: from what it lists and its action_format."""
+"""Owns how an action is written for an environment that nobody here knows: from what it lists and
+its action_format.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _NUM_WORDS = 4
 
 @dataclass(frozen=True, slots=True)
 class ActionForm:
-    """A way to write actions. The blank of `outer` takes the action; where none is listed, `inner` with words makes one."""
+    """A way to write actions. The blank of `outer` takes the action; where none is listed, `inner`
+    with words makes one.
+    """
 
     outer: str = _BLANK
     inner: str = _BLANK
@@ -31,7 +35,9 @@ class ActionForm:
 
 
 def list_forms(action_format: str, *, is_listed: bool) -> list[ActionForm]:
-    """The ways worth trying: bare, or in a tag that action_format names; if unlisted, as words, `verb[words]` or a number."""
+    """The ways worth trying: bare, or in a tag that action_format names; if unlisted, as words,
+    `verb[words]` or a number.
+    """
     tags = [tag for tag in dict.fromkeys(re.findall(r"<(\w+)>", action_format)) if tag != "think"]
     outer = [_BLANK, *(f"{_THOUGHT}<{tag}>{_BLANK}</{tag}>" for tag in tags)]
     verbs = dict.fromkeys(re.findall(r"(\w+)\[", action_format))

@@ -1,4 +1,6 @@
-"""Owns the checks of what the other checks left behind: their errors, and open sessions. They run last."""
+"""Owns the checks of what the other checks left behind: their errors, and open sessions. They run
+last.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,19 @@ from sdar.cli.conformance.check import check
 from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
 
 # These come from the transport or from this client, which know no details.
-_UNTYPED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+_UNTYPED = (
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNAVAILABLE,
+)
 
 
 @check(
     "errors.typed",
-    "Every error of these checks carried a google.rpc.Status with an sdar.v1.ErrorDetail in grpc-status-details-bin",
-    "Pack ErrorDetail{reason, message, fields} into google.rpc.Status.details and send its bytes as the trailer "
+    "Every error of these checks carried a google.rpc.Status with an sdar.v1.ErrorDetail in "
+    "grpc-status-details-bin",
+    "Pack ErrorDetail{reason, message, fields} into google.rpc.Status.details and send its bytes "
+    "as the trailer "
     "grpc-status-details-bin.",
 )
 async def errors_typed(bench: Bench) -> None:
@@ -29,13 +37,17 @@ async def errors_typed(bench: Bench) -> None:
         reason = refusal.detail.reason
         is_upper_snake = reason == reason.upper() and reason.replace("_", "").isalnum()
         expect(is_upper_snake, f"{where}: reason in UPPER_SNAKE", repr(reason))
-        expect(bool(refusal.detail.message), f"{where}: a message in its ErrorDetail", "an empty one")
+        expect(
+            bool(refusal.detail.message), f"{where}: a message in its ErrorDetail", "an empty one"
+        )
 
 
 @check(
     "sessions.none_left",
-    "Once all is closed, no more sessions are open than before the checks (nobody else may use the server meanwhile)",
-    "Give a place back on every way out of a session: CloseSession, expiry, a failed opening, a failed step.",
+    "Once all is closed, no more sessions are open than before the checks (nobody else may use the "
+    "server meanwhile)",
+    "Give a place back on every way out of a session: CloseSession, expiry, a failed opening, a "
+    "failed step.",
 )
 async def none_left(bench: Bench) -> None:
     num_before = bench.described.capacity.num_open_sessions
@@ -46,7 +58,11 @@ async def none_left(bench: Bench) -> None:
         told = (await bench.describe()).capacity.num_open_sessions
         return bool(told <= num_before)
 
-    expect(await poll(is_settled, bench.settle_timeout_s), f"num_open_sessions {num_before}, as before the checks", told)
+    expect(
+        await poll(is_settled, bench.settle_timeout_s),
+        f"num_open_sessions {num_before}, as before the checks",
+        told,
+    )
 
 
 CHECKS = (errors_typed, none_left)

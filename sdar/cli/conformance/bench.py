@@ -1,6 +1,8 @@
-"""Owns how checks reach a server: the wire's calls with their refusals, and episodes played from fixed seeds.
+"""Owns how checks reach a server: the wire's calls with their refusals, and episodes played from
+fixed seeds.
 
-Knows the wire and no environment: actions are those the server lists, written in the first form that it finds valid.
+Knows the wire and no environment: actions are those the server lists, written in the first form
+that it finds valid.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from google.protobuf.message import Message
 
 from sdar.cli.conformance.actions import ActionForm, choose_words, list_forms
 from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
-from sdar.runtime.rpc import read_error_detail
 from sdar.v1 import environment_pb2, environment_pb2_grpc, task_pb2
+from sdar.wire.rpc_errors import read_error_detail
 
 SERVICE_NAME = "sdar.v1.EnvironmentService"
 CALL_TIMEOUT_S = 60.0
@@ -36,17 +38,23 @@ _SHOWN_CHARACTERS = 160
 
 
 class Refusal(Exception):
-    """A call that ended with a status other than OK; `detail` is its typed detail, None without one."""
+    """A call that ended with a status other than OK; `detail` is its typed detail, None without
+    one.
+    """
 
     def __init__(self, method: str, error: grpc.aio.AioRpcError) -> None:
         self.method, self.code = method, error.code()
         self.details, self.detail = error.details() or "", read_error_detail(error)
-        super().__init__(f"{method} answered {self.code.name}: {shorten(self.details) or 'no message'}")
+        super().__init__(
+            f"{method} answered {self.code.name}: {shorten(self.details) or 'no message'}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """An episode played undisturbed: the texts sent and all answers; `answers[i]` belongs to `texts[i]`."""
+    """An episode played undisturbed: the texts sent and all answers; `answers[i]` belongs to
+    `texts[i]`.
+    """
 
     task: task_pb2.Task
     seed: int
@@ -65,7 +73,9 @@ Chooser = Callable[[int, Sequence[str]], str]
 
 @dataclass
 class Bench:
-    """One environment of one server, under test. Sessions opened here are remembered, so that none outlives its check."""
+    """One environment of one server, under test. Sessions opened here are remembered, so that none
+    outlives its check.
+    """
 
     channel: grpc.aio.Channel
     described: environment_pb2.EnvironmentDescription
@@ -92,17 +102,25 @@ class Bench:
 
     @property
     def max_turns(self) -> int:
-        """As described; at least 1, so that a server that leaves it out is tried like any other. One check tells."""
+        """As described; at least 1, so that a server that leaves it out is tried like any other.
+        One check tells.
+        """
         return max(1, self.described.limits.max_turns)
 
     # ---- calls
 
     async def describe(self) -> environment_pb2.EnvironmentDescription:
-        """The environment as it is described now; the other environments of the server are left out."""
+        """The environment as it is described now; the other environments of the server are left
+        out.
+        """
         request = environment_pb2.DescribeRequest(environment=self.environment)
         response: environment_pb2.DescribeResponse = await self.call("Describe", request)
         names = [one.name for one in response.environments]
-        expect(names == [self.environment], f"Describe({self.environment!r}) with that environment alone", names)
+        expect(
+            names == [self.environment],
+            f"Describe({self.environment!r}) with that environment alone",
+            names,
+        )
         return next(iter(response.environments))
 
     async def list_page(self, split: str, **fields: Any) -> environment_pb2.ListTasksResponse:
@@ -112,7 +130,13 @@ class Bench:
         return response
 
     async def open(
-        self, task_id: str, *, seed: int = 0, key: str = "", lease_s: float = LEASE_S, environment: str | None = None
+        self,
+        task_id: str,
+        *,
+        seed: int = 0,
+        key: str = "",
+        lease_s: float = LEASE_S,
+        environment: str | None = None,
     ) -> environment_pb2.OpenSessionResponse:
         name = self.environment if environment is None else environment
         request = environment_pb2.OpenSessionRequest(
@@ -125,14 +149,20 @@ class Bench:
     async def step(
         self, session_id: str, step_index: int, text: str, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> environment_pb2.StepResponse:
-        request = environment_pb2.StepRequest(session_id=session_id, step_index=step_index, text=text)
-        response: environment_pb2.StepResponse = await self.call("Step", request, timeout_s=timeout_s)
+        request = environment_pb2.StepRequest(
+            session_id=session_id, step_index=step_index, text=text
+        )
+        response: environment_pb2.StepResponse = await self.call(
+            "Step", request, timeout_s=timeout_s
+        )
         return response
 
     async def step_bytes(self, request: bytes) -> None:
         """A Step whose request was serialised by hand. Raises Refusal."""
         try:
-            await self.channel.unary_unary(f"/{SERVICE_NAME}/Step", None, None)(request, timeout=CALL_TIMEOUT_S)
+            await self.channel.unary_unary(f"/{SERVICE_NAME}/Step", None, None)(
+                request, timeout=CALL_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             raise Refusal("Step", error) from error
 
@@ -140,7 +170,9 @@ class Bench:
         await self.call("CloseSession", environment_pb2.CloseSessionRequest(session_id=session_id))
         self._opened.discard(session_id)
 
-    async def call(self, method: str, request: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    async def call(
+        self, method: str, request: Message, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
         """One call. Raises Refusal."""
         try:
             return await getattr(self._stub, method)(request, timeout=timeout_s)
@@ -150,7 +182,9 @@ class Bench:
             raise refusal from error
 
     async def close_opened(self) -> None:
-        """Close what is still open of the sessions opened here; a server that refuses this has failed a check already."""
+        """Close what is still open of the sessions opened here; a server that refuses this has
+        failed a check already.
+        """
         for session_id in list(self._opened):
             self._opened.discard(session_id)
             try:
@@ -176,7 +210,11 @@ class Bench:
             token = page.next_page_token
             if not token:
                 return tasks
-            expect(token not in tokens, f"a new next_page_token on every page of split {split!r}", f"{token!r} again")
+            expect(
+                token not in tokens,
+                f"a new next_page_token on every page of split {split!r}",
+                f"{token!r} again",
+            )
             tokens.add(token)
 
     async def first_task(self) -> task_pb2.Task:
@@ -196,7 +234,10 @@ class Bench:
         capacity = (await self.describe()).capacity
         free = capacity.max_sessions - capacity.num_open_sessions
         if free < count:
-            raise CheckNotRun(f"it needs {count} sessions at once, {free} are free: serve with --capacity 16 to run it")
+            raise CheckNotRun(
+                f"it needs {count} sessions at once, {free} are free: serve with --capacity 16 to "
+                "run it"
+            )
 
     async def find_action_form(self) -> None:
         """Try the ways an action might be written, with the first step of the first task."""
@@ -215,7 +256,9 @@ class Bench:
         self.action_form = min(valid, key=lambda one: one[0])[1] if valid else ActionForm()
 
     def actor(self, task: task_pb2.Task, seed: int) -> Chooser:
-        """Plays listed actions at random, the same ones every time; words of the task where none are listed."""
+        """Plays listed actions at random, the same ones every time; words of the task where none
+        are listed.
+        """
         dice = random.Random(f"{task.task_id} {seed}")
 
         def choose(turn: int, actions: Sequence[str]) -> str:
@@ -239,9 +282,11 @@ class Bench:
         return Script(task, seed, opened, tuple(texts), tuple(answers))
 
     async def script(self, task: task_pb2.Task | None = None, seed: int = 0) -> Script:
-        """An undisturbed episode to compare others with; played at the first use. Without a task, the longest of some.
+        """An undisturbed episode to compare others with; played at the first use. Without a task,
+        the longest of some.
 
-        Raises CheckNotRun where it does not go the same way twice: a comparison would blame what is not at fault.
+        Raises CheckNotRun where it does not go the same way twice: a comparison would blame what is
+        not at fault.
         """
         if task is None:
             scripts = [await self.script(one) for one in await self.some_tasks(_NUM_SCRIPTS_TRIED)]
@@ -251,7 +296,9 @@ class Bench:
         if key not in self._scripts:
             script, again = await self.play_prefix(task, seed), await self.play_prefix(task, seed)
             if compare_scripts(script, again):
-                raise CheckNotRun("the same episode goes differently each time: see episode.deterministic")
+                raise CheckNotRun(
+                    "the same episode goes differently each time: see episode.deterministic"
+                )
             self._scripts[key] = script
         return self._scripts[key]
 
@@ -261,7 +308,9 @@ class Bench:
         return await self.play(task, seed, self.actor(task, seed), turns)
 
     async def tour(self) -> list[Script]:
-        """Whole episodes of the first and the last task of every split, with possible actions and with nonsense."""
+        """Whole episodes of the first and the last task of every split, with possible actions and
+        with nonsense.
+        """
         if not self._tour:
             for split in self.described.splits:
                 tasks = await self.list_tasks(split.name)
@@ -271,7 +320,9 @@ class Bench:
         return self._tour
 
     async def replay(self, script: Script, session_id: str, begin: int = 0) -> None:
-        """Play the rest of a script in a session and hold every answer against it. Raises FailedCheck at a difference."""
+        """Play the rest of a script in a session and hold every answer against it. Raises
+        FailedCheck at a difference.
+        """
         for index in range(begin, len(script.texts)):
             self.compare(script, index, await self.step(session_id, index, script.texts[index]))
 
@@ -290,7 +341,9 @@ def is_over(answer: environment_pb2.StepResponse) -> bool:
     return answer.terminated or answer.truncated
 
 
-def difference(expected: Message, got: Message, ignore: Sequence[str] = ("session_id", "info")) -> tuple[str, str] | None:
+def difference(
+    expected: Message, got: Message, ignore: Sequence[str] = ("session_id", "info")
+) -> tuple[str, str] | None:
     """The first field in which two messages differ, as (expected, got); None if they are the same.
 
     Between episodes, `info` may differ: it is for logs. Nothing else may.
@@ -303,7 +356,9 @@ def difference(expected: Message, got: Message, ignore: Sequence[str] = ("sessio
 
 
 def compare_scripts(script: Script, other: Script) -> tuple[str, str] | None:
-    """The first difference of two episodes that should be the same, as (expected, got); None if there is none."""
+    """The first difference of two episodes that should be the same, as (expected, got); None if
+    there is none.
+    """
     what = f"of task {script.task.task_id!r}, seed {script.seed}, as the first time"
     told = difference(script.opened, other.opened)
     if told:
@@ -319,7 +374,11 @@ def _show(value: Any) -> str:
     """A field's value as text: so a NaN equals another one, and maps have an order."""
     if hasattr(value, "items"):
         value = dict(sorted(value.items()))
-    return repr(list(value)) if isinstance(value, Sequence) and not isinstance(value, str) else repr(value)
+    return (
+        repr(list(value))
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else repr(value)
+    )
 
 
 def shorten(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Owns what a check is: a claim about every environment server, the code that tries it, and how a failure is mended."""
+"""Owns what a check is: a claim about every environment server, the code that tries it, and how a
+failure is mended.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one check. `got` is the reason of a check that was not run; a passed one has neither text."""
+    """What came of one check. `got` is the reason of a check that was not run; a passed one has
+    neither text.
+    """
 
     check: Check
     verdict: Verdict
@@ -36,6 +40,8 @@ class Outcome:
     got: str = ""
 
 
-def check(check_id: str, claim: str, remedy: str) -> Callable[[Callable[[Bench], Awaitable[None]]], Check]:
+def check(
+    check_id: str, claim: str, remedy: str
+) -> Callable[[Callable[[Bench], Awaitable[None]]], Check]:
     """Make a Check of a function."""
     return lambda run: Check(check_id, claim, remedy, run)

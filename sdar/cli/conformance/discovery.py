@@ -1,4 +1,6 @@
-"""Owns the checks of what a server tells about itself: description, health, reflection, tasks, unknown names."""
+"""Owns the checks of what a server tells about itself: description, health, reflection, tasks,
+unknown names.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +32,37 @@ async def describe_complete(bench: Bench) -> None:
     described = await bench.describe()
     expect(bool(described.version), "a version", "an empty one")
     names = [split.name for split in described.splits]
-    expect(bool(names) and all(names) and len(set(names)) == len(names), "splits with names of their own", names)
-    expect(any(split.num_tasks for split in described.splits), "at least one split with tasks", "num_tasks 0 everywhere")
+    expect(
+        bool(names) and all(names) and len(set(names)) == len(names),
+        "splits with names of their own",
+        names,
+    )
+    expect(
+        any(split.num_tasks for split in described.splits),
+        "at least one split with tasks",
+        "num_tasks 0 everywhere",
+    )
     limits = described.limits
     expect(limits.max_turns >= 1, "limits.max_turns of at least 1", limits.max_turns)
     expect(limits.max_text_bytes >= 1, "limits.max_text_bytes of at least 1", limits.max_text_bytes)
     expect(_is_time(limits.step_timeout_s), "limits.step_timeout_s above 0", limits.step_timeout_s)
-    expect(_is_time(limits.default_lease_s), "limits.default_lease_s above 0", limits.default_lease_s)
+    expect(
+        _is_time(limits.default_lease_s), "limits.default_lease_s above 0", limits.default_lease_s
+    )
     leases = f"{limits.max_lease_s} under {limits.default_lease_s}"
-    expect(limits.max_lease_s >= limits.default_lease_s, "limits.max_lease_s of at least default_lease_s", leases)
+    expect(
+        limits.max_lease_s >= limits.default_lease_s,
+        "limits.max_lease_s of at least default_lease_s",
+        leases,
+    )
     capacity = described.capacity
     expect(capacity.max_sessions >= 1, "capacity.max_sessions of at least 1", capacity.max_sessions)
     room = f"{capacity.num_open_sessions} open of {capacity.max_sessions}"
-    expect(capacity.num_open_sessions <= capacity.max_sessions, "no more sessions open than there is room for", room)
+    expect(
+        capacity.num_open_sessions <= capacity.max_sessions,
+        "no more sessions open than there is room for",
+        room,
+    )
 
 
 def _is_time(seconds: float) -> bool:
@@ -57,7 +77,11 @@ def _is_time(seconds: float) -> bool:
 async def describe_all(bench: Bench) -> None:
     response = await bench.call("Describe", environment_pb2.DescribeRequest())
     names = [one.name for one in response.environments]
-    expect(bench.environment in names and len(set(names)) == len(names), f"{bench.environment!r}, every name once", names)
+    expect(
+        bench.environment in names and len(set(names)) == len(names),
+        f"{bench.environment!r}, every name once",
+        names,
+    )
 
 
 @check(
@@ -69,9 +93,13 @@ async def health_serving(bench: Bench) -> None:
     stub = health_pb2_grpc.HealthStub(bench.channel)
     for name in ("", SERVICE_NAME):
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=CALL_TIMEOUT_S)
+            answer = await stub.Check(
+                health_pb2.HealthCheckRequest(service=name), timeout=CALL_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
-            raise FailedCheck(f"SERVING for service {name!r}", str(Refusal("Health.Check", error))) from error
+            raise FailedCheck(
+                f"SERVING for service {name!r}", str(Refusal("Health.Check", error))
+            ) from error
         status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         expect(status == "SERVING", f"SERVING for service {name!r}", status)
 
@@ -95,14 +123,17 @@ async def reflection_listed(bench: Bench) -> None:
 
 
 async def _reflect(channel: grpc.aio.Channel, version: str) -> set[str]:
-    # By its path: the two versions have the same messages, and the generated stub knows only one of them.
+    # By its path: the two versions have the same messages, and the generated stub knows only one of
+    # them.
     ask: Any = channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     names: set[str] = set()
-    async for answer in ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=CALL_TIMEOUT_S):
+    async for answer in ask(
+        iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=CALL_TIMEOUT_S
+    ):
         names |= {service.name for service in answer.list_services_response.service}
     return names
 
@@ -110,17 +141,30 @@ async def _reflect(channel: grpc.aio.Channel, version: str) -> set[str]:
 @check(
     "tasks.complete",
     "The pages of ListTasks make up each split: num_tasks tasks, none twice, all in the split",
-    "Page through one fixed order; next_page_token is empty on the last page only; num_tasks counts the same list.",
+    "Page through one fixed order; next_page_token is empty on the last page only; num_tasks "
+    "counts the same list.",
 )
 async def tasks_complete(bench: Bench) -> None:
     for split in bench.described.splits:
         tasks = await bench.list_tasks(split.name)
         ids = [task.task_id for task in tasks]
-        expect(len(ids) == split.num_tasks, f"{split.num_tasks} tasks in split {split.name!r}, as described", len(ids))
-        expect(len(set(ids)) == len(ids), f"no task twice in the pages of split {split.name!r}", _repeated(ids))
+        expect(
+            len(ids) == split.num_tasks,
+            f"{split.num_tasks} tasks in split {split.name!r}, as described",
+            len(ids),
+        )
+        expect(
+            len(set(ids)) == len(ids),
+            f"no task twice in the pages of split {split.name!r}",
+            _repeated(ids),
+        )
         for task in tasks:
             told = (task.environment, task.split)
-            expect(told == (bench.environment, split.name), f"{(bench.environment, split.name)} on task {task.task_id!r}", told)
+            expect(
+                told == (bench.environment, split.name),
+                f"{(bench.environment, split.name)} on task {task.task_id!r}",
+                told,
+            )
 
 
 @check(
@@ -134,25 +178,38 @@ async def tasks_unique(bench: Bench) -> None:
         for task_id in {task.task_id for task in await bench.list_tasks(split.name)}:
             expect(bool(task_id), f"ids in split {split.name!r}", "an empty task_id")
             other = splits.setdefault(task_id, split.name)
-            expect(other == split.name, "ids unique across splits", f"{task_id!r} in {other!r} and in {split.name!r}")
+            expect(
+                other == split.name,
+                "ids unique across splits",
+                f"{task_id!r} in {other!r} and in {split.name!r}",
+            )
 
 
 @check(
     "tasks.stable",
     "Asked again, and in smaller pages, ListTasks gives the same tasks in the same order",
-    "Fix the order when the server starts; read the place from page_token alone, and honour page_size as an upper bound.",
+    "Fix the order when the server starts; read the place from page_token alone, and honour "
+    "page_size as an upper bound.",
 )
 async def tasks_stable(bench: Bench) -> None:
     for split in bench.described.splits:
         tasks = await bench.list_tasks(split.name)
         again = await bench.read_pages(split.name)
-        expect(_ids(tasks) == _ids(again), f"the same order of split {split.name!r} twice", _first_change(tasks, again))
+        expect(
+            _ids(tasks) == _ids(again),
+            f"the same order of split {split.name!r} twice",
+            _first_change(tasks, again),
+        )
         size = max(1, min(len(tasks) // 2, 7))
         small: list[task_pb2.Task] = []
         token = ""
         for _ in range(_NUM_PAGES_COMPARED):
             page = await bench.list_page(split.name, page_size=size, page_token=token)
-            expect(len(page.tasks) <= size, f"at most page_size {size} tasks on a page", len(page.tasks))
+            expect(
+                len(page.tasks) <= size,
+                f"at most page_size {size} tasks on a page",
+                len(page.tasks),
+            )
             small.extend(page.tasks)
             token = page.next_page_token
             if not token:
@@ -170,19 +227,31 @@ async def tasks_bad_token(bench: Bench) -> None:
     split = bench.first_split
     for token in ("not a token", "-1", "9" * 40):
         calling = bench.list_page(split, page_token=token)
-        await expect_refusal(calling, grpc.StatusCode.INVALID_ARGUMENT, f"ListTasks with page_token {token!r}")
+        await expect_refusal(
+            calling, grpc.StatusCode.INVALID_ARGUMENT, f"ListTasks with page_token {token!r}"
+        )
 
 
 @check(
     "unknown.names",
     "An environment, split or task that does not exist is NOT_FOUND",
-    "Look names up before anything else, in Describe, ListTasks and OpenSession, and answer NOT_FOUND.",
+    "Look names up before anything else, in Describe, ListTasks and OpenSession, and answer "
+    "NOT_FOUND.",
 )
 async def unknown_names(bench: Bench) -> None:
     task, split = await bench.first_task(), bench.first_split
-    request, not_found = environment_pb2.DescribeRequest(environment=UNKNOWN_NAME), grpc.StatusCode.NOT_FOUND
-    await expect_refusal(bench.call("Describe", request), not_found, "Describe of an unknown environment")
-    await expect_refusal(bench.list_page(split, environment=UNKNOWN_NAME), not_found, "ListTasks of an unknown environment")
+    request, not_found = (
+        environment_pb2.DescribeRequest(environment=UNKNOWN_NAME),
+        grpc.StatusCode.NOT_FOUND,
+    )
+    await expect_refusal(
+        bench.call("Describe", request), not_found, "Describe of an unknown environment"
+    )
+    await expect_refusal(
+        bench.list_page(split, environment=UNKNOWN_NAME),
+        not_found,
+        "ListTasks of an unknown environment",
+    )
     await expect_refusal(bench.list_page(UNKNOWN_NAME), not_found, "ListTasks of an unknown split")
     calling = bench.open(task.task_id, environment=UNKNOWN_NAME)
     await expect_refusal(calling, not_found, "OpenSession in an unknown environment")
@@ -193,7 +262,8 @@ async def unknown_names(bench: Bench) -> None:
 @check(
     "unknown.session",
     "A Step in a session that does not exist is NOT_FOUND",
-    "Look session_id up first; clients take NOT_FOUND for a lost session and play the episode again.",
+    "Look session_id up first; clients take NOT_FOUND for a lost session and play the episode "
+    "again.",
 )
 async def unknown_session(bench: Bench) -> None:
     for session_id in (UNKNOWN_NAME, ""):

@@ -1,4 +1,6 @@
-"""Owns the checks of whole episodes: the same again from the same seed, untouched by others, ending, with usable numbers."""
+"""Owns the checks of whole episodes: the same again from the same seed, untouched by others,
+ending, with usable numbers.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ _NUM_AT_ONCE = 4
 @check(
     "episode.deterministic",
     "The same task, seed and texts give the same episode",
-    "Draw every random number from a generator made of task and seed in OpenSession; keep clocks, global generators and "
+    "Draw every random number from a generator made of task and seed in OpenSession; keep clocks, "
+    "global generators and "
     "orders of sets out of the answers.",
 )
 async def episode_deterministic(bench: Bench) -> None:
     for task in await bench.some_tasks(2):
         for seed in _SEEDS:
-            told = compare_scripts(await bench.play_prefix(task, seed), await bench.play_prefix(task, seed))
+            told = compare_scripts(
+                await bench.play_prefix(task, seed), await bench.play_prefix(task, seed)
+            )
             if told:
                 raise FailedCheck(*told)
 
@@ -39,12 +44,17 @@ async def episode_deterministic(bench: Bench) -> None:
 async def episode_interleaved(bench: Bench) -> None:
     await bench.need_places(_NUM_AT_ONCE)
     one, other = await bench.some_tasks(2)
-    scripts = [await bench.script(task, seed) for task, seed in ((one, 0), (one, 0), (one, _SEEDS[1]), (other, 0))]
+    scripts = [
+        await bench.script(task, seed)
+        for task, seed in ((one, 0), (one, 0), (one, _SEEDS[1]), (other, 0))
+    ]
     opened = [await bench.open(script.task.task_id, seed=script.seed) for script in scripts]
     for index in range(max(len(script.texts) for script in scripts)):
         for script, session in zip(scripts, opened, strict=True):
             if index < len(script.texts):
-                bench.compare(script, index, await bench.step(session.session_id, index, script.texts[index]))
+                bench.compare(
+                    script, index, await bench.step(session.session_id, index, script.texts[index])
+                )
 
 
 @check(
@@ -60,7 +70,9 @@ async def episode_concurrent(bench: Bench) -> None:
         opened = await bench.open(script.task.task_id, seed=script.seed)
         told = difference(script.opened, opened)
         if told:
-            raise FailedCheck(f"the opening of task {script.task.task_id!r} as it is alone: {told[0]}", told[1])
+            raise FailedCheck(
+                f"the opening of task {script.task.task_id!r} as it is alone: {told[0]}", told[1]
+            )
         await bench.replay(script, opened.session_id)
 
     results = await asyncio.gather(*map(play, scripts), return_exceptions=True)
@@ -71,13 +83,19 @@ async def episode_concurrent(bench: Bench) -> None:
 
 @check(
     "episode.ends",
-    "Every episode ends within max_turns, whether it is played with possible actions or with nonsense",
-    "Let an invalid action use its step, and set truncated on the answer to step max_turns - 1 at the latest.",
+    "Every episode ends within max_turns, whether it is played with possible actions or with "
+    "nonsense",
+    "Let an invalid action use its step, and set truncated on the answer to step max_turns - 1 at "
+    "the latest.",
 )
 async def episode_ends(bench: Bench) -> None:
     for script in await _tour(bench):
         where = f"task {script.task.task_id!r}, texts beginning {script.texts[0]!r}"
-        expect(script.is_over, f"an end within {bench.max_turns} turns ({where})", "neither terminated nor truncated")
+        expect(
+            script.is_over,
+            f"an end within {bench.max_turns} turns ({where})",
+            "neither terminated nor truncated",
+        )
 
 
 @check(
@@ -87,7 +105,11 @@ async def episode_ends(bench: Bench) -> None:
 )
 async def episode_one_end(bench: Bench) -> None:
     for index, answer in await _answers(bench):
-        expect(not (answer.terminated and answer.truncated), "terminated or truncated", f"both at step {index}")
+        expect(
+            not (answer.terminated and answer.truncated),
+            "terminated or truncated",
+            f"both at step {index}",
+        )
 
 
 @check(
@@ -108,12 +130,19 @@ async def episode_numbers(bench: Bench) -> None:
 )
 async def episode_observations(bench: Bench) -> None:
     for index, answer in await _answers(bench):
-        expect(is_over(answer) or bool(answer.observation), f"an observation at step {index}", "an empty one")
+        expect(
+            is_over(answer) or bool(answer.observation),
+            f"an observation at step {index}",
+            "an empty one",
+        )
 
 
 async def _tour(bench: Bench) -> list[Script]:
     if bench.described.limits.max_turns > MAX_TURNS_TRIED:
-        raise CheckNotRun(f"max_turns is {bench.described.limits.max_turns}: episodes up to {MAX_TURNS_TRIED} turns are played")
+        raise CheckNotRun(
+            f"max_turns is {bench.described.limits.max_turns}: episodes up to {MAX_TURNS_TRIED} "
+            "turns are played"
+        )
     return await bench.tour()
 
 

@@ -12,7 +12,9 @@ class FailedCheck(Exception):
 
 
 class CheckNotRun(Exception):
-    """The server is set up so that the claim cannot be tried; the text says how to set it up otherwise."""
+    """The server is set up so that the claim cannot be tried; the text says how to set it up
+    otherwise.
+    """
 
 
 def expect(holds: bool, expected: str, got: object) -> None:

@@ -1,4 +1,6 @@
-"""Owns how verdicts are shown: a table for people with the remedy of each failure, one JSON object for programs."""
+"""Owns how verdicts are shown: a table for people with the remedy of each failure, one JSON object
+for programs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from rich.table import Table
 
 from sdar.cli.conformance.check import Outcome, Verdict
 from sdar.cli.conformance.runner import Report
-from sdar.runtime.security import escape_controls
+from sdar.process.text import escape_controls
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "yellow"}
 
@@ -18,16 +20,26 @@ _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "y
 def print_report(report: Report, console: Console) -> None:
     title = f"{report.environment}, version {report.version}, at {report.address}"
     table = Table(title=escape(title), title_justify="left")
-    for name, justify in (("check", "left"), ("claim", "left"), ("verdict", "left"), ("seconds", "right")):
+    for name, justify in (
+        ("check", "left"),
+        ("claim", "left"),
+        ("verdict", "left"),
+        ("seconds", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for outcome in report.outcomes:
         verdict = f"[{_COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
-        table.add_row(outcome.check.check_id, escape(outcome.check.claim), verdict, f"{outcome.seconds:.2f}")
+        table.add_row(
+            outcome.check.check_id, escape(outcome.check.claim), verdict, f"{outcome.seconds:.2f}"
+        )
     console.print(table)
     for outcome in report.outcomes:
         _explain(outcome, console)
     if not report.is_action_known:
-        console.print("No valid action was found: the texts played were invalid ones, so the episodes show less.")
+        console.print(
+            "No valid action was found: the texts played were invalid ones, so the episodes show "
+            "less."
+        )
     counts = ", ".join(f"{report.count(verdict)} {words}" for verdict, words in _WORDS.items())
     console.print(f"{counts}, in {report.seconds:.1f} s.", highlight=False)
 

@@ -1,4 +1,6 @@
-"""Owns the order of the checks and what becomes of each: passed, failed with its reason, or not run."""
+"""Owns the order of the checks and what becomes of each: passed, failed with its reason, or not
+run.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from sdar.cli.conformance.bench import SERVICE_NAME, SETTLE_TIMEOUT_S, Bench, Re
 from sdar.cli.conformance.check import Check, Outcome, Verdict
 from sdar.cli.conformance.failure import CheckNotRun, FailedCheck
 from sdar.contracts.errors import ConfigurationError, SdarError, UnavailableError
-from sdar.runtime.rpc import call, connect
-from sdar.runtime.security import OPEN, Security
 from sdar.v1 import environment_pb2, environment_pb2_grpc
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.security import OPEN, Security
 
 ALL_CHECKS: tuple[Check, ...] = (
     *discovery.CHECKS,
@@ -70,37 +72,66 @@ async def check_server(
     """
     began_s = time.monotonic()
     async with connect(address, security, is_sticky=True) as channel:
-        bench = Bench(channel, await find_environment(channel, address, environment), settle_timeout_s)
+        bench = Bench(
+            channel, await find_environment(channel, address, environment), settle_timeout_s
+        )
         outcomes = [await _try(_FIND_ACTIONS, bench)]
         for check in checks:
             on_begin(check)
             outcomes.append(await _try(check, bench))
     # Finding actions is a means; as a verdict it counts only where it breaks.
-    shown = tuple(outcome for outcome in outcomes if outcome.check is not _FIND_ACTIONS or outcome.verdict is Verdict.FAIL)
+    shown = tuple(
+        outcome
+        for outcome in outcomes
+        if outcome.check is not _FIND_ACTIONS or outcome.verdict is Verdict.FAIL
+    )
     seconds = time.monotonic() - began_s
-    return Report(address, bench.described.name, bench.described.version, bench.is_action_known, shown, seconds)
+    return Report(
+        address,
+        bench.described.name,
+        bench.described.version,
+        bench.is_action_known,
+        shown,
+        seconds,
+    )
 
 
-async def find_environment(channel: grpc.aio.Channel, address: str, name: str) -> environment_pb2.EnvironmentDescription:
-    """What the server at `address` says of the environment, or of its only one. Raises ConfigurationError."""
+async def find_environment(
+    channel: grpc.aio.Channel, address: str, name: str
+) -> environment_pb2.EnvironmentDescription:
+    """What the server at `address` says of the environment, or of its only one. Raises
+    ConfigurationError.
+    """
     stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
     try:
         response: environment_pb2.DescribeResponse = await call(
-            stub.Describe, environment_pb2.DescribeRequest(), timeout_s=_FIRST_CALL_TIMEOUT_S, peer=address
+            stub.Describe,
+            environment_pb2.DescribeRequest(),
+            timeout_s=_FIRST_CALL_TIMEOUT_S,
+            peer=address,
         )
     except UnavailableError as error:
         raise ConfigurationError(
-            f"No environment server answers at {address}. Start one with `sdar env serve NAME`, or correct HOST:PORT. "
+            f"No environment server answers at {address}. Start one with `sdar env serve NAME`, or "
+            "correct HOST:PORT. "
             f"What came back: {error.message}"
         ) from error
     except SdarError as error:
-        raise ConfigurationError(f"{address} does not answer {SERVICE_NAME}.Describe: {error.message}") from error
+        raise ConfigurationError(
+            f"{address} does not answer {SERVICE_NAME}.Describe: {error.message}"
+        ) from error
     by_name = {one.name: one for one in response.environments}
     if not name and len(by_name) == 1:
         return next(iter(by_name.values()))
     if name not in by_name:
-        asked = f"--environment {name!r} is not one of them" if name else "name one of them with --environment"
-        raise ConfigurationError(f"{address} serves {', '.join(by_name) or 'no environment'}; {asked}.")
+        asked = (
+            f"--environment {name!r} is not one of them"
+            if name
+            else "name one of them with --environment"
+        )
+        raise ConfigurationError(
+            f"{address} serves {', '.join(by_name) or 'no environment'}; {asked}."
+        )
     return by_name[name]
 
 
@@ -125,6 +156,7 @@ async def _try(check: Check, bench: Bench) -> Outcome:
 _FIND_ACTIONS = Check(
     "episode.begins",
     "An episode of the first task can be opened, stepped once and closed",
-    "Play OpenSession, Step and CloseSession of the first task of the first split by hand: sdar env play HOST:PORT.",
+    "Play OpenSession, Step and CloseSession of the first task of the first split by hand: sdar "
+    "env play HOST:PORT.",
     Bench.find_action_form,
 )

@@ -26,14 +26,18 @@ MAX_CAPACITY_TRIED = 256
 _EXTREME_SEEDS = (1, -1, 2**63 - 1, -(2**63))
 _SHORT_LEASE_S = 0.5
 _RENEWED_LEASE_S = 2.0
-_STEP_AT_LEASE = 0.7  # twice this share is over one lease, so the second step needs the first one's renewal
+_STEP_AT_LEASE = (
+    0.7  # twice this share is over one lease, so the second step needs the first one's renewal
+)
 _SMALL_CAPACITY = 64
 
 
 @check(
     "open.answer",
-    "OpenSession answers with a session id of its own, the task, a first observation and the lease granted",
-    "Fill OpenSessionResponse: session_id (new each time), task as ListTasks gives it, observation, lease_s up to max_lease_s.",
+    "OpenSession answers with a session id of its own, the task, a first observation and the lease "
+    "granted",
+    "Fill OpenSessionResponse: session_id (new each time), task as ListTasks gives it, "
+    "observation, lease_s up to max_lease_s.",
 )
 async def open_answer(bench: Bench) -> None:
     await bench.need_places(2)
@@ -43,7 +47,11 @@ async def open_answer(bench: Bench) -> None:
     told = difference(task, first.task, ignore=("seed",))
     expect(told is None, "the task as ListTasks gives it", told)
     is_default = math.isclose(first.lease_s, limits.default_lease_s)
-    expect(is_default, f"default_lease_s {limits.default_lease_s} without a wish for another", first.lease_s)
+    expect(
+        is_default,
+        f"default_lease_s {limits.default_lease_s} without a wish for another",
+        first.lease_s,
+    )
     second = await bench.open(task.task_id, lease_s=2 * limits.max_lease_s)
     is_bounded = 0 < second.lease_s <= limits.max_lease_s
     expect(is_bounded, f"a lease cut to max_lease_s {limits.max_lease_s}", second.lease_s)
@@ -54,7 +62,8 @@ async def open_answer(bench: Bench) -> None:
 @check(
     "open.seed",
     "Every int64 is a seed, and comes back in the task",
-    "Take seed as a 64-bit signed integer (a string or BigInt where numbers are doubles) and echo it in task.seed.",
+    "Take seed as a 64-bit signed integer (a string or BigInt where numbers are doubles) and echo "
+    "it in task.seed.",
 )
 async def open_seed(bench: Bench) -> None:
     task = await bench.first_task()
@@ -66,8 +75,10 @@ async def open_seed(bench: Bench) -> None:
 
 @check(
     "open.retry",
-    "OpenSession repeated with its idempotency_key gives the same session and answer, also when both come at once",
-    "Remember the answer by idempotency_key while the session lives; let a second call wait for the first.",
+    "OpenSession repeated with its idempotency_key gives the same session and answer, also when "
+    "both come at once",
+    "Remember the answer by idempotency_key while the session lives; let a second call wait for "
+    "the first.",
 )
 async def open_retry(bench: Bench) -> None:
     await bench.need_places(3)
@@ -95,9 +106,15 @@ async def open_key_conflict(bench: Bench) -> None:
     (task, other), key = await bench.some_tasks(2), _new_key()
     await bench.open(task.task_id, seed=1, key=key)
     code = grpc.StatusCode.FAILED_PRECONDITION
-    await expect_refusal(bench.open(task.task_id, seed=2, key=key), code, "OpenSession with a key of another seed")
+    await expect_refusal(
+        bench.open(task.task_id, seed=2, key=key), code, "OpenSession with a key of another seed"
+    )
     if other.task_id != task.task_id:
-        await expect_refusal(bench.open(other.task_id, seed=1, key=key), code, "OpenSession with a key of another task")
+        await expect_refusal(
+            bench.open(other.task_id, seed=1, key=key),
+            code,
+            "OpenSession with a key of another task",
+        )
 
 
 @check(
@@ -113,7 +130,10 @@ async def close_twice(bench: Bench) -> None:
     for step_index in (0, 1):
         calling = bench.step(opened.session_id, step_index, script.texts[0])
         await expect_refusal(calling, grpc.StatusCode.NOT_FOUND, "Step in a closed session")
-    for session_id, what in ((opened.session_id, "closed already"), ("sdar-check-nobody", "unknown")):
+    for session_id, what in (
+        (opened.session_id, "closed already"),
+        ("sdar-check-nobody", "unknown"),
+    ):
         try:
             await bench.close(session_id)
         except Refusal as refusal:
@@ -122,8 +142,10 @@ async def close_twice(bench: Bench) -> None:
 
 @check(
     "lease.expires",
-    f"A session left alone for longer than its lease is gone within {SETTLE_TIMEOUT_S:g} s, and its place free again",
-    "Note the time of the last call of each session; every few seconds, close those whose lease_s is over, and count them out "
+    f"A session left alone for longer than its lease is gone within {SETTLE_TIMEOUT_S:g} s, and "
+    "its place free again",
+    "Note the time of the last call of each session; every few seconds, close those whose lease_s "
+    "is over, and count them out "
     "of num_open_sessions. Grant the lease that was asked for.",
 )
 async def lease_expires(bench: Bench) -> None:
@@ -160,7 +182,9 @@ async def lease_renewed(bench: Bench) -> None:
         try:
             answer = await bench.step(opened.session_id, index, script.texts[index])
         except Refusal as refusal:
-            raise FailedCheck(f"an answer {_STEP_AT_LEASE:.0%} of the lease after the last call", str(refusal)) from refusal
+            raise FailedCheck(
+                f"an answer {_STEP_AT_LEASE:.0%} of the lease after the last call", str(refusal)
+            ) from refusal
         # An episode that is over is kept by repeating its last step.
         index += 0 if is_over(answer) else 1
 
@@ -180,7 +204,11 @@ async def capacity_bounded(bench: Bench) -> None:
         )
     opened = [await bench.open(task.task_id) for _ in range(num_free)]
     told = (await bench.describe()).capacity.num_open_sessions
-    expect(told == capacity.max_sessions, f"num_open_sessions {capacity.max_sessions} in a full server", told)
+    expect(
+        told == capacity.max_sessions,
+        f"num_open_sessions {capacity.max_sessions} in a full server",
+        told,
+    )
     full = grpc.StatusCode.RESOURCE_EXHAUSTED
     await expect_refusal(bench.open(task.task_id), full, "OpenSession in a full server")
     await bench.close(opened[-1].session_id)

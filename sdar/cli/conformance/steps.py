@@ -9,8 +9,8 @@ import grpc
 from sdar.cli.conformance.bench import Bench, Refusal, difference, expect_refusal, is_over
 from sdar.cli.conformance.check import check
 from sdar.cli.conformance.failure import CheckNotRun, FailedCheck, expect
-from sdar.runtime.rpc import MAX_MESSAGE_BYTES
 from sdar.v1 import environment_pb2
+from sdar.wire.rpc_methods import MAX_MESSAGE_BYTES
 
 _CUT_AFTER_S = (0.001, 0.002, 0.004, 0.008)
 _LARGE_TEXT_BYTES = 1 << 20
@@ -32,7 +32,8 @@ _NOT_UTF8 = b"\xff\xfe\x80look\xc3"
 @check(
     "step.retry",
     "A Step repeated with its index and text gives the same answer and moves nothing",
-    "Keep the last step's index, text and answer with the session; answer a repetition from there, the episode's end too.",
+    "Keep the last step's index, text and answer with the session; answer a repetition from there, "
+    "the episode's end too.",
 )
 async def step_retry(bench: Bench) -> None:
     script = await bench.script()
@@ -40,7 +41,9 @@ async def step_retry(bench: Bench) -> None:
     for index, text in enumerate(script.texts):
         answers = [await bench.step(opened.session_id, index, text) for _ in range(3)]
         bench.compare(script, index, answers[0])
-        told = difference(answers[0], answers[1], ignore=()) or difference(answers[0], answers[2], ignore=())
+        told = difference(answers[0], answers[1], ignore=()) or difference(
+            answers[0], answers[2], ignore=()
+        )
         if told:
             raise FailedCheck(f"the same answer to step {index} again: {told[0]}", told[1])
 
@@ -54,14 +57,18 @@ async def step_retry_at_once(bench: Bench) -> None:
     script = await bench.script()
     opened = await bench.open(script.task.task_id, seed=script.seed)
     for index, text in enumerate(script.texts):
-        for answer in await asyncio.gather(*(bench.step(opened.session_id, index, text) for _ in range(3))):
+        for answer in await asyncio.gather(
+            *(bench.step(opened.session_id, index, text) for _ in range(3))
+        ):
             bench.compare(script, index, answer)
 
 
 @check(
     "step.deadline",
-    "A Step whose caller gave up after some milliseconds can be repeated, and the episode goes on as if nothing had happened",
-    "Play a step to its end and keep its answer even if the caller's deadline passes or the call is cancelled.",
+    "A Step whose caller gave up after some milliseconds can be repeated, and the episode goes on "
+    "as if nothing had happened",
+    "Play a step to its end and keep its answer even if the caller's deadline passes or the call "
+    "is cancelled.",
 )
 async def step_deadline(bench: Bench) -> None:
     script = await bench.script()
@@ -69,7 +76,11 @@ async def step_deadline(bench: Bench) -> None:
     for index, text in enumerate(script.texts):
         try:
             cut_after_s = _CUT_AFTER_S[index % len(_CUT_AFTER_S)]
-            bench.compare(script, index, await bench.step(opened.session_id, index, text, timeout_s=cut_after_s))
+            bench.compare(
+                script,
+                index,
+                await bench.step(opened.session_id, index, text, timeout_s=cut_after_s),
+            )
         except Refusal as refusal:
             is_cut = refusal.code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
             expect(is_cut, "an answer or DEADLINE_EXCEEDED under a short deadline", refusal)
@@ -93,7 +104,8 @@ async def step_other_text(bench: Bench) -> None:
 @check(
     "step.order",
     "A skipped, an old or an absurd step_index is FAILED_PRECONDITION and moves nothing",
-    "Accept the next index, or the last one as a repetition; refuse all others before touching the episode.",
+    "Accept the next index, or the last one as a repetition; refuse all others before touching the "
+    "episode.",
 )
 async def step_order(bench: Bench) -> None:
     script = await bench.script()
@@ -108,8 +120,10 @@ async def step_order(bench: Bench) -> None:
 
 @check(
     "step.after_end",
-    "A Step after the end of the episode is FAILED_PRECONDITION; the last one can still be repeated",
-    "Remember that the episode is over, and keep its last answer until the session is closed or expires.",
+    "A Step after the end of the episode is FAILED_PRECONDITION; the last one can still be "
+    "repeated",
+    "Remember that the episode is over, and keep its last answer until the session is closed or "
+    "expires.",
 )
 async def step_after_end(bench: Bench) -> None:
     await bench.script()  # whether episodes can be repeated at all
@@ -127,7 +141,8 @@ async def step_after_end(bench: Bench) -> None:
 @check(
     "text.strange",
     "Empty text and strange unicode are played as any text: an action, mostly an invalid one",
-    "Treat text that holds no action as an invalid action that uses the step; never raise for a text within the limit.",
+    "Treat text that holds no action as an invalid action that uses the step; never raise for a "
+    "text within the limit.",
 )
 async def text_strange(bench: Bench) -> None:
     task = await bench.first_task()
@@ -144,7 +159,8 @@ async def text_strange(bench: Bench) -> None:
 @check(
     "text.large",
     "A text of 1 MiB is played, or refused with INVALID_ARGUMENT and without touching the episode",
-    "Let messages be larger than max_text_bytes (gRPC's own bound is 4 MiB), and read long texts in linear time.",
+    "Let messages be larger than max_text_bytes (gRPC's own bound is 4 MiB), and read long texts "
+    "in linear time.",
 )
 async def text_large(bench: Bench) -> None:
     script = await bench.script()
@@ -152,20 +168,25 @@ async def text_large(bench: Bench) -> None:
     text = "a " * (_LARGE_TEXT_BYTES // 2)
     if len(text) > bench.described.limits.max_text_bytes:
         calling = bench.step(opened.session_id, 0, text)
-        await expect_refusal(calling, grpc.StatusCode.INVALID_ARGUMENT, "Step with 1 MiB, over max_text_bytes")
+        await expect_refusal(
+            calling, grpc.StatusCode.INVALID_ARGUMENT, "Step with 1 MiB, over max_text_bytes"
+        )
         await bench.replay(script, opened.session_id)
         return
     try:
         answer = await bench.step(opened.session_id, 0, text)
     except Refusal as refusal:
-        raise FailedCheck("an answer to 1 MiB, which max_text_bytes allows", str(refusal)) from refusal
+        raise FailedCheck(
+            "an answer to 1 MiB, which max_text_bytes allows", str(refusal)
+        ) from refusal
     if not is_over(answer):
         await bench.step(opened.session_id, 1, script.texts[0])
 
 
 @check(
     "text.over_limit",
-    "A text over max_text_bytes is INVALID_ARGUMENT, and the same step can be taken with a shorter one",
+    "A text over max_text_bytes is INVALID_ARGUMENT, and the same step can be taken with a shorter "
+    "one",
     "Count the text's UTF-8 bytes (not its characters) before playing it.",
 )
 async def text_over_limit(bench: Bench) -> None:
@@ -177,19 +198,23 @@ async def text_over_limit(bench: Bench) -> None:
     # Fewer characters than the limit, more bytes.
     for text in ("a" * (limit + 1), "\u00e9" * (limit // 2 + 1)):
         calling = bench.step(opened.session_id, 0, text)
-        await expect_refusal(calling, grpc.StatusCode.INVALID_ARGUMENT, f"Step with {len(text.encode())} bytes")
+        await expect_refusal(
+            calling, grpc.StatusCode.INVALID_ARGUMENT, f"Step with {len(text.encode())} bytes"
+        )
     await bench.replay(script, opened.session_id)
 
 
 @check(
     "text.not_utf8",
     "Bytes that are not UTF-8 are refused, or played as an invalid action; the session lives on",
-    "Answer a request that cannot be parsed with INVALID_ARGUMENT (INTERNAL, where gRPC itself refuses it).",
+    "Answer a request that cannot be parsed with INVALID_ARGUMENT (INTERNAL, where gRPC itself "
+    "refuses it).",
 )
 async def text_not_utf8(bench: Bench) -> None:
     script = await bench.script()
     opened = await bench.open(script.task.task_id, seed=script.seed)
-    # Built by hand, for no protobuf library lets such a text into a string field: field 3, length-delimited.
+    # Built by hand, for no protobuf library lets such a text into a string field: field 3,
+    # length-delimited.
     request = environment_pb2.StepRequest(session_id=opened.session_id).SerializeToString()
     request += bytes([3 << 3 | 2, len(_NOT_UTF8)]) + _NOT_UTF8
     index = 0
@@ -198,7 +223,11 @@ async def text_not_utf8(bench: Bench) -> None:
         index = 1
     except Refusal as refusal:
         codes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
-        expect(refusal.code in codes, "an answer, INVALID_ARGUMENT or INTERNAL to bytes that are not UTF-8", refusal)
+        expect(
+            refusal.code in codes,
+            "an answer, INVALID_ARGUMENT or INTERNAL to bytes that are not UTF-8",
+            refusal,
+        )
     await bench.step(opened.session_id, index, script.texts[0])
 
 

@@ -1,6 +1,8 @@
-"""Owns ALFWorld's demonstrations: a player who looks for things at random, fumbles, and often forgets to treat an object.
+"""Owns ALFWorld's demonstrations: a player who looks for things at random, fumbles, and often
+forgets to treat an object.
 
-It learns in small rooms of its own making, with one object to carry, so that no shipped game is ever seen.
+It learns in small rooms of its own making, with one object to carry, so that no shipped game is
+ever seen.
 """
 
 from __future__ import annotations
@@ -16,20 +18,35 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
+from sdar.cli.warm_start.windowed import (
+    Choice,
+    Player,
+    WindowDemonstrator,
+    WindowRecipe,
+    describe_prompts,
+)
 from sdar.contracts.types import Task
+from sdar.environments.base import Observation
 from services.envs.alfworld.demonstrations import read_aim
 from services.envs.alfworld.environment import AlfworldEnvironment
 from services.envs.alfworld.games import load_entries
 from services.envs.alfworld.generate import generate
-from services.envs.alfworld.rooms import LOOK_TASK, ROOM_KINDS, ROOM_SIZES, STATIONS, TWO_OBJECTS_TASK
-from services.envs.base import Observation
+from services.envs.alfworld.rooms import (
+    LOOK_TASK,
+    ROOM_KINDS,
+    ROOM_SIZES,
+    STATIONS,
+    TWO_OBJECTS_TASK,
+)
 
 _ACT, _END = "<think></think><action>", "</action>"
 _GO, _OPEN, _MOVE = "go to ", "open ", "move "
 _PLACE = re.compile(r"You arrive at (\w+ \d+)")
 _CAN_TAKE = re.compile(r"take (\w+) \d+ from ")
-_TAKEN, _TREATED = re.compile(r"You pick up the (\w+ \d+)"), re.compile(r"You (?:clean|heat|cool) the ")
+_TAKEN, _TREATED = (
+    re.compile(r"You pick up the (\w+ \d+)"),
+    re.compile(r"You (?:clean|heat|cool) the "),
+)
 _WORDS = (
     *(
         _ACT,
@@ -48,8 +65,22 @@ _WORDS = (
         " to ",
         " with ",
     ),
-    *("inventory\n", "look\n", "You are in the middle of a room. Looking quickly around you, you see a ", ", a ", ", and a "),
-    *("You arrive at ", ". On the ", ". The ", " is closed.", " is open.", " In it, you see a ", " In it, you see nothing."),
+    *(
+        "inventory\n",
+        "look\n",
+        "You are in the middle of a room. Looking quickly around you, you see a ",
+        ", a ",
+        ", and a ",
+    ),
+    *(
+        "You arrive at ",
+        ". On the ",
+        ". The ",
+        " is closed.",
+        " is open.",
+        " In it, you see a ",
+        " In it, you see nothing.",
+    ),
     *(
         ", you see a ",
         ", you see nothing.",
@@ -59,7 +90,15 @@ _WORDS = (
         "You close the ",
         " from the ",
     ),
-    *(" to the ", "You clean the ", "You heat the ", "You cool the ", " using the ", "Nothing happens.", "You turn on the "),
+    *(
+        " to the ",
+        "You clean the ",
+        "You heat the ",
+        "You cool the ",
+        " using the ",
+        "Nothing happens.",
+        "You turn on the ",
+    ),
     *(
         "put a ",
         "put some ",
@@ -71,7 +110,19 @@ _WORDS = (
         "put a cool ",
         "look at ",
     ),
-    *(" in ", " on ", " and put it in ", " under the ", "examine the ", " with the ", " 1", " 2", " 3", "inventory", "look"),
+    *(
+        " in ",
+        " on ",
+        " and put it in ",
+        " under the ",
+        "examine the ",
+        " with the ",
+        " 1",
+        " 2",
+        " 3",
+        "inventory",
+        "look",
+    ),
 )
 
 
@@ -79,7 +130,8 @@ _WORDS = (
 class AlfworldRecipe(WindowRecipe):
     """Attributes:
     games_seed, num_games: of the games it learns from; the small ones among them are played.
-    forgetful_share: chance that the erring player takes an untreated object straight to where it must go.
+    forgetful_share: chance that the erring player takes an untreated object straight to where it
+        must go.
     """
 
     environment: ClassVar[str] = "alfworld"
@@ -107,7 +159,12 @@ class AlfworldDemonstrator(WindowDemonstrator):
     def __init__(self, recipe: AlfworldRecipe) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="sdar-warm-start-")
         games = Path(self._directory.name) / "games"
-        generate(games, num_tasks=recipe.num_games, seed=recipe.games_seed, report=lambda done, total: None)
+        generate(
+            games,
+            num_tasks=recipe.num_games,
+            seed=recipe.games_seed,
+            report=lambda done, total: None,
+        )
         super().__init__(recipe, AlfworldEnvironment(data_dir=str(games)))
         self._forgetful_share = recipe.forgetful_share
         _, most_receptacles = ROOM_SIZES["small"].num_receptacles
@@ -132,15 +189,21 @@ class AlfworldDemonstrator(WindowDemonstrator):
         return _Housekeeper(task, self._forgetful_share, self._takeable[task.task_id])
 
     def draw_task(self, rng: random.Random) -> Task:
-        """A game with a wish of its own for any thing that was seen in it: what games ask for would be learnt by heart."""
+        """A game with a wish of its own for any thing that was seen in it: what games ask for would
+        be learnt by heart.
+        """
         task = rng.choice(self.tasks)
         target = read_aim(task.description).target
         wished = rng.choice(sorted(self._takeable[task.task_id] | {target}))
-        return dataclasses.replace(task, description=re.sub(rf"\b{target}\b", wished, task.description))
+        return dataclasses.replace(
+            task, description=re.sub(rf"\b{target}\b", wished, task.description)
+        )
 
 
 class _Housekeeper:
-    """Knows from the texts alone where it is, what it holds, and whether that was treated. Notes what could be taken."""
+    """Knows from the texts alone where it is, what it holds, and whether that was treated. Notes
+    what could be taken.
+    """
 
     def __init__(self, task: Task, forgetful_share: float, takeable: set[str]) -> None:
         self._takeable = takeable
@@ -161,7 +224,11 @@ class _Housekeeper:
         return Choice(f"{_ACT}{expert}{_END}", f"{_ACT}{erring}{_END}")
 
     def _note(self, observation: Observation) -> None:
-        self._takeable.update(found[1] for action in observation.admissible_actions if (found := _CAN_TAKE.match(action)))
+        self._takeable.update(
+            found[1]
+            for action in observation.admissible_actions
+            if (found := _CAN_TAKE.match(action))
+        )
         if arrived := _PLACE.search(observation.text):
             self._place = arrived[1]
             self._visited.add(self._place)
@@ -186,17 +253,25 @@ class _Housekeeper:
             if not self._place.startswith(f"{station} "):
                 return _go(admissible, station, rng)
         if self._place.startswith(f"{destination} "):
-            return _find(admissible, _MOVE) or _find(admissible, _OPEN) or self._explore(admissible, rng)
+            return (
+                _find(admissible, _MOVE)
+                or _find(admissible, _OPEN)
+                or self._explore(admissible, rng)
+            )
         return _go(admissible, destination, rng)
 
     def _explore(self, admissible: Sequence[str], rng: random.Random) -> str:
-        """Open what is closed here; then anywhere else, new places first. With the wrong thing in hand, put it down."""
+        """Open what is closed here; then anywhere else, new places first. With the wrong thing in
+        hand, put it down.
+        """
         if here := _find(admissible, _MOVE) if self._task_type != LOOK_TASK else "":
             return here
         if here := _find(admissible, _OPEN):
             return here
         places = [command for command in admissible if command.startswith(_GO)]
-        return rng.choice([place for place in places if place.removeprefix(_GO) not in self._visited] or places)
+        return rng.choice(
+            [place for place in places if place.removeprefix(_GO) not in self._visited] or places
+        )
 
 
 def _find(admissible: Sequence[str], start: str) -> str:

@@ -1,6 +1,8 @@
-"""Owns the household's demonstrations: episodes of one growing conversation, played by a demonstrator who is often wrong.
+"""Owns the household's demonstrations: episodes of one growing conversation, played by a
+demonstrator who is often wrong.
 
-A hinted episode follows a random procedure, so that the model learns to obey the text instead of the task type.
+A hinted episode follows a random procedure, so that the model learns to obey the text instead of
+the task type.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, ClassVar
 
 from sdar.cli.warm_start.recipe import END_OF_TURN_ID, Example, WarmStartPhase, WarmStartRecipe
 from sdar.contracts.types import ChatMessage
-from sdar.runtime.chat import ChatTokenizer, place_skills
+from sdar.model.chat import ChatTokenizer, place_skills
 from services.envs.household import demonstrations
 from services.envs.household.game import (
     NOTHING_HAPPENS,
@@ -34,8 +36,10 @@ _MOST_STEPS = max(map(len, PROCEDURES.values()))
 class HouseholdRecipe(WarmStartRecipe):
     """Attributes:
     right_share, misconception_share: the demonstrator's odds, see `draw_misguided_procedure`.
-    mislabelled_share: share of hints that name another task type than the task's; they are obeyed all the same.
-    clumsy_share: chance per action of a senseless action before it, so that the model has seen one fail.
+    mislabelled_share: share of hints that name another task type than the task's; they are obeyed
+        all the same.
+    clumsy_share: chance per action of a senseless action before it, so that the model has seen one
+        fail.
     """
 
     environment: ClassVar[str] = "household"
@@ -56,13 +60,18 @@ class HouseholdRecipe(WarmStartRecipe):
         example = HouseholdTask("restore", OBJECTS[0], "drawer", "desk")
         return [
             _first_message(HouseholdGame(example), "skill").content,
-            [demonstrations.skill_wording(task_type, procedure) for task_type, procedure in PROCEDURES.items()],
+            [
+                demonstrations.skill_wording(task_type, procedure)
+                for task_type, procedure in PROCEDURES.items()
+            ],
             demonstrations.list_demonstration(example, example.procedure),
         ]
 
 
 class HouseholdDemonstrator:
-    """Writes demonstrated episodes in the tokens an agent would see and write: prompt, response, what comes between."""
+    """Writes demonstrated episodes in the tokens an agent would see and write: prompt, response,
+    what comes between.
+    """
 
     def __init__(self, recipe: HouseholdRecipe) -> None:
         self._recipe = recipe
@@ -76,7 +85,9 @@ class HouseholdDemonstrator:
             task = rng.choice(self._tasks)
             procedure = _draw_procedure(rng)
             game = HouseholdGame(task)
-            yield _first_message(game, demonstrations.skill_wording(task.task_type, procedure)).content
+            yield _first_message(
+                game, demonstrations.skill_wording(task.task_type, procedure)
+            ).content
             yield demonstrations.skill_wording(task.task_type, ())
             yield from ("system\n", "user\n", "assistant\n", NOTHING_HAPPENS)
             for action in demonstrations.list_demonstration(task, procedure):
@@ -89,19 +100,33 @@ class HouseholdDemonstrator:
         task, hint = rng.choice(self._tasks), ""
         if rng.random() < hinted_share:
             procedure = _draw_procedure(rng)
-            label = rng.choice(TASK_TYPES) if rng.random() < recipe.mislabelled_share else task.task_type
+            label = (
+                rng.choice(TASK_TYPES)
+                if rng.random() < recipe.mislabelled_share
+                else task.task_type
+            )
             hint = demonstrations.skill_wording(label, procedure)
         else:
-            procedure = demonstrations.draw_misguided_procedure(rng, task, recipe.right_share, recipe.misconception_share)
+            procedure = demonstrations.draw_misguided_procedure(
+                rng, task, recipe.right_share, recipe.misconception_share
+            )
         game = HouseholdGame(task)
         example: Example = [(chat.render_fresh([_first_message(game, hint)]).tolist(), False)]
         for action, answer in self._play(rng, game, procedure):
-            example.append(([*chat.tokenizer.encode(action, add_special_tokens=False), END_OF_TURN_ID], True))
-            example.append((chat.render_delta((ChatMessage("user", answer),), is_closed=True).tolist(), False))
+            example.append(
+                ([*chat.tokenizer.encode(action, add_special_tokens=False), END_OF_TURN_ID], True)
+            )
+            example.append(
+                (chat.render_delta((ChatMessage("user", answer),), is_closed=True).tolist(), False)
+            )
         return example[:-1]
 
-    def _play(self, rng: random.Random, game: HouseholdGame, procedure: list[str]) -> Iterator[tuple[str, str]]:
-        """Action and answer, turn by turn. A clumsy action is shown without being played: it must not use up a turn."""
+    def _play(
+        self, rng: random.Random, game: HouseholdGame, procedure: list[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Action and answer, turn by turn. A clumsy action is shown without being played: it must
+        not use up a turn.
+        """
         for action in demonstrations.list_demonstration(game.task, procedure):
             clumsy = f"{rng.choice(_CLUMSY_VERBS)} {rng.choice(OBJECTS + STATIONS)}"
             if rng.random() < self._recipe.clumsy_share and clumsy not in game.list_actions():

@@ -1,4 +1,5 @@
-"""Owns how a recipe becomes a model directory: tokenizer, Qwen2, supervised training, and the cache of what was made.
+"""Owns how a recipe becomes a model directory: tokenizer, Qwen2, supervised training, and the cache
+of what was made.
 
 Knows no environment: what is imitated comes from the recipe's demonstrator.
 """
@@ -31,16 +32,22 @@ from sdar.cli.warm_start.recipe import (
     WarmStartPhase,
     WarmStartRecipe,
 )
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 
 Progress = Callable[[int, int, float], None]
-"""Called after every update with the updates done, the updates in all, and the loss on the player's own tokens."""
+"""Called after every update with the updates done, the updates in all, and the loss on the player's
+own tokens.
+"""
 
 
-def create_model(recipe: WarmStartRecipe, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the directory of the recipe's model in `cache_dir`, making it first if it is not there.
+def create_model(
+    recipe: WarmStartRecipe, cache_dir: Path, progress: Progress | None = None
+) -> Path:
+    """Return the directory of the recipe's model in `cache_dir`, making it first if it is not
+    there.
 
-    The directory appears whole or not at all; two processes that make the same model at once both succeed.
+    The directory appears whole or not at all; two processes that make the same model at once both
+    succeed.
     """
     model_dir = cache_dir / f"{recipe.model_name}-{recipe.digest[:12]}"
     if (model_dir / "recipe.json").exists():
@@ -71,7 +78,9 @@ def _build(recipe: WarmStartRecipe, target: Path, progress: Progress | None) -> 
 
 
 def train_tokenizer(recipe: WarmStartRecipe, demonstrator: Demonstrator) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the environment's own sentences: any text can be encoded, its own in about one token a word."""
+    """Byte-level BPE over the environment's own sentences: any text can be encoded, its own in
+    about one token a word.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +94,9 @@ def train_tokenizer(recipe: WarmStartRecipe, demonstrator: Demonstrator) -> PreT
     sentences = demonstrator.iterate_sentences(random.Random(recipe.seed))
     tokenizer.train_from_iterator(_leave_out(phrases, sentences) if phrases else sentences, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[2], pad_token=SPECIAL_TOKENS[0])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[2], pad_token=SPECIAL_TOKENS[0]
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = recipe.max_positions
     return fast
@@ -102,7 +113,8 @@ def _new_model(recipe: WarmStartRecipe, vocabulary_size: int) -> Qwen2ForCausalL
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         config = Qwen2Config(
-            vocab_size=-(-vocabulary_size // recipe.vocabulary_multiple) * recipe.vocabulary_multiple,
+            vocab_size=-(-vocabulary_size // recipe.vocabulary_multiple)
+            * recipe.vocabulary_multiple,
             hidden_size=recipe.hidden_size,
             intermediate_size=recipe.intermediate_size,
             num_hidden_layers=recipe.num_layers,
@@ -128,8 +140,11 @@ def _train(
     rng = random.Random(recipe.seed + 1)
     num_done = 0
     for phase in recipe.phases:
-        # A fresh optimizer each time: the second phase is a new, gentler start from the first one's weights.
-        optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.adam_betas, weight_decay=recipe.weight_decay)
+        # A fresh optimizer each time: the second phase is a new, gentler start from the first one's
+        # weights.
+        optimizer = torch.optim.AdamW(
+            model.parameters(), betas=recipe.adam_betas, weight_decay=recipe.weight_decay
+        )
         for update in range(phase.num_updates):
             _set_learning_rate(optimizer, recipe, phase, update)
             hinted = phase.hinted_early if update < phase.num_updates / 2 else phase.hinted_late
@@ -140,24 +155,34 @@ def _train(
                 progress(num_done, recipe.num_updates, loss)
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: WarmStartRecipe, phase: WarmStartPhase, update: int) -> None:
+def _set_learning_rate(
+    optimizer: torch.optim.Optimizer, recipe: WarmStartRecipe, phase: WarmStartPhase, update: int
+) -> None:
     warmup = min(1.0, (update + 1) / recipe.warmup_updates)
     floor = recipe.final_learning_rate_share
     for group in optimizer.param_groups:
-        group["lr"] = phase.learning_rate * warmup * (floor + (1 - floor) * (1 - update / phase.num_updates))
+        group["lr"] = (
+            phase.learning_rate * warmup * (floor + (1 - floor) * (1 - update / phase.num_updates))
+        )
 
 
 def _update(
-    recipe: WarmStartRecipe, model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, examples: Sequence[Example]
+    recipe: WarmStartRecipe,
+    model: Qwen2ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
 ) -> float:
     """One optimizer step; returns the mean loss over the player's tokens in nats.
 
-    B examples right-padded to T tokens: with causal attention no real token sees a padding, so no mask is needed.
+    B examples right-padded to T tokens: with causal attention no real token sees a padding, so no
+    mask is needed.
     """
     token_ids, is_real, is_response = pad_examples(examples)
     hidden = model.model(input_ids=token_ids[:, :-1], use_cache=False).last_hidden_state
     is_target = is_real[:, 1:]
-    losses = functional.cross_entropy(model.lm_head(hidden[is_target]), token_ids[:, 1:][is_target], reduction="none")
+    losses = functional.cross_entropy(
+        model.lm_head(hidden[is_target]), token_ids[:, 1:][is_target], reduction="none"
+    )
     response_loss = losses[is_response[:, 1:][is_target]].mean()
     optimizer.zero_grad()
     torch.autograd.backward(response_loss + recipe.language_model_weight * losses.mean())

@@ -1,4 +1,5 @@
-"""Owns what decides a tiny model: its recipe, the recipe's digest, and what an environment adds: sentences and examples.
+"""Owns what decides a tiny model: its recipe, the recipe's digest, and what an environment adds:
+sentences and examples.
 
 Never trains; `sdar.cli.warm_start.making` does.
 """
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from sdar.contracts.errors import ConfigurationError
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD_ID, END_OF_TURN_ID = 0, 2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 RECIPES = {
@@ -30,7 +32,9 @@ RECIPES = {
     "webshop": "sdar.cli.warm_start.webshop:WebshopRecipe",
     "search": "sdar.cli.warm_start.search:SearchRecipe",
 }
-"""Paths, not classes: an environment's optional dependencies are imported only where its model is made."""
+"""Paths, not classes: an environment's optional dependencies are imported only where its model is
+made.
+"""
 
 Example = list[tuple[list[int], bool]]
 """A conversation in token segments, each with whether the player wrote it."""
@@ -40,19 +44,23 @@ class Demonstrator(Protocol):
     """One environment's part of a warm start. It plays the training split only."""
 
     def list_phrases(self) -> Sequence[str]:
-        """Texts that are one token each, wherever they stand; the rest of the vocabulary is learnt from sentences."""
+        """Texts that are one token each, wherever they stand; the rest of the vocabulary is learnt
+        from sentences.
+        """
 
     def iterate_sentences(self, rng: random.Random) -> Iterable[str]:
         """Texts that the tokenizer's vocabulary is learnt from."""
 
     def write(self, chat: ChatTokenizer, rng: random.Random, hinted_share: float) -> Example:
-        """One example to imitate, in the tokens an agent sees and writes. `hinted_share`: chance that it shows a skill."""
+        """One example to imitate, in the tokens an agent sees and writes. `hinted_share`: chance
+        that it shows a skill.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class WarmStartPhase:
-    """One run of the optimizer. `hinted_early` is the share of examples that show a skill in the first half of the updates,
-    `hinted_late` in the second."""
+    """One run of the optimizer. `hinted_early` is the share of examples that show a skill in the
+    first half of the updates, `hinted_late` in the second."""
 
     num_updates: int
     learning_rate: float
@@ -66,8 +74,10 @@ class WarmStartRecipe(ABC):
 
     Attributes:
         environment: name of the environment it plays.
-        code_version: raise it with any change to code that changes the model: caches are keyed by it.
-        language_model_weight: weight of the loss over all tokens, observations included, beside that over the player's.
+        code_version: raise it with any change to code that changes the model: caches are keyed by
+            it.
+        language_model_weight: weight of the loss over all tokens, observations included, beside
+            that over the player's.
     """
 
     environment: ClassVar[str]
@@ -109,14 +119,26 @@ class WarmStartRecipe(ABC):
 
     @property
     def digest(self) -> str:
-        """Hex sha256 over the recipe, its code's version and the demonstrations' wording: equal digests mean the same model."""
-        content = [dataclasses.asdict(self), self.code_version, CHAT_TEMPLATE, self.describe_wording()]
+        """Hex sha256 over the recipe, its code's version and the demonstrations' wording: equal
+        digests mean the same model.
+        """
+        content = [
+            dataclasses.asdict(self),
+            self.code_version,
+            CHAT_TEMPLATE,
+            self.describe_wording(),
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """What a model directory keeps of its recipe: schedule and seed last, behind what an environment adds."""
+        """What a model directory keeps of its recipe: schedule and seed last, behind what an
+        environment adds.
+        """
         fields = dataclasses.asdict(self)
-        ordered = {name: fields[name] for name in sorted(fields, key=lambda name: name in ("phases", "seed"))}
+        ordered = {
+            name: fields[name]
+            for name in sorted(fields, key=lambda name: name in ("phases", "seed"))
+        }
         return {"digest": self.digest, "code_version": self.code_version, "recipe": ordered}
 
 
@@ -124,13 +146,19 @@ def load_recipe(environment: str) -> WarmStartRecipe:
     """The default recipe of an environment's tiny model.
 
     Raises:
-        ConfigurationError: there is no recipe for it, or what its environment needs is not installed.
+        ConfigurationError: there is no recipe for it, or what its environment needs is not
+            installed.
     """
     if environment not in RECIPES:
-        raise ConfigurationError(f"No tiny model is known for environment {environment!r}. Use one of {', '.join(RECIPES)}.")
+        raise ConfigurationError(
+            f"No tiny model is known for environment {environment!r}. Use one of "
+            f"{', '.join(RECIPES)}."
+        )
     module_name, _, class_name = RECIPES[environment].partition(":")
     try:
         recipe: WarmStartRecipe = getattr(importlib.import_module(module_name), class_name)()
     except ImportError as error:
-        raise ConfigurationError(f"Environment {environment!r} cannot be imported: {error}. Install what it needs.") from error
+        raise ConfigurationError(
+            f"Environment {environment!r} cannot be imported: {error}. Install what it needs."
+        ) from error
     return recipe

@@ -1,7 +1,8 @@
-"""Owns Search-QA's demonstrations: a player who reads, and often stops one search too early or takes the wrong name.
+"""Owns Search-QA's demonstrations: a player who reads, and often stops one search too early or
+takes the wrong name.
 
-It learns from an invented world of its own, so that no question of a shipped data set, and no name in one, is ever seen: what
-remains to be learnt is to copy names out of questions and passages.
+It learns from an invented world of its own, so that no question of a shipped data set, and no name
+in one, is ever seen: what remains to be learnt is to copy names out of questions and passages.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
+from sdar.cli.warm_start.windowed import (
+    Choice,
+    Player,
+    WindowDemonstrator,
+    WindowRecipe,
+    describe_prompts,
+)
 from sdar.contracts.types import Task
-from services.envs.base import Observation
+from sdar.environments.base import Observation
 from services.envs.search import environment as search_environment
 from services.envs.search import world
 from services.envs.search.demonstrations import parse_question, read_fact
 from services.envs.search.environment import SearchEnvironment
 from services.envs.search.generate import generate
 
-_SEARCH, _ANSWER = ("<think></think><search>", "</search>"), ("<think></think><answer>", "</answer>")
+_SEARCH, _ANSWER = (
+    ("<think></think><search>", "</search>"),
+    ("<think></think><answer>", "</answer>"),
+)
 _TITLE = re.compile(r'^Doc \d+ \(Title: "(.*?)"\)', re.MULTILINE)
 
 
@@ -52,7 +62,12 @@ class SearchRecipe(WindowRecipe):
     def open_demonstrator(self) -> SearchDemonstrator:
         with tempfile.TemporaryDirectory(prefix="sdar-warm-start-") as directory:
             data = Path(directory) / "search"
-            generate(data, num_tasks=self.num_questions, seed=self.world_seed, report=lambda done, total: None)
+            generate(
+                data,
+                num_tasks=self.num_questions,
+                seed=self.world_seed,
+                report=lambda done, total: None,
+            )
             environment = SearchEnvironment(data_dir=str(data), topk=self.topk)
             return SearchDemonstrator(self, environment)
 
@@ -75,7 +90,11 @@ class _Reader:
         self._thing, self._relations = parse_question(task.description)
 
     def __call__(self, observation: Observation, rng: random.Random) -> Choice:
-        found = read_fact(observation.text, self._thing, self._relations[0]) if self._relations else None
+        found = (
+            read_fact(observation.text, self._thing, self._relations[0])
+            if self._relations
+            else None
+        )
         if found is not None:
             self._thing, self._relations = found, self._relations[1:]
         expert = _write(_SEARCH if self._relations else _ANSWER, self._thing)
@@ -87,7 +106,8 @@ class _Reader:
 
 
 def _write(tags: tuple[str, str], words: str) -> str:
-    # With a space before them, words are the same tokens as in the middle of a sentence, and can be copied from there.
+    # With a space before them, words are the same tokens as in the middle of a sentence, and can be
+    # copied from there.
     return f"{tags[0]} {words}{tags[1]}"
 
 

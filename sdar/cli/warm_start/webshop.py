@@ -1,4 +1,6 @@
-"""Owns WebShop's demonstrations on the shipped catalogue: a shopper who searches vaguely, opens anything, forgets options."""
+"""Owns WebShop's demonstrations on the shipped catalogue: a shopper who searches vaguely, opens
+anything, forgets options.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,45 @@ from typing import Any, ClassVar
 
 import services
 from sdar.cli.warm_start.recipe import WarmStartPhase
-from sdar.cli.warm_start.windowed import Choice, Player, WindowDemonstrator, WindowRecipe, describe_prompts
+from sdar.cli.warm_start.windowed import (
+    Choice,
+    Player,
+    WindowDemonstrator,
+    WindowRecipe,
+    describe_prompts,
+)
 from sdar.contracts.types import Task
-from services.envs.base import Observation
+from sdar.environments.base import Observation
 from services.envs.webshop import generate, wares
 from services.envs.webshop.demonstrations import parse_results
 from services.envs.webshop.environment import WebShopEnvironment
 from services.envs.webshop.goals import PRICE_STEPS
 from services.envs.webshop.pages import SEPARATOR
 
-SHIPPED_CATALOGUE = Path(services.__file__).resolve().parent.parent / "examples" / "data" / "webshop"
-_SEARCH, _CLICK, _END = "<think></think><action>search[", "<think></think><action>click[", "]</action>"
+SHIPPED_CATALOGUE = (
+    Path(services.__file__).resolve().parent.parent / "examples" / "data" / "webshop"
+)
+_SEARCH, _CLICK, _END = (
+    "<think></think><action>search[",
+    "<think></think><action>click[",
+    "]</action>",
+)
 _BUTTONS = ("Back to Search", "< Prev", "Next >", "Description", "Features", "Reviews", "Buy Now")
 _PAGE_WORDS = (
     *(SEPARATOR, *_BUTTONS, *(f"click[{name.lower()}]" for name in _BUTTONS), "click[", "]\n"),
-    *("Page 1 (Total results: ", ")", ", ", "$", " to $", ".99", "Price: $", "Rating: ", "WebShop", "Search", "buy now"),
+    *(
+        "Page 1 (Total results: ",
+        ")",
+        ", ",
+        "$",
+        " to $",
+        ".99",
+        "Price: $",
+        "Rating: ",
+        "WebShop",
+        "Search",
+        "buy now",
+    ),
 )
 _NUM_BOUNDS = 20
 _BUY = "click[buy now]"
@@ -59,41 +85,75 @@ class WebshopDemonstrator(WindowDemonstrator):
     environment: WebShopEnvironment
 
     def list_phrases(self) -> Sequence[str]:
-        """Whatever is copied as a whole: ids, and names of wares, attributes and options as they are asked for and shown."""
-        names = {ware.noun for ware in wares.WARES} | {name for ware in wares.WARES for name in ware.attributes}
-        values = {value for values in wares.OPTION_VALUES.values() for value in values if not value.isdigit()}
+        """Whatever is copied as a whole: ids, and names of wares, attributes and options as they
+        are asked for and shown.
+        """
+        names = {ware.noun for ware in wares.WARES} | {
+            name for ware in wares.WARES for name in ware.attributes
+        }
+        values = {
+            value
+            for values in wares.OPTION_VALUES.values()
+            for value in values
+            if not value.isdigit()
+        }
         catalogue = self.environment.catalogue
         asins = [catalogue.get_product(number).asin for number in range(len(catalogue))]
         copied = {*names, *map(str.title, names), *values, *asins, *map(str.lower, asins)}
-        asked = {part for text in generate.INSTRUCTIONS for part in re.split(r"\{\w*\}", text) if part}
-        asked |= {f", {name} " for name in wares.OPTION_VALUES} | {" and ", ", and price lower than ", ".00 dollars"}
-        shown = {*_PAGE_WORDS, *wares.OPTION_VALUES, *(f"{maker} " for maker in wares.MAKERS.split())}
+        asked = {
+            part for text in generate.INSTRUCTIONS for part in re.split(r"\{\w*\}", text) if part
+        }
+        asked |= {f", {name} " for name in wares.OPTION_VALUES} | {
+            " and ",
+            ", and price lower than ",
+            ".00 dollars",
+        }
+        shown = {
+            *_PAGE_WORDS,
+            *wares.OPTION_VALUES,
+            *(f"{maker} " for maker in wares.MAKERS.split()),
+        }
         return sorted({*self.list_common_phrases(), *copied, *asked, *shown, _SEARCH, _CLICK, _END})
 
     def open_player(self, task: Task) -> Player:
         return _Shopper(task)
 
     def draw_task(self, rng: random.Random) -> Task:
-        """A wish of its own for any product: goals are few, and would be learnt by heart. Their scores do not matter here."""
+        """A wish of its own for any product: goals are few, and would be learnt by heart. Their
+        scores do not matter here.
+        """
         catalogue = self.environment.catalogue
         product = catalogue.get_product(rng.randrange(len(catalogue)))
         (ware,) = (ware for ware in wares.WARES if ware.noun == product.query)
         attributes = " and ".join(rng.sample(ware.attributes, rng.randint(1, 2)))
-        options = "".join(f", {name} {rng.choice(values)}" for name, values in product.options.items())
-        wish = rng.choice(generate.INSTRUCTIONS).format(noun=ware.noun, attributes=attributes, options=options)
+        options = "".join(
+            f", {name} {rng.choice(values)}" for name, values in product.options.items()
+        )
+        wish = rng.choice(generate.INSTRUCTIONS).format(
+            noun=ware.noun, attributes=attributes, options=options
+        )
         bound = rng.choice(PRICE_STEPS[:_NUM_BOUNDS])
         description = f"{wish}, and price lower than {bound:.2f} dollars"
-        return dataclasses.replace(rng.choice(self.tasks), task_type=ware.category, description=description)
+        return dataclasses.replace(
+            rng.choice(self.tasks), task_type=ware.category, description=description
+        )
 
 
 class _Shopper:
-    """Puts all that is asked for into the search, opens the first result, chooses what was asked for, and buys."""
+    """Puts all that is asked for into the search, opens the first result, chooses what was asked
+    for, and buys.
+    """
 
     def __init__(self, task: Task) -> None:
         wanted = task.description
-        ware = max((ware for ware in wares.WARES if f" {ware.noun}" in wanted), key=lambda ware: len(ware.noun))
+        ware = max(
+            (ware for ware in wares.WARES if f" {ware.noun}" in wanted),
+            key=lambda ware: len(ware.noun),
+        )
         self._noun = ware.noun
-        self._attributes = sorted((name for name in ware.attributes if name in wanted), key=wanted.index)
+        self._attributes = sorted(
+            (name for name in ware.attributes if name in wanted), key=wanted.index
+        )
         self._values = _OPTION.findall(wanted)
 
     def __call__(self, observation: Observation, rng: random.Random) -> Choice:
@@ -109,7 +169,9 @@ class _Shopper:
         while self._values and f"click[{self._values[0]}]" not in admissible:
             self._values.pop(0)
         expert = self._values.pop(0) if self._values else "buy now"
-        anything = rng.choice([action for action in admissible if action != _BUY]).removeprefix("click[")[:-1]
+        anything = rng.choice([action for action in admissible if action != _BUY]).removeprefix(
+            "click["
+        )[:-1]
         return Choice(_click(expert), _click(rng.choice(("buy now", anything))))
 
 

@@ -1,7 +1,9 @@
-"""Owns demonstrations for environments that are played through prompts with a window of history: one example per turn.
+"""Owns demonstrations for environments that are played through prompts with a window of history:
+one example per turn.
 
-Episodes are played on the real environment by a player who errs, since that is where a policy in training finds itself. What
-is imitated depends on the prompt: the expert's next action where a skill is shown, what the erring player did where none is.
+Episodes are played on the real environment by a player who errs, since that is where a policy in
+training finds itself. What is imitated depends on the prompt: the expert's next action where a
+skill is shown, what the erring player did where none is.
 """
 
 from __future__ import annotations
@@ -16,14 +18,23 @@ import numpy as np
 
 from sdar.cli.warm_start.recipe import END_OF_TURN_ID, Example, WarmStartRecipe
 from sdar.contracts.types import StopReason, Task
-from sdar.runtime.chat import ChatTokenizer
-from services.envs.base import Environment, Observation
+from sdar.environments.base import Environment, Observation
+from sdar.model.chat import ChatTokenizer
 from services.rollout.prompting import EpisodeSetting, HistoryWindow
 from services.teacher.skills import SHIPPED_LIBRARIES, format_skills, load_skill_library
 
 TRAIN_SPLIT = "train"
 _WINDOW_WORDS = (
-    *("system\n", "user\n", "assistant\n", "Task: ", "\nActions taken: ", "\nSeen: ", "\nDone: ", "\nSeen now: "),
+    *(
+        "system\n",
+        "user\n",
+        "assistant\n",
+        "Task: ",
+        "\nActions taken: ",
+        "\nSeen: ",
+        "\nDone: ",
+        "\nSeen now: ",
+    ),
     *(".\nSeen now: ", ". The last 1:\nSeen: ", ". The last 2:\nSeen: ", "\nPossible actions:\n"),
 )
 _NUM_OTHERS = 2
@@ -35,8 +46,10 @@ class WindowRecipe(WarmStartRecipe):
     """Attributes:
     history_turns, max_turns: as in the run configuration that the model is for.
     expert_share: chance per turn that the player acts as the expert would.
-    thinned_share: chance per turn that only a few possible actions are shown, so that copying one from the list pays early.
-    num_mixed_episodes: episodes whose turns are shuffled together, so that a batch holds many tasks.
+    thinned_share: chance per turn that only a few possible actions are shown, so that copying one
+        from the list pays early.
+    num_mixed_episodes: episodes whose turns are shuffled together, so that a batch holds many
+        tasks.
     """
 
     history_turns: int = 1
@@ -47,9 +60,17 @@ class WindowRecipe(WarmStartRecipe):
 
 
 def describe_prompts(environment: type[Environment]) -> list[Any]:
-    """What the prompts of an environment say whatever the task, as a recipe's digest needs it; JSON."""
+    """What the prompts of an environment say whatever the task, as a recipe's digest needs it;
+    JSON.
+    """
     library = load_skill_library(SHIPPED_LIBRARIES / environment.name)
-    return [environment.version, environment.instructions, environment.action_format, library.content_hash, _WINDOW_WORDS]
+    return [
+        environment.version,
+        environment.instructions,
+        environment.action_format,
+        library.content_hash,
+        _WINDOW_WORDS,
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +82,16 @@ class Choice:
 
 
 Player = Callable[[Observation, random.Random], Choice]
-"""Both players of one episode: called once per turn, they know what prompts have told so far and nothing else."""
+"""Both players of one episode: called once per turn, they know what prompts have told so far and
+nothing else.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PlayedTurn:
-    """One turn before its answer: what was read out of the last response, what is seen, what would be and is played."""
+    """One turn before its answer: what was read out of the last response, what is seen, what would
+    be and is played.
+    """
 
     previous_action: str | None
     observation: Observation
@@ -88,7 +113,9 @@ class WindowDemonstrator(ABC):
     def list_phrases(self) -> Sequence[str]: ...
 
     def list_common_phrases(self) -> list[str]:
-        """What every prompt says in the same words: instructions, format, the window's own words, and skills."""
+        """What every prompt says in the same words: instructions, format, the window's own words,
+        and skills.
+        """
         texts = [self.environment.instructions, self.environment.action_format, *_WINDOW_WORDS]
         return [*filter(None, texts), *(skill.text for skill in self.skill_library.skills)]
 
@@ -103,31 +130,50 @@ class WindowDemonstrator(ABC):
             task = self.draw_task(rng)
             yield f"Task: {task.description}\n"
             for turn in self._play(task, rng):
-                yield "\n".join([f"Seen: {turn.observation.text}", *turn.observation.admissible_actions, turn.played])
+                yield "\n".join(
+                    [
+                        f"Seen: {turn.observation.text}",
+                        *turn.observation.admissible_actions,
+                        turn.played,
+                    ]
+                )
 
     def write(self, chat: ChatTokenizer, rng: random.Random, hinted_share: float) -> Example:
         if not self._written:
             for _ in range(self.recipe.num_mixed_episodes):
-                self._written.extend(self._write_episode(chat, rng, is_hinted=rng.random() < hinted_share))
+                self._written.extend(
+                    self._write_episode(chat, rng, is_hinted=rng.random() < hinted_share)
+                )
             rng.shuffle(self._written)
         return self._written.pop()
 
-    def _write_episode(self, chat: ChatTokenizer, rng: random.Random, *, is_hinted: bool) -> Iterator[Example]:
+    def _write_episode(
+        self, chat: ChatTokenizer, rng: random.Random, *, is_hinted: bool
+    ) -> Iterator[Example]:
         task = self.draw_task(rng)
         setting = self._describe(task, is_hinted=is_hinted)
         window = HistoryWindow(chat, setting, self.recipe.history_turns, self.recipe.max_positions)
         for turn in self._play(task, rng):
             response = turn.choice.expert if is_hinted else turn.played
-            seen = (turn.observation.text, self._thin_out(turn.observation.admissible_actions, response, rng))
+            seen = (
+                turn.observation.text,
+                self._thin_out(turn.observation.admissible_actions, response, rng),
+            )
             if turn.previous_action is None:
                 prompt = window.begin(*seen)
             else:
-                prompt = window.extend(_NOTHING, StopReason.END_OF_TURN, turn.previous_action, *seen)
+                prompt = window.extend(
+                    _NOTHING, StopReason.END_OF_TURN, turn.previous_action, *seen
+                )
             ids = chat.tokenizer.encode(response, add_special_tokens=False)
             yield [(prompt.token_ids.tolist(), False), ([*ids, END_OF_TURN_ID], True)]
 
-    def _thin_out(self, admissible: Sequence[str], response: str, rng: random.Random) -> Sequence[str]:
-        """The list of possible actions, sometimes cut to the response's own and a few others, in their order."""
+    def _thin_out(
+        self, admissible: Sequence[str], response: str, rng: random.Random
+    ) -> Sequence[str]:
+        """The list of possible actions, sometimes cut to the response's own and a few others, in
+        their order.
+        """
         if not admissible or rng.random() >= self.recipe.thinned_share:
             return admissible
         others = set(rng.sample(admissible, min(len(admissible), _NUM_OTHERS)))
@@ -147,7 +193,11 @@ class WindowDemonstrator(ABC):
             observation, previous_action = result.observation, result.action
 
     def _describe(self, task: Task, *, is_hinted: bool) -> EpisodeSetting:
-        skills = [skill for skill in self.skill_library.skills if not skill.is_specific or task.task_type in skill.task_types]
+        skills = [
+            skill
+            for skill in self.skill_library.skills
+            if not skill.is_specific or task.task_type in skill.task_types
+        ]
         return EpisodeSetting(
             instructions=self.environment.instructions,
             action_format=self.environment.action_format,

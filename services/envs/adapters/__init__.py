@@ -1,1 +1,3 @@
-"""Owns environments that people already have, served without code: anything Gymnasium makes, any OpenEnv server."""
+"""Owns environments that people already have, served without code: anything Gymnasium makes, any
+OpenEnv server.
+"""

@@ -1,4 +1,6 @@
-"""Owns Gymnasium environments as Environments: numbers become text and text becomes actions. The rules stay the game's own."""
+"""Owns Gymnasium environments as Environments: numbers become text and text becomes actions. The
+rules stay the game's own.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,14 @@ import numpy as np
 from gymnasium import spaces
 
 from sdar.contracts.errors import ConfigurationError
-from services.envs.adapters.seeded import SeededEnvironment, find_action, format_facts, format_value, parse_json
-from services.envs.base import Observation, StepResult
+from sdar.environments.base import Observation, StepResult
+from services.envs.adapters.seeded import (
+    SeededEnvironment,
+    find_action,
+    format_facts,
+    format_value,
+    parse_json,
+)
 
 DEFAULT_MAX_TURNS = 200
 """For environments that register no limit of their own."""
@@ -27,16 +35,21 @@ NUM_DECIMALS = 4
 """Of numbers in observations: the last digits of floats differ between machines."""
 
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
-_COLOURED = re.compile(r"\x1b\[(?:\d*;)*?[34](?P<colour>[0-7])(?:;\d*)*m(?P<text>.*?)\x1b\[0m", re.DOTALL)
-_NOT_FOR_PLAYERS = re.compile(r"^#+ (?:Arguments|Information|References|Version History)\b.*", re.DOTALL | re.MULTILINE)
+_COLOURED = re.compile(
+    r"\x1b\[(?:\d*;)*?[34](?P<colour>[0-7])(?:;\d*)*m(?P<text>.*?)\x1b\[0m", re.DOTALL
+)
+_NOT_FOR_PLAYERS = re.compile(
+    r"^#+ (?:Arguments|Information|References|Version History)\b.*", re.DOTALL | re.MULTILINE
+)
 
 
 class GymnasiumEnvironment(SeededEnvironment):
     """Any registered Gymnasium environment whose actions can be written down.
 
-    Rewards are the environment's. An action outside its space is invalid: it uses a turn and does not reach the environment.
-    Solved means, in this order: what info["is_success"] says; a return of at least the registered reward threshold; an end by
-    the environment's own rule with a positive last reward.
+    Rewards are the environment's. An action outside its space is invalid: it uses a turn and does
+    not reach the environment. Solved means, in this order: what info["is_success"] says; a return
+    of at least the registered reward threshold; an end by the environment's own rule with a
+    positive last reward.
 
     Args:
         id: as `gymnasium.make` takes it, also `module:Id-v0` for a module that registers it.
@@ -48,12 +61,17 @@ class GymnasiumEnvironment(SeededEnvironment):
 
     def __init__(self, *, id: str, num_tasks: int = 1000, max_turns: int = 0) -> None:
         if type(max_turns) is not int or max_turns < 0:
-            raise ConfigurationError(f"Option max_turns of gymnasium is {max_turns!r}, expected an integer of at least 0.")
+            raise ConfigurationError(
+                f"Option max_turns of gymnasium is {max_turns!r}, expected an integer of at least "
+                "0."
+            )
         self._facts = _inspect(str(id))
         super().__init__(num_tasks=num_tasks, game=self._facts.id)
         self.version = f"1/{self._facts.id}/gymnasium-{gymnasium.__version__}"
         self.instructions = self._facts.instructions
-        self.action_format = f"{describe_space(self._facts.action_space)}, alone or in <action> tags."
+        self.action_format = (
+            f"{describe_space(self._facts.action_space)}, alone or in <action> tags."
+        )
         self.max_turns = max_turns or self._facts.max_turns
         self._env: gymnasium.Env[Any, Any] | None = None
         self._return = 0.0
@@ -91,7 +109,9 @@ class GymnasiumEnvironment(SeededEnvironment):
 
     def _refuse(self, written: str) -> StepResult:
         text = f"That is no action here. Answer with {self.action_format[0].lower()}{self.action_format[1:]}"
-        return StepResult(Observation(text, self._admissible_actions), action=written, is_action_valid=False)
+        return StepResult(
+            Observation(text, self._admissible_actions), action=written, is_action_valid=False
+        )
 
     def _observe(self, seen: Any, info: dict[str, Any]) -> Observation:
         parts = []
@@ -100,7 +120,9 @@ class GymnasiumEnvironment(SeededEnvironment):
         if self._facts.is_observation_written:
             parts.append(format_value(to_plain(seen)))
         self._admissible_actions = _list_actions(self._facts.action_space, info.get("action_mask"))
-        return Observation("\n\n".join(parts), self._admissible_actions, format_facts(to_plain(info)))
+        return Observation(
+            "\n\n".join(parts), self._admissible_actions, format_facts(to_plain(info))
+        )
 
     def _is_solved(self, reward: float, terminated: bool, info: dict[str, Any]) -> bool:
         if "is_success" in info:
@@ -123,7 +145,11 @@ class _Facts:
     reward_threshold: float | None
 
     def make(self) -> gymnasium.Env[Any, Any]:
-        return gymnasium.make(self.id, render_mode="ansi" if self.has_text_rendering else None, disable_env_checker=True)
+        return gymnasium.make(
+            self.id,
+            render_mode="ansi" if self.has_text_rendering else None,
+            disable_env_checker=True,
+        )
 
 
 @lru_cache
@@ -132,10 +158,18 @@ def _inspect(id: str) -> _Facts:
         env = gymnasium.make(id, disable_env_checker=True)
     except gymnasium.error.UnregisteredEnv as error:
         nearest = difflib.get_close_matches(id, gymnasium.registry, n=5, cutoff=0.5)
-        hint = f"Use one of {', '.join(nearest)}, or" if nearest else "Use one that `gymnasium.pprint_registry()` lists, or"
-        raise ConfigurationError(f"Gymnasium has no {id!r}. {hint} module:Id-v0 for a module that registers it.") from error
+        hint = (
+            f"Use one of {', '.join(nearest)}, or"
+            if nearest
+            else "Use one that `gymnasium.pprint_registry()` lists, or"
+        )
+        raise ConfigurationError(
+            f"Gymnasium has no {id!r}. {hint} module:Id-v0 for a module that registers it."
+        ) from error
     except (gymnasium.error.Error, ImportError) as error:
-        raise ConfigurationError(f"Gymnasium cannot make {id!r}. Take another id, or install what it needs: {error}") from error
+        raise ConfigurationError(
+            f"Gymnasium cannot make {id!r}. Take another id, or install what it needs: {error}"
+        ) from error
     try:
         return _collect_facts(env)
     finally:
@@ -149,7 +183,8 @@ def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
     is_observation_written = _count_numbers(env.observation_space) <= MAX_NUMBERS
     if not (has_text_rendering or is_observation_written):
         raise ConfigurationError(
-            f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most {MAX_NUMBERS:,} can be told as text. "
+            f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most "
+            f"{MAX_NUMBERS:,} can be told as text. "
             "Give it an ansi rendering or a wrapper with a smaller observation."
         )
     return _Facts(
@@ -157,20 +192,28 @@ def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
         action_space=env.action_space,
         has_text_rendering=has_text_rendering,
         is_observation_written=is_observation_written,
-        instructions=_NOT_FOR_PLAYERS.sub("", inspect.cleandoc(type(env.unwrapped).__doc__ or "")).strip(),
+        instructions=_NOT_FOR_PLAYERS.sub(
+            "", inspect.cleandoc(type(env.unwrapped).__doc__ or "")
+        ).strip(),
         max_turns=spec.max_episode_steps or DEFAULT_MAX_TURNS,
         reward_threshold=spec.reward_threshold,
     )
 
 
 def describe_space(space: spaces.Space[Any]) -> str:
-    """What to write for an action of a space, without a full stop. Raises ConfigurationError: it cannot be written."""
+    """What to write for an action of a space, without a full stop. Raises ConfigurationError: it
+    cannot be written.
+    """
     match space:
         case spaces.Discrete():
             return f"An integer of {space.start} to {space.start + space.n - 1}"
         case spaces.Text():
             is_short = len(space.character_set) <= MAX_LISTED_CHARACTERS
-            characters = f"the characters {''.join(sorted(space.character_set))}" if is_short else "its characters"
+            characters = (
+                f"the characters {''.join(sorted(space.character_set))}"
+                if is_short
+                else "its characters"
+            )
             return f"A text of {space.min_length} to {space.max_length} of {characters}"
         case spaces.Box() | spaces.MultiDiscrete() | spaces.MultiBinary():
             kind = "integers" if np.issubdtype(space.dtype, np.integer) else "numbers"
@@ -180,7 +223,8 @@ def describe_space(space: spaces.Space[Any]) -> str:
         case spaces.Tuple():
             return f"A JSON list ({'; '.join(map(describe_space, space))})"
     raise ConfigurationError(
-        f"Actions of {type(space).__name__} cannot be written as text. Use an environment with Discrete, MultiDiscrete, "
+        f"Actions of {type(space).__name__} cannot be written as text. Use an environment with "
+        "Discrete, MultiDiscrete, "
         "MultiBinary, Box, Text, Dict or Tuple actions, or wrap its actions."
     )
 
@@ -191,7 +235,9 @@ def _describe_bounds(space: spaces.Space[Any]) -> str:
             return f", {_describe_bound('at least', space.low)}, {_describe_bound('at most', space.high)}"
         case spaces.MultiDiscrete():
             last = space.start + space.nvec - 1
-            return f", {_describe_bound('at least', space.start)}, {_describe_bound('at most', last)}"
+            return (
+                f", {_describe_bound('at least', space.start)}, {_describe_bound('at most', last)}"
+            )
     return ", each 0 or 1"
 
 
@@ -207,7 +253,9 @@ def parse_action(space: spaces.Space[Any], written: str) -> Any:
 
 
 def _to_member(space: spaces.Space[Any], value: Any) -> Any:
-    """The value of a JSON text in the types of a space; None if it cannot be, the space itself judges what can."""
+    """The value of a JSON text in the types of a space; None if it cannot be, the space itself
+    judges what can.
+    """
     match space:
         case spaces.Discrete():
             is_whole = type(value) is int and space.start <= value < space.start + space.n
@@ -270,9 +318,13 @@ def _list_actions(space: spaces.Space[Any], mask: Any) -> tuple[str, ...]:
     """The actions of a small Discrete space, those of the mask where the environment gives one."""
     if not isinstance(space, spaces.Discrete) or space.n > MAX_LISTED_ACTIONS:
         return ()
-    return tuple(str(space.start + index) for index in range(space.n) if mask is None or mask[index])
+    return tuple(
+        str(space.start + index) for index in range(space.n) if mask is None or mask[index]
+    )
 
 
 def _name_colours(text: str) -> str:
     """Terminal colours as tags: in a rendering they often are the only sign of who is where."""
-    return _COLOURED.sub(lambda found: "<{0}>{1}</{0}>".format(_COLOURS[int(found["colour"])], found["text"]), text)
+    return _COLOURED.sub(
+        lambda found: "<{0}>{1}</{0}>".format(_COLOURS[int(found["colour"])], found["text"]), text
+    )

@@ -1,4 +1,6 @@
-"""Owns OpenEnv servers as Environments: one WebSocket connection is one session there. The rules stay that server's own."""
+"""Owns OpenEnv servers as Environments: one WebSocket connection is one session there. The rules
+stay that server's own.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,20 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, EnvironmentFailedError
-from services.envs.adapters.seeded import SeededEnvironment, find_action, format_facts, format_value, parse_json
-from services.envs.base import Observation, StepResult
+from sdar.environments.base import Observation, StepResult
+from services.envs.adapters.seeded import (
+    SeededEnvironment,
+    find_action,
+    format_facts,
+    format_value,
+    parse_json,
+)
 
 CLOSING_TIMEOUT_S = 2.0
 FULL_TIMEOUT_S, FULL_RETRY_S = 2.0, 0.05
-"""How long and how often a full server is asked again: an episode that was just closed may still hold its place there."""
+"""How long and how often a full server is asked again: an episode that was just closed may still
+hold its place there.
+"""
 MAX_MESSAGE_BYTES = 16 << 20
 """What the web server under an OpenEnv server takes by default."""
 
@@ -31,29 +41,41 @@ _FULL = "CAPACITY_REACHED"
 
 
 class OpenEnvEnvironment(SeededEnvironment):
-    """Whatever an OpenEnv server plays. A task is the seed its `reset` gets; a server that ignores seeds has but one task.
+    """Whatever an OpenEnv server plays. A task is the seed its `reset` gets; a server that ignores
+    seeds has but one task.
 
-    The agent's text goes into one field of the action, or, if it is a JSON object, is the whole action. An action that the
-    server finds malformed is invalid and uses a turn. OpenEnv has one `done`, which counts as terminated; an episode that is
-    done with a positive last reward counts as solved.
+    The agent's text goes into one field of the action, or, if it is a JSON object, is the whole
+    action. An action that the server finds malformed is invalid and uses a turn. OpenEnv has one
+    `done`, which counts as terminated; an episode that is done with a positive last reward counts
+    as solved.
 
     Args:
         url: of the server, http or ws.
-        action_field: of the action, where the text goes; "" for the only text that the action requires.
+        action_field: of the action, where the text goes; "" for the only text that the action
+            requires.
         num_tasks: of the train split.
-        max_turns: turns after which an episode is truncated; an OpenEnv server does not tell its own limit.
-        timeout_s: for one answer of the server; keep it below the step timeout of this server, which kills the worker.
+        max_turns: turns after which an episode is truncated; an OpenEnv server does not tell its
+            own limit.
+        timeout_s: for one answer of the server; keep it below the step timeout of this server,
+            which kills the worker.
     """
 
     name = "openenv"
     is_blocking = True
 
     def __init__(
-        self, *, url: str, action_field: str = "", num_tasks: int = 1000, max_turns: int = 50, timeout_s: float = 20.0
+        self,
+        *,
+        url: str,
+        action_field: str = "",
+        num_tasks: int = 1000,
+        max_turns: int = 50,
+        timeout_s: float = 20.0,
     ) -> None:
         if type(max_turns) is not int or max_turns < 1 or not timeout_s > 0:
             raise ConfigurationError(
-                f"Options max_turns {max_turns!r} and timeout_s {timeout_s!r} of openenv must be above 0, turns an integer."
+                f"Options max_turns {max_turns!r} and timeout_s {timeout_s!r} of openenv must be "
+                "above 0, turns an integer."
             )
         self._timeout_s = float(timeout_s)
         self._server = _look_up(str(url), self._timeout_s)
@@ -96,11 +118,14 @@ class OpenEnvEnvironment(SeededEnvironment):
         )
 
     def close(self) -> None:
-        """Let the server free its place before this returns, if it listens; end the connection in any case."""
+        """Let the server free its place before this returns, if it listens; end the connection in
+        any case.
+        """
         self._is_closed = True
         connection = self._connection
-        # An OpenEnv server that is told so frees the session's place first and closes the connection then. A call that hangs
-        # in another thread holds the receiving end: then there is nothing to wait for.
+        # An OpenEnv server that is told so frees the session's place first and closes the
+        # connection then. A call that hangs in another thread holds the receiving end: then there
+        # is nothing to wait for.
         with contextlib.suppress(WebSocketException, TimeoutError):
             if connection is not None:
                 connection.send(json.dumps({"type": "close"}))
@@ -125,10 +150,14 @@ class OpenEnvEnvironment(SeededEnvironment):
                 )
             )
         except (OSError, WebSocketException) as error:
-            raise self._failure(f"cannot be reached: {error}. Start it, then open another session.") from error
+            raise self._failure(
+                f"cannot be reached: {error}. Start it, then open another session."
+            ) from error
         if self._is_closed:  # while this thread was waiting
             self._hang_up()
-            raise self._failure("was given up while it was being connected to. Open another session.")
+            raise self._failure(
+                "was given up while it was being connected to. Open another session."
+            )
         return connection
 
     def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -142,28 +171,42 @@ class OpenEnvEnvironment(SeededEnvironment):
                 connection.send(json.dumps({"type": kind, "data": data}))
             answer = parse_json(str(connection.recv(timeout=self._timeout_s)))
         except TimeoutError as error:
-            raise self._failure(f"gave no answer to {kind} in {self._timeout_s:g} s. Raise option timeout_s.") from error
+            raise self._failure(
+                f"gave no answer to {kind} in {self._timeout_s:g} s. Raise option timeout_s."
+            ) from error
         except (OSError, WebSocketException) as error:
-            raise self._failure(f"hung up during {kind}: {error}. See its log, open another session.") from error
+            raise self._failure(
+                f"hung up during {kind}: {error}. See its log, open another session."
+            ) from error
         match answer:
             case {"type": "observation", "data": {"observation": dict()} as observed}:
                 return observed
-            case {"type": "error", "data": {"code": code}} if code == _REFUSED_ACTION and kind == "step":
+            case {"type": "error", "data": {"code": code}} if (
+                code == _REFUSED_ACTION and kind == "step"
+            ):
                 return None
             case {"type": "error", "data": {"code": code} as error}:
                 self._raise(kind, str(code), str(error.get("message")))
-        raise self._failure(f"answered {kind} with {str(answer)[:200]}, expected an observation. Use openenv-core 0.3.")
+        raise self._failure(
+            f"answered {kind} with {str(answer)[:200]}, expected an observation. Use openenv-core "
+            "0.3."
+        )
 
     def _raise(self, kind: str, code: str, message: str) -> NoReturn:
         if code == _FULL:
             raise CapacityError(
-                f"The OpenEnv server {self._server.url} is full: {message}. Raise its max_concurrent_envs to at least the "
+                f"The OpenEnv server {self._server.url} is full: {message}. Raise its "
+                "max_concurrent_envs to at least the "
                 "capacity served here, or retry after a while."
             )
-        raise self._failure(f"failed in {kind} with {code}: {message}. See its log, open another session.")
+        raise self._failure(
+            f"failed in {kind} with {code}: {message}. See its log, open another session."
+        )
 
     def _failure(self, problem: str) -> EnvironmentFailedError:
-        return EnvironmentFailedError(f"The OpenEnv server {self._server.url} {problem}", environment=self.name)
+        return EnvironmentFailedError(
+            f"The OpenEnv server {self._server.url} {problem}", environment=self.name
+        )
 
     def _to_action(self, written: str) -> dict[str, Any] | None:
         whole = parse_json(written)
@@ -176,12 +219,18 @@ class OpenEnvEnvironment(SeededEnvironment):
         fields = {name: value for name, value in answer["observation"].items() if value is not None}
         texts = list(fields.values())
         is_one_text = len(texts) == 1 and isinstance(texts[0], str)
-        return Observation(texts[0]) if is_one_text else Observation(format_value(fields), info=format_facts(fields))
+        return (
+            Observation(texts[0])
+            if is_one_text
+            else Observation(format_value(fields), info=format_facts(fields))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """What an OpenEnv server says of itself. `fields` are its action's, by name: a JSON schema each."""
+    """What an OpenEnv server says of itself. `fields` are its action's, by name: a JSON schema
+    each.
+    """
 
     url: str
     websocket_url: str
@@ -195,15 +244,20 @@ class _Server:
         """The field that takes the text; "" if there is none, and only JSON objects are actions."""
         if wanted and wanted not in self.fields:
             raise ConfigurationError(
-                f"The action of {self.url} has no field {wanted!r}. Set option action_field to one of {', '.join(self.fields)}."
+                f"The action of {self.url} has no field {wanted!r}. Set option action_field to one "
+                f"of {', '.join(self.fields)}."
             )
-        texts = [name for name in self.required if self.fields.get(name, {}).get("type") == "string"]
+        texts = [
+            name for name in self.required if self.fields.get(name, {}).get("type") == "string"
+        ]
         return wanted or (texts[0] if len(texts) == 1 else "")
 
     def describe_action(self, field: str) -> str:
         if field:
             return f"The {field}: {self.fields[field].get('description') or 'any text'}, alone or in <action> tags."
-        described = ", ".join(f"{name}: {fact.get('type', 'any')}" for name, fact in self.fields.items())
+        described = ", ".join(
+            f"{name}: {fact.get('type', 'any')}" for name, fact in self.fields.items()
+        )
         return f"A JSON object with {described} (needed: {', '.join(self.required) or 'none'}), alone or in <action> tags."
 
 
@@ -212,17 +266,28 @@ def _look_up(url: str, timeout_s: float) -> _Server:
     """Ask a server what it plays; once a process."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise ConfigurationError(f"Option url of openenv is {url!r}, expected http://HOST:PORT or ws://HOST:PORT. Correct it.")
-    websocket_url = f"{_SCHEMES[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ws')}"
+        raise ConfigurationError(
+            f"Option url of openenv is {url!r}, expected http://HOST:PORT or ws://HOST:PORT. "
+            "Correct it."
+        )
+    websocket_url = (
+        f"{_SCHEMES[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ws')}"
+    )
     http_url = websocket_url.replace("ws", "http", 1)
     try:
         facts, schema = (_fetch(f"{http_url}/{page}", timeout_s) for page in ("metadata", "schema"))
         action, name = schema["action"], str(facts["name"])
-        fields = {name: dict(field) for name, field in action["properties"].items() if name != "metadata"}
+        fields = {
+            name: dict(field) for name, field in action["properties"].items() if name != "metadata"
+        }
     except (httpx.HTTPError, OSError) as error:
-        raise EnvironmentFailedError(f"The OpenEnv server {url} does not answer: {error}. Start it first.") from error
+        raise EnvironmentFailedError(
+            f"The OpenEnv server {url} does not answer: {error}. Start it first."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"{url} does not describe itself as OpenEnv servers do: {error!r}. Check the url.") from error
+        raise ConfigurationError(
+            f"{url} does not describe itself as OpenEnv servers do: {error!r}. Check the url."
+        ) from error
     return _Server(
         url=url,
         websocket_url=f"{websocket_url}/ws",

@@ -1,4 +1,5 @@
-"""Owns what the adapters share: tasks that are nothing but seeds, and finding the action in the agent's text.
+"""Owns what the adapters share: tasks that are nothing but seeds, and finding the action in the
+agent's text.
 
 Knows neither Gymnasium nor OpenEnv.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
-from services.envs.base import Environment
+from sdar.environments.base import Environment
 
 MAX_TASKS = 1_000_000
 HELDOUT_SHARE = 10
@@ -24,7 +25,8 @@ _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
 class SeededEnvironment(Environment):
-    """Task N of a split is the N-th seed. The splits share no seed but by chance of one in four billion.
+    """Task N of a split is the N-th seed. The splits share no seed but by chance of one in four
+    billion.
 
     Args:
         num_tasks: of the train split; heldout has a tenth of them.
@@ -34,7 +36,8 @@ class SeededEnvironment(Environment):
     def __init__(self, *, num_tasks: int, game: str) -> None:
         if type(num_tasks) is not int or not 1 <= num_tasks <= MAX_TASKS:
             raise ConfigurationError(
-                f"Option num_tasks of {self.name} is {num_tasks!r}, expected an integer of 1 to {MAX_TASKS:,}. Correct it."
+                f"Option num_tasks of {self.name} is {num_tasks!r}, expected an integer of 1 to "
+                f"{MAX_TASKS:,}. Correct it."
             )
         self._game = game
         sizes = (num_tasks, -(-num_tasks // HELDOUT_SHARE))
@@ -47,7 +50,12 @@ class SeededEnvironment(Environment):
 
     def get_task(self, task_id: str) -> Task:
         split, _, number = task_id.rpartition("-")
-        if split not in self.splits or not number.isascii() or not number.isdigit() or len(number) > len(str(MAX_TASKS)):
+        if (
+            split not in self.splits
+            or not number.isascii()
+            or not number.isdigit()
+            or len(number) > len(str(MAX_TASKS))
+        ):
             raise self.unknown_task(task_id)
         task = _build_task(self.name, self._game, split, int(number))
         # Compared as a whole: "train-007" is not another name of "train-7".
@@ -56,13 +64,17 @@ class SeededEnvironment(Environment):
         return task
 
     def compute_seed(self, task_id: str, seed: int) -> int:
-        """32 bits of the task and the session's seed, the same on every machine. Raises UnknownResourceError."""
+        """32 bits of the task and the session's seed, the same on every machine. Raises
+        UnknownResourceError.
+        """
         name = f"{self.get_task(task_id).task_id} {seed}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def find_action(text: str) -> str:
-    """The last <action>...</action> of the text, or the whole text if it has none; without the space around."""
+    """The last <action>...</action> of the text, or the whole text if it has none; without the
+    space around.
+    """
     tagged = _ACTION.findall(text)
     return (tagged[-1] if tagged else text).strip()
 
@@ -76,13 +88,21 @@ def parse_json(text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A value that JSON can hold, for people and models to read: text as it is, anything else as JSON with sorted keys."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    """A value that JSON can hold, for people and models to read: text as it is, anything else as
+    JSON with sorted keys.
+    """
+    return (
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    )
 
 
 def format_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The single numbers, texts and truths among an environment's facts, for logs."""
-    return {str(key): format_value(value) for key, value in facts.items() if isinstance(value, (bool, int, float, str))}
+    return {
+        str(key): format_value(value)
+        for key, value in facts.items()
+        if isinstance(value, (bool, int, float, str))
+    }
 
 
 def _refuse_constant(name: str) -> None:
@@ -95,4 +115,6 @@ def _list_tasks(environment: str, game: str, split: str, num_tasks: int) -> tupl
 
 
 def _build_task(environment: str, game: str, split: str, number: int) -> Task:
-    return Task(environment, split, f"{split}-{number}", task_type=game, description=f"Play {game}.", seed=0)
+    return Task(
+        environment, split, f"{split}-{number}", task_type=game, description=f"Play {game}.", seed=0
+    )

@@ -1,6 +1,8 @@
-"""Owns how ALFWorld is shown to a learner: the expert who knows a game's walkthrough, and a player who has to look for things.
+"""Owns how ALFWorld is shown to a learner: the expert who knows a game's walkthrough, and a player
+who has to look for things.
 
-Never used while playing: no rule depends on it. Both speak as an agent must, `<think>...</think><action>...</action>`.
+Never used while playing: no rule depends on it. Both speak as an agent must,
+`<think>...</think><action>...</action>`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def list_walkthrough(directory: Path, task_id: str) -> list[str]:
     path = directory / task_id / GAME_FILE
     commands = read_game(path).get("walkthrough")
     if not commands:
-        raise ConfigurationError(f"{path} holds no walkthrough. Take a game that was solved.", path=path)
+        raise ConfigurationError(
+            f"{path} holds no walkthrough. Take a game that was solved.", path=path
+        )
     return [phrase("I know the way.", command) for command in commands]
 
 
@@ -76,9 +80,10 @@ def read_aim(description: str) -> Aim:
 class ExploringPlayer:
     """Plays one episode, knowing what it has been told and no more.
 
-    Visits the receptacles one after the other, in the order in which the admissible actions list them and on from where it
-    stands; opens what is closed; takes what the task is about; then does the task's procedure. Except for the places where it
-    saw things (`remembers`), each choice follows from the last few turns alone: what a model with a short window can learn.
+    Visits the receptacles one after the other, in the order in which the admissible actions list
+    them and on from where it stands; opens what is closed; takes what the task is about; then does
+    the task's procedure. Except for the places where it saw things (`remembers`), each choice
+    follows from the last few turns alone: what a model with a short window can learn.
     """
 
     def __init__(self, *, remembers: bool = True) -> None:
@@ -89,17 +94,27 @@ class ExploringPlayer:
         self._is_treated = False
         self._seen_at: dict[str, str] = {}
 
-    def next_action(self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]) -> str:
+    def next_action(
+        self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]
+    ) -> str:
         """The whole response to an observation."""
         return phrase(*self.choose(description, task_type, observation, admissible_actions))
 
-    def choose(self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]) -> tuple[str, str]:
+    def choose(
+        self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]
+    ) -> tuple[str, str]:
         """The next thought and command. Must be called for every turn, and its command played."""
         if not self._places:
-            self._places = [command.removeprefix(_GO) for command in admissible_actions if command.startswith(_GO)]
+            self._places = [
+                command.removeprefix(_GO)
+                for command in admissible_actions
+                if command.startswith(_GO)
+            ]
         aim = read_aim(description)
         self._note(observation)
-        thought, command = (self._carry_on if self._holding else self._search)(aim, task_type, admissible_actions)
+        thought, command = (self._carry_on if self._holding else self._search)(
+            aim, task_type, admissible_actions
+        )
         self._follow(command)
         return thought, command
 
@@ -125,7 +140,9 @@ class ExploringPlayer:
             self._is_treated = True
 
     def _search(self, aim: Aim, task_type: str, admissible: Sequence[str]) -> tuple[str, str]:
-        """Look for the object. Two objects are brought to one place: what lies there already is left there."""
+        """Look for the object. Two objects are brought to one place: what lies there already is
+        left there.
+        """
         done_at = self._first_of(aim.destination) if task_type == _TWO_OBJECTS_TASK else ""
         for command in admissible:
             if command.startswith(f"take {aim.target} ") and self._place != done_at:
@@ -135,28 +152,38 @@ class ExploringPlayer:
     def _carry_on(self, aim: Aim, task_type: str, admissible: Sequence[str]) -> tuple[str, str]:
         """The object is in hand: treat it, then bring it where it must go."""
         if task_type == _LOOK_TASK:
-            lamps = [command for command in admissible if command.startswith(f"use {aim.destination} ")]
+            lamps = [
+                command for command in admissible if command.startswith(f"use {aim.destination} ")
+            ]
             if lamps:
                 return f"use the {aim.destination}", lamps[0]
             return f"find a {aim.destination}", self._explore(aim.destination, admissible)
         verb, station = _TREATMENTS.get(task_type, ("", ""))
         if verb and not self._is_treated:
             place = self._first_of(station)
-            return f"{verb} the {aim.target}", self._reach(place, f"{verb} {self._holding} with {place}", admissible)
+            return f"{verb} the {aim.target}", self._reach(
+                place, f"{verb} {self._holding} with {place}", admissible
+            )
         place = self._first_of(aim.destination)
-        return f"put it in the {aim.destination}", self._reach(place, f"move {self._holding} to {place}", admissible)
+        return f"put it in the {aim.destination}", self._reach(
+            place, f"move {self._holding} to {place}", admissible
+        )
 
     def _first_of(self, kind: str) -> str:
         return next(place for place in self._places if place.partition(" ")[0] == kind)
 
     def _reach(self, place: str, command: str, admissible: Sequence[str]) -> str:
-        """The command if it can be played, else what brings it nearer: going there, opening what is closed."""
+        """The command if it can be played, else what brings it nearer: going there, opening what is
+        closed.
+        """
         if command in admissible:
             return command
         return f"open {place}" if place == self._place else f"{_GO}{place}"
 
     def _explore(self, kind: str, admissible: Sequence[str], passing_by: str = "") -> str:
-        """Look into what is closed here; then go where a thing of the kind was seen, else to the next place in line."""
+        """Look into what is closed here; then go where a thing of the kind was seen, else to the
+        next place in line.
+        """
         opening = f"open {self._place}"
         if opening in admissible:
             return opening

@@ -1,14 +1,17 @@
-"""Owns the engine that plays ALFWorld: TextWorld's PddlEnv under ALFWorld's own wrappers, with what never changes kept.
+"""Owns the engine that plays ALFWorld: TextWorld's PddlEnv under ALFWorld's own wrappers, with what
+never changes kept.
 
-The stack is the public one (PddlEnv, AlfredDemangler without shuffling, AlfredInfos) and the transitions are Fast Downward's.
-Stock, nearly all time goes into parsing the same grammar and translating the same PDDL again. Kept here, each with a bound:
+The stack is the public one (PddlEnv, AlfredDemangler without shuffling, AlfredInfos) and the
+transitions are Fast Downward's. Stock, nearly all time goes into parsing the same grammar and
+translating the same PDDL again. Kept here, each with a bound:
 
     parsed grammars, by their text less the task's sentence    (a load)
     translated problems with their first state, by their text  (a load and every reset)
     derived sentences, until a fact they depend on changes     (a step)
 
-The classes of TextWorld are extended, never patched: stock environments in the same process stay stock. Importing this module
-imports TextWorld (a second); only the process that plays does. Not thread-safe: Fast Downward's parser is not.
+The classes of TextWorld are extended, never patched: stock environments in the same process stay
+stock. Importing this module imports TextWorld (a second); only the process that plays does. Not
+thread-safe: Fast Downward's parser is not.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ class View:
 
 @dataclass(slots=True)
 class Translation:
-    """A problem as Fast Downward plays it. Shared by all games of the problem, and nothing of it changes once it is known."""
+    """A problem as Fast Downward plays it. Shared by all games of the problem, and nothing of it
+    changes once it is known.
+    """
 
     sas: bytes
     parameters: Mapping[str, tuple[Placeholder, ...]]
@@ -67,17 +72,23 @@ class Translation:
     types_by_name: Mapping[str, str]
     propositions: tuple[Proposition, ...]
     first_facts: dict[str, Any] | None = None
-    """The first state's facts as TextWorld keeps them, known once the library has derived its own from them."""
+    """The first state's facts as TextWorld keeps them, known once the library has derived its own
+    from them.
+    """
     mappings: dict[str, dict[Placeholder, Variable]] = field(default_factory=dict)
-    """What an operator's parameters stand for, by its name: as many as the problem has operators."""
+    """What an operator's parameters stand for, by its name: as many as the problem has operators.
+    """
 
     def find_mapping(self, operator: str) -> dict[Placeholder, Variable]:
         mapping = self.mappings.get(operator)
         if mapping is None:
             name, *arguments = operator.split()
-            # Not strict: the translator turns quantifiers into further parameters of some of an action's operators.
+            # Not strict: the translator turns quantifiers into further parameters of some of an
+            # action's operators.
             pairs = zip(self.parameters[name], arguments, strict=False)
-            mapping = {placeholder: Variable(argument, placeholder.type) for placeholder, argument in pairs}
+            mapping = {
+                placeholder: Variable(argument, placeholder.type) for placeholder, argument in pairs
+            }
             self.mappings[operator] = mapping
         return mapping
 
@@ -89,19 +100,28 @@ def translate(domain: str, problem: str) -> Translation:
     longest = max(map(len, sas.splitlines()))
     if longest >= _MAX_NAME_BYTES:
         # The library copies names into buffers of this size without looking.
-        raise ValueError(f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} fit")
+        raise ValueError(
+            f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} "
+            "fit"
+        )
     types_by_name = {thing.name: thing.type_name for thing in task.objects}
     atoms = (atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "=")
     return Translation(
         sas=sas.encode(),
         parameters={
-            action.name: tuple(Placeholder(parameter.name.strip("?"), parameter.type_name) for parameter in action.parameters)
+            action.name: tuple(
+                Placeholder(parameter.name.strip("?"), parameter.type_name)
+                for parameter in action.parameters
+            )
             for action in task.actions
         },
         types=tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types),
         types_by_name=types_by_name,
         propositions=tuple(
-            Proposition(atom.predicate, [Variable(argument, types_by_name[argument]) for argument in atom.args])
+            Proposition(
+                atom.predicate,
+                [Variable(argument, types_by_name[argument]) for argument in atom.args],
+            )
             for atom in atoms
         ),
     )
@@ -124,7 +144,9 @@ def _parse_logic(domain: str, grammar: str) -> tuple[GameLogic, SentenceGrammar]
 
 
 def build_logic(domain: str, grammar: str) -> GameLogic:
-    """A game's actions and grammar. Games differ in their task's sentence alone, so the rest is parsed once."""
+    """A game's actions and grammar. Games differ in their task's sentence alone, so the rest is
+    parsed once.
+    """
     template = find_goal_template(grammar)
     logic, sentences = _parse_logic(domain, replace_goal_template(grammar, _NO_GOAL))
     logic = copy.copy(logic)
@@ -133,10 +155,13 @@ def build_logic(domain: str, grammar: str) -> GameLogic:
 
 
 class KeptState(PddlState):
-    """TextWorld's state of a game, made from a translation, that remembers sentences until their facts change."""
+    """TextWorld's state of a game, made from a translation, that remembers sentences until their
+    facts change.
+    """
 
     def __init__(self, downward_lib: Any, pddl_problem: str, logic: GameLogic) -> None:
-        # Not super().__init__: it translates twice, the second time for a planner that nobody asks for.
+        # Not super().__init__: it translates twice, the second time for a planner that nobody asks
+        # for.
         self.pddl_problem, self.downward_lib, self._logic = pddl_problem, downward_lib, logic
         self._translation = translate(logic.domain, pddl_problem)
         self._revisions: Counter[str] = Counter()
@@ -187,9 +212,13 @@ class KeptState(PddlState):
             self._readings[name] = self._revisions[name]
 
     def remember_sentence(self, key: Hashable, write: Callable[[], str]) -> str:
-        """The sentence of a key, written anew only if a fact of a predicate that it read has changed since."""
+        """The sentence of a key, written anew only if a fact of a predicate that it read has
+        changed since.
+        """
         kept = self._sentences.get(key)
-        if kept is not None and all(self._revisions[name] == revision for name, revision in kept[1].items()):
+        if kept is not None and all(
+            self._revisions[name] == revision for name, revision in kept[1].items()
+        ):
             return kept[0]
         self._readings = {}
         sentence = write()
@@ -204,7 +233,9 @@ class KeptState(PddlState):
         first_by_name: dict[str, int] = {}
         for operator in operators:
             first_by_name.setdefault(operator.name, operator.id)
-        return [self._build_action(name, operator_id) for name, operator_id in first_by_name.items()]
+        return [
+            self._build_action(name, operator_id) for name, operator_id in first_by_name.items()
+        ]
 
     def _build_action(self, operator: str, operator_id: int) -> Action:
         name = operator.split(maxsplit=1)[0]
@@ -219,8 +250,12 @@ class KeptState(PddlState):
 def _copy_facts(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The four fields in which TextWorld keeps a state's facts."""
     return {
-        "_facts": defaultdict(set, {signature: set(facts) for signature, facts in fields["_facts"].items()}),
-        "_vars_by_type": defaultdict(set, {name: set(variables) for name, variables in fields["_vars_by_type"].items()}),
+        "_facts": defaultdict(
+            set, {signature: set(facts) for signature, facts in fields["_facts"].items()}
+        ),
+        "_vars_by_type": defaultdict(
+            set, {name: set(variables) for name, variables in fields["_vars_by_type"].items()}
+        ),
         "_vars_by_name": dict(fields["_vars_by_name"]),
         "_var_counts": Counter(fields["_var_counts"]),
     }
@@ -237,15 +272,23 @@ def _add_types(logic: GameLogic, types: Iterable[tuple[str, tuple[str, ...]]]) -
 
 @lru_cache(maxsize=1)
 def _read_loadable_part(path: str) -> bytes:
-    """A library's bytes up to the end of what the loader maps: behind come 32 MB of debugging information.
+    """A library's bytes up to the end of what the loader maps: behind come 32 MB of debugging
+    information.
 
-    Read from the program headers of a 64-bit little-endian ELF file; another kind of library is returned whole.
+    Read from the program headers of a 64-bit little-endian ELF file; another kind of library is
+    returned whole.
     """
     content = Path(path).read_bytes()
     if not content.startswith(b"\x7fELF\x02\x01"):
         return content
-    (table,), (entry_bytes, num_entries) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
-    entries = [struct.unpack_from("<IIQQQQ", content, table + number * entry_bytes) for number in range(num_entries)]
+    (table,), (entry_bytes, num_entries) = (
+        struct.unpack_from("<Q", content, 32),
+        struct.unpack_from("<HH", content, 54),
+    )
+    entries = [
+        struct.unpack_from("<IIQQQQ", content, table + number * entry_bytes)
+        for number in range(num_entries)
+    ]
     return content[: max(offset + size for _, _, offset, _, _, size in entries)]
 
 
@@ -265,7 +308,9 @@ def _smaller_library() -> Iterator[None]:
 
 
 class KeptPddlEnv(PddlEnv):
-    """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done and checked before."""
+    """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done
+    and checked before.
+    """
 
     def __init__(self, infos: textworld.EnvInfos) -> None:
         with _smaller_library():
@@ -277,26 +322,37 @@ class KeptPddlEnv(PddlEnv):
         self._game_file, self._game_data = None, filename_or_data
         self.walkthrough = filename_or_data.get("walkthrough")
         self._logic = build_logic(filename_or_data["pddl_domain"], filename_or_data["grammar"])
-        self._pddl_state = KeptState(self.downward_lib, filename_or_data["pddl_problem"], self._logic)
+        self._pddl_state = KeptState(
+            self.downward_lib, filename_or_data["pddl_problem"], self._logic
+        )
         self._entity_infos = self._get_entity_infos()
 
     def reset(self) -> GameState:
-        self._pddl_state = KeptState(self.downward_lib, self._game_data["pddl_problem"], self._logic)
+        self._pddl_state = KeptState(
+            self.downward_lib, self._game_data["pddl_problem"], self._logic
+        )
         self.prev_state, self.state, self._last_action, self._moves = None, GameState(), None, 0
-        context = {"state": self._pddl_state, "variables": {}, "mapping": {}, "entity_infos": self._entity_infos}
+        context = {
+            "state": self._pddl_state,
+            "variables": {},
+            "mapping": {},
+            "entity_infos": self._entity_infos,
+        }
         self.state.feedback = self.state.raw = self._logic.grammar.derive("#intro#", context)
         self._gather_infos()
         return self.state
 
 
 def build_stack(engine: type[PddlEnv] = KeptPddlEnv) -> AlfredInfos:
-    """ALFWorld's own wrappers around an engine, as `AlfredTWEnv` stacks them; with PddlEnv, the stock engine."""
+    """ALFWorld's own wrappers around an engine, as `AlfredTWEnv` stacks them; with PddlEnv, the
+    stock engine.
+    """
     infos = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
     return AlfredInfos(AlfredDemangler(engine(infos), shuffle=False))
 
 
-# No PddlEnv is ever dropped: its copy of Fast Downward's library stays until the process ends, as unloading one makes loading
-# the next crash. They are as many as games were ever in play at once.
+# No PddlEnv is ever dropped: its copy of Fast Downward's library stays until the process ends, as
+# unloading one makes loading the next crash. They are as many as games were ever in play at once.
 _idle_stacks: list[AlfredInfos] = []
 
 
@@ -352,7 +408,11 @@ def _explain(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:_MAX_REASON_CHARACTERS]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[
+            :_MAX_REASON_CHARACTERS
+        ]
         raise EnvironmentFailedError(
-            f"Game {path} cannot be played: {reason}. Replace the file by a sound one, or generate games anew.", path=path
+            f"Game {path} cannot be played: {reason}. Replace the file by a sound one, or generate "
+            "games anew.",
+            path=path,
         ) from error

@@ -1,6 +1,7 @@
 """Owns ALFWorld as an Environment: what the agent may write, what it is told, what it earns.
 
-The games are `games`' to find and `engine`'s to play; the engine is imported where the first episode starts, nowhere else.
+The games are `games`' to find and `engine`'s to play; the engine is imported where the first
+episode starts, nowhere else.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
-from sdar.runtime.settings import load_settings
+from sdar.environments.base import Environment, Observation, StepResult
+from sdar.process.settings import load_settings
 from services.envs.alfworld.games import GAME_FILE, SPLITS, load_entries, read_game
-from services.envs.base import Environment, Observation, StepResult
 from services.envs.responses import find_between
 
 if TYPE_CHECKING:
@@ -23,17 +24,20 @@ if TYPE_CHECKING:
 
 MAX_TURNS = 50
 WIN_REWARD = 10.0
-# The engine knows it, but it tells nothing that the agent does not have: not offered, and so not valid.
+# The engine knows it, but it tells nothing that the agent does not have: not offered, and so not
+# valid.
 _HELP = "help"
 _WELCOME, _TASK_MARK = "-= Welcome to TextWorld, ALFRED! =-\n\n", "\n\nYour task is to: "
 
 
 class AlfworldEnvironment(Environment):
-    """Reward 10 for a won game, 0 otherwise. The seed changes nothing: a game's rooms are in its file.
+    """Reward 10 for a won game, 0 otherwise. The seed changes nothing: a game's rooms are in its
+    file.
 
-    A response is valid if it has one `<think>...</think>` and one `<action>...</action>` that holds an admissible command. A
-    command without its reasoning is played, but counts as invalid; two commands, or none, play nothing. Every response uses a
-    turn. As upstream, a command is lower-cased before it is matched, since every name in a game is.
+    A response is valid if it has one `<think>...</think>` and one `<action>...</action>` that holds
+    an admissible command. A command without its reasoning is played, but counts as invalid; two
+    commands, or none, play nothing. Every response uses a turn. As upstream, a command is
+    lower-cased before it is matched, since every name in a game is.
 
     Options:
         data_dir: directory that holds train/, valid_seen/ and valid_unseen/; $ALFWORLD_DATA/json_2.1.1 without it.
@@ -43,7 +47,8 @@ class AlfworldEnvironment(Environment):
     version = "1"
     splits = SPLITS
     instructions = (
-        "You are an expert agent in a household, which you know through text alone. Each turn, reason about what to do next, "
+        "You are an expert agent in a household, which you know through text alone. Each turn, "
+        "reason about what to do next, "
         "then choose one admissible action."
     )
     action_format = "Reason inside <think> </think>, then write one admissible action inside <action> </action>."
@@ -51,9 +56,12 @@ class AlfworldEnvironment(Environment):
 
     def __init__(self, data_dir: str = "") -> None:
         if importlib.util.find_spec("alfworld") is None:
-            raise ConfigurationError("ALFWorld's engine is not installed. Run `pip install 'sdar[alfworld]'`.")
+            raise ConfigurationError(
+                "ALFWorld's engine is not installed. Run `pip install 'sdar[alfworld]'`."
+            )
         self._directory = _resolve_directory(data_dir)
-        # Read now and kept for the process: a directory that cannot be used is refused before anything is served.
+        # Read now and kept for the process: a directory that cannot be used is refused before
+        # anything is served.
         load_entries(self._directory)
         self._game: AlfredGame | None = None
         self._admissible: tuple[str, ...] = ()
@@ -104,12 +112,18 @@ class AlfworldEnvironment(Environment):
             self._game = None
 
     def _observe(self, view: View, *, is_over: bool, is_first: bool = False) -> Observation:
-        self._admissible = () if is_over else tuple(command for command in view.commands if command != _HELP)
-        return Observation(extract_scene(view.feedback) if is_first else view.feedback, self._admissible)
+        self._admissible = (
+            () if is_over else tuple(command for command in view.commands if command != _HELP)
+        )
+        return Observation(
+            extract_scene(view.feedback) if is_first else view.feedback, self._admissible
+        )
 
 
 def read_response(text: str) -> tuple[str, bool]:
-    """The command in an agent's text, "" for none or several, and whether the text has the form that is asked for."""
+    """The command in an agent's text, "" for none or several, and whether the text has the form
+    that is asked for.
+    """
     command = (find_between(text, "<action>", "</action>") or "").strip().lower()
     is_reasoned = find_between(text, "<think>", "</think>") is not None
     return command, is_reasoned and bool(command)
@@ -128,8 +142,10 @@ def _resolve_directory(data_dir: str) -> Path:
     home = load_settings().alfworld_data
     if not home:
         raise ConfigurationError(
-            "ALFWorld has no games: the option data_dir is empty and ALFWORLD_DATA is not set. Make games with `sdar env "
-            "generate alfworld DIRECTORY`, or fetch the public ones with `alfworld-download`, and name the directory that "
+            "ALFWorld has no games: the option data_dir is empty and ALFWORLD_DATA is not set. "
+            "Make games with `sdar env "
+            "generate alfworld DIRECTORY`, or fetch the public ones with `alfworld-download`, and "
+            "name the directory that "
             "holds train/, valid_seen/ and valid_unseen/ in data_dir."
         )
     return Path(home).expanduser() / "json_2.1.1"

@@ -1,8 +1,9 @@
-"""Owns what lies in a directory of ALFWorld games: the layout, which games count, their index and their order.
+"""Owns what lies in a directory of ALFWorld games: the layout, which games count, their index and
+their order.
 
-The layout is json_2.1.1's: SPLIT/TASK FOLDER/TRIAL FOLDER/{traj_data.json, game.tw-pddl}. A task's id is the path of its trial
-folder from the directory. Generated games come with an index; for others it is made once and kept in the user's cache. Needs
-no engine.
+The layout is json_2.1.1's: SPLIT/TASK FOLDER/TRIAL FOLDER/{traj_data.json, game.tw-pddl}. A task's
+id is the path of its trial folder from the directory. Generated games come with an index; for
+others it is made once and kept in the user's cache. Needs no engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 TASK_TYPES = (
@@ -31,7 +32,8 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 GAME_FILE, TRAJECTORY_FILE, INDEX_FILE = "game.tw-pddl", "traj_data.json", "index.json"
-# Part of the cached index's name: raise it when the rules for what counts, or the fields of an entry, change.
+# Part of the cached index's name: raise it when the rules for what counts, or the fields of an
+# entry, change.
 _INDEX_VERSION = 1
 _GAME_TEXTS = ("pddl_domain", "grammar", "pddl_problem")
 # As upstream: tasks with movable receptacles or slices are no part of the text game.
@@ -42,7 +44,9 @@ _GOAL_PREFIX = "Your task is to: "
 
 @dataclass(frozen=True, slots=True)
 class GameEntry:
-    """One line of an index. `num_receptacles` is 0 where it is not known: public games do not say it."""
+    """One line of an index. `num_receptacles` is 0 where it is not known: public games do not say
+    it.
+    """
 
     task_id: str
     task_type: str
@@ -63,9 +67,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}. Replace it by a sound file.", path=path) from error
+        raise ConfigurationError(
+            f"{path} cannot be read: {error}. Replace it by a sound file.", path=path
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds a {type(content).__name__}, expected a JSON object. Replace it.", path=path)
+        raise ConfigurationError(
+            f"{path} holds a {type(content).__name__}, expected a JSON object. Replace it.",
+            path=path,
+        )
     return content
 
 
@@ -87,7 +96,9 @@ def read_game(path: Path) -> dict[str, Any]:
 def _require_text(content: Mapping[str, Any], key: str, path: Path) -> str:
     value = content.get(key)
     if not isinstance(value, str):
-        raise ConfigurationError(f"{path}: {key!r} is {value!r:.80}, expected a text. Replace the file.", path=path)
+        raise ConfigurationError(
+            f"{path}: {key!r} is {value!r:.80}, expected a text. Replace the file.", path=path
+        )
     return value
 
 
@@ -99,7 +110,9 @@ def find_goal_template(grammar: str) -> str:
     """
     found = _TASK_RULE.findall(grammar)
     if len(found) != 1:
-        raise ValueError(f'the grammar has {len(found)} rules of the form "task": [{{"rhs": "..."}}], expected 1')
+        raise ValueError(
+            f'the grammar has {len(found)} rules of the form "task": [{{"rhs": "..."}}], expected 1'
+        )
     return str(json.loads(found[0][1]))
 
 
@@ -118,27 +131,36 @@ def describe_goal(grammar: str, path: Path) -> str:
 
 @lru_cache(maxsize=8)
 def load_entries(directory: Path) -> Mapping[str, tuple[GameEntry, ...]]:
-    """The games of each split, in an order that never changes and of which every prefix is balanced over the types.
+    """The games of each split, in an order that never changes and of which every prefix is balanced
+    over the types.
 
     Raises:
         ConfigurationError: the directory holds no games, or a file in it is damaged.
     """
     if not any((directory / split).is_dir() for split in SPLITS):
         raise ConfigurationError(
-            f"{directory} holds no ALFWorld games: expected one of the folders {', '.join(SPLITS)}. Make games with "
-            "`sdar env generate alfworld DIRECTORY`, or fetch the public ones with `alfworld-download` and name their "
+            f"{directory} holds no ALFWorld games: expected one of the folders "
+            f"{', '.join(SPLITS)}. Make games with "
+            "`sdar env generate alfworld DIRECTORY`, or fetch the public ones with "
+            "`alfworld-download` and name their "
             "json_2.1.1 folder in the option data_dir.",
             directory=directory,
         )
     index = directory / INDEX_FILE
     entries = read_index(index) if index.exists() else _load_cached_index(directory)
-    return {split: order_by_type(entry for entry in entries if entry.split == split) for split in SPLITS}
+    return {
+        split: order_by_type(entry for entry in entries if entry.split == split) for split in SPLITS
+    }
 
 
 def order_by_type(entries: Iterable[GameEntry]) -> tuple[GameEntry, ...]:
-    """One of each type in turn, within a type by a hash of the id: folder names sort by object and would not be balanced."""
+    """One of each type in turn, within a type by a hash of the id: folder names sort by object and
+    would not be balanced.
+    """
     by_hash = sorted(entries, key=lambda entry: hashlib.sha256(entry.task_id.encode()).digest())
-    rounds = itertools.zip_longest(*([entry for entry in by_hash if entry.task_type == kind] for kind in TASK_TYPES))
+    rounds = itertools.zip_longest(
+        *([entry for entry in by_hash if entry.task_type == kind] for kind in TASK_TYPES)
+    )
     return tuple(entry for one_round in rounds for entry in one_round if entry is not None)
 
 
@@ -156,25 +178,36 @@ def read_index(path: Path) -> list[GameEntry]:
     try:
         entries = [GameEntry(**game) for game in games or []]
     except TypeError as error:
-        raise ConfigurationError(f"Index {path} has a damaged entry: {error}. Delete the file.", path=path) from error
+        raise ConfigurationError(
+            f"Index {path} has a damaged entry: {error}. Delete the file.", path=path
+        ) from error
     for entry in entries:
         is_text = isinstance(entry.task_id, str) and isinstance(entry.description, str)
         if not is_text or entry.split not in SPLITS or entry.task_type not in TASK_TYPES:
-            raise ConfigurationError(f"Index {path} lists {entry}, of no known split or task type. Delete the file.", path=path)
+            raise ConfigurationError(
+                f"Index {path} lists {entry}, of no known split or task type. Delete the file.",
+                path=path,
+            )
     return entries
 
 
 def _load_cached_index(directory: Path) -> list[GameEntry]:
-    """The index from the user's cache. Its name hashes every file's path, size and time: changed games make a new one."""
+    """The index from the user's cache. Its name hashes every file's path, size and time: changed
+    games make a new one.
+    """
     games = sorted(_find_games(directory))
     state = hashlib.sha256(f"{_INDEX_VERSION} {directory.resolve()}".encode())
     for file in (game.with_name(name) for game in games for name in (GAME_FILE, TRAJECTORY_FILE)):
         status = file.stat()
-        state.update(f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        state.update(
+            f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode()
+        )
     path = load_settings().cache.expanduser() / "alfworld" / f"{state.hexdigest()[:32]}.json"
     if path.exists():
         return read_index(path)
-    entries = [entry for entry in (_read_entry(directory, game) for game in games) if entry is not None]
+    entries = [
+        entry for entry in (_read_entry(directory, game) for game in games) if entry is not None
+    ]
     write_index(path, entries)
     return entries
 
@@ -184,12 +217,16 @@ def _find_games(directory: Path) -> Iterator[Path]:
     for split in SPLITS:
         for folder, _, files in os.walk(directory / split):
             relative = str(Path(folder).relative_to(directory))
-            if {GAME_FILE, TRAJECTORY_FILE} <= set(files) and not any(word in relative for word in _UNSUPPORTED):
+            if {GAME_FILE, TRAJECTORY_FILE} <= set(files) and not any(
+                word in relative for word in _UNSUPPORTED
+            ):
                 yield Path(folder) / GAME_FILE
 
 
 def _read_entry(directory: Path, game: Path) -> GameEntry | None:
-    """The entry of a game, None for one that upstream skips: of another task type, or not known to be solvable."""
+    """The entry of a game, None for one that upstream skips: of another task type, or not known to
+    be solvable.
+    """
     trajectory = game.with_name(TRAJECTORY_FILE)
     task_type = _require_text(read_json(trajectory), "task_type", trajectory)
     content = read_json(game)

@@ -1,7 +1,8 @@
-"""Owns how ALFWorld games are made without ALFRED's data: draw rooms and goals, walk each through, write those that are won.
+"""Owns how ALFWorld games are made without ALFRED's data: draw rooms and goals, walk each through,
+write those that are won.
 
-Each game's walkthrough is found by knowing where everything lies and proven by playing it on the real engine. The same
-arguments give the same bytes.
+Each game's walkthrough is found by knowing where everything lies and proven by playing it on the
+real engine. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -43,18 +44,22 @@ from services.envs.alfworld.rooms import (
 )
 from services.envs.alfworld.upstream import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-# Of eight games of a type six are small: what a small model can learn from, with the harder ones beside them.
+# Of eight games of a type six are small: what a small model can learn from, with the harder ones
+# beside them.
 SIZE_CYCLE = ("small", "small", "small", "medium", "small", "small", "small", "large")
 _MIN_VALIDATION_TASKS, _TRAIN_TASKS_PER_VALIDATION_TASK = 12, 5
 
 
-def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]) -> str:
+def generate(
+    directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]
+) -> str:
     """Write games of all six types in three splits, and their index.
 
     `valid_seen` has other goals in the rooms of training, `valid_unseen` plays in rooms of its own.
 
     Args:
-        num_tasks: games to train on; each validation split has a fifth of it, at least 12 and at most as many.
+        num_tasks: games to train on; each validation split has a fifth of it, at least 12 and at
+            most as many.
         report: called with the games made and their total, after each.
 
     Raises:
@@ -62,14 +67,22 @@ def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[in
         ConflictError: the directory exists and holds something.
     """
     if num_tasks < 1:
-        raise ConfigurationError(f"ALFWorld was to be generated with {num_tasks} tasks. Ask for at least 1.")
+        raise ConfigurationError(
+            f"ALFWorld was to be generated with {num_tasks} tasks. Ask for at least 1."
+        )
     if directory.exists() and any(directory.iterdir()):
-        raise ConflictError(f"{directory} exists and is not empty. Name a new directory, or delete this one.")
-    num_validation = max(min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK)
+        raise ConflictError(
+            f"{directory} exists and is not empty. Name a new directory, or delete this one."
+        )
+    num_validation = max(
+        min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK
+    )
     total = num_tasks + 2 * num_validation
     entries = []
     for split, task in draw_tasks(num_tasks, num_validation, seed):
-        entries.append(write_game(directory, split, task, random.Random(f"{seed} game {len(entries)}")))
+        entries.append(
+            write_game(directory, split, task, random.Random(f"{seed} game {len(entries)}"))
+        )
         report(len(entries), total)
     write_index(directory / INDEX_FILE, entries)
     return f"{num_tasks} ALFWorld games to train on and {num_validation} in each of valid_seen and valid_unseen"
@@ -80,35 +93,64 @@ def draw_tasks(num_tasks: int, num_validation: int, seed: int) -> Iterator[tuple
     scenes: dict[int, Scene] = {}
     goals: set[tuple[int, Goal]] = set()
     for index in range(num_tasks):
-        task = draw_task(index, list_scenes(index, seed, is_unseen=False), random.Random(f"{seed} train {index}"))
+        task = draw_task(
+            index, list_scenes(index, seed, is_unseen=False), random.Random(f"{seed} train {index}")
+        )
         scenes[task.scene.number] = task.scene
         goals.add((task.scene.number, task.goal))
         yield "train", task
     for index in range(num_validation):
-        yield "valid_seen", draw_task(index, list(scenes.values()), random.Random(f"{seed} valid_seen {index}"), goals)
+        yield (
+            "valid_seen",
+            draw_task(
+                index, list(scenes.values()), random.Random(f"{seed} valid_seen {index}"), goals
+            ),
+        )
     for index in range(num_validation):
         unseen = list_scenes(index, seed, is_unseen=True)
-        yield "valid_unseen", draw_task(index, unseen, random.Random(f"{seed} valid_unseen {index}"))
+        yield (
+            "valid_unseen",
+            draw_task(index, unseen, random.Random(f"{seed} valid_unseen {index}")),
+        )
 
 
 def list_scenes(index: int, seed: int, *, is_unseen: bool) -> list[Scene]:
-    """The rooms that the game of an index may play in, by its type and its turn in the cycle of sizes."""
+    """The rooms that the game of an index may play in, by its type and its turn in the cycle of
+    sizes.
+    """
     size = SIZE_CYCLE[index // len(TASK_TYPES) % len(SIZE_CYCLE)]
     numbers = ROOM_SIZES[size].unseen_scenes if is_unseen else ROOM_SIZES[size].train_scenes
-    return [build_scene(kind, size, number, seed) for kind in list_room_kinds(_find_type(index)) for number in numbers]
+    return [
+        build_scene(kind, size, number, seed)
+        for kind in list_room_kinds(_find_type(index))
+        for number in numbers
+    ]
 
 
-def draw_task(index: int, scenes: Sequence[Scene], rng: random.Random, taken: Set[tuple[int, Goal]] = frozenset()) -> RoomTask:
+def draw_task(
+    index: int,
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    taken: Set[tuple[int, Goal]] = frozenset(),
+) -> RoomTask:
     """A room with a goal of the index's type that is not taken, and its objects laid out."""
     goals_by_scene = [
-        (scene, [goal for goal in list_goals(scene, _find_type(index)) if (scene.number, goal) not in taken])
+        (
+            scene,
+            [
+                goal
+                for goal in list_goals(scene, _find_type(index))
+                if (scene.number, goal) not in taken
+            ],
+        )
         for scene in scenes
         if scene.kind in list_room_kinds(_find_type(index))
     ]
     possible = [(scene, goals) for scene, goals in goals_by_scene if goals]
     if not possible:
         raise ConfigurationError(
-            f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. Ask for fewer tasks."
+            f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. "
+            "Ask for fewer tasks."
         )
     scene, goals = rng.choice(possible)
     return lay_out(scene, rng.choice(goals), rng)
@@ -136,8 +178,12 @@ def write_game(directory: Path, split: str, task: RoomTask, rng: random.Random) 
     content["walkthrough"] = win(content, task, path / GAME_FILE)
     path.mkdir(parents=True)
     (path / GAME_FILE).write_text(json.dumps(content), encoding="utf-8")
-    (path / TRAJECTORY_FILE).write_text(json.dumps(_describe_trajectory(task, trial, description), indent=1), encoding="utf-8")
-    return GameEntry(f"{split}/{folder}/{trial}", goal.task_type, f"{description}.", len(scene.receptacles))
+    (path / TRAJECTORY_FILE).write_text(
+        json.dumps(_describe_trajectory(task, trial, description), indent=1), encoding="utf-8"
+    )
+    return GameEntry(
+        f"{split}/{folder}/{trial}", goal.task_type, f"{description}.", len(scene.receptacles)
+    )
 
 
 def _describe_trajectory(task: RoomTask, trial: str, description: str) -> dict[str, Any]:
@@ -173,13 +219,17 @@ def win(content: Mapping[str, Any], task: RoomTask, path: Path) -> list[str]:
         else:
             if view.is_won:
                 return commands
-        raise EnvironmentFailedError(f"The walkthrough {commands} does not win {path}. Report this as a defect.", path=path)
+        raise EnvironmentFailedError(
+            f"The walkthrough {commands} does not win {path}. Report this as a defect.", path=path
+        )
     finally:
         game.close()
 
 
 class Walk:
-    """A player who knows where everything lies. `names`: what the engine calls each thing, by its encoded id."""
+    """A player who knows where everything lies. `names`: what the engine calls each thing, by its
+    encoded id.
+    """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names

@@ -1,8 +1,10 @@
-"""Owns how a game's sentences are written: TextWorld's context-sensitive grammar, parsed once and derived without copies.
+"""Owns how a game's sentences are written: TextWorld's context-sensitive grammar, parsed once and
+derived without copies.
 
-Says exactly what `ContextSensitiveGrammar.derive` says. The stock one parses every template and every query again on every
-derivation and deep-copies the context for every symbol; here a parse is remembered for the process, and a derived sentence for
-the state, until a fact changes that it was derived from. Knows neither files nor environments.
+Says exactly what `ContextSensitiveGrammar.derive` says. The stock one parses every template and
+every query again on every derivation and deep-copies the context for every symbol; here a parse is
+remembered for the process, and a derived sentence for the state, until a fact changes that it was
+derived from. Knows neither files nor environments.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from textworld.envs.pddl.textgen import _parse_and_convert as parse_symbols_with
 from textworld.generator.game import EntityInfo
 from textworld.logic import Placeholder, Rule, Variable
 
-# A grammar holds about 40 templates and 20 queries; the task's sentence is the only template that differs between games.
+# A grammar holds about 40 templates and 20 queries; the task's sentence is the only template that
+# differs between games.
 _MAX_TEMPLATES, _MAX_QUERIES = 4096, 512
-# What templates of shipped grammars are made of. A game file is data from elsewhere: it must not run code of its own.
+# What templates of shipped grammars are made of. A game file is data from elsewhere: it must not
+# run code of its own.
 _EXPRESSION_NODES = (
     ast.Expression,
     ast.Name,
@@ -45,7 +49,9 @@ _EXPRESSION_NODES = (
 
 
 class GrammarError(Exception):
-    """A game's grammar cannot be used. No ValueError: TextWorld takes those for a command that does not apply."""
+    """A game's grammar cannot be used. No ValueError: TextWorld takes those for a command that does
+    not apply.
+    """
 
 
 @lru_cache(maxsize=_MAX_TEMPLATES)
@@ -70,13 +76,17 @@ def compile_expression(expression: str) -> CodeType:
     for node in ast.walk(tree):
         is_private = isinstance(node, ast.Attribute) and node.attr.startswith("_")
         if not isinstance(node, _EXPRESSION_NODES) or is_private:
-            raise GrammarError(f"template expression {expression!r} is more than names, attributes and +")
+            raise GrammarError(
+                f"template expression {expression!r} is more than names, attributes and +"
+            )
     return compile(tree, "<template>", "eval")
 
 
 @dataclass(frozen=True, slots=True)
 class Production:
-    """One way to write a symbol, taken if it is the first whose condition holds. An empty condition always holds."""
+    """One way to write a symbol, taken if it is the first whose condition holds. An empty condition
+    always holds.
+    """
 
     condition: str
     symbols: tuple[Symbol, ...]
@@ -100,8 +110,13 @@ class Scene:
         return [self._extend(found) for found in self.state.all_assignments(rule, self.mapping)]
 
     def _extend(self, found: Mapping[Placeholder, Variable]) -> Scene:
-        named = {placeholder.name: self.entities[variable.name] for placeholder, variable in found.items()}
-        return Scene(self.state, self.entities, {**self.mapping, **found}, {**self.variables, **named})
+        named = {
+            placeholder.name: self.entities[variable.name]
+            for placeholder, variable in found.items()
+        }
+        return Scene(
+            self.state, self.entities, {**self.mapping, **found}, {**self.variables, **named}
+        )
 
 
 class SentenceGrammar:
@@ -121,11 +136,17 @@ class SentenceGrammar:
 
     def replace_production(self, name: str, template: str) -> SentenceGrammar:
         """This grammar with one symbol written in one way only."""
-        return SentenceGrammar({**self._productions, name: (Production("", parse_template(template)),)})
+        return SentenceGrammar(
+            {**self._productions, name: (Production("", parse_template(template)),)}
+        )
 
     def derive(self, start: str, context: Mapping[str, Any]) -> str:
-        """The sentence of a template in a context; the context is a dictionary because TextWorld's environment calls this."""
-        scene = Scene(context["state"], context["entity_infos"], context["mapping"], context["variables"])
+        """The sentence of a template in a context; the context is a dictionary because TextWorld's
+        environment calls this.
+        """
+        scene = Scene(
+            context["state"], context["entity_infos"], context["mapping"], context["variables"]
+        )
         key = (start, *scene.mapping.items())
         return scene.state.remember_sentence(key, lambda: self._write(parse_template(start), scene))
 
@@ -154,7 +175,10 @@ class SentenceGrammar:
         raise GrammarError(f"grammar symbol #{name}# has no production that applies")
 
     def _write_each(self, symbol: ConditionalSymbol, scene: Scene) -> list[str]:
-        return [self._write_symbol(symbol.expression, found) for found in scene.find_matches(symbol.given or "")]
+        return [
+            self._write_symbol(symbol.expression, found)
+            for found in scene.find_matches(symbol.given or "")
+        ]
 
     def _enumerate(self, items: list[str], scene: Scene) -> str:
         """`a, b, and c`, in the grammar's own words for the commas."""

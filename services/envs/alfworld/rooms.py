@@ -1,7 +1,8 @@
-"""Owns what generated rooms are made of: receptacles, objects, sizes, and how a room and its task become a PDDL problem.
+"""Owns what generated rooms are made of: receptacles, objects, sizes, and how a room and its task
+become a PDDL problem.
 
-What fits where, what opens and what can be cleaned, heated or cooled is ALFWorld's own table; which rooms there are is ours.
-Knows no engine and writes no file.
+What fits where, what opens and what can be cleaned, heated or cooled is ALFWorld's own table; which
+rooms there are is ours. Knows no engine and writes no file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SCENES_PER_KIND = 30
 
 @dataclass(frozen=True, slots=True)
 class RoomKind:
-    """What a kind of room holds: some receptacles always, others up to a number of each, and objects that may lie about."""
+    """What a kind of room holds: some receptacles always, others up to a number of each, and
+    objects that may lie about.
+    """
 
     first_scene: int
     always: tuple[str, ...]
@@ -31,7 +34,9 @@ class RoomKind:
 
 @dataclass(frozen=True, slots=True)
 class RoomSize:
-    """How much a room holds. `scenes` are the numbers of its rooms within their kind, the last few kept from training."""
+    """How much a room holds. `scenes` are the numbers of its rooms within their kind, the last few
+    kept from training.
+    """
 
     num_receptacles: tuple[int, int]
     num_objects: tuple[int, int]
@@ -65,8 +70,31 @@ ROOM_KINDS = MappingProxyType(
                 "Toaster": 1,
             },
             objects=(
-                *("Apple", "Bread", "ButterKnife", "Bowl", "Cup", "DishSponge", "Egg", "Fork", "Kettle", "Knife", "Ladle"),
-                *("Lettuce", "Mug", "Pan", "PepperShaker", "Plate", "Pot", "Potato", "SaltShaker", "SoapBottle", "Spatula"),
+                *(
+                    "Apple",
+                    "Bread",
+                    "ButterKnife",
+                    "Bowl",
+                    "Cup",
+                    "DishSponge",
+                    "Egg",
+                    "Fork",
+                    "Kettle",
+                    "Knife",
+                    "Ladle",
+                ),
+                *(
+                    "Lettuce",
+                    "Mug",
+                    "Pan",
+                    "PepperShaker",
+                    "Plate",
+                    "Pot",
+                    "Potato",
+                    "SaltShaker",
+                    "SoapBottle",
+                    "Spatula",
+                ),
                 *("Spoon", "Tomato", "WineBottle"),
             ),
         ),
@@ -85,7 +113,18 @@ ROOM_KINDS = MappingProxyType(
                 "GarbageCan": 1,
             },
             objects=(
-                *("Book", "Box", "CellPhone", "CreditCard", "KeyChain", "Laptop", "Newspaper", "Pencil", "Pillow", "Plate"),
+                *(
+                    "Book",
+                    "Box",
+                    "CellPhone",
+                    "CreditCard",
+                    "KeyChain",
+                    "Laptop",
+                    "Newspaper",
+                    "Pencil",
+                    "Pillow",
+                    "Plate",
+                ),
                 *("RemoteControl", "Statue", "TissueBox", "Vase", "Watch", "WateringCan"),
             ),
             lamp="FloorLamp",
@@ -105,7 +144,18 @@ ROOM_KINDS = MappingProxyType(
                 "GarbageCan": 1,
             },
             objects=(
-                *("AlarmClock", "BaseballBat", "Book", "Bowl", "Box", "CD", "CellPhone", "CreditCard", "KeyChain", "Laptop"),
+                *(
+                    "AlarmClock",
+                    "BaseballBat",
+                    "Book",
+                    "Bowl",
+                    "Box",
+                    "CD",
+                    "CellPhone",
+                    "CreditCard",
+                    "KeyChain",
+                    "Laptop",
+                ),
                 *("Mug", "Pen", "Pencil", "Pillow", "TennisRacket", "TissueBox", "Watch"),
             ),
             lamp="DeskLamp",
@@ -125,7 +175,16 @@ ROOM_KINDS = MappingProxyType(
                 "GarbageCan": 1,
             },
             objects=(
-                *("Candle", "Cloth", "DishSponge", "HandTowel", "SoapBar", "SoapBottle", "SprayBottle", "TissueBox"),
+                *(
+                    "Candle",
+                    "Cloth",
+                    "DishSponge",
+                    "HandTowel",
+                    "SoapBar",
+                    "SoapBottle",
+                    "SprayBottle",
+                    "TissueBox",
+                ),
                 *("ToiletPaper", "ToiletPaperRoll"),
             ),
         ),
@@ -147,7 +206,12 @@ STATIONS = MappingProxyType(
 )
 LOOK_TASK, TWO_OBJECTS_TASK = "look_at_obj_in_light", "pick_two_obj_and_place"
 LAMP_SURFACES = ("SideTable", "Desk", "CoffeeTable")
-_AFFORDANCES = {"Cleanable": "cleanable", "Heatable": "heatable", "Coolable": "coolable", "Sliceable": "sliceable"}
+_AFFORDANCES = {
+    "Cleanable": "cleanable",
+    "Heatable": "heatable",
+    "Coolable": "coolable",
+    "Sliceable": "sliceable",
+}
 # How ALFWorld writes the letters of an object's id that PDDL does not know.
 _ENCODED_LETTERS = {"-": "_minus_", "|": "_bar_", "+": "_plus_", ".": "_dot_"}
 
@@ -190,7 +254,9 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a task asks for. `destination` is "" where the task has a lamp instead, `lamp` otherwise."""
+    """What a task asks for. `destination` is "" where the task has a lamp instead, `lamp`
+    otherwise.
+    """
 
     task_type: str
     target: str
@@ -216,9 +282,15 @@ def build_scene(kind: str, size: str, index: int, seed: int) -> Scene:
     num_more = rng.randint(*ROOM_SIZES[size].num_receptacles) - len(room.always)
     kinds = [*room.always, *sorted(rng.sample(more, num_more))]
     # The player starts at the origin: no receptacle stands there, and no two stand in one place.
-    spots = rng.sample([(x, z) for x in range(-12, 13) for z in range(-12, 13) if (x, z) != (0, 0)], len(kinds))
+    spots = rng.sample(
+        [(x, z) for x in range(-12, 13) for z in range(-12, 13) if (x, z) != (0, 0)], len(kinds)
+    )
     receptacles = tuple(
-        Receptacle(name, _draw_key(name, rng), f"loc|{x}|{z}|{rng.randint(0, 3)}|{rng.choice((0, 30, 45, 60))}")
+        Receptacle(
+            name,
+            _draw_key(name, rng),
+            f"loc|{x}|{z}|{rng.randint(0, 3)}|{rng.choice((0, 30, 45, 60))}",
+        )
         for name, (x, z) in zip(kinds, spots, strict=True)
     )
     return Scene(number, kind, size, receptacles)
@@ -229,23 +301,40 @@ def list_room_kinds(task_type: str) -> list[str]:
     if task_type == LOOK_TASK:
         return [kind for kind, room in ROOM_KINDS.items() if room.lamp]
     station = STATIONS.get(task_type)
-    return [kind for kind, room in ROOM_KINDS.items() if station is None or station.kind in room.always]
+    return [
+        kind for kind, room in ROOM_KINDS.items() if station is None or station.kind in room.always
+    ]
 
 
 def list_goals(scene: Scene, task_type: str) -> list[Goal]:
-    """Every goal of a task type that the room allows: its object fits somewhere else than where it must go."""
+    """Every goal of a task type that the room allows: its object fits somewhere else than where it
+    must go.
+    """
     room = ROOM_KINDS[scene.kind]
     if task_type == LOOK_TASK:
-        return [Goal(task_type, name, "", room.lamp) for name in room.objects if any(map_fits(scene, name))]
+        return [
+            Goal(task_type, name, "", room.lamp)
+            for name in room.objects
+            if any(map_fits(scene, name))
+        ]
     station = STATIONS.get(task_type)
-    able = room.objects if station is None else constants.VAL_ACTION_OBJECTS[station.affordance] & set(room.objects)
-    destinations = {receptacle.kind for receptacle in scene.receptacles} - {station.kind if station else ""}
+    able = (
+        room.objects
+        if station is None
+        else constants.VAL_ACTION_OBJECTS[station.affordance] & set(room.objects)
+    )
+    destinations = {receptacle.kind for receptacle in scene.receptacles} - {
+        station.kind if station else ""
+    }
     return [
         Goal(task_type, name, destination, "")
         for name in sorted(able)
         for destination in sorted(destinations)
         if name in constants.VAL_RECEPTACLE_OBJECTS[destination]
-        and any(receptacle.fits(name) and receptacle.kind != destination for receptacle in scene.receptacles)
+        and any(
+            receptacle.fits(name) and receptacle.kind != destination
+            for receptacle in scene.receptacles
+        )
     ]
 
 
@@ -257,9 +346,13 @@ def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
     """Put the goal's objects, its lamp and some others into a room. Nothing lies where it must go."""
     room, size = ROOM_KINDS[scene.kind], ROOM_SIZES[scene.size]
     num_targets = rng.randint(2, 3) if goal.task_type == TWO_OBJECTS_TASK else rng.randint(1, 2)
-    things = [_place(goal.target, scene, rng, forbidden=goal.destination) for _ in range(num_targets)]
+    things = [
+        _place(goal.target, scene, rng, forbidden=goal.destination) for _ in range(num_targets)
+    ]
     if goal.lamp:
-        surface = rng.choice([receptacle for receptacle in scene.receptacles if receptacle.kind in LAMP_SURFACES])
+        surface = rng.choice(
+            [receptacle for receptacle in scene.receptacles if receptacle.kind in LAMP_SURFACES]
+        )
         things.append(Thing(goal.lamp, _draw_key(goal.lamp, rng), surface))
     others = [name for name in room.objects if name != goal.target and any(map_fits(scene, name))]
     num_others = max(0, rng.randint(*size.num_objects) - len(things))
@@ -268,12 +361,18 @@ def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
 
 
 def _place(name: str, scene: Scene, rng: random.Random, forbidden: str = "") -> Thing:
-    places = [receptacle for receptacle in scene.receptacles if receptacle.fits(name) and receptacle.kind != forbidden]
+    places = [
+        receptacle
+        for receptacle in scene.receptacles
+        if receptacle.fits(name) and receptacle.kind != forbidden
+    ]
     return Thing(name, _draw_key(name, rng), rng.choice(places))
 
 
 def _draw_key(name: str, rng: random.Random) -> str:
-    """An id as in ALFRED. A basin belongs to its sink, and ALFWorld names it by the `basin` at the end."""
+    """An id as in ALFRED. A basin belongs to its sink, and ALFWorld names it by the `basin` at the
+    end.
+    """
     owner = name.removesuffix("Basin")
     spot = "|".join(f"{rng.uniform(-4, 4):+06.2f}" for _ in range(3))
     return f"{owner}|{spot}" if owner == name else f"{owner}|{spot}|{name}"
@@ -286,11 +385,20 @@ def encode_key(key: str) -> str:
 def describe(goal: Goal, rng: random.Random) -> str:
     """The goal's sentence, in one of ALFWorld's own wordings."""
     template = rng.choice(goal_library.gdict[goal.task_type]["templates"])
-    return str(template.format(obj=goal.target.lower(), recep=goal.destination.lower(), toggle=goal.lamp.lower(), mrecep=""))
+    return str(
+        template.format(
+            obj=goal.target.lower(),
+            recep=goal.destination.lower(),
+            toggle=goal.lamp.lower(),
+            mrecep="",
+        )
+    )
 
 
 def write_problem(task: RoomTask) -> str:
-    """The PDDL problem of a task. Ids are encoded; ALFWorld's goals write `#` for the hyphen before a type."""
+    """The PDDL problem of a task. Ids are encoded; ALFWorld's goals write `#` for the hyphen before
+    a type.
+    """
     goal = task.goal
     condition = goal_library.gdict[goal.task_type]["pddl"].format(
         obj=goal.target, recep=goal.destination, toggle=goal.lamp, mrecep=""
@@ -298,7 +406,8 @@ def write_problem(task: RoomTask) -> str:
     objects = "\n        ".join(_list_objects(task))
     facts = "\n        ".join(_list_facts(task))
     return (
-        f"(define (problem scene_{task.scene.number})\n    (:domain alfred)\n    (:objects\n        {objects}\n    )\n"
+        f"(define (problem scene_{task.scene.number})\n    (:domain alfred)\n    (:objects\n       "
+        f" {objects}\n    )\n"
         f"    (:init\n        {facts}\n    )\n{condition.replace('#', '-')}"
     )
 
@@ -309,10 +418,17 @@ _START = "loc|0|0|0|30"
 def _list_objects(task: RoomTask) -> Iterator[str]:
     yield "agent1 - agent"
     yield from (f"{kind}Type - otype" for kind in sorted({thing.kind for thing in task.things}))
-    yield from (f"{kind}Type - rtype" for kind in sorted({receptacle.kind for receptacle in task.scene.receptacles}))
+    yield from (
+        f"{kind}Type - rtype"
+        for kind in sorted({receptacle.kind for receptacle in task.scene.receptacles})
+    )
     yield from (f"{encode_key(thing.key)} - object" for thing in task.things)
-    yield from (f"{encode_key(receptacle.key)} - receptacle" for receptacle in task.scene.receptacles)
-    yield from (f"{encode_key(location)} - location" for location in (_START, *_locations(task.scene)))
+    yield from (
+        f"{encode_key(receptacle.key)} - receptacle" for receptacle in task.scene.receptacles
+    )
+    yield from (
+        f"{encode_key(location)} - location" for location in (_START, *_locations(task.scene))
+    )
 
 
 def _locations(scene: Scene) -> list[str]:
@@ -341,7 +457,11 @@ def _list_thing_facts(thing: Thing) -> Iterator[str]:
     yield f"(objectType {key} {thing.kind}Type)"
     yield f"(inReceptacle {key} {encode_key(thing.place.key)})"
     yield f"(objectAtLocation {key} {encode_key(thing.place.location)})"
-    yield f"(toggleable {key})" if thing.kind in constants.VAL_ACTION_OBJECTS["Toggleable"] else f"(pickupable {key})"
+    yield (
+        f"(toggleable {key})"
+        if thing.kind in constants.VAL_ACTION_OBJECTS["Toggleable"]
+        else f"(pickupable {key})"
+    )
     if thing.kind in constants.MOVABLE_RECEPTACLES:
         yield f"(isReceptacleObject {key})"
     for affordance, predicate in _AFFORDANCES.items():

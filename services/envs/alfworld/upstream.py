@@ -1,16 +1,26 @@
-"""Owns the import of alfworld, which creates a directory as it happens: whatever is used of it comes from here."""
+"""Owns the import of alfworld, which creates a directory as it happens: whatever is used of it
+comes from here.
+"""
 
 from __future__ import annotations
 
 import tempfile
 
-from sdar.runtime.settings import apply_environment
+from sdar.process.settings import apply_environment
 
-# The directory that alfworld creates on its import, ~/.cache/alfworld without it. Nothing is written there.
+# The directory that alfworld creates on its import, ~/.cache/alfworld without it. Nothing is
+# written there.
 apply_environment({"ALFWORLD_DATA": tempfile.gettempdir()})
 
 from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos  # noqa: E402
 from alfworld.gen import constants, goal_library  # noqa: E402
 from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH  # noqa: E402
 
-__all__ = ["ALFRED_PDDL_PATH", "ALFRED_TWL2_PATH", "AlfredDemangler", "AlfredInfos", "constants", "goal_library"]
+__all__ = [
+    "ALFRED_PDDL_PATH",
+    "ALFRED_TWL2_PATH",
+    "AlfredDemangler",
+    "AlfredInfos",
+    "constants",
+    "goal_library",
+]

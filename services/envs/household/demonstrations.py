@@ -1,4 +1,5 @@
-"""Owns how the household is shown to a learner: the wording of a skill, the expert, and a demonstrator who is often wrong.
+"""Owns how the household is shown to a learner: the wording of a skill, the expert, and a
+demonstrator who is often wrong.
 
 Never used while playing: the game does not know it exists.
 """
@@ -14,7 +15,9 @@ from services.envs.household.game import CLOSED_PLACES, STATIONS, HouseholdTask
 
 
 def skill_wording(task_type: str, procedure: Sequence[str]) -> str:
-    """A skill's whole text. Each step is keyed by the one before it, which even a two-layer model learns to look up."""
+    """A skill's whole text. Each step is keyed by the one before it, which even a two-layer model
+    learns to look up.
+    """
     if not procedure:
         return f"skill {task_type} : first put ."
     first = f"skill {task_type} : first use {procedure[0]} ."
@@ -30,16 +33,21 @@ def list_demonstration(task: HouseholdTask, procedure: Sequence[str]) -> list[st
 
 
 def find_misconception(task_type: str, step: int, right_station: str) -> str:
-    """The wrong station that the demonstrator prefers at one step of a task type: always the same one."""
+    """The wrong station that the demonstrator prefers at one step of a task type: always the same
+    one.
+    """
     wrong = [station for station in STATIONS if station != right_station]
     return wrong[hashlib.sha256(f"{task_type}{step}".encode()).digest()[0] % len(wrong)]
 
 
-def draw_misguided_procedure(rng: random.Random, task: HouseholdTask, right: float, misconception: float) -> list[str]:
+def draw_misguided_procedure(
+    rng: random.Random, task: HouseholdTask, right: float, misconception: float
+) -> list[str]:
     """The task's procedure as a poor demonstrator remembers it, step by step independently.
 
-    The right station with probability `right`, a fixed wrong favourite with probability `misconception` (so that greedy
-    decoding of what learns from him is wrong too, and cannot be had by mere sharpening), any other station otherwise.
+    The right station with probability `right`, a fixed wrong favourite with probability
+    `misconception` (so that greedy decoding of what learns from him is wrong too, and cannot be had
+    by mere sharpening), any other station otherwise.
     """
     procedure = []
     for step, station in enumerate(task.procedure):
@@ -50,5 +58,7 @@ def draw_misguided_procedure(rng: random.Random, task: HouseholdTask, right: flo
         elif draw < right + misconception:
             procedure.append(favourite)
         else:
-            procedure.append(rng.choice([other for other in STATIONS if other not in (station, favourite)]))
+            procedure.append(
+                rng.choice([other for other in STATIONS if other not in (station, favourite)])
+            )
     return procedure

@@ -1,11 +1,13 @@
-"""Owns the household as an Environment. The rules are in `game`; this file only speaks the base class's language."""
+"""Owns the household as an Environment. The rules are in `game`; this file only speaks the base
+class's language.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from sdar.contracts.types import Task
-from services.envs.base import Environment, Observation, StepResult
+from sdar.environments.base import Environment, Observation, StepResult
 from services.envs.household.game import (
     HELDOUT,
     MAX_TURNS,
@@ -18,7 +20,9 @@ from services.envs.household.game import (
 
 
 class HouseholdEnvironment(Environment):
-    """Reward 1 for an object put in its place after exactly its type's procedure, 0 otherwise. The seed changes nothing."""
+    """Reward 1 for an object put in its place after exactly its type's procedure, 0 otherwise. The
+    seed changes nothing.
+    """
 
     name = "household"
     version = "1"

@@ -1,7 +1,8 @@
-"""Owns the household game's rules: tasks, procedures, splits, and one game in play. Pure Python, draws no random number.
+"""Owns the household game's rules: tasks, procedures, splits, and one game in play. Pure Python,
+draws no random number.
 
-A task asks to bring an object through its task type's procedure, an ordered list of stations that no observation ever
-mentions, and then to put it in its place:
+A task asks to bring an object through its task type's procedure, an ordered list of stations that
+no observation ever mentions, and then to put it in its place:
 
     open drawer -> take apple -> use sink -> use fan -> put apple in desk
     (closed places only)         (the hidden procedure)
@@ -16,7 +17,20 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import MappingProxyType
 
-OBJECTS = ("apple", "mug", "plate", "knife", "book", "egg", "towel", "pan", "shirt", "bottle", "spoon", "bowl")
+OBJECTS = (
+    "apple",
+    "mug",
+    "plate",
+    "knife",
+    "book",
+    "egg",
+    "towel",
+    "pan",
+    "shirt",
+    "bottle",
+    "spoon",
+    "bowl",
+)
 OPEN_PLACES = ("table", "shelf", "desk", "rack")
 CLOSED_PLACES = ("drawer", "cabinet", "box", "chest")
 PLACES = OPEN_PLACES + CLOSED_PLACES
@@ -65,7 +79,9 @@ class HouseholdTask:
 
     @cached_property
     def draw(self) -> float:
-        """A number in [0, 1) from the id alone: the split and the order of tasks, the same on every machine."""
+        """A number in [0, 1) from the id alone: the split and the order of tasks, the same on every
+        machine.
+        """
         return int.from_bytes(hashlib.sha256(self.task_id.encode()).digest()[:6]) / 2**48
 
     @property
@@ -97,7 +113,11 @@ def parse_task_id(task_id: str) -> HouseholdTask | None:
     if len(parts) != 4:
         return None
     task = HouseholdTask(*parts)
-    is_known = task.task_type in PROCEDURES and task.object in OBJECTS and {task.source, task.destination} <= set(PLACES)
+    is_known = (
+        task.task_type in PROCEDURES
+        and task.object in OBJECTS
+        and {task.source, task.destination} <= set(PLACES)
+    )
     return task if is_known and task.source != task.destination else None
 
 
@@ -142,10 +162,15 @@ class HouseholdGame:
             return (f"open {self.task.source}",)
         if not self._is_carrying:
             return (f"take {self.task.object}",)
-        return (*(f"use {station}" for station in STATIONS), f"put {self.task.object} in {self.task.destination}")
+        return (
+            *(f"use {station}" for station in STATIONS),
+            f"put {self.task.object} in {self.task.destination}",
+        )
 
     def act(self, action: str) -> str:
-        """Play one action and return what the player sees. An inadmissible action only costs a turn."""
+        """Play one action and return what the player sees. An inadmissible action only costs a
+        turn.
+        """
         is_admissible = action in self.list_actions()
         self.num_turns += 1
         if not is_admissible:

@@ -1,4 +1,6 @@
-"""Owns how requests that come at the same time share the retriever's work: bounded waiting, one batch after the other."""
+"""Owns how requests that come at the same time share the retriever's work: bounded waiting, one
+batch after the other.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ log = structlog.get_logger()
 QUERIES = Counter("sdar_retriever_queries_total", "Queries answered")
 FAILURES = Counter("sdar_retriever_failures_total", "Batches on which the retriever failed")
 WAITING = Gauge("sdar_retriever_waiting_queries", "Queries that wait for their batch")
-BATCH_SIZES = Histogram("sdar_retriever_batch_queries", "Queries of a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024))
+BATCH_SIZES = Histogram(
+    "sdar_retriever_batch_queries",
+    "Queries of a batch",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
+)
 BATCH_SECONDS = Histogram("sdar_retriever_batch_seconds", "Seconds that a batch took")
 
 
@@ -34,7 +40,9 @@ class _Request:
 
 
 class Batcher:
-    """While one batch is ranked in a thread, requests gather for the next: nobody waits for company. Use as a context."""
+    """While one batch is ranked in a thread, requests gather for the next: nobody waits for
+    company. Use as a context.
+    """
 
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
@@ -62,7 +70,8 @@ class Batcher:
         num_waiting = sum(len(request.queries) for request in self._waiting)
         if num_waiting + len(queries) > MAX_WAITING_QUERIES:
             raise CapacityError(
-                f"{num_waiting} queries wait already, the limit is {MAX_WAITING_QUERIES}. Retry after a while, or run more "
+                f"{num_waiting} queries wait already, the limit is {MAX_WAITING_QUERIES}. Retry "
+                "after a while, or run more "
                 "retrievers."
             )
         request = _Request(queries, topk, asyncio.get_running_loop().create_future())
@@ -93,12 +102,16 @@ class Batcher:
         topk = max(request.topk for request in batch)
         try:
             with BATCH_SECONDS.time():
-                found = await asyncio.get_running_loop().run_in_executor(self._thread, self._retriever.retrieve, queries, topk)
+                found = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._retriever.retrieve, queries, topk
+                )
         # The boundary: one failed batch must not end the service.
         except Exception as error:
             FAILURES.inc()
             log.warning("retriever_failed", num_queries=len(queries), exc_info=error)
-            failure = UnavailableError(f"The retriever failed on this request: {type(error).__name__}: {error}. Retry it.")
+            failure = UnavailableError(
+                f"The retriever failed on this request: {type(error).__name__}: {error}. Retry it."
+            )
             for request in batch:
                 _set(request.answer, failure)
             return
@@ -108,7 +121,9 @@ class Batcher:
             _set(request.answer, [next(hits)[: request.topk] for _ in request.queries])
 
 
-def _set(answer: asyncio.Future[list[list[Hit]]], outcome: list[list[Hit]] | UnavailableError) -> None:
+def _set(
+    answer: asyncio.Future[list[list[Hit]]], outcome: list[list[Hit]] | UnavailableError
+) -> None:
     if answer.done():  # its caller went away
         return
     if isinstance(outcome, UnavailableError):

@@ -1,4 +1,6 @@
-"""Owns calls to a retriever service: one HTTP client per service and process, retries within a bound, and typed failure."""
+"""Owns calls to a retriever service: one HTTP client per service and process, retries within a
+bound, and typed failure.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from typing import Any
 import httpx
 
 from sdar.contracts.errors import ConfigurationError, UnavailableError
-from sdar.runtime.http_client import client_options
-from sdar.runtime.security import Security, hide_credentials
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
+from sdar.process.text import hide_credentials
+from sdar.wire.http_client import client_options
+from sdar.wire.security import Security
 from services.envs.search.passages import Hit, Passage
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -32,7 +35,8 @@ class RetrieverFailedError(UnavailableError):
 
 
 class RetrieverClient:
-    """A retriever in another process. Each environment has one; all of a process share their connections.
+    """A retriever in another process. Each environment has one; all of a process share their
+    connections.
 
     Args:
         url: the service, without /retrieve.
@@ -45,11 +49,13 @@ class RetrieverClient:
     def __init__(self, url: str, timeout_s: float) -> None:
         if not _is_address(url):
             raise ConfigurationError(
-                f"retriever_url is {hide_credentials(url)!r}, expected an address such as http://127.0.0.1:8000."
+                f"retriever_url is {hide_credentials(url)!r}, expected an address such as "
+                "http://127.0.0.1:8000."
             )
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ConfigurationError(
-                f"retriever_timeout_s is {timeout_s}, expected above 0 and at most {MAX_TIMEOUT_S} seconds."
+                f"retriever_timeout_s is {timeout_s}, expected above 0 and at most {MAX_TIMEOUT_S} "
+                "seconds."
             )
         self._url = f"{url.rstrip('/')}/retrieve"
         self._timeout_s = timeout_s
@@ -67,14 +73,18 @@ class RetrieverClient:
                 is_over = time.monotonic() + delay_s >= ends_at or not error.is_worth_retrying
                 if is_over or self._closed.wait(delay_s):
                     raise RetrieverFailedError(
-                        f"Retriever {hide_credentials(self._url)} failed, attempt {num_attempts} with {error}. "
+                        f"Retriever {hide_credentials(self._url)} failed, attempt {num_attempts} "
+                        f"with {error}. "
                         "Check that it runs and is ready (GET /readyz)."
                     ) from error
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
         raise AssertionError("attempts are counted without end")
 
     def _time_for_attempt(self, ends_at: float) -> float:
-        return max(_LEAST_ATTEMPT_S, min(self._timeout_s / _ATTEMPTS_WITHIN_BOUND, ends_at - time.monotonic()))
+        return max(
+            _LEAST_ATTEMPT_S,
+            min(self._timeout_s / _ATTEMPTS_WITHIN_BOUND, ends_at - time.monotonic()),
+        )
 
     def close(self) -> None:
         """End a call that waits for its next attempt, and give up the connections."""
@@ -90,9 +100,13 @@ class RetrieverClient:
         except httpx.HTTPError as error:
             raise AttemptFailedError(f"{type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
-            is_worth_retrying = response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
+            is_worth_retrying = (
+                response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
+            )
             text = body[:200].decode(errors="replace")
-            raise AttemptFailedError(f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying)
+            raise AttemptFailedError(
+                f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying
+            )
         return parse_answer(body, len(request["queries"]))
 
 
@@ -113,13 +127,17 @@ class AttemptFailedError(Exception):
 
 
 def parse_answer(body: bytes, num_queries: int) -> list[list[Hit]]:
-    """The hits of each query. Raises AttemptFailedError for anything but the answer that was asked for."""
+    """The hits of each query. Raises AttemptFailedError for anything but the answer that was asked
+    for.
+    """
     try:
         result = json.loads(body)["result"]
         hits = [[_parse_hit(entry) for entry in entries] for entries in result]
     except (ValueError, TypeError, KeyError) as error:
         shown = body[:200].decode(errors="replace")
-        raise AttemptFailedError(f"an answer that cannot be read ({type(error).__name__}: {error}), {shown!r}") from error
+        raise AttemptFailedError(
+            f"an answer that cannot be read ({type(error).__name__}: {error}), {shown!r}"
+        ) from error
     if len(hits) != num_queries:
         raise AttemptFailedError(f"results of {len(hits)} queries for {num_queries} asked")
     return hits
@@ -138,7 +156,9 @@ def _read_body(response: httpx.Response, ends_at: float) -> bytes:
     for chunk in response.iter_bytes():
         body += chunk
         if len(body) > MAX_ANSWER_BYTES:
-            raise AttemptFailedError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", is_worth_retrying=False)
+            raise AttemptFailedError(
+                f"an answer of more than {MAX_ANSWER_BYTES} bytes", is_worth_retrying=False
+            )
         if time.monotonic() > ends_at:
             raise AttemptFailedError("an answer that did not end in time")
     return bytes(body)
@@ -155,8 +175,11 @@ def _borrow_http() -> httpx.Client:
     with _http_lock:
         if _http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
-            # A retriever is a service of one's own: it is shown our token, and never by way of a proxy meant for the outside.
-            _http = httpx.Client(limits=limits, **client_options(Security.from_settings(load_settings())))
+            # A retriever is a service of one's own: it is shown our token, and never by way of a
+            # proxy meant for the outside.
+            _http = httpx.Client(
+                limits=limits, **client_options(Security.from_settings(load_settings()))
+            )
         _num_borrowers += 1
         return _http
 

@@ -1,6 +1,8 @@
-"""Owns a corpus on disk: JSON lines as Search-R1 publishes them, checked once, then read in place, one passage at a time.
+"""Owns a corpus on disk: JSON lines as Search-R1 publishes them, checked once, then read in place,
+one passage at a time.
 
-A corpus of millions of passages takes no memory of its own: the file is mapped, and so is the table of where its lines begin.
+A corpus of millions of passages takes no memory of its own: the file is mapped, and so is the table
+of where its lines begin.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def require_corpus(path: Path) -> None:
     if not path.is_file() or not path.stat().st_size:
         problem = "is empty" if path.is_file() else "does not exist"
         raise ConfigurationError(
-            f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make one: "
+            f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make "
+            "one: "
             "sdar env generate search DIRECTORY."
         )
 
@@ -54,19 +57,29 @@ def parse_passage(line: bytes, path: Path, number: int) -> Passage:
     try:
         entry: Any = json.loads(line)
     except ValueError as error:
-        raise ConfigurationError(f"Corpus {path} line {number} is not JSON ({error}); {_EXPECTED}. Correct it.") from error
+        raise ConfigurationError(
+            f"Corpus {path} line {number} is not JSON ({error}); {_EXPECTED}. Correct it."
+        ) from error
     if not isinstance(entry, dict):
-        raise ConfigurationError(f"Corpus {path} line {number} is {_show(entry)}; {_EXPECTED}. Correct it.")
+        raise ConfigurationError(
+            f"Corpus {path} line {number} is {_show(entry)}; {_EXPECTED}. Correct it."
+        )
     passage_id, contents = entry.get("id"), entry.get("contents")
     if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
-        raise ConfigurationError(f"Corpus {path} line {number}: id is {_show(passage_id)}; {_EXPECTED}. Correct it.")
+        raise ConfigurationError(
+            f"Corpus {path} line {number}: id is {_show(passage_id)}; {_EXPECTED}. Correct it."
+        )
     if not isinstance(contents, str) or not contents.strip():
-        raise ConfigurationError(f"Corpus {path} line {number}: contents is {_show(contents)}; {_EXPECTED}. Correct it.")
+        raise ConfigurationError(
+            f"Corpus {path} line {number}: contents is {_show(contents)}; {_EXPECTED}. Correct it."
+        )
     return Passage(str(passage_id), contents)
 
 
 class Corpus:
-    """Passages by their place in the file. `offsets` are the bytes at which their lines begin, in order."""
+    """Passages by their place in the file. `offsets` are the bytes at which their lines begin, in
+    order.
+    """
 
     def __init__(self, path: Path, offsets: npt.NDArray[np.int64]) -> None:
         self._path = path
@@ -80,7 +93,9 @@ class Corpus:
     def __getitem__(self, index: int) -> Passage:
         start = int(self._offsets[index])
         end = self._bytes.find(b"\n", start)
-        return parse_passage(self._bytes[start : end if end >= 0 else len(self._bytes)], self._path, index + 1)
+        return parse_passage(
+            self._bytes[start : end if end >= 0 else len(self._bytes)], self._path, index + 1
+        )
 
 
 def open_corpus(path: Path) -> Corpus:

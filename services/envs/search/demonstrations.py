@@ -1,4 +1,5 @@
-"""Owns how Search-QA on the generated world is shown to a learner: an expert who sees only what an agent sees.
+"""Owns how Search-QA on the generated world is shown to a learner: an expert who sees only what an
+agent sees.
 
 Never used while playing: the environment does not know it exists.
 """
@@ -19,7 +20,9 @@ UNKNOWN = "unknown"
 
 
 class SearchExpert:
-    """Follows a question's relations one search at a time, reading the passage of each thing on the way. One per episode."""
+    """Follows a question's relations one search at a time, reading the passage of each thing on the
+    way. One per episode.
+    """
 
     def __init__(self) -> None:
         self._chain: list[str] = []
@@ -41,12 +44,16 @@ class SearchExpert:
 
 
 def parse_question(question: str) -> tuple[str, list[str]]:
-    """The thing named and the relations to follow from it. Raises ValueError: no question of the generated world."""
+    """The thing named and the relations to follow from it. Raises ValueError: no question of the
+    generated world.
+    """
     for chain, wording in _ASKED:
         asked = wording.fullmatch(question)
         if asked:
             return asked[1], list(chain)
-    raise ValueError(f"{question!r} is no question of the generated world; the expert knows no other.")
+    raise ValueError(
+        f"{question!r} is no question of the generated world; the expert knows no other."
+    )
 
 
 def read_fact(observation: str, thing: str, relation: str) -> str | None:
@@ -62,4 +69,6 @@ def read_fact(observation: str, thing: str, relation: str) -> str | None:
 
 def write_response(thought: str, *, search: str = "", answer: str = "") -> str:
     """A response in the agent's form, with a search or an answer."""
-    return f"<think>{thought}</think>" + (f"<search>{search}</search>" if search else f"<answer>{answer}</answer>")
+    return f"<think>{thought}</think>" + (
+        f"<search>{search}</search>" if search else f"<answer>{answer}</answer>"
+    )

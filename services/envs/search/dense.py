@@ -1,7 +1,8 @@
-"""Owns search by meaning: an encoder of queries, and a faiss index that its user built over the same corpus.
+"""Owns search by meaning: an encoder of queries, and a faiss index that its user built over the
+same corpus.
 
-Follows the conventions of e5: "query: " before a query ("passage: " before what was indexed), the mean of the last layer over
-the text's tokens, length one.
+Follows the conventions of e5: "query: " before a query ("passage: " before what was indexed), the
+mean of the last layer over the text's tokens, length one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from services.envs.search.passages import Hit
 try:
     import faiss
 except ImportError as error:
-    raise ConfigurationError("A dense index needs faiss. Install it: pip install 'sdar[environments]'.") from error
+    raise ConfigurationError(
+        "A dense index needs faiss. Install it: pip install 'sdar[environments]'."
+    ) from error
 
 QUERY_PREFIX, PASSAGE_PREFIX = "query: ", "passage: "
 MAX_TOKENS = 256
@@ -39,8 +42,12 @@ class Encoder:
     def __init__(self, directory: Path) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            model = AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            model = AutoModel.from_pretrained(
+                directory, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
             self._model = model.to(self._device).eval()
         except (OSError, ValueError) as error:
             raise ConfigurationError(
@@ -54,12 +61,17 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[texts, size], each row of length one."""
-        parts = [self._encode(list(texts[start : start + BATCH_SIZE])) for start in range(0, len(texts), BATCH_SIZE)]
+        parts = [
+            self._encode(list(texts[start : start + BATCH_SIZE]))
+            for start in range(0, len(texts), BATCH_SIZE)
+        ]
         return np.concatenate(parts) if parts else np.empty((0, self.size), np.float32)
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         tokens = tokens.to(self._device)
         states = self._model(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"].unsqueeze(-1)
@@ -84,12 +96,15 @@ class DenseRetriever:
         return [self._rank(*found) for found in zip(self._sign * numbers, places, strict=True)]
 
     def _rank(self, scores: npt.NDArray[np.float32], places: npt.NDArray[np.int64]) -> list[Hit]:
-        # An approximate index fills up with places of -1; of equal scores the earlier passage comes first.
+        # An approximate index fills up with places of -1; of equal scores the earlier passage comes
+        # first.
         order = [number for number in np.lexsort((places, -scores)) if places[number] >= 0]
         return [Hit(self._corpus[int(places[number])], float(scores[number])) for number in order]
 
 
-def open_dense_retriever(corpus_path: Path, index_path: Path, encoder_directory: Path) -> DenseRetriever:
+def open_dense_retriever(
+    corpus_path: Path, index_path: Path, encoder_directory: Path
+) -> DenseRetriever:
     """Load all three, and check that they belong together.
 
     Raises:
@@ -100,15 +115,19 @@ def open_dense_retriever(corpus_path: Path, index_path: Path, encoder_directory:
         index = faiss.read_index(str(index_path))
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
-        raise ConfigurationError(f"Index {index_path} cannot be read by faiss: {problem}. Give a file faiss wrote.") from error
+        raise ConfigurationError(
+            f"Index {index_path} cannot be read by faiss: {problem}. Give a file faiss wrote."
+        ) from error
     if index.ntotal != len(corpus):
         raise ConfigurationError(
-            f"Index {index_path} has {index.ntotal} vectors for {len(corpus)} passages in {corpus_path}. Index this corpus."
+            f"Index {index_path} has {index.ntotal} vectors for {len(corpus)} passages in "
+            f"{corpus_path}. Index this corpus."
         )
     encoder = Encoder(encoder_directory)
     if index.d != encoder.size:
         raise ConfigurationError(
-            f"Index {index_path} has vectors of {index.d} numbers, encoder {encoder_directory} makes {encoder.size}. "
+            f"Index {index_path} has vectors of {index.d} numbers, encoder {encoder_directory} "
+            f"makes {encoder.size}. "
             "Give the encoder that the index was built with."
         )
     return DenseRetriever(corpus, index, encoder)

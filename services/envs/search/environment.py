@@ -1,4 +1,6 @@
-"""Owns Search-QA as an Environment: searches and an answer in four turns. Ranking passages is the retriever's."""
+"""Owns Search-QA as an Environment: searches and an answer in four turns. Ranking passages is the
+retriever's.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from pathlib import Path
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
-from sdar.runtime.settings import load_settings
-from services.envs.base import Environment, Observation, StepResult
+from sdar.environments.base import Environment, Observation, StepResult
+from sdar.process.settings import load_settings
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.lexical import LexicalRetriever, open_lexical_retriever
 from services.envs.search.passages import Hit, Passage
@@ -30,11 +32,13 @@ NO_TURN_LEFT = "No turn is left to answer in."
 
 
 class SearchEnvironment(Environment):
-    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise. The seed changes nothing.
+    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise. The seed
+    changes nothing.
 
-    A response's first search or answer is played. A response with several of the tags is invalid but still played; one with
-    none, with an empty search or with an overlong one only uses a turn. Only the answer in the agent's own response is scored:
-    whatever a passage holds, it is shown and nothing else.
+    A response's first search or answer is played. A response with several of the tags is invalid
+    but still played; one with none, with an empty search or with an overlong one only uses a turn.
+    Only the answer in the agent's own response is scored: whatever a passage holds, it is shown and
+    nothing else.
 
     Options:
         data_dir: holds train.parquet and test.parquet (either may be missing), as Search-R1 publishes them; empty: the
@@ -49,12 +53,16 @@ class SearchEnvironment(Environment):
     version = "1"
     splits: tuple[str, ...] = ("train", "test")
     instructions = (
-        "Answer the question. Think first, inside <think> and </think>. Whenever you lack knowledge, search for it: write "
-        "<search>words to look for</search>, and the best passages are shown between <information> and </information>. When "
-        "you know the answer, write it inside <answer> and </answer> in as few words as possible: <answer>Beijing</answer>."
+        "Answer the question. Think first, inside <think> and </think>. Whenever you lack "
+        "knowledge, search for it: write "
+        "<search>words to look for</search>, and the best passages are shown between <information> "
+        "and </information>. When "
+        "you know the answer, write it inside <answer> and </answer> in as few words as possible: "
+        "<answer>Beijing</answer>."
     )
     action_format = (
-        "Think inside <think> and </think>, then write exactly one <search>words to look for</search> or one "
+        "Think inside <think> and </think>, then write exactly one <search>words to look "
+        "for</search> or one "
         "<answer>answer</answer>."
     )
     max_turns = 4
@@ -69,10 +77,13 @@ class SearchEnvironment(Environment):
     ) -> None:
         if retriever_url and corpus:
             raise ConfigurationError(
-                f"Search got retriever_url {retriever_url!r} and corpus {corpus!r}. Give one of them: a service, or a file."
+                f"Search got retriever_url {retriever_url!r} and corpus {corpus!r}. Give one of "
+                "them: a service, or a file."
             )
         if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
-            raise ConfigurationError(f"Search option topk is {topk!r}, expected 1 to {MAX_TOPK} passages.")
+            raise ConfigurationError(
+                f"Search option topk is {topk!r}, expected 1 to {MAX_TOPK} passages."
+            )
         directory = _resolve_directory(data_dir)
         self._questions = _open_splits(directory)
         self.splits = tuple(self._questions)
@@ -81,7 +92,9 @@ class SearchEnvironment(Environment):
         if retriever_url:
             self._retriever = RetrieverClient(retriever_url, retriever_timeout_s)
         else:
-            self._retriever = open_lexical_retriever(Path(corpus) if corpus else directory / "corpus.jsonl")
+            self._retriever = open_lexical_retriever(
+                Path(corpus) if corpus else directory / "corpus.jsonl"
+            )
         self.is_blocking = bool(retriever_url)
         self._targets: tuple[str, ...] = ()
         self._num_turns = 0
@@ -139,13 +152,16 @@ class SearchEnvironment(Environment):
             return Observation(NO_ACTION), False
         if len(action.content) > MAX_QUERY_CHARACTERS:
             length = len(action.content)
-            return Observation(f"That search has {length} characters. Use at most {MAX_QUERY_CHARACTERS}."), False
+            return Observation(
+                f"That search has {length} characters. Use at most {MAX_QUERY_CHARACTERS}."
+            ), False
         if is_last:
             return Observation(NO_TURN_LEFT), True
         try:
             (hits,) = self._retriever.retrieve([action.content], self._topk)
         except RetrieverFailedError as error:
-            # Never shown as "nothing found": the agent must not learn that the corpus has no answer.
+            # Never shown as "nothing found": the agent must not learn that the corpus has no
+            # answer.
             return Observation(SEARCH_FAILED, info={RETRIEVER_ERROR: error.message}), True
         return Observation(show_hits(hits), info={"num_results": str(len(hits))}), True
 
@@ -159,7 +175,9 @@ class SearchEnvironment(Environment):
 
 def show_hits(hits: Sequence[Hit]) -> str:
     """The passages found, one a line, as the agent sees them."""
-    lines = [_show_passage(number, hit.passage) for number, hit in enumerate(hits, start=1)] or ["Nothing was found."]
+    lines = [_show_passage(number, hit.passage) for number, hit in enumerate(hits, start=1)] or [
+        "Nothing was found."
+    ]
     return "\n".join(["<information>", *lines, "</information>"])
 
 
@@ -174,8 +192,10 @@ def _resolve_directory(data_dir: str) -> Path:
     directory = data_dir or load_settings().search_data
     if not directory:
         raise ConfigurationError(
-            "Search has no questions: the option data_dir is empty and SDAR_SEARCH_DATA is not set. Make some with `sdar env "
-            "generate search DIRECTORY`, or fetch Search-R1's parquet files, and name their directory in data_dir."
+            "Search has no questions: the option data_dir is empty and SDAR_SEARCH_DATA is not "
+            "set. Make some with `sdar env "
+            "generate search DIRECTORY`, or fetch Search-R1's parquet files, and name their "
+            "directory in data_dir."
         )
     return Path(directory).expanduser()
 
@@ -183,10 +203,13 @@ def _resolve_directory(data_dir: str) -> Path:
 def _open_splits(data_dir: Path) -> dict[str, QuestionSet]:
     name = SearchEnvironment.name
     files = {split: data_dir / f"{split}.parquet" for split in ("train", "test")}
-    found = {split: open_questions(name, split, path) for split, path in files.items() if path.is_file()}
+    found = {
+        split: open_questions(name, split, path) for split, path in files.items() if path.is_file()
+    }
     if not found:
         raise ConfigurationError(
-            f"{data_dir} holds neither train.parquet nor test.parquet. Set data_dir to a question set, or make one: "
+            f"{data_dir} holds neither train.parquet nor test.parquet. Set data_dir to a question "
+            "set, or make one: "
             "sdar env generate search DIRECTORY."
         )
     return found

@@ -1,5 +1,5 @@
-"""Owns `sdar env generate search`: a corpus of an invented world and questions on it, in the form in which Search-R1 publishes
-both. The same arguments write the same bytes."""
+"""Owns `sdar env generate search`: a corpus of an invented world and questions on it, in the form
+in which Search-R1 publishes both. The same arguments write the same bytes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,17 @@ from services.envs.search.world import (
     write_passages,
 )
 
-THINGS_PER_TASK = {"work": 0.4, "person": 0.5, "company": 0.3, "town": 0.35, "river": 0.15, "mountain": 0.1}
-"""Things of each kind for one training question; all but mountains have a passage. Twice the facts that are asked for."""
+THINGS_PER_TASK = {
+    "work": 0.4,
+    "person": 0.5,
+    "company": 0.3,
+    "town": 0.35,
+    "river": 0.15,
+    "mountain": 0.1,
+}
+"""Things of each kind for one training question; all but mountains have a passage. Twice the facts
+that are asked for.
+"""
 DISTRACTORS_PER_TASK = 0.3
 TEST_SHARE = 0.3
 """Test questions for one training question."""
@@ -45,7 +54,12 @@ _SCHEMA = pa.schema(
         ("ability", pa.string()),
         (
             "reward_model",
-            pa.struct([("ground_truth", pa.struct([("target", pa.list_(pa.string()))])), ("style", pa.string())]),
+            pa.struct(
+                [
+                    ("ground_truth", pa.struct([("target", pa.list_(pa.string()))])),
+                    ("style", pa.string()),
+                ]
+            ),
         ),
         ("extra_info", pa.struct([("index", pa.int64()), ("split", pa.string())])),
     ]
@@ -55,21 +69,32 @@ Asked = tuple[str, tuple[str, ...]]
 """A question without its wording: the thing named, and the chain of relations to follow from it."""
 
 
-def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]) -> str:
-    """Write corpus.jsonl, train.parquet with `num_tasks` questions and test.parquet with a third of that.
+def generate(
+    directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]
+) -> str:
+    """Write corpus.jsonl, train.parquet with `num_tasks` questions and test.parquet with a third of
+    that.
 
     Raises:
-        ConflictError: the directory holds something. ConfigurationError: too few or too many questions for one world.
+        ConflictError: the directory holds something. ConfigurationError: too few or too many
+            questions for one world.
     """
     if directory.exists() and any(directory.iterdir()):
         raise ConflictError(f"{directory} is not empty. Remove it or choose another directory.")
     if not MIN_TASKS <= num_tasks <= MAX_TASKS:
-        raise ConfigurationError(f"Search makes {MIN_TASKS} to {MAX_TASKS} training questions, asked for {num_tasks}.")
+        raise ConfigurationError(
+            f"Search makes {MIN_TASKS} to {MAX_TASKS} training questions, asked for {num_tasks}."
+        )
     rng = random.Random(seed)
-    world = build_world(rng, {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()})
+    world = build_world(
+        rng, {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()}
+    )
     check_world(world)
     passages = write_passages(rng, world)
-    passages += [write_distractor(rng, world, number) for number in range(round(DISTRACTORS_PER_TASK * num_tasks))]
+    passages += [
+        write_distractor(rng, world, number)
+        for number in range(round(DISTRACTORS_PER_TASK * num_tasks))
+    ]
     rng.shuffle(passages)
     num_test = max(2, round(TEST_SHARE * num_tasks))
     asked = draw_questions(rng, world, num_tasks + num_test)
@@ -86,7 +111,8 @@ def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[in
 
 
 def check_world(world: World) -> None:
-    """Every name is one thing's alone, also as answers are compared: so every question has exactly one answer.
+    """Every name is one thing's alone, also as answers are compared: so every question has exactly
+    one answer.
 
     Raises:
         ConfigurationError: it is not so; another seed helps.
@@ -94,11 +120,15 @@ def check_world(world: World) -> None:
     counts = Counter(normalize_answer(name) for names in world.things.values() for name in names)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        raise ConfigurationError(f"Two things of the generated world are called {twice[0]!r}. Choose another seed.")
+        raise ConfigurationError(
+            f"Two things of the generated world are called {twice[0]!r}. Choose another seed."
+        )
 
 
 def draw_questions(rng: random.Random, world: World, num_questions: int) -> list[Asked]:
-    """Different questions, half of each number of hops as far as the world goes, chains in turn, in a mixed order."""
+    """Different questions, half of each number of hops as far as the world goes, chains in turn, in
+    a mixed order.
+    """
     by_hops: dict[int, list[Asked]] = {}
     for hops in DATA_SOURCES:
         of_chains = [_list_askable(rng, world, chain) for chain in QUESTIONS if len(chain) == hops]
@@ -110,7 +140,12 @@ def draw_questions(rng: random.Random, world: World, num_questions: int) -> list
 
 
 def _list_askable(rng: random.Random, world: World, chain: tuple[str, ...]) -> list[Asked]:
-    things = [thing for names in world.things.values() for thing in names if world.follow(thing, chain) is not None]
+    things = [
+        thing
+        for names in world.things.values()
+        for thing in names
+        if world.follow(thing, chain) is not None
+    ]
     return [(thing, chain) for thing in rng.sample(things, len(things))]
 
 
@@ -119,7 +154,9 @@ def _take_turns(lists: Iterable[list[Asked]]) -> list[Asked]:
     return [asked for one_round in rounds for asked in one_round if asked is not None]
 
 
-def _write_row(rng: random.Random, world: World, thing: str, chain: tuple[str, ...], split: str, index: int) -> dict[str, Any]:
+def _write_row(
+    rng: random.Random, world: World, thing: str, chain: tuple[str, ...], split: str, index: int
+) -> dict[str, Any]:
     question = rng.choice(QUESTIONS[chain]).format(thing)
     answers = [world.follow(thing, chain)]
     return {
@@ -137,8 +174,15 @@ def _write_row(rng: random.Random, world: World, thing: str, chain: tuple[str, .
 def _write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for number, (title, text) in enumerate(passages):
-            file.write(json.dumps({"id": str(number), "contents": f'"{title}"\n{text}'}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(
+                    {"id": str(number), "contents": f'"{title}"\n{text}'}, ensure_ascii=False
+                )
+                + "\n"
+            )
 
 
 def _write_questions(path: Path, rows: list[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", store_schema=False)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", store_schema=False
+    )

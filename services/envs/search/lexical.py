@@ -1,4 +1,6 @@
-"""Owns search by words: a BM25 index of a corpus, built once, kept on disk and mapped into every process that searches it."""
+"""Owns search by words: a BM25 index of a corpus, built once, kept on disk and mapped into every
+process that searches it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
 from sdar.contracts.errors import ConfigurationError
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
 from services.envs.search.corpus import Corpus, iterate_corpus, require_corpus
 from services.envs.search.passages import Hit
 
@@ -33,8 +35,8 @@ _STOP_WORDS = frozenset(STOPWORDS_EN)
 
 
 class LexicalRetriever:
-    """BM25 with Porter stems and English stop words. Of equal scores the earlier passage comes first; a passage that shares no
-    word with the query is never found."""
+    """BM25 with Porter stems and English stop words. Of equal scores the earlier passage comes
+    first; a passage that shares no word with the query is never found."""
 
     def __init__(self, corpus: Corpus, index: bm25s.BM25) -> None:
         self._corpus = corpus
@@ -57,7 +59,9 @@ class LexicalRetriever:
 
 
 def split_words(text: str) -> list[str]:
-    """Words of two letters and more in lower case, stop words left out. What the index's library does, without its bars."""
+    """Words of two letters and more in lower case, stop words left out. What the index's library
+    does, without its bars.
+    """
     return [word for word in _WORD.findall(text.lower()) if word not in _STOP_WORDS]
 
 
@@ -71,7 +75,8 @@ def rank(scores: npt.NDArray[np.float32], topk: int) -> npt.NDArray[np.int64]:
 
 
 def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> LexicalRetriever:
-    """The retriever of a corpus, shared by all of this process; a corpus that changed is indexed anew.
+    """The retriever of a corpus, shared by all of this process; a corpus that changed is indexed
+    anew.
 
     Args:
         cache: where indexes are kept, search/ in $SDAR_CACHE by default.
@@ -82,7 +87,12 @@ def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> Lexi
     require_corpus(corpus_path)
     corpus_path = corpus_path.resolve()
     state = corpus_path.stat()
-    return _open(corpus_path, cache or load_settings().cache.expanduser() / "search", state.st_size, state.st_mtime_ns)
+    return _open(
+        corpus_path,
+        cache or load_settings().cache.expanduser() / "search",
+        state.st_size,
+        state.st_mtime_ns,
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -96,13 +106,19 @@ def _open(corpus_path: Path, cache: Path, size_bytes: int, modified_ns: int) -> 
         _build(corpus_path, directory)
     offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
     index = bm25s.BM25.load(directory, mmap=True, show_progress=False)
-    # The same mapped bytes as plain arrays: numpy's own class for mapped ones takes longer to slice than a query to rank.
-    index.scores = {name: np.asarray(part) if isinstance(part, np.memmap) else part for name, part in index.scores.items()}
+    # The same mapped bytes as plain arrays: numpy's own class for mapped ones takes longer to slice
+    # than a query to rank.
+    index.scores = {
+        name: np.asarray(part) if isinstance(part, np.memmap) else part
+        for name, part in index.scores.items()
+    }
     return LexicalRetriever(Corpus(corpus_path, offsets), index)
 
 
 def _build(corpus_path: Path, directory: Path) -> None:
-    """Write the index beside its place, then move it there whole: whoever builds it at the same time builds the same."""
+    """Write the index beside its place, then move it there whole: whoever builds it at the same
+    time builds the same.
+    """
     offsets: list[int] = []
     documents: list[list[int]] = []
     stems, vocabulary = _Stems(), dict[str, int]()
@@ -111,14 +127,18 @@ def _build(corpus_path: Path, directory: Path) -> None:
         words = split_words(passage.contents)
         documents.append([vocabulary.setdefault(stems[word], len(vocabulary)) for word in words])
     if not vocabulary:
-        raise ConfigurationError(f"Corpus {corpus_path} holds no word that can be searched for. Give passages of text.")
+        raise ConfigurationError(
+            f"Corpus {corpus_path} holds no word that can be searched for. Give passages of text."
+        )
     index = bm25s.BM25(method="lucene", k1=K1, b=B)
     index.index((documents, vocabulary), show_progress=False)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
     except OSError as error:
-        raise ConfigurationError(f"No index can be kept in {directory.parent}: {error}. Make it writable.") from error
+        raise ConfigurationError(
+            f"No index can be kept in {directory.parent}: {error}. Make it writable."
+        ) from error
     try:
         index.save(building, show_progress=False)
         np.save(building / _OFFSETS, np.array(offsets, dtype=np.int64), allow_pickle=False)

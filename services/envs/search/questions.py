@@ -1,7 +1,9 @@
-"""Owns the question sets: Parquet files as Search-R1 and its relatives publish them, read by column, kept as columns.
+"""Owns the question sets: Parquet files as Search-R1 and its relatives publish them, read by
+column, kept as columns.
 
-Read of each row: `data_source`, `reward_model.ground_truth.target`, and the question, from the first of `env_kwargs.question`,
-`extra_info.question`, `question`, or the last user message of `prompt` (what follows its last "Question:").
+Read of each row: `data_source`, `reward_model.ground_truth.target`, and the question, from the
+first of `env_kwargs.question`, `extra_info.question`, `question`, or the last user message of
+`prompt` (what follows its last "Question:").
 """
 
 from __future__ import annotations
@@ -31,10 +33,18 @@ _TAG = "searchR1_"
 class QuestionSet(Sequence[Task]):
     """The tasks of one split, made when they are asked for: 170,000 questions stay a few columns.
 
-    Rows are interleaved by data source, so that every prefix is as balanced as it can be; a task's id is its row in the file.
+    Rows are interleaved by data source, so that every prefix is as balanced as it can be; a task's
+    id is its row in the file.
     """
 
-    def __init__(self, environment: str, split: str, sources: Sequence[str], questions: pa.Array, targets: pa.Array) -> None:
+    def __init__(
+        self,
+        environment: str,
+        split: str,
+        sources: Sequence[str],
+        questions: pa.Array,
+        targets: pa.Array,
+    ) -> None:
         self._environment = environment
         self._split = split
         self._sources = sources
@@ -60,7 +70,11 @@ class QuestionSet(Sequence[Task]):
     def find(self, task_id: str) -> tuple[Task, tuple[str, ...]] | None:
         """The task of an id and the answers that are right, None if it is no id of this split."""
         split, _, digits = task_id.rpartition("-")
-        row = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self))) else -1
+        row = (
+            int(digits)
+            if digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self)))
+            else -1
+        )
         # Compared as text again: "007" is another id than "7".
         if split != self._split or not 0 <= row < len(self) or str(row) != digits:
             return None
@@ -88,30 +102,44 @@ def open_questions(environment: str, split: str, path: Path) -> QuestionSet:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(environment: str, split: str, path: Path, size_bytes: int, modified_ns: int) -> QuestionSet:
+def _open(
+    environment: str, split: str, path: Path, size_bytes: int, modified_ns: int
+) -> QuestionSet:
     try:
         with pq.ParquetFile(path) as file:
-            question_column = next((names for names in (*_QUESTIONS, _PROMPT) if _has(file.schema_arrow, names)), None)
+            question_column = next(
+                (names for names in (*_QUESTIONS, _PROMPT) if _has(file.schema_arrow, names)), None
+            )
             if question_column is None:
                 raise ConfigurationError(
-                    f"{path} has no question: none of {', '.join('.'.join(names) for names in (*_QUESTIONS, _PROMPT))}. "
+                    f"{path} has no question: none of "
+                    f"{', '.join('.'.join(names) for names in (*_QUESTIONS, _PROMPT))}. "
                     f"Its columns are {', '.join(file.schema_arrow.names)}."
                 )
             sources = _read_column(file, path, _SOURCE)
             questions = _read_column(file, path, question_column)
             targets = _read_column(file, path, _TARGET)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigurationError(f"{path} cannot be read as Parquet: {error}. Fetch or generate it again.") from error
+        raise ConfigurationError(
+            f"{path} cannot be read as Parquet: {error}. Fetch or generate it again."
+        ) from error
     if question_column == _PROMPT:
-        questions = pa.array([_read_prompt(messages) for messages in questions.to_pylist()], pa.string())
+        questions = pa.array(
+            [_read_prompt(messages) for messages in questions.to_pylist()], pa.string()
+        )
     if pa.types.is_string(targets.type) or pa.types.is_large_string(targets.type):
-        targets = pa.array([None if target is None else [target] for target in targets.to_pylist()], pa.list_(pa.string()))
+        targets = pa.array(
+            [None if target is None else [target] for target in targets.to_pylist()],
+            pa.list_(pa.string()),
+        )
     _check_texts(sources, path, _SOURCE)
     _check_texts(questions, path, question_column)
     _check_targets(targets, path)
     # One object per name, not per row.
     names = {name: name.removeprefix(_TAG) for name in pc.unique(sources).to_pylist()}
-    return QuestionSet(environment, split, [names[source] for source in sources.to_pylist()], questions, targets)
+    return QuestionSet(
+        environment, split, [names[source] for source in sources.to_pylist()], questions, targets
+    )
 
 
 def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -138,7 +166,8 @@ def _has(schema: pa.Schema, names: Sequence[str]) -> bool:
 def _read_column(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.Array:
     if not _has(file.schema_arrow, names):
         raise ConfigurationError(
-            f"{path} has no column {'.'.join(names)}. Its columns are {', '.join(file.schema_arrow.names)}. "
+            f"{path} has no column {'.'.join(names)}. Its columns are "
+            f"{', '.join(file.schema_arrow.names)}. "
             "Give a question set as Search-R1 publishes it."
         )
     column = file.read(columns=[".".join(names)]).column(names[0])
@@ -149,21 +178,32 @@ def _read_column(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.A
 
 def _read_prompt(messages: Any) -> str | None:
     """The question of a chat prompt, None if it has none."""
-    asked = [message.get("content") for message in messages or () if message and message.get("role") == "user"]
+    asked = [
+        message.get("content")
+        for message in messages or ()
+        if message and message.get("role") == "user"
+    ]
     return asked[-1].rpartition("Question:")[2].strip() if asked and asked[-1] else None
 
 
 def _check_texts(column: pa.Array, path: Path, names: Sequence[str]) -> None:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise ConfigurationError(f"{path} column {'.'.join(names)} holds {column.type}, expected text.")
+        raise ConfigurationError(
+            f"{path} column {'.'.join(names)} holds {column.type}, expected text."
+        )
     is_bad = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
     _refuse_first(is_bad, column, path, names, "expected a text that is not empty")
 
 
 def _check_targets(column: pa.Array, path: Path) -> None:
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not is_list or not (pa.types.is_string(column.type.value_type) or pa.types.is_large_string(column.type.value_type)):
-        raise ConfigurationError(f"{path} column {'.'.join(_TARGET)} holds {column.type}, expected lists of texts.")
+    if not is_list or not (
+        pa.types.is_string(column.type.value_type)
+        or pa.types.is_large_string(column.type.value_type)
+    ):
+        raise ConfigurationError(
+            f"{path} column {'.'.join(_TARGET)} holds {column.type}, expected lists of texts."
+        )
     is_bad = pc.fill_null(pc.equal(pc.list_value_length(column), 0), True)
     _refuse_first(is_bad, column, path, _TARGET, "expected a list of right answers")
     # No list is null or empty from here on: the parents of the null elements are the bad rows.
@@ -172,9 +212,12 @@ def _check_targets(column: pa.Array, path: Path) -> None:
     _refuse_first(is_bad, column, path, _TARGET, "expected texts only")
 
 
-def _refuse_first(is_bad: pa.Array, column: pa.Array, path: Path, names: Sequence[str], expected: str) -> None:
+def _refuse_first(
+    is_bad: pa.Array, column: pa.Array, path: Path, names: Sequence[str], expected: str
+) -> None:
     row = pc.index(is_bad, True).as_py()
     if row >= 0:
         raise ConfigurationError(
-            f"{path} row {row}, column {'.'.join(names)}: {column[row].as_py()!r}, {expected}. Correct or remove the row."
+            f"{path} row {row}, column {'.'.join(names)}: {column[row].as_py()!r}, {expected}. "
+            "Correct or remove the row."
         )

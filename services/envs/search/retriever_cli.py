@@ -9,31 +9,44 @@ import typer
 
 
 def retriever(
-    corpus: Annotated[Path, typer.Option(help="Passages: JSON lines with id and contents.", show_default=False)],
+    corpus: Annotated[
+        Path, typer.Option(help="Passages: JSON lines with id and contents.", show_default=False)
+    ],
     index: Annotated[
         Path | None,
-        typer.Option(help="A faiss index of the corpus; without it, passages are ranked by BM25.", show_default=False),
+        typer.Option(
+            help="A faiss index of the corpus; without it, passages are ranked by BM25.",
+            show_default=False,
+        ),
     ] = None,
     encoder: Annotated[
-        Path | None, typer.Option(help="Directory of the model that the index was built with.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Directory of the model that the index was built with.", show_default=False
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.", min=0, max=65535)] = 8000,
 ) -> None:
-    """Serve a corpus to searching agents: POST /retrieve as in Search-R1, /healthz, /readyz, /metrics. Runs until SIGTERM."""
+    """Serve a corpus to searching agents: POST /retrieve as in Search-R1, /healthz, /readyz,
+    /metrics. Runs until SIGTERM.
+    """
     import asyncio
     import functools
 
     from sdar.contracts.errors import ConfigurationError
-    from sdar.runtime.lifecycle import run_until_stopped
-    from sdar.runtime.security import Security
-    from sdar.runtime.settings import load_settings
-    from sdar.runtime.telemetry import configure_logging
+    from sdar.process.lifecycle import run_until_stopped
+    from sdar.process.settings import load_settings
+    from sdar.process.telemetry import configure_logging
+    from sdar.wire.security import Security
     from services.envs.search.passages import Retriever
     from services.envs.search.retriever_service import serve_retriever
 
     if (index is None) != (encoder is None):
-        raise ConfigurationError("--index and --encoder belong together: give both for dense retrieval, neither for BM25.")
+        raise ConfigurationError(
+            "--index and --encoder belong together: give both for dense retrieval, neither for "
+            "BM25."
+        )
 
     def open_retriever() -> Retriever:
         if index is not None and encoder is not None:

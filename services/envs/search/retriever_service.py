@@ -1,4 +1,6 @@
-"""Owns the retriever as a service: Search-R1's POST /retrieve over HTTP, probes and metrics. Ranks nothing itself."""
+"""Owns the retriever as a service: Search-R1's POST /retrieve over HTTP, probes and metrics. Ranks
+nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from sdar.contracts.errors import InvalidInputError, SdarError, UnavailableError
-from sdar.runtime.http import HttpServer, answer_error, bind_http, build_http_server
-from sdar.runtime.lifecycle import wait_or_stop
-from sdar.runtime.security import OPEN, Security
-from sdar.runtime.telemetry import Health
+from sdar.process.lifecycle import wait_or_stop
+from sdar.process.telemetry import Health
+from sdar.wire.http_server import HttpServer, answer_error, bind_http, build_http_server
+from sdar.wire.security import OPEN, Security
 from services.envs.search.batching import Batcher
 from services.envs.search.passages import Hit, Retriever
 
@@ -54,18 +56,26 @@ class RetrieverState:
 
 def build_app(state: RetrieverState) -> FastAPI:
     """The service's application."""
-    app = FastAPI(title="sdar retriever", version="1", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="sdar retriever", version="1", docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.add_exception_handler(SdarError, answer_error)
 
     @app.post("/retrieve")
     async def retrieve(request: Request) -> Response:
-        """{"result": [[{"document": {"id", "contents"}, "score"}]]}, or without return_scores the documents alone."""
+        """{"result": [[{"document": {"id", "contents"}, "score"}]]}, or without return_scores the
+        documents alone.
+        """
         asked = parse_request(await request.body())
         if state.batcher is None:
-            raise UnavailableError(f"The retriever is {state.health.detail}. Retry once GET /readyz answers 200.")
+            raise UnavailableError(
+                f"The retriever is {state.health.detail}. Retry once GET /readyz answers 200."
+            )
         queries = [asked.query] if asked.query is not None else asked.queries or []
         found = await state.batcher.retrieve(queries, asked.topk or DEFAULT_TOPK)
-        return JSONResponse({"result": [[_hit_to_json(hit, asked.return_scores) for hit in hits] for hits in found]})
+        return JSONResponse(
+            {"result": [[_hit_to_json(hit, asked.return_scores) for hit in hits] for hits in found]}
+        )
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -91,10 +101,14 @@ def parse_request(body: bytes) -> RetrieveRequest:
     try:
         asked = RetrieveRequest.model_validate_json(body)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in error.errors()[:3])
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in error.errors()[:3]
+        )
         raise InvalidInputError(f"/retrieve cannot read the request. {problems}.") from error
     if (asked.query is None) == (asked.queries is None):
-        raise InvalidInputError("/retrieve takes either query, one text, or queries, a list of texts. Send one of them.")
+        raise InvalidInputError(
+            "/retrieve takes either query, one text, or queries, a list of texts. Send one of them."
+        )
     return asked
 
 
@@ -107,14 +121,16 @@ async def serve_retriever(
     security: Security = OPEN,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Answer probes at once and queries once the retriever is loaded, until `stopping` is set; requests in flight are ended.
+    """Answer probes at once and queries once the retriever is loaded, until `stopping` is set;
+    requests in flight are ended.
 
     Args:
         open_retriever: loads the retriever, in a thread.
         port: 0 takes a free one; `on_ready` is told which, once queries are answered.
 
     Raises:
-        ConflictError: the port is taken. ConfigurationError: no token guards a port beyond loopback. Whatever
+        ConflictError: the port is taken. ConfigurationError: no token guards a port beyond
+            loopback. Whatever
         `open_retriever` raises.
     """
     state, listener = RetrieverState(), bind_http(host, port)
@@ -152,8 +168,12 @@ async def _stop(server: HttpServer, serving: asyncio.Task[None], health: Health)
     await serving
 
 
-async def _load(open_retriever: Callable[[], Retriever], stopping: asyncio.Event, health: Health) -> Retriever | None:
-    """The retriever, None if the service was stopped first. A daemon's thread: a stop need not wait for a large index."""
+async def _load(
+    open_retriever: Callable[[], Retriever], stopping: asyncio.Event, health: Health
+) -> Retriever | None:
+    """The retriever, None if the service was stopped first. A daemon's thread: a stop need not wait
+    for a large index.
+    """
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[Retriever] = loop.create_future()
 

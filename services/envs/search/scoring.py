@@ -1,4 +1,6 @@
-"""Owns the rules of Search-QA on text: what an agent's response means, and whether an answer is right. Pure functions."""
+"""Owns the rules of Search-QA on text: what an agent's response means, and whether an answer is
+right. Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _CLOSINGS = {kind: re.compile(f"</{kind}>", re.IGNORECASE | re.ASCII) for kind i
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What a response asks for. `is_valid` is false for one that is played, but written with more tags than the one."""
+    """What a response asks for. `is_valid` is false for one that is played, but written with more
+    tags than the one.
+    """
 
     kind: ActionKind
     content: str
@@ -37,8 +41,8 @@ class Action:
 def parse_action(text: str) -> Action | None:
     """The first complete search or answer of a response, None if there is none.
 
-    Whatever follows it does not count, so an answer after a search is never scored. Valid is a response with exactly one of
-    the two tags, once. Linear in the text.
+    Whatever follows it does not count, so an answer after a search is never scored. Valid is a
+    response with exactly one of the two tags, once. Linear in the text.
     """
     openings = list(_OPENING.finditer(text))
     firsts: dict[ActionKind, re.Match[str]] = {}
@@ -48,7 +52,9 @@ def parse_action(text: str) -> Action | None:
     for kind, opening in firsts.items():
         closing = _CLOSINGS[kind].search(text, opening.end())
         if closing is not None:
-            return Action(kind, text[opening.end() : closing.start()].strip(), is_valid=len(openings) == 1)
+            return Action(
+                kind, text[opening.end() : closing.start()].strip(), is_valid=len(openings) == 1
+            )
     return None
 
 

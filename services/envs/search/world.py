@@ -1,7 +1,8 @@
-"""Owns the invented world: its kinds of things, what can be said about them, and in which words it is said and asked.
+"""Owns the invented world: its kinds of things, what can be said about them, and in which words it
+is said and asked.
 
-Every statement names its subject in full and ends with its object, so a passage can be understood one sentence at a time. A
-subject has one object of each relation: every question has one answer.
+Every statement names its subject in full and ends with its object, so a passage can be understood
+one sentence at a time. A subject has one object of each relation: every question has one answer.
 """
 
 from __future__ import annotations
@@ -15,22 +16,46 @@ from types import MappingProxyType
 STATEMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "author": ("{subject} was written by {object}.", "The author of {subject} is {object}."),
-        "birthplace": ("{subject} was born in {object}.", "The birthplace of {subject} is {object}."),
+        "birthplace": (
+            "{subject} was born in {object}.",
+            "The birthplace of {subject} is {object}.",
+        ),
         "founder": ("{subject} was founded by {object}.", "The founder of {subject} is {object}."),
         "seat": ("{subject} is based in {object}.", "The seat of {subject} is {object}."),
-        "river": ("{subject} lies on the {object}.", "The river that flows through {subject} is the {object}."),
-        "source": ("The {subject} rises on {object}.", "The source of the {subject} is on {object}."),
+        "river": (
+            "{subject} lies on the {object}.",
+            "The river that flows through {subject} is the {object}.",
+        ),
+        "source": (
+            "The {subject} rises on {object}.",
+            "The source of the {subject} is on {object}.",
+        ),
     }
 )
 """Relations and how they are stated."""
 
 QUESTIONS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
     {
-        ("author", "birthplace"): ("Where was the author of {} born?", "In which town was the author of {} born?"),
-        ("founder", "birthplace"): ("Where was the founder of {} born?", "In which town was the founder of {} born?"),
-        ("birthplace", "river"): ("Which river flows through the birthplace of {}?", "On which river was {} born?"),
-        ("seat", "river"): ("Which river flows through the seat of {}?", "On which river is {} based?"),
-        ("river", "source"): ("On which mountain does the river of {} rise?", "Where does the river of {} rise?"),
+        ("author", "birthplace"): (
+            "Where was the author of {} born?",
+            "In which town was the author of {} born?",
+        ),
+        ("founder", "birthplace"): (
+            "Where was the founder of {} born?",
+            "In which town was the founder of {} born?",
+        ),
+        ("birthplace", "river"): (
+            "Which river flows through the birthplace of {}?",
+            "On which river was {} born?",
+        ),
+        ("seat", "river"): (
+            "Which river flows through the seat of {}?",
+            "On which river is {} based?",
+        ),
+        ("river", "source"): (
+            "On which mountain does the river of {} rise?",
+            "Where does the river of {} rise?",
+        ),
         ("author",): ("Who wrote {}?", "Who is the author of {}?"),
         ("birthplace",): ("Where was {} born?", "In which town was {} born?"),
         ("founder",): ("Who founded {}?", "Who is the founder of {}?"),
@@ -39,7 +64,9 @@ QUESTIONS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
         ("source",): ("On which mountain does the {} rise?", "Where does the {} rise?"),
     }
 )
-"""What is asked: a chain of relations to follow from the thing named. Longer chains first: their wordings are the narrower."""
+"""What is asked: a chain of relations to follow from the thing named. Longer chains first: their
+wordings are the narrower.
+"""
 
 ASIDES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -53,10 +80,22 @@ ASIDES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Sentences that no question asks about."""
 
 DISTRACTORS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("person", "{} Prize", ("The {} Prize is given to one {trade} a year.", "The {} Prize was given {number} times.")),
+    (
+        "person",
+        "{} Prize",
+        ("The {} Prize is given to one {trade} a year.", "The {} Prize was given {number} times."),
+    ),
     ("town", "{} Fair", ("The {} Fair shows {goods}.", "The {} Fair lasts {number} days.")),
-    ("work", "Museum of {}", ("The Museum of {} keeps {goods}.", "The Museum of {} has {number} rooms.")),
-    ("company", "{} Union", ("The {} Union has {number} members.", "The {} Union was led by a {trade}.")),
+    (
+        "work",
+        "Museum of {}",
+        ("The Museum of {} keeps {goods}.", "The Museum of {} has {number} rooms."),
+    ),
+    (
+        "company",
+        "{} Union",
+        ("The {} Union has {number} members.", "The {} Union was led by a {trade}."),
+    ),
 )
 """Passages about something else that bears a thing's name: its kind, the title, the sentences."""
 
@@ -66,18 +105,26 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _ADJECTIVES = _words(
-    "Silver Golden Quiet Broken Hidden Distant Frozen Burning Crimson Hollow Gentle Bitter Ancient Painted Sleeping Narrow "
-    "Forgotten Crooked Shining Velvet Wandering Drowned Scarlet Empty Patient Lonely Northern Southern Eastern Western "
-    "Endless Borrowed Stolen Hungry Singing Whispering Folded Paper Glass Iron Copper Marble Wooden Winter Summer Autumn "
+    "Silver Golden Quiet Broken Hidden Distant Frozen Burning Crimson Hollow Gentle Bitter Ancient "
+    "Painted Sleeping Narrow "
+    "Forgotten Crooked Shining Velvet Wandering Drowned Scarlet Empty Patient Lonely Northern "
+    "Southern Eastern Western "
+    "Endless Borrowed Stolen Hungry Singing Whispering Folded Paper Glass Iron Copper Marble "
+    "Wooden Winter Summer Autumn "
     "Midnight Morning"
 )
 _NOUNS = _words(
-    "Harbor Garden Lantern Orchard Mirror Bridge Tower Window Candle Compass Ladder Kingdom Island Valley Meadow Forest "
-    "Desert Ocean Mountain Letter Journey Shadow Feather Needle Hammer Anchor Violin Trumpet Carpet Curtain Fountain "
-    "Staircase Chimney Cellar Attic Balcony Kettle Teapot Saddle Wagon Carriage Engine Signal Station Platform Tunnel Canal "
+    "Harbor Garden Lantern Orchard Mirror Bridge Tower Window Candle Compass Ladder Kingdom Island "
+    "Valley Meadow Forest "
+    "Desert Ocean Mountain Letter Journey Shadow Feather Needle Hammer Anchor Violin Trumpet "
+    "Carpet Curtain Fountain "
+    "Staircase Chimney Cellar Attic Balcony Kettle Teapot Saddle Wagon Carriage Engine Signal "
+    "Station Platform Tunnel Canal "
     "Lighthouse"
 )
-_TRADES = _words("baker weaver potter sailor miller painter tailor mason gardener clerk teacher doctor")
+_TRADES = _words(
+    "baker weaver potter sailor miller painter tailor mason gardener clerk teacher doctor"
+)
 _GOODS = _words("clocks ropes lamps boots paper soap bricks kites glass tools carpets candles")
 _COMPANY_FORMS = _words("Mills Works Brothers Foundry Traders")
 _TOWN_ENDINGS = _words("ford holm wick bury stad haven")
@@ -106,14 +153,23 @@ class World:
 
 
 def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
-    """A world of so many works, persons, companies, towns, rivers and mountains, each name unlike every other."""
+    """A world of so many works, persons, companies, towns, rivers and mountains, each name unlike
+    every other.
+    """
     coined = _coin_words(rng)
     names = {
         "town": [next(coined) + rng.choice(_TOWN_ENDINGS) for _ in range(num_things["town"])],
         "river": _take(coined, num_things["river"]),
         "mountain": [f"Mount {next(coined)}" for _ in range(num_things["mountain"])],
-        "company": [f"{next(coined)} {rng.choice(_COMPANY_FORMS)}" for _ in range(num_things["company"])],
-        "person": _pair(rng, num_things["person"], _take(coined, num_things["person"]), _take(coined, num_things["person"])),
+        "company": [
+            f"{next(coined)} {rng.choice(_COMPANY_FORMS)}" for _ in range(num_things["company"])
+        ],
+        "person": _pair(
+            rng,
+            num_things["person"],
+            _take(coined, num_things["person"]),
+            _take(coined, num_things["person"]),
+        ),
         "work": [f"The {name}" for name in _pair(rng, num_things["work"], _ADJECTIVES, _NOUNS)],
     }
     world = World(names)
@@ -131,7 +187,9 @@ def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
 
 
 def write_passages(rng: random.Random, world: World) -> list[tuple[str, str]]:
-    """(title, text) of every thing that something is said of, its sentences in any order; the wording varies."""
+    """(title, text) of every thing that something is said of, its sentences in any order; the
+    wording varies.
+    """
     passages = []
     for kind in ("work", "person", "company", "town", "river"):
         for thing in world.things[kind]:
@@ -147,7 +205,9 @@ def write_passages(rng: random.Random, world: World) -> list[tuple[str, str]]:
 
 
 def write_distractor(rng: random.Random, world: World, number: int) -> tuple[str, str]:
-    """(title, text) of a passage that answers nothing, though it bears a thing's name. Another for each number."""
+    """(title, text) of a passage that answers nothing, though it bears a thing's name. Another for
+    each number.
+    """
     kind, title, sentences = DISTRACTORS[number % len(DISTRACTORS)]
     names = world.things[kind]
     name = names[number // len(DISTRACTORS) % len(names)].removeprefix("The ")
@@ -155,7 +215,9 @@ def write_distractor(rng: random.Random, world: World, number: int) -> tuple[str
 
 
 def _fill(rng: random.Random, sentence: str, name: str) -> str:
-    return sentence.format(name, number=rng.randint(2, 99), trade=rng.choice(_TRADES), goods=rng.choice(_GOODS))
+    return sentence.format(
+        name, number=rng.randint(2, 99), trade=rng.choice(_TRADES), goods=rng.choice(_GOODS)
+    )
 
 
 def _capitalize(sentence: str) -> str:
@@ -177,8 +239,12 @@ def _take(words: Iterator[str], count: int) -> list[str]:
     return list(itertools.islice(words, max(2, count)))
 
 
-def _pair(rng: random.Random, num_pairs: int, first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """Names of two words, each of few words: about the square root of what would be needed if no word came twice."""
+def _pair(
+    rng: random.Random, num_pairs: int, first: Sequence[str], second: Sequence[str]
+) -> list[str]:
+    """Names of two words, each of few words: about the square root of what would be needed if no
+    word came twice.
+    """
     num_words = max(2, round((2 * num_pairs) ** 0.5) + 1)
     pairs = list(itertools.product(first[:num_words], second[:num_words]))
     return [" ".join(pair) for pair in rng.sample(pairs, num_pairs)]

@@ -1,4 +1,6 @@
-"""Owns WebShop: shopping by instruction in a text shop, scored by the benchmark's own formula. Needs the environments extra."""
+"""Owns WebShop: shopping by instruction in a text shop, scored by the benchmark's own formula.
+Needs the environments extra.
+"""
 
 from services.envs.webshop.environment import WebShopEnvironment
 

@@ -1,8 +1,9 @@
-"""Owns how the published product files become products: which files, which fields, options, prices. Knows no goal and no page.
+"""Owns how the published product files become products: which files, which fields, options, prices.
+Knows no goal and no page.
 
-The files are read as published: items_shuffle*.json (a list of products), items_ins_v2*.json (attributes by product), and
-where they exist items_human_ins.json (instructions people wrote) and reviews.json. A file that breaks its shape is refused by
-name, entry and field.
+The files are read as published: items_shuffle*.json (a list of products), items_ins_v2*.json
+(attributes by product), and where they exist items_human_ins.json (instructions people wrote) and
+reviews.json. A file that breaks its shape is refused by name, entry and field.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ NO_PRICE = 100.0
 """Price of a product whose `pricing` is empty, as published."""
 NO_RATING = "N.A."
 PLACEHOLDER_ATTRIBUTE = "DUMMY_ATTR"
-"""The attribute of a product that the attribute file does not know; it takes part in the fuzzy matching, as published."""
+"""The attribute of a product that the attribute file does not know; it takes part in the fuzzy
+matching, as published.
+"""
 MAX_ASIN_LENGTH = 10
 """Longer product ids, and the id "nan", mark entries that the published code leaves out."""
 
 _CHUNK_CHARACTERS = 2**24
-"""Read at once, and more than any entry of the published files has: the largest file has 5 GB and is never held whole."""
+"""Read at once, and more than any entry of the published files has: the largest file has 5 GB and
+is never held whole.
+"""
 _NEXT_ENTRY = re.compile(r"[^\s,]")
 _SHOWN_CHARACTERS = 60
 
@@ -46,7 +51,8 @@ class Product:
     """One product.
 
     Attributes:
-        price: what a goal's bound is compared with; `price_tag` is what the shop shows, for example "$12.99 to $15.49".
+        price: what a goal's bound is compared with; `price_tag` is what the shop shows, for example
+            "$12.99 to $15.49".
         options: option name to its values, both in lower case.
         attributes: hidden from the shopper; only the score reads them.
     """
@@ -77,11 +83,16 @@ class SourceFiles:
 
     @property
     def present(self) -> list[Path]:
-        return [path for path in (self.products, self.attributes, self.human, self.reviews) if path is not None]
+        return [
+            path
+            for path in (self.products, self.attributes, self.human, self.reviews)
+            if path is not None
+        ]
 
 
 def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
-    """The full catalogue where it is there, otherwise the published one of 1,000 products; `is_small` turns that round.
+    """The full catalogue where it is there, otherwise the published one of 1,000 products;
+    `is_small` turns that round.
 
     Raises:
         ConfigurationError: neither is there.
@@ -97,8 +108,10 @@ def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
                 reviews if reviews.is_file() else None,
             )
     raise ConfigurationError(
-        f"{directory} holds no WebShop catalogue: expected {PRODUCT_FILES[0]} and {ATTRIBUTE_FILES[0]}, or those of 1,000. "
-        "Download the published files (README of princeton-nlp/WebShop), or run: sdar env generate webshop DIRECTORY"
+        f"{directory} holds no WebShop catalogue: expected {PRODUCT_FILES[0]} and "
+        f"{ATTRIBUTE_FILES[0]}, or those of 1,000. "
+        "Download the published files (README of princeton-nlp/WebShop), or run: sdar env generate "
+        "webshop DIRECTORY"
     )
 
 
@@ -107,19 +120,27 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}. Download or generate it again.") from error
+        raise ConfigurationError(
+            f"{path} is not JSON: {error}. Download or generate it again."
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds a {type(content).__name__}, expected an object by product id.")
+        raise ConfigurationError(
+            f"{path} holds a {type(content).__name__}, expected an object by product id."
+        )
     return content
 
 
 def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> Iterator[Entry]:
-    """The objects of a JSON list, one after the other: the file is never held whole. Raises ConfigurationError."""
+    """The objects of a JSON list, one after the other: the file is never held whole. Raises
+    ConfigurationError.
+    """
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
         text = _read_characters(file, chunk_characters).lstrip()
         if not text.startswith("["):
-            raise ConfigurationError(f"{path} holds no list, expected one of objects. Download or generate it again.")
+            raise ConfigurationError(
+                f"{path} holds no list, expected one of objects. Download or generate it again."
+            )
         position, index = 1, 0
         while True:
             found = _NEXT_ENTRY.search(text, position)
@@ -129,7 +150,11 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
             try:
                 value, end = decoder.raw_decode(text, position)
             except ValueError as error:
-                more = _read_characters(file, chunk_characters) if len(text) - position < chunk_characters else ""
+                more = (
+                    _read_characters(file, chunk_characters)
+                    if len(text) - position < chunk_characters
+                    else ""
+                )
                 if not more:
                     raise ConfigurationError(
                         f"{path} entry {index} is not JSON: {error}. Download or generate it again."
@@ -144,16 +169,22 @@ def _read_characters(file: TextIO, count: int) -> str:
     try:
         return file.read(count)
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{file.name} is not UTF-8: {error}. Download or generate it again.") from error
+        raise ConfigurationError(
+            f"{file.name} is not UTF-8: {error}. Download or generate it again."
+        ) from error
 
 
 class Entry:
-    """One object of a file; its accessors raise a ConfigurationError that names file, entry and field."""
+    """One object of a file; its accessors raise a ConfigurationError that names file, entry and
+    field.
+    """
 
     def __init__(self, path: Path, key: int | str, value: Any) -> None:
         self._where = f"{path} entry {key}"
         if not isinstance(value, dict):
-            raise ConfigurationError(f"{self._where} is {_show(value)}, expected an object. Correct it.")
+            raise ConfigurationError(
+                f"{self._where} is {_show(value)}, expected an object. Correct it."
+            )
         self._value = value
 
     def text(self, name: str) -> str:
@@ -166,7 +197,9 @@ class Entry:
         return "" if self._value.get(name) is None else self.text(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; a missing one is empty, and a single text is a list of one, as the published files have it."""
+        """A list of texts; a missing one is empty, and a single text is a list of one, as the
+        published files have it.
+        """
         value = self._value.get(name)
         if value is None:
             return ()
@@ -180,7 +213,10 @@ class Entry:
         return self._value.get(name)
 
     def wrong(self, name: str, expected: str) -> ConfigurationError:
-        return ConfigurationError(f"{self._where}: {name} is {_show(self._value.get(name))}, expected {expected}. Correct it.")
+        return ConfigurationError(
+            f"{self._where}: {name} is {_show(self._value.get(name))}, expected {expected}. "
+            "Correct it."
+        )
 
 
 def _show(value: Any) -> str:
@@ -189,16 +225,24 @@ def _show(value: Any) -> str:
 
 
 def iterate_products(files: SourceFiles) -> Iterator[Product]:
-    """Products in the file's order; entries that the published code leaves out (no id, an id seen before) are left out."""
+    """Products in the file's order; entries that the published code leaves out (no id, an id seen
+    before) are left out.
+    """
     attributes = read_object(files.attributes)
-    reviews = {entry.text("asin"): entry for entry in iterate_entries(files.reviews)} if files.reviews else {}
+    reviews = (
+        {entry.text("asin"): entry for entry in iterate_entries(files.reviews)}
+        if files.reviews
+        else {}
+    )
     seen: set[str] = set()
     for entry in iterate_entries(files.products):
         asin = entry.text("asin")
         if asin == "nan" or not asin or len(asin) > MAX_ASIN_LENGTH or asin in seen:
             continue
         seen.add(asin)
-        yield _read_product(entry, asin, Entry(files.attributes, asin, attributes.get(asin, {})), reviews.get(asin))
+        yield _read_product(
+            entry, asin, Entry(files.attributes, asin, attributes.get(asin, {})), reviews.get(asin)
+        )
 
 
 def _read_product(entry: Entry, asin: str, attributes: Entry, reviews: Entry | None) -> Product:
@@ -221,7 +265,9 @@ def _read_product(entry: Entry, asin: str, attributes: Entry, reviews: Entry | N
 
 
 def _read_prices(entry: Entry) -> tuple[float, ...]:
-    """At most two numbers out of, for example, "$12.99$1,015.49": the lowest and the highest price of a product's variants."""
+    """At most two numbers out of, for example, "$12.99$1,015.49": the lowest and the highest price
+    of a product's variants.
+    """
     if not entry.get("pricing"):
         return (NO_PRICE,)
     parts = [re.sub(r"[^\d.]", "", part) for part in entry.text("pricing").split("$")[1:]]
@@ -235,7 +281,9 @@ def _read_prices(entry: Entry) -> tuple[float, ...]:
 
 
 def _draw_price(asin: str, prices: tuple[float, ...]) -> float:
-    """A product of several prices has one of them, drawn as published, but from its id: the same in every process."""
+    """A product of several prices has one of them, drawn as published, but from its id: the same in
+    every process.
+    """
     return prices[0] if len(prices) == 1 else random.Random(f"price {asin}").uniform(*prices)
 
 
@@ -247,8 +295,13 @@ def _read_options(entry: Entry) -> dict[str, tuple[str, ...]]:
     for name, choices in options.items():
         if choices is None:
             continue
-        if not (isinstance(choices, list) and all(isinstance(c, dict) and isinstance(c.get("value"), str) for c in choices)):
-            raise entry.wrong("customization_options", f'a list of objects with a text "value" for {name!r}')
+        if not (
+            isinstance(choices, list)
+            and all(isinstance(c, dict) and isinstance(c.get("value"), str) for c in choices)
+        ):
+            raise entry.wrong(
+                "customization_options", f'a list of objects with a text "value" for {name!r}'
+            )
         values = (choice["value"].strip().replace("/", " | ").lower() for choice in choices)
         read[name.lower()] = tuple(value for value in values if value)
     return read

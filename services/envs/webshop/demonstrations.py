@@ -1,4 +1,5 @@
-"""Owns how WebShop is shown to a learner: a shopper who sees only what an agent sees, and an expert who knows the goal.
+"""Owns how WebShop is shown to a learner: a shopper who sees only what an agent sees, and an expert
+who knows the goal.
 
 Never used while playing: the shop does not know it exists.
 """
@@ -20,7 +21,9 @@ _WORD = re.compile(r"[\w.'-]*\w")
 # What instructions say that no product says.
 _PHRASES_TEXT = "i am looking need needs find me please show should have has would like buy my friend wants want you"
 _PHRASES = frozenset(_PHRASES_TEXT.split())
-_ITEM_BUTTONS = frozenset({"back to search", "< prev", "description", "features", "reviews", "buy now"})
+_ITEM_BUTTONS = frozenset(
+    {"back to search", "< prev", "description", "features", "reviews", "buy now"}
+)
 
 
 def write_action(action: str, thought: str) -> str:
@@ -29,25 +32,37 @@ def write_action(action: str, thought: str) -> str:
 
 
 class Shopper:
-    """Searches with the instruction's words, opens the best result, chooses the options it names, buys. One per episode."""
+    """Searches with the instruction's words, opens the best result, chooses the options it names,
+    buys. One per episode.
+    """
 
     def __init__(self) -> None:
         self._clicked: set[str] = set()
 
-    def next_action(self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]) -> str:
-        """The next response, from what an agent is told in this turn; what was clicked before is remembered."""
+    def next_action(
+        self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]
+    ) -> str:
+        """The next response, from what an agent is told in this turn; what was clicked before is
+        remembered.
+        """
         clickables = [action.removeprefix("click[")[:-1] for action in admissible_actions]
         if "buy now" in clickables:
             return self._choose_or_buy(description, clickables)
         results = parse_results(observation)
         if results:
             self._clicked = set()
-            return write_action(f"click[{pick_result(description, results).lower()}]", "this one fits")
+            return write_action(
+                f"click[{pick_result(description, results).lower()}]", "this one fits"
+            )
         return write_action(f"search[{' '.join(list_key_words(description))}]", "search first")
 
     def _choose_or_buy(self, description: str, clickables: Sequence[str]) -> str:
         for value in clickables:
-            if value not in _ITEM_BUTTONS and value not in self._clicked and _names(description, value):
+            if (
+                value not in _ITEM_BUTTONS
+                and value not in self._clicked
+                and _names(description, value)
+            ):
                 self._clicked.add(value)
                 return write_action(f"click[{value}]", "choose it")
         return write_action("click[buy now]", "all chosen")
@@ -60,7 +75,9 @@ def list_key_words(description: str) -> list[str]:
 
 
 def parse_results(observation: str) -> list[tuple[str, str, float]]:
-    """(id, title, lowest price) of each product that a results page shows; empty for any other page."""
+    """(id, title, lowest price) of each product that a results page shows; empty for any other
+    page.
+    """
     parts = observation.split(SEPARATOR)
     if len(parts) < 2 or not parts[1].startswith("Page "):
         return []
@@ -70,12 +87,15 @@ def parse_results(observation: str) -> list[tuple[str, str, float]]:
 
 
 def pick_result(description: str, results: Sequence[tuple[str, str, float]]) -> str:
-    """The first of the results whose title has a word of the instruction and whose price fits; else the first of all."""
+    """The first of the results whose title has a word of the instruction and whose price fits; else
+    the first of all.
+    """
     bound, wanted = _BOUND.search(description), set(list_key_words(description))
     fitting = (
         asin
         for asin, title, price in results
-        if wanted.intersection(list_key_words(title)) and (bound is None or price <= float(bound[1]))
+        if wanted.intersection(list_key_words(title))
+        and (bound is None or price <= float(bound[1]))
     )
     return next(fitting, results[0][0])
 
@@ -86,21 +106,36 @@ def _names(description: str, value: str) -> bool:
 
 
 def list_expert_actions(environment: WebShopEnvironment, task_id: str) -> list[str]:
-    """The responses that buy the goal's own product with the goal's options; empty if the search does not show it."""
+    """The responses that buy the goal's own product with the goal's options; empty if the search
+    does not show it.
+    """
     goal, catalogue = environment.get_goal(task_id), environment.catalogue
     query = f"{goal.name} {' '.join(goal.options)}"
     results = catalogue.index.search(query, NUM_RESULTS)
-    rank = next((rank for rank, number in enumerate(results) if catalogue.get_product(number).asin == goal.asin), None)
+    rank = next(
+        (
+            rank
+            for rank, number in enumerate(results)
+            if catalogue.get_product(number).asin == goal.asin
+        ),
+        None,
+    )
     if rank is None:
         return []
     options = catalogue.get_product(results[rank]).options
-    actions = [f"search[{query}]", *["click[next >]"] * (rank // PAGE_SIZE), f"click[{goal.asin.lower()}]"]
+    actions = [
+        f"search[{query}]",
+        *["click[next >]"] * (rank // PAGE_SIZE),
+        f"click[{goal.asin.lower()}]",
+    ]
     actions += [f"click[{value}]" for value in _pick_values(list(options.values()), goal)]
     return [write_action(action, "as planned") for action in [*actions, "click[buy now]"]]
 
 
 def _pick_values(options: Sequence[Sequence[str]], goal: Goal) -> list[str]:
-    """Of every option the value that the goal asks for: literally, or else by the score's own comparison."""
+    """Of every option the value that the goal asks for: literally, or else by the score's own
+    comparison.
+    """
     picked = []
     for values in options:
         literal = [value for value in values if value in goal.options]

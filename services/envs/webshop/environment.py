@@ -1,4 +1,6 @@
-"""Owns WebShop as an Environment: tasks out of goals, the agent's text, turns, reward. Pages and score are elsewhere."""
+"""Owns WebShop as an Environment: tasks out of goals, the agent's text, turns, reward. Pages and
+score are elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pathlib import Path
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
-from sdar.runtime.settings import load_settings
-from services.envs.base import Environment, Observation, StepResult
+from sdar.environments.base import Environment, Observation, StepResult
+from sdar.process.settings import load_settings
 from services.envs.responses import find_between
 from services.envs.webshop.goals import TEST, TRAIN, Goal, count_test_goals
 from services.envs.webshop.nouns import load_noun_finder
@@ -26,11 +28,13 @@ _ACTION = re.compile(r"(search|click)\[(.+)\]", re.DOTALL | re.IGNORECASE)
 
 
 class WebShopEnvironment(Environment):
-    """Buy what the instruction asks for. Reward 10 for a purchase of native score 1, otherwise 0; the seed changes nothing.
+    """Buy what the instruction asks for. Reward 10 for a purchase of native score 1, otherwise 0;
+    the seed changes nothing.
 
-    A response is valid if it has one `<think>...</think>` and one `<action>...</action>` with an action that this page takes: a
-    click on what is listed, or a search, which every page takes though only the start page shows a search bar, as published. An
-    action without its reasoning is done, but counts as invalid; anything else changes nothing. Every response uses a turn.
+    A response is valid if it has one `<think>...</think>` and one `<action>...</action>` with an
+    action that this page takes: a click on what is listed, or a search, which every page takes
+    though only the start page shows a search bar, as published. An action without its reasoning is
+    done, but counts as invalid; anything else changes nothing. Every response uses a turn.
 
     Options:
         data_dir: directory of the catalogue's files; empty: the one that $WEBSHOP_DATA names.
@@ -43,30 +47,40 @@ class WebShopEnvironment(Environment):
     version = "1"
     splits = (TRAIN, TEST)
     instructions = (
-        "You are shopping in an online shop of text pages. Find a product that fits the instruction, choose the options that "
+        "You are shopping in an online shop of text pages. Find a product that fits the "
+        "instruction, choose the options that "
         "it asks for on the product's page, and buy it."
     )
     action_format = (
-        "Think first, then give one action: <think>why</think><action>search[words of your own]</action>, which every page "
+        "Think first, then give one action: <think>why</think><action>search[words of your "
+        "own]</action>, which every page "
         "takes, or <action>click[one of those listed]</action>."
     )
     max_turns = MAX_TURNS
 
     def __init__(self, data_dir: str = "", goals: str = "auto", small: bool = False) -> None:
         if goals not in GOAL_KINDS:
-            raise ConfigurationError(f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}.")
+            raise ConfigurationError(
+                f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}."
+            )
         settings = load_settings()
         directory = data_dir or settings.webshop_data
         if not directory:
             raise ConfigurationError(
-                "WebShop does not know where its catalogue is. Set the option data_dir or the variable WEBSHOP_DATA to a "
-                "directory with the published files, or make one: sdar env generate webshop DIRECTORY"
+                "WebShop does not know where its catalogue is. Set the option data_dir or the "
+                "variable WEBSHOP_DATA to a "
+                "directory with the published files, or make one: sdar env generate webshop "
+                "DIRECTORY"
             )
         self.catalogue = open_catalogue(
-            Path(directory).expanduser().resolve(), settings.cache.expanduser().resolve(), small, GOAL_KINDS[goals]
+            Path(directory).expanduser().resolve(),
+            settings.cache.expanduser().resolve(),
+            small,
+            GOAL_KINDS[goals],
         )
         self._nouns = load_noun_finder()
-        # Scores of different catalogues or noun finders are not comparable, so they are different versions.
+        # Scores of different catalogues or noun finders are not comparable, so they are different
+        # versions.
         self.version = f"{type(self).version}-{self._nouns.name}-{self.catalogue.digest[:8]}"
         self._tasks, self._goals = _list_tasks(self.catalogue)
         self._pages = PageMachine(self.catalogue)
@@ -128,22 +142,43 @@ class WebShopEnvironment(Environment):
     def _score(self) -> tuple[dict[str, float], bool]:
         if self._pages.product is None:
             raise AssertionError("Bought without a product: the page machine lets nobody do that.")
-        score = compute_score(self._pages.product, self._pages.chosen.values(), self._goal, self._nouns)
+        score = compute_score(
+            self._pages.product, self._pages.chosen.values(), self._goal, self._nouns
+        )
         return dataclasses.asdict(score), score.score == 1.0
 
     def _observe(self, *, is_over: bool) -> Observation:
-        """The page, and its links as actions. That every page takes a search says `action_format`: it has no literal form."""
-        return Observation(self._pages.text, () if is_over else tuple(f"click[{name}]" for name in self._pages.clickables))
+        """The page, and its links as actions. That every page takes a search says `action_format`:
+        it has no literal form.
+        """
+        return Observation(
+            self._pages.text,
+            () if is_over else tuple(f"click[{name}]" for name in self._pages.clickables),
+        )
 
 
 @lru_cache
-def _list_tasks(catalogue: PreparedCatalogue) -> tuple[dict[str, tuple[Task, ...]], dict[str, tuple[Task, Goal]]]:
-    """The tasks of both splits, and every task with its goal by its id: the goal's place in the fixed order of all goals."""
+def _list_tasks(
+    catalogue: PreparedCatalogue,
+) -> tuple[dict[str, tuple[Task, ...]], dict[str, tuple[Task, Goal]]]:
+    """The tasks of both splits, and every task with its goal by its id: the goal's place in the
+    fixed order of all goals.
+    """
     num_test = count_test_goals(len(catalogue.goals))
     found = {}
     for number, goal in enumerate(catalogue.goals):
         split = TEST if number < num_test else TRAIN
-        task = Task(WebShopEnvironment.name, split, f"goal-{number}", goal.category, goal.instruction, seed=0)
+        task = Task(
+            WebShopEnvironment.name,
+            split,
+            f"goal-{number}",
+            goal.category,
+            goal.instruction,
+            seed=0,
+        )
         found[task.task_id] = (task, goal)
-    tasks = {split: tuple(task for task, _ in found.values() if task.split == split) for split in (TRAIN, TEST)}
+    tasks = {
+        split: tuple(task for task, _ in found.values() if task.split == split)
+        for split in (TRAIN, TEST)
+    }
     return tasks, found

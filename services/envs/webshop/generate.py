@@ -1,7 +1,8 @@
-"""Owns generated catalogues: products and instructions in the published files' shape, of our own invention.
+"""Owns generated catalogues: products and instructions in the published files' shape, of our own
+invention.
 
-Products come in families of one kind and maker that differ in attributes, options and price, so that a search finds several
-that almost fit. The same arguments give the same bytes.
+Products come in families of one kind and maker that differ in attributes, options and price, so
+that a search finds several that almost fit. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any
 from sdar.contracts.errors import ConflictError
 from services.envs.webshop.catalogue import ATTRIBUTE_FILES, HUMAN_FILE, PRODUCT_FILES, REVIEW_FILE
 from services.envs.webshop.goals import count_test_goals
-from services.envs.webshop.wares import MAKERS, OPTION_VALUES, REVIEW_BODIES, REVIEW_TITLES, WARES, Ware
+from services.envs.webshop.wares import (
+    MAKERS,
+    OPTION_VALUES,
+    REVIEW_BODIES,
+    REVIEW_TITLES,
+    WARES,
+    Ware,
+)
 
 FAMILY_SIZE, NUM_WANTED = 5, 4
 """Products of a family, and those of them that somebody wants; the others are only in the way."""
@@ -46,7 +54,9 @@ class _Draft:
     review: dict[str, Any]
 
 
-def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]) -> str:
+def generate(
+    directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]
+) -> str:
     """Write a catalogue whose goals make `num_tasks` training tasks, and test tasks in proportion.
 
     Args:
@@ -56,16 +66,26 @@ def generate(directory: Path, *, num_tasks: int, seed: int, report: Callable[[in
         ConflictError: the directory holds something.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise ConflictError(f"{directory} is not empty. Name another directory, or empty it.", directory=directory)
+        raise ConflictError(
+            f"{directory} is not empty. Name another directory, or empty it.", directory=directory
+        )
     num_goals = _count_goals(num_tasks)
     drafts = _draft_catalogue(random.Random(f"webshop {seed}"), num_goals, report)
     directory.mkdir(parents=True, exist_ok=True)
     _write_list(directory / PRODUCT_FILES[0], (draft.product for draft in drafts))
-    _write_object(directory / ATTRIBUTE_FILES[0], {draft.product["asin"]: draft.attributes for draft in drafts})
-    _write_object(directory / HUMAN_FILE, {draft.product["asin"]: draft.human for draft in drafts if draft.human})
+    _write_object(
+        directory / ATTRIBUTE_FILES[0],
+        {draft.product["asin"]: draft.attributes for draft in drafts},
+    )
+    _write_object(
+        directory / HUMAN_FILE,
+        {draft.product["asin"]: draft.human for draft in drafts if draft.human},
+    )
     _write_list(directory / REVIEW_FILE, (draft.review for draft in drafts))
     num_test = count_test_goals(num_goals)
-    return f"{len(drafts)} products, {num_goals - num_test} goals to train on and {num_test} to test."
+    return (
+        f"{len(drafts)} products, {num_goals - num_test} goals to train on and {num_test} to test."
+    )
 
 
 def _count_goals(num_tasks: int) -> int:
@@ -76,7 +96,9 @@ def _count_goals(num_tasks: int) -> int:
     return num_goals
 
 
-def _draft_catalogue(rng: random.Random, num_goals: int, report: Callable[[int, int], None]) -> list[_Draft]:
+def _draft_catalogue(
+    rng: random.Random, num_goals: int, report: Callable[[int, int], None]
+) -> list[_Draft]:
     """Families, kind by kind in turn, until there are enough goals; the products in shuffled order."""
     drafts: list[_Draft] = []
     asins: set[str] = set()
@@ -103,7 +125,9 @@ def _draw_asin(rng: random.Random, taken: set[str]) -> str:
             return asin
 
 
-def _draft_product(rng: random.Random, ware: Ware, maker: str, asin: str, is_wanted: bool) -> _Draft:
+def _draft_product(
+    rng: random.Random, ware: Ware, maker: str, asin: str, is_wanted: bool
+) -> _Draft:
     attributes = rng.sample(ware.attributes, NUM_ATTRIBUTES)
     options = {name: _draw_values(rng, name) for name in ware.options}
     wanted = rng.sample(attributes[:3], rng.choice((1, 2)))
@@ -127,12 +151,21 @@ def _draw_values(rng: random.Random, option: str) -> list[str]:
 
 
 def _describe_product(
-    rng: random.Random, ware: Ware, maker: str, asin: str, attributes: Sequence[str], options: dict[str, list[str]]
+    rng: random.Random,
+    ware: Ware,
+    maker: str,
+    asin: str,
+    attributes: Sequence[str],
+    options: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """The entry of items_shuffle.json: two attributes in the title, the third in the bullets, the fourth in the description."""
+    """The entry of items_shuffle.json: two attributes in the title, the third in the bullets, the
+    fourth in the description.
+    """
     model = f"{rng.choice(string.ascii_uppercase)}{rng.randint(10, 99)}"
     return {
-        "name": f"{maker} {ware.noun.title()} {model}, {attributes[0].title()}, {attributes[1].title()}",
+        "name": (
+            f"{maker} {ware.noun.title()} {model}, {attributes[0].title()}, {attributes[1].title()}"
+        ),
         "asin": asin,
         "pricing": _draw_pricing(rng, ware),
         "category": ware.category,
@@ -144,12 +177,15 @@ def _describe_product(
             "Comes with a leaflet in four languages and a warranty of one year.",
         ],
         "full_description": (
-            f"{maker} has made every {ware.noun} of this line with care since the first day. {attributes[3].capitalize()} and "
+            f"{maker} has made every {ware.noun} of this line with care since the first day. "
+            f"{attributes[3].capitalize()} and "
             f"{attributes[0]} belong together here. Choose {' and '.join(options)} to your liking."
         ),
         "images": [f"https://shop.example/{asin.lower()}.jpg"],
         "customization_options": {
-            name: [{"value": value, "image": None, "price_string": "", "price": 0} for value in values]
+            name: [
+                {"value": value, "image": None, "price_string": "", "price": 0} for value in values
+            ]
             for name, values in options.items()
         },
     }
@@ -160,14 +196,22 @@ def _draw_pricing(rng: random.Random, ware: Ware) -> str:
     kind = rng.random()
     if kind < SHARE_WITHOUT_PRICE:
         return ""
-    return f"${price:.2f}${price * PRICE_SPREAD:.2f}" if kind < SHARE_WITHOUT_PRICE + SHARE_OF_PRICE_RANGES else f"${price:.2f}"
+    return (
+        f"${price:.2f}${price * PRICE_SPREAD:.2f}"
+        if kind < SHARE_WITHOUT_PRICE + SHARE_OF_PRICE_RANGES
+        else f"${price:.2f}"
+    )
 
 
-def _draw_instruction(rng: random.Random, ware: Ware, wanted: Sequence[str], options: dict[str, list[str]]) -> dict[str, Any]:
+def _draw_instruction(
+    rng: random.Random, ware: Ware, wanted: Sequence[str], options: dict[str, list[str]]
+) -> dict[str, Any]:
     """An entry of items_human_ins.json, which asks for one value of every option."""
     chosen = {name: rng.choice(values) for name, values in options.items()}
     wishes = "".join(f", {name} {value}" for name, value in chosen.items())
-    text = rng.choice(INSTRUCTIONS).format(noun=ware.noun, attributes=" and ".join(wanted), options=wishes)
+    text = rng.choice(INSTRUCTIONS).format(
+        noun=ware.noun, attributes=" and ".join(wanted), options=wishes
+    )
     return {
         "instruction": text,
         "instruction_attributes": list(wanted),
@@ -175,17 +219,25 @@ def _draw_instruction(rng: random.Random, ware: Ware, wanted: Sequence[str], opt
     }
 
 
-def _draw_reviews(rng: random.Random, ware: Ware, asin: str, attributes: Sequence[str]) -> dict[str, Any]:
+def _draw_reviews(
+    rng: random.Random, ware: Ware, asin: str, attributes: Sequence[str]
+) -> dict[str, Any]:
     stars = [rng.choice((5, 5, 4, 4, 3, 2, 1)) for _ in range(rng.randint(0, MAX_REVIEWS))]
     reviews = [
         {
             "title": REVIEW_TITLES[number],
             "stars": number,
-            "review": REVIEW_BODIES[number].format(noun=ware.noun, attribute=rng.choice(attributes)),
+            "review": REVIEW_BODIES[number].format(
+                noun=ware.noun, attribute=rng.choice(attributes)
+            ),
         }
         for number in stars
     ]
-    return {"asin": asin, "average_rating": round(sum(stars) / len(stars), 1) if stars else "N.A.", "reviews": reviews}
+    return {
+        "asin": asin,
+        "average_rating": round(sum(stars) / len(stars), 1) if stars else "N.A.",
+        "reviews": reviews,
+    }
 
 
 def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -194,5 +246,8 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_object(path: Path, entries: dict[str, Any]) -> None:
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in entries.items())
+    lines = ",\n".join(
+        f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}"
+        for key, entry in entries.items()
+    )
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8", newline="\n")

@@ -1,6 +1,8 @@
-"""Owns what shoppers are asked for: goals from instructions, their price bounds, their fixed order and their split.
+"""Owns what shoppers are asked for: goals from instructions, their price bounds, their fixed order
+and their split.
 
-The same files give the same goals in the same order in every process and every run: nothing is drawn from a process's state.
+The same files give the same goals in the same order in every process and every run: nothing is
+drawn from a process's state.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from services.envs.webshop.catalogue import Entry, Product, SourceFiles, read_ob
 
 TRAIN, TEST = "train", "test"
 NUM_TEST_GOALS = 500
-"""The first goals of the shuffled list are tested, the others trained on, as in the paper; of a catalogue with fewer than
-2,000 goals, the first quarter is tested."""
+"""The first goals of the shuffled list are tested, the others trained on, as in the paper; of a
+catalogue with fewer than 2,000 goals, the first quarter is tested."""
 MAX_TEST_SHARE = 4
 SHUFFLE_SEED = 233
 
@@ -24,12 +26,16 @@ NO_BOUND = 1_000_000.0
 """Bound of a goal whose product costs too much to draw one, as published."""
 PRICE_STEPS = tuple(10.0 * step for step in range(1, 100))
 NUM_STEPS_ABOVE = 4
-"""A bound is the larger of two draws from the next four multiples of ten dollars above the product's price."""
+"""A bound is the larger of two draws from the next four multiples of ten dollars above the
+product's price.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What an instruction asks for. All but `instruction` is hidden from the shopper; `options` are values, without names."""
+    """What an instruction asks for. All but `instruction` is hidden from the shopper; `options` are
+    values, without names.
+    """
 
     asin: str
     name: str
@@ -43,7 +49,9 @@ class Goal:
 
 
 class GoalReader:
-    """Turns products into goals: by the instructions people wrote, or by the synthetic ones of the attribute file."""
+    """Turns products into goals: by the instructions people wrote, or by the synthetic ones of the
+    attribute file.
+    """
 
     def __init__(self, files: SourceFiles, is_human: bool) -> None:
         self._path = files.human if is_human and files.human else files.attributes
@@ -55,7 +63,9 @@ class GoalReader:
             yield from self._read(product, self._instructions[product.asin])
 
     def _read_human(self, product: Product, instructions: Any) -> Iterator[Goal]:
-        for number, value in enumerate(instructions if isinstance(instructions, list) else [instructions]):
+        for number, value in enumerate(
+            instructions if isinstance(instructions, list) else [instructions]
+        ):
             entry = Entry(self._path, f"{product.asin}[{number}]", value)
             attributes = entry.texts("instruction_attributes")
             if attributes:
@@ -73,7 +83,9 @@ class GoalReader:
             raise entry.wrong("instruction_attributes", "the texts that the instruction asks for")
         names = sorted(product.options)
         for values in itertools.product(*(product.options[name] for name in names)):
-            wish = ", and ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+            wish = ", and ".join(
+                f"{name}: {value}" for name, value in zip(names, values, strict=True)
+            )
             yield _build_goal(product, f"{text} with {wish}" if wish else text, attributes, values)
 
 
@@ -84,7 +96,9 @@ def _read_goal_options(entry: Entry) -> tuple[str, ...]:
     return entry.texts("instruction_options")
 
 
-def _build_goal(product: Product, text: str, attributes: tuple[str, ...], options: tuple[str, ...]) -> Goal:
+def _build_goal(
+    product: Product, text: str, attributes: tuple[str, ...], options: tuple[str, ...]
+) -> Goal:
     bound = draw_price_bound(product.price, f"bound {product.asin} {text}")
     return Goal(
         asin=product.asin,
@@ -92,7 +106,9 @@ def _build_goal(product: Product, text: str, attributes: tuple[str, ...], option
         category=product.category,
         query=product.query,
         product_category=product.product_category,
-        instruction=text if bound == NO_BOUND else f"{text}, and price lower than {bound:.2f} dollars",
+        instruction=text
+        if bound == NO_BOUND
+        else f"{text}, and price lower than {bound:.2f} dollars",
         attributes=attributes,
         options=options,
         price_bound=bound,

@@ -1,6 +1,8 @@
-"""Owns which words of a product's title count as nouns: by spaCy's tags where a model is installed, else by a rule of thumb.
+"""Owns which words of a product's title count as nouns: by spaCy's tags where a model is installed,
+else by a rule of thumb.
 
-The score depends on it, so the finder's name is part of the environment's version: scores under different finders never mix.
+The score depends on it, so the finder's name is part of the environment's version: scores under
+different finders never mix.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class NounFinder(Protocol):
     name: str
 
     def find(self, title: str) -> tuple[str, ...]:
-        """The title's nouns and proper nouns in lower case, in order, repeated where they are repeated."""
+        """The title's nouns and proper nouns in lower case, in order, repeated where they are
+        repeated.
+        """
         ...
 
 
@@ -34,21 +38,26 @@ class SpacyNouns:
         self.find = lru_cache(maxsize=_NUM_TITLES)(self._tag)
 
     def _tag(self, title: str) -> tuple[str, ...]:
-        return tuple(token.text.lower() for token in self._pipeline(title) if token.pos_ in NOUN_TAGS)
+        return tuple(
+            token.text.lower() for token in self._pipeline(title) if token.pos_ in NOUN_TAGS
+        )
 
 
 class HeuristicNouns:
     """Every word of letters that is not of another kind by its look.
 
-    Titles are chains of nouns and names; what is taken out are function words, common adjectives and units (a list) and words
-    with an ending of adjectives or participles. Numbers and mixtures of letters and digits are no nouns.
+    Titles are chains of nouns and names; what is taken out are function words, common adjectives
+    and units (a list) and words with an ending of adjectives or participles. Numbers and mixtures
+    of letters and digits are no nouns.
     """
 
     name = "heuristic"
 
     def find(self, title: str) -> tuple[str, ...]:
         words = (word.lower() for word in _WORD.findall(title))
-        return tuple(word for word in words if word not in _OTHER_WORDS and not _ADJECTIVE.fullmatch(word))
+        return tuple(
+            word for word in words if word not in _OTHER_WORDS and not _ADJECTIVE.fullmatch(word)
+        )
 
 
 _WORD = re.compile(r"(?<![\w])[^\W\d_]{2,}(?![\w])")

@@ -1,4 +1,6 @@
-"""Owns the shop's pages as a machine: what is shown, what can be clicked, where a click leads. Knows no goal and no score."""
+"""Owns the shop's pages as a machine: what is shown, what can be clicked, where a click leads.
+Knows no goal and no score.
+"""
 
 from __future__ import annotations
 
@@ -76,28 +78,44 @@ class PageMachine:
     def _show_item(self, product: Product) -> None:
         self.product = product
         pages: Links = {
-            DESCRIPTION: partial(self._show_below, product, (product.description or "No Description",)),
+            DESCRIPTION: partial(
+                self._show_below, product, (product.description or "No Description",)
+            ),
             FEATURES: partial(self._show_below, product, product.bullets or ("No Features",)),
             REVIEWS: partial(self._show_below, product, _list_reviews(product)),
             BUY_NOW: self._buy,
         }
-        navigation: Links = {BACK_TO_SEARCH: self._show_start, PREVIOUS: partial(self._show_results, self._page)}
+        navigation: Links = {
+            BACK_TO_SEARCH: self._show_start,
+            PREVIOUS: partial(self._show_results, self._page),
+        }
         options = [part for name, values in product.options.items() for part in (name, *values)]
         facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
-        # Of two options with a value in common, the value belongs to the later one; a button keeps its own name. As published.
+        # Of two options with a value in common, the value belongs to the later one; a button keeps
+        # its own name. As published.
         choices: Links = {
-            value: partial(self._choose, name, value) for name, values in product.options.items() for value in values
+            value: partial(self._choose, name, value)
+            for name, values in product.options.items()
+            for value in values
         }
         links = _in_lower_case(navigation | pages)
-        self._show([*navigation, *options, *facts, *pages], links | {v: link for v, link in choices.items() if v not in links})
+        self._show(
+            [*navigation, *options, *facts, *pages],
+            links | {v: link for v, link in choices.items() if v not in links},
+        )
 
     def _choose(self, name: str, value: str) -> None:
         """The page stays as it is: a text page shows no choice, as published."""
         self.chosen = {**self.chosen, name: value}
 
     def _show_below(self, product: Product, texts: Sequence[str]) -> None:
-        """Description, features or reviews; the way back leads to the product's page and keeps what was chosen."""
-        navigation: Links = {BACK_TO_SEARCH: self._show_start, PREVIOUS: partial(self._show_item, product)}
+        """Description, features or reviews; the way back leads to the product's page and keeps what
+        was chosen.
+        """
+        navigation: Links = {
+            BACK_TO_SEARCH: self._show_start,
+            PREVIOUS: partial(self._show_item, product),
+        }
         self._show([*navigation, *texts], _in_lower_case(navigation))
 
     def _buy(self) -> None:
@@ -110,5 +128,9 @@ def _in_lower_case(links: Links) -> Links:
 
 
 def _list_reviews(product: Product) -> tuple[str, ...]:
-    parts = (part for review in product.reviews for part in (f'"{review.title}"', review.stars, review.body))
+    parts = (
+        part
+        for review in product.reviews
+        for part in (f'"{review.title}"', review.stars, review.body)
+    )
     return tuple(part for part in parts if part) or ("No Reviews",)

@@ -1,6 +1,8 @@
-"""Owns the native score of a purchase: WebShop's formula (arXiv:2207.01206, section 3) as its published code computes it.
+"""Owns the native score of a purchase: WebShop's formula (arXiv:2207.01206, section 3) as its
+published code computes it.
 
-score = r_type * (matched attributes + matched options + price within bound) / (attributes + options + 1)
+score = r_type * (matched attributes + matched options + price within bound) / (attributes + options
++ 1)
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ SIMILARITY_WITHOUT_NOUNS = 0.2
 """Taken where the goal's title holds no noun to compare."""
 CATEGORY_SEPARATOR, NUM_SHARED_CATEGORIES = "\u203a", 2  # as in "Clothing \u203a Shoes"
 
-# The first of these that occurs anywhere in an option's value stands for it: "navy blue" and "light blue" are both "blue", and
-# so is "bluetooth". Part of the score's definition: another list, or another order, is another score.
+# The first of these that occurs anywhere in an option's value stands for it: "navy blue" and "light
+# blue" are both "blue", and so is "bluetooth". Part of the score's definition: another list, or
+# another order, is another score.
 _COLOURS_TEXT = """
 alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
 champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim eggplant
@@ -36,7 +39,9 @@ COLOURS = tuple(_COLOURS_TEXT.split())
 
 _NOT_A_WORD = re.compile(r"\W")
 _LATIN_1 = re.compile(r"[\x80-\xff]")
-"""What thefuzz takes for all that is not ASCII, and leaves out: an accented letter is lost, a curly quote is not."""
+"""What thefuzz takes for all that is not ASCII, and leaves out: an accented letter is lost, a curly
+quote is not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ class Score:
     """A purchase's score and its parts.
 
     Attributes:
-        r_type: factor for the kind of product, one of 1, 0.5, 0.1 and 0, by query, categories and `title_similarity`.
+        r_type: factor for the kind of product, one of 1, 0.5, 0.1 and 0, by query, categories and
+            `title_similarity`.
         r_attributes, r_options: share of the goal's that are met, 1 where it asks for none.
         r_price: 1 within the goal's bound, else 0.
     """
@@ -77,7 +83,9 @@ def compute_score(product: Product, chosen: Iterable[str], goal: Goal, nouns: No
 
 
 def compute_title_similarity(bought: str, wanted: str, nouns: NounFinder) -> float:
-    """The share of the wanted title's nouns that the bought title has, too; a noun that is repeated is counted so."""
+    """The share of the wanted title's nouns that the bought title has, too; a noun that is repeated
+    is counted so.
+    """
     wanted_nouns = nouns.find(wanted)
     if not wanted_nouns:
         return SIMILARITY_WITHOUT_NOUNS
@@ -90,7 +98,11 @@ def compute_type_factor(product: Product, goal: Goal, title_similarity: float) -
     if title_similarity < DISSIMILAR_TITLES:
         return 0.1
     shared = _list_categories(product.product_category) & _list_categories(goal.product_category)
-    is_same_type = product.query == goal.query or len(shared) >= NUM_SHARED_CATEGORIES or title_similarity > SIMILAR_TITLES
+    is_same_type = (
+        product.query == goal.query
+        or len(shared) >= NUM_SHARED_CATEGORIES
+        or title_similarity > SIMILAR_TITLES
+    )
     return 1.0 if is_same_type else 0.5
 
 
@@ -107,7 +119,9 @@ def has_attribute(product: Product, attribute: str) -> bool:
 
 def count_met_options(chosen: Iterable[str], wanted: Iterable[str]) -> int:
     colours = [normalise_colour(value) for value in chosen]
-    return sum(any(is_fuzzy_match(value, normalise_colour(wish)) for value in colours) for wish in wanted)
+    return sum(
+        any(is_fuzzy_match(value, normalise_colour(wish)) for value in colours) for wish in wanted
+    )
 
 
 def normalise_colour(value: str) -> str:
@@ -119,7 +133,9 @@ def is_fuzzy_match(first: str, second: str) -> bool:
 
 
 def compute_token_set_ratio(first: str, second: str) -> int:
-    """thefuzz's token_set_ratio: texts reduced to letters, digits and blanks in lower case, the ratio a whole number."""
+    """thefuzz's token_set_ratio: texts reduced to letters, digits and blanks in lower case, the
+    ratio a whole number.
+    """
     return round(fuzz.token_set_ratio(_reduce(first), _reduce(second)))
 
 

@@ -1,4 +1,6 @@
-"""Owns the shop's search: BM25 with the constants and text analysis of the published Lucene index, memory-mapped."""
+"""Owns the shop's search: BM25 with the constants and text analysis of the published Lucene index,
+memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ a an and are as at be but by for if in into is it no not of on or such that the 
 with
 """
 STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
-# Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to Unicode's word boundaries.
+# Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to
+# Unicode's word boundaries.
 _WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")
 _POSSESSIVES = ("'s", "\u2019s")
 _NO_TERM = -1
@@ -30,19 +33,26 @@ _NO_TERM = -1
 
 
 class TextAnalysis:
-    """Text to search terms: words in lower case, without possessives and stop words, cut to Porter's stems."""
+    """Text to search terms: words in lower case, without possessives and stop words, cut to
+    Porter's stems.
+    """
 
     def __init__(self) -> None:
         self._stemmer = Stemmer.Stemmer("porter")
 
     def list_terms(self, text: str) -> list[str]:
-        words = (word[:-2] if word.endswith(_POSSESSIVES) else word for word in _WORD.findall(text.lower()))
+        words = (
+            word[:-2] if word.endswith(_POSSESSIVES) else word
+            for word in _WORD.findall(text.lower())
+        )
         return list(self._stemmer.stemWords([word for word in words if word not in STOP_WORDS]))
 
 
 def describe_for_search(product: Product) -> str:
     """The text a product is found by: title, description, first bullet and options, as published."""
-    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
+    options = ", and ".join(
+        f"{name}: {', '.join(values)}" for name, values in product.options.items()
+    )
     return " ".join([product.name, product.description, *product.bullets[:1], options])
 
 
@@ -56,7 +66,9 @@ def build_index(texts: Iterable[str], directory: Path) -> None:
 
 
 class _TermNumbers(dict[str, int]):
-    """The number of every word's term. A catalogue of a million products repeats its words: each is analysed once."""
+    """The number of every word's term. A catalogue of a million products repeats its words: each is
+    analysed once.
+    """
 
     def __init__(self) -> None:
         self.vocabulary: dict[str, int] = {}
@@ -64,12 +76,17 @@ class _TermNumbers(dict[str, int]):
 
     def __missing__(self, word: str) -> int:
         terms = self._analysis.list_terms(word)
-        number = self[word] = self.vocabulary.setdefault(terms[0], len(self.vocabulary)) if terms else _NO_TERM
+        number = self[word] = (
+            self.vocabulary.setdefault(terms[0], len(self.vocabulary)) if terms else _NO_TERM
+        )
         return number
 
     def list_of(self, text: str) -> array[int]:
         """The numbers of a text's terms, in four bytes each."""
-        return array("i", [number for word in _WORD.findall(text.lower()) if (number := self[word]) != _NO_TERM])
+        return array(
+            "i",
+            [number for word in _WORD.findall(text.lower()) if (number := self[word]) != _NO_TERM],
+        )
 
 
 class SearchIndex:
@@ -80,17 +97,21 @@ class SearchIndex:
         self._index = bm25s.BM25.load(str(directory), mmap=True, show_progress=False)
 
     def search(self, query: str, limit: int) -> tuple[int, ...]:
-        """Numbers of the best documents, best first; documents that share no term with the query are never among them.
+        """Numbers of the best documents, best first; documents that share no term with the query
+        are never among them.
 
         Equal scores are ordered by number, so that the answer is the same on every machine.
         """
-        terms = [term for term in self._analysis.list_terms(query) if term in self._index.vocab_dict][:MAX_QUERY_TERMS]
+        terms = [
+            term for term in self._analysis.list_terms(query) if term in self._index.vocab_dict
+        ][:MAX_QUERY_TERMS]
         if not terms:
             return ()
         scores = self._index.get_scores(terms)
         found = np.flatnonzero(scores > 0)
         if len(found) > limit:
-            # Everything down to the last place's score, so that the order below also settles who takes the last place.
+            # Everything down to the last place's score, so that the order below also settles who
+            # takes the last place.
             last = np.partition(scores[found], -limit)[-limit]
             found = found[scores[found] >= last]
         order = np.lexsort((found, -scores[found]))

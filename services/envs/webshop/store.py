@@ -1,7 +1,8 @@
-"""Owns the prepared catalogue: products, goals and search index on disk, built once per content and shared by all processes.
+"""Owns the prepared catalogue: products, goals and search index on disk, built once per content and
+shared by all processes.
 
-It lies in the user's cache directory under the hash of what it was made of. Products are decoded when a page shows them, the
-search index is memory-mapped: a worker holds little beside the goals.
+It lies in the user's cache directory under the hash of what it was made of. Products are decoded
+when a page shows them, the search index is memory-mapped: a worker holds little beside the goals.
 """
 
 from __future__ import annotations
@@ -41,20 +42,29 @@ _NUM_DECODED = 4096
 
 
 @lru_cache
-def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool | None) -> PreparedCatalogue:
+def open_catalogue(
+    directory: Path, cache: Path, is_small: bool, is_human: bool | None
+) -> PreparedCatalogue:
     """The catalogue of a data directory, prepared now if no process has done so before.
 
     Args:
-        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the former where the full catalogue
-            has them. Of the published thousand products they know about ten, though their file lies beside these as well.
+        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the
+            former where the full catalogue has them. Of the published thousand products they know
+            about ten, though their file lies beside these as well.
 
     Raises:
         ConfigurationError: no catalogue there, a malformed one, or a cache that cannot be written.
     """
     files = find_source_files(directory, is_small)
     if is_human and files.human is None:
-        raise ConfigurationError(f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic.")
-    takes_human = files.human is not None and files.products.name == PRODUCT_FILES[0] if is_human is None else is_human
+        raise ConfigurationError(
+            f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic."
+        )
+    takes_human = (
+        files.human is not None and files.products.name == PRODUCT_FILES[0]
+        if is_human is None
+        else is_human
+    )
     place = cache / "webshop"
     try:
         digest = _compute_digest(files, takes_human, place)
@@ -63,20 +73,30 @@ def open_catalogue(directory: Path, cache: Path, is_small: bool, is_human: bool 
             _prepare(files, takes_human, prepared)
     except OSError as error:
         raise ConfigurationError(
-            f"The catalogue cannot be prepared in {place}: {error}. Point SDAR_CACHE at a writable directory."
+            f"The catalogue cannot be prepared in {place}: {error}. Point SDAR_CACHE at a writable "
+            "directory."
         ) from error
     return PreparedCatalogue(prepared, digest)
 
 
 class PreparedCatalogue:
-    """Read access to what was prepared. `digest` names its content: equal digests mean equal products, goals and order."""
+    """Read access to what was prepared. `digest` names its content: equal digests mean equal
+    products, goals and order.
+    """
 
     def __init__(self, directory: Path, digest: str) -> None:
         self.digest = digest
         self.index = SearchIndex(directory / "index")
         goals = json.loads((directory / "goals.json").read_text(encoding="utf-8"))
         self.goals = tuple(
-            Goal(**{**goal, "attributes": tuple(goal["attributes"]), "options": tuple(goal["options"])}) for goal in goals
+            Goal(
+                **{
+                    **goal,
+                    "attributes": tuple(goal["attributes"]),
+                    "options": tuple(goal["options"]),
+                }
+            )
+            for goal in goals
         )
         self._offsets = np.load(directory / "offsets.npy", mmap_mode="r", allow_pickle=False)
         with (directory / "products.jsonl").open("rb") as file:
@@ -92,7 +112,13 @@ class PreparedCatalogue:
         fields = json.loads(self._products[start:end])
         fields["options"] = {name: tuple(values) for name, values in fields["options"].items()}
         fields["reviews"] = tuple(Review(*review) for review in fields["reviews"])
-        return Product(**{**fields, "bullets": tuple(fields["bullets"]), "attributes": tuple(fields["attributes"])})
+        return Product(
+            **{
+                **fields,
+                "bullets": tuple(fields["bullets"]),
+                "attributes": tuple(fields["attributes"]),
+            }
+        )
 
 
 def _compute_digest(files: SourceFiles, is_human: bool, place: Path) -> str:
@@ -103,7 +129,9 @@ def _compute_digest(files: SourceFiles, is_human: bool, place: Path) -> str:
 
 
 def _hash_file(path: Path, place: Path) -> str:
-    """The hash of a file's content, kept under its path, size and time: every worker asks, and five gigabytes take seconds."""
+    """The hash of a file's content, kept under its path, size and time: every worker asks, and five
+    gigabytes take seconds.
+    """
     status = path.stat()
     state = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
     known = place / f"{state[:32]}.sha256"
@@ -142,7 +170,9 @@ def _list_fields(record: Product | Goal) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _hold_lock(path: Path) -> Iterator[None]:
-    """Workers start together: one prepares, the others wait. The lock ends with the process that holds it."""
+    """Workers start together: one prepares, the others wait. The lock ends with the process that
+    holds it.
+    """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -157,11 +187,16 @@ def _write(files: SourceFiles, is_human: bool, directory: Path) -> None:
         with (directory / "products.jsonl").open("wb") as file:
             for product in iterate_products(files):
                 goals.extend(reader.iterate_goals(product))
-                offsets.append(offsets[-1] + file.write(json.dumps(_list_fields(product)).encode() + b"\n"))
+                offsets.append(
+                    offsets[-1] + file.write(json.dumps(_list_fields(product)).encode() + b"\n")
+                )
                 yield describe_for_search(product)
 
         if not goals:
-            raise ConfigurationError(f"{files.products.parent}: no product has an instruction, so there is no task. Add some.")
+            raise ConfigurationError(
+                f"{files.products.parent}: no product has an instruction, so there is no task. Add "
+                "some."
+            )
 
     build_index(iterate_texts(), directory / "index")
     np.save(directory / "offsets.npy", np.array(offsets, np.int64), allow_pickle=False)

@@ -1,7 +1,8 @@
 """Owns the door to Kubernetes: the scale of a workload, and events. Never decides a size.
 
-A size is replaced only where nothing has changed since it was read (`resourceVersion`): of two who act at the same time one is
-refused. Needs get and update on `deployments/scale` and `statefulsets/scale`, and create on `events`, in its own namespace.
+A size is replaced only where nothing has changed since it was read (`resourceVersion`): of two who
+act at the same time one is refused. Needs get and update on `deployments/scale` and
+`statefulsets/scale`, and create on `events`, in its own namespace.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Size:
 
     Attributes:
         replicas: as asked for.
-        version: names this state of the object; a write that rests on it is refused once the object is another.
+        version: names this state of the object; a write that rests on it is refused once the object
+            is another.
         uid: the object's own.
     """
 
@@ -46,7 +48,9 @@ class Size:
 
 
 class Cluster(Protocol):
-    """Every method raises UnavailableError when the cluster does not answer, or refuses for good; its message says why."""
+    """Every method raises UnavailableError when the cluster does not answer, or refuses for good;
+    its message says why.
+    """
 
     async def read(self, workload: Workload) -> Size: ...
 
@@ -61,8 +65,8 @@ class KubernetesCluster:
     """`Cluster` by the API server.
 
     Args:
-        connect: makes the client (kubernetes.client.ApiClient) and names the namespace. Called at the first use, in a thread: a
-            gateway that scales nothing does not pay for the import.
+        connect: makes the client (kubernetes.client.ApiClient) and names the namespace. Called at
+            the first use, in a thread: a gateway that scales nothing does not pay for the import.
     """
 
     def __init__(self, connect: Callable[[], tuple[Any, str]] | None = None) -> None:
@@ -80,8 +84,11 @@ class KubernetesCluster:
     def _read(self, workload: Workload) -> Size:
         with self._explained(workload) as (client, namespace):
             scale = self._call(client, "read", workload, namespace)
-            # A workload without the field has one replica; one that was scaled to zero has a Scale without the field.
-            return Size(scale.spec.replicas or 0, scale.metadata.resource_version, scale.metadata.uid)
+            # A workload without the field has one replica; one that was scaled to zero has a Scale
+            # without the field.
+            return Size(
+                scale.spec.replicas or 0, scale.metadata.resource_version, scale.metadata.uid
+            )
 
     def _resize(self, workload: Workload, size: Size, replicas: int) -> None:
         with self._explained(workload) as (client, namespace):
@@ -91,7 +98,12 @@ class KubernetesCluster:
                 "resourceVersion": size.version,
                 "uid": size.uid,
             }
-            body = {"apiVersion": "autoscaling/v1", "kind": "Scale", "metadata": metadata, "spec": {"replicas": replicas}}
+            body = {
+                "apiVersion": "autoscaling/v1",
+                "kind": "Scale",
+                "metadata": metadata,
+                "spec": {"replicas": replicas},
+            }
             self._call(client, "replace", workload, namespace, body)
 
     def _tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
@@ -101,7 +113,10 @@ class KubernetesCluster:
             api: Any = CoreV1Api(client)
             now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             event = {
-                "metadata": {"name": f"{workload.name}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
+                "metadata": {
+                    "name": f"{workload.name}.{uuid.uuid4().hex[:16]}",
+                    "namespace": namespace,
+                },
                 "involvedObject": {
                     "apiVersion": "apps/v1",
                     "kind": workload.kind,
@@ -128,7 +143,9 @@ class KubernetesCluster:
 
     @contextlib.contextmanager
     def _explained(self, workload: Workload) -> Iterator[tuple[Any, str]]:
-        """The client and the namespace; what the API server or the way to it raises becomes an error of ours."""
+        """The client and the namespace; what the API server or the way to it raises becomes an
+        error of ours.
+        """
         from kubernetes.client import ApiException
         from kubernetes.config import ConfigException
         from urllib3.exceptions import HTTPError
@@ -138,16 +155,23 @@ class KubernetesCluster:
             yield self._connect()
         except ApiException as error:
             if error.status == 409:
-                raise ConflictError(f"{where} was changed by somebody else meanwhile. It is looked at again.") from error
+                raise ConflictError(
+                    f"{where} was changed by somebody else meanwhile. It is looked at again."
+                ) from error
             raise UnavailableError(
-                f"The API server answers {error.status} for {where}: {_read_message(error)}. See that the scaling file names "
-                "what exists in the gateway's namespace, and that its Role allows get and update of the scale."
+                f"The API server answers {error.status} for {where}: {_read_message(error)}. See "
+                "that the scaling file names "
+                "what exists in the gateway's namespace, and that its Role allows get and update "
+                "of the scale."
             ) from error
         except (HTTPError, OSError) as error:
-            raise UnavailableError(f"The API server cannot be reached for {where}: {error}. It is asked again.") from error
+            raise UnavailableError(
+                f"The API server cannot be reached for {where}: {error}. It is asked again."
+            ) from error
         except ConfigException as error:
             raise UnavailableError(
-                f"No way to an API server: {error}. SDAR_SCALING is for a gateway in a pod with a service account's token."
+                f"No way to an API server: {error}. SDAR_SCALING is for a gateway in a pod with a "
+                "service account's token."
             ) from error
 
 

@@ -1,7 +1,8 @@
-"""Owns the scaling file (SDAR_SCALING): what may be scaled, within which bounds. Never decides a size.
+"""Owns the scaling file (SDAR_SCALING): what may be scaled, within which bounds. Never decides a
+size.
 
-The file is read again at every look, so that a changed bound restarts nothing. One that cannot be used is told of, and the last
-good one stays.
+The file is read again at every look, so that a changed bound restarts nothing. One that cannot be
+used is told of, and the last good one stays.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Workload(Section):
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if self.max < self.min:
-            raise ValueError(f"max {self.max} of {self.name} is below its min {self.min}. Raise the first or lower the second.")
+            raise ValueError(
+                f"max {self.max} of {self.name} is below its min {self.min}. Raise the first or "
+                "lower the second."
+            )
         return self
 
     def clamp(self, replicas: int) -> int:
@@ -47,7 +51,9 @@ class ScalingFile(Section):
     """What the gateway may scale."""
 
     mode: Literal["gateway", "keda"] = "gateway"
-    """keda: something else sizes rollout, teacher and envs; the gateway has the learner only, for the idle guard."""
+    """keda: something else sizes rollout, teacher and envs; the gateway has the learner only, for
+    the idle guard.
+    """
     dry_run: bool = False
     """Say what would be done and why, and do nothing."""
     idle_after_s: float = Field(default=1800.0, ge=0, le=31_536_000)
@@ -58,7 +64,11 @@ class ScalingFile(Section):
     @property
     def managed(self) -> dict[Role, Workload]:
         """The workloads whose size is the gateway's to decide."""
-        return {role: w for role, w in self.workloads.items() if self.mode == "gateway" or role == "learner"}
+        return {
+            role: w
+            for role, w in self.workloads.items()
+            if self.mode == "gateway" or role == "learner"
+        }
 
 
 class ScalingFileReader:
@@ -95,7 +105,11 @@ class ScalingFileReader:
         return False
 
     def _refuse(self, problem: str) -> bool:
-        kept = "The last good one stays in force." if self.file else "Nothing is scaled until it is mended."
+        kept = (
+            "The last good one stays in force."
+            if self.file
+            else "Nothing is scaled until it is mended."
+        )
         is_new = f"{problem} {kept}" != self.problem
         self.problem = f"{problem} {kept}"
         if is_new:
@@ -106,5 +120,7 @@ class ScalingFileReader:
 def _describe(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) + "."
-    faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()
+    ]
     return "; ".join(faults) + "."

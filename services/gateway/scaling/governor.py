@@ -1,8 +1,9 @@
-"""Owns the hysteresis between what a signal asks for and what is done. Pure; one governor a workload.
+"""Owns the hysteresis between what a signal asks for and what is done. Pure; one governor a
+workload.
 
-Bounds are kept at once. Within them a size changes only after several looks in a row have agreed on the direction, some time
-after the last change, and not upwards while replicas that were asked for are still missing. Up goes as far as the signal asks,
-down one at a time.
+Bounds are kept at once. Within them a size changes only after several looks in a row have agreed on
+the direction, some time after the last change, and not upwards while replicas that were asked for
+are still missing. Up goes as far as the signal asks, down one at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ LOOKS_DOWN = 12
 SETTLE_S = 60.0
 """Before this a change doesn't show in the signals."""
 MISSING_S = 600.0
-"""A replica that doesn't come for so long (no node has room) holds up no judgement of the others."""
+"""A replica that doesn't come for so long (no node has room) holds up no judgement of the others.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The size a workload is to have now, and the sentence that says why; `advised` is what its signal asks for."""
+    """The size a workload is to have now, and the sentence that says why; `advised` is what its
+    signal asks for.
+    """
 
     replicas: int
     advised: int
@@ -35,7 +39,9 @@ class Governor:
 
     def __init__(self, now_s: float) -> None:
         self.steady_since_s = now_s
-        """Since when the size is what it is, with all replicas there. What was measured before says nothing about it."""
+        """Since when the size is what it is, with all replicas there. What was measured before says
+        nothing about it.
+        """
         self._direction = 0
         self._num_agreeing = 0
         self._missing_since_s: float | None = None
@@ -47,7 +53,9 @@ class Governor:
         self._direction = self._num_agreeing = 0
 
     def note_missing(self, now_s: float, num_missing: int) -> None:
-        """Take in how many replicas were asked for and are not heard from: without them nothing is measured, for a while."""
+        """Take in how many replicas were asked for and are not heard from: without them nothing is
+        measured, for a while.
+        """
         if not num_missing:
             self._missing_since_s = None
             return
@@ -71,9 +79,13 @@ class Governor:
             at_bound = " That is its bound." if advice.replicas != wanted else ""
             return Decision(replicas, advice.replicas, advice.reason + at_bound)
         if direction > 0 and self._missing_since_s is not None:
-            return self._wait(replicas, advice, "not all replicas that were asked for are heard from")
+            return self._wait(
+                replicas, advice, "not all replicas that were asked for are heard from"
+            )
         if (settling_s := self.steady_since_s + SETTLE_S - now_s) > 0:
-            return self._wait(replicas, advice, f"the last change settles for {settling_s:.0f} s more")
+            return self._wait(
+                replicas, advice, f"the last change settles for {settling_s:.0f} s more"
+            )
         missing = (LOOKS_UP if direction > 0 else LOOKS_DOWN) - self._num_agreeing
         if missing > 0:
             return self._wait(replicas, advice, f"{missing} more looks have to agree")

@@ -21,16 +21,22 @@ class ScalingMetrics:
             registry=registry,
         )
         self.changes = Counter(
-            "sdar_scaling_changes", "Changes of a workload's size.", ["workload", "direction"], registry=registry
+            "sdar_scaling_changes",
+            "Changes of a workload's size.",
+            ["workload", "direction"],
+            registry=registry,
         )
         self.errors = Counter(
             "sdar_scaling_errors",
-            "What kept a look from scaling: the file, the cluster's API, Redis, somebody who acted meanwhile, a defect.",
+            "What kept a look from scaling: the file, the cluster's API, Redis, somebody who acted "
+            "meanwhile, a defect.",
             ["cause"],
             registry=registry,
         )
         self.idle = Gauge(
-            "sdar_idle", "1 while the idle guard holds rollout, teacher and learner at zero replicas.", registry=registry
+            "sdar_idle",
+            "1 while the idle guard holds rollout, teacher and learner at zero replicas.",
+            registry=registry,
         )
         for role in get_args(Role):
             for direction in ("up", "down"):

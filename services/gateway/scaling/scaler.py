@@ -1,7 +1,9 @@
-"""Owns the scaler: every few seconds look at the run, decide sizes, carry them out, as long as this is its only gateway.
+"""Owns the scaler: every few seconds look at the run, decide sizes, carry them out, as long as this
+is its only gateway.
 
-Whatever fails here (the file, the API server, Redis) is told and tried again at the next look; the run goes on as it is. Before
-a change the scheduler commits: a gateway that was followed never gets beyond that, and what the change rests on is saved.
+Whatever fails here (the file, the API server, Redis) is told and tried again at the next look; the
+run goes on as it is. Before a change the scheduler commits: a gateway that was followed never gets
+beyond that, and what the change rests on is saved.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import structlog
 
 from sdar.contracts.errors import ConflictError, UnavailableError
 from sdar.contracts.streams import Stream
-from sdar.runtime.lifecycle import wait_or_stop
+from sdar.process.lifecycle import wait_or_stop
 
 from ..alarms import BusState
 from ..scheduler import Scheduler
@@ -35,13 +37,17 @@ LOOK_S = 5.0
 _CONFIRM_S = 10.0
 """The scheduler commits several times a second; one that doesn't waits for Redis."""
 _LEAST_WINDOW_S, _MAX_WINDOW_S = 60.0, 900.0
-"""How far back workers' records are looked at. The learner's count for longer where its updates take longer."""
+"""How far back workers' records are looked at. The learner's count for longer where its updates
+take longer.
+"""
 _UPDATES_IN_WINDOW = 3
 _NEWEST_UPDATES = 10
 _LASTING_LOOKS = 3
 """Looks in a row that failed, after which it is worth an alarm."""
 _MAX_ABSENCE_S = 120.0
-"""Longer between two looks, and the gateway itself was held up (a suspended machine, a set clock): it has missed what moved."""
+"""Longer between two looks, and the gateway itself was held up (a suspended machine, a set clock):
+it has missed what moved.
+"""
 _KEPT_CHANGES = 100
 _MAX_ATTEMPTS = 3
 
@@ -106,7 +112,12 @@ class Scaler:
         self.workloads: dict[Role, WorkloadStatus] = {}
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self.problem = ""
-        self._scheduler, self._watch, self._reader, self._cluster = scheduler, watch, reader, cluster
+        self._scheduler, self._watch, self._reader, self._cluster = (
+            scheduler,
+            watch,
+            reader,
+            cluster,
+        )
         self._metrics = metrics or ScalingMetrics()
         self._clock, self._look_s = clock, look_s
         self._governors: dict[Role, Governor] = {}
@@ -143,13 +154,19 @@ class Scaler:
             self._num_failed_looks = self._num_failed_looks + 1 if found else 0
             self.problem = found
         is_lasting = self._num_failed_looks >= _LASTING_LOOKS
-        self._watch.scaling_problem = " ".join(filter(None, (self._reader.problem, self.problem if is_lasting else "")))
+        self._watch.scaling_problem = " ".join(
+            filter(None, (self._reader.problem, self.problem if is_lasting else ""))
+        )
         self._metrics.idle.set(self._scheduler.state.sleep is not None)
 
     async def _scale(self, look: _Look) -> str:
-        """Read, decide, act. Returns what kept it from that, about one workload if there are several; empty if nothing did."""
+        """Read, decide, act. Returns what kept it from that, about one workload if there are
+        several; empty if nothing did.
+        """
         managed = look.file.managed
-        self.workloads = {role: status for role, status in self.workloads.items() if role in managed}
+        self.workloads = {
+            role: status for role, status in self.workloads.items() if role in managed
+        }
         problem = ""
         for role, workload in managed.items():
             try:
@@ -171,7 +188,11 @@ class Scaler:
                 self._metrics.errors.labels("conflict").inc()
                 log.info("scaling_conflict", error=error.message)
             except TimeoutError:
-                return self._fail("bus", f"Redis did not confirm within {_CONFIRM_S:g} s that this is the run's gateway.")
+                return self._fail(
+                    "bus",
+                    f"Redis did not confirm within {_CONFIRM_S:g} s that this is the run's "
+                    "gateway.",
+                )
         return problem
 
     def _fail(self, cause: str, problem: str) -> str:
@@ -180,7 +201,8 @@ class Scaler:
             log.warning("scaling_failed", cause=cause, error=problem)
         return problem
 
-    # --- the idle guard ------------------------------------------------------------------------------------------------------
+    # --- the idle guard
+    # ----------------------------------------------------------------------------------------------
 
     def _guard(self, look: _Look) -> None:
         """Put an idle run to sleep. Nothing is asked of the workloads yet."""
@@ -193,7 +215,9 @@ class Scaler:
         if is_first and scheduler.is_blank and sizes.get("learner") == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
             scheduler.fall_asleep(
-                "The run slept when this gateway started, and Redis has no memory of it. `sdar resume` wakes it.", {}
+                "The run slept when this gateway started, and Redis has no memory of it. `sdar "
+                "resume` wakes it.",
+                {},
             )
         elif reason := self._find_idleness(look):
             scheduler.fall_asleep(reason, sizes)
@@ -213,7 +237,8 @@ class Scaler:
         )
         return find_idleness(still, look.file.idle_after_s)
 
-    # --- deciding ------------------------------------------------------------------------------------------------------------
+    # --- deciding
+    # ----------------------------------------------------------------------------------------------
 
     def _decide(self, look: _Look, role: Role, workload: Workload, size: Size) -> Decision:
         governor = self._governors.setdefault(role, Governor(look.now_s))
@@ -227,48 +252,81 @@ class Scaler:
         if look.file.dry_run and role in SLEEPING and (idle := self._find_idleness(look)):
             return Decision(0, 0, idle)
         governor.note_missing(look.now_s, self._count_missing(role, size.replicas))
-        if self._scheduler.state.phase is not RunPhase.RUNNING or self._watch.condition.state is not BusState.OK:
-            advice = Advice(size.replicas, "Sizes follow their signals only while the run is running and Redis answers.")
+        if (
+            self._scheduler.state.phase is not RunPhase.RUNNING
+            or self._watch.condition.state is not BusState.OK
+        ):
+            advice = Advice(
+                size.replicas,
+                "Sizes follow their signals only while the run is running and Redis answers.",
+            )
         else:
             advice = advise(role, self._measure(look, governor), size.replicas)
         return governor.decide(look.now_s, workload, size.replicas, advice)
 
     def _count_missing(self, role: Role, replicas: int) -> int:
         """Workers that were asked for and are not heard from; the environments report nothing."""
-        return max(0, replicas - self._scheduler.history.count_instances(role)) if role in ("rollout", "teacher") else 0
+        return (
+            max(0, replicas - self._scheduler.history.count_instances(role))
+            if role in ("rollout", "teacher")
+            else 0
+        )
 
     def _measure(self, look: _Look, governor: Governor) -> Load:
-        """What was reported since the workload's size last changed, within a window of some updates."""
+        """What was reported since the workload's size last changed, within a window of some
+        updates.
+        """
         scheduler, training = self._scheduler, self._scheduler.config.training
         newest = scheduler.history.newest_values("learner", _NEWEST_UPDATES)
         update_s = median(values.get("total_s", 0.0) for values in newest) if newest else 0.0
-        window_s, steady_s = max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s), look.now_s - governor.steady_since_s
+        window_s, steady_s = (
+            max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s),
+            look.now_s - governor.steady_since_s,
+        )
         # A learner that is away says nothing; what it said before it went is no signal.
-        updates = scheduler.history.values_since("learner", look.now_s - min(window_s, steady_s)).values()
+        updates = scheduler.history.values_since(
+            "learner", look.now_s - min(window_s, steady_s)
+        ).values()
         workers_since_s = look.now_s - min(window_s, steady_s, _MAX_WINDOW_S)
         lag = self._watch.lags.get(Stream.TRAJECTORIES) if scheduler.config.needs_teacher else None
         return Load(
             updates=[values for of_one in updates for values in of_one][:_NEWEST_UPDATES],
-            workers={name: self._find_workers(name, workers_since_s) for name in ("rollout", "teacher")},
+            workers={
+                name: self._find_workers(name, workers_since_s) for name in ("rollout", "teacher")
+            },
             num_lagging=lag.num_undelivered + lag.num_pending if lag else 0,
             lag_age_s=min(lag.oldest_age_s, steady_s) if lag else 0.0,
-            num_admitted=(training.max_staleness + 1) * training.groups_per_update * training.group_size,
+            num_admitted=(training.max_staleness + 1)
+            * training.groups_per_update
+            * training.group_size,
             sessions_per_replica=scheduler.config.environment.capacity,
         )
 
     def _find_workers(self, service: str, since_s: float) -> Mapping[str, Sequence[Values]]:
         history = self._scheduler.history
         living = history.list_instances(service)
-        return {name: values for name, values in history.values_since(service, since_s).items() if name in living}
+        return {
+            name: values
+            for name, values in history.values_since(service, since_s).items()
+            if name in living
+        }
 
-    # --- acting --------------------------------------------------------------------------------------------------------------
+    # --- acting
+    # ----------------------------------------------------------------------------------------------
 
-    def _note(self, look: _Look, role: Role, workload: Workload, current: int, decision: Decision) -> None:
+    def _note(
+        self, look: _Look, role: Role, workload: Workload, current: int, decision: Decision
+    ) -> None:
         before = self.workloads.get(role)
-        is_same = before is not None and (before.current, before.wanted) == (current, decision.replicas)
+        is_same = before is not None and (before.current, before.wanted) == (
+            current,
+            decision.replicas,
+        )
         since_s = before.since_s if before is not None and is_same else look.now_s
         bounds = (workload.kind, workload.name, workload.min, workload.max)
-        self.workloads[role] = WorkloadStatus(*bounds, current, decision.replicas, decision.reason, since_s)
+        self.workloads[role] = WorkloadStatus(
+            *bounds, current, decision.replicas, decision.reason, since_s
+        )
         self._metrics.replicas.labels(role, "current").set(current)
         self._metrics.replicas.labels(role, "wanted").set(decision.replicas)
         if look.file.dry_run and not is_same and current != decision.replicas:
@@ -292,7 +350,8 @@ class Scaler:
                 await self._cluster.resize(workload, size, after)
                 break
             except ConflictError:
-                # A pod that comes or goes changes the object's status, too; only another size is somebody else's decision.
+                # A pod that comes or goes changes the object's status, too; only another size is
+                # somebody else's decision.
                 size = await self._cluster.read(workload)
                 if size.replicas != before or attempt == _MAX_ATTEMPTS - 1:
                     raise
@@ -300,10 +359,22 @@ class Scaler:
         self._governors[role].note_change(now_s)
         self.changes.append(Change(now_s, role, before, after, decision.reason))
         self._metrics.changes.labels(role, "up" if after > before else "down").inc()
-        log.info("workload_scaled", workload=role, before=before, after=after, reason=decision.reason)
-        what = "Asleep" if after == 0 else "Awake" if before == 0 else "ScaledUp" if after > before else "ScaledDown"
+        log.info(
+            "workload_scaled", workload=role, before=before, after=after, reason=decision.reason
+        )
+        what = (
+            "Asleep"
+            if after == 0
+            else "Awake"
+            if before == 0
+            else "ScaledUp"
+            if after > before
+            else "ScaledDown"
+        )
         try:
-            await self._cluster.tell(workload, size, what, f"{before} to {after} replicas. {decision.reason}")
+            await self._cluster.tell(
+                workload, size, what, f"{before} to {after} replicas. {decision.reason}"
+            )
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
             self._metrics.errors.labels("cluster").inc()

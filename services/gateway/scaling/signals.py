@@ -1,7 +1,9 @@
-"""Owns what a run's numbers say about the size of each workload, and when a run is idle. Pure; hysteresis is the governor's.
+"""Owns what a run's numbers say about the size of each workload, and when a run is idle. Pure;
+hysteresis is the governor's.
 
-Each workload has one signal. Rollout: the share of its time that the learner waits for data. Teacher: how much of what
-admission allows to be out waits for a score, and for how long. Environments: episodes that wait for a session.
+Each workload has one signal. Rollout: the share of its time that the learner waits for data.
+Teacher: how much of what admission allows to be out waits for a score, and for how long.
+Environments: episodes that wait for a session.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ Values = Mapping[str, float]
 MOST_WAIT_SHARE = 0.2
 """A learner that waits longer than this for its data is fed too slowly."""
 LEAST_WAIT_SHARE = 0.05
-"""One that waits less never waits: a batch takes a moment to put together also when all of it is there."""
+"""One that waits less never waits: a batch takes a moment to put together also when all of it is
+there.
+"""
 LEAST_UPDATES = 2
 """Updates since the sizes last changed; the first of them may have begun before."""
 HELD_BACK_SHARE = 0.3
-"""Workers that are idle for longer while the learner waits are held back by something else than their number."""
+"""Workers that are idle for longer while the learner waits are held back by something else than
+their number.
+"""
 SPARE_WORKERS = 1.2
 """Idle time, in workers, beyond which one less still does the work, with a little to spare."""
 MOST_LAG_SHARE = 0.3
-"""Share of the episodes that admission allows to be out; more waiting in one place means that this place is the narrow one."""
+"""Share of the episodes that admission allows to be out; more waiting in one place means that this
+place is the narrow one.
+"""
 LEAST_LAG_SHARE = 0.05
 MOST_LAG_AGE_S = 60.0
 """Half of what the alarm waits for: a score takes seconds."""
@@ -40,12 +48,14 @@ SPARE_SESSION_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the signals judge, measured since the sizes last changed, and for no longer than a window back.
+    """What the signals judge, measured since the sizes last changed, and for no longer than a
+    window back.
 
     Attributes:
         updates: values of the learner's newest records, one an update.
         workers: by service and instance, values of the records of each worker that lives.
-        num_lagging: trajectories that wait for the teacher or are in its hands; their oldest is `lag_age_s` old.
+        num_lagging: trajectories that wait for the teacher or are in its hands; their oldest is
+            `lag_age_s` old.
         num_admitted: most episodes that may be out at once.
         sessions_per_replica: sessions that one replica of the environments holds.
     """
@@ -61,9 +71,13 @@ class Load:
         return len(self.workers.get(service, {}))
 
     def sum_means(self, service: str, name: str) -> float:
-        """The sum over a service's workers of each one's mean; a value that a record lacks counts as 0."""
+        """The sum over a service's workers of each one's mean; a value that a record lacks counts
+        as 0.
+        """
         workers = self.workers.get(service, {}).values()
-        return sum(fmean(values.get(name, 0.0) for values in records) for records in workers if records)
+        return sum(
+            fmean(values.get(name, 0.0) for values in records) for records in workers if records
+        )
 
     def compute_idle_share(self, service: str) -> float:
         return self.sum_means(service, "waiting_share") / max(1, self.count_workers(service))
@@ -78,7 +92,9 @@ class Load:
 
     @property
     def is_teacher_narrow(self) -> bool:
-        return self.lag_share >= MOST_LAG_SHARE or (self.num_lagging > 0 and self.lag_age_s > MOST_LAG_AGE_S)
+        return self.lag_share >= MOST_LAG_SHARE or (
+            self.num_lagging > 0 and self.lag_age_s > MOST_LAG_AGE_S
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +106,22 @@ class Advice:
 
 
 def advise(role: Role, load: Load, replicas: int) -> Advice:
-    """What the workload's signal asks for, given the replicas that there are. Bounds are not looked at."""
+    """What the workload's signal asks for, given the replicas that there are. Bounds are not looked
+    at.
+    """
     judges = {"rollout": _advise_rollout, "teacher": _advise_teacher, "envs": _advise_envs}
-    return judges[role](load, replicas) if role in judges else Advice(replicas, "Its size is fixed.")
+    return (
+        judges[role](load, replicas) if role in judges else Advice(replicas, "Its size is fixed.")
+    )
 
 
 def _advise_rollout(load: Load, replicas: int) -> Advice:
     waits = [values["wait_share"] for values in load.updates if "wait_share" in values]
     if len(waits) < LEAST_UPDATES:
-        return Advice(replicas, f"{len(waits)} updates since the last change; {LEAST_UPDATES} are needed to judge.")
+        return Advice(
+            replicas,
+            f"{len(waits)} updates since the last change; {LEAST_UPDATES} are needed to judge.",
+        )
     # The median: an evaluation that holds one update up says nothing about the others.
     wait, idle = median(waits), load.sum_means("rollout", "waiting_share")
     idle_share = load.compute_idle_share("rollout")
@@ -106,13 +129,23 @@ def _advise_rollout(load: Load, replicas: int) -> Advice:
     if wait > MOST_WAIT_SHARE:
         if load.is_teacher_narrow:
             return Advice(
-                replicas, f"{found}; {load.num_lagging} trajectories wait for the teacher, which is the narrow place."
+                replicas,
+                f"{found}; {load.num_lagging} trajectories wait for the teacher, which is the "
+                "narrow place.",
             )
         if load.num_waiting_sessions > LEAST_WAITING_SESSIONS:
-            return Advice(replicas, f"{found}; episodes wait for environment sessions, which are the narrow place.")
+            return Advice(
+                replicas,
+                f"{found}; episodes wait for environment sessions, which are the narrow place.",
+            )
         if idle_share > HELD_BACK_SHARE:
-            return Advice(replicas, f"{found}; admission holds them back (training.max_staleness), more would wait as well.")
-        # Data come at (1 - wait) of the rate at which the learner would take them. Twice as many at most: a guess it is.
+            return Advice(
+                replicas,
+                f"{found}; admission holds them back (training.max_staleness), more would wait as "
+                "well.",
+            )
+        # Data come at (1 - wait) of the rate at which the learner would take them. Twice as many at
+        # most: a guess it is.
         wanted = min(2 * replicas, math.ceil(round(replicas / (1.0 - min(wait, 0.99)), 6)))
         return Advice(max(replicas + 1, wanted), f"{found}: more of them are needed.")
     if wait < LEAST_WAIT_SHARE and idle >= SPARE_WORKERS and replicas > 1:
@@ -123,9 +156,13 @@ def _advise_rollout(load: Load, replicas: int) -> Advice:
 def _advise_teacher(load: Load, replicas: int) -> Advice:
     if not load.count_workers("teacher"):
         return Advice(replicas, "No teacher was heard from since the last change.")
-    idle, idle_share = load.sum_means("teacher", "waiting_share"), load.compute_idle_share("teacher")
+    idle, idle_share = (
+        load.sum_means("teacher", "waiting_share"),
+        load.compute_idle_share("teacher"),
+    )
     found = (
-        f"{load.num_lagging} trajectories wait for their scores, {load.lag_share:.0%} of what admission allows to be out, the "
+        f"{load.num_lagging} trajectories wait for their scores, {load.lag_share:.0%} of what "
+        "admission allows to be out, the "
         f"oldest for {load.lag_age_s:.0f} s; teachers are idle {idle_share:.0%} of their time"
     )
     if load.is_teacher_narrow:
@@ -160,7 +197,8 @@ class Stillness:
         detail: why a failed run gave up.
         finished_at_s, paused_at_s: 0 unless it is.
         progress_at_s: when anything last moved; for a run that was woken or restarted, since then.
-        bus: whether Redis answers, for us to see, since `bus_since_s`; a run without Redis isn't idle but held up.
+        bus: whether Redis answers, for us to see, since `bus_since_s`; a run without Redis isn't
+            idle but held up.
         learner_busy_s: the slowest of the learner's newest updates.
     """
 
@@ -192,7 +230,9 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
             if still.bus is not BusState.OK:
                 return ""
             since_s = max(since_s, still.bus_since_s)
-            patience_s = max(patience_s, NO_PROGRESS_S, LEARNER_SILENCE_FACTOR * still.learner_busy_s)
+            patience_s = max(
+                patience_s, NO_PROGRESS_S, LEARNER_SILENCE_FACTOR * still.learner_busy_s
+            )
             what = f"The run is stuck ({still.phase}): nothing was played, trained or evaluated"
     idle_s = still.now_s - since_s
     return f"{what} for {format_duration(idle_s)}. {remedy}" if idle_s >= patience_s else ""

@@ -1,14 +1,16 @@
-"""Runs inside a gateway pod: prints the account of groups, and which groups are closed, as one line of JSON."""
+"""Runs inside a gateway pod: prints the account of groups, and which groups are closed, as one line
+of JSON.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 
+from sdar.bus.ledger import CLOSING
+from sdar.bus.redis import RedisBus
 from sdar.config import load_config
-from sdar.runtime.ledger import CLOSING
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.settings import load_settings
+from sdar.process.settings import load_settings
 
 
 async def read() -> dict[str, object]:

@@ -1,1 +1,3 @@
-"""Tests of sdar.algorithms. Values are computed by hand or in plain loops, never by the code under test."""
+"""Tests of sdar.algorithms. Values are computed by hand or in plain loops, never by the code under
+test.
+"""

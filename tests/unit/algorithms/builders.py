@@ -23,7 +23,9 @@ from sdar.contracts.types import (
 VOCABULARY = 37
 
 
-def make_turn(index, prompt, response, *, extends=False, reward=0.0, valid=True, logprobs=None, versions=None):
+def make_turn(
+    index, prompt, response, *, extends=False, reward=0.0, valid=True, logprobs=None, versions=None
+):
     return Turn(
         turn_index=index,
         prompt_token_ids=prompt,
@@ -63,12 +65,24 @@ def make_scored(trajectory, logprobs=None):
     """`logprobs` per turn; None leaves the trajectory without a score."""
     if logprobs is None:
         return ScoredTrajectory(trajectory, None)
-    score = TeacherScore(trajectory.trajectory_id, 0, tuple(np.array(x) for x in logprobs), (), 0, "", "", "task_type", "x")
+    score = TeacherScore(
+        trajectory.trajectory_id,
+        0,
+        tuple(np.array(x) for x in logprobs),
+        (),
+        0,
+        "",
+        "",
+        "task_type",
+        "x",
+    )
     return ScoredTrajectory(trajectory, score)
 
 
 def make_random_batch(rng, num_trajectories, with_teacher=True):
-    """Trajectories of 1-4 turns, some continuing and some fresh, with 0-5 sampled tokens each; and advantages per turn."""
+    """Trajectories of 1-4 turns, some continuing and some fresh, with 0-5 sampled tokens each; and
+    advantages per turn.
+    """
     items, advantages = [], []
     for index in range(num_trajectories):
         turns, context = [], []
@@ -79,10 +93,23 @@ def make_random_batch(rng, num_trajectories, with_teacher=True):
             response = rng.integers(1, VOCABULARY, rng.integers(0, 6)).tolist()
             logprobs = -rng.exponential(2.0, len(response))
             versions = rng.integers(0, 3, len(response))
-            turns.append(make_turn(turn_index, prompt, response, extends=extends, logprobs=logprobs, versions=versions))
+            turns.append(
+                make_turn(
+                    turn_index,
+                    prompt,
+                    response,
+                    extends=extends,
+                    logprobs=logprobs,
+                    versions=versions,
+                )
+            )
             context = prompt + response
         trajectory = make_trajectory(*turns, index=index, group_size=num_trajectories)
-        teacher = [-rng.exponential(2.0, len(turn.response_token_ids)) for turn in turns] if with_teacher else None
+        teacher = (
+            [-rng.exponential(2.0, len(turn.response_token_ids)) for turn in turns]
+            if with_teacher
+            else None
+        )
         items.append(make_scored(trajectory, teacher))
         advantages.append(rng.normal(size=len(turns)))
     return items, advantages

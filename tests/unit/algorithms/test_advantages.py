@@ -14,7 +14,10 @@ from .builders import make_trajectory, make_turn
 def make_group(*episodes):
     """Each episode is a list of (reward, is_action_valid), one per turn."""
     return [
-        make_trajectory(*(make_turn(i, [1], [2], reward=r, valid=v) for i, (r, v) in enumerate(turns)), index=index)
+        make_trajectory(
+            *(make_turn(i, [1], [2], reward=r, valid=v) for i, (r, v) in enumerate(turns)),
+            index=index,
+        )
         for index, turns in enumerate(episodes)
     ]
 
@@ -33,11 +36,15 @@ def test_trajectory_level_subtracts_the_penalty_once_an_episode():
     )
     scores = [9.9, 10.0, 0.0]
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
-    assert [a[0] for a in advantages] == pytest.approx([(s - mean) / (deviation + 1e-6) for s in scores])
+    assert [a[0] for a in advantages] == pytest.approx(
+        [(s - mean) / (deviation + 1e-6) for s in scores]
+    )
 
 
 def test_turn_level_takes_rows_of_turns_each_with_its_own_penalty():
-    """Rows: episode 0 (return 10, three turns, the second invalid) 10, 9.9, 10; episode 1 (one turn) 0."""
+    """Rows: episode 0 (return 10, three turns, the second invalid) 10, 9.9, 10; episode 1 (one
+    turn) 0.
+    """
     group = make_group([(0, True), (0, False), (10, True)], [(0, True)])
     advantages = compute_advantages(group, "turn", invalid_action_penalty=0.1)
     rows = [10.0, 9.9, 10.0, 0.0]

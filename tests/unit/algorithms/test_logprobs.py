@@ -30,7 +30,9 @@ def plain_logprobs(row, target, temperature):
     scaled = [value / temperature for value in row]
     top = max(scaled)
     normalizer = top + math.log(sum(math.exp(value - top) for value in scaled))
-    return scaled[target] - normalizer, -sum(math.exp(v - normalizer) * (v - normalizer) for v in scaled)
+    return scaled[target] - normalizer, -sum(
+        math.exp(v - normalizer) * (v - normalizer) for v in scaled
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
@@ -40,7 +42,10 @@ def test_logprobs_and_entropy_are_those_of_the_tempered_distribution(chunk_size,
     head, hidden, targets = torch.nn.Linear(5, 11), torch.randn(7, 5), torch.randint(0, 11, (7,))
     logprobs, entropy = compute_logprobs(hidden, head, targets, temperature, chunk_size)
     rows = head(hidden).tolist()
-    want = [plain_logprobs(row, target, temperature) for row, target in zip(rows, targets.tolist(), strict=True)]
+    want = [
+        plain_logprobs(row, target, temperature)
+        for row, target in zip(rows, targets.tolist(), strict=True)
+    ]
     assert logprobs.tolist() == pytest.approx([w[0] for w in want], abs=1e-5)
     assert entropy.tolist() == pytest.approx([w[1] for w in want], abs=1e-5)
     assert logprobs.dtype == entropy.dtype == torch.float32
@@ -49,15 +54,23 @@ def test_logprobs_and_entropy_are_those_of_the_tempered_distribution(chunk_size,
 def test_gradients_of_logprobs_and_entropy_match_finite_differences():
     torch.manual_seed(0)
     head = torch.nn.Linear(3, 6, dtype=torch.float64)
-    hidden, targets = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 5, 2, 2, 1])
+    hidden, targets = (
+        torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 5, 2, 2, 1]),
+    )
     assert torch.autograd.gradcheck(lambda h: compute_logprobs(h, head, targets, 0.7, 2), hidden)
 
 
 def test_logits_of_one_chunk_at_most_exist_in_forward_and_backward():
     num_tokens, num_hidden, vocabulary, chunk_size = 64, 4, 500, 8
-    hidden, head = torch.randn(num_tokens, num_hidden, requires_grad=True), torch.nn.Linear(num_hidden, vocabulary)
+    hidden, head = (
+        torch.randn(num_tokens, num_hidden, requires_grad=True),
+        torch.nn.Linear(num_hidden, vocabulary),
+    )
     with LargestTensor() as largest:
-        logprobs, _ = compute_logprobs(hidden, head, torch.zeros(num_tokens, dtype=torch.long), 1.0, chunk_size)
+        logprobs, _ = compute_logprobs(
+            hidden, head, torch.zeros(num_tokens, dtype=torch.long), 1.0, chunk_size
+        )
         logprobs.sum().backward()
     assert largest.num_elements == chunk_size * vocabulary
 
@@ -65,7 +78,9 @@ def test_logits_of_one_chunk_at_most_exist_in_forward_and_backward():
 def test_saved_for_backward_holds_no_logits():
     saved = []
     hidden, head = torch.randn(64, 4, requires_grad=True), torch.nn.Linear(4, 500)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
         logprobs, _ = compute_logprobs(hidden, head, torch.zeros(64, dtype=torch.long), 1.0, 8)
     assert max(saved, default=0) < 8 * 500
     assert logprobs.requires_grad
@@ -92,10 +107,15 @@ def test_scorer_matches_the_models_own_logits_and_gradient(tied):
 
 def test_right_padding_changes_no_score():
     scorer = TokenScorer(make_model(), temperature=1.0, chunk_size=8)
-    ids, mask = torch.randint(1, VOCABULARY, (1, 6)), torch.tensor([[False, False, True, True, False, True]])
+    ids, mask = (
+        torch.randint(1, VOCABULARY, (1, 6)),
+        torch.tensor([[False, False, True, True, False, True]]),
+    )
     padded_ids = torch.nn.functional.pad(ids, (0, 5))
     padded_mask = torch.nn.functional.pad(mask, (0, 5))
-    torch.testing.assert_close(scorer(padded_ids, padded_mask)[0], scorer(ids, mask)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        scorer(padded_ids, padded_mask)[0], scorer(ids, mask)[0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_nothing_sampled_still_gives_every_parameter_a_zero_gradient():
@@ -105,11 +125,15 @@ def test_nothing_sampled_still_gives_every_parameter_a_zero_gradient():
     )
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == entropy.shape == (0,)
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 def test_ranks_with_different_token_counts_call_the_head_equally_often():
-    """Every call gathers sharded weights from all ranks: one call more on one rank would hang them all."""
+    """Every call gathers sharded weights from all ranks: one call more on one rank would hang them
+    all.
+    """
     calls = []
     for num_sampled in (0, 1, 9):
         model = make_model()
@@ -117,7 +141,9 @@ def test_ranks_with_different_token_counts_call_the_head_equally_often():
         model.lm_head.register_forward_hook(lambda *_, count=count: count.append(1))
         mask = torch.zeros(1, 12, dtype=torch.bool)
         mask[0, 1 : 1 + num_sampled] = True
-        logprobs, _ = TokenScorer(model, temperature=1.0, chunk_size=4)(torch.ones(1, 12, dtype=torch.long), mask, 9)
+        logprobs, _ = TokenScorer(model, temperature=1.0, chunk_size=4)(
+            torch.ones(1, 12, dtype=torch.long), mask, 9
+        )
         logprobs.sum().backward()
         assert logprobs.shape == (num_sampled,)
         calls.append(len(count))
@@ -136,12 +162,18 @@ def test_scoring_without_gradient_makes_no_second_pass():
 
 def test_bfloat16_model_still_gives_float32_logprobs():
     scorer = TokenScorer(make_model(dtype=torch.bfloat16), temperature=1.0, chunk_size=4)
-    logprobs, entropy = scorer(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool))
+    logprobs, entropy = scorer(
+        torch.ones(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool)
+    )
     assert logprobs.dtype == entropy.dtype == torch.float32
 
 
 def test_temperature_zero_and_too_few_chunks_are_refused():
-    hidden, head, targets = torch.randn(5, 3), torch.nn.Linear(3, 4), torch.zeros(5, dtype=torch.long)
+    hidden, head, targets = (
+        torch.randn(5, 3),
+        torch.nn.Linear(3, 4),
+        torch.zeros(5, dtype=torch.long),
+    )
     with pytest.raises(ConfigurationError, match="temperature"):
         compute_logprobs(hidden, head, targets, 0.0, 2)
     with pytest.raises(ContractError, match="need 3 chunks of 2, got num_chunks 2"):

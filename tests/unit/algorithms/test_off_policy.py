@@ -11,7 +11,9 @@ BEHAVIOR = torch.full((5,), -3.0)
 
 
 def weights_of(correction, current, proximal=None, behavior=BEHAVIOR, cap=5.0):
-    return compute_off_policy_weights(correction, current, behavior, proximal, cap=cap, icepop_low=0.5, log_ratio_bound=20.0)
+    return compute_off_policy_weights(
+        correction, current, behavior, proximal, cap=cap, icepop_low=0.5, log_ratio_bound=20.0
+    )
 
 
 def from_behavior(log_ratios):
@@ -44,7 +46,9 @@ def test_decoupled_clips_around_the_proximal_policy_and_caps_the_behavior_weight
 
 
 def test_icepop_drops_tokens_outside_its_band():
-    weights = weights_of("icepop", from_behavior([math.log(x) for x in (0.4, 0.6, 1.0, 1.9, 2.1)]), cap=2.0)
+    weights = weights_of(
+        "icepop", from_behavior([math.log(x) for x in (0.4, 0.6, 1.0, 1.9, 2.1)]), cap=2.0
+    )
     assert weights.policy_weight.tolist() == pytest.approx([0.0, 0.6, 1.0, 1.9, 0.0])
     assert weights.is_bounded.tolist() == [True, False, False, False, True]
 
@@ -52,7 +56,12 @@ def test_icepop_drops_tokens_outside_its_band():
 @pytest.mark.parametrize("correction", ["truncated_is", "decoupled", "icepop"])
 def test_fresh_tokens_are_not_corrected(correction):
     weights = weights_of(correction, BEHAVIOR.clone())
-    assert weights.ratio.tolist() == weights.policy_weight.tolist() == weights.distillation_weight.tolist() == [1.0] * 5
+    assert (
+        weights.ratio.tolist()
+        == weights.policy_weight.tolist()
+        == weights.distillation_weight.tolist()
+        == [1.0] * 5
+    )
 
 
 @pytest.mark.parametrize("correction", ["none", "truncated_is", "decoupled", "icepop"])
@@ -65,7 +74,9 @@ def test_only_the_ratio_has_a_gradient_and_it_survives_absurd_ratios(correction)
 
 
 def test_truncated_importance_sampling_is_unbiased_under_a_cap_that_never_binds():
-    """Expected weighed gradient over behavior samples equals the on-policy one, computed over the whole vocabulary."""
+    """Expected weighed gradient over behavior samples equals the on-policy one, computed over the
+    whole vocabulary.
+    """
     logits = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64, requires_grad=True)
     behavior = torch.log_softmax(torch.tensor([0.0, 0.4, 0.2], dtype=torch.float64), -1)
     rewards = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)

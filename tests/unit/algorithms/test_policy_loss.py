@@ -8,7 +8,9 @@ from .builders import central_difference
 
 def loss_of(ratio, advantages, weight=None):
     weight = torch.ones_like(ratio) if weight is None else weight
-    return compute_policy_loss(ratio, advantages, weight, clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+    return compute_policy_loss(
+        ratio, advantages, weight, clip_low=0.2, clip_high=0.3, dual_clip=3.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,5 +41,7 @@ def test_gradient_matches_finite_differences_and_carries_the_weight():
     ratio = (torch.rand(40, dtype=torch.float64) * 4).requires_grad_()
     advantages, weight = torch.randn(40, dtype=torch.float64), torch.rand(40, dtype=torch.float64)
     loss_of(ratio, advantages, weight).loss.sum().backward()
-    numeric = central_difference(lambda r: loss_of(r, advantages, weight).loss.sum(), ratio.detach())
+    numeric = central_difference(
+        lambda r: loss_of(r, advantages, weight).loss.sum(), ratio.detach()
+    )
     torch.testing.assert_close(ratio.grad, numeric, atol=1e-6, rtol=1e-6)

@@ -45,7 +45,10 @@ def finish(trial: Trial, num_successes: int) -> None:
         "success_before": 0.25,
         "success_after": num_successes / 100,
         "greedy_success_after": 0.5,
-        "by_task_type": {"before": {"clean": [25, 100]}, "after": {"clean": [num_successes - 1, 50], "cook": [1, 50]}},
+        "by_task_type": {
+            "before": {"clean": [25, 100]},
+            "after": {"clean": [num_successes - 1, 50], "cook": [1, 50]},
+        },
         "staleness_mean": 1.5,
         "staleness_max": 2,
         "num_updates": 5,
@@ -55,8 +58,15 @@ def finish(trial: Trial, num_successes: int) -> None:
 
 def test_every_variant_is_planned_under_every_seed_with_its_own_values(spec_path: Path) -> None:
     _, trials = plan(spec_path)
-    assert [trial.name for trial in trials] == ["grpo-seed0", "grpo-seed1", "sdar-seed0", "sdar-seed1"]
-    assert [(t.config.method.name, t.config.seed, t.config.training.num_updates) for t in trials] == [
+    assert [trial.name for trial in trials] == [
+        "grpo-seed0",
+        "grpo-seed1",
+        "sdar-seed0",
+        "sdar-seed1",
+    ]
+    assert [
+        (t.config.method.name, t.config.seed, t.config.training.num_updates) for t in trials
+    ] == [
         ("grpo", 0, 5),
         ("grpo", 1, 5),
         ("sdar", 0, 5),
@@ -70,7 +80,12 @@ def test_a_finished_run_is_not_run_again(spec_path: Path) -> None:
     directory.mkdir(parents=True)
     save_config(trials[0].config, directory / "config.yaml")
     (directory / "summary.json").write_text(json.dumps({"success_after": 0.5}))
-    assert [trial.summary is not None for trial in plan(spec_path)[1]] == [True, False, False, False]
+    assert [trial.summary is not None for trial in plan(spec_path)[1]] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_a_finished_run_of_another_configuration_is_refused(spec_path: Path) -> None:
@@ -89,7 +104,10 @@ def test_counts_are_pooled_over_seeds_and_deviation_is_over_seeds(spec_path: Pat
         finish(trial, num_successes)
     rows = format_table(comparison, trials).splitlines()
     # 100 of 200: Wilson interval 0.431 to 0.569; mean of 0.4 and 0.6 with ddof 1.
-    assert rows[2] == "| grpo | 0, 1 | 0.400, 0.600 | 0.500 [0.431, 0.569] | 0.500 ± 0.141 | 0.500 | 0.250 | 1.50, 2 | 5 |"
+    assert (
+        rows[2]
+        == "| grpo | 0, 1 | 0.400, 0.600 | 0.500 [0.431, 0.569] | 0.500 ± 0.141 | 0.500 | 0.250 | 1.50, 2 | 5 |"
+    )
     assert "0.850 ± 0.071" in rows[3]
 
 
@@ -112,7 +130,9 @@ def test_a_failed_run_is_named_with_its_reason_and_the_others_stand(spec_path: P
         ("[", "YAML"),
     ],
 )
-def test_an_experiment_that_is_not_valid_is_refused_with_what_is_wrong(spec_path: Path, text: str, named: str) -> None:
+def test_an_experiment_that_is_not_valid_is_refused_with_what_is_wrong(
+    spec_path: Path, text: str, named: str
+) -> None:
     spec_path.write_text(text)
     with pytest.raises(ConfigurationError, match=named):
         load_comparison(spec_path)

@@ -4,7 +4,9 @@ from sdar.cli.configuration_page import PAGE, render_page
 
 
 def test_the_configuration_page_is_written_from_the_current_run_config() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render_page(), "docs/configuration.md is out of date: run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == render_page(), (
+        "docs/configuration.md is out of date: run `make docs`"
+    )
 
 
 def test_every_key_has_a_meaning() -> None:

@@ -1,4 +1,5 @@
-"""The conformance suite against a small correct server, and against servers that have one defect each.
+"""The conformance suite against a small correct server, and against servers that have one defect
+each.
 
 0 -- 1 -- 2 -- ... -- 9      `walk`: reach the goal on a line by "left" and "right" in six turns; a die of the episode's
 start by seed, goal by task   own generator says what the weather is, so that a lost or doubled step shows
@@ -35,9 +36,9 @@ from sdar.contracts.errors import (
     SdarError,
     UnknownResourceError,
 )
-from sdar.runtime.rpc import RpcService, build_server
 from sdar.v1 import environment_pb2 as pb
 from sdar.v1 import environment_pb2_grpc, task_pb2
+from sdar.wire.rpc_server import RpcService, build_server
 
 SERVICE_NAME = "sdar.v1.EnvironmentService"
 MAX_TURNS = 6
@@ -69,7 +70,9 @@ class Episode:
 
 
 class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
-    """A server that keeps the contract, in one process and one event loop; defects override one of its parts."""
+    """A server that keeps the contract, in one process and one event loop; defects override one of
+    its parts.
+    """
 
     version = "1"
     capacity = 8
@@ -87,7 +90,9 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
         return [self.task(goal, split) for goal in goals[split]]
 
     def task(self, goal: int, split: str) -> task_pb2.Task:
-        return task_pb2.Task(environment="walk", split=split, task_id=f"goal-{goal}", description=f"Walk to {goal}.")
+        return task_pb2.Task(
+            environment="walk", split=split, task_id=f"goal-{goal}", description=f"Walk to {goal}."
+        )
 
     def find_task(self, task_id: str) -> task_pb2.Task:
         for task in (*self.list_tasks("train"), *self.list_tasks("heldout")):
@@ -121,7 +126,10 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
             observation=self.observe(episode),
             admissible_actions=["left", "right"],
             reward=float(is_solved),
-            reward_components={"success": float(is_solved), "distance": float(abs(goal - episode.position))},
+            reward_components={
+                "success": float(is_solved),
+                "distance": float(abs(goal - episode.position)),
+            },
             terminated=is_solved,
             truncated=not is_solved and episode.next_index + 1 >= MAX_TURNS,
             action=text if is_valid else "",
@@ -134,16 +142,27 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
     def open(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         task = self.find_task(request.task_id)
         self.reap()
-        known = next((one for one in self.episodes.values() if one.key and one.key == request.idempotency_key), None)
+        known = next(
+            (
+                one
+                for one in self.episodes.values()
+                if one.key and one.key == request.idempotency_key
+            ),
+            None,
+        )
         if known:
             return self.repeat_open(known, request)
         self.check_capacity()
         dice = self.build_dice(task, request.seed)
         opened = pb.OpenSessionResponse(
-            session_id=uuid.uuid4().hex, task=task, lease_s=min(request.lease_s or DEFAULT_LEASE_S, MAX_LEASE_S)
+            session_id=uuid.uuid4().hex,
+            task=task,
+            lease_s=min(request.lease_s or DEFAULT_LEASE_S, MAX_LEASE_S),
         )
         opened.task.seed = request.seed
-        episode = Episode(task, dice, opened, request.idempotency_key, time.monotonic() + opened.lease_s)
+        episode = Episode(
+            task, dice, opened, request.idempotency_key, time.monotonic() + opened.lease_s
+        )
         episode.position = dice.randrange(-1, 1)
         opened.observation, opened.admissible_actions[:] = self.observe(episode), ["left", "right"]
         self.episodes[opened.session_id] = episode
@@ -209,7 +228,10 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
     async def Describe(self, request, context):
         if request.environment:
             self.check_name(request.environment)
-        splits = [pb.Split(name=name, num_tasks=len(self.list_tasks(name))) for name in ("train", "heldout")]
+        splits = [
+            pb.Split(name=name, num_tasks=len(self.list_tasks(name)))
+            for name in ("train", "heldout")
+        ]
         limits = pb.EnvironmentLimits(
             max_turns=MAX_TURNS,
             max_text_bytes=MAX_TEXT_BYTES,
@@ -217,8 +239,12 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
             default_lease_s=DEFAULT_LEASE_S,
             max_lease_s=MAX_LEASE_S,
         )
-        capacity = pb.EnvironmentCapacity(max_sessions=self.capacity, num_open_sessions=self.count())
-        one = pb.EnvironmentDescription(name="walk", version=self.version, splits=splits, limits=limits, capacity=capacity)
+        capacity = pb.EnvironmentCapacity(
+            max_sessions=self.capacity, num_open_sessions=self.count()
+        )
+        one = pb.EnvironmentDescription(
+            name="walk", version=self.version, splits=splits, limits=limits, capacity=capacity
+        )
         return pb.DescribeResponse(environments=[one])
 
     async def ListTasks(self, request, context):
@@ -226,7 +252,9 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
         tasks = self.list_tasks(request.split)
         start = self.parse_token(request.page_token, len(tasks))
         end = start + (request.page_size or 4)
-        return pb.ListTasksResponse(tasks=tasks[start:end], next_page_token=str(end) if end < len(tasks) else "")
+        return pb.ListTasksResponse(
+            tasks=tasks[start:end], next_page_token=str(end) if end < len(tasks) else ""
+        )
 
     async def OpenSession(self, request, context):
         self.check_name(request.environment)
@@ -240,7 +268,8 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
         return pb.CloseSessionResponse()
 
 
-# --- one defect each --------------------------------------------------------------------------------------------------------
+# --- one defect each
+# --------------------------------------------------------------------------------------------------
 
 
 class WithoutVersion(Walk):
@@ -297,7 +326,9 @@ class SameSessionId(Walk):
     def open(self, request):
         opened = super().open(request)
         episode = self.episodes.pop(opened.session_id)
-        number = next(number for number in range(100) if f"{request.task_id} {number}" not in self.episodes)
+        number = next(
+            number for number in range(100) if f"{request.task_id} {number}" not in self.episodes
+        )
         opened.session_id = request.task_id + f" {number}"
         self.episodes[opened.session_id] = episode
         opened.observation = ""
@@ -351,7 +382,9 @@ class RepeatedStepMoves(Walk):
 
 
 class StepsAtOnce(Walk):
-    """Plays to the end whatever the caller does, but without a thought of the same step coming twice meanwhile."""
+    """Plays to the end whatever the caller does, but without a thought of the same step coming
+    twice meanwhile.
+    """
 
     async def step(self, episode, index, text):
         if episode.last and index == episode.last[0]:
@@ -389,7 +422,11 @@ class AnyTextAgain(Walk):
 
 class SkippedStep(Walk):
     def check_next(self, episode, index, text):
-        super().check_next(episode, max(index, episode.next_index) if index > episode.next_index + 1 else index, text)
+        super().check_next(
+            episode,
+            max(index, episode.next_index) if index > episode.next_index + 1 else index,
+            text,
+        )
 
     async def step(self, episode, index, text):
         if index == episode.next_index + 1:
@@ -616,7 +653,9 @@ async def serving(servicer: Walk) -> AsyncIterator[str]:
 
 
 def failed(report: Report) -> set[str]:
-    return {outcome.check.check_id for outcome in report.outcomes if outcome.verdict is Verdict.FAIL}
+    return {
+        outcome.check.check_id for outcome in report.outcomes if outcome.verdict is Verdict.FAIL
+    }
 
 
 async def test_a_correct_server_passes_every_check() -> None:
@@ -634,7 +673,9 @@ async def test_a_defect_fails_exactly_the_checks_that_it_breaks(defect: type[Wal
     checks = [check for check in ALL_CHECKS if check.check_id not in LEASE_CHECKS - DEFECTS[defect]]
     async with serving(defect()) as address:
         report = await check_server(address, checks=checks, settle_timeout_s=1.0)
-    assert failed(report) == DEFECTS[defect], [(o.check.check_id, o.expected, o.got) for o in report.outcomes if o.got]
+    assert failed(report) == DEFECTS[defect], [
+        (o.check.check_id, o.expected, o.got) for o in report.outcomes if o.got
+    ]
     assert not report.is_passed
 
 
@@ -644,8 +685,14 @@ def test_every_check_can_fail() -> None:
 
 async def test_what_a_small_server_cannot_show_is_not_run_and_no_pass() -> None:
     async with serving(Nondescript()) as address:
-        report = await check_server(address, checks=[one for one in ALL_CHECKS if one.check_id not in LEASE_CHECKS])
-    not_run = {outcome.check.check_id: outcome.got for outcome in report.outcomes if outcome.verdict is Verdict.NOT_RUN}
+        report = await check_server(
+            address, checks=[one for one in ALL_CHECKS if one.check_id not in LEASE_CHECKS]
+        )
+    not_run = {
+        outcome.check.check_id: outcome.got
+        for outcome in report.outcomes
+        if outcome.verdict is Verdict.NOT_RUN
+    }
     assert set(not_run) == {"open.retry", "episode.interleaved", "episode.concurrent"}
     assert "needs 3 sessions at once, 2 are free: serve with --capacity 16" in not_run["open.retry"]
     assert report.is_passed
@@ -664,12 +711,17 @@ async def test_a_vast_server_is_not_filled() -> None:
 async def test_an_environment_that_cannot_be_stepped_is_told_first() -> None:
     async with serving(CannotStep()) as address:
         report = await check_server(address, checks=ALL_CHECKS[:1])
-    assert [outcome.check.check_id for outcome in report.outcomes] == ["episode.begins", "describe.complete"]
+    assert [outcome.check.check_id for outcome in report.outcomes] == [
+        "episode.begins",
+        "describe.complete",
+    ]
     assert "The game is broken." in report.outcomes[0].got
 
 
 @pytest.mark.parametrize("field", ["splits", "limits", "capacity"])
-async def test_a_description_that_leaves_something_out_is_a_verdict_among_others(field: str) -> None:
+async def test_a_description_that_leaves_something_out_is_a_verdict_among_others(
+    field: str,
+) -> None:
     checks = [check for check in ALL_CHECKS if check.check_id not in LEASE_CHECKS]
     async with serving(HalfWritten(field)) as address:
         report = await check_server(address, checks=checks, settle_timeout_s=1.0)
@@ -680,26 +732,36 @@ async def test_a_description_that_leaves_something_out_is_a_verdict_among_others
 async def test_an_address_where_nobody_answers_is_told_in_one_sentence() -> None:
     async with serving(Walk()) as address:
         pass
-    with pytest.raises(ConfigurationError, match=f"No environment server answers at {address}. Start one"):
+    with pytest.raises(
+        ConfigurationError, match=f"No environment server answers at {address}. Start one"
+    ):
         await check_server(address)
 
 
 async def test_another_grpc_service_is_not_taken_for_an_environment() -> None:
     server = build_server("127.0.0.1", 0, [])
     await server.start()
-    with pytest.raises(ConfigurationError, match=r"does not answer sdar.v1.EnvironmentService.Describe"):
+    with pytest.raises(
+        ConfigurationError, match=r"does not answer sdar.v1.EnvironmentService.Describe"
+    ):
         await check_server(f"127.0.0.1:{server.port}")
     await server.stop(0)
 
 
-async def test_an_environment_that_is_not_served_is_refused_with_the_names_of_those_that_are() -> None:
+async def test_an_environment_that_is_not_served_is_refused_with_the_names_of_those_that_are() -> (
+    None
+):
     async with serving(Walk()) as address:
-        with pytest.raises(ConfigurationError, match="serves walk; --environment 'chess' is not one of them"):
+        with pytest.raises(
+            ConfigurationError, match="serves walk; --environment 'chess' is not one of them"
+        ):
             await check_server(address, "chess")
 
 
 async def test_the_report_names_each_failure_with_its_remedy() -> None:
-    checks = [check for check in ALL_CHECKS if check.check_id in ("episode.numbers", "episode.ends")]
+    checks = [
+        check for check in ALL_CHECKS if check.check_id in ("episode.numbers", "episode.ends")
+    ]
     async with serving(NanReward()) as address:
         report = await check_server(address, checks=checks)
     console = Console(width=200, record=True, file=io.StringIO())
@@ -707,13 +769,18 @@ async def test_the_report_names_each_failure_with_its_remedy() -> None:
     text = console.export_text()
     assert "walk, version 1, at 127.0.0.1:" in text
     assert (
-        "FAIL episode.numbers\n  expected  a finite reward at step 5\n  got       nan\n  remedy    Check every number" in text
+        "FAIL episode.numbers\n  expected  a finite reward at step 5\n  got       nan\n  remedy    "
+        "Check every number" in text
     )
     assert "1 passed, 1 failed, 0 not run, in" in text
 
 
 async def test_the_report_for_programs_is_one_object() -> None:
-    checks = [check for check in ALL_CHECKS if check.check_id in ("episode.numbers", "capacity.bounded", "episode.ends")]
+    checks = [
+        check
+        for check in ALL_CHECKS
+        if check.check_id in ("episode.numbers", "capacity.bounded", "episode.ends")
+    ]
     servicer = NanReward()
     servicer.capacity = 1000
     async with serving(servicer) as address:

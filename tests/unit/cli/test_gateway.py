@@ -25,7 +25,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome
-from sdar.runtime.http import bind_http, build_http_server
+from sdar.wire.http_server import bind_http, build_http_server
 from services.gateway.app import build_app
 from services.gateway.watch import Watch
 from tests.support import until
@@ -80,10 +80,14 @@ class ServedRun:
         await run.report(GroupOutcome.FAILED, training[3], reason=HOSTILE)
         await run.take(1)
         await run.settle()
-        await until(lambda: run.scheduler.ledger.num_issued == 5)  # it reads the account once a turn
+        await until(
+            lambda: run.scheduler.ledger.num_issued == 5
+        )  # it reads the account once a turn
         readable = codec.encode_trajectory(play(training[0], 0))
         for payload, reason in ((readable, HOSTILE), (b"\xff nonsense", "cannot be decoded")):
-            self.letters.append(await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, payload, reason))
+            self.letters.append(
+                await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, payload, reason)
+            )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,9 @@ def served() -> Iterator[ServedRun]:
 
 
 @pytest.fixture
-def run_sdar(served: ServedRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def run_sdar(
+    served: ServedRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> str:
@@ -119,7 +125,10 @@ def test_status_shows_both_equations_and_the_alarms(run_sdar: Command) -> None:
     assert "update 0 of 2, policy version 0" in out
     assert re.search(r"tasks +0 +0 +0\.0 s", out)
     assert "issued 5 = running 4 + generated 1" in out
-    assert "generated 1 = trained 0 + skipped 0 + stale 0 + failed 1 + cancelled 0 + buffered 0" in " ".join(out.split())
+    assert (
+        "generated 1 = trained 0 + skipped 0 + stale 0 + failed 1 + cancelled 0 + buffered 0"
+        in " ".join(out.split())
+    )
     assert "dead_letters: 2 entries were set aside." in out
 
 
@@ -140,7 +149,10 @@ def test_a_letter_is_listed_shown_and_retried_once(
     readable, nonsense = served.letters
     listed = json.loads(run_sdar("dead-letter", "list", "--json"))
     assert [letter["letter_id"] for letter in listed] == [nonsense, readable]
-    assert json.loads(run_sdar("dead-letter", "list", "--json", "--before", nonsense))[0]["letter_id"] == readable
+    assert (
+        json.loads(run_sdar("dead-letter", "list", "--json", "--before", nonsense))[0]["letter_id"]
+        == readable
+    )
     shown = run_sdar("dead-letter", "show", readable)
     assert '"description": "do ' in shown
     assert "\x1b" not in shown
@@ -168,7 +180,9 @@ def test_the_one_running_run_is_asked_and_none_or_several_are_told(
         assert (code, f"a (--gateway {served.address})" in error) == (2, True)
 
 
-def test_a_run_is_paused_resumed_and_stopped(run_sdar: Command, served: ServedRun, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_paused_resumed_and_stopped(
+    run_sdar: Command, served: ServedRun, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_sdar("pause").splitlines()[-1] == "test is paused, update 0 of 2."
     assert json.loads(run_sdar("status", "--json"))["phase"] == "paused"
     assert json.loads(run_sdar("resume", "--json").splitlines()[-1])["phase"] == "running"
@@ -193,20 +207,30 @@ def test_the_report_of_a_run_elsewhere_is_made_here(
 def test_a_gateway_in_a_container_is_asked_by_the_container(served: ServedRun) -> None:
     """The container is played by `env`: it has the address, and runs what it is given."""
     python = str(Path(sys.executable).parent)
-    command = ("env", f"SDAR_GATEWAY_URL=http://{served.address}", f"PATH={python}:{os.environ['PATH']}")
+    command = (
+        "env",
+        f"SDAR_GATEWAY_URL=http://{served.address}",
+        f"PATH={python}:{os.environ['PATH']}",
+    )
     with ContainerGateway("pod gateway-0", command) as gateway:
-        assert [letter["letter_id"] for letter in gateway.get("/v1/dead-letters", limit=1)] == served.letters[1:]
+        assert [
+            letter["letter_id"] for letter in gateway.get("/v1/dead-letters", limit=1)
+        ] == served.letters[1:]
         with pytest.raises(UnknownResourceError, match="no dead letter 1-1"):
             gateway.get("/v1/dead-letters/1-1")
     away = ContainerGateway("pod gateway-0", (*command, "SDAR_GATEWAY_URL=http://127.0.0.1:1"))
-    with pytest.raises(UnavailableError, match=r"Asked in pod gateway-0: No gateway answers at 127\.0\.0\.1:1"):
+    with pytest.raises(
+        UnavailableError, match=r"Asked in pod gateway-0: No gateway answers at 127\.0\.0\.1:1"
+    ):
         away.get("/v1/run")
     gone = ContainerGateway("pod gateway-0", ("sh", "-c", "echo no such container >&2; exit 1"))
     with pytest.raises(UnavailableError, match="no such container"):
         gone.get("/v1/run")
 
 
-@pytest.mark.parametrize("url", ["ftp://a:1", "nowhere", "http://a", "http://a:99999", "http://a:1/path", "http://"])
+@pytest.mark.parametrize(
+    "url", ["ftp://a:1", "nowhere", "http://a", "http://a:99999", "http://a:1/path", "http://"]
+)
 def test_what_is_no_address_is_refused(url: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, error = refuse(capfd, "status", "--gateway", url)
     assert (code, "http://HOST:PORT" in error) == (2, True)

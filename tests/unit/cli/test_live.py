@@ -32,9 +32,20 @@ def status() -> dict[str, Any]:
 @pytest.fixture
 def metrics(tmp_path: Path) -> MetricsLog:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    values = {"success_mean": 0.5, "reward_mean": 0.4, "tokens_per_s": 1234.5, "staleness_mean": 1.5, "staleness_max": 2.0}
+    values = {
+        "success_mean": 0.5,
+        "reward_mean": 0.4,
+        "tokens_per_s": 1234.5,
+        "staleness_mean": 1.5,
+        "staleness_max": 2.0,
+    }
     for number in range(1, 8):
-        record = {"entry_id": f"{number}-0", "service": "learner", "at_s": 2.0 * number, "values": values}
+        record = {
+            "entry_id": f"{number}-0",
+            "service": "learner",
+            "at_s": 2.0 * number,
+            "values": values,
+        }
         log.extend([record])
     return log
 
@@ -50,15 +61,26 @@ def test_the_figures_say_where_the_run_stands(status: dict[str, Any], metrics: M
     assert figures["wall clock"] == "1 min 15 s"
 
 
-def test_an_alarm_is_shown_without_what_a_terminal_would_obey(status: dict[str, Any], metrics: MetricsLog) -> None:
+def test_an_alarm_is_shown_without_what_a_terminal_would_obey(
+    status: dict[str, Any], metrics: MetricsLog
+) -> None:
     status["alarms"] = [{"name": "dead_letters", "message": "3 entries \x1b[2J", "since_s": 1.0}]
-    assert compute_figures(status, metrics, wall_s=75.0)["alarms"] == r"dead_letters: 3 entries \x1b[2J"
+    assert (
+        compute_figures(status, metrics, wall_s=75.0)["alarms"]
+        == r"dead_letters: 3 entries \x1b[2J"
+    )
 
 
 def test_a_plain_view_tells_alarms_when_they_change(
     status: dict[str, Any], metrics: MetricsLog, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    view = LineView(RunConfig(name="a", model=ModelConfig(path=Path("m")), environment=EnvironmentConfig(name="household")))
+    view = LineView(
+        RunConfig(
+            name="a",
+            model=ModelConfig(path=Path("m")),
+            environment=EnvironmentConfig(name="household"),
+        )
+    )
     alarm = {"name": "no_progress", "message": "Nothing was played.", "since_s": 1.0}
     for alarms in ([], [alarm], [alarm], []):
         view.show(status | {"alarms": alarms}, metrics, wall_s=75.0)
@@ -66,9 +88,13 @@ def test_a_plain_view_tells_alarms_when_they_change(
     assert told == ["alarms: no_progress: Nothing was played.", "alarms: none any more"]
 
 
-def test_every_figure_stands_on_a_line_of_its_own(status: dict[str, Any], metrics: MetricsLog) -> None:
+def test_every_figure_stands_on_a_line_of_its_own(
+    status: dict[str, Any], metrics: MetricsLog
+) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    config = RunConfig(name="a", model=ModelConfig(path=Path("m")), environment=EnvironmentConfig(name="household"))
+    config = RunConfig(
+        name="a", model=ModelConfig(path=Path("m")), environment=EnvironmentConfig(name="household")
+    )
     view = LiveView(config, console)
     view.show(status, metrics, wall_s=75.0)
     view.close()

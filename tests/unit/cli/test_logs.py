@@ -1,4 +1,6 @@
-"""`sdar logs` on the files of a run: one order, one form, filters by age and level. Containers: tests/compose, tests/kube."""
+"""`sdar logs` on the files of a run: one order, one form, filters by age and level. Containers:
+tests/compose, tests/kube.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,26 @@ def runs(tmp_path: Path) -> Path:
         "    ValueError: the fifth step",
     )
     learner = (
-        json.dumps({"loss": 0.5, "event": "batch_trained", "level": "info", "service": "learner", "timestamp": at(70)}),
+        json.dumps(
+            {
+                "loss": 0.5,
+                "event": "batch_trained",
+                "level": "info",
+                "service": "learner",
+                "timestamp": at(70),
+            }
+        ),
         "Traceback (most recent call last):",
         '  File "x.py", line 1',
         "ValueError: nobody caught it",
-        json.dumps({"event": "checkpoint_written", "level": "debug", "service": "learner", "timestamp": at(10)}),
+        json.dumps(
+            {
+                "event": "checkpoint_written",
+                "level": "debug",
+                "service": "learner",
+                "timestamp": at(10),
+            }
+        ),
     )
     write(tmp_path, "house", "rollout-0", *rollout)
     write(tmp_path, "house", "learner", *learner)
@@ -68,14 +85,20 @@ def show(capfd: Capture, runs: Path, *arguments: str) -> list[str]:
     return lines
 
 
-def test_lines_of_all_services_come_in_the_order_of_time_and_say_whose_they_are(runs: Path, capfd: Capture) -> None:
+def test_lines_of_all_services_come_in_the_order_of_time_and_say_whose_they_are(
+    runs: Path, capfd: Capture
+) -> None:
     shown = [line.split(None, 2) for line in show(capfd, runs)]
-    assert [words[0] for words in shown] == ["rollout-0"] * 2 + ["learner"] * 4 + ["rollout-0"] * 3 + ["learner"]
+    assert [words[0] for words in shown] == ["rollout-0"] * 2 + ["learner"] * 4 + [
+        "rollout-0"
+    ] * 3 + ["learner"]
     assert "group_played" in shown[0][2]
     assert "batch_trained" in shown[2][2]
 
 
-def test_a_level_keeps_what_is_as_grave_and_the_tracebacks_with_it(runs: Path, capfd: Capture) -> None:
+def test_a_level_keeps_what_is_as_grave_and_the_tracebacks_with_it(
+    runs: Path, capfd: Capture
+) -> None:
     shown = "\n".join(show(capfd, runs, "--level", "error"))
     assert "nobody caught it" in shown
     assert "the fifth step" in shown
@@ -92,17 +115,23 @@ def test_an_age_leaves_older_lines_out(runs: Path, capfd: Capture) -> None:
     assert (code, "10m" in err) == (2, True)
 
 
-def test_one_service_is_shown_by_its_role_or_its_instance_and_others_are_named(runs: Path, capfd: Capture) -> None:
-    write(runs, "house", "rollout-1", f"{at(5)} [info     ] worker_drained                 num_left=0")
+def test_one_service_is_shown_by_its_role_or_its_instance_and_others_are_named(
+    runs: Path, capfd: Capture
+) -> None:
+    write(
+        runs, "house", "rollout-1", f"{at(5)} [info     ] worker_drained                 num_left=0"
+    )
     assert len(show(capfd, runs, "rollout")) == 6
     assert len(show(capfd, runs, "rollout-1")) == 1
     code, _, err = run_logs(capfd, runs, "learners")
     assert (code, "learner, rollout, rollout-0, rollout-1" in err) == (2, True)
 
 
-def test_a_line_of_json_is_shown_as_the_same_line_of_text_would_be(tmp_path: Path, capfd: Capture) -> None:
+def test_a_line_of_json_is_shown_as_the_same_line_of_text_would_be(
+    tmp_path: Path, capfd: Capture
+) -> None:
     code = (
-        "import sys, structlog; from sdar.runtime.telemetry import configure_logging\n"
+        "import sys, structlog; from sdar.process.telemetry import configure_logging\n"
         "configure_logging('learner', 'learner', 'info', sys.argv[1])\n"
         "log = structlog.get_logger()\n"
         "log.warning('disk_full', path='/data', size=3, text='a\\x1b[2Jb')\n"
@@ -110,13 +139,20 @@ def test_a_line_of_json_is_shown_as_the_same_line_of_text_would_be(tmp_path: Pat
         "except ZeroDivisionError: log.exception('broke', group_id='g')\n"
     )
     for form in ("text", "json"):
-        done = subprocess.run([sys.executable, "-c", code, form], stderr=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, form], stderr=subprocess.PIPE, text=True, check=True
+        )
         write(tmp_path, form, "learner", *done.stderr.splitlines())
 
     def shapes(form: str) -> list[str]:
         lines = show(capfd, tmp_path, "--run", form)
         return [
-            " ".join(word for word in line.split() if not word.startswith(("20", "service=", "instance="))) for line in lines
+            " ".join(
+                word
+                for word in line.split()
+                if not word.startswith(("20", "service=", "instance="))
+            )
+            for line in lines
         ]
 
     text, from_json = shapes("text"), shapes("json")
@@ -153,8 +189,20 @@ def test_the_run_is_the_one_that_runs_else_the_last_one(runs: Path, capfd: Captu
 
 
 def test_following_shows_what_comes_also_from_a_service_that_is_new(runs: Path) -> None:
-    command = [sys.executable, "-m", "sdar.cli.main", "logs", "--follow", "--since", "30m", "--runs-dir", str(runs)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
+    command = [
+        sys.executable,
+        "-m",
+        "sdar.cli.main",
+        "logs",
+        "--follow",
+        "--since",
+        "30m",
+        "--runs-dir",
+        str(runs),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+    )
     try:
         assert process.stdout is not None
         assert "checkpoint_written" in process.stdout.readline()
@@ -175,8 +223,14 @@ def test_following_shows_what_comes_also_from_a_service_that_is_new(runs: Path) 
 
 
 def test_following_outlives_an_api_server_that_is_away_for_a_moment() -> None:
-    source = Source("gateway-1", "gateway", lambda since_s, is_following: iter([]), is_stamped=False)
-    found: list[list[Source] | Exception] = [[source], UnavailableError("The API server is away."), [source]]
+    source = Source(
+        "gateway-1", "gateway", lambda since_s, is_following: iter([]), is_stamped=False
+    )
+    found: list[list[Source] | Exception] = [
+        [source],
+        UnavailableError("The API server is away."),
+        [source],
+    ]
 
     def look() -> list[Source]:
         if isinstance(answer := found.pop(0), Exception):
@@ -204,9 +258,14 @@ def test_two_places_contradict_each_other(tmp_path: Path, capfd: Capture) -> Non
     assert (code, "--release NAME" in err) == (2, True)
 
 
-def test_a_tool_that_is_missing_is_named(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_is_missing_is_named(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for place, tool in (("--release=a", "kubectl is not installed"), ("--compose", "docker-compose")):
+    for place, tool in (
+        ("--release=a", "kubectl is not installed"),
+        ("--compose", "docker-compose"),
+    ):
         for verb in ("status", "logs"):
             with pytest.raises(SystemExit) as ended:
                 main([verb, place])

@@ -16,7 +16,11 @@ def test_records_survive_a_resume_and_the_cursor_goes_on(tmp_path: Path) -> None
     second = MetricsLog(tmp_path / "metrics.jsonl")
     assert second.query()["after"] == "2-0"
     second.extend([record(3, "rollout")])
-    assert [r["entry_id"] for r in MetricsLog(tmp_path / "metrics.jsonl").records()] == ["1-0", "2-0", "3-0"]
+    assert [r["entry_id"] for r in MetricsLog(tmp_path / "metrics.jsonl").records()] == [
+        "1-0",
+        "2-0",
+        "3-0",
+    ]
     assert second.latest("learner") == {"loss": 2.0}
 
 

@@ -43,7 +43,9 @@ def test_a_service_that_died_is_started_again(tmp_path: Path) -> None:
 
 def test_a_service_that_keeps_dying_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
     fleet = Fleet()
-    service = script(tmp_path, "import sys; print('error: the moon is missing', file=sys.stderr); sys.exit(1)")
+    service = script(
+        tmp_path, "import sys; print('error: the moon is missing', file=sys.stderr); sys.exit(1)"
+    )
     fleet.add(service)
     for _ in range(5):
         wait_for_end(service)
@@ -55,7 +57,9 @@ def test_a_service_that_keeps_dying_ends_the_run_with_its_last_words(tmp_path: P
 
 def test_a_service_that_refuses_is_not_started_again(tmp_path: Path) -> None:
     fleet = Fleet()
-    service = script(tmp_path, "import sys; print('error: no such model', file=sys.stderr); sys.exit(2)")
+    service = script(
+        tmp_path, "import sys; print('error: no such model', file=sys.stderr); sys.exit(2)"
+    )
     fleet.add(service)
     wait_for_end(service)
     with pytest.raises(ServiceFailedError, match="no such model"):
@@ -97,7 +101,9 @@ print(service.process.pid, flush=True)
 signal.pause()
 """
     root = Path(__file__).parents[3]
-    supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     assert supervisor.stdout is not None
     pid = int(supervisor.stdout.readline())
     supervisor.send_signal(signal.SIGKILL)

@@ -16,10 +16,14 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def make_config() -> RunConfig:
-    return RunConfig.model_validate({"name": "demo", "model": {"path": "tiny"}, "environment": {"name": HOSTILE}})
+    return RunConfig.model_validate(
+        {"name": "demo", "model": {"path": "tiny"}, "environment": {"name": HOSTILE}}
+    )
 
 
-def make_evaluation(num_updates: int, success: float, *, is_greedy: bool = False, is_complete: bool = True) -> dict[str, Any]:
+def make_evaluation(
+    num_updates: int, success: float, *, is_greedy: bool = False, is_complete: bool = True
+) -> dict[str, Any]:
     return {
         "evaluation_id": f"e{num_updates}",
         "policy_version": num_updates,
@@ -53,19 +57,46 @@ def make_finished_status() -> dict[str, Any]:
 
 
 def make_update(number: int, **values: float) -> dict[str, Any]:
-    values = {"success_mean": 0.5, "num_tokens": 100.0, "teacher_gap_mean": -0.1, "gate_mean": 0.4, **values}
+    values = {
+        "success_mean": 0.5,
+        "num_tokens": 100.0,
+        "teacher_gap_mean": -0.1,
+        "gate_mean": 0.4,
+        **values,
+    }
     at_s = 100.0 + number
-    return {"entry_id": f"{number}-0", "service": "learner", "policy_version": number, "at_s": at_s, "values": values}
+    return {
+        "entry_id": f"{number}-0",
+        "service": "learner",
+        "policy_version": number,
+        "at_s": at_s,
+        "values": values,
+    }
 
 
 def make_rollout(instance: str, at_s: float, num_tokens: float) -> dict[str, Any]:
     values = {"num_tokens_generated": num_tokens}
-    return {"service": "rollout", "instance": instance, "policy_version": 2, "at_s": at_s, "values": values}
+    return {
+        "service": "rollout",
+        "instance": instance,
+        "policy_version": 2,
+        "at_s": at_s,
+        "values": values,
+    }
 
 
 RECORDS = [
-    make_update(1, staleness_mean=0.0, staleness_max=0, staleness_tokens_0=10, num_policy_versions=1),
-    make_update(2, staleness_mean=0.5, staleness_max=1, staleness_tokens_0=5, staleness_tokens_1=5, num_policy_versions=2),
+    make_update(
+        1, staleness_mean=0.0, staleness_max=0, staleness_tokens_0=10, num_policy_versions=1
+    ),
+    make_update(
+        2,
+        staleness_mean=0.5,
+        staleness_max=1,
+        staleness_tokens_0=5,
+        staleness_tokens_1=5,
+        num_policy_versions=2,
+    ),
     make_rollout("a", 103.0, 120),
 ]
 
@@ -73,7 +104,9 @@ RECORDS = [
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     save_config(make_config(), tmp_path / "config.yaml")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in RECORDS)
+    )
     return tmp_path
 
 
@@ -95,7 +128,9 @@ def test_before_is_the_first_evaluation_and_after_the_last() -> None:
         ((0.0, 0.3), "no clear change (+0.000 to +0.300)"),
     ],
 )
-def test_a_change_is_claimed_only_where_its_interval_leaves_zero_out(interval: tuple[float, float], said: str) -> None:
+def test_a_change_is_claimed_only_where_its_interval_leaves_zero_out(
+    interval: tuple[float, float], said: str
+) -> None:
     assert describe_change(interval) == said
 
 
@@ -103,13 +138,18 @@ def test_the_change_s_interval_is_in_the_summary_for_both_ways_of_sampling() -> 
     summary = build_summary(make_config(), make_finished_status(), RECORDS, 12.34)
     # 0.2 to 0.8 and 0.1 to 0.9, each rate with an interval of 0.1 to both sides.
     assert summary["success_change_interval"] == pytest.approx((0.6 - 0.02**0.5, 0.6 + 0.02**0.5))
-    assert summary["greedy_success_change_interval"] == pytest.approx((0.8 - 0.02**0.5, 0.8 + 0.02**0.5))
+    assert summary["greedy_success_change_interval"] == pytest.approx(
+        (0.8 - 0.02**0.5, 0.8 + 0.02**0.5)
+    )
 
 
 def test_staleness_and_versions_are_the_worst_of_all_updates() -> None:
     summary = build_summary(make_config(), make_finished_status(), RECORDS, 12.34)
     assert (summary["staleness_max"], summary["staleness_mean"]) == (1, 0.25)
-    assert (summary["num_policy_versions_in_flight_max"], summary["num_policy_versions_in_batch_max"]) == (2, 2)
+    assert (
+        summary["num_policy_versions_in_flight_max"],
+        summary["num_policy_versions_in_batch_max"],
+    ) == (2, 2)
     assert summary["ledger"]["gap"] == 0
 
 
@@ -120,7 +160,9 @@ def test_a_run_without_a_complete_evaluation_has_no_summary() -> None:
 
 
 def test_the_end_of_a_run_is_told_from_its_summary() -> None:
-    text = format_summary(build_summary(make_config(), make_finished_status(), RECORDS, 12.34), Path("report.html"))
+    text = format_summary(
+        build_summary(make_config(), make_finished_status(), RECORDS, 12.34), Path("report.html")
+    )
     assert "0.200 [0.100, 0.300] -> 0.800 [0.700, 0.900]" in text
 
 
@@ -129,7 +171,12 @@ def test_tokens_are_counted_by_staleness_over_all_updates() -> None:
 
 
 def test_sampled_tokens_are_counted_for_each_worker_also_when_it_starts_again() -> None:
-    records = [make_rollout("a", 1, 10), make_rollout("b", 2, 5), make_rollout("a", 3, 30), make_rollout("a", 4, 7)]
+    records = [
+        make_rollout("a", 1, 10),
+        make_rollout("b", 2, 5),
+        make_rollout("a", 3, 30),
+        make_rollout("a", 4, 7),
+    ]
     assert count_sampled_tokens(records) == [(1, 10), (2, 5), (3, 20), (4, 7)]
 
 

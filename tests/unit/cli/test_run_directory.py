@@ -21,7 +21,9 @@ def build_config(**training: int) -> RunConfig:
     )
 
 
-def test_a_second_run_on_the_same_directory_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_directory_is_refused_while_the_first_lives(
+    tmp_path: Path,
+) -> None:
     with RunDirectory(tmp_path / "a") as first:
         second = RunDirectory(first.root)
         with pytest.raises(ConflictError, match="Another `sdar run`"):
@@ -44,7 +46,9 @@ def test_a_repeated_run_is_resumed(tmp_path: Path) -> None:
         assert directory.prepare(build_config()) is True
 
 
-def test_a_run_with_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+def test_a_run_with_another_configuration_is_refused_with_the_keys_that_differ(
+    tmp_path: Path,
+) -> None:
     with RunDirectory(tmp_path / "a") as directory:
         directory.prepare(build_config(num_updates=5))
         with pytest.raises(ConflictError, match=r"training\.num_updates is 5 there and 6 here"):
@@ -53,13 +57,23 @@ def test_a_run_with_another_configuration_is_refused_with_the_keys_that_differ(t
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="--runs-dir"), RunDirectory(tmp_path / "file" / "a"):
+    with (
+        pytest.raises(ConfigurationError, match="--runs-dir"),
+        RunDirectory(tmp_path / "file" / "a"),
+    ):
         pass
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A full file system can't be made without root; the operating system's answer is what is replaced.
-    full = SimpleNamespace(statvfs=lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096), open=os.open, close=os.close)
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A full file system can't be made without root; the operating system's answer is what is
+    # replaced.
+    full = SimpleNamespace(
+        statvfs=lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096),
+        open=os.open,
+        close=os.close,
+    )
     full.O_RDWR, full.O_CREAT = os.O_RDWR, os.O_CREAT
     monkeypatch.setattr(run_directory, "os", full)
     with RunDirectory(tmp_path / "a") as directory:

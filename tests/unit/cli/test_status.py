@@ -1,4 +1,6 @@
-"""`sdar status` for a person: the whole account on a terminal of 80 columns, and nothing told that is not known."""
+"""`sdar status` for a person: the whole account on a terminal of 80 columns, and nothing told that
+is not known.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from rich.console import Console
 
 from sdar.cli.status import render_status
 
-LEDGER = {"issued": 4540, "running": 90, "generated": 4450, "trained": 3200, "skipped": 11, "stale": 12, "failed": 13}
+LEDGER = {
+    "issued": 4540,
+    "running": 90,
+    "generated": 4450,
+    "trained": 3200,
+    "skipped": 11,
+    "stale": 12,
+    "failed": 13,
+}
 STATUS: dict[str, Any] = {
     "run_id": "household",
     "method": "sdar",
@@ -23,7 +33,9 @@ STATUS: dict[str, Any] = {
     "ledger": LEDGER | {"cancelled": 14, "buffered": 1200},
     "ledger_gap": 0,
     "ledger_gap_ids": [],
-    "stream_lags": {"trajectories": {"num_undelivered": 2.0, "num_pending": 3.0, "oldest_age_s": 1.25}},
+    "stream_lags": {
+        "trajectories": {"num_undelivered": 2.0, "num_pending": 3.0, "oldest_age_s": 1.25}
+    },
     "evaluations": [],
     "alarms": [],
     "dead_letters": 0,
@@ -38,7 +50,13 @@ def render(status: dict[str, Any], scaling: dict[str, Any] | None = None) -> lis
 
 
 def describe_evaluation(**changes: Any) -> dict[str, Any]:
-    evaluation = {"num_updates": 1000, "policy_version": 1003, "is_greedy": False, "success": 0.5, "interval": [0.412, 0.588]}
+    evaluation = {
+        "num_updates": 1000,
+        "policy_version": 1003,
+        "is_greedy": False,
+        "success": 0.5,
+        "interval": [0.412, 0.588],
+    }
     return evaluation | {"num_episodes": 120, "num_tasks": 240, "num_failed": 7} | changes
 
 
@@ -61,12 +79,18 @@ def test_no_line_of_a_status_is_broken_on_eighty_columns() -> None:
 
 
 def test_an_evaluation_without_an_episode_claims_no_success() -> None:
-    line = render(STATUS | {"evaluations": [describe_evaluation(num_episodes=0, success=0.0, interval=[0.0, 1.0])]})[-1]
+    line = render(
+        STATUS
+        | {"evaluations": [describe_evaluation(num_episodes=0, success=0.0, interval=[0.0, 1.0])]}
+    )[-1]
     assert line.split() == ["1000", "v1003", "sampled", "-", "-", "0", "of", "240", "7"]
 
 
 def test_a_run_that_sleeps_says_why_and_how_it_is_woken() -> None:
-    lines = render(STATUS | {"sleep": {"reason": "Paused for 30 minutes; `sdar resume` wakes it.", "since_s": 0.0}})
+    lines = render(
+        STATUS
+        | {"sleep": {"reason": "Paused for 30 minutes; `sdar resume` wakes it.", "since_s": 0.0}}
+    )
     assert "Paused for 30 minutes; `sdar resume` wakes it." in " ".join(lines)
     assert lines[1].startswith("asleep since 19")
 

@@ -12,7 +12,7 @@ from sdar.cli.conformance.runner import Report
 from sdar.cli.live import LineView
 from sdar.config import load_config
 from sdar.contracts.errors import UnavailableError
-from sdar.runtime.security import check_token
+from sdar.wire.tokens import check_token
 from tests.support import EXAMPLES
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e[bold]markup[/bold]"
@@ -26,8 +26,12 @@ def test_the_report_of_a_check_shows_a_servers_words_as_text():
     async def run(bench: object) -> None:
         raise AssertionError("never run")
 
-    failed = Outcome(Check("check.id", "A claim", "A remedy", run), Verdict.FAIL, 0.1, HOSTILE, HOSTILE)
-    unknown = Outcome(Check("other.id", "A claim", "A remedy", run), Verdict.NOT_RUN, 0.1, "", HOSTILE)
+    failed = Outcome(
+        Check("check.id", "A claim", "A remedy", run), Verdict.FAIL, 0.1, HOSTILE, HOSTILE
+    )
+    unknown = Outcome(
+        Check("other.id", "A claim", "A remedy", run), Verdict.NOT_RUN, 0.1, "", HOSTILE
+    )
     console = Console(width=200, file=io.StringIO())
     print_report(Report("127.0.0.1:1", HOSTILE, HOSTILE, True, (failed, unknown), 0.2), console)
     shown = console.file.getvalue()

@@ -11,7 +11,12 @@ import pytest
 from gymnasium import spaces
 
 from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnknownResourceError
-from services.envs.adapters.gymnasium_adapter import GymnasiumEnvironment, describe_space, parse_action, to_plain
+from services.envs.adapters.gymnasium_adapter import (
+    GymnasiumEnvironment,
+    describe_space,
+    parse_action,
+    to_plain,
+)
 from services.envs.adapters.openenv_adapter import OpenEnvEnvironment
 from services.envs.adapters.seeded import find_action, parse_json
 
@@ -75,7 +80,9 @@ def play(environment, *texts, task_id="train-0", seed=0):
     return first, [environment.step(text) for text in texts]
 
 
-@pytest.mark.parametrize("id", ["CartPole-v1", "Taxi-v4", "FrozenLake-v1", "Blackjack-v1", "CliffWalking-v1"])
+@pytest.mark.parametrize(
+    "id", ["CartPole-v1", "Taxi-v4", "FrozenLake-v1", "Blackjack-v1", "CliffWalking-v1"]
+)
 def test_the_same_task_and_seed_give_the_same_episode(id):
     texts = ["0", "<action>1</action>", "nonsense"]
     episodes = [play(GymnasiumEnvironment(id=id), *texts, seed=7) for _ in range(2)]
@@ -85,7 +92,13 @@ def test_the_same_task_and_seed_give_the_same_episode(id):
 def test_another_task_split_or_seed_is_another_start():
     starts = {
         play(GymnasiumEnvironment(id="CartPole-v1"), task_id=task_id, seed=seed)[0].text
-        for task_id, seed in (("train-0", 0), ("train-1", 0), ("heldout-0", 0), ("train-0", 1), ("train-0", -1))
+        for task_id, seed in (
+            ("train-0", 0),
+            ("train-1", 0),
+            ("heldout-0", 0),
+            ("train-0", 1),
+            ("train-0", -1),
+        )
     }
     assert len(starts) == 5
 
@@ -97,16 +110,28 @@ def test_cartpole_is_won_by_reaching_its_threshold_not_by_falling():
     while not results[-1].is_over:
         results.append(environment.step("1"))
     last = results[-1]
-    assert (last.terminated, last.truncated, last.is_success, last.reward) == (True, False, False, 1.0)
+    assert (last.terminated, last.truncated, last.is_success, last.reward) == (
+        True,
+        False,
+        False,
+        1.0,
+    )
     assert last.reward_components == {"return": float(len(results))}
 
 
 def test_a_time_limit_truncates(register):
     never_over = (0.0, False, False, {})
-    environment = GymnasiumEnvironment(id=register(max_episode_steps=2, kwargs={"outcome": never_over}))
+    environment = GymnasiumEnvironment(
+        id=register(max_episode_steps=2, kwargs={"outcome": never_over})
+    )
     assert environment.max_turns == 2
     _, (first, second) = play(environment, "[0, 0]", "[0, 0]")
-    assert (first.is_over, second.terminated, second.truncated, second.is_success) == (False, False, True, False)
+    assert (first.is_over, second.terminated, second.truncated, second.is_success) == (
+        False,
+        False,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +146,9 @@ def test_a_time_limit_truncates(register):
         ((1.0, False, False, {"is_success": True}), (False, False), False),
     ],
 )
-def test_ends_are_kept_apart_and_success_is_the_environments_word(register, outcome, ends, is_success):
+def test_ends_are_kept_apart_and_success_is_the_environments_word(
+    register, outcome, ends, is_success
+):
     _, (result,) = play(GymnasiumEnvironment(id=register(kwargs={"outcome": outcome})), "[2, 3]")
     assert (result.terminated, result.truncated) == ends
     assert result.is_success is is_success
@@ -134,7 +161,8 @@ def test_an_action_outside_the_space_uses_a_turn_and_does_not_reach_the_environm
     assert Scripted.made[-1].asked[1:] == [[1, 3]]
     assert results[3].action == "left"
     assert results[3].observation.text == (
-        "That is no action here. Answer with a JSON list of integers of shape [2], at least 0, at most [2, 3], alone or in "
+        "That is no action here. Answer with a JSON list of integers of shape [2], at least 0, at "
+        "most [2, 3], alone or in "
         "<action> tags."
     )
 
@@ -158,7 +186,9 @@ def test_a_text_rendering_is_shown_with_its_colours_by_name():
 
 
 def test_an_action_mask_shortens_the_list_but_forbids_nothing():
-    """Taxi's mask leaves out what would not move: picking up where nobody is costs 10 there, and is playable."""
+    """Taxi's mask leaves out what would not move: picking up where nobody is costs 10 there, and is
+    playable.
+    """
     first, (result,) = play(GymnasiumEnvironment(id="Taxi-v4"), "4")
     assert "4" not in first.admissible_actions
     assert (result.is_action_valid, result.reward) == (True, -10.0)
@@ -196,17 +226,34 @@ def test_every_kind_of_action_can_be_written(space, written, action):
 @pytest.mark.parametrize(
     ("space", "written"),
     [
-        *[(spaces.Discrete(3), text) for text in ("3", "-1", "1.0", "true", "null", "[1]", "9" * 5000, "\u0661")],
-        *[(spaces.Box(-1, 1, (1,)), text) for text in ("[2]", "[NaN]", "[true]", "[[0]]", '["0"]', "0", "[" * 100_000)],
-        *[(spaces.Box(-np.inf, np.inf, (1,)), text) for text in ("[Infinity]", "[1e999]", "[1e39]")],
-        *[(spaces.Box(0, 255, (1,), dtype=np.uint8), text) for text in ("[256]", "[-1]", "[0.5]", f"[{10**30}]")],
+        *[
+            (spaces.Discrete(3), text)
+            for text in ("3", "-1", "1.0", "true", "null", "[1]", "9" * 5000, "\u0661")
+        ],
+        *[
+            (spaces.Box(-1, 1, (1,)), text)
+            for text in ("[2]", "[NaN]", "[true]", "[[0]]", '["0"]', "0", "[" * 100_000)
+        ],
+        *[
+            (spaces.Box(-np.inf, np.inf, (1,)), text)
+            for text in ("[Infinity]", "[1e999]", "[1e39]")
+        ],
+        *[
+            (spaces.Box(0, 255, (1,), dtype=np.uint8), text)
+            for text in ("[256]", "[-1]", "[0.5]", f"[{10**30}]")
+        ],
         (spaces.MultiBinary(2), "[2, 0]"),
         (spaces.Box(-1, 1, (2, 2)), "[[0], [0, 0]]"),
         (spaces.Text(5), "too long"),
         (spaces.Text(5), "hé"),
         *[
             (WIDE, text)
-            for text in ("{}", '{"move": 0, "say": "a"}', '{"move": 1, "say": 1}', '{"move": 1, "say": "a", "x": 1}')
+            for text in (
+                "{}",
+                '{"move": 0, "say": "a"}',
+                '{"move": 1, "say": 1}',
+                '{"move": 1, "say": "a", "x": 1}',
+            )
         ],
         (spaces.Tuple([spaces.Discrete(2)]), "[1, 1]"),
     ],
@@ -219,7 +266,10 @@ def test_a_space_says_what_to_write():
     assert describe_space(WIDE).startswith(
         "A JSON object (move: An integer of 1 to 3; say: A text of 1 to 5 of the characters 0"
     )
-    assert describe_space(spaces.Box(-1, 1, (3,))) == "A JSON list of numbers of shape [3], at least -1.0, at most 1.0"
+    assert (
+        describe_space(spaces.Box(-1, 1, (3,)))
+        == "A JSON list of numbers of shape [3], at least -1.0, at most 1.0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +311,10 @@ def test_tasks_are_seeds_in_two_splits():
         environment.list_tasks("test")
 
 
-@pytest.mark.parametrize("task_id", ["train-15", "train-01", "train--1", "train-", "0", "", "test-0", "train-" + "9" * 5000])
+@pytest.mark.parametrize(
+    "task_id",
+    ["train-15", "train-01", "train--1", "train-", "0", "", "test-0", "train-" + "9" * 5000],
+)
 def test_an_unknown_task_is_refused(task_id):
     with pytest.raises(UnknownResourceError, match="has no task"):
         GymnasiumEnvironment(id="CartPole-v1", num_tasks=15).reset(task_id, 0)
@@ -279,12 +332,16 @@ def test_an_address_that_is_no_url_is_refused(url):
         OpenEnvEnvironment(url=url)
 
 
-@pytest.mark.parametrize("options", [{"max_turns": 0}, {"max_turns": "2"}, {"timeout_s": 0}, {"timeout_s": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"max_turns": 0}, {"max_turns": "2"}, {"timeout_s": 0}, {"timeout_s": float("nan")}]
+)
 def test_limits_that_cannot_be_used_are_refused(options):
     with pytest.raises(ConfigurationError, match="above 0"):
         OpenEnvEnvironment(url="http://127.0.0.1:1", **options)
 
 
 def test_an_openenv_server_that_is_not_there_is_named():
-    with pytest.raises(EnvironmentFailedError, match=r"http://127.0.0.1:1 does not answer: .* Start it first"):
+    with pytest.raises(
+        EnvironmentFailedError, match=r"http://127.0.0.1:1 does not answer: .* Start it first"
+    ):
         OpenEnvEnvironment(url="http://127.0.0.1:1")

@@ -1,4 +1,6 @@
-"""ALFWorld's rules, on a shipped game: a mug on countertop 2 must go into microwave 1, which is closed."""
+"""ALFWorld's rules, on a shipped game: a mug on countertop 2 must go into microwave 1, which is
+closed.
+"""
 
 from __future__ import annotations
 
@@ -55,18 +57,27 @@ def play(environment, texts, task_id=TASK_ID):
 def test_the_first_observation_is_the_scene_and_the_task_is_described_apart(environment):
     observation = environment.reset(TASK_ID, seed=0)
     assert observation.text == (
-        "You are in the middle of a room. Looking quickly around you, you see a countertop 2, a countertop 1, a fridge 1, a "
+        "You are in the middle of a room. Looking quickly around you, you see a countertop 2, a "
+        "countertop 1, a fridge 1, a "
         "microwave 1, and a sinkbasin 1."
     )
     assert observation.admissible_actions == AT_THE_START
     task = environment.get_task(TASK_ID)
-    assert (task.description, task.task_type, task.split) == ("put a mug in microwave.", "pick_and_place_simple", "train")
+    assert (task.description, task.task_type, task.split) == (
+        "put a mug in microwave.",
+        "pick_and_place_simple",
+        "train",
+    )
 
 
 def test_the_expert_wins_ten_points_and_every_turn_tells_only_what_is_new(environment):
     results = play(environment, map(say, EXPERT))
     assert [result.observation.text for result in results] == [
-        "You arrive at countertop 2. On the countertop 2, you see a mug 1, a soapbottle 1, and a winebottle 2.",
+        (
+            "You arrive at countertop 2. On the countertop 2, you see a mug 1, a soapbottle 1, and "
+            "a "
+            "winebottle 2."
+        ),
         "You pick up the mug 1 from the countertop 2.",
         "You arrive at microwave 1. The microwave 1 is closed.",
         "You open the microwave 1. The microwave 1 is open. In it, you see nothing.",
@@ -100,7 +111,16 @@ def test_admissible_actions_follow_the_game_and_never_offer_help(environment):
         ("<think>x</think><action>go to countertop 2", ""),
         ("\x00\ud800é<action>\x00</action>", "\x00"),
     ],
-    ids=["no tags", "empty", "unknown", "empty tags", "two actions", "reversed tags", "open tag", "binary"],
+    ids=[
+        "no tags",
+        "empty",
+        "unknown",
+        "empty tags",
+        "two actions",
+        "reversed tags",
+        "open tag",
+        "binary",
+    ],
 )
 def test_an_invalid_response_changes_nothing_but_costs_a_turn(environment, text, action):
     wrong, *rest = play(environment, [text, *map(say, EXPERT)])
@@ -162,7 +182,9 @@ def test_the_same_actions_give_the_same_game_whatever_the_seed(environment):
     transcripts = []
     for seed in (0, 1):
         first = environment.reset(TASK_ID, seed)
-        transcripts.append([first, *(environment.step(say(command)) for command in ["look", *EXPERT])])
+        transcripts.append(
+            [first, *(environment.step(say(command)) for command in ["look", *EXPERT])]
+        )
     assert transcripts[0] == transcripts[1]
 
 
@@ -182,13 +204,18 @@ def test_listing_tasks_does_not_import_the_engine():
     """The engine takes a second to import and 70 MB to hold: only a process that plays pays for it."""
     program = (
         "import sys; from services.envs.alfworld import AlfworldEnvironment as E; "
-        f"tasks = E(data_dir={str(DATA)!r}).list_tasks('train'); print(len(tasks), 'textworld' in sys.modules)"
+        f"tasks = E(data_dir={str(DATA)!r}).list_tasks('train'); print(len(tasks), 'textworld' in "
+        "sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["24", "False"]
 
 
-@pytest.mark.parametrize("task_id", ["", "train", TASK_ID + "x", "../" + TASK_ID, str(DATA / TASK_ID)])
+@pytest.mark.parametrize(
+    "task_id", ["", "train", TASK_ID + "x", "../" + TASK_ID, str(DATA / TASK_ID)]
+)
 def test_an_unknown_task_is_refused(environment, task_id):
     with pytest.raises(UnknownResourceError, match="has no task"):
         environment.reset(task_id, seed=0)
@@ -206,7 +233,9 @@ def test_without_data_it_says_how_to_get_some(monkeypatch):
 
 
 def test_a_directory_without_games_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"expected one of the folders train.*alfworld-download"):
+    with pytest.raises(
+        ConfigurationError, match=r"expected one of the folders train.*alfworld-download"
+    ):
         AlfworldEnvironment(data_dir=str(tmp_path))
 
 
@@ -223,15 +252,53 @@ def test_the_public_place_is_used_where_no_directory_is_given(monkeypatch, tmp_p
         (lambda game: "[]", "expected a JSON object"),
         (lambda game: json.dumps({**game, "grammar": None}), "'grammar' is None, expected a text"),
         (lambda game: json.dumps({**game, "grammar": "x"}), "0 rules of the form"),
-        (lambda game: json.dumps({**game, "pddl_domain": game["pddl_domain"][:900]}), "cannot be played: ParseError"),
+        (
+            lambda game: json.dumps({**game, "pddl_domain": game["pddl_domain"][:900]}),
+            "cannot be played: ParseError",
+        ),
         (lambda game: json.dumps({**game, "pddl_problem": ""}), "cannot be played: StopIteration"),
-        (lambda game: json.dumps({**game, "pddl_problem": "(" * 100_000}), "cannot be played: RecursionError"),
-        (lambda game: json.dumps({**game, "pddl_problem": game["pddl_problem"].replace("- agent", "- robot")}), "'robot'"),
-        (lambda game: json.dumps({**game, "pddl_problem": game["pddl_problem"].replace("agent1", "a" * 2000)}), "1023 fit"),
-        (lambda game: json.dumps({**game, "grammar": game["grammar"].replace("{o.name}", "{exit()}")}), "exit"),
-        (lambda game: json.dumps({**game, "grammar": game["grammar"].replace("{o.name}", "{o.__class__}")}), "__class__"),
+        (
+            lambda game: json.dumps({**game, "pddl_problem": "(" * 100_000}),
+            "cannot be played: RecursionError",
+        ),
+        (
+            lambda game: json.dumps(
+                {**game, "pddl_problem": game["pddl_problem"].replace("- agent", "- robot")}
+            ),
+            "'robot'",
+        ),
+        (
+            lambda game: json.dumps(
+                {**game, "pddl_problem": game["pddl_problem"].replace("agent1", "a" * 2000)}
+            ),
+            "1023 fit",
+        ),
+        (
+            lambda game: json.dumps(
+                {**game, "grammar": game["grammar"].replace("{o.name}", "{exit()}")}
+            ),
+            "exit",
+        ),
+        (
+            lambda game: json.dumps(
+                {**game, "grammar": game["grammar"].replace("{o.name}", "{o.__class__}")}
+            ),
+            "__class__",
+        ),
     ],
-    ids=["json", "list", "key", "goal", "domain", "empty", "deep", "type", "long", "code", "private"],
+    ids=[
+        "json",
+        "list",
+        "key",
+        "goal",
+        "domain",
+        "empty",
+        "deep",
+        "type",
+        "long",
+        "code",
+        "private",
+    ],
 )
 def test_a_malformed_game_fails_alone_and_says_which_file(tmp_path, damage, why):
     """The process goes on, with the same engine: a sound game is played afterwards."""
@@ -258,7 +325,11 @@ def test_a_game_that_is_listed_but_gone_is_named(tmp_path):
 
 def test_every_shipped_split_holds_all_six_types_in_turn():
     entries = load_entries(DATA)
-    assert {split: len(games) for split, games in entries.items()} == {"train": 24, "valid_seen": 12, "valid_unseen": 12}
+    assert {split: len(games) for split, games in entries.items()} == {
+        "train": 24,
+        "valid_seen": 12,
+        "valid_unseen": 12,
+    }
     for games in entries.values():
         for start in range(0, len(games), 6):
             assert len({entry.task_type for entry in games[start : start + 6]}) == 6

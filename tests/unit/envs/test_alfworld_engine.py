@@ -1,4 +1,6 @@
-"""The kept engine says word for word what the stock engine says: that is all that may be known of it."""
+"""The kept engine says word for word what the stock engine says: that is all that may be known of
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from services.envs.alfworld.grammar import GrammarError, compile_expression
 
 DATA = Path(__file__).parents[3] / "examples/data/alfworld"
 RESET = "reset"
-TYPES_TO_COMPARE = ("look_at_obj_in_light", "pick_heat_then_place_in_recep", "pick_two_obj_and_place")
+TYPES_TO_COMPARE = (
+    "look_at_obj_in_light",
+    "pick_heat_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
 
 
 def list_games():
@@ -27,18 +33,29 @@ def read(entry):
 
 
 def find_smallest(task_type):
-    return min((entry for entry in list_games() if entry.task_type == task_type), key=lambda entry: entry.num_receptacles)
+    return min(
+        (entry for entry in list_games() if entry.task_type == task_type),
+        key=lambda entry: entry.num_receptacles,
+    )
 
 
 def play(stack, command):
     """One line of a transcript: all that a player or a trainer can see."""
     state = stack.reset() if command == RESET else stack.step(command)[0]
-    seen = (state["feedback"], tuple(state["admissible_commands"]), state["won"], state.get("score"), state.get("done"))
+    seen = (
+        state["feedback"],
+        tuple(state["admissible_commands"]),
+        state["won"],
+        state.get("score"),
+        state.get("done"),
+    )
     return command, *seen
 
 
 def record_stock(stack, game, num_random, seed):
-    """Random play with nonsense in between, a reset in the middle, then the expert's walkthrough to the win."""
+    """Random play with nonsense in between, a reset in the middle, then the expert's walkthrough to
+    the win.
+    """
     rng = random.Random(seed)
     stack.load(game)
     transcript = [play(stack, RESET)]
@@ -53,7 +70,10 @@ def stock_transcripts():
     """(game, what the stock engine says) for a small game of three types; about 20 lines each."""
     stack = build_stack(PddlEnv)
     games = [read(find_smallest(task_type)) for task_type in TYPES_TO_COMPARE]
-    return [(game, record_stock(stack, game, num_random=10, seed=seed)) for seed, game in enumerate(games)]
+    return [
+        (game, record_stock(stack, game, num_random=10, seed=seed))
+        for seed, game in enumerate(games)
+    ]
 
 
 def test_transcripts_are_those_of_the_stock_engine_to_the_win(stock_transcripts):
@@ -65,8 +85,14 @@ def test_transcripts_are_those_of_the_stock_engine_to_the_win(stock_transcripts)
 
 
 def test_games_played_in_turns_do_not_touch_each_other(stock_transcripts):
-    """Two players of each game, all six interleaved in one thread, the second player some turns behind."""
-    players = [(build_stack(), game, transcript, late) for game, transcript in stock_transcripts for late in (0, 3)]
+    """Two players of each game, all six interleaved in one thread, the second player some turns
+    behind.
+    """
+    players = [
+        (build_stack(), game, transcript, late)
+        for game, transcript in stock_transcripts
+        for late in (0, 3)
+    ]
     for stack, game, _, _ in players:
         stack.load(game)
     heard = [[] for _ in players]
@@ -77,7 +103,9 @@ def test_games_played_in_turns_do_not_touch_each_other(stock_transcripts):
     assert heard == [transcript for _, _, transcript, _ in players]
 
 
-def test_an_engine_that_played_another_game_to_the_middle_plays_the_next_from_its_start(stock_transcripts):
+def test_an_engine_that_played_another_game_to_the_middle_plays_the_next_from_its_start(
+    stock_transcripts,
+):
     stack = build_stack()
     for game, transcript in [*stock_transcripts, *reversed(stock_transcripts)]:
         stack.load(game)
@@ -85,7 +113,9 @@ def test_an_engine_that_played_another_game_to_the_middle_plays_the_next_from_it
 
 
 def test_transcripts_do_not_depend_on_what_is_remembered(stock_transcripts):
-    """Everything forgotten in the middle of a game, even TextWorld's own interned facts: nothing is heard of it."""
+    """Everything forgotten in the middle of a game, even TextWorld's own interned facts: nothing is
+    heard of it.
+    """
     stack, (game, transcript) = build_stack(), stock_transcripts[0]
     stack.load(game)
     heard = [play(stack, line[0]) for line in transcript[:5]]
@@ -109,7 +139,9 @@ def test_every_shipped_game_is_played_as_the_stock_engine_plays_it():
 
 
 def test_a_loaded_game_is_translated_once_and_its_grammar_not_again():
-    """Two games that differ in task and room: one logic, two translations, whatever the number of resets."""
+    """Two games that differ in task and room: one logic, two translations, whatever the number of
+    resets.
+    """
     translate.cache_clear()
     engine._parse_logic.cache_clear()
     stack = build_stack()
@@ -128,7 +160,8 @@ def test_what_is_kept_is_bounded(monkeypatch):
     stack, game = build_stack(), read(list_games()[0])
     stack.load(game)
     stack.load(game)
-    # The first load interned the problem's facts; the second forgot them, and its first state came from the translation.
+    # The first load interned the problem's facts; the second forgot them, and its first state came
+    # from the translation.
     assert len(engine.mementos.core._memento_cache) < 100
 
 
@@ -141,12 +174,17 @@ def test_translating_leaves_the_command_line_alone(monkeypatch):
     assert engine.sys.argv == ["sdar", "env", "serve"]
 
 
-@pytest.mark.parametrize("expression", ["o.name", "o.indefinite + ' ' + o.name", "r.name or r.id", "r"])
+@pytest.mark.parametrize(
+    "expression", ["o.name", "o.indefinite + ' ' + o.name", "r.name or r.id", "r"]
+)
 def test_the_expressions_of_alfworlds_grammar_are_allowed(expression):
     assert compile_expression(expression)
 
 
-@pytest.mark.parametrize("expression", ["exit()", "o.__class__", "o._hash", "[x for x in o]", "lambda: o", "o['name']", "a:=1"])
+@pytest.mark.parametrize(
+    "expression",
+    ["exit()", "o.__class__", "o._hash", "[x for x in o]", "lambda: o", "o['name']", "a:=1"],
+)
 def test_an_expression_that_could_do_something_is_not_compiled(expression):
     with pytest.raises((GrammarError, SyntaxError)):
         compile_expression(expression)

@@ -1,4 +1,6 @@
-"""Which folders count as games, and in which order they are listed. Copies of shipped games stand for public ones."""
+"""Which folders count as games, and in which order they are listed. Copies of shipped games stand
+for public ones.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def test_public_games_are_listed_without_an_index(public):
     assert sorted(list_ids(public)) == list(NAMES)
     first = load_entries(DATA)["train"][0]
     found = {entry.task_id: entry for entry in load_entries(public)["train"]}[NAMES[0]]
-    assert (found.task_type, found.description, found.num_receptacles) == (first.task_type, first.description, 0)
+    assert (found.task_type, found.description, found.num_receptacles) == (
+        first.task_type,
+        first.description,
+        0,
+    )
 
 
 def test_the_index_of_public_games_is_kept_until_a_game_changes(public, tmp_path):
@@ -62,11 +68,16 @@ def test_the_index_of_public_games_is_kept_until_a_game_changes(public, tmp_path
     assert all(entry.description.startswith("kept: ") for entry in load_entries(public)["train"])
     os.utime(public / NAMES[0] / "game.tw-pddl", ns=(1, 1))
     list_ids(public)
-    assert not any(entry.description.startswith("kept: ") for entry in load_entries(public)["train"])
+    assert not any(
+        entry.description.startswith("kept: ") for entry in load_entries(public)["train"]
+    )
     assert len(list_cached()) == 2
 
 
-@pytest.mark.parametrize("folder", ["pick_and_place_with_movable_recep-Mug-Bowl-Desk-1", "pick_heat-AppleSliced-None-Desk-1"])
+@pytest.mark.parametrize(
+    "folder",
+    ["pick_and_place_with_movable_recep-Mug-Bowl-Desk-1", "pick_heat-AppleSliced-None-Desk-1"],
+)
 def test_movable_receptacles_and_slices_are_left_out_as_upstream_does(public, folder):
     (public / NAMES[0]).rename(public / folder)
     shutil.move(public / folder, public / "train" / folder / "trial_1")
@@ -112,7 +123,10 @@ def test_a_damaged_file_is_named(public, file, text, why):
         '{"games": [1]}',
         '{"games": 1}',
         '{"games": [{"task_id": 5, "task_type": "look_at_obj_in_light", "description": "x"}]}',
-        '{"games": [{"task_id": "test/x", "task_type": "look_at_obj_in_light", "description": "x"}]}',
+        (
+            '{"games": [{"task_id": "test/x", "task_type": "look_at_obj_in_light", "description": '
+            '"x"}]}'
+        ),
         '{"games": [{"task_id": "train/x", "task_type": "dance", "description": "x"}]}',
     ],
 )
@@ -126,7 +140,10 @@ def test_a_damaged_index_is_named(tmp_path, text):
 def test_types_take_turns_and_the_rest_follows():
     """Three of the first type and one of the second: first, second, first, first."""
     first, second = TASK_TYPES[:2]
-    games = [GameEntry(f"train/{number}", kind, "") for number, kind in enumerate([first, first, first, second])]
+    games = [
+        GameEntry(f"train/{number}", kind, "")
+        for number, kind in enumerate([first, first, first, second])
+    ]
     ordered = order_by_type(games)
     assert [entry.task_type for entry in ordered] == [first, second, first, first]
     assert Counter(ordered) == Counter(games)
@@ -134,7 +151,9 @@ def test_types_take_turns_and_the_rest_follows():
 
 
 def test_a_goal_is_read_and_replaced_in_the_grammar():
-    grammar = 'x "task": [\n {\n "rhs": "Your task is to: put a \\"hot\\" egg in fridge."\n }\n ], y'
+    grammar = (
+        'x "task": [\n {\n "rhs": "Your task is to: put a \\"hot\\" egg in fridge."\n }\n ], y'
+    )
     assert find_goal_template(grammar) == 'Your task is to: put a "hot" egg in fridge.'
     replaced = replace_goal_template(grammar, r"Your task is to: \1 dance.")
     assert find_goal_template(replaced) == r"Your task is to: \1 dance."

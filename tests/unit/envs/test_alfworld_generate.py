@@ -10,10 +10,21 @@ import pytest
 
 from sdar.contracts.errors import ConfigurationError, ConflictError
 from services.envs.alfworld import AlfworldEnvironment
-from services.envs.alfworld.demonstrations import ExploringPlayer, list_walkthrough, phrase, read_aim
+from services.envs.alfworld.demonstrations import (
+    ExploringPlayer,
+    list_walkthrough,
+    phrase,
+    read_aim,
+)
 from services.envs.alfworld.games import SPLITS, TASK_TYPES, load_entries
 from services.envs.alfworld.generate import draw_tasks, generate
-from services.envs.alfworld.rooms import ROOM_KINDS, ROOM_SIZES, build_scene, list_goals, list_room_kinds
+from services.envs.alfworld.rooms import (
+    ROOM_KINDS,
+    ROOM_SIZES,
+    build_scene,
+    list_goals,
+    list_room_kinds,
+)
 
 DATA = Path(__file__).parents[3] / "examples/data/alfworld"
 TINY_DATA = DATA.with_name("alfworld-tiny")
@@ -31,10 +42,16 @@ def list_shipped(directory=DATA):
 
 
 def read_tree(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
-@pytest.mark.parametrize(("directory", "num_games"), [(DATA, 48), (TINY_DATA, 119)], ids=["alfworld", "alfworld-tiny"])
+@pytest.mark.parametrize(
+    ("directory", "num_games"), [(DATA, 48), (TINY_DATA, 119)], ids=["alfworld", "alfworld-tiny"]
+)
 def test_the_expert_wins_every_shipped_game_at_the_last_command(directory, num_games):
     environment, entries = AlfworldEnvironment(data_dir=str(directory)), list_shipped(directory)
     assert len(entries) == num_games
@@ -47,11 +64,18 @@ def test_the_expert_wins_every_shipped_game_at_the_last_command(directory, num_g
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_a_player_who_must_look_for_things_wins_every_shipped_game_in_20_turns(environment, remembers):
+def test_a_player_who_must_look_for_things_wins_every_shipped_game_in_20_turns(
+    environment, remembers
+):
     for entry in list_shipped():
-        player, observation = ExploringPlayer(remembers=remembers), environment.reset(entry.task_id, seed=0)
+        player, observation = (
+            ExploringPlayer(remembers=remembers),
+            environment.reset(entry.task_id, seed=0),
+        )
         for _ in range(20):
-            text = player.next_action(entry.description, entry.task_type, observation.text, observation.admissible_actions)
+            text = player.next_action(
+                entry.description, entry.task_type, observation.text, observation.admissible_actions
+            )
             result = environment.step(text)
             observation = result.observation
             assert result.is_action_valid
@@ -62,8 +86,17 @@ def test_a_player_who_must_look_for_things_wins_every_shipped_game_in_20_turns(e
 
 def test_the_shipped_games_are_what_the_command_in_their_readme_makes(tmp_path):
     reported = []
-    told = generate(tmp_path / "games", num_tasks=24, seed=0, report=lambda done, total: reported.append((done, total)))
-    shipped = {path: content for path, content in read_tree(DATA).items() if path.name not in {"README.md", "LICENSE"}}
+    told = generate(
+        tmp_path / "games",
+        num_tasks=24,
+        seed=0,
+        report=lambda done, total: reported.append((done, total)),
+    )
+    shipped = {
+        path: content
+        for path, content in read_tree(DATA).items()
+        if path.name not in {"README.md", "LICENSE"}
+    }
     assert read_tree(tmp_path / "games") == shipped
     assert reported == [(done, 48) for done in range(1, 49)]
     assert told == "24 ALFWorld games to train on and 12 in each of valid_seen and valid_unseen"
@@ -80,12 +113,18 @@ def test_validation_plays_other_goals_in_seen_rooms_and_any_goals_in_unseen_room
     for split, task in draw_tasks(num_tasks=96, num_validation=24, seed=7):
         tasks[split].append(task)
     scenes = {split: {task.scene.number for task in drawn} for split, drawn in tasks.items()}
-    goals = {split: {(task.scene.number, task.goal) for task in drawn} for split, drawn in tasks.items()}
+    goals = {
+        split: {(task.scene.number, task.goal) for task in drawn} for split, drawn in tasks.items()
+    }
     assert scenes["valid_seen"] <= scenes["train"]
     assert not scenes["valid_unseen"] & scenes["train"]
     assert not goals["valid_seen"] & goals["train"]
     assert Counter(task.goal.task_type for task in tasks["train"]) == dict.fromkeys(TASK_TYPES, 16)
-    assert Counter(task.scene.size for task in tasks["train"]) == {"small": 72, "medium": 12, "large": 12}
+    assert Counter(task.scene.size for task in tasks["train"]) == {
+        "small": 72,
+        "medium": 12,
+        "large": 12,
+    }
 
 
 def test_no_game_is_won_before_it_starts_and_every_goal_has_its_objects():
@@ -103,14 +142,19 @@ def test_a_room_has_the_receptacles_of_its_size_each_in_its_own_spot(size):
         for number in (*ROOM_SIZES[size].train_scenes, *ROOM_SIZES[size].unseen_scenes):
             scene = build_scene(kind, size, number, seed=0)
             assert low <= len(scene.receptacles) <= high
-            assert len({receptacle.location for receptacle in scene.receptacles}) == len(scene.receptacles)
+            assert len({receptacle.location for receptacle in scene.receptacles}) == len(
+                scene.receptacles
+            )
             assert scene == build_scene(kind, size, number, seed=0)
 
 
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_every_small_room_of_the_right_kind_allows_goals(task_type):
     for kind in list_room_kinds(task_type):
-        assert any(list_goals(build_scene(kind, "small", number, seed=0), task_type) for number in range(18))
+        assert any(
+            list_goals(build_scene(kind, "small", number, seed=0), task_type)
+            for number in range(18)
+        )
 
 
 def test_sizes_do_not_share_scenes():

@@ -1,4 +1,6 @@
-"""The household's rules. The example task below is drawn from the rules' own docstring: two stations, a closed place."""
+"""The household's rules. The example task below is drawn from the rules' own docstring: two
+stations, a closed place.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def all_tasks():
 def test_the_first_observation_names_everything_but_the_procedure():
     observation = HouseholdEnvironment().reset(TASK_ID, seed=0)
     assert observation.text == (
-        "task : polish the apple and put it in the desk . the apple is in the drawer . you see sink oven fridge fan iron lamp ."
+        "task : polish the apple and put it in the desk . the apple is in the drawer . you see "
+        "sink oven fridge fan iron lamp ."
     )
     assert observation.admissible_actions == ("open drawer",)
 
@@ -63,7 +66,12 @@ def test_the_expert_wins_and_every_turn_is_answered_in_words():
     assert [result.reward for result in results] == [0, 0, 0, 0, 1]
     assert all(result.is_action_valid for result in results)
     last = results[-1]
-    assert (last.terminated, last.truncated, last.is_success, last.reward_components) == (True, False, True, {"success": 1.0})
+    assert (last.terminated, last.truncated, last.is_success, last.reward_components) == (
+        True,
+        False,
+        True,
+        {"success": 1.0},
+    )
 
 
 def test_the_expert_wins_every_task_of_both_splits_in_two_to_six_turns():
@@ -83,16 +91,28 @@ def test_the_expert_wins_every_task_of_both_splits_in_two_to_six_turns():
     ids=["none", "short", "swapped", "long", "repeated"],
 )
 def test_any_other_procedure_loses(stations):
-    last = play(["open drawer", "take apple", *(f"use {station}" for station in stations), "put apple in desk"])[-1]
+    last = play(
+        [
+            "open drawer",
+            "take apple",
+            *(f"use {station}" for station in stations),
+            "put apple in desk",
+        ]
+    )[-1]
     assert (last.terminated, last.is_success, last.reward) == (True, False, 0.0)
 
 
 @pytest.mark.parametrize(
-    "action", ["", "take apple", "use sink", "Open drawer", "open  drawer", "put apple in desk", "open box"]
+    "action",
+    ["", "take apple", "use sink", "Open drawer", "open  drawer", "put apple in desk", "open box"],
 )
 def test_an_inadmissible_action_changes_nothing_but_costs_a_turn(action):
     wrong, *rest = play([action, *EXPERT])
-    assert (wrong.observation.text, wrong.is_action_valid, wrong.reward) == (NOTHING_HAPPENS, False, 0.0)
+    assert (wrong.observation.text, wrong.is_action_valid, wrong.reward) == (
+        NOTHING_HAPPENS,
+        False,
+        0.0,
+    )
     assert rest[-1].is_success
 
 
@@ -132,20 +152,30 @@ def test_a_reset_forgets_the_game_before():
 
 def test_splits_are_disjoint_and_hold_out_a_tenth_of_every_combination():
     train, heldout = (list_household_tasks(split) for split in ("train", "heldout"))
-    assert len(train) + len(heldout) == len({task.task_id for task in all_tasks()}) == 12 * 12 * 8 * 7
+    assert (
+        len(train) + len(heldout) == len({task.task_id for task in all_tasks()}) == 12 * 12 * 8 * 7
+    )
     assert 0.09 < len(heldout) / (len(train) + len(heldout)) < 0.11
 
 
 def test_the_heldout_list_never_changes():
-    """Evaluations of different machines and months are compared task by task: the list is part of the version."""
+    """Evaluations of different machines and months are compared task by task: the list is part of
+    the version.
+    """
     tasks = HouseholdEnvironment().list_tasks("heldout")
     assert len(tasks) == 818
-    assert [task.task_id for task in tasks[:3]] == ["place-pan-chest-rack", "clean-knife-table-cabinet", "heat-book-chest-desk"]
+    assert [task.task_id for task in tasks[:3]] == [
+        "place-pan-chest-rack",
+        "clean-knife-table-cabinet",
+        "heat-book-chest-desk",
+    ]
 
 
 @pytest.mark.parametrize("num_tasks", [12, 100, 192])
 def test_the_first_heldout_tasks_are_balanced_over_types(num_tasks):
-    counts = Counter(task.task_type for task in HouseholdEnvironment().list_tasks("heldout")[:num_tasks])
+    counts = Counter(
+        task.task_type for task in HouseholdEnvironment().list_tasks("heldout")[:num_tasks]
+    )
     assert len(counts) == 12
     assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -157,7 +187,9 @@ def test_a_task_is_found_by_its_id_alone():
     assert task.description == "polish the apple and put it in the desk ."
 
 
-@pytest.mark.parametrize("task_id", ["", "polish-apple-drawer", "polish-apple-drawer-drawer", "fly-apple-drawer-desk"])
+@pytest.mark.parametrize(
+    "task_id", ["", "polish-apple-drawer", "polish-apple-drawer-drawer", "fly-apple-drawer-desk"]
+)
 def test_an_unknown_task_is_refused(task_id):
     assert parse_task_id(task_id) is None
     with pytest.raises(UnknownResourceError, match="has no task"):
@@ -172,15 +204,22 @@ def test_an_unknown_split_is_refused():
 def test_the_skill_library_tells_every_procedure_word_for_word():
     index = yaml.safe_load((SKILLS / "index.yaml").read_text())
     told = {entry["task_types"][0]: (SKILLS / entry["file"]).read_text().strip() for entry in index}
-    assert told == {task_type: skill_wording(task_type, procedure) for task_type, procedure in PROCEDURES.items()}
+    assert told == {
+        task_type: skill_wording(task_type, procedure)
+        for task_type, procedure in PROCEDURES.items()
+    }
     assert {entry["kind"] for entry in index} == {"specific"}
 
 
 def test_the_demonstrator_errs_as_often_as_asked():
-    """Odds over 4,000 single-step procedures: right 0.3, favourite mistake 0.4, the other four 0.3 together."""
+    """Odds over 4,000 single-step procedures: right 0.3, favourite mistake 0.4, the other four 0.3
+    together.
+    """
     rng, task = random.Random(0), HouseholdTask("clean", "apple", "table", "desk")
     favourite = find_misconception("clean", 0, "sink")
-    drawn = Counter(draw_misguided_procedure(rng, task, right=0.3, misconception=0.4)[0] for _ in range(4000))
+    drawn = Counter(
+        draw_misguided_procedure(rng, task, right=0.3, misconception=0.4)[0] for _ in range(4000)
+    )
     assert drawn["sink"] / 4000 == pytest.approx(0.3, abs=0.03)
     assert drawn[favourite] / 4000 == pytest.approx(0.4, abs=0.03)
     assert set(drawn) == set(STATIONS)

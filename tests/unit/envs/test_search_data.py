@@ -1,4 +1,6 @@
-"""Question sets and corpora as they are published: what loads unchanged, and what a malformed one is told."""
+"""Question sets and corpora as they are published: what loads unchanged, and what a malformed one
+is told.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from services.envs.search.passages import Passage
 from services.envs.search.questions import open_questions
 
 
-def row(index, source="nq", target=("Wilhelm Conrad Röntgen",), question="who got the first nobel prize in physics?"):
+def row(
+    index,
+    source="nq",
+    target=("Wilhelm Conrad Röntgen",),
+    question="who got the first nobel prize in physics?",
+):
     """One row as PeterJinGo/nq_hotpotqa_train has it."""
     asked = f"Answer the given question. You must conduct reasoning inside <think>. Question: {question}\n"
     return {
@@ -45,9 +52,15 @@ def test_a_published_question_set_loads_unchanged(tmp_path):
 
 
 def test_a_question_set_prepared_for_agents_loads_unchanged(tmp_path):
-    """There the source bears a tag, and the question is in `env_kwargs` only, beside a prompt of two messages."""
+    """There the source bears a tag, and the question is in `env_kwargs` only, beside a prompt of
+    two messages.
+    """
     prepared = row(0, "searchR1_triviaqa")
-    prepared["env_kwargs"] = {"ground_truth": {"target": ["Paris"]}, "question": "Which one?", "data_source": "searchR1_nq"}
+    prepared["env_kwargs"] = {
+        "ground_truth": {"target": ["Paris"]},
+        "question": "Which one?",
+        "data_source": "searchR1_nq",
+    }
     prepared["prompt"] = [{"content": "You are helpful.", "role": "system"}, *prepared["prompt"]]
     task, _ = load(tmp_path, [prepared], without=["question"]).find("train-0")
     assert (task.task_type, task.description) == ("triviaqa", "Which one?")
@@ -58,7 +71,9 @@ def test_a_question_that_stands_only_in_the_prompt_is_found_there(tmp_path):
     assert task.description == "who got the first nobel prize in physics?"
 
 
-@pytest.mark.parametrize("target", [np.array(["Paris", "Lyon"]), ["Paris", "Lyon"], ("Paris", "Lyon")])
+@pytest.mark.parametrize(
+    "target", [np.array(["Paris", "Lyon"]), ["Paris", "Lyon"], ("Paris", "Lyon")]
+)
 def test_targets_of_any_array_kind_load(tmp_path, target):
     entry = row(0)
     entry["reward_model"]["ground_truth"]["target"] = target
@@ -89,7 +104,9 @@ def test_every_prefix_is_as_balanced_as_it_can_be(tmp_path):
     questions = load(tmp_path, [row(index, source) for index, source in enumerate(sources)])
     assert [task.task_type for task in questions] == [*"abcababaa"]
     assert [task.task_id for task in questions[:4]] == ["train-0", "train-5", "train-8", "train-1"]
-    assert Counter(task.task_id for task in questions) == Counter(f"train-{index}" for index in range(9))
+    assert Counter(task.task_id for task in questions) == Counter(
+        f"train-{index}" for index in range(9)
+    )
     assert (len(questions), questions[-1].task_id) == (9, "train-4")
 
 
@@ -125,8 +142,14 @@ def null_reward_model(entry):
         (null_data_source, "row 1, column data_source: None, expected a text"),
         (blank_question, "row 1, column question: '  ', expected a text"),
         (no_target, r"row 1, column reward_model.ground_truth.target: \[\], expected a list"),
-        (null_target, r"row 1, column reward_model.ground_truth.target: \['a', None\], expected texts only"),
-        (null_reward_model, "row 1, column reward_model.ground_truth.target: None, expected a list"),
+        (
+            null_target,
+            r"row 1, column reward_model.ground_truth.target: \['a', None\], expected texts only",
+        ),
+        (
+            null_reward_model,
+            "row 1, column reward_model.ground_truth.target: None, expected a list",
+        ),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, spoil, problem):
@@ -162,8 +185,14 @@ def test_what_is_not_parquet_is_refused(tmp_path):
 
 def test_a_corpus_is_read_by_place(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    entries = [{"id": 0, "contents": '"A"\nan a'}, {"id": "x1", "contents": "no title, é", "more": 1}]
-    path.write_text("\n".join([json.dumps(entries[0]), "", json.dumps(entries[1], ensure_ascii=False)]), encoding="utf-8")
+    entries = [
+        {"id": 0, "contents": '"A"\nan a'},
+        {"id": "x1", "contents": "no title, é", "more": 1},
+    ]
+    path.write_text(
+        "\n".join([json.dumps(entries[0]), "", json.dumps(entries[1], ensure_ascii=False)]),
+        encoding="utf-8",
+    )
     corpus = open_corpus(path)
     assert len(corpus) == 2
     assert [corpus[1], corpus[0]] == [Passage("x1", "no title, é"), Passage("0", '"A"\nan a')]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdar.contracts.errors import ConfigurationError, UnknownResourceError
-from services.envs.registry import load_environment
+from sdar.environments.registry import load_environment
 from services.envs.search.environment import (
     FIRST_OBSERVATION,
     MAX_PASSAGE_CHARACTERS,
@@ -38,10 +38,17 @@ def data_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     data = tmp_path / "data"
     data.mkdir()
-    lines = [json.dumps({"id": str(number), "contents": contents}) for number, contents in enumerate(PASSAGES)]
+    lines = [
+        json.dumps({"id": str(number), "contents": contents})
+        for number, contents in enumerate(PASSAGES)
+    ]
     (data / "corpus.jsonl").write_text("\n".join(lines))
     rows = [
-        {"data_source": source, "question": question, "reward_model": {"ground_truth": {"target": target}}}
+        {
+            "data_source": source,
+            "question": question,
+            "reward_model": {"ground_truth": {"target": target}},
+        }
         for source, question, target in QUESTIONS
     ]
     pq.write_table(pa.Table.from_pylist(rows), data / "test.parquet")
@@ -63,8 +70,15 @@ def test_an_episode_is_searches_and_an_answer(data_dir):
     assert environment.get_task("test-0").description == "Where is the tower?"
     assert environment.reset("test-0", seed=0).text == FIRST_OBSERVATION
     searched = environment.step("<think>a river</think><search> river </search>")
-    assert searched.observation.text == '<information>\nDoc 1 (Title: "River") The river of Ghent is broad.\n</information>'
-    assert (searched.action, searched.is_action_valid, searched.is_over) == ("<search>river</search>", True, False)
+    assert (
+        searched.observation.text
+        == '<information>\nDoc 1 (Title: "River") The river of Ghent is broad.\n</information>'
+    )
+    assert (searched.action, searched.is_action_valid, searched.is_over) == (
+        "<search>river</search>",
+        True,
+        False,
+    )
     assert searched.observation.info == {"num_results": "1"}
     answered = environment.step("<answer>paris france!</answer>")
     assert (answered.reward, answered.is_success, answered.terminated) == (1.0, True, True)
@@ -73,7 +87,12 @@ def test_an_episode_is_searches_and_an_answer(data_dir):
 
 def test_a_wrong_answer_ends_the_episode_without_reward(data_dir):
     (answered,) = play(data_dir, "<answer>Lyon</answer>")
-    assert (answered.reward, answered.is_success, answered.terminated, answered.truncated) == (0.0, False, True, False)
+    assert (answered.reward, answered.is_success, answered.terminated, answered.truncated) == (
+        0.0,
+        False,
+        True,
+        False,
+    )
 
 
 def test_the_fourth_turn_truncates_and_searches_for_nobody(data_dir):
@@ -89,7 +108,9 @@ def test_an_answer_on_the_last_turn_counts(data_dir):
 
 
 def test_an_answer_inside_a_passage_never_counts(data_dir):
-    """The first passage holds <answer>Paris</answer>, which is right: whoever only finds it has answered nothing."""
+    """The first passage holds <answer>Paris</answer>, which is right: whoever only finds it has
+    answered nothing.
+    """
     found, *rest = play(data_dir, *["<search>tower</search>"] * 4)
     assert "<answer>Paris</answer>" in found.observation.text
     assert [result.reward for result in (found, *rest)] == [0, 0, 0, 0]
@@ -103,11 +124,23 @@ def test_an_answer_behind_a_search_is_not_scored(data_dir):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Paris", "<search>river", "<search>  </search>", "<answer>Paris", "<action>river</action>"]
+    "text",
+    [
+        "",
+        "Paris",
+        "<search>river",
+        "<search>  </search>",
+        "<answer>Paris",
+        "<action>river</action>",
+    ],
 )
 def test_a_response_without_an_action_only_uses_a_turn(data_dir, text):
     result, answered = play(data_dir, text, "<answer>Paris</answer>")
-    assert (result.observation.text, result.is_action_valid, result.is_over) == (NO_ACTION, False, False)
+    assert (result.observation.text, result.is_action_valid, result.is_over) == (
+        NO_ACTION,
+        False,
+        False,
+    )
     assert answered.is_success
 
 
@@ -132,7 +165,13 @@ def test_nothing_found_is_said(data_dir):
 
 def test_topk_bounds_the_passages_shown(data_dir):
     counts = [
-        len(play(data_dir, "<search>tower river long</search>", topk=k)[0].observation.text.splitlines()) - 2 for k in (1, 2, 9)
+        len(
+            play(data_dir, "<search>tower river long</search>", topk=k)[
+                0
+            ].observation.text.splitlines()
+        )
+        - 2
+        for k in (1, 2, 9)
     ]
     assert counts == [1, 2, 3]
 
@@ -142,11 +181,18 @@ def test_the_seed_changes_nothing_and_a_reset_forgets(data_dir):
     transcripts = []
     for seed in (0, 7):
         environment.reset("test-0", seed)
-        transcripts.append([environment.step(text) for text in ["<search>river</search>", "nothing", "<answer>Ghent</answer>"]])
+        transcripts.append(
+            [
+                environment.step(text)
+                for text in ["<search>river</search>", "nothing", "<answer>Ghent</answer>"]
+            ]
+        )
     assert transcripts[0] == transcripts[1]
 
 
-@pytest.mark.parametrize("task_id", ["", "test-2", "train-0", "test--1", "test-x", "test-00000000000000000000000000001"])
+@pytest.mark.parametrize(
+    "task_id", ["", "test-2", "train-0", "test--1", "test-x", "test-00000000000000000000000000001"]
+)
 def test_an_unknown_task_is_refused(data_dir, task_id):
     with pytest.raises(UnknownResourceError, match="has no task"):
         SearchEnvironment(data_dir=data_dir).reset(task_id, seed=0)
@@ -174,7 +220,10 @@ def test_an_empty_directory_is_told_how_to_fill_it(tmp_path):
         ({"retriever_url": "127.0.0.1:8000"}, "expected an address such as http://"),
         ({"retriever_url": "http://"}, "expected an address such as http://"),
         ({"retriever_url": "http://a:b"}, "expected an address such as http://"),
-        ({"retriever_url": "http://127.0.0.1:1", "retriever_timeout_s": 0}, "retriever_timeout_s is 0"),
+        (
+            {"retriever_url": "http://127.0.0.1:1", "retriever_timeout_s": 0},
+            "retriever_timeout_s is 0",
+        ),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(data_dir, options, problem):

@@ -1,4 +1,6 @@
-"""The generated world: the same bytes again, one answer to every question, and an expert who finds them all."""
+"""The generated world: the same bytes again, one answer to every question, and an expert who finds
+them all.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def play_expert(environment, task):
     expert, results = SearchExpert(), []
     observation = environment.reset(task.task_id, seed=0).text
     while not results or not results[-1].is_over:
-        results.append(environment.step(expert.next_action(task.description, task.task_type, observation)))
+        results.append(
+            environment.step(expert.next_action(task.description, task.task_type, observation))
+        )
         observation = results[-1].observation.text
     return results
 
@@ -51,9 +55,13 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
 
 
 def test_the_shipped_data_is_what_the_generator_makes(tmp_path):
-    """The questions are compared by value: another version of the Parquet writer may order its bytes anew."""
+    """The questions are compared by value: another version of the Parquet writer may order its
+    bytes anew.
+    """
     made = make(tmp_path / "data", num_tasks=200, seed=0)
-    assert (made / "corpus.jsonl").read_bytes() == (SHIPPED_SEARCH_DATA / "corpus.jsonl").read_bytes()
+    assert (made / "corpus.jsonl").read_bytes() == (
+        SHIPPED_SEARCH_DATA / "corpus.jsonl"
+    ).read_bytes()
     for name in ("train.parquet", "test.parquet"):
         assert pq.read_table(made / name).equals(pq.read_table(SHIPPED_SEARCH_DATA / name))
     assert sum(path.stat().st_size for path in SHIPPED_SEARCH_DATA.iterdir()) < 400_000
@@ -61,7 +69,12 @@ def test_the_shipped_data_is_what_the_generator_makes(tmp_path):
 
 def test_progress_is_reported_to_the_end(tmp_path):
     reports = []
-    said = generate(tmp_path / "data", num_tasks=20, seed=0, report=lambda done, total: reports.append((done, total)))
+    said = generate(
+        tmp_path / "data",
+        num_tasks=20,
+        seed=0,
+        report=lambda done, total: reports.append((done, total)),
+    )
     assert reports == [(done, 26) for done in range(1, 27)]
     assert said == "41 passages, 20 questions to train on and 6 to test, half of them of two hops."
 
@@ -79,7 +92,10 @@ def test_a_size_no_world_has_is_refused(tmp_path, num_tasks):
 
 
 def test_two_things_of_one_name_are_refused():
-    world = build_world(random.Random(0), dict.fromkeys(("work", "person", "company", "town", "river", "mountain"), 4))
+    world = build_world(
+        random.Random(0),
+        dict.fromkeys(("work", "person", "company", "town", "river", "mountain"), 4),
+    )
     check_world(world)
     world.things["town"].append(world.things["river"][0].upper())
     with pytest.raises(ConfigurationError, match="Two things"):
@@ -88,10 +104,15 @@ def test_two_things_of_one_name_are_refused():
 
 def test_every_fact_is_stated_once_in_the_whole_corpus():
     """So no other passage can contradict the one that answers."""
-    texts = [json.loads(line)["contents"] for line in (SHIPPED_SEARCH_DATA / "corpus.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["contents"]
+        for line in (SHIPPED_SEARCH_DATA / "corpus.jsonl").read_text().splitlines()
+    ]
     for question in questions_of("train") + questions_of("test"):
         thing, chain = parse_question(question)
-        openings = [statement.format(subject=thing, object="") for statement in STATEMENTS[chain[0]]]
+        openings = [
+            statement.format(subject=thing, object="") for statement in STATEMENTS[chain[0]]
+        ]
         stating = [text for text in texts for opening in openings if opening.rstrip(".") in text]
         assert len(stating) == 1
 
@@ -109,7 +130,11 @@ def asked_of(question):
 
 
 def questions_of(split):
-    return pq.read_table(SHIPPED_SEARCH_DATA / f"{split}.parquet", columns=["question"]).column("question").to_pylist()
+    return (
+        pq.read_table(SHIPPED_SEARCH_DATA / f"{split}.parquet", columns=["question"])
+        .column("question")
+        .to_pylist()
+    )
 
 
 def test_no_question_holds_its_answer():
@@ -161,12 +186,17 @@ def test_the_expert_reads_only_the_passage_of_the_thing_itself():
     assert read_fact(seen, "Tatir Works", "founder") is None
     expert = SearchExpert()
     expert.next_action("Who founded Tatir Works?", "one_hop", "")
-    assert expert.next_action("Who founded Tatir Works?", "one_hop", seen).endswith(f"<answer>{UNKNOWN}</answer>")
+    assert expert.next_action("Who founded Tatir Works?", "one_hop", seen).endswith(
+        f"<answer>{UNKNOWN}</answer>"
+    )
 
 
 def test_every_wording_of_a_question_is_understood_as_what_it_asks():
     for chain, wordings in QUESTIONS.items():
         for wording in wordings:
-            assert parse_question(wording.format("The Quiet Harbor")) == ("The Quiet Harbor", list(chain))
+            assert parse_question(wording.format("The Quiet Harbor")) == (
+                "The Quiet Harbor",
+                list(chain),
+            )
     with pytest.raises(ValueError, match="no question of the generated world"):
         parse_question("How many?")

@@ -1,4 +1,6 @@
-"""Ranking by words and by meaning, requests that share a batch, and a client whose service misbehaves in every way."""
+"""Ranking by words and by meaning, requests that share a batch, and a client whose service
+misbehaves in every way.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ import Stemmer
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, UnavailableError
 from services.envs.search.batching import MAX_WAITING_QUERIES, Batcher
-from services.envs.search.client import AttemptFailedError, RetrieverClient, RetrieverFailedError, parse_answer
+from services.envs.search.client import (
+    AttemptFailedError,
+    RetrieverClient,
+    RetrieverFailedError,
+    parse_answer,
+)
 from services.envs.search.corpus import iterate_corpus, open_corpus
 from services.envs.search.dense import PASSAGE_PREFIX, Encoder, faiss, open_dense_retriever
 from services.envs.search.environment import SEARCH_FAILED, SearchEnvironment
@@ -35,7 +42,12 @@ ANSWER = {"result": [[{"document": {"id": "7", "contents": '"A"\nan a'}, "score"
 
 
 def write_corpus(path, texts):
-    path.write_text("".join(json.dumps({"id": str(place), "contents": text}) + "\n" for place, text in enumerate(texts)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": str(place), "contents": text}) + "\n"
+            for place, text in enumerate(texts)
+        )
+    )
     return path
 
 
@@ -47,7 +59,9 @@ def ids(hits):
 
 
 def test_passages_are_ranked_by_words_and_strangers_left_out(tmp_path):
-    corpus = write_corpus(tmp_path / "c.jsonl", ["a red boat", "red red wine", "green tea", "sailing boats in wind"])
+    corpus = write_corpus(
+        tmp_path / "c.jsonl", ["a red boat", "red red wine", "green tea", "sailing boats in wind"]
+    )
     retriever = open_lexical_retriever(corpus, tmp_path / "cache")
     boats, nothing, empty = retriever.retrieve(["the boat", "zebra of the", ""], topk=10)
     assert ids(boats) == ["0", "3"]
@@ -65,11 +79,17 @@ def test_scores_are_the_librarys_own(tmp_path):
 
     index = bm25s.BM25(method="lucene", k1=K1, b=B)
     index.index(tokenize(contents), show_progress=False)
-    queries = ["Who wrote The Hidden Compass?", "MOUNT Tezut's rivers: 33 bridges", "the baker and a weaver"]
+    queries = [
+        "Who wrote The Hidden Compass?",
+        "MOUNT Tezut's rivers: 33 bridges",
+        "the baker and a weaver",
+    ]
     found = open_lexical_retriever(CORPUS, tmp_path).retrieve(queries, 10)
     _, scores = index.retrieve(tokenize(queries), k=10, show_progress=False)
     for hits, expected in zip(found, scores, strict=True):
-        assert [hit.score for hit in hits] == pytest.approx(expected[: len(hits)].tolist(), rel=1e-5)
+        assert [hit.score for hit in hits] == pytest.approx(
+            expected[: len(hits)].tolist(), rel=1e-5
+        )
         assert not expected[len(hits) :].any()
 
 
@@ -86,11 +106,18 @@ def test_ranks_are_exact_at_the_boundary():
 
 
 def test_an_index_is_built_once_and_shared_by_mapping(tmp_path):
-    corpus, cache = write_corpus(tmp_path / "c.jsonl", ["one boat", "two boats"]), tmp_path / "cache"
+    corpus, cache = (
+        write_corpus(tmp_path / "c.jsonl", ["one boat", "two boats"]),
+        tmp_path / "cache",
+    )
     first = open_lexical_retriever(corpus, cache)
     (built,) = cache.iterdir()
     assert open_lexical_retriever(corpus, cache) is first
-    mapped = {Path(mapping.path).name for mapping in psutil.Process().memory_maps() if str(built) in mapping.path}
+    mapped = {
+        Path(mapping.path).name
+        for mapping in psutil.Process().memory_maps()
+        if str(built) in mapping.path
+    }
     assert mapped >= {"data.csc.index.npy", "indices.csc.index.npy", "offsets.npy"}
 
 
@@ -103,7 +130,10 @@ def test_indexes_lie_in_the_cache_that_the_user_names(tmp_path, monkeypatch):
 
 
 def test_a_copy_of_a_corpus_finds_its_index(tmp_path):
-    corpus, cache = write_corpus(tmp_path / "c.jsonl", ["one boat", "two boats"]), tmp_path / "cache"
+    corpus, cache = (
+        write_corpus(tmp_path / "c.jsonl", ["one boat", "two boats"]),
+        tmp_path / "cache",
+    )
     copy = write_corpus(tmp_path / "copy.jsonl", ["one boat", "two boats"])
     hits = [open_lexical_retriever(path, cache).retrieve(["two"], 1) for path in (corpus, copy)]
     assert hits[0] == hits[1]
@@ -133,7 +163,9 @@ def test_a_place_that_cannot_hold_an_index_is_named(tmp_path):
 
 def test_a_corpus_without_words_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no word"):
-        open_lexical_retriever(write_corpus(tmp_path / "c.jsonl", ["! ?", "the"]), tmp_path / "cache")
+        open_lexical_retriever(
+            write_corpus(tmp_path / "c.jsonl", ["! ?", "the"]), tmp_path / "cache"
+        )
 
 
 def test_threads_get_the_same_hits_as_one(tmp_path):
@@ -155,11 +187,17 @@ def dense(tmp_path_factory):
     corpus_path = directory / "corpus.jsonl"
     corpus_path.write_text("".join(CORPUS.read_text().splitlines(keepends=True)[:100]))
     corpus = open_corpus(corpus_path)
-    vectors = Encoder(MODEL).encode([PASSAGE_PREFIX + corpus[place].contents for place in range(len(corpus))])
+    vectors = Encoder(MODEL).encode(
+        [PASSAGE_PREFIX + corpus[place].contents for place in range(len(corpus))]
+    )
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
     faiss.write_index(index, str(directory / "index"))
-    return open_dense_retriever(corpus_path, directory / "index", MODEL), directory / "index", corpus_path
+    return (
+        open_dense_retriever(corpus_path, directory / "index", MODEL),
+        directory / "index",
+        corpus_path,
+    )
 
 
 def test_the_passage_meant_is_among_the_best_three(dense):
@@ -167,14 +205,20 @@ def test_the_passage_meant_is_among_the_best_three(dense):
     corpus = open_corpus(corpus_path)
     queries = [corpus[place].title.strip('"') for place in range(0, 100, 5)]
     found = retriever.retrieve(queries, 3)
-    named = [any(hit.passage.title.strip('"') == query for hit in hits) for query, hits in zip(queries, found, strict=True)]
+    named = [
+        any(hit.passage.title.strip('"') == query for hit in hits)
+        for query, hits in zip(queries, found, strict=True)
+    ]
     assert sum(named) >= 19
     assert all(1.001 > hits[0].score >= hits[1].score >= hits[2].score for hits in found)
 
 
 def test_queries_encoded_together_score_as_alone(dense):
     queries = ["Who wrote The Hidden Compass?", "a river", "Tatir Works " * 20]
-    together, alone = dense[0].retrieve(queries, 3), [dense[0].retrieve([query], 3)[0] for query in queries]
+    together, alone = (
+        dense[0].retrieve(queries, 3),
+        [dense[0].retrieve([query], 3)[0] for query in queries],
+    )
     for one, other in zip(together, alone, strict=True):
         assert ids(one) == ids(other)
         assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], abs=1e-5)
@@ -193,7 +237,9 @@ def test_an_index_by_distance_ranks_the_nearest_first(dense, tmp_path):
     faiss.write_index(index, str(tmp_path / "l2"))
     by_distance = open_dense_retriever(corpus_path, tmp_path / "l2", MODEL)
     queries = ["Tatir Works", "the author of a book"]
-    assert [ids(hits) for hits in by_distance.retrieve(queries, 3)] == [ids(hits) for hits in retriever.retrieve(queries, 3)]
+    assert [ids(hits) for hits in by_distance.retrieve(queries, 3)] == [
+        ids(hits) for hits in retriever.retrieve(queries, 3)
+    ]
 
 
 def test_parts_that_do_not_belong_together_are_refused(dense, tmp_path):
@@ -297,7 +343,9 @@ async def test_the_end_leaves_no_thread_and_nobody_waiting():
 
 
 class Script:
-    """A retriever that plays a list of (status, body) answers, the last one for ever; "hang" waits until the test is over."""
+    """A retriever that plays a list of (status, body) answers, the last one for ever; "hang" waits
+    until the test is over.
+    """
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -408,7 +456,9 @@ def test_a_refusal_is_not_tried_again():
 )
 def test_garbage_is_a_failure_never_an_empty_result(garbage):
     body = garbage if isinstance(garbage, bytes) else json.dumps(garbage).encode()
-    with pytest.raises(AttemptFailedError, match=r"an answer that cannot be read|results of 2 queries"):
+    with pytest.raises(
+        AttemptFailedError, match=r"an answer that cannot be read|results of 2 queries"
+    ):
         parse_answer(body, num_queries=1)
 
 
@@ -419,7 +469,9 @@ def test_garbage_is_asked_for_again_and_then_given_up():
     assert len(script.requests) > 1
 
 
-@pytest.mark.parametrize("script", [Script((200, "hang")), DrippingScript()], ids=["silent", "dripping"])
+@pytest.mark.parametrize(
+    "script", [Script((200, "hang")), DrippingScript()], ids=["silent", "dripping"]
+)
 def test_a_slow_retriever_is_given_up_within_the_timeout(script):
     with serve(script) as url, client_of(url, 0.6) as client:
         started = time.monotonic()
@@ -455,7 +507,9 @@ def test_closing_ends_a_call_that_waits_for_its_next_attempt():
 
 
 def play(url, *texts, timeout_s=0.5):
-    environment = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=timeout_s)
+    environment = SearchEnvironment(
+        data_dir=str(SHIPPED_SEARCH_DATA), retriever_url=url, retriever_timeout_s=timeout_s
+    )
     try:
         environment.reset("test-0", seed=0)
         return [environment.step(text) for text in texts]
@@ -476,10 +530,19 @@ def test_an_episode_on_a_service_shows_what_it_found():
     ids=("none", "failing", "no-json", "hanging"),
 )
 def test_a_failed_search_is_flagged_and_the_episode_goes_on(script):
-    with contextlib.nullcontext(f"http://127.0.0.1:{find_free_port()}") if script is None else serve(script) as url:
+    with (
+        contextlib.nullcontext(f"http://127.0.0.1:{find_free_port()}")
+        if script is None
+        else serve(script) as url
+    ):
         failed, answered = play(url, "<search>a</search>", "<answer>b</answer>")
-    assert (failed.observation.text, failed.reward_components) == (SEARCH_FAILED, {"retriever_error": 1.0})
-    assert failed.observation.info["retriever_error"].startswith(f"Retriever {url}/retrieve failed, attempt ")
+    assert (failed.observation.text, failed.reward_components) == (
+        SEARCH_FAILED,
+        {"retriever_error": 1.0},
+    )
+    assert failed.observation.info["retriever_error"].startswith(
+        f"Retriever {url}/retrieve failed, attempt "
+    )
     assert "num_results" not in failed.observation.info
     assert (failed.is_action_valid, failed.is_over, answered.terminated) == (True, False, True)
 
@@ -490,15 +553,22 @@ def test_episodes_leave_no_thread_and_no_connection():
         before = process.num_fds(), threading.active_count()
         for _ in range(20):
             play(url, "<search>a</search>")
-        deadline = time.monotonic() + 5  # the server's side notices the closed connections in its own time
-        while (process.num_fds(), threading.active_count()) > before and time.monotonic() < deadline:
+        deadline = (
+            time.monotonic() + 5
+        )  # the server's side notices the closed connections in its own time
+        while (
+            process.num_fds(),
+            threading.active_count(),
+        ) > before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.num_fds() <= before[0]
         assert threading.active_count() <= before[1]
 
 
 def test_only_an_environment_that_asks_a_service_blocks():
-    outside = SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA), retriever_url="http://127.0.0.1:1")
+    outside = SearchEnvironment(
+        data_dir=str(SHIPPED_SEARCH_DATA), retriever_url="http://127.0.0.1:1"
+    )
     assert outside.is_blocking
     assert not SearchEnvironment(data_dir=str(SHIPPED_SEARCH_DATA)).is_blocking
     outside.close()

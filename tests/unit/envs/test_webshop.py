@@ -1,4 +1,6 @@
-"""The shop as an environment, on the hand-written catalogue of webshop_files: pages, the agent's text, reward, splits."""
+"""The shop as an environment, on the hand-written catalogue of webshop_files: pages, the agent's
+text, reward, splits.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,22 @@ from hypothesis import strategies as st
 from sdar.contracts.errors import ConfigurationError, UnknownResourceError
 from services.envs.webshop import WebShopEnvironment
 from services.envs.webshop.environment import MAX_TURNS
-from tests.unit.envs.webshop_files import JACKET, LOTION, REVIEWS, SHOES, TRAIL, build_choices, build_entry, write_files
+from tests.unit.envs.webshop_files import (
+    JACKET,
+    LOTION,
+    REVIEWS,
+    SHOES,
+    TRAIL,
+    build_choices,
+    build_entry,
+    write_files,
+)
 
 SHOES_PAGE = (
-    "Back to Search [SEP] < Prev [SEP] color [SEP] navy blue [SEP] red [SEP] size [SEP] 8 [SEP] 9 | 10 [SEP] Swift Running "
-    "Shoes with Mesh [SEP] Price: $42.5 [SEP] Rating: 4.5 [SEP] Description [SEP] Features [SEP] Reviews [SEP] Buy Now"
+    "Back to Search [SEP] < Prev [SEP] color [SEP] navy blue [SEP] red [SEP] size [SEP] 8 [SEP] 9 "
+    "| 10 [SEP] Swift Running "
+    "Shoes with Mesh [SEP] Price: $42.5 [SEP] Rating: 4.5 [SEP] Description [SEP] Features [SEP] "
+    "Reviews [SEP] Buy Now"
 )
 SHOES_LINKS = (
     *("back to search", "< prev", "description", "features", "reviews", "buy now"),
@@ -70,7 +83,8 @@ def test_the_first_page_is_the_search_page_and_has_nothing_to_click(shop):
 def test_results_show_id_title_and_price(shop):
     found = play(shop, ["search[rain jacket]"])[-1]
     assert found.observation.text == (
-        f"Back to Search [SEP] Page 1 (Total results: 1) [SEP] {JACKET} [SEP] Storm Rain Jacket [SEP] $12.99 to $15.49"
+        f"Back to Search [SEP] Page 1 (Total results: 1) [SEP] {JACKET} [SEP] Storm Rain Jacket "
+        "[SEP] $12.99 to $15.49"
     )
     assert list_links(found.observation) == ("back to search", JACKET.lower())
 
@@ -90,14 +104,25 @@ def test_an_item_shows_its_options_and_facts(shop):
     ],
 )
 def test_the_pages_below_an_item_lead_back_to_it(shop, link, text):
-    below, back = play(shop, ["search[mesh]", f"click[{SHOES}]", f"click[{link}]", "click[< prev]"])[-2:]
+    below, back = play(
+        shop, ["search[mesh]", f"click[{SHOES}]", f"click[{link}]", "click[< prev]"]
+    )[-2:]
     assert below.observation.text == f"Back to Search [SEP] < Prev [SEP] {text}"
     assert list_links(below.observation) == ("back to search", "< prev")
     assert back.observation.text == SHOES_PAGE
 
 
 def test_what_an_item_lacks_is_said(shop):
-    pages = play(shop, ["search[volt cable]", "click[b07dddddd1]", "click[description]", "click[< prev]", "click[features]"])
+    pages = play(
+        shop,
+        [
+            "search[volt cable]",
+            "click[b07dddddd1]",
+            "click[description]",
+            "click[< prev]",
+            "click[features]",
+        ],
+    )
     texts = [page.observation.text.rpartition(" [SEP] ")[2] for page in (pages[2], pages[4])]
     assert texts == ["No Description", "No Features"]
     below = play(shop, ["search[volt cable]", "click[b07dddddd1]", "click[reviews]"])[-1]
@@ -105,7 +130,16 @@ def test_what_an_item_lacks_is_said(shop):
 
 
 def test_the_right_purchase_scores_one_and_ends_the_episode(shop):
-    results = play(shop, ["search[mesh shoes]", f"click[{SHOES.lower()}]", "click[navy blue]", "click[8]", "click[Buy Now]"])
+    results = play(
+        shop,
+        [
+            "search[mesh shoes]",
+            f"click[{SHOES.lower()}]",
+            "click[navy blue]",
+            "click[8]",
+            "click[Buy Now]",
+        ],
+    )
     assert [result.reward for result in results] == [0, 0, 0, 0, 10]
     assert all(result.is_action_valid for result in results)
     last = results[-1]
@@ -118,7 +152,10 @@ def test_the_right_purchase_scores_one_and_ends_the_episode(shop):
         "r_price": 1.0,
         "title_similarity": 1.0,
     }
-    assert (last.observation.text, last.observation.admissible_actions) == ("Thank you for shopping with us!", ())
+    assert (last.observation.text, last.observation.admissible_actions) == (
+        "Thank you for shopping with us!",
+        (),
+    )
     assert all(result.reward_components == {} for result in results[:-1])
 
 
@@ -130,11 +167,16 @@ def test_a_partial_purchase_earns_nothing_but_shows_its_score(shop):
 
 
 def test_the_wrong_product_scores_by_the_formula(shop):
-    """Trail shoes for running shoes: same query, so r_type 1; no mesh, no option, far too dear: 0 / 4."""
+    """Trail shoes for running shoes: same query, so r_type 1; no mesh, no option, far too dear: 0 /
+    4.
+    """
     last = play(shop, ["search[trail]", f"click[{TRAIL}]", "click[buy now]"])[-1]
     assert (last.reward_components["r_type"], last.reward_components["score"]) == (1.0, 0.0)
     lotion = play(shop, ["search[lotion]", f"click[{LOTION}]", "click[buy now]"])[-1]
-    assert (lotion.reward_components["r_type"], lotion.reward_components["title_similarity"]) == (0.0, 0.0)
+    assert (lotion.reward_components["r_type"], lotion.reward_components["title_similarity"]) == (
+        0.0,
+        0.0,
+    )
 
 
 def test_the_last_value_of_an_option_counts(shop):
@@ -159,7 +201,13 @@ def test_the_last_value_of_an_option_counts(shop):
         ["click[description]", "click[back to search]", "search[mesh]", f"click[{SHOES}]"],
         ["click[features]", "search[mesh]", f"click[{SHOES}]"],
     ],
-    ids=["a new search", "back from the item", "back to search", "back to search from below", "a search from below"],
+    ids=[
+        "a new search",
+        "back from the item",
+        "back to search",
+        "back to search from below",
+        "a search from below",
+    ],
 )
 def test_leaving_an_item_forgets_what_was_chosen(shop, way):
     chosen = ["search[mesh]", f"click[{SHOES}]", "click[navy blue]", "click[8]"]
@@ -168,14 +216,24 @@ def test_leaving_an_item_forgets_what_was_chosen(shop, way):
 
 def test_a_look_below_keeps_what_was_chosen(shop):
     chosen = ["search[mesh]", f"click[{SHOES}]", "click[navy blue]", "click[8]"]
-    assert play(shop, [*chosen, "click[features]", "click[< prev]", "click[buy now]"])[-1].is_success
+    assert play(shop, [*chosen, "click[features]", "click[< prev]", "click[buy now]"])[
+        -1
+    ].is_success
 
 
 def test_fifty_results_come_ten_to_a_page(tmp_path):
     entries = [build_entry(f"B08AAAAA{number:02}", f"Lamp {number}") for number in range(70)]
-    human = {"B08AAAAA00": [{"instruction": "a lamp", "instruction_attributes": ["lamp"], "instruction_options": []}]}
+    human = {
+        "B08AAAAA00": [
+            {"instruction": "a lamp", "instruction_attributes": ["lamp"], "instruction_options": []}
+        ]
+    }
     shop = WebShopEnvironment(data_dir=str(write_files(tmp_path, entries=entries, human=human)))
-    pages = play(shop, ["search[lamp]", *["click[next >]"] * 4, "click[next >]", *["click[< prev]"] * 4], "B08AAAAA00")
+    pages = play(
+        shop,
+        ["search[lamp]", *["click[next >]"] * 4, "click[next >]", *["click[< prev]"] * 4],
+        "B08AAAAA00",
+    )
     headings = [page.observation.text.split(" [SEP] ")[1:4] for page in pages[:5]]
     assert headings[0][:2] == ["Page 1 (Total results: 50)", "Next >"]
     assert headings[1] == ["Page 2 (Total results: 50)", "< Prev", "Next >"]
@@ -183,25 +241,48 @@ def test_fifty_results_come_ten_to_a_page(tmp_path):
     assert not pages[5].is_action_valid
     assert pages[9].observation == pages[0].observation
     assert len(pages[0].observation.admissible_actions) == 2 + 10
-    shown = [link for page in pages[:5] for link in list_links(page.observation) if link.startswith("b08")]
+    shown = [
+        link
+        for page in pages[:5]
+        for link in list_links(page.observation)
+        if link.startswith("b08")
+    ]
     assert shown == [f"b08aaaaa{number:02}" for number in range(50)]
 
 
 def test_an_item_is_left_to_the_page_of_results_it_was_opened_from(tmp_path):
     entries = [build_entry(f"B08AAAAA{number:02}", f"Lamp {number}") for number in range(15)]
-    human = {"B08AAAAA00": [{"instruction": "a lamp", "instruction_attributes": ["lamp"], "instruction_options": []}]}
+    human = {
+        "B08AAAAA00": [
+            {"instruction": "a lamp", "instruction_attributes": ["lamp"], "instruction_options": []}
+        ]
+    }
     shop = WebShopEnvironment(data_dir=str(write_files(tmp_path, entries=entries, human=human)))
-    pages = play(shop, ["search[lamp]", "click[next >]", "click[b08aaaaa12]", "click[< prev]"], "B08AAAAA00")
+    pages = play(
+        shop, ["search[lamp]", "click[next >]", "click[b08aaaaa12]", "click[< prev]"], "B08AAAAA00"
+    )
     assert pages[3].observation == pages[1].observation
 
 
 def test_a_button_keeps_its_name_and_a_value_belongs_to_the_later_option(tmp_path):
-    """An option named like a button cannot be chosen; of two options with a value in common the later one gets it."""
+    """An option named like a button cannot be chosen; of two options with a value in common the
+    later one gets it.
+    """
     options = {"style": build_choices("Reviews", "oak"), "frame": build_choices("oak")}
     entries = [build_entry("B08AAAAA01", "Oak Desk", customization_options=options)]
-    wish = {"instruction": "a desk", "instruction_attributes": ["desk"], "instruction_options": ["oak"]}
-    shop = WebShopEnvironment(data_dir=str(write_files(tmp_path, entries=entries, human={"B08AAAAA01": [wish]})))
-    pages = play(shop, ["search[desk]", "click[b08aaaaa01]", "click[reviews]", "click[< prev]", "click[oak]"], "B08AAAAA01")
+    wish = {
+        "instruction": "a desk",
+        "instruction_attributes": ["desk"],
+        "instruction_options": ["oak"],
+    }
+    shop = WebShopEnvironment(
+        data_dir=str(write_files(tmp_path, entries=entries, human={"B08AAAAA01": [wish]}))
+    )
+    pages = play(
+        shop,
+        ["search[desk]", "click[b08aaaaa01]", "click[reviews]", "click[< prev]", "click[oak]"],
+        "B08AAAAA01",
+    )
     assert "No Reviews" in pages[2].observation.text
     assert shop._pages.chosen == {"frame": "oak"}
     assert list_links(pages[1].observation).count("oak") == 1
@@ -223,8 +304,22 @@ def test_a_button_keeps_its_name_and_a_value_belongs_to_the_later_option(tmp_pat
     ],
 )
 def test_what_cannot_be_done_changes_nothing_but_costs_a_turn(shop, action):
-    wrong, *rest = play(shop, [action, "search[mesh]", f"click[{SHOES}]", "click[8]", "click[navy blue]", "click[buy now]"])
-    assert (wrong.observation.text, wrong.is_action_valid, wrong.action) == ("WebShop [SEP] Search", False, action)
+    wrong, *rest = play(
+        shop,
+        [
+            action,
+            "search[mesh]",
+            f"click[{SHOES}]",
+            "click[8]",
+            "click[navy blue]",
+            "click[buy now]",
+        ],
+    )
+    assert (wrong.observation.text, wrong.is_action_valid, wrong.action) == (
+        "WebShop [SEP] Search",
+        False,
+        action,
+    )
     assert rest[-1].is_success
 
 
@@ -233,17 +328,32 @@ def test_what_cannot_be_done_changes_nothing_but_costs_a_turn(shop, action):
     [
         ("<think>so</think><action>search[mesh]</action>", "search[mesh]", True, True),
         ("<think>so</think>\n<action>\n Search[Mesh] </action> bye", "Search[Mesh]", True, True),
-        ("<think>a [b] c</think><action>search[a [b] mesh]</action>", "search[a [b] mesh]", True, True),
+        (
+            "<think>a [b] c</think><action>search[a [b] mesh]</action>",
+            "search[a [b] mesh]",
+            True,
+            True,
+        ),
         ("<action>search[mesh]</action>", "search[mesh]", False, True),
         ("search[mesh]", "", False, False),
         ("<think>so</think>search[mesh]", "", False, False),
         ("<think>so</think><action>search[mesh]", "", False, False),
-        ("<think>so</think><action>search[mesh]</action><action>search[mesh]</action>", "", False, False),
+        (
+            "<think>so</think><action>search[mesh]</action><action>search[mesh]</action>",
+            "",
+            False,
+            False,
+        ),
         ("<think></think><action></action>", "", False, False),
         ("", "", False, False),
         ("\x00\ufffd\u202e" * 10, "", False, False),
         ("<action>" * 100_000, "", False, False),
-        ("<think>" + "so " * 300_000 + "</think><action>search[mesh]</action>", "search[mesh]", True, True),
+        (
+            "<think>" + "so " * 300_000 + "</think><action>search[mesh]</action>",
+            "search[mesh]",
+            True,
+            True,
+        ),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -264,25 +374,44 @@ def test_the_fifteenth_turn_truncates_without_a_score(shop):
     results = play(shop, ["search[mesh]"] * MAX_TURNS)
     assert [result.truncated for result in results] == [False] * 14 + [True]
     last = results[-1]
-    assert (last.terminated, last.reward_components, last.observation.admissible_actions) == (False, {}, ())
+    assert (last.terminated, last.reward_components, last.observation.admissible_actions) == (
+        False,
+        {},
+        (),
+    )
 
 
 def test_a_purchase_in_the_last_turn_counts(shop):
-    actions = ["search[mesh]"] * 11 + [f"click[{SHOES}]", "click[8]", "click[navy blue]", "click[buy now]"]
+    actions = ["search[mesh]"] * 11 + [
+        f"click[{SHOES}]",
+        "click[8]",
+        "click[navy blue]",
+        "click[buy now]",
+    ]
     last = play(shop, actions)[-1]
-    assert (len(actions), last.terminated, last.truncated, last.is_success) == (MAX_TURNS, True, False, True)
+    assert (len(actions), last.terminated, last.truncated, last.is_success) == (
+        MAX_TURNS,
+        True,
+        False,
+        True,
+    )
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_every_listed_action_is_valid_on_every_walk_and_walks_repeat(data_dir, rng: random.Random):
-    """Random walks of listed actions and searches; a second session that does the same sees the same."""
+    """Random walks of listed actions and searches; a second session that does the same sees the
+    same.
+    """
     shop, other = WebShopEnvironment(data_dir=data_dir), WebShopEnvironment(data_dir=data_dir)
     task = rng.choice(shop.list_tasks("train"))
     observation = shop.reset(task.task_id, seed=1)
     assert other.reset(task.task_id, seed=2) == observation
     for turn in range(MAX_TURNS):
-        actions = [*observation.admissible_actions, f"search[{rng.choice(['shoes', 'rain', 'lotion', 'nothing', 'swift'])}]"]
+        actions = [
+            *observation.admissible_actions,
+            f"search[{rng.choice(['shoes', 'rain', 'lotion', 'nothing', 'swift'])}]",
+        ]
         text = say(rng.choice(actions))
         result = shop.step(text)
         assert result.is_action_valid
@@ -313,8 +442,14 @@ def test_a_task_is_its_instruction_and_its_category(shop):
     assert len(shop.list_tasks("test")) == 1
     assert sorted(task.task_id for task in tasks) == ["goal-0", "goal-1", "goal-2", "goal-3"]
     task = find_task(shop, LOTION)
-    assert (task.description, shop.get_task(task.task_id)) == (shop.get_goal(task.task_id).instruction, task)
-    assert task.description == f"some lotion, and price lower than {shop.get_goal(task.task_id).price_bound:.2f} dollars"
+    assert (task.description, shop.get_task(task.task_id)) == (
+        shop.get_goal(task.task_id).instruction,
+        task,
+    )
+    assert (
+        task.description
+        == f"some lotion, and price lower than {shop.get_goal(task.task_id).price_bound:.2f} dollars"
+    )
 
 
 def test_the_version_tells_catalogue_and_noun_finder_apart(shop, tmp_path):
@@ -340,7 +475,8 @@ def test_without_a_directory_the_variable_is_read(data_dir, monkeypatch):
         if is_empty:
             monkeypatch.setenv("WEBSHOP_DATA", "")
         with pytest.raises(
-            ConfigurationError, match=r"option data_dir or the variable WEBSHOP_DATA.*sdar env generate webshop"
+            ConfigurationError,
+            match=r"option data_dir or the variable WEBSHOP_DATA.*sdar env generate webshop",
         ):
             WebShopEnvironment()
     monkeypatch.setenv("WEBSHOP_DATA", data_dir)

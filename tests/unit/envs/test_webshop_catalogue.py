@@ -1,4 +1,6 @@
-"""The published files become products and goals: parsing, prices, the fixed order, and refusals that name the place."""
+"""The published files become products and goals: parsing, prices, the fixed order, and refusals
+that name the place.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from hypothesis import strategies as st
 
 from sdar.contracts.errors import ConfigurationError
 from services.envs.webshop.catalogue import find_source_files, iterate_entries, iterate_products
-from services.envs.webshop.goals import NO_BOUND, PRICE_STEPS, count_test_goals, draw_price_bound, shuffle_goals
+from services.envs.webshop.goals import (
+    NO_BOUND,
+    PRICE_STEPS,
+    count_test_goals,
+    draw_price_bound,
+    shuffle_goals,
+)
 from services.envs.webshop.store import open_catalogue
 from tests.unit.envs.webshop_files import (
     ATTRIBUTES,
@@ -34,7 +42,10 @@ def cache(tmp_path):
 
 
 def read(directory):
-    return {product.asin: product for product in iterate_products(find_source_files(directory, is_small=False))}
+    return {
+        product.asin: product
+        for product in iterate_products(find_source_files(directory, is_small=False))
+    }
 
 
 def open_goals(directory, cache, is_human=None):
@@ -73,7 +84,10 @@ def test_missing_texts_reviews_and_attributes_have_the_published_defaults(tmp_pa
     assert products[LOTION].bullets == ("One text, not a list",)
     assert products[CABLE].attributes == ("DUMMY_ATTR",)
     assert products[CABLE].rating == "N.A."
-    assert (products[SHOES].rating, products[SHOES].reviews) == ("4.5", (("Nice", "5", "They fit."),))
+    assert (products[SHOES].rating, products[SHOES].reviews) == (
+        "4.5",
+        (("Nice", "5", "They fit."),),
+    )
     assert products[TRAIL].reviews == (("Hm", "2", ""),)
     assert products[JACKET].query == "rain jacket"
 
@@ -83,7 +97,8 @@ def test_human_instructions_become_goals_without_those_that_ask_for_nothing(tmp_
     assert set(goals) == {SHOES, TRAIL, JACKET, LOTION}
     shoes = goals[SHOES]
     assert shoes.instruction == (
-        f"i need breathable running shoes in navy blue, size 8, and price lower than {shoes.price_bound:.2f} dollars"
+        "i need breathable running shoes in navy blue, size 8, and price lower than "
+        f"{shoes.price_bound:.2f} dollars"
     )
     assert (shoes.attributes, shoes.options) == (("breathable mesh",), ("navy blue", "8"))
     assert goals[JACKET].options == ("large",)
@@ -113,8 +128,12 @@ def test_synthetic_goals_can_be_asked_for_where_there_are_human_ones(tmp_path, c
     assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
 
 
-def test_the_thousand_products_have_synthetic_goals_unless_human_ones_are_asked_for(tmp_path, cache):
-    """The file of human instructions is downloaded with them, but knows about ten of their products."""
+def test_the_thousand_products_have_synthetic_goals_unless_human_ones_are_asked_for(
+    tmp_path, cache
+):
+    """The file of human instructions is downloaded with them, but knows about ten of their
+    products.
+    """
     write_files(tmp_path, suffix="_1000")
     assert len(open_catalogue(tmp_path, cache, False, None).goals) == 6
     assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
@@ -138,11 +157,15 @@ def test_a_bound_depends_on_its_goal_alone():
 
 
 def test_the_order_of_goals_is_the_published_shuffle():
-    """random.Random(233).shuffle, which no process's state touches; the first ten of a thousand, for good."""
+    """random.Random(233).shuffle, which no process's state touches; the first ten of a thousand,
+    for good.
+    """
     assert shuffle_goals(range(1000))[:10] == [127, 320, 431, 331, 760, 454, 129, 769, 485, 270]
 
 
-@pytest.mark.parametrize(("num_goals", "num_test"), [(1, 0), (4, 1), (199, 49), (1999, 499), (2000, 500), (12087, 500)])
+@pytest.mark.parametrize(
+    ("num_goals", "num_test"), [(1, 0), (4, 1), (199, 49), (1999, 499), (2000, 500), (12087, 500)]
+)
 def test_five_hundred_goals_are_tested_or_a_quarter_of_a_small_catalogue(num_goals, num_test):
     assert count_test_goals(num_goals) == num_test
 
@@ -158,7 +181,9 @@ def test_small_prefers_the_thousand_products_and_either_stands_in_for_the_other(
 
 
 def test_a_directory_without_a_catalogue_says_how_to_get_one(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"holds no WebShop catalogue.*sdar env generate webshop"):
+    with pytest.raises(
+        ConfigurationError, match=r"holds no WebShop catalogue.*sdar env generate webshop"
+    ):
         find_source_files(tmp_path, is_small=False)
 
 
@@ -171,11 +196,21 @@ def test_a_directory_without_a_catalogue_says_how_to_get_one(tmp_path):
         ("pricing", "$1.2.3", r"pricing is '\$1.2.3', expected prices"),
         ("pricing", 12.5, "pricing is 12.5, expected a text"),
         ("small_description", [1], r"small_description is \[1\], expected a list of texts"),
-        ("customization_options", ["red"], r"customization_options is \['red'\], expected an object"),
-        ("customization_options", {"color": [{"name": "red"}]}, ".*a list of objects with a text \"value\" for 'color'"),
+        (
+            "customization_options",
+            ["red"],
+            r"customization_options is \['red'\], expected an object",
+        ),
+        (
+            "customization_options",
+            {"color": [{"name": "red"}]},
+            ".*a list of objects with a text \"value\" for 'color'",
+        ),
     ],
 )
-def test_a_malformed_product_is_refused_by_file_entry_and_field(tmp_path, cache, field, value, expected):
+def test_a_malformed_product_is_refused_by_file_entry_and_field(
+    tmp_path, cache, field, value, expected
+):
     entries = [*list_entries()[:2], {**list_entries()[2], field: value}]
     with pytest.raises(ConfigurationError, match=rf"items_shuffle.json entry 2: {expected}"):
         open_catalogue(write_files(tmp_path, entries=entries), cache, False, None)
@@ -188,14 +223,23 @@ def test_a_malformed_product_is_refused_by_file_entry_and_field(tmp_path, cache,
         ({"entries": ["shoes"]}, "items_shuffle.json entry 0 is 'shoes', expected an object"),
         ({"entries": []}, "no product has an instruction"),
         ({"attributes": []}, "items_ins_v2.json holds a list, expected an object"),
-        ({"attributes": {SHOES: {"attributes": "mesh", "instruction": 5}}, "human": None}, f"entry {SHOES}: instruction is 5"),
-        ({"attributes": {SHOES: {"instruction": "shoes"}}, "human": None}, f"entry {SHOES}: instruction_attributes is None"),
+        (
+            {"attributes": {SHOES: {"attributes": "mesh", "instruction": 5}}, "human": None},
+            f"entry {SHOES}: instruction is 5",
+        ),
+        (
+            {"attributes": {SHOES: {"instruction": "shoes"}}, "human": None},
+            f"entry {SHOES}: instruction_attributes is None",
+        ),
         (
             {"human": {SHOES: [{"instruction_attributes": ["x"]}]}},
             rf"items_human_ins.json entry {SHOES}\[0\]: instruction is None",
         ),
         ({"human": {SHOES: ["shoes"]}}, rf"entry {SHOES}\[0\] is 'shoes', expected an object"),
-        ({"reviews": [{"asin": SHOES, "reviews": "good"}]}, "reviews.json entry 0: reviews is 'good'"),
+        (
+            {"reviews": [{"asin": SHOES, "reviews": "good"}]},
+            "reviews.json entry 0: reviews is 'good'",
+        ),
     ],
 )
 def test_malformed_files_are_refused_by_place(tmp_path, cache, files, expected):
@@ -207,11 +251,15 @@ def test_malformed_files_are_refused_by_place(tmp_path, cache, files, expected):
 def test_a_file_that_breaks_off_is_refused(tmp_path, text):
     path = tmp_path / "items.json"
     path.write_text(text)
-    with pytest.raises(ConfigurationError, match=r"items.json (holds no list|entry [01] is not JSON)"):
+    with pytest.raises(
+        ConfigurationError, match=r"items.json (holds no list|entry [01] is not JSON)"
+    ):
         list(iterate_entries(path))
 
 
-@pytest.mark.parametrize("name", ["items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"])
+@pytest.mark.parametrize(
+    "name", ["items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"]
+)
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01" * 9, b'[{"asin": "\xe9"}]', b"null"])
 def test_files_that_are_no_text_or_empty_are_refused_by_name(tmp_path, cache, name, content):
     (write_files(tmp_path) / name).write_bytes(content)
@@ -222,7 +270,12 @@ def test_files_that_are_no_text_or_empty_are_refused_by_name(tmp_path, cache, na
 def test_an_entry_is_put_together_from_what_is_read_in_pieces(tmp_path):
     path = tmp_path / "items.json"
     path.write_text(json.dumps([{"asin": "x" * length} for length in (50, 3, 50, 0)]))
-    assert [len(entry.text("asin")) for entry in iterate_entries(path, chunk_characters=64)] == [50, 3, 50, 0]
+    assert [len(entry.text("asin")) for entry in iterate_entries(path, chunk_characters=64)] == [
+        50,
+        3,
+        50,
+        0,
+    ]
 
 
 def test_a_broken_entry_is_refused_without_reading_the_rest(tmp_path):
@@ -235,7 +288,10 @@ def test_a_broken_entry_is_refused_without_reading_the_rest(tmp_path):
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)
-@given(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=3), max_size=4), st.integers(0, 3))
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=3), max_size=4),
+    st.integers(0, 3),
+)
 def test_reading_one_by_one_gives_what_json_gives(tmp_path_factory, values, indent):
     path = tmp_path_factory.mktemp("items") / "items.json"
     path.write_text(json.dumps(values, indent=indent or None, ensure_ascii=False), encoding="utf-8")
@@ -257,10 +313,18 @@ def test_files_are_read_to_be_known_only_when_they_are_new_or_changed(tmp_path, 
     """The published ones have five gigabytes, and every worker that starts opens them."""
     directory = write_files(tmp_path / "data")
     read_files, digest_file = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read_files.append(file.name) or digest_file(file, name))
-    first, second = (open_catalogue.__wrapped__(directory, cache, False, None).digest for _ in range(2))
+    monkeypatch.setattr(
+        hashlib,
+        "file_digest",
+        lambda file, name: read_files.append(file.name) or digest_file(file, name),
+    )
+    first, second = (
+        open_catalogue.__wrapped__(directory, cache, False, None).digest for _ in range(2)
+    )
     assert (first == second, len(read_files)) == (True, 3)
-    write_files(directory, entries=list_entries()[:3], attributes={SHOES: ATTRIBUTES[SHOES]}, human=None)
+    write_files(
+        directory, entries=list_entries()[:3], attributes={SHOES: ATTRIBUTES[SHOES]}, human=None
+    )
     assert open_catalogue.__wrapped__(directory, cache, False, None).digest != first
     assert len(read_files) == 5
 
@@ -277,7 +341,10 @@ def test_workers_that_start_together_prepare_one_catalogue(tmp_path, cache):
     directory = write_files(tmp_path / "data")
     code = "from pathlib import Path as P; from services.envs.webshop.store import open_catalogue as o; "
     code += f"print(o(P({str(directory)!r}), P({str(cache)!r}), False, None).digest)"
-    starting = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    starting = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     digests = [process.communicate()[0].strip() for process in starting]
     assert [process.returncode for process in starting] == [0] * 4
     assert len(set(digests)) == 1

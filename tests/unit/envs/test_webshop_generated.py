@@ -1,4 +1,6 @@
-"""Generated catalogues: the same bytes for the same seed, families that almost fit, goals that can be reached."""
+"""Generated catalogues: the same bytes for the same seed, families that almost fit, goals that can
+be reached.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def make(directory, num_tasks, seed=0):
 
 
 def hash_files(directory):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+    }
 
 
 def play(environment, task, player):
@@ -50,7 +55,9 @@ def build_expert(environment, task):
 
 def build_shopper(task):
     shopper = Shopper()
-    return lambda seen: shopper.next_action(task.description, task.task_type, seen.text, seen.admissible_actions)
+    return lambda seen: shopper.next_action(
+        task.description, task.task_type, seen.text, seen.admissible_actions
+    )
 
 
 def list_all_tasks(environment):
@@ -58,7 +65,10 @@ def list_all_tasks(environment):
 
 
 def test_the_shipped_catalogue_is_what_the_generator_makes(tmp_path):
-    assert make(tmp_path / "made", SHIPPED_TASKS, SHIPPED_SEED) == "250 products, 150 goals to train on and 50 to test."
+    assert (
+        make(tmp_path / "made", SHIPPED_TASKS, SHIPPED_SEED)
+        == "250 products, 150 goals to train on and 50 to test."
+    )
     assert hash_files(tmp_path / "made") == hash_files(SHIPPED)
     assert list(hash_files(SHIPPED)) == FILES
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 1.5e6
@@ -71,10 +81,17 @@ def test_another_seed_makes_another_catalogue(tmp_path):
     assert all(first[name] != second[name] for name in FILES)
 
 
-@pytest.mark.parametrize(("num_tasks", "num_test"), [(1, 0), (3, 1), (100, 33), (1499, 499), (1500, 500), (1600, 500)])
+@pytest.mark.parametrize(
+    ("num_tasks", "num_test"), [(1, 0), (3, 1), (100, 33), (1499, 499), (1500, 500), (1600, 500)]
+)
 def test_so_many_goals_are_there_to_train_on(tmp_path, num_tasks, num_test):
     done = []
-    said = generate(tmp_path / "made", num_tasks=num_tasks, seed=0, report=lambda *progress: done.append(progress))
+    said = generate(
+        tmp_path / "made",
+        num_tasks=num_tasks,
+        seed=0,
+        report=lambda *progress: done.append(progress),
+    )
     assert said.endswith(f"{num_tasks} goals to train on and {num_test} to test.")
     assert done == [(number + 1, num_tasks + num_test) for number in range(num_tasks + num_test)]
 
@@ -117,7 +134,9 @@ def test_the_expert_scores_one_on_every_goal_of_the_shipped_catalogue():
 
 
 def test_the_shopper_who_sees_only_texts_is_often_but_not_always_right():
-    """Near-duplicates make the difference: what is asked for may stand in the bullets, which he does not read."""
+    """Near-duplicates make the difference: what is asked for may stand in the bullets, which he
+    does not read.
+    """
     environment = WebShopEnvironment(data_dir=str(SHIPPED))
     successes = []
     for task in list_all_tasks(environment):
@@ -136,5 +155,7 @@ def test_buying_the_first_result_is_not_enough():
         found = environment.step(f"<think></think><action>search[{task.description}]</action>")
         asin = parse_results(found.observation.text)[0][0]
         environment.step(f"<think></think><action>click[{asin}]</action>")
-        successes.append(environment.step("<think></think><action>click[buy now]</action>").is_success)
+        successes.append(
+            environment.step("<think></think><action>click[buy now]</action>").is_success
+        )
     assert not any(successes)

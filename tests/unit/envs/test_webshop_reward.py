@@ -1,4 +1,6 @@
-"""The native score, by hand: r_type * (attributes + options + price) / (number asked for + 1), and each of its parts."""
+"""The native score, by hand: r_type * (attributes + options + price) / (number asked for + 1), and
+each of its parts.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def score(product=None, chosen=("navy blue", "8"), **goal):
 
 def test_what_was_asked_for_scores_one():
     """1 * (2 + 2 + 1) / (2 + 2 + 1)"""
-    assert score() == Score(score=1.0, r_type=1.0, r_attributes=1.0, r_options=1.0, r_price=1.0, title_similarity=1.0)
+    assert score() == Score(
+        score=1.0, r_type=1.0, r_attributes=1.0, r_options=1.0, r_price=1.0, title_similarity=1.0
+    )
 
 
 def test_a_wrong_option_costs_its_share():
@@ -104,7 +108,9 @@ def test_a_missing_attribute_costs_one_share():
 
 def test_all_wrong_at_once():
     """Title "swift lamp" has 1 of 3 wanted nouns: r_type 1. Nothing else fits: 1 * 0 / 5."""
-    product = build_product(name="swift lamp", query="lamp", product_category="Home", price=60.0, attributes=())
+    product = build_product(
+        name="swift lamp", query="lamp", product_category="Home", price=60.0, attributes=()
+    )
     assert score(product, chosen=("red",)) == Score(0.0, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 3))
 
 
@@ -133,7 +139,17 @@ def test_the_factor_multiplies_the_whole():
         (0.1, "lamp", "Home \u203a Shoes", 0.5),
         (0.1, "lamp", "Shoes \u203a Shoes", 0.5),
     ],
-    ids=["0", "0.1", "0.5", "0.5 at the edge", "title", "query", "two shelves in any order", "one shelf", "one shelf twice"],
+    ids=[
+        "0",
+        "0.1",
+        "0.5",
+        "0.5 at the edge",
+        "title",
+        "query",
+        "two shelves in any order",
+        "one shelf",
+        "one shelf twice",
+    ],
 )
 def test_the_factor_of_the_type(similarity, query, shelf, factor):
     product = build_product(query=query, product_category=shelf)
@@ -142,10 +158,18 @@ def test_the_factor_of_the_type(similarity, query, shelf, factor):
 
 @pytest.mark.parametrize(
     ("bought", "wanted", "similarity"),
-    [("a b", "a b c d", 0.5), ("a a", "a a a b", 0.25), ("x", "a", 0.0), ("A", "a", 1.0), ("x", "", 0.2)],
+    [
+        ("a b", "a b c d", 0.5),
+        ("a a", "a a a b", 0.25),
+        ("x", "a", 0.0),
+        ("A", "a", 1.0),
+        ("x", "", 0.2),
+    ],
 )
 def test_title_similarity_is_shared_nouns_over_the_wanted_ones(bought, wanted, similarity):
-    """Shared nouns are counted once, wanted ones as often as they stand there; without any, 0.2 is taken."""
+    """Shared nouns are counted once, wanted ones as often as they stand there; without any, 0.2 is
+    taken.
+    """
     assert compute_title_similarity(bought, wanted, EveryWord()) == similarity
 
 
@@ -214,17 +238,28 @@ def test_the_colours_are_in_their_fixed_order():
         (["red"], ["red", "dark red"], 1),
         ([], ["red"], 0),
     ],
-    ids=["same colour", "words of another", "other size", "any order", "dark comes first", "nothing"],
+    ids=[
+        "same colour",
+        "words of another",
+        "other size",
+        "any order",
+        "dark comes first",
+        "nothing",
+    ],
 )
 def test_options_are_met_by_colour_and_likeness(chosen, wanted, num_met):
     assert count_met_options(chosen, wanted) == num_met
 
 
 def compute_classic_ratio(first, second):
-    """thefuzz's token_set_ratio written out: the best of three ratios between what is shared and the two whole sets."""
+    """thefuzz's token_set_ratio written out: the best of three ratios between what is shared and
+    the two whole sets.
+    """
 
     def reduce(text):
-        return re.sub(r"\W", " ", "".join(c for c in text if not 128 <= ord(c) < 256)).lower().strip()
+        return (
+            re.sub(r"\W", " ", "".join(c for c in text if not 128 <= ord(c) < 256)).lower().strip()
+        )
 
     def ratio(a, b):
         """Twice the longest common subsequence over both lengths, in whole percent."""
@@ -244,12 +279,30 @@ def compute_classic_ratio(first, second):
     return max(ratio(shared, whole_a), ratio(shared, whole_b), ratio(whole_a, whole_b))
 
 
-SAMPLES = ("red", "Red", "dark-red", "x_l", "large", "café", "8", "8.5", "ünï", "", "'s", "\u2019s", "4\u2033x6", "\u5c3a")
+SAMPLES = (
+    "red",
+    "Red",
+    "dark-red",
+    "x_l",
+    "large",
+    "café",
+    "8",
+    "8.5",
+    "ünï",
+    "",
+    "'s",
+    "\u2019s",
+    "4\u2033x6",
+    "\u5c3a",
+)
 WORDS = st.lists(st.sampled_from(SAMPLES), max_size=5)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
-@given(st.one_of(WORDS.map(" ".join), st.text(alphabet="abc -é\u2019", max_size=12)), WORDS.map(" ".join))
+@given(
+    st.one_of(WORDS.map(" ".join), st.text(alphabet="abc -é\u2019", max_size=12)),
+    WORDS.map(" ".join),
+)
 def test_the_ratio_is_the_classic_one(first, second):
     assert compute_token_set_ratio(first, second) == compute_classic_ratio(first, second)
 
@@ -257,9 +310,21 @@ def test_the_ratio_is_the_classic_one(first, second):
 @pytest.mark.parametrize(
     ("first", "second", "ratio"),
     [
-        *[("red", "RED!", 100), ("8", "8.5", 100), ("", "", 0), ("é", "é", 0), ("abc", "abd", 67), ("large", "x large", 100)],
-        # Curly quotes part words as straight ones do; letters beyond Latin-1 stay, those of it are lost.
-        *[("women\u2019s m", "women's m", 100), ("4\u2033x6\u2033", '4"x6"', 100), ("\u5c3a", "\u5c3a", 100)],
+        *[
+            ("red", "RED!", 100),
+            ("8", "8.5", 100),
+            ("", "", 0),
+            ("é", "é", 0),
+            ("abc", "abd", 67),
+            ("large", "x large", 100),
+        ],
+        # Curly quotes part words as straight ones do; letters beyond Latin-1 stay, those of it are
+        # lost.
+        *[
+            ("women\u2019s m", "women's m", 100),
+            ("4\u2033x6\u2033", '4"x6"', 100),
+            ("\u5c3a", "\u5c3a", 100),
+        ],
     ],
 )
 def test_the_ratio_of_texts_reduced_to_words(first, second, ratio):
@@ -278,13 +343,25 @@ def test_a_match_needs_more_than_85():
 def test_the_rule_of_thumb_keeps_what_looks_like_nouns():
     nouns = HeuristicNouns()
     title = "Swift Women's Running Shoes with Comfortable 2-Pack Mesh, Wireless, Padded 10oz - the Best Table & Bed"
-    assert nouns.find(title) == ("swift", "women", "running", "shoes", "pack", "mesh", "table", "bed")
+    assert nouns.find(title) == (
+        "swift",
+        "women",
+        "running",
+        "shoes",
+        "pack",
+        "mesh",
+        "table",
+        "bed",
+    )
     assert nouns.find("42 oz, best!") == ()
 
 
 def test_spacy_nouns_are_nouns_and_proper_nouns():
     tags = {"Swift": "PROPN", "light": "ADJ", "Shoes": "NOUN"}
-    nouns = SpacyNouns("model-1", lambda title: [SimpleNamespace(text=word, pos_=tags[word]) for word in title.split()])
+    nouns = SpacyNouns(
+        "model-1",
+        lambda title: [SimpleNamespace(text=word, pos_=tags[word]) for word in title.split()],
+    )
     assert nouns.find("Swift light Shoes Shoes") == ("swift", "shoes", "shoes")
 
 

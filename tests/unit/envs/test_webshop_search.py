@@ -1,4 +1,6 @@
-"""Search: the published BM25 and text analysis, an order that is the same everywhere, no document without a shared term."""
+"""Search: the published BM25 and text analysis, an order that is the same everywhere, no document
+without a shared term.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def compute_bm25(query):
     return scores
 
 
-@pytest.mark.parametrize("query", ["red", "red shoes", "running", "red red lamp", "runners shade", "blue lamp shoes cable"])
+@pytest.mark.parametrize(
+    "query",
+    ["red", "red shoes", "running", "red red lamp", "runners shade", "blue lamp shoes cable"],
+)
 def test_documents_are_ranked_by_the_formula(index, query):
     scores = compute_bm25(query)
     expected = sorted(scores, key=lambda number: (-round(scores[number], 5), number))
@@ -84,10 +89,16 @@ def test_text_becomes_lower_case_stems_without_stop_words(text, terms):
 
 
 def test_a_word_is_analysed_once_however_often_a_catalogue_says_it(tmp_path, monkeypatch):
-    """1.2 million products take minutes this way, and three times as long with every word of every product."""
+    """1.2 million products take minutes this way, and three times as long with every word of every
+    product.
+    """
     analysed = []
     list_terms = TextAnalysis.list_terms
-    monkeypatch.setattr(TextAnalysis, "list_terms", lambda self, text: analysed.append(text) or list_terms(self, text))
+    monkeypatch.setattr(
+        TextAnalysis,
+        "list_terms",
+        lambda self, text: analysed.append(text) or list_terms(self, text),
+    )
     build_index(["the runner's shoes", "The shoes, the SHOES"] * 100, tmp_path / "index")
     assert sorted(analysed) == ["runner's", "shoes", "the"]
     assert SearchIndex(tmp_path / "index").search("shoe of a runner", 3) == (0, 2, 4)

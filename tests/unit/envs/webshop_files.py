@@ -1,11 +1,19 @@
-"""A catalogue in the exact shape of the published files, written by hand: five products, two of them nearly the same."""
+"""A catalogue in the exact shape of the published files, written by hand: five products, two of
+them nearly the same.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-SHOES, TRAIL, JACKET, LOTION, CABLE = "B07AAAAAA1", "B07AAAAAA2", "B07BBBBBB1", "B07CCCCCC1", "B07DDDDDD1"
+SHOES, TRAIL, JACKET, LOTION, CABLE = (
+    "B07AAAAAA1",
+    "B07AAAAAA2",
+    "B07BBBBBB1",
+    "B07CCCCCC1",
+    "B07DDDDDD1",
+)
 
 
 def build_entry(asin, name, **fields):
@@ -44,7 +52,15 @@ def build_entry(asin, name, **fields):
 
 def build_choices(*values):
     return [
-        {"is_selected": False, "is_available": True, "value": value, "asin": "", "price": 0, "image": None} for value in values
+        {
+            "is_selected": False,
+            "is_available": True,
+            "value": value,
+            "asin": "",
+            "price": 0,
+            "image": None,
+        }
+        for value in values
     ]
 
 
@@ -52,9 +68,17 @@ def list_entries():
     colours, sizes = build_choices("Navy Blue", " Red "), build_choices("8", "9/10")
     return [
         build_entry(
-            SHOES, "Swift Running Shoes with Mesh", pricing="$42.50", customization_options={"Color": colours, "Size": sizes}
+            SHOES,
+            "Swift Running Shoes with Mesh",
+            pricing="$42.50",
+            customization_options={"Color": colours, "Size": sizes},
         ),
-        build_entry(TRAIL, "Swift Trail Running Shoes", pricing="$1,049.00$1,105.49", customization_options={"Color": None}),
+        build_entry(
+            TRAIL,
+            "Swift Trail Running Shoes",
+            pricing="$1,049.00$1,105.49",
+            customization_options={"Color": None},
+        ),
         build_entry(
             JACKET,
             "Storm Rain Jacket",
@@ -96,7 +120,11 @@ ATTRIBUTES = {
         "instruction_attributes": ["mesh"],
     },
     TRAIL: {"attributes": ["rubber sole"]},
-    JACKET: {"attributes": ["hooded"], "instruction": "Find me a jacket.", "instruction_attributes": ["hooded"]},
+    JACKET: {
+        "attributes": ["hooded"],
+        "instruction": "Find me a jacket.",
+        "instruction_attributes": ["hooded"],
+    },
     LOTION: {"attributes": ["shea butter"], "instruction": None, "instruction_attributes": None},
 }
 HUMAN = {
@@ -110,7 +138,11 @@ HUMAN = {
         {"instruction": "i want anything", "instruction_attributes": [], "instruction_options": []},
     ],
     TRAIL: [
-        {"instruction": "i want trail shoes", "instruction_attributes": ["rubber sole"], "instruction_options": []},
+        {
+            "instruction": "i want trail shoes",
+            "instruction_attributes": ["rubber sole"],
+            "instruction_options": [],
+        },
     ],
     JACKET: [
         {
@@ -120,16 +152,26 @@ HUMAN = {
         },
     ],
     LOTION: [
-        {"instruction": "some lotion", "instruction_attributes": ["shea butter"], "instruction_options": []},
+        {
+            "instruction": "some lotion",
+            "instruction_attributes": ["shea butter"],
+            "instruction_options": [],
+        },
     ],
 }
 REVIEWS = [
-    {"asin": SHOES, "average_rating": 4.5, "reviews": [{"title": "Nice", "stars": 5, "review": "They fit."}]},
+    {
+        "asin": SHOES,
+        "average_rating": 4.5,
+        "reviews": [{"title": "Nice", "stars": 5, "review": "They fit."}],
+    },
     {"asin": TRAIL, "average_rating": 2.0, "reviews": [{"title": "Hm", "score": 2}]},
 ]
 
 
-def write_files(directory: Path, entries=None, attributes=ATTRIBUTES, human=HUMAN, reviews=None, suffix="") -> Path:
+def write_files(
+    directory: Path, entries=None, attributes=ATTRIBUTES, human=HUMAN, reviews=None, suffix=""
+) -> Path:
     """Write the files; None leaves `human` or `reviews` out."""
     directory.mkdir(parents=True, exist_ok=True)
     contents = {

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sdar.config import EnvironmentConfig, EvaluationConfig, MethodConfig, ModelConfig, RunConfig, TrainingConfig
+from sdar.config import (
+    EnvironmentConfig,
+    EvaluationConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from sdar.contracts.errors import ConflictError, UnavailableError
 from sdar.contracts.types import (
     ChatMessage,
@@ -27,7 +34,12 @@ MODEL = ModelIdentity("tiny", "0" * 16)
 
 
 def build_config(**training: int) -> RunConfig:
-    values = {"num_updates": 2, "groups_per_update": 2, "group_size": 2, "max_staleness": 1} | training
+    values = {
+        "num_updates": 2,
+        "groups_per_update": 2,
+        "group_size": 2,
+        "max_staleness": 1,
+    } | training
     return RunConfig(
         name="test",
         model=ModelConfig(path=Path("model")),
@@ -44,15 +56,21 @@ class FakeCatalog:
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
         return RegisteredEnvironment(name, address, "1", {"train": 10, "heldout": 5}, "", 3)
 
-    async def list_tasks(self, name: str, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
+    async def list_tasks(
+        self, name: str, address: str, split: str, max_tasks: int | None = None
+    ) -> list[Task]:
         number = {"train": 10, "heldout": 5}[split]
-        tasks = [Task(name, split, f"{split}-{i}", f"type{i % 2}", f"do {i}", i) for i in range(number)]
+        tasks = [
+            Task(name, split, f"{split}-{i}", f"type{i % 2}", f"do {i}", i) for i in range(number)
+        ]
         return tasks[:max_tasks]
 
 
 def build_manifest(policy_version: int, num_updates: int | None = None) -> WeightsManifest:
     num_updates = policy_version if num_updates is None else num_updates
-    return WeightsManifest("test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0, num_updates)
+    return WeightsManifest(
+        "test", policy_version, f"v{policy_version}", (), 0, MODEL, 0.0, num_updates
+    )
 
 
 def play(

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.streams import Stream
-from sdar.runtime.bus import BusMemory, StreamLag
 from services.gateway.alarms import (
     JUDGES,
     LEARNER_LEAST_SILENCE_S,
@@ -58,8 +58,14 @@ def test_a_run_that_goes_well_has_no_alarm() -> None:
         ("redis_memory", {"memory": BusMemory(used_bytes=81, max_bytes=100)}),
         ("rollout_silent", {"heard_at_s": FINE.heard_at_s | {"rollout": NOW - SILENCE_S - 1}}),
         ("teacher_silent", {"heard_at_s": FINE.heard_at_s | {"teacher": NOW - SILENCE_S - 1}}),
-        ("teacher_lagging", {"lags": WAITING | {Stream.TRAJECTORIES: StreamLag(0, 1, TEACHER_LAG_S + 1)}}),
-        ("learner_silent", {"heard_at_s": FINE.heard_at_s | {"learner": NOW - LEARNER_LEAST_SILENCE_S - 1}}),
+        (
+            "teacher_lagging",
+            {"lags": WAITING | {Stream.TRAJECTORIES: StreamLag(0, 1, TEACHER_LAG_S + 1)}},
+        ),
+        (
+            "learner_silent",
+            {"heard_at_s": FINE.heard_at_s | {"learner": NOW - LEARNER_LEAST_SILENCE_S - 1}},
+        ),
         ("dead_letters", {"num_dead_letters": 1}),
         ("ledger_gap", {"ledger_gap": 1}),
         ("length_drift", {"length_drift": LENGTH_DRIFT + 0.01}),
@@ -81,7 +87,13 @@ def test_a_service_with_nothing_to_do_may_be_silent() -> None:
 
 
 def test_what_the_learner_holds_until_its_checkpoint_is_no_alarm() -> None:
-    assert names(heard_at_s=FINE.heard_at_s | {"learner": 0.0}, lags={Stream.SCORED: StreamLag(0, 50, 900.0)}) == set()
+    assert (
+        names(
+            heard_at_s=FINE.heard_at_s | {"learner": 0.0},
+            lags={Stream.SCORED: StreamLag(0, 50, 900.0)},
+        )
+        == set()
+    )
 
 
 def test_a_slow_learner_is_given_the_time_its_updates_take() -> None:
@@ -117,7 +129,14 @@ def test_nobody_is_missed_while_a_run_sleeps_nor_while_its_workers_come_up_again
 
 def test_a_method_without_a_teacher_misses_none() -> None:
     old = {Stream.TRAJECTORIES: StreamLag(1, 1, NOW)}
-    assert names(heard_at_s=FINE.heard_at_s | {"teacher": 0.0}, lags=old, learner_input=Stream.TRAJECTORIES) == set()
+    assert (
+        names(
+            heard_at_s=FINE.heard_at_s | {"teacher": 0.0},
+            lags=old,
+            learner_input=Stream.TRAJECTORIES,
+        )
+        == set()
+    )
 
 
 def test_a_redis_without_a_bound_of_its_own_is_never_nearly_full() -> None:

@@ -13,7 +13,9 @@ from services.gateway.lengths import KEPT_GROUPS, LEAST_GROUPS, EpisodeLengths, 
 def close(lengths: EpisodeLengths, number: int, turns: int, outcome: GroupOutcome) -> None:
     """A group of two episodes of that many turns, from its playing to its end."""
     group_id = f"group-{number:08d}"
-    lengths.apply(LedgerEvent("run", group_id, GroupOutcome.GENERATED, 2, 0, episode_turns=(turns, turns)))
+    lengths.apply(
+        LedgerEvent("run", group_id, GroupOutcome.GENERATED, 2, 0, episode_turns=(turns, turns))
+    )
     lengths.apply(LedgerEvent("run", group_id, outcome, 2, 0))
 
 
@@ -25,10 +27,16 @@ def test_the_distance_is_half_the_sum_of_differences_of_shares() -> None:
 
 @given(st.dictionaries(st.integers(1, 50), st.integers(1, 100), min_size=1))
 def test_distributions_that_are_equal_have_no_distance(counts: dict[int, int]) -> None:
-    assert compute_length_drift(Counter(counts), Counter({n: 3 * k for n, k in counts.items()})) == pytest.approx(0)
+    assert compute_length_drift(
+        Counter(counts), Counter({n: 3 * k for n, k in counts.items()})
+    ) == pytest.approx(0)
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=LEAST_GROUPS, max_size=KEPT_GROUPS))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 30), st.booleans()), min_size=LEAST_GROUPS, max_size=KEPT_GROUPS
+    )
+)
 def test_the_drift_is_at_most_the_share_that_was_dropped(groups: list[tuple[int, bool]]) -> None:
     lengths = EpisodeLengths()
     for number, (turns, is_trained) in enumerate(groups):
@@ -50,7 +58,12 @@ def test_dropping_the_long_ones_first_is_a_drift_and_training_everything_is_none
 def test_groups_without_a_training_signal_are_no_part_of_the_comparison() -> None:
     lengths = EpisodeLengths()
     for number in range(64):
-        close(lengths, number, 20 if number % 2 else 2, GroupOutcome.SKIPPED if number % 2 else GroupOutcome.TRAINED)
+        close(
+            lengths,
+            number,
+            20 if number % 2 else 2,
+            GroupOutcome.SKIPPED if number % 2 else GroupOutcome.TRAINED,
+        )
     assert lengths.compute_drift() == 0
 
 

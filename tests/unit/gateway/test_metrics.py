@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sdar.runtime.ledger import LedgerAccount
+from sdar.bus.ledger import LedgerAccount
 from services.gateway.evaluation import Evaluation
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.state import RunPhase
@@ -13,7 +13,9 @@ from services.gateway.state import RunPhase
 from .fakes import build_config
 
 
-def evaluate(*successes: tuple[str, int, int], is_greedy: bool = False, num_open: int = 0) -> Evaluation:
+def evaluate(
+    *successes: tuple[str, int, int], is_greedy: bool = False, num_open: int = 0
+) -> Evaluation:
     """An evaluation with (task type, successes, episodes)."""
     num_tasks = sum(played for _, _, played in successes)
     evaluation = Evaluation.begin(3, 7, is_greedy=is_greedy, num_tasks=num_tasks + num_open)
@@ -61,7 +63,12 @@ def test_the_newest_complete_evaluation_is_told_by_task_type_with_its_counts() -
 
 def test_no_evaluation_makes_more_series_than_the_bound_and_none_is_lost() -> None:
     registry = observe(evaluate(*[(f"type {i}", 1, 2) for i in range(100)]))
-    series = [sample for family in registry.collect() for sample in family.samples if sample.name == "sdar_evaluation_episodes"]
+    series = [
+        sample
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "sdar_evaluation_episodes"
+    ]
     assert len(series) == 65
     assert sum(sample.value for sample in series) == 200
 

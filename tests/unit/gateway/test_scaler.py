@@ -1,4 +1,6 @@
-"""The scaler on a real scheduler and watch: what it does to a cluster and when it doesn't, how a run sleeps and wakes."""
+"""The scaler on a real scheduler and watch: what it does to a cluster and when it doesn't, how a
+run sleeps and wakes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import RefusedError, UnavailableError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import MetricRecord, TaskGroup
-from sdar.runtime.memory_bus import MemoryBus
+from sdar.in_process.memory_bus import MemoryBus
 from services.gateway.app import build_app
 from services.gateway.scaling import scaler as scaler_module
 from services.gateway.scaling.file import ScalingFileReader
@@ -61,7 +63,14 @@ class Bench:
         self.scheduler = self.run.scheduler
         self.watch = Watch(self.scheduler, self.run.bus, clock=self.clock)
         metrics = ScalingMetrics(self.registry)
-        self.scaler = Scaler(self.scheduler, self.watch, ScalingFileReader(path), self.cluster, metrics, clock=self.clock)
+        self.scaler = Scaler(
+            self.scheduler,
+            self.watch,
+            ScalingFileReader(path),
+            self.cluster,
+            metrics,
+            clock=self.clock,
+        )
 
     def write(self, old: str = "", new: str = "") -> None:
         self.path.write_text(FILE.replace(old, new) if old else FILE)
@@ -89,8 +98,12 @@ class Bench:
         return self.registry.get_sample_value(name, labels)
 
     async def status(self, path: str) -> dict[str, Any]:
-        app = build_app(self.scheduler, self.watch, self.run.bus, scaler=self.scaler, registry=self.registry)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        app = build_app(
+            self.scheduler, self.watch, self.run.bus, scaler=self.scaler, registry=self.registry
+        )
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://gateway"
+        ) as client:
             return (await client.get(path)).json()  # type: ignore[no-any-return]
 
     async def stop(self) -> None:
@@ -100,7 +113,12 @@ class Bench:
     async def restart(self, **changes: Any) -> Bench:
         """The next gateway of the same run, in the same cluster."""
         await self.stop()
-        arguments = {"config": self.run.config, "bus": self.run.bus, "cluster": self.cluster, "clock": self.clock} | changes
+        arguments = {
+            "config": self.run.config,
+            "bus": self.run.bus,
+            "cluster": self.cluster,
+            "clock": self.clock,
+        } | changes
         return Bench(self.path, **arguments)
 
 
@@ -114,7 +132,9 @@ async def bench(tmp_path: Path):
 
 
 async def start(bench: Bench) -> list[TaskGroup]:
-    """Begin the run; the gateway knows of all that it has issued. Returns the first training groups."""
+    """Begin the run; the gateway knows of all that it has issued. Returns the first training
+    groups.
+    """
     _, training = await begin(bench.run)
     await until(lambda: bench.scheduler.ledger.num_issued == len(training))
     await bench.watch.refresh()
@@ -128,7 +148,9 @@ async def fall_asleep_paused(bench: Bench) -> None:
     assert bench.cluster.sizes == ASLEEP
 
 
-async def test_a_starved_learner_gets_another_rollout_worker_once_the_looks_agree(bench: Bench) -> None:
+async def test_a_starved_learner_gets_another_rollout_worker_once_the_looks_agree(
+    bench: Bench,
+) -> None:
     await start(bench)
     await bench.look_while_the_learner_waits(int(SETTLE_S / LOOK_S) - 1)
     assert bench.cluster.sizes == AWAKE
@@ -180,7 +202,11 @@ async def test_a_dry_run_explains_itself_and_touches_nothing(bench: Bench) -> No
     await bench.look(20)
     rollout = (await bench.status("/v1/scaling"))["workloads"]["rollout"]
     assert (rollout["wanted"], "paused" in rollout["reason"]) == (0, True)
-    assert (bench.cluster.sizes, bench.cluster.events, bench.scheduler.state.sleep) == (AWAKE, [], None)
+    assert (bench.cluster.sizes, bench.cluster.events, bench.scheduler.state.sleep) == (
+        AWAKE,
+        [],
+        None,
+    )
 
 
 async def test_changed_bounds_are_kept_at_the_next_look_without_a_restart(bench: Bench) -> None:
@@ -193,7 +219,9 @@ async def test_changed_bounds_are_kept_at_the_next_look_without_a_restart(bench:
     assert bench.cluster.sizes["rollout"] == 2
 
 
-async def test_a_broken_file_raises_an_alarm_and_the_last_good_one_stays_in_force(bench: Bench) -> None:
+async def test_a_broken_file_raises_an_alarm_and_the_last_good_one_stays_in_force(
+    bench: Bench,
+) -> None:
     await bench.look()
     bench.write("workloads:", "workload:")
     bench.cluster.set("rollout", 9)
@@ -224,7 +252,9 @@ async def fall_asleep_learner_only(bench: Bench) -> None:
 # --- whose hands are off
 
 
-async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_lasts(bench: Bench) -> None:
+async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_lasts(
+    bench: Bench,
+) -> None:
     await start(bench)
     bench.cluster.fault = UnavailableError("The API server cannot be reached.")
     await bench.look(2)
@@ -232,7 +262,10 @@ async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_
     assert "cannot be reached" in (await bench.status("/v1/scaling"))["problem"]
     await bench.look(2)
     status = await bench.status("/v1/run")
-    assert (status["phase"], [alarm["name"] for alarm in status["alarms"]]) == ("running", ["scaling"])
+    assert (status["phase"], [alarm["name"] for alarm in status["alarms"]]) == (
+        "running",
+        ["scaling"],
+    )
     bench.cluster.fault = None
     bench.cluster.set("rollout", 0)
     await bench.look(2)
@@ -245,7 +278,10 @@ async def test_a_defect_of_the_scaler_is_an_alarm_and_not_the_end_of_the_run(ben
     bench.cluster.fault = ValueError("no JSON")
     await bench.look(4)
     status = await bench.status("/v1/run")
-    assert (status["phase"], [alarm["name"] for alarm in status["alarms"]]) == ("running", ["scaling"])
+    assert (status["phase"], [alarm["name"] for alarm in status["alarms"]]) == (
+        "running",
+        ["scaling"],
+    )
     assert "no JSON" in status["alarms"][0]["message"]
 
 
@@ -270,13 +306,17 @@ async def test_a_status_that_changed_meanwhile_is_nobodys_decision(bench: Bench)
     await bench.look()
     bench.cluster.set("rollout", 9)
     changes = iter([9])
-    bench.cluster.before_resize = lambda: [bench.cluster.set("rollout", size) for size in changes].clear()
+    bench.cluster.before_resize = lambda: [
+        bench.cluster.set("rollout", size) for size in changes
+    ].clear()
     await bench.look()
     assert bench.cluster.sizes["rollout"] == 4
     assert bench.sample("sdar_scaling_errors_total", cause="conflict") == 0
 
 
-async def test_a_gateway_that_was_followed_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_gateway_that_was_followed_changes_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scaler_module, "_CONFIRM_S", 0.5)
     await start(bench)
     await bench.look()
@@ -323,7 +363,9 @@ async def test_a_paused_run_sleeps_tells_of_it_and_wakes_to_its_former_sizes(ben
     assert (status["phase"], status["sleep"], bench.sample("sdar_idle")) == ("running", None, 0)
 
 
-async def test_a_woken_run_has_as_long_as_a_new_one_until_it_is_missed_or_stuck(bench: Bench) -> None:
+async def test_a_woken_run_has_as_long_as_a_new_one_until_it_is_missed_or_stuck(
+    bench: Bench,
+) -> None:
     await fall_asleep_paused(bench)
     await bench.look(500)
     bench.scheduler.resume()
@@ -335,7 +377,9 @@ async def test_a_woken_run_has_as_long_as_a_new_one_until_it_is_missed_or_stuck(
     assert "stuck" in (await bench.status("/v1/run"))["sleep"]["reason"]
 
 
-async def test_a_finished_run_sleeps_and_cannot_be_woken_for_nothing(bench: Bench, tmp_path: Path) -> None:
+async def test_a_finished_run_sleeps_and_cannot_be_woken_for_nothing(
+    bench: Bench, tmp_path: Path
+) -> None:
     short = await bench.restart(config=build_config(num_updates=2), bus=None)
     await finish(short.run)
     await short.look(14)
@@ -352,10 +396,14 @@ async def test_a_finished_run_sleeps_and_cannot_be_woken_for_nothing(bench: Benc
     await longer.stop()
 
 
-async def test_a_run_that_sleeps_because_it_was_paused_outlives_its_gateway_asleep_and_paused(bench: Bench) -> None:
+async def test_a_run_that_sleeps_because_it_was_paused_outlives_its_gateway_asleep_and_paused(
+    bench: Bench,
+) -> None:
     bench.cluster.set("rollout", 2)
     await fall_asleep_paused(bench)
-    again = await bench.restart(config=build_config(num_updates=10))  # another configuration doesn't end a pause
+    again = await bench.restart(
+        config=build_config(num_updates=10)
+    )  # another configuration doesn't end a pause
     await again.look(3)
     await again.run.reach(RunPhase.PAUSED)
     assert again.cluster.sizes == ASLEEP
@@ -365,7 +413,9 @@ async def test_a_run_that_sleeps_because_it_was_paused_outlives_its_gateway_asle
     await again.stop()
 
 
-async def test_a_stuck_run_sleeps_on_after_a_restart_and_wakes_under_another_configuration(bench: Bench) -> None:
+async def test_a_stuck_run_sleeps_on_after_a_restart_and_wakes_under_another_configuration(
+    bench: Bench,
+) -> None:
     await start(bench)
     await bench.look(int(660 / LOOK_S))
     assert (bench.cluster.sizes, bench.scheduler.state.phase) == (ASLEEP, RunPhase.RUNNING)
@@ -408,7 +458,9 @@ async def test_a_stop_wakes_a_sleeping_run_for_its_last_evaluation(bench: Bench)
     assert bench.scheduler.state.phase is RunPhase.STOPPING
 
 
-async def test_a_sleeping_run_that_lost_its_redis_sleeps_on_until_somebody_wakes_it(bench: Bench) -> None:
+async def test_a_sleeping_run_that_lost_its_redis_sleeps_on_until_somebody_wakes_it(
+    bench: Bench,
+) -> None:
     await fall_asleep_paused(bench)
     again = await bench.restart(bus=None)
     await again.look(5)
@@ -441,7 +493,9 @@ async def test_where_nobody_holds_it_asleep_any_more_a_run_is_awake(bench: Bench
     await unscaled.stop()
 
 
-async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sleep_what_it_noted(bench: Bench) -> None:
+async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sleep_what_it_noted(
+    bench: Bench,
+) -> None:
     await start(bench)
     bench.scheduler.pause()
     await bench.look()
@@ -455,6 +509,8 @@ async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sle
 
 async def test_where_nothing_is_scaled_the_api_says_so(bench: Bench) -> None:
     app = build_app(bench.scheduler, bench.watch, bench.run.bus, registry=CollectorRegistry())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://gateway"
+    ) as client:
         status = (await client.get("/v1/scaling")).json()
     assert (status["mode"], status["workloads"], status["sleep"]) == ("off", {}, None)

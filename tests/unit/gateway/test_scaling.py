@@ -1,4 +1,6 @@
-"""What size each workload is to have, and when a run is idle: signals, hysteresis and the scaling file."""
+"""What size each workload is to have, and when a run is idle: signals, hysteresis and the scaling
+file.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,15 @@ workloads:
 
 
 def build_load(*, wait: float = 0.1, idle: tuple[float, ...] = (0.0,), **changes: Any) -> Load:
-    """A load in which the learner waits for a share of its time and each rollout worker is idle for one."""
+    """A load in which the learner waits for a share of its time and each rollout worker is idle for
+    one.
+    """
     workers = {"rollout": {f"r{i}": [{"waiting_share": share}] for i, share in enumerate(idle)}}
-    values = {"updates": [{"wait_share": wait}] * 3, "workers": workers, "num_admitted": 100} | changes
+    values = {
+        "updates": [{"wait_share": wait}] * 3,
+        "workers": workers,
+        "num_admitted": 100,
+    } | changes
     return Load(**values)
 
 
@@ -41,11 +49,18 @@ def build_teachers(*idle: float) -> dict[str, Any]:
 
 def build_sessions(*, running: float, waiting: float, num_workers: int = 1) -> Load:
     record = {"running_episodes": running / num_workers, "waiting_sessions": waiting / num_workers}
-    return Load(workers={"rollout": {f"r{i}": [record] for i in range(num_workers)}}, sessions_per_replica=10)
+    return Load(
+        workers={"rollout": {f"r{i}": [record] for i in range(num_workers)}},
+        sessions_per_replica=10,
+    )
 
 
-@pytest.mark.parametrize(("wait", "replicas", "wanted"), [(0.5, 2, 4), (0.25, 3, 4), (0.9, 2, 4), (0.3, 1, 2)])
-def test_rollout_grows_by_what_the_learner_lacks_and_at_most_doubles(wait: float, replicas: int, wanted: int) -> None:
+@pytest.mark.parametrize(
+    ("wait", "replicas", "wanted"), [(0.5, 2, 4), (0.25, 3, 4), (0.9, 2, 4), (0.3, 1, 2)]
+)
+def test_rollout_grows_by_what_the_learner_lacks_and_at_most_doubles(
+    wait: float, replicas: int, wanted: int
+) -> None:
     assert advise("rollout", build_load(wait=wait), replicas).replicas == wanted
 
 
@@ -61,7 +76,9 @@ def test_a_learner_that_waits_a_little_changes_nothing() -> None:
         ("max_staleness", {"idle": (0.5, 0.6)}),
     ],
 )
-def test_rollout_does_not_grow_where_something_else_is_narrow(narrow: str, changes: dict[str, Any]) -> None:
+def test_rollout_does_not_grow_where_something_else_is_narrow(
+    narrow: str, changes: dict[str, Any]
+) -> None:
     advice = advise("rollout", build_load(wait=0.6, **changes), 2)
     assert advice.replicas == 2
     assert narrow in advice.reason
@@ -81,22 +98,48 @@ def test_one_update_held_up_by_an_evaluation_is_no_signal() -> None:
 
 def test_the_teacher_grows_when_what_admission_allows_piles_up_before_it_or_gets_old() -> None:
     workers = build_teachers(0.0)
-    assert advise("teacher", Load(workers=workers, num_lagging=30, num_admitted=100), 1).replicas == 2
-    assert advise("teacher", Load(workers=workers, num_lagging=2, num_admitted=100, lag_age_s=90.0), 1).replicas == 2
-    assert advise("teacher", Load(workers=workers, num_lagging=20, num_admitted=100, lag_age_s=5.0), 1).replicas == 1
+    assert (
+        advise("teacher", Load(workers=workers, num_lagging=30, num_admitted=100), 1).replicas == 2
+    )
+    assert (
+        advise(
+            "teacher", Load(workers=workers, num_lagging=2, num_admitted=100, lag_age_s=90.0), 1
+        ).replicas
+        == 2
+    )
+    assert (
+        advise(
+            "teacher", Load(workers=workers, num_lagging=20, num_admitted=100, lag_age_s=5.0), 1
+        ).replicas
+        == 1
+    )
     idle = Load(workers=build_teachers(0.9), num_lagging=30, num_admitted=100)
     assert advise("teacher", idle, 1).replicas == 1
 
 
 def test_the_teacher_shrinks_when_nothing_waits_and_one_is_spare() -> None:
-    assert advise("teacher", Load(workers=build_teachers(0.7, 0.7), num_lagging=1, num_admitted=100), 2).replicas == 1
-    assert advise("teacher", Load(workers=build_teachers(0.5, 0.5), num_lagging=1, num_admitted=100), 2).replicas == 2
-    assert advise("teacher", Load(num_lagging=90, num_admitted=100), 2).replicas == 2  # nobody was heard: nothing is known
+    assert (
+        advise(
+            "teacher", Load(workers=build_teachers(0.7, 0.7), num_lagging=1, num_admitted=100), 2
+        ).replicas
+        == 1
+    )
+    assert (
+        advise(
+            "teacher", Load(workers=build_teachers(0.5, 0.5), num_lagging=1, num_admitted=100), 2
+        ).replicas
+        == 2
+    )
+    assert (
+        advise("teacher", Load(num_lagging=90, num_admitted=100), 2).replicas == 2
+    )  # nobody was heard: nothing is known
 
 
 def test_environments_grow_to_hold_the_episodes_that_wait_and_shrink_with_some_to_spare() -> None:
     assert advise("envs", build_sessions(running=35, waiting=25, num_workers=3), 1).replicas == 4
-    assert advise("envs", build_sessions(running=8, waiting=2), 1).replicas == 2  # others hold sessions too
+    assert (
+        advise("envs", build_sessions(running=8, waiting=2), 1).replicas == 2
+    )  # others hold sessions too
     assert advise("envs", build_sessions(running=8, waiting=0), 2).replicas == 1
     assert advise("envs", build_sessions(running=9, waiting=0), 2).replicas == 2
     assert advise("envs", build_sessions(running=10, waiting=0.1), 1).replicas == 1
@@ -106,7 +149,8 @@ def test_the_learner_has_no_signal() -> None:
     assert advise("learner", build_load(wait=0.9), 2).replicas == 2
 
 
-# --- hysteresis -----------------------------------------------------------------------------------------------------------
+# --- hysteresis
+# --------------------------------------------------------------------------------------------------
 
 
 def build_workload(least: int, most: int) -> Workload:
@@ -114,9 +158,15 @@ def build_workload(least: int, most: int) -> Workload:
 
 
 def follow(
-    governor: Governor, workload: Workload, replicas: int, advised: list[int], now_s: float = SETTLE_S
+    governor: Governor,
+    workload: Workload,
+    replicas: int,
+    advised: list[int],
+    now_s: float = SETTLE_S,
 ) -> tuple[int, list[tuple[float, int]]]:
-    """Look once for each advice and do what is decided; returns the last size, and each change with its time."""
+    """Look once for each advice and do what is decided; returns the last size, and each change with
+    its time.
+    """
     changes = []
     for wanted in advised:
         decision = governor.decide(now_s, workload, replicas, Advice(wanted, "because."))
@@ -141,12 +191,17 @@ def test_a_change_settles_before_the_next_and_the_reason_says_so() -> None:
     _, changes = follow(governor, workload, 1, [9] * 20)
     assert changes[0][1] == 9
     governor.note_change(1000.0)
-    assert "settles for 50 s more" in governor.decide(1010.0, workload, 2, Advice(3, "more.")).reason
+    assert (
+        "settles for 50 s more" in governor.decide(1010.0, workload, 2, Advice(3, "more.")).reason
+    )
 
 
 @pytest.mark.parametrize(("replicas", "wanted"), [(0, 2), (1, 2), (5, 4)])
 def test_a_size_outside_its_bounds_is_corrected_at_once(replicas: int, wanted: int) -> None:
-    assert Governor(0.0).decide(0.0, build_workload(2, 4), replicas, Advice(replicas, "")).replicas == wanted
+    assert (
+        Governor(0.0).decide(0.0, build_workload(2, 4), replicas, Advice(replicas, "")).replicas
+        == wanted
+    )
 
 
 def test_a_fixed_size_follows_no_signal() -> None:
@@ -155,19 +210,25 @@ def test_a_fixed_size_follows_no_signal() -> None:
     assert follow(governor, build_workload(2, 2), 2, [0] * 50)[1] == []
 
 
-def test_no_more_are_asked_for_while_some_are_missing_and_what_they_lacked_counts_for_nothing() -> None:
+def test_no_more_are_asked_for_while_some_are_missing_and_what_they_lacked_counts_for_nothing() -> (
+    None
+):
     governor, workload = Governor(0.0), build_workload(1, 9)
     for now_s in range(0, 500, 5):
         governor.note_missing(float(now_s), 1)
         assert governor.decide(float(now_s), workload, 2, Advice(4, "more.")).replicas == 2
         assert governor.steady_since_s == now_s
-    for now_s in range(500, int(MISSING_S) + 200, 5):  # a node that never comes: down is judged again
+    for now_s in range(
+        500, int(MISSING_S) + 200, 5
+    ):  # a node that never comes: down is judged again
         governor.note_missing(float(now_s), 1)
         decision = governor.decide(float(now_s), workload, 2, Advice(1, "less."))
     assert decision.replicas == 1
 
 
-bounds = st.tuples(st.integers(1, 6), st.integers(0, 6)).map(lambda pair: build_workload(pair[0], pair[0] + pair[1]))
+bounds = st.tuples(st.integers(1, 6), st.integers(0, 6)).map(
+    lambda pair: build_workload(pair[0], pair[0] + pair[1])
+)
 
 
 @given(bounds, st.integers(0, 20), st.lists(st.integers(-5, 30), min_size=1, max_size=120))
@@ -177,14 +238,20 @@ def test_whatever_is_advised_bounds_hold_and_changes_keep_their_distance(
 ) -> None:
     _, changes = follow(Governor(0.0), workload, replicas, advised)
     assert all(workload.min <= size <= workload.max for _, size in changes)
-    by_signal = [change for change in changes if not (change is changes[0] and workload.clamp(replicas) != replicas)]
+    by_signal = [
+        change
+        for change in changes
+        if not (change is changes[0] and workload.clamp(replicas) != replicas)
+    ]
     for (before_s, _), (after_s, _) in itertools.pairwise(by_signal):
         assert after_s - before_s >= SETTLE_S
 
 
 @given(bounds, st.integers(1, 14), st.integers(0, 30))
 @settings(max_examples=40, deadline=None)
-def test_a_constant_advice_leads_one_way_and_then_nowhere(workload: Workload, replicas: int, wanted: int) -> None:
+def test_a_constant_advice_leads_one_way_and_then_nowhere(
+    workload: Workload, replicas: int, wanted: int
+) -> None:
     start = workload.clamp(replicas)
     size, changes = follow(Governor(0.0), workload, start, [wanted] * 200)
     sizes = [start, *(size for _, size in changes)]
@@ -194,8 +261,12 @@ def test_a_constant_advice_leads_one_way_and_then_nowhere(workload: Workload, re
 
 @given(bounds, st.floats(0.2, 15.0), st.integers(1, 12))
 @settings(max_examples=60, deadline=None)
-def test_in_a_steady_run_the_workers_settle_at_what_the_learner_needs(workload: Workload, demand: float, replicas: int) -> None:
-    """`demand`: workers whose data the learner uses up. Its waiting and their idling follow from how many there are."""
+def test_in_a_steady_run_the_workers_settle_at_what_the_learner_needs(
+    workload: Workload, demand: float, replicas: int
+) -> None:
+    """`demand`: workers whose data the learner uses up. Its waiting and their idling follow from
+    how many there are.
+    """
     governor, replicas, now_s, sizes = Governor(0.0), workload.clamp(replicas), SETTLE_S, []
     for _ in range(250):
         wait, idle = max(0.0, 1 - replicas / demand), max(0.0, 1 - demand / replicas)
@@ -212,7 +283,8 @@ def test_in_a_steady_run_the_workers_settle_at_what_the_learner_needs(workload: 
     assert replicas <= max(workload.min, math.ceil(demand) + 1)
 
 
-# --- the idle guard -------------------------------------------------------------------------------------------------------
+# --- the idle guard
+# --------------------------------------------------------------------------------------------------
 
 NOW = 100_000.0
 MOVING = Stillness(
@@ -249,12 +321,16 @@ def test_a_paused_run_is_idle_once_what_was_under_way_has_come_to_rest() -> None
 
 
 def test_a_failed_run_is_idle_and_says_why_it_gave_up() -> None:
-    still = dataclasses.replace(MOVING, phase=RunPhase.FAILED, detail="8 groups failed", progress_at_s=NOW - 100)
+    still = dataclasses.replace(
+        MOVING, phase=RunPhase.FAILED, detail="8 groups failed", progress_at_s=NOW - 100
+    )
     assert "8 groups failed" in find_idleness(still, 60.0)
 
 
 @pytest.mark.parametrize("phase", [RunPhase.STARTING, RunPhase.RUNNING, RunPhase.STOPPING])
-def test_a_run_without_progress_is_stuck_after_longer_than_anything_should_take(phase: RunPhase) -> None:
+def test_a_run_without_progress_is_stuck_after_longer_than_anything_should_take(
+    phase: RunPhase,
+) -> None:
     assert is_idle(1.0, phase=phase, progress_at_s=NOW - NO_PROGRESS_S - 1)
     assert not is_idle(1.0, phase=phase, progress_at_s=NOW - NO_PROGRESS_S + 1)
     assert not is_idle(1800.0, phase=phase, progress_at_s=NOW - 1799)
@@ -267,7 +343,8 @@ def test_time_without_redis_is_no_idleness() -> None:
     assert not is_idle(1.0, progress_at_s=0.0, bus_since_s=NOW - 100)
 
 
-# --- the file -------------------------------------------------------------------------------------------------------------
+# --- the file
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
@@ -297,7 +374,9 @@ def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
         ("", "file"),
     ],
 )
-def test_a_broken_file_is_told_of_once_and_the_last_good_one_stays(tmp_path: Path, contents: str, named: str) -> None:
+def test_a_broken_file_is_told_of_once_and_the_last_good_one_stays(
+    tmp_path: Path, contents: str, named: str
+) -> None:
     path = tmp_path / "scaling.yaml"
     path.write_text(GOOD_FILE)
     reader = ScalingFileReader(path)

@@ -7,15 +7,27 @@ from collections.abc import Callable
 
 import pytest
 
+from sdar.bus.ledger import LedgerAccount, parse_group_number
+from sdar.bus.protocol import BusLimits
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CorruptionError, RefusedError, SupersededError, UnknownResourceError
+from sdar.contracts.errors import (
+    CorruptionError,
+    RefusedError,
+    SupersededError,
+    UnknownResourceError,
+)
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, Task, TaskGroup
-from sdar.runtime.bus import BusLimits
-from sdar.runtime.ledger import LedgerAccount, parse_group_number
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.telemetry import Health
+from sdar.contracts.types import (
+    GroupOutcome,
+    LedgerEvent,
+    Purpose,
+    SamplingParameters,
+    Task,
+    TaskGroup,
+)
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.process.telemetry import Health
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import STATE_NAME, RunPhase
@@ -26,7 +38,18 @@ from .fakes import FakeCatalog, build_config, build_manifest, play
 
 def evaluation_group(task_type: str) -> TaskGroup:
     task = Task("fake", "heldout", "t", task_type, "do it", 0)
-    return TaskGroup("test", "e-00000", task, 1, Purpose.EVALUATION, 3, SamplingParameters(1.0, 1.0, 4), 3, "here:1", "e")
+    return TaskGroup(
+        "test",
+        "e-00000",
+        task,
+        1,
+        Purpose.EVALUATION,
+        3,
+        SamplingParameters(1.0, 1.0, 4),
+        3,
+        "here:1",
+        "e",
+    )
 
 
 def group_named(group_id: str) -> TaskGroup:
@@ -65,7 +88,9 @@ class Run:
         groups: list[TaskGroup] = []
         async with asyncio.timeout(5):
             while len(groups) < number:
-                deliveries = await self.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "r", number - len(groups), block_s=1)
+                deliveries = await self.bus.read(
+                    Stream.TASKS, ConsumerGroup.ROLLOUT, "r", number - len(groups), block_s=1
+                )
                 await self.bus.acknowledge(deliveries)
                 groups += [codec.decode_task_group(delivery.payload) for delivery in deliveries]
         return groups
@@ -74,7 +99,10 @@ class Run:
         """Wait until the scheduler has absorbed everything and decided on it."""
         async with asyncio.timeout(5):
             while True:
-                lags = [await self.bus.stream_lag(s, ConsumerGroup.GATEWAY) for s in (Stream.LEDGER, Stream.EVALUATIONS)]
+                lags = [
+                    await self.bus.stream_lag(s, ConsumerGroup.GATEWAY)
+                    for s in (Stream.LEDGER, Stream.EVALUATIONS)
+                ]
                 if not any(lag.num_undelivered + lag.num_pending for lag in lags):
                     return
                 await asyncio.sleep(0)
@@ -88,11 +116,17 @@ class Run:
         await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
         await until(lambda: self.scheduler.policy_version == version)
 
-    async def report(self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0, reason: str = "because") -> None:
-        events = [LedgerEvent("test", g.group_id, outcome, g.group_size, version, reason) for g in groups]
+    async def report(
+        self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0, reason: str = "because"
+    ) -> None:
+        events = [
+            LedgerEvent("test", g.group_id, outcome, g.group_size, version, reason) for g in groups
+        ]
         await self.bus.commit({}, transitions=events)
 
-    async def set_aside(self, stream: Stream, group: ConsumerGroup, payload: bytes, reason: str = "no good") -> str:
+    async def set_aside(
+        self, stream: Stream, group: ConsumerGroup, payload: bytes, reason: str = "no good"
+    ) -> str:
         """Let a consumer give an entry up; returns its letter's id."""
         await self.bus.publish(stream, [payload])
         deliveries = await self.bus.read(stream, group, "r", 100, block_s=1)
@@ -100,8 +134,12 @@ class Run:
         await self.bus.acknowledge(deliveries[:-1])
         return (await self.bus.list_dead_letters(1))[0].letter_id
 
-    async def answer_evaluations(self, groups: list[TaskGroup], version: int, *, is_success: bool = True) -> None:
-        played = [codec.encode_trajectory(play(group, version, is_success=is_success)) for group in groups]
+    async def answer_evaluations(
+        self, groups: list[TaskGroup], version: int, *, is_success: bool = True
+    ) -> None:
+        played = [
+            codec.encode_trajectory(play(group, version, is_success=is_success)) for group in groups
+        ]
         await self.bus.publish(Stream.EVALUATIONS, played)
 
     async def reach(self, phase: RunPhase) -> None:
@@ -120,7 +158,9 @@ async def run():
 
 
 async def begin(run: Run) -> tuple[list[TaskGroup], list[TaskGroup]]:
-    """Publish the first policy; returns the first evaluations' groups and the first training groups."""
+    """Publish the first policy; returns the first evaluations' groups and the first training
+    groups.
+    """
     await run.publish_policy(0)
     groups = await run.take(6 + 4)
     return groups[:6], groups[6:]
@@ -151,7 +191,8 @@ async def test_the_first_policy_is_evaluated_sampled_and_greedy_before_training(
 
 async def test_groups_in_flight_never_exceed_what_staleness_allows(run: Run) -> None:
     _, training = await begin(run)
-    # (max_staleness 1 + version 0 + 1) * 2 groups per update = 4 are out; no more before something is trained.
+    # (max_staleness 1 + version 0 + 1) * 2 groups per update = 4 are out; no more before something
+    # is trained.
     assert await run.num_waiting() == 0
     await run.report(GroupOutcome.GENERATED, *training)
     assert await run.num_waiting() == 0
@@ -166,7 +207,9 @@ async def test_a_stale_or_failed_group_is_replaced(run: Run) -> None:
     await run.report(GroupOutcome.STALE, training[0])
     await run.report(GroupOutcome.FAILED, training[1])
     replacements = await run.take(2)
-    assert {group.group_id for group in replacements}.isdisjoint({group.group_id for group in training})
+    assert {group.group_id for group in replacements}.isdisjoint(
+        {group.group_id for group in training}
+    )
     assert run.scheduler.ledger_gap == 0
 
 
@@ -183,10 +226,17 @@ async def test_the_run_finishes_after_the_last_evaluation_with_a_closed_ledger(r
     counts = run.scheduler.ledger.counts()
     assert counts["issued"] == counts["trained"] == 4
     assert (run.scheduler.ledger_gap, run.scheduler.state.unaccounted) == (0, [])
-    assert [evaluation.summary()["success"] for evaluation in run.scheduler.state.evaluations] == [0.0, 0.0, 1.0, 1.0]
+    assert [evaluation.summary()["success"] for evaluation in run.scheduler.state.evaluations] == [
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
 
 
-async def test_an_evaluation_episode_sampled_under_another_version_is_played_again(run: Run) -> None:
+async def test_an_evaluation_episode_sampled_under_another_version_is_played_again(
+    run: Run,
+) -> None:
     evaluations, _ = await begin(run)
     await run.answer_evaluations(evaluations[:1], 1)
     again = await run.take(1)
@@ -248,7 +298,9 @@ async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes
     await third.stop()
 
 
-async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was_asked_for_in_force() -> None:
+async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was_asked_for_in_force() -> (
+    None
+):
     first = Run(build_config())
     await begin(first)
     first.scheduler.pause(until_restart=True)
@@ -282,7 +334,9 @@ async def test_a_finished_run_refuses_to_be_resumed_and_says_what_would_help(run
         run.scheduler.resume()
 
 
-async def test_a_finished_run_goes_on_when_more_updates_are_wanted_and_ends_with_an_evaluation_of_its_own() -> None:
+async def test_a_finished_run_goes_on_when_more_updates_are_wanted_and_ends_with_an_evaluation_of_its_own() -> (
+    None
+):
     first = Run(build_config(num_updates=2))
     await finish(first)
     await first.settle()
@@ -381,7 +435,9 @@ async def test_a_gateway_restarted_after_the_end_is_ready_at_once() -> None:
     await second.stop()
 
 
-async def test_a_restarted_gateway_plays_where_the_environment_is_now_and_not_where_it_was() -> None:
+async def test_a_restarted_gateway_plays_where_the_environment_is_now_and_not_where_it_was() -> (
+    None
+):
     first = Run(build_config())
     _, training = await begin(first)
     await first.settle()
@@ -402,7 +458,9 @@ async def test_events_read_by_a_gateway_that_died_are_booked_by_the_next() -> No
     await first.settle()
     await first.stop()
     await first.report(GroupOutcome.FAILED, training[0])
-    assert await first.bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 10)  # read, and never acknowledged
+    assert await first.bus.read(
+        Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 10
+    )  # read, and never acknowledged
     second = Run(build_config(), first.bus)
     await until(lambda: second.scheduler.state.failure_reasons == {training[0].group_id: "because"})
     await second.stop()
@@ -414,11 +472,18 @@ async def test_an_unreadable_event_is_set_aside_and_does_not_stop_the_scheduler(
     await run.report(GroupOutcome.FAILED, training[0])
     assert len(await run.take(1)) == 1
     await run.settle()
-    assert [letter.payload for letter in await run.bus.list_dead_letters()] == [b"\xff\xff nonsense"]
+    assert [letter.payload for letter in await run.bus.list_dead_letters()] == [
+        b"\xff\xff nonsense"
+    ]
 
 
-@pytest.mark.parametrize("group_id", ["sampled-000000-v000000-99999", "sampled-000000-v000000-²", "group-99999999", "-", ""])
-async def test_what_is_told_of_a_group_that_nobody_issued_changes_nothing(run: Run, group_id: str) -> None:
+@pytest.mark.parametrize(
+    "group_id",
+    ["sampled-000000-v000000-99999", "sampled-000000-v000000-²", "group-99999999", "-", ""],
+)
+async def test_what_is_told_of_a_group_that_nobody_issued_changes_nothing(
+    run: Run, group_id: str
+) -> None:
     evaluations, training = await begin(run)
     await run.report(GroupOutcome.FAILED, dataclasses.replace(training[0], group_id=group_id))
     await run.answer_evaluations([dataclasses.replace(evaluations[0], group_id=group_id)], 7)
@@ -436,11 +501,15 @@ async def test_after_a_crash_that_lost_updates_no_more_is_issued_than_they_leave
     run = Run(build_config(num_updates=100))
     _, training = await begin(run)
     await run.report(GroupOutcome.GENERATED, *training)
-    await run.publish_policy(1)  # trained by the learner, not durable: they stay buffered and make room for an update ahead
+    await run.publish_policy(
+        1
+    )  # trained by the learner, not durable: they stay buffered and make room for an update ahead
     training += await run.take(2)
     await run.publish_policy(2)
     training += await run.take(2)
-    await run.publish_policy(3, num_updates=0)  # the learner died before its first checkpoint and begins again from nothing
+    await run.publish_policy(
+        3, num_updates=0
+    )  # the learner died before its first checkpoint and begins again from nothing
     await run.report(GroupOutcome.STALE, training[0])
     assert run.scheduler.num_updates == 0
     assert await run.num_waiting() == 0  # 7 groups are out, updates 0 and 1 need 4
@@ -456,7 +525,9 @@ async def test_groups_whose_effect_a_damaged_checkpoint_took_along_are_replaced(
     await run.publish_policy(2)
     await run.report(GroupOutcome.TRAINED, *training, version=2)
     assert len(await run.take(2)) == 2
-    await run.publish_policy(3, num_updates=1)  # what 2 of the 4 taught is gone; updates 2 and 3 need 4 groups, 2 are out
+    await run.publish_policy(
+        3, num_updates=1
+    )  # what 2 of the 4 taught is gone; updates 2 and 3 need 4 groups, 2 are out
     assert await run.num_waiting() == 2
     await run.stop()
 
@@ -484,13 +555,17 @@ async def test_a_gateway_that_another_one_has_followed_ends_without_writing() ->
     first.scheduler.pause()
     with pytest.raises(SupersededError, match="gateway"):
         await first.task
-    assert second.scheduler.state.next_group_number == (await second.bus.read_ledger()).num_issued == 5
+    assert (
+        second.scheduler.state.next_group_number == (await second.bus.read_ledger()).num_issued == 5
+    )
     await second.stop()
 
 
 async def test_a_redis_that_forgot_what_it_confirmed_ends_the_gateway(run: Run) -> None:
     await begin(run)
-    await run.bus.commit({}, transitions=[LedgerEvent("test", "group-00000004", GroupOutcome.ISSUED, 0, 0)])
+    await run.bus.commit(
+        {}, transitions=[LedgerEvent("test", "group-00000004", GroupOutcome.ISSUED, 0, 0)]
+    )
     with pytest.raises(CorruptionError, match="has 5 groups, this gateway issued 4"):
         await run.task
     run.task = asyncio.create_task(asyncio.sleep(0))
@@ -499,7 +574,9 @@ async def test_a_redis_that_forgot_what_it_confirmed_ends_the_gateway(run: Run) 
 async def test_a_gateway_that_finds_an_account_and_no_state_of_its_own_issues_nothing() -> None:
     config = build_config()
     bus = MemoryBus(config.stream_consumers)
-    await bus.commit({}, transitions=[LedgerEvent("test", "group-00000000", GroupOutcome.ISSUED, 0, 0)])
+    await bus.commit(
+        {}, transitions=[LedgerEvent("test", "group-00000000", GroupOutcome.ISSUED, 0, 0)]
+    )
     run = Run(config, bus)
     await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(build_manifest(0))])
     with pytest.raises(CorruptionError, match="has 1 groups, this gateway issued 0"):
@@ -507,7 +584,9 @@ async def test_a_gateway_that_finds_an_account_and_no_state_of_its_own_issues_no
     assert await bus.load_state(STATE_NAME) is None
 
 
-async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_again(run: Run) -> None:
+async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_again(
+    run: Run,
+) -> None:
     await begin(run)
     run.bus._store.account = LedgerAccount()
     run.bus._store.tenures.clear()
@@ -517,7 +596,9 @@ async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_
     run.task = asyncio.create_task(asyncio.sleep(0))
 
 
-async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_learner_puts_back() -> None:
+async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_learner_puts_back() -> (
+    None
+):
     first = Run(build_config())
     evaluations, training = await begin(first)
     await first.answer_evaluations(evaluations[:5], 0)
@@ -538,14 +619,18 @@ async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_
     await second.stop()
 
 
-async def test_a_group_without_an_outcome_at_the_end_is_named_and_the_run_finishes(run: Run) -> None:
+async def test_a_group_without_an_outcome_at_the_end_is_named_and_the_run_finishes(
+    run: Run,
+) -> None:
     before, training = await begin(run)
     await run.answer_evaluations(before, 0)
     await run.publish_policy(2)
     await run.report(GroupOutcome.TRAINED, *training, version=2)
     after = await run.take(6)
     account = run.bus._store.account
-    account.ended[1] = GroupOutcome.ISSUED  # somebody wrote into Redis: the group counts as trained, and nothing says which
+    account.ended[1] = (
+        GroupOutcome.ISSUED
+    )  # somebody wrote into Redis: the group counts as trained, and nothing says which
     await run.answer_evaluations(after, 2)
     await run.reach(RunPhase.FINISHED)
     assert (run.scheduler.state.unaccounted, run.scheduler.ledger_gap) == ([1], 1)
@@ -564,7 +649,9 @@ async def test_groups_still_buffered_after_an_early_stop_are_no_gap(run: Run) ->
 
 async def test_a_gateway_waits_for_room_in_a_full_stream_and_lives() -> None:
     config = build_config()
-    run = Run(config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=0.01)))
+    run = Run(
+        config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=0.01))
+    )
     await run.publish_policy(0)
     # Ten groups in one commit pass the bound once; the next commit finds the stream full.
     await until(lambda: run.scheduler.state.next_group_number == 4)
@@ -580,14 +667,20 @@ async def test_a_gateway_waits_for_room_in_a_full_stream_and_lives() -> None:
 
 async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refusal() -> None:
     config = build_config()
-    run = Run(config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=30)))
+    run = Run(
+        config, MemoryBus(config.stream_consumers, BusLimits(max_entries=8, publish_timeout_s=30))
+    )
     await run.publish_policy(0)
     await until(lambda: run.scheduler.state.next_group_number == 4)
     await run.report(GroupOutcome.FAILED, group_named("group-00000000"))
-    await until(lambda: run.scheduler.state.next_group_number == 5)  # decided; the commit waits for room
+    await until(
+        lambda: run.scheduler.state.next_group_number == 5
+    )  # decided; the commit waits for room
     run.scheduler.pause()
     await run.scheduler.register_environment("other", "there:1")
-    assert len(await run.bus.reclaim(Stream.LEDGER, ConsumerGroup.GATEWAY, "somebody", 0.0, 10)) == 1
+    assert (
+        len(await run.bus.reclaim(Stream.LEDGER, ConsumerGroup.GATEWAY, "somebody", 0.0, 10)) == 1
+    )
     await run.take(10)
     await run.scheduler.confirm_tenure()
     assert run.scheduler.state.next_group_number == 4, "the commit was refused"
@@ -600,11 +693,15 @@ async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refu
     await second.stop()
 
 
-async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(run: Run) -> None:
+async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(
+    run: Run,
+) -> None:
     _, training = await begin(run)
     trajectory = codec.encode_trajectory(play(training[0], 0))
     letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, trajectory)
-    first, second = await asyncio.gather(*(run.scheduler.retry_dead_letter(letter_id) for _ in range(2)))
+    first, second = await asyncio.gather(
+        *(run.scheduler.retry_dead_letter(letter_id) for _ in range(2))
+    )
     assert first == second == "group-00000004"
     again = await run.take(1)
     assert (again[0].group_id, again[0].task) == ("group-00000004", training[0].task)
@@ -614,10 +711,14 @@ async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_failure_no_longer_counts(run: Run) -> None:
+async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_failure_no_longer_counts(
+    run: Run,
+) -> None:
     evaluations, _ = await begin(run)
     await run.report(GroupOutcome.FAILED, evaluations[0])
-    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0]))
+    letter_id = await run.set_aside(
+        Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0])
+    )
     await run.settle()
     assert len(run.scheduler.state.evaluations[0].failed) == 1
     assert await run.scheduler.retry_dead_letter(letter_id) == evaluations[0].group_id
@@ -626,7 +727,9 @@ async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_fai
     await run.answer_evaluations(evaluations[:1], 0)
     await run.settle()
     assert run.scheduler.state.evaluations[0].num_episodes == 1
-    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0]))
+    letter_id = await run.set_aside(
+        Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(evaluations[0])
+    )
     with pytest.raises(RefusedError, match="it has its result"):
         await run.scheduler.retry_dead_letter(letter_id)
 
@@ -643,7 +746,9 @@ async def test_a_letter_that_tells_of_no_work_is_refused(run: Run) -> None:
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_letter_that_vanished_under_its_retry_is_not_found_and_the_run_goes_on(run: Run) -> None:
+async def test_a_letter_that_vanished_under_its_retry_is_not_found_and_the_run_goes_on(
+    run: Run,
+) -> None:
     _, training = await begin(run)
     trajectory = codec.encode_trajectory(play(training[0], 0))
     letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, trajectory)
@@ -663,7 +768,9 @@ async def test_a_finished_run_retries_nothing() -> None:
     await run.stop()
     run = Run(build_config())
     await finish(run)
-    letter_id = await run.set_aside(Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(training[0]))
+    letter_id = await run.set_aside(
+        Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(training[0])
+    )
     with pytest.raises(RefusedError, match="finished"):
         await run.scheduler.retry_dead_letter(letter_id)
     await run.stop()

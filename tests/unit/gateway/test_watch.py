@@ -1,4 +1,6 @@
-"""What the gateway knows of a Redis that hangs, fills or is gone, and that nobody has to wait for it."""
+"""What the gateway knows of a Redis that hangs, fills or is gone, and that nobody has to wait for
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import pytest
 import redis.asyncio as redis
 from prometheus_client import CollectorRegistry
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.redis import RedisBus
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import MetricRecord
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.redis_bus import RedisBus
-from sdar.runtime.telemetry import Health
+from sdar.process.telemetry import Health
 from services.gateway.alarms import BusState
 from services.gateway.app import build_app
 from services.gateway.history import History
@@ -55,7 +57,14 @@ def health() -> Health:
 
 @pytest.fixture
 def scheduler(bus: RedisBus, health: Health) -> Scheduler:
-    return Scheduler(build_config(), bus, FakeCatalog(), History(Stream.TRAJECTORIES), health, default_address="here:1")
+    return Scheduler(
+        build_config(),
+        bus,
+        FakeCatalog(),
+        History(Stream.TRAJECTORIES),
+        health,
+        default_address="here:1",
+    )
 
 
 @pytest.fixture
@@ -66,7 +75,9 @@ def watch(scheduler: Scheduler, bus: RedisBus, registry: CollectorRegistry) -> W
 @pytest.fixture
 async def client(scheduler: Scheduler, watch: Watch, bus: RedisBus, registry: CollectorRegistry):
     app = build_app(scheduler, watch, bus, registry=registry)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://gateway"
+    ) as client:
         yield client
 
 
@@ -76,7 +87,9 @@ async def set_max_memory(server: EmbeddedRedis, max_bytes: int) -> None:
     await admin.aclose()
 
 
-async def test_the_watch_sees_lags_memory_and_dead_letters(watch: Watch, bus: RedisBus, registry: CollectorRegistry) -> None:
+async def test_the_watch_sees_lags_memory_and_dead_letters(
+    watch: Watch, bus: RedisBus, registry: CollectorRegistry
+) -> None:
     await bus.publish(Stream.TASKS, [b"one", b"two", b"three"])
     delivery = (await bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "r", 2))[0]
     await bus.dead_letter(delivery, "no good")
@@ -86,14 +99,23 @@ async def test_the_watch_sees_lags_memory_and_dead_letters(watch: Watch, bus: Re
     assert 0 < watch.memory.used_bytes < watch.memory.max_bytes
     assert [alarm.name for alarm in watch.board.alarms] == ["dead_letters"]
     shown = {
-        "undelivered": registry.get_sample_value("sdar_stream_entries", {"stream": "tasks", "state": "undelivered"}),
+        "undelivered": registry.get_sample_value(
+            "sdar_stream_entries", {"stream": "tasks", "state": "undelivered"}
+        ),
         "used": registry.get_sample_value("sdar_redis_memory_bytes", {"kind": "used"}),
         "letters": registry.get_sample_value("sdar_dead_letters"),
         "alarm": registry.get_sample_value("sdar_alarm", {"name": "dead_letters"}),
         "other alarm": registry.get_sample_value("sdar_alarm", {"name": "no_progress"}),
         "state": registry.get_sample_value("sdar_bus_state", {"state": "ok"}),
     }
-    assert shown == {"undelivered": 1, "used": watch.memory.used_bytes, "letters": 1, "alarm": 1, "other alarm": 0, "state": 1}
+    assert shown == {
+        "undelivered": 1,
+        "used": watch.memory.used_bytes,
+        "letters": 1,
+        "alarm": 1,
+        "other alarm": 0,
+        "state": 1,
+    }
 
 
 async def test_while_redis_hangs_the_status_is_told_at_once_and_questions_are_put_off(
@@ -107,9 +129,15 @@ async def test_while_redis_hangs_the_status_is_told_at_once_and_questions_are_pu
         began = time.monotonic()
         status = (await client.get("/v1/run")).json()
         assert time.monotonic() - began < ANSWER_S / 4
-        assert (status["bus"]["state"], [alarm["name"] for alarm in status["alarms"]]) == ("unreachable", ["redis_unreachable"])
+        assert (status["bus"]["state"], [alarm["name"] for alarm in status["alarms"]]) == (
+            "unreachable",
+            ["redis_unreachable"],
+        )
         assert status["stream_lags"]["tasks"]["num_undelivered"] == 1  # as last seen
-        for answer in (await client.get("/v1/dead-letters"), await client.post("/v1/dead-letters/1-0/retry")):
+        for answer in (
+            await client.get("/v1/dead-letters"),
+            await client.post("/v1/dead-letters/1-0/retry"),
+        ):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     finally:
         os.kill(server.pid, signal.SIGCONT)
@@ -127,7 +155,10 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     await watch.refresh()
     assert watch.condition.state is BusState.OK  # one look may meet what is over the next moment
     await watch.refresh()
-    assert (watch.condition.state, watch.condition.message) == (BusState.FULL, "Redis refuses writes: OOM")
+    assert (watch.condition.state, watch.condition.message) == (
+        BusState.FULL,
+        "Redis refuses writes: OOM",
+    )
     assert {alarm.name for alarm in watch.board.alarms} == {"redis_full", "redis_memory"}
     assert (await client.get("/readyz")).status_code == 503
     assert "refuses writes" in (await client.get("/readyz")).text
@@ -138,7 +169,9 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     assert watch.condition.state is BusState.OK
 
 
-async def test_a_full_redis_is_told_of_by_a_gateway_that_has_nothing_to_write(watch: Watch, server: EmbeddedRedis) -> None:
+async def test_a_full_redis_is_told_of_by_a_gateway_that_has_nothing_to_write(
+    watch: Watch, server: EmbeddedRedis
+) -> None:
     await set_max_memory(server, 1)
     await watch.refresh()
     await watch.refresh()
@@ -159,14 +192,19 @@ async def test_a_worker_is_missed_a_minute_after_its_last_report_and_only_later_
     now[0] = 1301.0
     await watch.refresh()
     assert watch.board.alarms == []
-    await bus.publish(Stream.METRICS, [codec.encode_metric_record(MetricRecord("test", "rollout", "r", 0, now[0], {}))])
+    await bus.publish(
+        Stream.METRICS,
+        [codec.encode_metric_record(MetricRecord("test", "rollout", "r", 0, now[0], {}))],
+    )
     await scheduler.history.follow(bus)
     now[0] += 61
     await watch.refresh()
     assert [alarm.name for alarm in watch.board.alarms] == ["rollout_silent"]
 
 
-async def test_progress_is_whatever_moves_the_account_the_policy_or_an_evaluation(scheduler: Scheduler, bus: RedisBus) -> None:
+async def test_progress_is_whatever_moves_the_account_the_policy_or_an_evaluation(
+    scheduler: Scheduler, bus: RedisBus
+) -> None:
     now = [1000.0]
     watch = Watch(scheduler, bus, clock=lambda: now[0])
     now[0] += 601

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdar.bus.ledger import format_group_id
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
@@ -25,8 +26,7 @@ from sdar.contracts.types import (
     Trajectory,
     Turn,
 )
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.memory_bus import MemoryBus
+from sdar.in_process.memory_bus import MemoryBus
 
 RUN = "test"
 VOCABULARY = 64
@@ -114,12 +114,18 @@ def make_item(
     logprobs = tuple(-rng.exponential(2.0, len(turn.response_token_ids)) for turn in turns)
     lag = version if teacher_version is None else teacher_version
     return ScoredTrajectory(
-        trajectory, TeacherScore(trajectory.trajectory_id, lag, logprobs, ("s",), 1, "h", "t", "task_type", "x")
+        trajectory,
+        TeacherScore(
+            trajectory.trajectory_id, lag, logprobs, ("s",), 1, "h", "t", "task_type", "x"
+        ),
     )
 
 
 def make_group(group_id, rewards=(0.0, 1.0), **item):
-    return [make_item(group_id, i, reward=reward, group_size=len(rewards), **item) for i, reward in enumerate(rewards)]
+    return [
+        make_item(group_id, i, reward=reward, group_size=len(rewards), **item)
+        for i, reward in enumerate(rewards)
+    ]
 
 
 def make_bus(config):
@@ -136,10 +142,14 @@ async def send(bus, *items):
 
 
 async def issue(bus, numbers, make=make_group, **item):
-    """Groups as gateway, rollout and teacher bring them: with an account, and on the learner's stream. Returns their ids."""
+    """Groups as gateway, rollout and teacher bring them: with an account, and on the learner's
+    stream. Returns their ids.
+    """
     group_ids = [format_group_id(number) for number in numbers]
     for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED):
-        await bus.commit({}, transitions=[LedgerEvent(RUN, group_id, outcome, 2, 0) for group_id in group_ids])
+        await bus.commit(
+            {}, transitions=[LedgerEvent(RUN, group_id, outcome, 2, 0) for group_id in group_ids]
+        )
     await send(bus, *[episode for group_id in group_ids for episode in make(group_id, **item)])
     return group_ids
 

@@ -9,8 +9,8 @@ import prometheus_client
 
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
-from sdar.runtime.telemetry import Health
-from sdar.runtime.weights import WeightStore
+from sdar.process.telemetry import Health
+from sdar.weights.store import WeightStore
 from services.learner.checkpoint import CheckpointStore
 from services.learner.metrics import LearnerMetrics
 from services.learner.progress import Progress
@@ -20,7 +20,8 @@ from tests.unit.learner.builders import CountingTrainer, make_bus, make_config
 
 
 class Rig:
-    """One run's surroundings; `start` begins a life of the learner, `kill` ends it as SIGKILL would.
+    """One run's surroundings; `start` begins a life of the learner, `kill` ends it as SIGKILL
+    would.
 
     `bus` may be replaced between two lives.
     """
@@ -69,7 +70,8 @@ class Rig:
     async def kill(self):
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        # A killed process takes its threads with it: what this one still saves must not meet the next learner.
+        # A killed process takes its threads with it: what this one still saves must not meet the
+        # next learner.
         await asyncio.wrap_future(self.thread.submit(lambda: None))
         self.checkpoints.close()
 

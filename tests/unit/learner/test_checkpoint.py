@@ -1,4 +1,6 @@
-"""Checkpoints of a small invented shard: what is found, what is skipped, what a full disk or a kill leaves behind."""
+"""Checkpoints of a small invented shard: what is found, what is skipped, what a full disk or a kill
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -89,10 +91,19 @@ def test_a_shard_comes_back_with_the_random_state(store):
 
 def test_only_the_newest_are_kept(store, tmp_path):
     write(store, 1, 2, 3)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("update*")) == ["update-00000002", "update-00000003"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("update*")) == [
+        "update-00000002",
+        "update-00000003",
+    ]
 
 
-FILES = ["bus.snapshot", "manifest.json", "optimizer-00000-of-00001.safetensors", "state.json", "weights.safetensors"]
+FILES = [
+    "bus.snapshot",
+    "manifest.json",
+    "optimizer-00000-of-00001.safetensors",
+    "state.json",
+    "weights.safetensors",
+]
 
 
 @pytest.fixture
@@ -142,7 +153,9 @@ def test_a_file_cut_at_any_length_or_longer_by_a_byte_is_noticed(checkpoint, nam
 
 
 def test_each_value_of_each_byte_of_the_manifest_is_noticed(checkpoint):
-    """The file that vouches for the others vouches for itself, also where what is changed reads the same."""
+    """The file that vouches for the others vouches for itself, also where what is changed reads the
+    same.
+    """
     path, whole = checkpoint
     name = "manifest.json"
     spread = range(0, len(whole[name]), 13)
@@ -182,7 +195,9 @@ def test_a_manifest_that_is_whole_but_names_a_file_elsewhere_is_refused(checkpoi
     assert_damaged(path, "a path out of the checkpoint")
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"progress": {}, "made_for": 3}', b"[]", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"progress": {}, "made_for": 3}', b"[]", b"{}"]
+)
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_hostile_content_under_fitting_checksums_is_refused_as_corrupt(checkpoint, name, content):
     path, _ = checkpoint
@@ -223,12 +238,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_from_zero(store)
     newest = write(store, 1, 2)
     for path in (newest, newest.with_name("update-00000001")):
         damage(path)
-    with pytest.raises(CorruptionError, match=r"update-00000002: weights\.safetensors is .* delete them \(rm -r"):
+    with pytest.raises(
+        CorruptionError, match=r"update-00000002: weights\.safetensors is .* delete them \(rm -r"
+    ):
         store.find_newest()
 
 
 def test_a_damaged_checkpoint_is_replaced_and_never_counts_among_those_kept(tmp_path):
-    """Updates 2 and 3 are damaged: the run goes on from 1 and makes them anew; with two kept, 1 goes when 3 is there."""
+    """Updates 2 and 3 are damaged: the run goes on from 1 and makes them anew; with two kept, 1
+    goes when 3 is there.
+    """
     store = CheckpointStore(tmp_path, make_config(keep_checkpoints=2))
     write(store, 1, 2)
     store.close()
@@ -248,7 +267,9 @@ def test_a_damaged_checkpoint_is_replaced_and_never_counts_among_those_kept(tmp_
     store.close()
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(store, tmp_path, monkeypatch):
+def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(
+    store, tmp_path, monkeypatch
+):
     """A power cut keeps what was synced: no name may be durable before what it names."""
     done, directory = [], tmp_path / "checkpoints"
     fsync, rename = os.fsync, Path.rename
@@ -266,7 +287,9 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(
     final = write(store, 1)
     partial = directory / "update-00000001.partial"
     *files, last, in_partial, renamed, in_directory = done
-    assert {path.name for _, path in files} | {"manifest.json"} == {path.name for path in final.iterdir()}
+    assert {path.name for _, path in files} | {"manifest.json"} == {
+        path.name for path in final.iterdir()
+    }
     assert last == ("sync", partial / "manifest.json")
     assert in_partial == ("sync", partial)
     assert renamed == ("rename", partial, final)
@@ -274,7 +297,9 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(
 
 
 def write_and_die(directory, config, progress, place):
-    """Write a checkpoint in this process, which ends before its line number `place` of the module is executed."""
+    """Write a checkpoint in this process, which ends before its line number `place` of the module
+    is executed.
+    """
     store = CheckpointStore(directory, config)
     lines = itertools.count()
     trace_lines([checkpoint_module.__file__], lambda line: die() if next(lines) == place else None)
@@ -282,8 +307,14 @@ def write_and_die(directory, config, progress, place):
 
 
 def test_a_kill_between_any_two_lines_of_a_write_leaves_no_fewer_intact_checkpoints(tmp_path):
-    """Three are there, two are kept from now on, and the one written takes the name of an intact one."""
-    wider, config, prepared = make_config(keep_checkpoints=3), make_config(keep_checkpoints=2), tmp_path / "prepared"
+    """Three are there, two are kept from now on, and the one written takes the name of an intact
+    one.
+    """
+    wider, config, prepared = (
+        make_config(keep_checkpoints=3),
+        make_config(keep_checkpoints=2),
+        tmp_path / "prepared",
+    )
     store = CheckpointStore(prepared, wider)
     write(store, 1, 2, 3)
     store.close()
@@ -316,7 +347,9 @@ def test_a_half_written_checkpoint_is_not_looked_at_and_removed_at_the_next_star
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_a_disk_that_refuses_leaves_nothing_behind_and_the_earlier_checkpoint_stands(store, tmp_path, number):
+def test_a_disk_that_refuses_leaves_nothing_behind_and_the_earlier_checkpoint_stands(
+    store, tmp_path, number
+):
     write(store, 1)
 
     def refuse(directory):
@@ -330,7 +363,9 @@ def test_a_disk_that_refuses_leaves_nothing_behind_and_the_earlier_checkpoint_st
 
 
 def test_a_real_limit_on_file_size_is_such_a_refusal(tmp_path):
-    """In a process of its own, whose files may have 4 kB: the shard with the random state is larger."""
+    """In a process of its own, whose files may have 4 kB: the shard with the random state is
+    larger.
+    """
     store = CheckpointStore(tmp_path, make_config())
     write(store, 1)
     store.close()
@@ -340,7 +375,9 @@ def test_a_real_limit_on_file_size_is_such_a_refusal(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         limited = CheckpointStore(tmp_path, make_config())
         with pytest.raises(CapacityError, match="File too large"):
-            limited.write(Progress().after_update(["a"]).after_update(["b"]), SNAPSHOT, write_shards(2.0))
+            limited.write(
+                Progress().after_update(["a"]).after_update(["b"]), SNAPSHOT, write_shards(2.0)
+            )
 
     assert run_forked(write_under_limit) == 0
     assert list_names(tmp_path) == ["update-00000001"]

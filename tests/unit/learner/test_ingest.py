@@ -9,13 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sdar.bus.ledger import format_group_id
+from sdar.bus.protocol import Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import LeaseLostError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose
-from sdar.runtime.bus import Delivery
-from sdar.runtime.ledger import format_group_id
-from services.learner.ingest import GroupBuffer, GroupSource, Verdict, _Remembered, compute_group_advantages
+from services.learner.ingest import (
+    GroupBuffer,
+    GroupSource,
+    Verdict,
+    _Remembered,
+    compute_group_advantages,
+)
 from services.learner.progress import Progress
 from tests.unit.learner.builders import (
     VOCABULARY,
@@ -43,7 +49,9 @@ class Rig:
 
     async def next_ids(self, num_updates=0, progress=None):
         """Ids of the next batch, None if there is no whole batch yet."""
-        progress = progress or replace(Progress(), num_updates=num_updates, policy_version=num_updates)
+        progress = progress or replace(
+            Progress(), num_updates=num_updates, policy_version=num_updates
+        )
         stopping, looks = asyncio.Event(), iter(range(100))
 
         def stop_at_third_look():
@@ -101,7 +109,13 @@ async def test_attempts_are_never_mixed_and_the_first_whole_one_wins(rig):
 
 async def test_a_stale_group_is_refused_as_a_whole_and_acknowledged(rig):
     old = make_item("a", 0, version=0, reward=1.0)
-    await send(rig.bus, old, make_item("a", 1, version=3), *make_group("b", version=1), *make_group("c", version=3))
+    await send(
+        rig.bus,
+        old,
+        make_item("a", 1, version=3),
+        *make_group("b", version=1),
+        *make_group("c", version=3),
+    )
     assert await rig.next_ids(num_updates=3) == ["b", "c"]
     assert await read_ledger(rig.bus) == [("a", "stale")]
     assert await count_pending(rig.bus) == 4
@@ -143,7 +157,9 @@ async def test_staleness_counts_updates_of_the_life_that_sampled(rig):
 
 async def test_a_group_without_signal_is_skipped_by_a_method_without_distillation():
     rig = Rig(method="grpo")
-    await send(rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False))
+    await send(
+        rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False)
+    )
     assert await rig.next_ids() is None
     assert await read_ledger(rig.bus) == [("a", "skipped")]
     assert await count_pending(rig.bus, Stream.TRAJECTORIES) == 2
@@ -152,15 +168,21 @@ async def test_a_group_without_signal_is_skipped_by_a_method_without_distillatio
 
 async def test_a_group_without_signal_is_trained_on_where_the_run_wants_equal_data():
     rig = Rig(method="grpo", skip_zero_signal=False)
-    await send(rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False))
+    await send(
+        rig.bus, *make_group("a", (1.0, 1.0), has_score=False), *make_group("b", has_score=False)
+    )
     assert await rig.next_ids() == ["a", "b"]
 
 
 @pytest.mark.parametrize(("level", "has_advantage"), [("trajectory", False), ("turn", True)])
-def test_an_invalid_action_is_penalised_by_the_learner_only_where_each_turn_is(level, has_advantage):
+def test_an_invalid_action_is_penalised_by_the_learner_only_where_each_turn_is(
+    level, has_advantage
+):
     """The rollout takes an episode's penalty from its rewards; the learner must not take it again."""
     config = make_config()
-    config = config.model_copy(update={"method": config.method.model_copy(update={"advantage_level": level})})
+    config = config.model_copy(
+        update={"method": config.method.model_copy(update={"advantage_level": level})}
+    )
     items = make_group("a", (0.0, 0.0))
     trajectory = items[0].trajectory
     turns = (replace(trajectory.turns[0], is_action_valid=False), *trajectory.turns[1:])
@@ -216,8 +238,14 @@ async def test_after_a_restart_groups_in_the_checkpoint_are_booked_as_trained_an
     await rig.source.reclaim(Progress().after_update(ids[:2]).after_update([ids[3]]))
     assert await count_pending(rig.bus) == 6
     assert await read_account(rig.bus) == {"issued": 6, "generated": 6, "trained": 3, "buffered": 3}
-    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
-    assert [(event.group_id, event.policy_version) for event in trained] == [(ids[0], 1), (ids[1], 1), (ids[3], 2)]
+    trained = [
+        event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED
+    ]
+    assert [(event.group_id, event.policy_version) for event in trained] == [
+        (ids[0], 1),
+        (ids[1], 1),
+        (ids[3], 2),
+    ]
     assert {event.episode_turns for event in trained} == {(3, 3)}
     assert rig.source.buffer.num_complete == 3
 
@@ -226,19 +254,34 @@ async def test_each_way_out_is_booked_with_the_acknowledgement_of_the_groups_ent
     rig = Rig(method="grpo")
     stale, skipped, failed, cancelled = ids = [format_group_id(number) for number in range(4)]
     await issue(rig.bus, range(1), has_score=False, version=0)
-    await issue(rig.bus, range(1, 2), make=lambda group_id: make_group(group_id, (1.0, 1.0), has_score=False, version=3))
+    await issue(
+        rig.bus,
+        range(1, 2),
+        make=lambda group_id: make_group(group_id, (1.0, 1.0), has_score=False, version=3),
+    )
     await issue(rig.bus, range(2, 3), has_score=False, largest_token=10_000, version=3)
     await issue(rig.bus, range(3, 4), has_score=False, version=3)
     assert await rig.next_ids(num_updates=3) is None
     await rig.source.cancel_all("run finished")
     outcomes = dict(await read_ledger(rig.bus))
-    assert outcomes == {stale: "stale", skipped: "skipped", failed: "failed", cancelled: "cancelled"}
+    assert outcomes == {
+        stale: "stale",
+        skipped: "skipped",
+        failed: "failed",
+        cancelled: "cancelled",
+    }
     assert sorted(outcomes) == ids
-    assert await read_account(rig.bus) == {"issued": 4, "generated": 4, **dict.fromkeys(outcomes.values(), 1)}
+    assert await read_account(rig.bus) == {
+        "issued": 4,
+        "generated": 4,
+        **dict.fromkeys(outcomes.values(), 1),
+    }
     assert await count_pending(rig.bus, Stream.TRAJECTORIES) == 0
 
 
-async def test_a_group_that_goes_stale_sooner_is_trained_before_fresher_ones_that_arrived_earlier(rig):
+async def test_a_group_that_goes_stale_sooner_is_trained_before_fresher_ones_that_arrived_earlier(
+    rig,
+):
     """A long episode is under way for two updates: its group comes last, with the oldest tokens."""
     await send(rig.bus, *make_group("fresh", version=2), *make_group("fresher", version=3))
     await send(rig.bus, *make_group("long", version=1, num_turns=9))
@@ -246,7 +289,9 @@ async def test_a_group_that_goes_stale_sooner_is_trained_before_fresher_ones_tha
 
 
 async def test_an_old_score_makes_a_group_urgent_like_an_old_token(rig):
-    """Bound 2, teacher 1 later still: the score of version 0 is good until update 3, the tokens of version 2 until 4."""
+    """Bound 2, teacher 1 later still: the score of version 0 is good until update 3, the tokens of
+    version 2 until 4.
+    """
     await send(rig.bus, *make_group("a", version=2), *make_group("b", version=2))
     await send(rig.bus, *make_group("c", version=3, teacher_version=0))
     assert await rig.next_ids(num_updates=3) == ["c", "a"]
@@ -254,14 +299,18 @@ async def test_an_old_score_makes_a_group_urgent_like_an_old_token(rig):
 
 async def test_all_that_has_arrived_is_seen_before_a_batch_is_chosen(rig):
     """Five pages of fresh groups lie before the urgent one."""
-    await send(rig.bus, *[item for index in range(10) for item in make_group(f"f{index}", version=2)])
+    await send(
+        rig.bus, *[item for index in range(10) for item in make_group(f"f{index}", version=2)]
+    )
     await send(rig.bus, *make_group("urgent", version=0))
     assert await rig.next_ids(num_updates=2) == ["urgent", "f0"]
 
 
 @pytest.mark.parametrize("page", [1, 3, 100])
 async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
-    """Given what has arrived, a batch depends on the checkpoint alone: not on pages, nor on what an earlier life had read."""
+    """Given what has arrived, a batch depends on the checkpoint alone: not on pages, nor on what an
+    earlier life had read.
+    """
 
     async def play(restarts):
         rig, progress, batches = Rig(groups_per_update=2, max_staleness=6), Progress(), []
@@ -283,10 +332,14 @@ async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
 
 
 def test_under_pressure_the_earliest_deadline_first_loses_fewer_groups_than_first_come_first_served():
-    """One update takes one group, and a little more than one arrives. Half of them were long under way. A hundred histories."""
+    """One update takes one group, and a little more than one arrives. Half of them were long under
+    way. A hundred histories.
+    """
     num_better = 0
     for seed in range(100):
-        by_deadline, by_arrival = (play_pressure(seed, is_by_deadline) for is_by_deadline in (True, False))
+        by_deadline, by_arrival = (
+            play_pressure(seed, is_by_deadline) for is_by_deadline in (True, False)
+        )
         assert by_deadline <= by_arrival
         num_better += by_deadline < by_arrival
     assert num_better >= 90
@@ -294,21 +347,37 @@ def test_under_pressure_the_earliest_deadline_first_loses_fewer_groups_than_firs
 
 def play_pressure(seed, is_by_deadline):
     """Number of groups that went stale in 40 updates."""
-    rng, buffer, arrivals, num_stale = np.random.default_rng(seed), GroupBuffer(), itertools.count(), 0
+    rng, buffer, arrivals, num_stale = (
+        np.random.default_rng(seed),
+        GroupBuffer(),
+        itertools.count(),
+        0,
+    )
     stale = Verdict(GroupOutcome.STALE, "")
     for num_updates in range(4, 44):
         for _ in range(rng.poisson(1.2)):
             number, delay = next(arrivals), int(rng.choice([0, 3]))
             for item in make_group(f"g{number}", version=num_updates - delay, num_turns=1, seed=0):
                 entry_id = f"{number}-{item.trajectory.episode_index}"
-                buffer.add(item, Delivery(Stream.SCORED, ConsumerGroup.LEARNER, "learner", entry_id, b""))
-        num_stale += len(buffer.drop_where(lambda group, _, now=num_updates: stale if now - group.policy_version > 4 else None))
+                buffer.add(
+                    item, Delivery(Stream.SCORED, ConsumerGroup.LEARNER, "learner", entry_id, b"")
+                )
+        num_stale += len(
+            buffer.drop_where(
+                lambda group, _, now=num_updates: stale if now - group.policy_version > 4 else None
+            )
+        )
         buffer.take(1, lambda group: group.policy_version if is_by_deadline else 0)
     return num_stale
 
 
 async def test_lengths_of_stale_episodes_are_counted(rig):
-    await send(rig.bus, *make_group("a", version=0, num_turns=4), *make_group("b", version=3), *make_group("c", version=3))
+    await send(
+        rig.bus,
+        *make_group("a", version=0, num_turns=4),
+        *make_group("b", version=3),
+        *make_group("c", version=3),
+    )
     assert await rig.next_ids(num_updates=3) == ["b", "c"]
     assert rig.source.counts.take().stale_turns == [4, 4]
     assert rig.source.counts.take().stale_turns == []
@@ -323,7 +392,13 @@ async def test_many_dropped_groups_never_make_a_trained_one_be_forgotten(rig):
     rig.source._dropped = _Remembered(1)
     await send(rig.bus, *make_group("a", version=3), *make_group("b", version=3))
     assert await rig.next_ids(num_updates=3) == ["a", "b"]
-    await send(rig.bus, *make_group("c"), *make_group("d"), *make_group("a", version=3), *make_group("b", version=3))
+    await send(
+        rig.bus,
+        *make_group("c"),
+        *make_group("d"),
+        *make_group("a", version=3),
+        *make_group("b", version=3),
+    )
     assert await rig.next_ids(num_updates=3) is None
     assert rig.source.counts.take().num_duplicates == 4
 

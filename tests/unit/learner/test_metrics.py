@@ -5,14 +5,20 @@ import math
 import pytest
 from prometheus_client import CollectorRegistry
 
+from sdar.bus.protocol import Delivery
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.runtime.bus import Delivery
 from services.learner.ingest import Group, IngestCounts
 from services.learner.metrics import VALUES, LearnerMetrics, Timing, build_record
 from services.learner.progress import Progress
 from tests.unit.learner.builders import make_group
 
-TRAINED = {"loss": -0.5, "gate_mean": 0.6, "teacher_gap_abs": 0.4, "entropy": 1.5, "gradient_norm": 0.7}
+TRAINED = {
+    "loss": -0.5,
+    "gate_mean": 0.6,
+    "teacher_gap_abs": 0.4,
+    "entropy": 1.5,
+    "gradient_norm": 0.7,
+}
 
 
 class Seen:
@@ -24,11 +30,18 @@ class Seen:
 
     def update(self, *episodes, trained=TRAINED, checkpoint_s=0.0, stale_turns=()):
         groups = [
-            Group.of(items[0].trajectory.group_id, [(item, read_as(index)) for index, item in enumerate(items)])
+            Group.of(
+                items[0].trajectory.group_id,
+                [(item, read_as(index)) for index, item in enumerate(items)],
+            )
             for items in episodes
         ]
-        timing = Timing(wait_s=1.0, step_s=2.0, publish_s=0.5, checkpoint_s=checkpoint_s, total_s=4.0)
-        record = build_record(groups, self.progress, trained, timing, IngestCounts(num_stale=1), num_buffered=3)
+        timing = Timing(
+            wait_s=1.0, step_s=2.0, publish_s=0.5, checkpoint_s=checkpoint_s, total_s=4.0
+        )
+        record = build_record(
+            groups, self.progress, trained, timing, IngestCounts(num_stale=1), num_buffered=3
+        )
         self.progress = self.progress.after_update(group.group_id for group in groups)
         self.metrics.observe(self.progress, record, 3, 5)
         self.metrics.observe_episodes(groups, stale_turns)
@@ -50,7 +63,10 @@ def seen():
 def test_tokens_are_counted_by_how_stale_they_were(seen):
     seen.progress = Progress(num_updates=2, policy_version=2)
     record = seen.update(make_group("a", version=2), make_group("b", version=0))
-    fresh, old = seen.get("trained_tokens_total", staleness="0"), seen.get("trained_tokens_total", staleness="2")
+    fresh, old = (
+        seen.get("trained_tokens_total", staleness="0"),
+        seen.get("trained_tokens_total", staleness="2"),
+    )
     assert fresh + old == record["num_tokens"]
     assert fresh > 0
     assert old > 0
@@ -59,8 +75,12 @@ def test_tokens_are_counted_by_how_stale_they_were(seen):
 
 def test_success_and_reward_come_by_task_type_with_their_counts(seen):
     seen.update(make_group("a", rewards=(0.0, 1.0)), make_group("b", rewards=(1.0, 0.5)))
-    episodes = {kind: seen.get("trained_episodes_total", task_type=kind) for kind in ("heat", "cool")}
-    successes = {kind: seen.get("trained_successes_total", task_type=kind) for kind in ("heat", "cool")}
+    episodes = {
+        kind: seen.get("trained_episodes_total", task_type=kind) for kind in ("heat", "cool")
+    }
+    successes = {
+        kind: seen.get("trained_successes_total", task_type=kind) for kind in ("heat", "cool")
+    }
     assert (episodes, successes) == ({"heat": 3, "cool": 1}, {"heat": 3, "cool": 0})
     assert seen.get("task_reward_mean", task_type="heat") == pytest.approx(2.5 / 3)
     assert seen.get("task_reward_mean", task_type="cool") == 0
@@ -78,7 +98,10 @@ def test_a_checkpoint_takes_its_time_only_where_there_was_one(seen):
     seen.update(make_group("a"))
     assert seen.get("seconds_count", part="checkpoint") is None
     seen.update(make_group("b"), checkpoint_s=3.0)
-    assert (seen.get("seconds_count", part="checkpoint"), seen.get("seconds_sum", part="checkpoint")) == (1, 3)
+    assert (
+        seen.get("seconds_count", part="checkpoint"),
+        seen.get("seconds_sum", part="checkpoint"),
+    ) == (1, 3)
     assert (seen.get("seconds_count", part="step"), seen.get("seconds_sum", part="step")) == (2, 4)
 
 

@@ -1,4 +1,5 @@
-"""Progress by example. A run reaches update 5, is killed, and resumes from its checkpoint of update 3 as version 6::
+"""Progress by example. A run reaches update 5, is killed, and resumes from its checkpoint of update
+3 as version 6::
 
 version   0 1 2 3 4 5 | 6 7
 updates   0 1 2 3 4 5 | 3 4
@@ -44,7 +45,9 @@ def test_json_round_trip_keeps_everything():
     assert Progress.from_json(progress.to_json()) == progress
 
 
-@pytest.mark.parametrize("broken", [{}, {"num_updates": "x"}, {**Progress().to_json(), "lineage": 3}])
+@pytest.mark.parametrize(
+    "broken", [{}, {"num_updates": "x"}, {**Progress().to_json(), "lineage": 3}]
+)
 def test_unreadable_progress_is_corruption(broken):
     with pytest.raises(CorruptionError):
         Progress.from_json(broken)
@@ -57,17 +60,29 @@ def test_trained_ids_are_bounded():
 
 
 def test_no_id_is_forgotten_that_could_come_again_and_be_trained():
-    """Unacknowledged at most `checkpoint_every` updates, too stale `max_staleness` after those that a crash may have lost."""
+    """Unacknowledged at most `checkpoint_every` updates, too stale `max_staleness` after those that
+    a crash may have lost.
+    """
     fields = TrainingConfig.model_fields
     largest = [
-        bound.le for name in ("checkpoint_every", "max_staleness") for bound in fields[name].metadata if hasattr(bound, "le")
+        bound.le
+        for name in ("checkpoint_every", "max_staleness")
+        for bound in fields[name].metadata
+        if hasattr(bound, "le")
     ]
     assert len(largest) == 2
     assert sum(largest) <= REMEMBERED_UPDATES
 
 
 def test_each_update_is_known_by_the_version_it_led_to_in_the_life_that_made_it():
-    twice = after_updates(3).continue_after(5).after_update(["x"]).continue_after(9).continue_after(12).after_update(["y", "z"])
+    twice = (
+        after_updates(3)
+        .continue_after(5)
+        .after_update(["x"])
+        .continue_after(9)
+        .continue_after(12)
+        .after_update(["y", "z"])
+    )
     assert [twice.version_after(number) for number in range(1, 6)] == [1, 2, 3, 7, 14]
     assert twice.list_trained() == {"g0": 1, "g1": 2, "g2": 3, "x": 7, "y": 14, "z": 14}
     assert twice.policy_version == 14

@@ -1,4 +1,6 @@
-"""What a rank other than 0 does when a disk refuses a checkpoint; the ranks and the model are invented."""
+"""What a rank other than 0 does when a disk refuses a checkpoint; the ranks and the model are
+invented.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The main loop with a trainer that only counts: order of effects, resuming, finishing. Three updates of two groups."""
+"""The main loop with a trainer that only counts: order of effects, resuming, finishing. Three
+updates of two groups.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,15 @@ import os
 import pytest
 import structlog
 
-from sdar.contracts.errors import BusUnavailableError, CapacityError, SupersededError, WeightsUnavailableError
+from sdar.bus.ledger import format_group_id
+from sdar.contracts.errors import (
+    BusUnavailableError,
+    CapacityError,
+    SupersededError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome
-from sdar.runtime.ledger import format_group_id
 from tests.support import until
 from tests.unit.learner.builders import (
     CountingTrainer,
@@ -82,7 +89,9 @@ async def test_entries_are_acknowledged_and_groups_booked_as_trained_only_with_a
         await asyncio.sleep(0.01)
     assert rig.checkpoints.find_newest().progress.num_updates == 2
     assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "trained": 4}
-    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
+    trained = [
+        event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED
+    ]
     assert [(event.group_id, event.policy_version) for event in trained] == [
         (format_group_id(number), 1 + number // 2) for number in range(4)
     ]
@@ -102,7 +111,9 @@ async def test_being_stopped_makes_finished_updates_durable(rig):
     await rig.reach(2)
     await rig.stop()
     assert rig.trainer.batches == [["c", "d"]]
-    assert await rig.announced() == [0, 1, 2], "nothing was lost, so versions and updates still agree"
+    assert await rig.announced() == [0, 1, 2], (
+        "nothing was lost, so versions and updates still agree"
+    )
 
 
 async def test_after_a_kill_lost_updates_are_trained_again_under_new_versions(rig):
@@ -145,14 +156,18 @@ async def test_a_crash_between_any_two_steps_trains_every_group_exactly_once(rig
     await rig.start()
     await rig.reach(3)
     await rig.stop()
-    trained = [group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids]
+    trained = [
+        group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids
+    ]
     assert sorted(trained) == ids
     assert rig.weight_of((await rig.announced())[-1]) == 3.0
     assert await read_account(rig.bus) == {"issued": 6, "generated": 6, "trained": 6}
     assert await count_pending(rig.bus) == 0
 
 
-async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_groups_at_the_next_start(rig):
+async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_groups_at_the_next_start(
+    rig,
+):
     rig.config = make_config(num_updates=4)
     await issue(rig.bus, range(4))
     original = rig.bus.commit
@@ -175,7 +190,9 @@ async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_gr
     await rig.stop()
     assert rig.trainer.batches == []
     assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "trained": 4}
-    trained = [event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED]
+    trained = [
+        event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED
+    ]
     assert [event.policy_version for event in trained] == [1, 1, 2, 2]
     assert {event.episode_turns for event in trained} == {(2, 2)}
 
@@ -196,8 +213,12 @@ async def test_a_learner_that_was_superseded_ends_and_has_published_nothing_sinc
     assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
 
 
-async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_nothing_is_trained_twice(rig):
-    """Update 2 is durable, update 3 is not, and group 6 was waiting when the server came back empty."""
+async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_nothing_is_trained_twice(
+    rig,
+):
+    """Update 2 is durable, update 3 is not, and group 6 was waiting when the server came back
+    empty.
+    """
     rig.config = make_config(num_updates=4)
     await rig.bus.save_state("scheduler", b"cursor")
     await rig.start()
@@ -208,15 +229,29 @@ async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_noth
     await rig.start()
     while not await rig.announced():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    assert await rig.bus.load_state("scheduler") == b"cursor", "the gateway goes on when it sees the policy"
-    assert await read_account(rig.bus) == {"issued": 7, "generated": 7, "trained": 4, "cancelled": 3}
+    assert await rig.bus.load_state("scheduler") == b"cursor", (
+        "the gateway goes on when it sees the policy"
+    )
+    assert await read_account(rig.bus) == {
+        "issued": 7,
+        "generated": 7,
+        "trained": 4,
+        "cancelled": 3,
+    }
     await issue(rig.bus, range(7, 11), version=2)
     await rig.reach(4)
     await rig.stop()
-    trained = [group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids]
+    trained = [
+        group_id for group_ids in rig.learner.progress.trained_groups for group_id in group_ids
+    ]
     assert trained == [format_group_id(number) for number in (0, 1, 2, 3, 7, 8, 9, 10)]
     assert rig.trainer.batches == [trained[4:6], trained[6:]]
-    assert await read_account(rig.bus) == {"issued": 11, "generated": 11, "trained": 8, "cancelled": 3}
+    assert await read_account(rig.bus) == {
+        "issued": 11,
+        "generated": 11,
+        "trained": 8,
+        "cancelled": 3,
+    }
 
 
 async def test_groups_whose_checkpoint_was_damaged_after_they_were_booked_are_told_of(rig):
@@ -252,7 +287,9 @@ async def test_a_bus_that_kept_its_account_is_left_as_it_is(rig):
 
 
 async def test_a_full_disk_at_a_checkpoint_is_waited_out_and_said(rig):
-    """Nothing is acknowledged meanwhile, nothing is trained, and the learner neither dies nor is ready."""
+    """Nothing is acknowledged meanwhile, nothing is trained, and the learner neither dies nor is
+    ready.
+    """
     is_full = True
 
     def save(directory, original=CountingTrainer.save):
@@ -332,7 +369,9 @@ async def test_a_finished_run_cancels_what_still_arrives_until_it_is_stopped(rig
 
 
 async def test_a_finished_run_cancels_what_a_reader_before_it_left_pending(rig):
-    """Such as entries that a superseded learner had read on: the account closes without another restart."""
+    """Such as entries that a superseded learner had read on: the account closes without another
+    restart.
+    """
     await issue(rig.bus, range(6))
     await rig.start()
     await rig.reach(2)
@@ -342,7 +381,12 @@ async def test_a_finished_run_cancels_what_a_reader_before_it_left_pending(rig):
         while await count_pending(rig.bus):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await rig.stop()
-    assert await read_account(rig.bus) == {"issued": 7, "generated": 7, "trained": 6, "cancelled": 1}
+    assert await read_account(rig.bus) == {
+        "issued": 7,
+        "generated": 7,
+        "trained": 6,
+        "cancelled": 1,
+    }
 
 
 async def test_a_finished_run_that_starts_again_trains_nothing(rig):

@@ -8,7 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from loadtest.bench_gpu import SMALL, TINY_SHAPE, Shape, count_flops, draw_sequences, find_peak, format_table
+from loadtest.bench_gpu import (
+    SMALL,
+    TINY_SHAPE,
+    Shape,
+    count_flops,
+    draw_sequences,
+    find_peak,
+    format_table,
+)
 from loadtest.page import ROOT
 
 # `None` in sys.modules makes the import fail, as on a machine that has only torch and transformers.
@@ -25,7 +33,13 @@ def test_the_script_runs_on_a_cpu_without_jaxtyping_and_writes_its_figures(tmp_p
     script = ROOT / "loadtest" / "bench_gpu.py"
     arguments = [script, "--device", "cpu", "--tiny", "--pairs", "1", "--output", output]
     command = [sys.executable, "-c", WITHOUT_JAXTYPING, *map(str, arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert [row["gradient_checkpointing"] for row in results["rows"]] == [False, True]
@@ -42,7 +56,8 @@ def test_episodes_sample_about_half_of_their_tokens_and_never_the_first():
 
 
 def test_flops_are_six_per_weight_and_token_plus_attention():
-    """One sequence of 10 tokens, 5 sampled; hidden 4, 2 heads of 2, one of keys and values, 3 layers, vocabulary 7.
+    """One sequence of 10 tokens, 5 sampled; hidden 4, 2 heads of 2, one of keys and values, 3
+    layers, vocabulary 7.
 
     A layer has 4*4 (queries) + 2 * 4*2 (keys, values) + 4*4 (output) + 3 * 4*8 (MLP) = 144 weights.
     """

@@ -17,13 +17,14 @@ from loadtest.chaos.proxy import Link
 from loadtest.chaos.recovery import Injury
 from loadtest.chaos.report import count_repeated_tokens, summarize_recoveries
 from loadtest.chaos.run import MemorySample
+from sdar.bus.ledger import CLOSING, LedgerAccount, format_group_id
 from sdar.contracts.types import GroupOutcome, MetricRecord
-from sdar.runtime.ledger import CLOSING, LedgerAccount, format_group_id
 
 ROLLOUTS = ["rollout-0", "rollout-1"]
 
 
-# --- the schedule -------------------------------------------------------------------------------------------------------------
+# --- the schedule
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_seed_names_one_schedule():
@@ -42,14 +43,21 @@ def test_ten_minutes_kill_every_service_and_at_least_fifty_times_in_all():
 
 
 def test_a_short_run_kills_every_service_pauses_one_and_severs_one():
-    kinds = {kind: {f.target for f in build_schedule(0, 1.0, 2, 30.0) if f.kind is kind} for kind in FaultKind}
+    kinds = {
+        kind: {f.target for f in build_schedule(0, 1.0, 2, 30.0) if f.kind is kind}
+        for kind in FaultKind
+    }
     assert kinds[FaultKind.KILL] == {*SERVICES, *ROLLOUTS}
     assert kinds[FaultKind.PAUSE]
     assert kinds[FaultKind.SEVER]
 
 
 def test_a_worker_is_paused_for_longer_than_its_lease():
-    pauses = [f.duration_s for f in build_schedule(0, 10.0, 2, 30.0) if f.kind is FaultKind.PAUSE and f.target in ROLLOUTS]
+    pauses = [
+        f.duration_s
+        for f in build_schedule(0, 10.0, 2, 30.0)
+        if f.kind is FaultKind.PAUSE and f.target in ROLLOUTS
+    ]
     assert min(pauses) < 10.0
     assert max(pauses) > 30.0
 
@@ -61,7 +69,8 @@ def test_faults_come_in_order_within_the_minutes_and_before_the_last_updates():
     assert schedule[-1].at_progress < 0.95
 
 
-# --- what is seen -------------------------------------------------------------------------------------------------------------
+# --- what is seen
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_log_line_that_a_kill_cut_short_hides_neither_itself_nor_the_next():
@@ -77,7 +86,9 @@ def test_a_log_is_read_on_where_it_was_left_also_in_the_middle_of_a_line(tmp_pat
     path = tmp_path / "log"
     follower = LogFollower(path, "teacher")
     assert list(follower.read()) == []
-    path.write_bytes(b'{"event": "one", "timestamp": "2026-01-01T00:00:00Z"}\n{"event": "two", "time')
+    path.write_bytes(
+        b'{"event": "one", "timestamp": "2026-01-01T00:00:00Z"}\n{"event": "two", "time'
+    )
     assert [event.name for event in follower.read()] == ["one"]
     with path.open("ab") as file:
         file.write(b'stamp": "2026-01-01T00:00:00Z"}\n')
@@ -85,7 +96,9 @@ def test_a_log_is_read_on_where_it_was_left_also_in_the_middle_of_a_line(tmp_pat
 
 
 def sampled(at_s: float, num_tokens: float) -> MetricRecord:
-    return MetricRecord("run", "rollout", "rollout-0", 0, at_s, {"num_tokens_generated": num_tokens})
+    return MetricRecord(
+        "run", "rollout", "rollout-0", 0, at_s, {"num_tokens_generated": num_tokens}
+    )
 
 
 def played(at_s: float, num_tokens: int) -> LogEvent:
@@ -135,21 +148,39 @@ def test_a_rollout_worker_whose_engine_was_killed_has_resumed_only_with_another_
     injury.see_engine(30.0, 17.5)
     injury.see_ready(31.0)
     injury.see_sign(32.0)
-    assert (injury.ready_after_s, injury.resumed_after_s, injury.engine_start_s) == (21.0, 22.0, 17.5)
+    assert (injury.ready_after_s, injury.resumed_after_s, injury.engine_start_s) == (
+        21.0,
+        22.0,
+        17.5,
+    )
 
 
 def test_the_table_has_a_row_for_each_service_with_its_faults_by_kind_and_both_times():
-    injuries = [hit(FaultKind.KILL, "rollout-0"), hit(FaultKind.SEVER, "rollout-1"), hit(FaultKind.KILL, REDIS)]
+    injuries = [
+        hit(FaultKind.KILL, "rollout-0"),
+        hit(FaultKind.SEVER, "rollout-1"),
+        hit(FaultKind.KILL, REDIS),
+    ]
     for number, injury in enumerate(injuries, start=1):
         injury.see_engine(10.5, 1.0)
         injury.see_ready(10.0 + number)
         injury.see_sign(10.0 + 2 * number)
     redis, rollout = summarize_recoveries(injuries)
-    assert (redis.service, redis.faults, redis.ready_max_s, redis.resumed_p50_s) == (REDIS, {"kill": 1}, 3.0, 6.0)
-    assert (rollout.faults, rollout.ready_p50_s, rollout.resumed_max_s) == ({"kill": 1, "sever": 1}, 1.5, 4.0)
+    assert (redis.service, redis.faults, redis.ready_max_s, redis.resumed_p50_s) == (
+        REDIS,
+        {"kill": 1},
+        3.0,
+        6.0,
+    )
+    assert (rollout.faults, rollout.ready_p50_s, rollout.resumed_max_s) == (
+        {"kill": 1, "sever": 1},
+        1.5,
+        4.0,
+    )
 
 
-# --- planted violations -----------------------------------------------------------------------------------------------------
+# --- planted violations
+# --------------------------------------------------------------------------------------------------
 
 
 def closed(**numbers: list[int]) -> dict[GroupOutcome, list[int]]:
@@ -196,7 +227,11 @@ def test_steps_that_name_the_ledgers_groups_once_each_are_sound():
 @pytest.mark.parametrize(
     ("updates", "trained", "found"),
     [
-        ([UPDATES[0], [format_group_id(2), format_group_id(1)]], [0, 1, 2], "trained twice: group-00000001"),
+        (
+            [UPDATES[0], [format_group_id(2), format_group_id(1)]],
+            [0, 1, 2],
+            "trained twice: group-00000001",
+        ),
         (UPDATES, [0, 1, 2], "in one of both only: group-00000003"),
         (UPDATES, [0, 1, 2, 3, 4], "in one of both only: group-00000004"),
         ([UPDATES[0], UPDATES[1][:1]], [0, 1, 2], "steps of another size: 1"),
@@ -228,7 +263,12 @@ def test_a_gap_in_one_sample_and_a_number_that_shrinks_are_found():
 
 def test_an_orphan_of_any_kind_is_found():
     assert checks.check_nothing_left(0, [], [], []).is_kept
-    for left in ((1, [], [], []), (0, ["17 python"], [], []), (0, [], ["update-00000003.partial"], []), (0, [], [], ["envs"])):
+    for left in (
+        (1, [], [], []),
+        (0, ["17 python"], [], []),
+        (0, [], ["update-00000003.partial"], []),
+        (0, [], [], ["envs"]),
+    ):
         assert not checks.check_nothing_left(*left).is_kept
 
 
@@ -251,13 +291,17 @@ def test_memory_that_grows_within_a_life_is_found_and_a_start_that_grows_is_not(
 
 def test_an_engines_warm_up_is_counted_in_groups_not_in_seconds():
     warming = [1200.0 + 10.0 * index for index in range(30)]
-    assert checks.check_memory([*life("rollout-0", 1, [*warming, *[1500.0] * 12]), *life("envs", 2, [100.0] * 30)]).is_kept
+    assert checks.check_memory(
+        [*life("rollout-0", 1, [*warming, *[1500.0] * 12]), *life("envs", 2, [100.0] * 30)]
+    ).is_kept
     leaking = [1200.0 + 10.0 * index for index in range(60)]
     assert not checks.check_memory(life("rollout-0", 1, leaking)).is_kept
 
 
 def test_memory_is_compared_within_one_life_alone():
-    assert checks.check_memory([*life("envs", 1, [100.0] * 30), *life("envs", 2, [500.0] * 30)]).is_kept
+    assert checks.check_memory(
+        [*life("envs", 1, [100.0] * 30), *life("envs", 2, [500.0] * 30)]
+    ).is_kept
 
 
 def test_a_run_without_a_life_long_enough_to_judge_says_so():
@@ -305,7 +349,8 @@ def test_a_run_that_stops_short_is_found():
     assert not checks.check_end("finished", 9, 10).is_kept
 
 
-# --- links ------------------------------------------------------------------------------------------------------------------
+# --- links
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager

@@ -26,7 +26,9 @@ def entry(*comparisons, tables=(), machine="a machine"):
 
 
 def test_the_ratio_is_the_median_of_the_pairs_ratios_not_the_ratio_of_medians():
-    """The machine halves its speed for the second pair; both sides feel it, so every ratio stays 0.5 but for the outlier."""
+    """The machine halves its speed for the second pair; both sides feel it, so every ratio stays
+    0.5 but for the outlier.
+    """
     comparison = compare((1, 2), (2, 4), (30, 6))
     assert comparison.ratios == [0.5, 0.5, 5.0]
     assert comparison.ratio == 0.5
@@ -35,7 +37,12 @@ def test_the_ratio_is_the_median_of_the_pairs_ratios_not_the_ratio_of_medians():
 
 @pytest.mark.parametrize(
     ("kind", "bound", "is_met"),
-    [("at_least", 0.5, True), ("at_least", 0.51, False), ("at_most", 0.5, True), ("at_most", 0.49, False)],
+    [
+        ("at_least", 0.5, True),
+        ("at_least", 0.51, False),
+        ("at_most", 0.5, True),
+        ("at_most", 0.49, False),
+    ],
 )
 def test_a_target_is_met_on_its_own_side_of_the_bound(kind, bound, is_met):
     assert compare((1, 2), target=Target(kind, bound)).is_met is is_met
@@ -73,20 +80,30 @@ def test_figures_keep_three_digits():
 
 
 def test_a_measurement_survives_json():
-    measurement = Measurement((compare((1, 2), target=Target("at_most", 1)),), (Table("t", ("a",), (("1",),)),), ("n",))
+    measurement = Measurement(
+        (compare((1, 2), target=Target("at_most", 1)),), (Table("t", ("a",), (("1",),)),), ("n",)
+    )
     assert Measurement.from_json(json.loads(json.dumps(measurement.to_json()))) == measurement
 
 
 def test_a_row_shows_figures_ratio_range_and_whether_the_target_was_met():
-    page = format_page({"first": entry(compare((1, 4), (2, 4), (3, 4), target=Target("at_least", 0.85)))})
-    assert "| ours | 2 s | theirs: 4 s | **0.5** (0.25 to 0.75, 3) | at least 0.85: **missed** |" in page
+    page = format_page(
+        {"first": entry(compare((1, 4), (2, 4), (3, 4), target=Target("at_least", 0.85)))}
+    )
+    assert (
+        "| ours | 2 s | theirs: 4 s | **0.5** (0.25 to 0.75, 3) | at least 0.85: **missed** |"
+        in page
+    )
 
 
 def test_the_page_holds_tables_notes_commands_and_each_machine_once():
     table = Table("Shares", ("service", "waits"), (("rollout", "19%"),))
     page = format_page({"first": entry(tables=(table,)), "second": entry(compare((1, 2)))})
     assert "Shares\n\n| service | waits |\n| --- | --- |\n| rollout | 19% |" in page
-    assert "`python -m loadtest.bench --only first`, 2026-01-02 03:04 UTC, seed 0, 1 s, machine A." in page
+    assert (
+        "`python -m loadtest.bench --only first`, 2026-01-02 03:04 UTC, seed 0, 1 s, machine A."
+        in page
+    )
     assert page.count("A. a machine\n") == 1
     assert page.count("- a note") == 2
 

@@ -25,7 +25,13 @@ QUICK = Schedule(period_s=0.1, num_warmups=1, num_rounds=3, limit_s=0.05)
 
 
 def build_trial(num_sessions, latency_s=0.01, num_missed=0):
-    return Trial(num_sessions, Timings([latency_s] * 20, [0.001] * 20, num_missed), 2048.0, server_share=0.5, client_share=0.1)
+    return Trial(
+        num_sessions,
+        Timings([latency_s] * 20, [0.001] * 20, num_missed),
+        2048.0,
+        server_share=0.5,
+        client_share=0.1,
+    )
 
 
 @pytest.mark.parametrize("capacity", [1, 5, 256, 700, 5000])
@@ -52,10 +58,20 @@ def test_a_server_that_holds_nothing_is_an_error():
 
 @pytest.mark.parametrize(
     ("latency_s", "num_missed", "verdict"),
-    [(0.09, 0, "held"), (0.09, 1, "not held"), (0.15, 0, "void"), (0.17, 0, "not held"), (0.15, 1, "not held")],
+    [
+        (0.09, 0, "held"),
+        (0.09, 1, "not held"),
+        (0.15, 0, "void"),
+        (0.17, 0, "not held"),
+        (0.15, 1, "not held"),
+    ],
 )
-def test_over_the_limit_by_no_more_than_late_clients_may_have_added_is_void(latency_s, num_missed, verdict):
-    """The clients are late by 30 ms: what they find to take 150 ms may have taken 90; what takes 170 is over the limit."""
+def test_over_the_limit_by_no_more_than_late_clients_may_have_added_is_void(
+    latency_s, num_missed, verdict
+):
+    """The clients are late by 30 ms: what they find to take 150 ms may have taken 90; what takes
+    170 is over the limit.
+    """
     assert Trial(1, Timings([latency_s], [0.03], num_missed), 0.0, 0.0, 0.0).judge(0.1) == verdict
 
 
@@ -98,14 +114,18 @@ def test_every_session_steps_on_schedule_and_warming_up_is_left_out():
 
 
 def test_waiting_for_a_slow_server_counts_from_when_the_step_was_due():
-    """Each step takes 0.12 s where one is due every 0.1 s: the counted ones end 0.14, 0.16 and 0.18 s after they were due."""
+    """Each step takes 0.12 s where one is due every 0.1 s: the counted ones end 0.14, 0.16 and 0.18
+    s after they were due.
+    """
     timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.12)])
     assert timings.latencies == pytest.approx([0.14, 0.16, 0.18])
     assert timings.latenesses == []
 
 
 def test_steps_that_come_too_late_to_be_sent_are_missed():
-    """Steps of 0.4 s: sent at 0, 0.4 and 0.5 at the latest, a period after the end; the others are not."""
+    """Steps of 0.4 s: sent at 0, 0.4 and 0.5 at the latest, a period after the end; the others are
+    not.
+    """
     timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.4)])
     assert (len(timings.latencies), timings.num_missed) == (1, 2)
 
@@ -118,13 +138,19 @@ def test_a_step_that_fails_is_missed_with_those_after_it():
 
 
 def test_clients_that_are_late_themselves_are_found_out():
-    """Due at 0, 25, 50 and 75 ms of each round; the first keeps the others from sending until 80 ms."""
+    """Due at 0, 25, 50 and 75 ms of each round; the first keeps the others from sending until 80
+    ms.
+    """
 
     async def step(clock, busy_s):
         clock.now_s += busy_s
 
-    timings = play_virtually(lambda clock: [functools.partial(step, clock, busy_s) for busy_s in (0.08, 0.0, 0.0, 0.0)])
-    assert sorted(timings.latenesses) == pytest.approx([0.0] * 3 + [0.005] * 3 + [0.03] * 3 + [0.055] * 3)
+    timings = play_virtually(
+        lambda clock: [functools.partial(step, clock, busy_s) for busy_s in (0.08, 0.0, 0.0, 0.0)]
+    )
+    assert sorted(timings.latenesses) == pytest.approx(
+        [0.0] * 3 + [0.005] * 3 + [0.03] * 3 + [0.055] * 3
+    )
     assert Trial(4, timings, 0.0, 0.0, 1.0).lateness_s == pytest.approx(0.055)
 
 
@@ -140,7 +166,9 @@ def test_a_server_is_started_pinned_played_and_ended(server):
 
 
 def test_rows_compare_pairs_and_the_number_to_reach():
-    measurement = build_measurement([build_trial(600), build_trial(700)], [build_trial(1200), build_trial(700)], Schedule())
+    measurement = build_measurement(
+        [build_trial(600), build_trial(700)], [build_trial(1200), build_trial(700)], Schedule()
+    )
     held, goal, memory = measurement.comparisons
     assert (held.ratios, held.is_met) == ([0.5, 1.0], None)
     assert (goal.ours, goal.theirs, goal.is_met) == (650, 512, True)

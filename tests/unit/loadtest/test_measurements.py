@@ -10,10 +10,21 @@ from loadtest.logprob_memory import compute_in_chunks, compute_naively
 from loadtest.peers import PickleStream, copy_durably, to_training_texts
 from loadtest.rollout_throughput import InstantEnvironment
 from loadtest.service_waiting import ProcessorTime, Window, compute_waiting, find_window
-from loadtest.workloads import AgentShape, build_agent_groups, build_household_groups, record_scripts
-from sdar.runtime.embedded_redis import EmbeddedRedis
+from loadtest.workloads import (
+    AgentShape,
+    build_agent_groups,
+    build_household_groups,
+    record_scripts,
+)
+from sdar.bus.embedded_redis import EmbeddedRedis
 
-SHAPE = AgentShape(num_turns=3, num_first_tokens=20, num_observation_tokens=5, num_response_tokens=8, vocabulary_size=100)
+SHAPE = AgentShape(
+    num_turns=3,
+    num_first_tokens=20,
+    num_observation_tokens=5,
+    num_response_tokens=8,
+    vocabulary_size=100,
+)
 
 
 def test_both_ways_to_logprobs_agree_in_values_and_gradients():
@@ -56,7 +67,9 @@ def test_a_durable_copy_has_the_same_bytes(tmp_path):
     assert (tmp_path / "target").read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("build", [lambda: build_household_groups(2, 3), lambda: build_agent_groups(2, 3, SHAPE)])
+@pytest.mark.parametrize(
+    "build", [lambda: build_household_groups(2, 3), lambda: build_agent_groups(2, 3, SHAPE)]
+)
 def test_workloads_are_whole_groups_and_the_same_each_time(build):
     groups = build()
     assert [[t.episode_index for t in group] for group in groups] == [[0, 1, 2]] * 2
@@ -78,12 +91,17 @@ async def test_the_instant_environment_plays_the_experts_game():
 
 
 def test_shares_are_taken_between_the_updates_that_count():
-    """Four updates are left out; the window is (4, 6]: one rollout record of two is inside, and two learner records."""
+    """Four updates are left out; the window is (4, 6]: one rollout record of two is inside, and two
+    learner records.
+    """
     records = [
         {"service": "learner", "at_s": float(at_s), "values": {"wait_s": wait_s, "total_s": 1.0}}
         for at_s, wait_s in ((1, 9), (2, 9), (3, 9), (4, 9), (5, 0.2), (6, 0.4))
     ]
-    records += [{"service": "rollout", "at_s": at_s, "values": {"waiting_share": at_s / 10}} for at_s in (3.5, 5.5)]
+    records += [
+        {"service": "rollout", "at_s": at_s, "values": {"waiting_share": at_s / 10}}
+        for at_s in (3.5, 5.5)
+    ]
     window = find_window(records)
     assert window == Window(4.0, 6.0)
     assert compute_waiting(records, window) == pytest.approx({"rollout": 0.55, "learner": 0.3})

@@ -1,4 +1,6 @@
-"""The search for what a server holds, on servers that are plain functions; and the page that shows it."""
+"""The search for what a server holds, on servers that are plain functions; and the page that shows
+it.
+"""
 
 import dataclasses
 import json
@@ -7,25 +9,54 @@ import math
 import pytest
 
 from loadtest.page import ROOT
-from loadtest.ramp import BEGIN_MARK, BOUND_MS, END_MARK, Ramp, Stage, climb, format_block, replace_block, tell_limit
+from loadtest.ramp import (
+    BEGIN_MARK,
+    BOUND_MS,
+    END_MARK,
+    Ramp,
+    Stage,
+    climb,
+    format_block,
+    replace_block,
+    tell_limit,
+)
 
 
 def build_stage(num_users, requests_per_s=None, p99_ms=10.0, num_failed=0, generator_share=0.2):
     rate = float(num_users) if requests_per_s is None else requests_per_s
     memory_bytes = 2**20 * (50 + num_users / 100)
-    return Stage(num_users, rate, num_failed, 1.0, 2.0, p99_ms, generator_share, rate / 1000, rate / 5000, memory_bytes)
+    return Stage(
+        num_users,
+        rate,
+        num_failed,
+        1.0,
+        2.0,
+        p99_ms,
+        generator_share,
+        rate / 1000,
+        rate / 5000,
+        memory_bytes,
+    )
 
 
 @pytest.mark.parametrize("capacity", [100, 130, 256, 1500])
 def test_the_largest_number_held_is_found_to_a_fifth(capacity):
-    ramp = climb(lambda number: build_stage(number, p99_ms=10 if number <= capacity else 400), 100, "it", "users", 1.0)
+    ramp = climb(
+        lambda number: build_stage(number, p99_ms=10 if number <= capacity else 400),
+        100,
+        "it",
+        "users",
+        1.0,
+    )
     assert ramp.best.num_users <= capacity < 1.2 * ramp.best.num_users
     assert ramp.limit == "p99 is 400 ms"
     assert ramp.best.requests_per_cpu_s == pytest.approx(1000)
 
 
 def test_memory_is_what_users_add():
-    ramp = climb(lambda number: build_stage(number, num_failed=number > 500), 100, "it", "users", 1.0)
+    ramp = climb(
+        lambda number: build_stage(number, num_failed=number > 500), 100, "it", "users", 1.0
+    )
     assert ramp.memory_per_100_bytes == pytest.approx(2**20)
 
 
@@ -50,7 +81,9 @@ def test_a_full_generator_is_told_beside_the_limit():
     def try_out(number):
         return build_stage(number, p99_ms=10 if number <= 100 else 300, generator_share=0.95)
 
-    assert climb(try_out, 100, "it", "users", 1.0).limit.endswith("with the load generator at 95% of a core")
+    assert climb(try_out, 100, "it", "users", 1.0).limit.endswith(
+        "with the load generator at 95% of a core"
+    )
 
 
 def test_a_server_that_does_not_hold_the_first_stage_is_an_error():
@@ -61,7 +94,10 @@ def test_a_server_that_does_not_hold_the_first_stage_is_an_error():
 def test_a_page_without_its_marks_is_refused():
     with pytest.raises(ValueError, match="Put both where the figures belong"):
         replace_block("# Operations\n", "new")
-    assert replace_block(f"a\n{BEGIN_MARK}old\n{END_MARK}b\n", "new\n") == f"a\n{BEGIN_MARK}new\n{END_MARK}b\n"
+    assert (
+        replace_block(f"a\n{BEGIN_MARK}old\n{END_MARK}b\n", "new\n")
+        == f"a\n{BEGIN_MARK}new\n{END_MARK}b\n"
+    )
 
 
 def test_the_figures_of_the_page_are_those_that_were_measured():
@@ -75,7 +111,9 @@ def test_the_figures_of_the_page_are_those_that_were_measured():
 
 
 def test_a_stage_that_other_work_disturbed_is_played_again():
-    """Two of three are disturbed; the third is held, so nothing is lost. Where all are, that is told with the limit."""
+    """Two of three are disturbed; the third is held, so nothing is lost. Where all are, that is
+    told with the limit.
+    """
     tries = []
 
     def try_out(number):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 from tests.unit.rollout.fakes import write_model
 
 

@@ -1,4 +1,6 @@
-"""Scripted parts of a rollout worker, a byte-level chat tokenizer and a tiny random model, all given by constructor."""
+"""Scripted parts of a rollout worker, a byte-level chat tokenizer and a tiny random model, all
+given by constructor.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from sdar.contracts.errors import EngineFailedError, EnvironmentFailedError, UnavailableError, WeightsUnavailableError
+from sdar.contracts.errors import (
+    EngineFailedError,
+    EnvironmentFailedError,
+    UnavailableError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.types import (
     EnvironmentIdentity,
     ModelIdentity,
@@ -32,19 +39,27 @@ MODEL = ModelIdentity("tiny", "f00d")
 IDENTITY = EnvironmentIdentity("script", "1")
 SAMPLING = SamplingParameters(1.0, 1.0, 8)
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def write_model(path: Path, *, is_tied: bool = True, seed: int = 0, num_key_values: int = 1) -> Path:
+def write_model(
+    path: Path, *, is_tied: bool = True, seed: int = 0, num_key_values: int = 1
+) -> Path:
     """A Qwen2 of 2 layers with random weights, and a tokenizer of single bytes."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: index
+        for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path)
@@ -67,7 +82,9 @@ def write_model(path: Path, *, is_tied: bool = True, seed: int = 0, num_key_valu
     return path
 
 
-def make_group(group_id="group-1", size=2, *, purpose=Purpose.TRAIN, version=0, max_turns=4, sampling=SAMPLING) -> TaskGroup:
+def make_group(
+    group_id="group-1", size=2, *, purpose=Purpose.TRAIN, version=0, max_turns=4, sampling=SAMPLING
+) -> TaskGroup:
     return TaskGroup(
         run_id=RUN_ID,
         group_id=group_id,
@@ -96,7 +113,9 @@ def make_rules(tokenizer, *, max_sequence_tokens=512, penalty=0.1) -> EpisodeRul
     )
 
 
-def answer(observation="next", *, reward=0.0, over=False, cut=False, valid=True, success=False, actions=()) -> StepOutcome:
+def answer(
+    observation="next", *, reward=0.0, over=False, cut=False, valid=True, success=False, actions=()
+) -> StepOutcome:
     return StepOutcome(
         observation=observation,
         reward=reward,
@@ -165,7 +184,8 @@ class ScriptedEnvironment:
 
 
 class ScriptedEngine:
-    """Answers every prompt with the next of `responses` (repeating the last), stamped with the version of each moment.
+    """Answers every prompt with the next of `responses` (repeating the last), stamped with the
+    version of each moment.
 
     Attributes:
         switch_after: the version changes to `version + 1` after so many tokens of each response.
@@ -182,7 +202,9 @@ class ScriptedEngine:
 
     @property
     def stats(self):
-        return EngineStats(num_generated_tokens=3 * len(self.prompts), num_weight_updates=len(self.updates))
+        return EngineStats(
+            num_generated_tokens=3 * len(self.prompts), num_weight_updates=len(self.updates)
+        )
 
     async def start(self):
         pass

@@ -12,7 +12,13 @@ from sdar.contracts.types import EpisodeEnd, StopReason
 from services.rollout.episode import Attempt, EpisodeSlots, play_episode, play_group
 from services.rollout.prompting import HistoryWindow
 from tests.support import until
-from tests.unit.rollout.fakes import ScriptedEngine, ScriptedEnvironment, answer, make_group, make_rules
+from tests.unit.rollout.fakes import (
+    ScriptedEngine,
+    ScriptedEnvironment,
+    answer,
+    make_group,
+    make_rules,
+)
 
 A, B, C, EOS = 70, 71, 72, 2
 
@@ -31,31 +37,53 @@ async def play(tokenizer, environment, engine=None, *, group=None, skill_text=""
 
 async def test_every_turn_records_what_was_seen_sampled_and_earned(tokenizer):
     engine = ScriptedEngine([A, B, EOS], [C, EOS])
-    environment = ScriptedEnvironment(answer("two", reward=0.25), answer("end", reward=1.0, over=True, success=True))
+    environment = ScriptedEnvironment(
+        answer("two", reward=0.25), answer("end", reward=1.0, over=True, success=True)
+    )
     trajectory = await play(tokenizer, environment, engine)
     first, second = trajectory.turns
     assert [turn.prompt_token_ids.tolist() for turn in trajectory.turns] == engine.prompts
     assert first.response_token_ids.tolist() == [A, B, EOS]
-    assert second.prompt_token_ids.tolist()[: len(engine.prompts[0]) + 3] == [*engine.prompts[0], A, B, EOS]
+    assert second.prompt_token_ids.tolist()[: len(engine.prompts[0]) + 3] == [
+        *engine.prompts[0],
+        A,
+        B,
+        EOS,
+    ]
     assert first.behavior_logprobs.tolist() == [-1.0, -0.75, -0.5]
     assert [turn.reward for turn in trajectory.turns] == [0.25, 1.0]
     assert (first.extends_previous, second.extends_previous) == (False, True)
-    assert (first.stop_reason, trajectory.end, trajectory.is_success) == (StopReason.END_OF_TURN, EpisodeEnd.TERMINATED, True)
+    assert (first.stop_reason, trajectory.end, trajectory.is_success) == (
+        StopReason.END_OF_TURN,
+        EpisodeEnd.TERMINATED,
+        True,
+    )
     assert trajectory.trajectory_id == "group-1.0.a0"
 
 
-async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_history_and_possible_actions(tokenizer):
+async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_history_and_possible_actions(
+    tokenizer,
+):
     rules = dataclasses.replace(
-        make_rules(tokenizer), build_prompts=lambda setting: HistoryWindow(tokenizer, setting, 1, max_prompt_tokens=500)
+        make_rules(tokenizer),
+        build_prompts=lambda setting: HistoryWindow(tokenizer, setting, 1, max_prompt_tokens=500),
     )
-    environment = ScriptedEnvironment(answer("two", actions=("go", "stop")), answer(over=True), instructions="Rules.")
+    environment = ScriptedEnvironment(
+        answer("two", actions=("go", "stop")), answer(over=True), instructions="Rules."
+    )
     trajectory = await play_episode(
-        make_group(size=1), 0, Attempt(0), engine=ScriptedEngine([A, EOS]), environment=environment, rules=rules
+        make_group(size=1),
+        0,
+        Attempt(0),
+        engine=ScriptedEngine([A, EOS]),
+        environment=environment,
+        rules=rules,
     )
     assert [turn.extends_previous for turn in trajectory.turns] == [False, False]
     assert [message.content for message in trajectory.turns[1].messages] == [
         "Rules.",
-        "Task: clean the mug .\nActions taken: 1. The last 1:\nSeen: start\nDone: act\nSeen now: two\n"
+        "Task: clean the mug .\nActions taken: 1. The last 1:\nSeen: start\nDone: act\nSeen now: "
+        "two\n"
         "Possible actions:\ngo\nstop",
     ]
 
@@ -72,13 +100,19 @@ async def test_the_environment_gets_the_response_without_special_tokens(tokenize
 async def test_tokens_carry_the_version_that_sampled_them_across_an_update(tokenizer):
     environment = ScriptedEnvironment(answer("two"), answer(over=True))
     trajectory = await play(tokenizer, environment, ScriptedEngine([A, B, C, EOS], switch_after=2))
-    assert [turn.policy_versions.tolist() for turn in trajectory.turns] == [[0, 0, 1, 1], [1, 1, 2, 2]]
+    assert [turn.policy_versions.tolist() for turn in trajectory.turns] == [
+        [0, 0, 1, 1],
+        [1, 1, 2, 2],
+    ]
     assert (trajectory.min_policy_version, trajectory.max_policy_version) == (0, 2)
 
 
 async def test_the_penalty_is_taken_once_in_the_turn_of_the_first_invalid_action(tokenizer):
     environment = ScriptedEnvironment(
-        answer(), answer(valid=False), answer(valid=False), answer(reward=1.0, over=True, success=True)
+        answer(),
+        answer(valid=False),
+        answer(valid=False),
+        answer(reward=1.0, over=True, success=True),
     )
     trajectory = await play(tokenizer, environment)
     assert [turn.reward for turn in trajectory.turns] == [0.0, -0.1, 0.0, 1.0]
@@ -88,7 +122,9 @@ async def test_the_penalty_is_taken_once_in_the_turn_of_the_first_invalid_action
 
 
 async def test_no_penalty_is_taken_where_the_learner_takes_it(tokenizer):
-    trajectory = await play(tokenizer, ScriptedEnvironment(answer(valid=False, over=True)), penalty=0.0)
+    trajectory = await play(
+        tokenizer, ScriptedEnvironment(answer(valid=False, over=True)), penalty=0.0
+    )
     assert trajectory.turns[0].reward_components == {"success": 0.0}
 
 
@@ -100,7 +136,9 @@ async def test_an_episode_is_truncated_at_the_turn_limit(tokenizer):
 
 async def test_an_episode_is_truncated_where_no_response_would_fit(tokenizer):
     environment = ScriptedEnvironment(*[answer("x" * 20)] * 9)
-    trajectory = await play(tokenizer, environment, max_sequence_tokens=150, group=make_group(size=1, max_turns=9))
+    trajectory = await play(
+        tokenizer, environment, max_sequence_tokens=150, group=make_group(size=1, max_turns=9)
+    )
     last = trajectory.turns[-1]
     assert trajectory.end is EpisodeEnd.TRUNCATED
     assert 1 < len(trajectory.turns) < 9
@@ -123,13 +161,19 @@ async def test_every_attempt_has_sessions_and_trajectories_of_its_own(tokenizer)
     environment = ScriptedEnvironment()
     for number in range(2):
         (trajectory,) = await play_group(
-            make_group(size=1), Attempt(number), engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
+            make_group(size=1),
+            Attempt(number),
+            engine=ScriptedEngine(),
+            environment=environment,
+            rules=make_rules(tokenizer),
         )
         assert (trajectory.attempt, trajectory.trajectory_id) == (number, f"group-1.0.a{number}")
     assert environment.keys == ["test.group-1.0.a0", "test.group-1.0.a1"]
 
 
-async def test_a_failed_episode_ends_its_group_closes_all_sessions_and_what_was_sampled_is_known(tokenizer):
+async def test_a_failed_episode_ends_its_group_closes_all_sessions_and_what_was_sampled_is_known(
+    tokenizer,
+):
     environment, attempt = ScriptedEnvironment(*[answer()] * 99, num_failures=1), Attempt(0)
     engine = ScriptedEngine()
     with pytest.raises(EnvironmentFailedError, match="simulator died"):
@@ -148,7 +192,11 @@ async def test_a_cancelled_group_closes_its_sessions(tokenizer):
     environment = ScriptedEnvironment(gate=asyncio.Event())
     playing = asyncio.create_task(
         play_group(
-            make_group(size=3), Attempt(0), engine=ScriptedEngine(), environment=environment, rules=make_rules(tokenizer)
+            make_group(size=3),
+            Attempt(0),
+            engine=ScriptedEngine(),
+            environment=environment,
+            rules=make_rules(tokenizer),
         )
     )
     await until(lambda: len(environment.opened) == 3)
@@ -163,6 +211,16 @@ async def test_episodes_of_all_groups_share_the_slots(tokenizer):
     slots, rules = EpisodeSlots(3), make_rules(tokenizer)
     groups = [make_group(f"g{index}", size=4) for index in range(3)]
     await asyncio.gather(
-        *(play_group(g, Attempt(0), engine=ScriptedEngine(), environment=environment, rules=rules, slots=slots) for g in groups)
+        *(
+            play_group(
+                g,
+                Attempt(0),
+                engine=ScriptedEngine(),
+                environment=environment,
+                rules=rules,
+                slots=slots,
+            )
+            for g in groups
+        )
     )
     assert (environment.max_open, len(environment.opened), slots.num_running) == (3, 12, 0)

@@ -27,11 +27,15 @@ def seen():
 
 def episode(task_type, is_success, purpose=Purpose.TRAIN):
     task = SimpleNamespace(task_type=task_type)
-    return SimpleNamespace(purpose=purpose, task=task, is_success=is_success, duration_s=1.0, turns=(1, 2))
+    return SimpleNamespace(
+        purpose=purpose, task=task, is_success=is_success, duration_s=1.0, turns=(1, 2)
+    )
 
 
 def test_episodes_and_successes_are_counted_by_purpose_and_task_type(seen):
-    seen.metrics.observe_group([episode("heat", True), episode("heat", False), episode("cool", False)])
+    seen.metrics.observe_group(
+        [episode("heat", True), episode("heat", False), episode("cool", False)]
+    )
     seen.metrics.observe_group([episode("heat", True, Purpose.EVALUATION)])
     assert seen.get("episodes_total", purpose="train", task_type="heat") == 2
     assert seen.get("successes_total", purpose="train", task_type="heat") == 1
@@ -41,12 +45,22 @@ def test_episodes_and_successes_are_counted_by_purpose_and_task_type(seen):
 
 def test_tokens_are_counted_while_they_are_sampled_not_when_their_episode_ends(seen):
     seen.metrics.observe_engine(
-        EngineStats(num_generated_tokens=70, num_prompt_tokens=500, num_cached_tokens=300), EpisodeClock(), 0, 0
+        EngineStats(num_generated_tokens=70, num_prompt_tokens=500, num_cached_tokens=300),
+        EpisodeClock(),
+        0,
+        0,
     )
     seen.metrics.observe_engine(
-        EngineStats(num_generated_tokens=90, num_prompt_tokens=600, num_cached_tokens=320), EpisodeClock(), 0, 0
+        EngineStats(num_generated_tokens=90, num_prompt_tokens=600, num_cached_tokens=320),
+        EpisodeClock(),
+        0,
+        0,
     )
-    assert [seen.get(f"{kind}_tokens_total") for kind in ("generated", "prompt", "cached")] == [90, 600, 320]
+    assert [seen.get(f"{kind}_tokens_total") for kind in ("generated", "prompt", "cached")] == [
+        90,
+        600,
+        320,
+    ]
 
 
 def test_time_without_a_group_in_hand_is_waiting_time(seen):

@@ -13,25 +13,30 @@ from sdar.contracts import codec
 from sdar.contracts.errors import UnavailableError, WeightsUnavailableError
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import SamplingParameters
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from sdar.runtime.chat import compute_model_identity
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.pins import PinnedVersions
-from sdar.runtime.weights import WeightStore
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.in_process.transformers_engine import TransformersEngine
+from sdar.model.causal_lm import export_tensors, load_causal_lm
+from sdar.model.chat import compute_model_identity
+from sdar.weights.pins import PinnedVersions
+from sdar.weights.store import WeightStore
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy import PolicyFollower
-from services.rollout.transformers_engine import TransformersEngine
 from tests.support import until
 from tests.unit.rollout.fakes import RUN_ID, ScriptedEngine, make_manifest
 
 
 async def publish(bus, *versions):
-    await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version)) for version in versions])
+    await bus.publish(
+        Stream.POLICY_UPDATES,
+        [codec.encode_weights_manifest(make_manifest(version)) for version in versions],
+    )
 
 
 def build_follower(bus, engine, *, metrics=None, **options):
     options = {"block_s": 0.01, "retry_delays_s": [0.0]} | options
-    return PolicyFollower(bus, engine, PinnedVersions(bus, "me"), metrics or RolloutMetrics(), **options)
+    return PolicyFollower(
+        bus, engine, PinnedVersions(bus, "me"), metrics or RolloutMetrics(), **options
+    )
 
 
 @asynccontextmanager
@@ -157,7 +162,10 @@ async def test_a_training_group_waits_until_the_version_it_was_admitted_for_is_s
 async def test_a_version_is_in_use_before_it_is_read_and_its_predecessor_until_it_is_served():
     class WatchedEngine(ScriptedEngine):
         async def update_weights(self, manifest):
-            self.could_retire = [await self.bus.retire_versions([version]) for version in (1, manifest.policy_version)]
+            self.could_retire = [
+                await self.bus.retire_versions([version])
+                for version in (1, manifest.policy_version)
+            ]
             await super().update_weights(manifest)
 
     engine = WatchedEngine()
@@ -265,14 +273,20 @@ def lead_outside(store_path, manifest):
     return dataclasses.replace(manifest, path="../elsewhere/v00000002")
 
 
-@pytest.mark.parametrize("spoil", [tear_shard, flip_bit, lose_shard, tear_manifest, name_a_missing_base, lead_outside])
+@pytest.mark.parametrize(
+    "spoil", [tear_shard, flip_bit, lose_shard, tear_manifest, name_a_missing_base, lead_outside]
+)
 async def test_a_broken_publication_leaves_the_last_good_version_serving_and_the_next_one_is_taken(
     model_path, tokenizer, tmp_path, spoil
 ):
     store = WeightStore(str(tmp_path), RUN_ID)
     model, identity = load_causal_lm(model_path, "float32"), compute_model_identity(model_path)
     engine = TransformersEngine(
-        model_path, dtype="float32", max_sequence_tokens=64, stop_token_ids=[tokenizer.eos_token_id], store=store
+        model_path,
+        dtype="float32",
+        max_sequence_tokens=64,
+        stop_token_ids=[tokenizer.eos_token_id],
+        store=store,
     )
     bus, metrics, stopping = MemoryBus({}), RolloutMetrics(), asyncio.Event()
     await engine.start()
@@ -286,7 +300,9 @@ async def test_a_broken_publication_leaves_the_last_good_version_serving_and_the
             manifest = spoil(tmp_path, manifest)
         await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
         if version == 2:
-            await until(lambda: metrics.registry.get_sample_value("sdar_rollout_refused_policies_total") > 0)
+            await until(
+                lambda: metrics.registry.get_sample_value("sdar_rollout_refused_policies_total") > 0
+            )
             generation = await engine.generate([5, 6], SamplingParameters(1.0, 1.0, 2))
             assert set(generation.policy_versions) == {1}
         else:

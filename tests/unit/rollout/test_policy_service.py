@@ -28,11 +28,20 @@ class SlowEngine(ScriptedEngine):
 
 
 def build(engine, tokenizer, max_requests=2):
-    return PolicyServicer(engine, tokenizer, run_id=RUN_ID, model=MODEL, max_model_tokens=128, max_requests=max_requests)
+    return PolicyServicer(
+        engine,
+        tokenizer,
+        run_id=RUN_ID,
+        model=MODEL,
+        max_model_tokens=128,
+        max_requests=max_requests,
+    )
 
 
 def request(request_id=""):
-    return policy_pb2.GenerateRequest(request_id=request_id, tokens={"token_ids": [5, 6]}, sampling=sampling_to_proto(SAMPLING))
+    return policy_pb2.GenerateRequest(
+        request_id=request_id, tokens={"token_ids": [5, 6]}, sampling=sampling_to_proto(SAMPLING)
+    )
 
 
 async def test_a_caller_that_hangs_up_finds_the_answer_when_it_repeats(tokenizer):
@@ -63,4 +72,6 @@ async def test_a_text_that_no_context_can_hold_is_refused_before_it_is_tokenised
     servicer = build(SlowEngine(), tokenizer)
     chat = {"messages": [{"role": "user", "content": "x" * (2 << 20)}]}
     with pytest.raises(ContractError, match="2097152 characters"):
-        await servicer.Generate(policy_pb2.GenerateRequest(chat=chat, sampling=sampling_to_proto(SAMPLING)), None)
+        await servicer.Generate(
+            policy_pb2.GenerateRequest(chat=chat, sampling=sampling_to_proto(SAMPLING)), None
+        )

@@ -22,7 +22,9 @@ def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
     response = np.asarray([*encode(tokenizer, "res"), tokenizer.eos_token_id], dtype=np.int32)
     second = prompts.extend(response, StopReason.END_OF_TURN, "act", "B")
     assert first.token_ids.tolist() == encode(tokenizer, HEAD.format("A"))
-    assert second.token_ids.tolist() == encode(tokenizer, HEAD.format("A") + "res<|im_end|>\n" + HEAD.format("B"))
+    assert second.token_ids.tolist() == encode(
+        tokenizer, HEAD.format("A") + "res<|im_end|>\n" + HEAD.format("B")
+    )
     assert (first.extends_previous, second.extends_previous) == (False, True)
     assert second.messages == (ChatMessage("user", "B"),)
 
@@ -30,19 +32,28 @@ def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
 def test_a_response_cut_at_its_length_is_closed_by_the_prompt(tokenizer):
     prompts = Conversation(tokenizer, EpisodeSetting())
     prompts.begin("A")
-    second = prompts.extend(np.asarray(encode(tokenizer, "re"), dtype=np.int32), StopReason.LENGTH, "act", "B")
-    assert second.token_ids.tolist() == encode(tokenizer, HEAD.format("A") + "re<|im_end|>\n" + HEAD.format("B"))
+    second = prompts.extend(
+        np.asarray(encode(tokenizer, "re"), dtype=np.int32), StopReason.LENGTH, "act", "B"
+    )
+    assert second.token_ids.tolist() == encode(
+        tokenizer, HEAD.format("A") + "re<|im_end|>\n" + HEAD.format("B")
+    )
 
 
 def test_instructions_become_the_system_message(tokenizer):
     first = Conversation(tokenizer, EpisodeSetting("Rules.")).begin("A")
-    assert first.token_ids.tolist() == encode(tokenizer, "<|im_start|>system\nRules.<|im_end|>\n" + HEAD.format("A"))
+    assert first.token_ids.tolist() == encode(
+        tokenizer, "<|im_start|>system\nRules.<|im_end|>\n" + HEAD.format("A")
+    )
     assert first.messages == (ChatMessage("system", "Rules."), ChatMessage("user", "A"))
 
 
 @pytest.mark.parametrize(
     ("observation", "shown"),
-    [("a room", "Task: clean the mug\na room"), ("clean the mug . a room", "clean the mug . a room")],
+    [
+        ("a room", "Task: clean the mug\na room"),
+        ("clean the mug . a room", "clean the mug . a room"),
+    ],
 )
 def test_a_conversation_tells_the_task_once(tokenizer, observation, shown):
     prompts = Conversation(tokenizer, EpisodeSetting(task_description="clean the mug"))
@@ -69,13 +80,18 @@ def user_text(prompt):
 def test_a_window_shows_the_task_the_last_turns_what_is_seen_now_and_what_is_possible(tokenizer):
     prompts = HistoryWindow(tokenizer, SETTING, 2, 10_000)
     first = prompts.begin("a room", ["go left", "go right"])
-    assert user_text(first) == "Task: clean the mug\nSeen now: a room\nPossible actions:\ngo left\ngo right\nOne action."
+    assert (
+        user_text(first)
+        == "Task: clean the mug\nSeen now: a room\nPossible actions:\ngo left\ngo right\nOne action."
+    )
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "go left", "a mug")
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "", "nothing happens")
     fourth = prompts.extend(NOTHING, StopReason.END_OF_TURN, "take mug", "mug taken", ["clean mug"])
     assert user_text(fourth) == (
-        "Task: clean the mug\nActions taken: 3. The last 2:\nSeen: a mug\nDone: (no action that could be read)\n"
-        "Seen: nothing happens\nDone: take mug\nSeen now: mug taken\nPossible actions:\nclean mug\nOne action."
+        "Task: clean the mug\nActions taken: 3. The last 2:\nSeen: a mug\nDone: (no action that "
+        "could be read)\n"
+        "Seen: nothing happens\nDone: take mug\nSeen now: mug taken\nPossible actions:\nclean "
+        "mug\nOne action."
     )
 
 
@@ -88,7 +104,9 @@ def test_every_prompt_of_a_window_is_fresh_and_carries_all_its_messages(tokenize
 
 
 def test_a_window_that_does_not_fit_leaves_out_the_oldest_turns_and_says_how_many(tokenizer):
-    """One token is one byte: observation 0 is 300 bytes long, so that it has to go and observation 1 may stay."""
+    """One token is one byte: observation 0 is 300 bytes long, so that it has to go and observation
+    1 may stay.
+    """
     prompts = HistoryWindow(tokenizer, SETTING, 2, 300)
     prompts.begin("x" * 300)
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "one", "B")
@@ -111,4 +129,6 @@ def test_a_window_of_no_turns_still_counts_the_actions(tokenizer):
 def test_skills_stand_in_every_fresh_prompt_of_a_window(tokenizer):
     prompts = HistoryWindow(tokenizer, EpisodeSetting(skill_text="use sink ."), 1, 10_000)
     prompts.begin("A")
-    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")).startswith("use sink . Actions taken: 1.")
+    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")).startswith(
+        "use sink . Actions taken: 1."
+    )

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from sdar.contracts.errors import ConfigurationError, CorruptionError, EngineFailedError, InvalidInputError, UnavailableError
+from sdar.contracts.errors import (
+    ConfigurationError,
+    CorruptionError,
+    EngineFailedError,
+    InvalidInputError,
+    UnavailableError,
+)
 from sdar.contracts.types import SamplingParameters, StopReason
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
-from services.rollout.ragged_decoder import RaggedDecoder
-from services.rollout.transformers_engine import TransformersEngine
+from sdar.in_process.ragged_decoder import RaggedDecoder
+from sdar.in_process.transformers_engine import TransformersEngine
+from sdar.model.causal_lm import export_tensors, load_causal_lm
 from tests.unit.rollout.fakes import make_manifest, write_model
 
 TEMPERATURE = 0.7
@@ -57,14 +63,18 @@ def prompts_of(*lengths, seed=0) -> list[list[int]]:
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("num_key_values", [1, 2])
-async def test_logprobs_of_ragged_turns_equal_the_plain_forward_pass(tmp_path, is_tied, num_key_values):
+async def test_logprobs_of_ragged_turns_equal_the_plain_forward_pass(
+    tmp_path, is_tied, num_key_values
+):
     path = write_model(tmp_path, is_tied=is_tied, num_key_values=num_key_values)
     model = load_causal_lm(path, "float32")
     engine = build(path)
     await engine.start()
     prompts = prompts_of(1, 5, 17, 17, 40)
     for _ in range(3):
-        generations = await asyncio.gather(*(engine.generate(prompt, SAMPLING) for prompt in prompts))
+        generations = await asyncio.gather(
+            *(engine.generate(prompt, SAMPLING) for prompt in prompts)
+        )
         for prompt, generation in zip(prompts, generations, strict=True):
             want = expected_logprobs(model, prompt, generation.response_token_ids.tolist())
             np.testing.assert_allclose(generation.logprobs, want, atol=1e-5)
@@ -84,7 +94,9 @@ async def test_a_continued_conversation_computes_only_its_last_stretch(engine):
     assert again.num_cached_tokens == 30 + len(first.response_token_ids) - 1
 
 
-async def test_a_group_with_one_prompt_gets_different_responses_with_exact_logprobs(engine, model_path):
+async def test_a_group_with_one_prompt_gets_different_responses_with_exact_logprobs(
+    engine, model_path
+):
     (prompt,) = prompts_of(12)
     generations = await asyncio.gather(*(engine.generate(prompt, SAMPLING) for _ in range(8)))
     assert len({tuple(generation.response_token_ids) for generation in generations}) > 4
@@ -94,7 +106,9 @@ async def test_a_group_with_one_prompt_gets_different_responses_with_exact_logpr
         np.testing.assert_allclose(generation.logprobs, want, atol=1e-5)
 
 
-async def test_temperature_zero_takes_the_most_probable_token_with_its_unscaled_logprob(engine, model_path):
+async def test_temperature_zero_takes_the_most_probable_token_with_its_unscaled_logprob(
+    engine, model_path
+):
     (prompt,) = prompts_of(9)
     generation = await engine.generate(prompt, SamplingParameters(0.0, 1.0, 10))
     model, ids = load_causal_lm(model_path, "float32"), list(prompt)
@@ -107,14 +121,19 @@ async def test_temperature_zero_takes_the_most_probable_token_with_its_unscaled_
 
 
 async def test_sampling_follows_the_distribution(engine, model_path):
-    """2000 draws of one token against its distribution: a chi-square over the tokens expected at least 10 times."""
+    """2000 draws of one token against its distribution: a chi-square over the tokens expected at
+    least 10 times.
+    """
     (prompt,) = prompts_of(6)
     one = SamplingParameters(1.0, 1.0, 1)
     generations = await asyncio.gather(*(engine.generate(prompt, one) for _ in range(2000)))
     with torch.inference_mode():
         logits = load_causal_lm(model_path, "float32")(torch.tensor([prompt])).logits[0, -1]
     expected = 2000 * logits.softmax(-1).numpy()
-    counts = np.bincount([int(generation.response_token_ids[0]) for generation in generations], minlength=len(expected))
+    counts = np.bincount(
+        [int(generation.response_token_ids[0]) for generation in generations],
+        minlength=len(expected),
+    )
     common = expected >= 10
     chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
     assert chi2 < common.sum() + 4 * np.sqrt(2 * common.sum())
@@ -125,11 +144,14 @@ async def test_top_p_draws_from_the_renormalised_nucleus(engine, model_path):
     nucleus = SamplingParameters(1.0, 0.3, 1)
     generations = await asyncio.gather(*(engine.generate(prompt, nucleus) for _ in range(200)))
     with torch.inference_mode():
-        probabilities = load_causal_lm(model_path, "float32")(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        probabilities = (
+            load_causal_lm(model_path, "float32")(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        )
     ordered, order = probabilities.sort(descending=True)
     size = int((ordered.cumsum(0) < 0.3).sum()) + 1
     kept = {
-        int(token): float(probability / ordered[:size].sum()) for token, probability in zip(order[:size], ordered, strict=False)
+        int(token): float(probability / ordered[:size].sum())
+        for token, probability in zip(order[:size], ordered, strict=False)
     }
     for generation in generations:
         token, logprob = int(generation.response_token_ids[0]), float(generation.logprobs[0])
@@ -140,7 +162,9 @@ async def test_the_same_seed_gives_the_same_responses(model_path):
     async def sample(seed):
         engine = build(model_path, seed=seed)
         await engine.start()
-        generations = await asyncio.gather(*(engine.generate(prompt, SAMPLING) for prompt in prompts_of(4, 9, 9)))
+        generations = await asyncio.gather(
+            *(engine.generate(prompt, SAMPLING) for prompt in prompts_of(4, 9, 9))
+        )
         await engine.stop()
         return [generation.response_token_ids.tolist() for generation in generations]
 
@@ -149,7 +173,10 @@ async def test_the_same_seed_gives_the_same_responses(model_path):
 
 async def test_a_response_ends_with_the_stop_token_or_at_its_length(engine):
     generations = await asyncio.gather(
-        *(engine.generate(prompt, SamplingParameters(2.0, 1.0, 60)) for prompt in prompts_of(*[5] * 40))
+        *(
+            engine.generate(prompt, SamplingParameters(2.0, 1.0, 60))
+            for prompt in prompts_of(*[5] * 40)
+        )
     )
     reasons = {generation.stop_reason for generation in generations}
     assert reasons == {StopReason.END_OF_TURN, StopReason.LENGTH}
@@ -162,7 +189,10 @@ async def test_a_response_ends_with_the_stop_token_or_at_its_length(engine):
 
 async def test_responses_stop_at_the_end_of_the_context(engine):
     (prompt,) = prompts_of(120)
-    assert len((await engine.generate(prompt, SamplingParameters(0.0, 1.0, 60))).response_token_ids) <= 8
+    assert (
+        len((await engine.generate(prompt, SamplingParameters(0.0, 1.0, 60))).response_token_ids)
+        <= 8
+    )
 
 
 async def test_new_weights_change_the_version_the_tokens_and_drop_the_cache(tmp_path, model_path):
@@ -176,12 +206,22 @@ async def test_new_weights_change_the_version_the_tokens_and_drop_the_cache(tmp_
     after = await engine.generate(longer, SAMPLING)
     assert set(before.policy_versions) == {0}
     assert set(after.policy_versions) == {5}
-    assert (engine.policy_version, engine.stats.num_weight_updates, after.num_cached_tokens) == (5, 1, 0)
-    np.testing.assert_allclose(after.logprobs, expected_logprobs(other, longer, after.response_token_ids.tolist()), atol=1e-5)
+    assert (engine.policy_version, engine.stats.num_weight_updates, after.num_cached_tokens) == (
+        5,
+        1,
+        0,
+    )
+    np.testing.assert_allclose(
+        after.logprobs,
+        expected_logprobs(other, longer, after.response_token_ids.tolist()),
+        atol=1e-5,
+    )
     await engine.stop()
 
 
-async def test_weights_of_another_model_are_refused_and_the_old_ones_still_serve(engine, model_path):
+async def test_weights_of_another_model_are_refused_and_the_old_ones_still_serve(
+    engine, model_path
+):
     tensors = export_tensors(load_causal_lm(model_path, "float32"))
     tensors.pop("model.norm.weight")
     with pytest.raises(CorruptionError, match="missing"):
@@ -220,7 +260,9 @@ async def test_training_the_model_in_place_does_not_change_what_is_sampled(model
         ([5], SamplingParameters(1.0, 1.0, 0), "max_response_tokens"),
     ],
 )
-async def test_a_bad_request_is_refused_before_it_reaches_the_others(engine, prompt, sampling, match):
+async def test_a_bad_request_is_refused_before_it_reaches_the_others(
+    engine, prompt, sampling, match
+):
     with pytest.raises(InvalidInputError, match=match):
         await engine.generate(prompt, sampling)
 

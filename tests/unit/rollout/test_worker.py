@@ -9,17 +9,25 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from sdar.bus.protocol import BEFORE_FIRST, BusLimits
 from sdar.contracts import codec
 from sdar.contracts.errors import EngineFailedError, UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose
-from sdar.runtime.bus import BEFORE_FIRST, BusLimits
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.telemetry import Health
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.process.telemetry import Health
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.worker import RolloutWorker, WorkerLimits
 from tests.support import until
-from tests.unit.rollout.fakes import RUN_ID, ScriptedEngine, ScriptedEnvironment, answer, make_group, make_manifest, make_rules
+from tests.unit.rollout.fakes import (
+    RUN_ID,
+    ScriptedEngine,
+    ScriptedEnvironment,
+    answer,
+    make_group,
+    make_manifest,
+    make_rules,
+)
 
 CONSUMERS = {
     Stream.TASKS: (ConsumerGroup.ROLLOUT,),
@@ -37,7 +45,9 @@ class Skills:
 class Bench:
     """One bus, and workers on it that share a scripted engine and environment."""
 
-    def __init__(self, tokenizer, environment=None, engine=None, *, bus_limits=None, **limits) -> None:
+    def __init__(
+        self, tokenizer, environment=None, engine=None, *, bus_limits=None, **limits
+    ) -> None:
         self.bus = MemoryBus(CONSUMERS, bus_limits)
         self.engine = engine or ScriptedEngine()
         self.environment = environment or ScriptedEnvironment()
@@ -101,8 +111,16 @@ async def test_a_group_is_published_whole_booked_and_acknowledged(tokenizer):
     async with bench.running():
         await bench.issue(make_group("g1", size=3), make_group("g2", size=2))
         await bench.settled()
-    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
-    assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a0", "g1.1.a0", "g1.2.a0", "g2.0.a0", "g2.1.a0"]
+    trajectories = [
+        codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
+    ]
+    assert sorted(t.trajectory_id for t in trajectories) == [
+        "g1.0.a0",
+        "g1.1.a0",
+        "g1.2.a0",
+        "g2.0.a0",
+        "g2.1.a0",
+    ]
     events = {event.group_id: event for event in await bench.ledger()}
     assert {key: (event.outcome, event.num_trajectories) for key, event in events.items()} == {
         "g1": (GroupOutcome.GENERATED, 3),
@@ -112,7 +130,9 @@ async def test_a_group_is_published_whole_booked_and_acknowledged(tokenizer):
 
 async def test_evaluation_episodes_are_pinned_published_apart_and_not_booked(tokenizer):
     bench = Bench(tokenizer)
-    await bench.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(v)) for v in (0, 1, 2)])
+    await bench.bus.publish(
+        Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(v)) for v in (0, 1, 2)]
+    )
     async with bench.running():
         await bench.issue(make_group("e1", size=1, purpose=Purpose.EVALUATION, version=1))
         await bench.settled()
@@ -123,7 +143,9 @@ async def test_evaluation_episodes_are_pinned_published_apart_and_not_booked(tok
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason(tokenizer, purpose):
+async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason(
+    tokenizer, purpose
+):
     bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     async with bench.running():
         await bench.issue(make_group("g1", size=1, purpose=purpose))
@@ -137,14 +159,18 @@ async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_group_whose_environment_failed_is_played_again_whole_as_another_attempt(tokenizer, purpose):
+async def test_a_group_whose_environment_failed_is_played_again_whole_as_another_attempt(
+    tokenizer, purpose
+):
     environment = ScriptedEnvironment(answer(), answer(over=True), num_failures=1)
     bench = Bench(tokenizer, environment)
     async with bench.running():
         await bench.issue(make_group("g1", size=3, purpose=purpose))
         await bench.settled()
     stream = Stream.TRAJECTORIES if purpose is Purpose.TRAIN else Stream.EVALUATIONS
-    trajectories = [codec.decode_trajectory(payload, stream) for payload in await bench.entries(stream)]
+    trajectories = [
+        codec.decode_trajectory(payload, stream) for payload in await bench.entries(stream)
+    ]
     assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1", "g1.2.a1"]
     assert environment.closed == environment.opened
     num_kept = sum(trajectory.num_response_tokens for trajectory in trajectories)
@@ -153,7 +179,9 @@ async def test_a_group_whose_environment_failed_is_played_again_whole_as_another
 
 
 async def test_attempts_are_counted_across_workers(tokenizer):
-    """One attempt died with its worker, so of three two are left to an environment that keeps failing."""
+    """One attempt died with its worker, so of three two are left to an environment that keeps
+    failing.
+    """
     bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     await bench.issue(make_group("g1", size=1))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
@@ -164,8 +192,16 @@ async def test_attempts_are_counted_across_workers(tokenizer):
 
 
 async def test_a_group_that_waits_for_its_next_attempt_holds_no_place_for_episodes(tokenizer):
-    """There is room for one group. The first one's environment fails and its next attempt is far off; the second is played."""
-    bench = Bench(tokenizer, ScriptedEnvironment(num_failures=1), max_concurrent_episodes=1, retry_delay_s=60.0, grace_s=0.0)
+    """There is room for one group. The first one's environment fails and its next attempt is far
+    off; the second is played.
+    """
+    bench = Bench(
+        tokenizer,
+        ScriptedEnvironment(num_failures=1),
+        max_concurrent_episodes=1,
+        retry_delay_s=60.0,
+        grace_s=0.0,
+    )
     async with bench.running():
         await bench.issue(make_group("g1", size=1), make_group("g2", size=1))
         async with asyncio.timeout(5):
@@ -175,7 +211,9 @@ async def test_a_group_that_waits_for_its_next_attempt_holds_no_place_for_episod
     assert await bench.num_open_tasks() == 1
 
 
-async def test_an_environment_that_went_away_in_the_middle_costs_an_attempt_not_the_group(tokenizer):
+async def test_an_environment_that_went_away_in_the_middle_costs_an_attempt_not_the_group(
+    tokenizer,
+):
     environment = ScriptedEnvironment(UnavailableError("connection refused"))
     bench = Bench(tokenizer, environment, retry_delay_s=0.1)
     async with bench.running():
@@ -218,7 +256,10 @@ async def test_a_defect_sets_one_group_aside_and_the_others_go_on(tokenizer):
         await bench.settled()
     (letter,) = await bench.bus.list_dead_letters()
     assert "ZeroDivisionError: oops" in letter.reason
-    assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.FAILED, GroupOutcome.GENERATED]
+    assert [event.outcome for event in await bench.ledger()] == [
+        GroupOutcome.FAILED,
+        GroupOutcome.GENERATED,
+    ]
 
 
 async def test_no_more_episodes_run_than_allowed(tokenizer):
@@ -261,7 +302,9 @@ async def test_the_groups_of_a_dead_worker_are_played_again_under_the_next_attem
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
     async with bench.running():
         await bench.settled()
-    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
+    trajectories = [
+        codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
+    ]
     assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1"]
 
 
@@ -296,7 +339,9 @@ async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer)
 
 
 async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
-    """The bus has committed and its reply is on its way while the group is renewed, hence found not held any more."""
+    """The bus has committed and its reply is on its way while the group is renewed, hence found not
+    held any more.
+    """
 
     class SlowToReply(MemoryBus):
         num_renewals = 0
@@ -320,20 +365,26 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
     assert (bench.metrics.num_repeated_tokens, bench.metrics.num_late_results) == (0, 0)
 
 
-async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(tokenizer):
+async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
+    tokenizer,
+):
     bench = Bench(tokenizer, claim_idle_s=60.0)
     await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-1", 2)
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "silent", 1)
     async with bench.running(instance="worker-1"):
         await until(lambda: bench.metrics.num_episodes == 3)
-    trajectories = [codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)]
+    trajectories = [
+        codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
+    ]
     assert [t.trajectory_id for t in trajectories] == ["g0.0.a1", "g1.0.a1", "g3.0.a0"]
     assert bench.metrics.num_reclaimed_groups == 2
     assert await bench.num_open_tasks() == 1
 
 
-async def test_a_paused_worker_is_spared_while_it_is_connected_and_loses_its_groups_in_the_end(tokenizer):
+async def test_a_paused_worker_is_spared_while_it_is_connected_and_loses_its_groups_in_the_end(
+    tokenizer,
+):
     """Suspect after 0.2 s, taken for dead after three times as long."""
     bench = Bench(tokenizer)
     paused = bench.bus.view("paused")
@@ -371,7 +422,9 @@ async def test_a_stop_finishes_what_is_in_hand_and_reads_no_more(tokenizer):
     assert await bench.num_open_tasks() == 1
 
 
-async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with_its_sessions_closed(tokenizer):
+async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with_its_sessions_closed(
+    tokenizer,
+):
     environment = ScriptedEnvironment(gate=asyncio.Event())
     bench = Bench(tokenizer, environment, grace_s=0.05, claim_idle_s=60.0)
     async with bench.running():
@@ -416,7 +469,9 @@ async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer)
     assert environment.closed == environment.opened
 
 
-async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_is_left_for_nobody(tokenizer):
+async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_is_left_for_nobody(
+    tokenizer,
+):
     class DyingEngine(ScriptedEngine):
         async def generate(self, prompt_token_ids, sampling):
             raise EngineFailedError("out of memory")
@@ -441,7 +496,9 @@ async def test_an_engine_that_dies_while_nothing_is_played_ends_the_worker_too(t
         await worker
 
 
-async def test_episodes_played_while_the_stream_was_full_are_published_when_there_is_room(tokenizer):
+async def test_episodes_played_while_the_stream_was_full_are_published_when_there_is_room(
+    tokenizer,
+):
     bench = Bench(tokenizer, bus_limits=BusLimits(max_entries=2, publish_timeout_s=0.02))
     await bench.bus.publish(Stream.TRAJECTORIES, [b"one", b"two"])
     async with bench.running():
@@ -462,7 +519,10 @@ async def test_the_student_of_skill_grpo_sees_the_skills(tokenizer):
         await bench.issue(make_group("g1", size=1))
         await bench.settled()
     (payload,) = await bench.entries(Stream.TRAJECTORIES)
-    assert codec.decode_trajectory(payload).turns[0].messages[0].content == "skill for clean . Task: clean the mug .\nstart"
+    assert (
+        codec.decode_trajectory(payload).turns[0].messages[0].content
+        == "skill for clean . Task: clean the mug .\nstart"
+    )
 
 
 async def test_records_tell_what_the_worker_did_and_waited_for(tokenizer):
@@ -471,7 +531,9 @@ async def test_records_tell_what_the_worker_did_and_waited_for(tokenizer):
         await bench.issue(make_group("g1", size=3))
         await bench.settled()
         await asyncio.sleep(0.15)
-    records = [codec.decode_metric_record(payload) for payload in await bench.entries(Stream.METRICS)]
+    records = [
+        codec.decode_metric_record(payload) for payload in await bench.entries(Stream.METRICS)
+    ]
     assert (records[-1].service, records[-1].instance) == ("rollout", "worker-1")
     assert records[-1].values["num_episodes"] == records[-1].values["num_successes"] == 3
     assert records[-1].values["num_tokens_generated"] == 9

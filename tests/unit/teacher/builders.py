@@ -1,4 +1,6 @@
-"""A small real model with a chat template, episodes of the household rendered with it, and fakes for a teacher's parts."""
+"""A small real model with a chat template, episodes of the household rendered with it, and fakes
+for a teacher's parts.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from sdar.contracts.types import (
     Turn,
     WeightsManifest,
 )
-from sdar.runtime.chat import ChatTokenizer
-from sdar.runtime.pins import PinnedVersions
+from sdar.model.chat import ChatTokenizer
+from sdar.weights.pins import PinnedVersions
 from services.envs.household.game import HouseholdGame, list_household_tasks
 from services.teacher.context import PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
@@ -38,23 +40,30 @@ from services.teacher.skills import Skill, SkillLibrary
 RUN_ID = "test"
 MODEL = ModelIdentity("tiny", "f00d")
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LIBRARY = SkillLibrary(
     (
         Skill("general", "Always", "look before you act ."),
-        Skill("clean", "How to clean", "skill clean : first use sink . after sink put .", ("clean",)),
+        Skill(
+            "clean", "How to clean", "skill clean : first use sink . after sink put .", ("clean",)
+        ),
         Skill("heat", "How to heat", "skill heat : first use oven . after oven put .", ("heat",)),
         Skill("heat-2", "How to warm up", "an oven is hot .", ("heat",)),
-        Skill("cool", "How to cool", "skill cool : first use fridge . after fridge put .", ("cool",)),
+        Skill(
+            "cool", "How to cool", "skill cool : first use fridge . after fridge put .", ("cool",)
+        ),
     )
 )
 CLEAN = Task("household", "train", "t0", "clean", "clean the mug and put it in the desk .", 0)
 
 
 def make_model_directory(path: Path, seed: int = 0) -> Path:
-    """A Qwen2 of a few thousand random weights and a byte-level tokenizer that knows the household's words."""
+    """A Qwen2 of a few thousand random weights and a byte-level tokenizer that knows the
+    household's words.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,8 +73,12 @@ def make_model_directory(path: Path, seed: int = 0) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([HouseholdGame(task).first_observation for task in list_household_tasks("train")], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        [HouseholdGame(task).first_observation for task in list_household_tasks("train")], trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path)
     torch.manual_seed(seed)
@@ -98,17 +111,25 @@ def play(
     is_windowed: bool = False,
     seed: int = 0,
 ) -> Trajectory:
-    """An episode of random responses. `is_windowed`: every turn is a fresh prompt, as with a history window."""
+    """An episode of random responses. `is_windowed`: every turn is a fresh prompt, as with a
+    history window.
+    """
     rng = random.Random(seed)
     turns: list[Turn] = []
     context = np.array([], np.int32)
     for index in range(num_turns):
-        messages: Sequence[ChatMessage] = (ChatMessage("user", f"task : {task.description} turn {index} you see sink oven ."),)
+        messages: Sequence[ChatMessage] = (
+            ChatMessage("user", f"task : {task.description} turn {index} you see sink oven ."),
+        )
         extends = bool(index) and not is_windowed
         prompt = (
-            np.concatenate([context, chat.render_delta(messages, is_closed=True)]) if extends else chat.render_fresh(messages)
+            np.concatenate([context, chat.render_delta(messages, is_closed=True)])
+            if extends
+            else chat.render_fresh(messages)
         )
-        words = chat.tokenizer.encode(rng.choice(["use sink", "use oven", "put mug in desk"]), add_special_tokens=False)
+        words = chat.tokenizer.encode(
+            rng.choice(["use sink", "use oven", "put mug in desk"]), add_special_tokens=False
+        )
         response = [*words, chat.eos_token_id]
         turns.append(
             Turn(
@@ -147,8 +168,14 @@ def play(
 
 def plain_context(trajectory: Trajectory, chat: ChatTokenizer) -> PrivilegedContext:
     """A context that shows nothing: the prompts the student saw."""
-    prompts = {t.turn_index: chat.render_fresh(t.messages) for t in trajectory.turns if not t.extends_previous}
-    return PrivilegedContext(trajectory, prompts, Retrieval((), (), "none"), num_tokens=1, num_dropped_skills=0)
+    prompts = {
+        t.turn_index: chat.render_fresh(t.messages)
+        for t in trajectory.turns
+        if not t.extends_previous
+    }
+    return PrivilegedContext(
+        trajectory, prompts, Retrieval((), (), "none"), num_tokens=1, num_dropped_skills=0
+    )
 
 
 def make_manifest(policy_version: int) -> WeightsManifest:
@@ -168,7 +195,9 @@ class MemoryWeights:
 
 
 class FakeScorer:
-    """Scores every token as minus its teacher version. `poison` names trajectories that make it raise."""
+    """Scores every token as minus its teacher version. `poison` names trajectories that make it
+    raise.
+    """
 
     name = "fake"
 
@@ -192,7 +221,10 @@ class FakeScorer:
             raise RuntimeError("kernel panic")
         value = -float(self.teacher_version)
         return [
-            tuple(np.full(len(turn.response_token_ids), value, np.float32) for turn in context.trajectory.turns)
+            tuple(
+                np.full(len(turn.response_token_ids), value, np.float32)
+                for turn in context.trajectory.turns
+            )
             for context in contexts
         ]
 
@@ -206,4 +238,6 @@ class FakeScorer:
 
 
 def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> PolicyFollower:
-    return PolicyFollower(bus, scorer, PinnedVersions(bus, "me"), metrics or TeacherMetrics(), max_lag, **options)
+    return PolicyFollower(
+        bus, scorer, PinnedVersions(bus, "me"), metrics or TeacherMetrics(), max_lag, **options
+    )

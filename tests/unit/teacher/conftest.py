@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import structlog
 
-from sdar.runtime.chat import ChatTokenizer
+from sdar.model.chat import ChatTokenizer
 from tests.unit.teacher.builders import make_model_directory
 
 

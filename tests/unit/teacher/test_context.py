@@ -28,7 +28,8 @@ def test_the_privileged_prompt_is_laid_out_exactly_like_this(chat):
     context = make_builder(chat).build(trajectory)
     observation = trajectory.turns[0].messages[0].content
     assert chat.tokenizer.decode(context.fresh_prompts[0]) == (
-        f"<|im_start|>user\nskill clean : first use sink . after sink put . {observation}<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nskill clean : first use sink . after sink put . "
+        f"{observation}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -36,17 +37,28 @@ def test_longer_skills_are_set_apart_by_an_empty_line(chat):
     trajectory = play(chat, num_turns=1)
     context = make_builder(chat, LIBRARY).build(trajectory)
     assert chat.tokenizer.decode(context.fresh_prompts[0]).startswith(
-        "<|im_start|>user\nlook before you act .\n\nskill clean : first use sink . after sink put .\n\ntask : clean"
+        "<|im_start|>user\nlook before you act .\n\nskill clean : first use sink . after sink put "
+        ".\n\ntask : clean"
     )
 
 
 def test_skills_stand_inside_the_user_turn_behind_the_templates_first_token(chat):
     trajectory = play(chat, num_turns=1)
     system = (ChatMessage("system", "be brief ."), *trajectory.turns[0].messages)
-    turn = dataclasses.replace(trajectory.turns[0], messages=system, prompt_token_ids=chat.render_fresh(system))
-    prompt = make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,))).fresh_prompts[0]
-    assert prompt[0] == turn.prompt_token_ids[0] == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert chat.tokenizer.decode(prompt).startswith("<|im_start|>system\nbe brief .<|im_end|>\n<|im_start|>user\nskill clean")
+    turn = dataclasses.replace(
+        trajectory.turns[0], messages=system, prompt_token_ids=chat.render_fresh(system)
+    )
+    prompt = (
+        make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,))).fresh_prompts[0]
+    )
+    assert (
+        prompt[0]
+        == turn.prompt_token_ids[0]
+        == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    )
+    assert chat.tokenizer.decode(prompt).startswith(
+        "<|im_start|>system\nbe brief .<|im_end|>\n<|im_start|>user\nskill clean"
+    )
 
 
 def test_an_empty_retrieval_leaves_the_students_prompt_as_it_is(chat):
@@ -57,25 +69,36 @@ def test_an_empty_retrieval_leaves_the_students_prompt_as_it_is(chat):
 
 
 def test_the_same_tokens_are_scored_and_nothing_else(chat):
-    """Behind the privileged prompt come the student's own tokens: responses, and the deltas between them."""
+    """Behind the privileged prompt come the student's own tokens: responses, and the deltas between
+    them.
+    """
     trajectory = play(chat, num_turns=3)
-    last, (sequence,) = trajectory.turns[-1], make_builder(chat).build(trajectory).build_sequences(0)
+    last, (sequence,) = (
+        trajectory.turns[-1],
+        make_builder(chat).build(trajectory).build_sequences(0),
+    )
     student = np.concatenate([last.prompt_token_ids, last.response_token_ids])
     num_same = len(student) - len(trajectory.turns[0].prompt_token_ids)
     np.testing.assert_array_equal(sequence.token_ids[-num_same:], student[-num_same:])
     scored = sequence.token_ids[sequence.response_mask]
-    np.testing.assert_array_equal(scored, np.concatenate([turn.response_token_ids for turn in trajectory.turns]))
+    np.testing.assert_array_equal(
+        scored, np.concatenate([turn.response_token_ids for turn in trajectory.turns])
+    )
 
 
 def test_every_fresh_turn_gets_the_skill(chat):
     trajectory = play(chat, num_turns=3, is_windowed=True)
     context = make_builder(chat).build(trajectory)
     assert list(context.fresh_prompts) == [0, 1, 2]
-    assert all("skill clean" in chat.tokenizer.decode(prompt) for prompt in context.fresh_prompts.values())
+    assert all(
+        "skill clean" in chat.tokenizer.decode(prompt) for prompt in context.fresh_prompts.values()
+    )
 
 
 def play_windowed(chat, observations):
-    """An episode as the rollout service plays it with a window of one turn: every prompt fresh, instructions before it."""
+    """An episode as the rollout service plays it with a window of one turn: every prompt fresh,
+    instructions before it.
+    """
     setting = EpisodeSetting("be brief .", "say use X .", CLEAN.description)
     style = HistoryWindow(chat, setting, num_turns=1, max_prompt_tokens=1000)
     trajectory = play(chat, num_turns=len(observations), is_windowed=True)
@@ -85,8 +108,16 @@ def play_windowed(chat, observations):
         if last is None:
             prompt = style.begin(observation, ["use sink", "use oven"])
         else:
-            prompt = style.extend(last.response_token_ids, last.stop_reason, "use sink", observation, ["put mug in desk"])
-        turns.append(dataclasses.replace(turn, prompt_token_ids=prompt.token_ids, messages=prompt.messages))
+            prompt = style.extend(
+                last.response_token_ids,
+                last.stop_reason,
+                "use sink",
+                observation,
+                ["put mug in desk"],
+            )
+        turns.append(
+            dataclasses.replace(turn, prompt_token_ids=prompt.token_ids, messages=prompt.messages)
+        )
         assert not prompt.extends_previous
     return dataclasses.replace(trajectory, turns=tuple(turns))
 
@@ -99,17 +130,24 @@ def test_in_a_window_of_history_every_turns_prompt_is_the_students_with_the_skil
         system, user = turn.messages
         assert chat.tokenizer.decode(context.fresh_prompts[turn.turn_index]) == (
             f"<|im_start|>system\n{system.content}<|im_end|>\n<|im_start|>user\n"
-            f"skill clean : first use sink . after sink put . {user.content}<|im_end|>\n<|im_start|>assistant\n"
+            "skill clean : first use sink . after sink put . "
+            f"{user.content}<|im_end|>\n<|im_start|>assistant\n"
         )
-        np.testing.assert_array_equal(sequence.token_ids[sequence.response_mask], turn.response_token_ids)
+        np.testing.assert_array_equal(
+            sequence.token_ids[sequence.response_mask], turn.response_token_ids
+        )
     last = chat.tokenizer.decode(context.fresh_prompts[2])
     assert "you see an oven ." in last, "the window holds one turn"
     assert "you see a sink ." not in last
 
 
 def test_in_a_window_of_history_one_turn_that_is_too_long_shortens_the_skills_of_all(chat):
-    """The length rule holds for the longest turn; every turn then sees the same skills, so that their gaps compare."""
-    skills = SkillLibrary(tuple(Skill(f"s{i}", "S", f"number {i} " + "sink " * 30, ("clean",)) for i in range(2)))
+    """The length rule holds for the longest turn; every turn then sees the same skills, so that
+    their gaps compare.
+    """
+    skills = SkillLibrary(
+        tuple(Skill(f"s{i}", "S", f"number {i} " + "sink " * 30, ("clean",)) for i in range(2))
+    )
     trajectory = play_windowed(chat, ["you see .", "you see " + "sink " * 50, "you see ."])
     whole = make_builder(chat, skills).build(trajectory)
     lengths = [sequence.num_tokens for sequence in whole.build_sequences(0)]
@@ -126,7 +164,9 @@ def test_in_a_window_of_history_one_turn_that_is_too_long_shortens_the_skills_of
 
 def test_in_a_window_of_history_no_turn_is_cut_when_one_cannot_hold_the_general_skills(chat):
     trajectory = play_windowed(chat, ["you see .", "you see .", "you see " + "sink " * 50])
-    students = max(len(turn.prompt_token_ids) + len(turn.response_token_ids) for turn in trajectory.turns)
+    students = max(
+        len(turn.prompt_token_ids) + len(turn.response_token_ids) for turn in trajectory.turns
+    )
     with pytest.raises(ContractError, match=rf"exceed model\.max_sequence_tokens {students}"):
         make_builder(chat, LIBRARY, max_sequence_tokens=students).build(trajectory)
 
@@ -135,7 +175,9 @@ def test_skills_that_do_not_fit_are_dropped_from_the_end_and_counted(chat):
     skills = tuple(Skill(f"s{i}", "S", f"number {i} " + "sink " * 30, ("clean",)) for i in range(3))
     trajectory = play(chat, num_turns=1)
     whole = make_builder(chat, SkillLibrary(skills)).build(trajectory)
-    shortened = make_builder(chat, SkillLibrary(skills), max_sequence_tokens=whole.num_tokens - 1).build(trajectory)
+    shortened = make_builder(
+        chat, SkillLibrary(skills), max_sequence_tokens=whole.num_tokens - 1
+    ).build(trajectory)
     assert (whole.num_dropped_skills, shortened.num_dropped_skills) == (0, 1)
     assert shortened.retrieval.skill_ids == ("s0", "s1")
     assert "number 2" not in chat.tokenizer.decode(shortened.fresh_prompts[0])
@@ -149,7 +191,9 @@ def test_privileged_text_is_never_cut_when_even_the_general_skills_are_too_long(
 
 def test_a_prompt_that_its_messages_do_not_render_to_is_refused(chat):
     trajectory = play(chat, num_turns=1)
-    turn = dataclasses.replace(trajectory.turns[0], messages=(ChatMessage("user", "something else"),))
+    turn = dataclasses.replace(
+        trajectory.turns[0], messages=(ChatMessage("user", "something else"),)
+    )
     with pytest.raises(ContractError, match="not what its 1 messages render to"):
         make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,)))
 
@@ -157,13 +201,17 @@ def test_a_prompt_that_its_messages_do_not_render_to_is_refused(chat):
 def test_a_prompt_without_a_user_message_cannot_hold_skills(chat):
     trajectory = play(chat, CLEAN, num_turns=1)
     messages = (ChatMessage("system", "go ."),)
-    turn = dataclasses.replace(trajectory.turns[0], messages=messages, prompt_token_ids=chat.render_fresh(messages))
+    turn = dataclasses.replace(
+        trajectory.turns[0], messages=messages, prompt_token_ids=chat.render_fresh(messages)
+    )
     with pytest.raises(ContractError, match="no user message"):
         make_builder(chat).build(dataclasses.replace(trajectory, turns=(turn,)))
 
 
 def test_a_text_that_no_context_can_hold_is_refused_before_it_is_tokenised(chat):
     trajectory = play(chat, num_turns=1)
-    huge = dataclasses.replace(trajectory.turns[0], messages=(ChatMessage("user", "x" * (2 << 20)),))
+    huge = dataclasses.replace(
+        trajectory.turns[0], messages=(ChatMessage("user", "x" * (2 << 20)),)
+    )
     with pytest.raises(ContractError, match="2097152 characters"):
         make_builder(chat).build(dataclasses.replace(trajectory, turns=(huge,)))

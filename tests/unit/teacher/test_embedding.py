@@ -38,7 +38,9 @@ class CountingEncoder:
 
     def encode(self, texts):
         self.calls.append(list(texts))
-        vectors = np.array([[len(text), sum(map(ord, text)) % 97, 1.0] for text in texts], np.float32)
+        vectors = np.array(
+            [[len(text), sum(map(ord, text)) % 97, 1.0] for text in texts], np.float32
+        )
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -53,16 +55,30 @@ class CountingEncoder:
         ("look at bowl under the desklamp.", "look_at_obj_in_light"),
     ],
 )
-def test_the_skill_nearest_in_meaning_is_the_one_that_helps(minilm, tmp_path_factory, sentence, task_type):
-    index = SkillIndex(load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific, minilm, tmp_path_factory.getbasetemp())
+def test_the_skill_nearest_in_meaning_is_the_one_that_helps(
+    minilm, tmp_path_factory, sentence, task_type
+):
+    index = SkillIndex(
+        load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific,
+        minilm,
+        tmp_path_factory.getbasetemp(),
+    )
     assert index.find_nearest(sentence, 1)[0].task_types == (task_type,)
 
 
-def test_over_alfworlds_sentences_the_right_skill_is_mostly_first_and_nearly_always_among_three(minilm, tmp_path):
-    """Not always: "put a hot apple in fridge" is near to cooling. Where the environment gives a type, task_type is better."""
-    index = SkillIndex(load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific, minilm, tmp_path)
+def test_over_alfworlds_sentences_the_right_skill_is_mostly_first_and_nearly_always_among_three(
+    minilm, tmp_path
+):
+    """Not always: "put a hot apple in fridge" is near to cooling. Where the environment gives a
+    type, task_type is better.
+    """
+    index = SkillIndex(
+        load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific, minilm, tmp_path
+    )
     ranks = [
-        [skill.task_types for skill in index.find_nearest(pattern.format(thing, place), 6)].index((task_type,))
+        [skill.task_types for skill in index.find_nearest(pattern.format(thing, place), 6)].index(
+            (task_type,)
+        )
         for task_type, patterns in SENTENCES.items()
         for pattern in patterns
         for thing in ("apple", "mug", "book")
@@ -77,7 +93,9 @@ def test_a_vector_does_not_depend_on_what_is_encoded_beside_it(minilm):
     texts = ["heat", "a much longer sentence about apples, fridges and microwaves " * 4, ""]
     together = minilm.encode(texts)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(together, np.concatenate([minilm.encode([text]) for text in texts]), atol=1e-5)
+    np.testing.assert_allclose(
+        together, np.concatenate([minilm.encode([text]) for text in texts]), atol=1e-5
+    )
     assert together.shape == (3, 384)
 
 
@@ -115,7 +133,13 @@ def test_a_library_is_encoded_once_and_then_read_from_disk(tmp_path):
 @pytest.mark.parametrize(
     ("skills", "identity"),
     [
-        ((Skill("clean", "How to wash", "skill clean : first use sink .", ("clean",)), *SKILLS[1:]), "m1"),
+        (
+            (
+                Skill("clean", "How to wash", "skill clean : first use sink .", ("clean",)),
+                *SKILLS[1:],
+            ),
+            "m1",
+        ),
         ((SKILLS[1], SKILLS[0], *SKILLS[2:]), "m1"),
         (SKILLS, "m2"),
     ],
@@ -133,9 +157,16 @@ def test_a_damaged_file_is_made_again(tmp_path, damage, log_events):
     (path,) = tmp_path.iterdir()
     sound, vectors = path.read_bytes(), np.load(path)
     if damage in ("cut", "garbage", "empty"):
-        path.write_bytes({"cut": sound[:-7], "garbage": b"PK\x03\x04" + sound, "empty": b""}[damage])
+        path.write_bytes(
+            {"cut": sound[:-7], "garbage": b"PK\x03\x04" + sound, "empty": b""}[damage]
+        )
     else:
-        wrong = {"rows": vectors[:2], "scale": 2 * vectors, "nan": vectors * np.nan, "objects": vectors.astype(object)}
+        wrong = {
+            "rows": vectors[:2],
+            "scale": 2 * vectors,
+            "nan": vectors * np.nan,
+            "objects": vectors.astype(object),
+        }
         np.save(path, wrong[damage], allow_pickle=True)
     encoder = CountingEncoder()
     SkillIndex(SKILLS, encoder, tmp_path)
@@ -146,7 +177,9 @@ def test_a_damaged_file_is_made_again(tmp_path, damage, log_events):
 
 def test_processes_that_write_at_once_leave_one_whole_file(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        indexes = list(pool.map(lambda _: SkillIndex(SKILLS, CountingEncoder(), tmp_path), range(32)))
+        indexes = list(
+            pool.map(lambda _: SkillIndex(SKILLS, CountingEncoder(), tmp_path), range(32))
+        )
     (path,) = tmp_path.iterdir()
     assert np.load(path).shape == (len(SKILLS), 3)
     assert len({index.find_nearest("heat", 4) for index in indexes}) == 1

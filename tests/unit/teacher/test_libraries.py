@@ -1,4 +1,6 @@
-"""The shipped skill libraries: whole, short, for every task type, and true to what their environments understand."""
+"""The shipped skill libraries: whole, short, for every task type, and true to what their
+environments understand.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.envs.registry import BUILT_IN, EnvironmentSource
+from sdar.environments.registry import BUILT_IN, EnvironmentSource
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import INDEX_FILE, SHIPPED_LIBRARIES, load_skill_library
 
@@ -56,7 +58,9 @@ def test_every_task_type_of_a_benchmark_has_exactly_one_skill(name):
 def test_no_task_of_the_shipped_data_is_without_a_specific_skill(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SDAR_CACHE", str(tmp_path))
     environment = EnvironmentSource(BUILT_IN[name], {"data_dir": str(DATA / name)}).build()
-    retriever = Retriever(load_skill_library(SHIPPED_LIBRARIES / name), kind="task_type", num_skills=3)
+    retriever = Retriever(
+        load_skill_library(SHIPPED_LIBRARIES / name), kind="task_type", num_skills=3
+    )
     tasks = [task for split in environment.splits for task in environment.list_tasks(split)]
     assert len(tasks) > 10
     assert {task.task_type for task in tasks if retriever.retrieve(task, "g0").is_miss} == set()
@@ -68,15 +72,37 @@ def test_what_a_task_is_shown_costs_few_words(name):
     library = load_skill_library(SHIPPED_LIBRARIES / name)
     lengths = {skill.skill_id: len(skill.text.split()) for skill in library.skills}
     assert max(lengths.values()) <= 80
-    assert sum(lengths[skill.skill_id] for skill in library.general) + max(lengths[s.skill_id] for s in library.specific) <= 180
+    assert (
+        sum(lengths[skill.skill_id] for skill in library.general)
+        + max(lengths[s.skill_id] for s in library.specific)
+        <= 180
+    )
 
 
 def test_alfworlds_commands_are_the_engines():
     """Each command in backticks, X and Y being names, fits a template of the engine's own grammar."""
     (package,) = importlib.util.find_spec("alfworld").submodule_search_locations
-    templates = re.findall(r'template :: "([^"]+)"', (Path(package) / "data" / "alfred.twl2").read_text())
-    patterns = [re.sub(r"\\\[.*?\\\]|\\\{.*?\\\}", r"[\\w ]+", re.escape(template)) for template in templates]
+    templates = re.findall(
+        r'template :: "([^"]+)"', (Path(package) / "data" / "alfred.twl2").read_text()
+    )
+    patterns = [
+        re.sub(r"\\\[.*?\\\]|\\\{.*?\\\}", r"[\\w ]+", re.escape(template))
+        for template in templates
+    ]
     library = load_skill_library(SHIPPED_LIBRARIES / "alfworld")
-    commands = {command for skill in library.skills for command in COMMAND.findall(skill.text)} - {"use"}
-    assert {command.split()[0] for command in commands} == {"take", "move", "use", "clean", "heat", "cool"}
-    assert [command for command in commands if not any(re.fullmatch(pattern, command) for pattern in patterns)] == []
+    commands = {command for skill in library.skills for command in COMMAND.findall(skill.text)} - {
+        "use"
+    }
+    assert {command.split()[0] for command in commands} == {
+        "take",
+        "move",
+        "use",
+        "clean",
+        "heat",
+        "cool",
+    }
+    assert [
+        command
+        for command in commands
+        if not any(re.fullmatch(pattern, command) for pattern in patterns)
+    ] == []

@@ -5,7 +5,7 @@ import pytest
 from sdar.contracts import codec
 from sdar.contracts.errors import StaleError, WeightsUnavailableError
 from sdar.contracts.streams import Stream
-from sdar.runtime.memory_bus import MemoryBus
+from sdar.in_process.memory_bus import MemoryBus
 from services.teacher.metrics import TeacherMetrics
 from tests.unit.teacher.builders import FakeScorer, build_follower, make_manifest
 
@@ -31,7 +31,10 @@ class SlowScorer(FakeScorer):
 
 
 async def publish(bus, *versions):
-    await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version)) for version in versions])
+    await bus.publish(
+        Stream.POLICY_UPDATES,
+        [codec.encode_weights_manifest(make_manifest(version)) for version in versions],
+    )
 
 
 async def test_before_anything_is_published_the_base_scores_as_version_zero():
@@ -49,7 +52,9 @@ async def test_the_newest_version_is_loaded_and_those_between_are_skipped():
 
 
 async def test_a_teacher_never_scores_past_its_lag_bound_however_slow_loading_is():
-    """Loading takes 100 s, versions come every 10 s: loads happen only when the third unseen version is out."""
+    """Loading takes 100 s, versions come every 10 s: loads happen only when the third unseen
+    version is out.
+    """
     clock = Clock()
     bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
     follower = build_follower(bus, scorer, max_lag=2, clock=clock)
@@ -144,7 +149,9 @@ async def test_the_version_that_scores_and_the_one_being_loaded_are_in_use_and_n
 
     class WatchedScorer(FakeScorer):
         async def update_weights(self, manifest):
-            self.could_retire = [await bus.retire_versions([version]) for version in (1, manifest.policy_version)]
+            self.could_retire = [
+                await bus.retire_versions([version]) for version in (1, manifest.policy_version)
+            ]
             await super().update_weights(manifest)
 
     scorer = WatchedScorer()

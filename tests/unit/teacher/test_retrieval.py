@@ -6,7 +6,7 @@ import pytest
 
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.streams import Stream
-from sdar.runtime.memory_bus import MemoryBus
+from sdar.in_process.memory_bus import MemoryBus
 from services.envs.household import HouseholdEnvironment
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.retrieval import Retriever
@@ -14,7 +14,9 @@ from services.teacher.skills import SHIPPED_LIBRARIES, SkillLibrary, load_skill_
 from services.teacher.utility import SkillUtility
 from tests.unit.teacher.builders import CLEAN, LIBRARY, play
 
-HEAT = dataclasses.replace(CLEAN, task_type="heat", description="heat the egg and put it in the desk .")
+HEAT = dataclasses.replace(
+    CLEAN, task_type="heat", description="heat the egg and put it in the desk ."
+)
 DANCE = dataclasses.replace(CLEAN, task_type="dance", description="dance until dawn")
 
 
@@ -36,14 +38,19 @@ def test_an_unknown_task_type_is_a_miss_with_general_skills_only():
 
 def test_keywords_find_the_skill_by_the_tasks_sentence():
     # The type is never looked at: it may be unknown where tasks come from outside.
-    assert retrieve("keyword", dataclasses.replace(CLEAN, task_type="?")).specific[0].skill_id == "clean"
+    assert (
+        retrieve("keyword", dataclasses.replace(CLEAN, task_type="?")).specific[0].skill_id
+        == "clean"
+    )
     assert retrieve("keyword", DANCE).is_miss
 
 
 def test_keywords_find_the_right_skill_of_every_household_task():
     library = load_skill_library(SHIPPED_LIBRARIES / "household")
     for task in HouseholdEnvironment().list_tasks("heldout"):
-        assert retrieve("keyword", task, library=library).specific[0].task_types == (task.task_type,)
+        assert retrieve("keyword", task, library=library).specific[0].task_types == (
+            task.task_type,
+        )
 
 
 def test_retrieval_never_reads_observations(chat):
@@ -67,7 +74,9 @@ def test_none_shows_nothing_general_ones_included():
 
 
 def test_random_skills_are_the_groups_own_and_repeatable():
-    draws = {key: retrieve("random", key=key, num_skills=1).skill_ids for key in map(str, range(40))}
+    draws = {
+        key: retrieve("random", key=key, num_skills=1).skill_ids for key in map(str, range(40))
+    }
     assert draws == {key: retrieve("random", key=key, num_skills=1).skill_ids for key in draws}
     assert {ids[1] for ids in draws.values()} == {"clean", "heat", "heat-2", "cool"}
 
@@ -101,7 +110,9 @@ def index(tmp_path_factory):
 
 
 def test_by_meaning_the_tasks_sentence_alone_is_looked_at(index):
-    retrieval = retrieve("embedding", dataclasses.replace(HEAT, task_type="?"), num_skills=2, index=index)
+    retrieval = retrieve(
+        "embedding", dataclasses.replace(HEAT, task_type="?"), num_skills=2, index=index
+    )
     assert retrieval.skill_ids == ("general", "heat", "heat-2")
     assert (retrieval.label, retrieval.is_miss) == ("embedding", False)
 
@@ -113,7 +124,9 @@ def test_what_is_found_by_meaning_can_be_swapped(index):
 
 
 async def test_by_utility_the_skills_of_the_tasks_type_take_turns_and_every_key_keeps_its_choice():
-    retriever = Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(MemoryBus({}), 0.5))
+    retriever = Retriever(
+        LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(MemoryBus({}), 0.5)
+    )
     shown = {}
     for key in ("g0", "g1", "g2", "g3"):
         await retriever.prepare(HEAT, key)
@@ -127,8 +140,12 @@ async def test_by_utility_the_skills_of_the_tasks_type_take_turns_and_every_key_
 
 async def test_a_choice_of_skills_that_the_library_no_longer_has_is_a_miss():
     bus = MemoryBus({})
-    await Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)).prepare(HEAT, "g0")
-    shrunk = Retriever(SkillLibrary(LIBRARY.skills[3:]), kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5))
+    await Retriever(LIBRARY, kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)).prepare(
+        HEAT, "g0"
+    )
+    shrunk = Retriever(
+        SkillLibrary(LIBRARY.skills[3:]), kind="ucb", num_skills=1, utility=SkillUtility(bus, 0.5)
+    )
     await shrunk.prepare(HEAT, "g0")
     retrieval = shrunk.retrieve(HEAT, "g0")
     assert (retrieval.specific, retrieval.is_miss) == ((), True)
@@ -143,11 +160,21 @@ async def test_by_utility_a_type_without_skills_is_a_miss_and_is_not_chosen_for(
 
 
 def test_swapping_is_refused_where_no_skill_is_the_wrong_one():
-    with pytest.raises(ConfigurationError, match=r"retrieval ucb .* Use task_type or keyword or embedding"):
-        Retriever(LIBRARY, kind="ucb", num_skills=1, wrong_skill_fraction=0.5, utility=SkillUtility(MemoryBus({}), 0.5))
+    with pytest.raises(
+        ConfigurationError, match=r"retrieval ucb .* Use task_type or keyword or embedding"
+    ):
+        Retriever(
+            LIBRARY,
+            kind="ucb",
+            num_skills=1,
+            wrong_skill_fraction=0.5,
+            utility=SkillUtility(MemoryBus({}), 0.5),
+        )
 
 
-@pytest.mark.parametrize(("kind", "library"), [("all", LIBRARY), ("task_type", SkillLibrary(LIBRARY.skills[:2]))])
+@pytest.mark.parametrize(
+    ("kind", "library"), [("all", LIBRARY), ("task_type", SkillLibrary(LIBRARY.skills[:2]))]
+)
 def test_a_wrong_fraction_without_a_wrong_skill_is_refused(kind, library):
     with pytest.raises(ConfigurationError, match="no wrong skill to swap in"):
         Retriever(library, kind=kind, num_skills=1, wrong_skill_fraction=0.5)

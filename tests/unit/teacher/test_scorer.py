@@ -11,7 +11,7 @@ from transformers import Qwen2ForCausalLM
 
 from sdar.contracts.errors import ContractError, CorruptionError, WeightsUnavailableError
 from sdar.contracts.types import SamplingParameters
-from sdar.runtime.causal_lm import export_tensors, load_causal_lm
+from sdar.model.causal_lm import export_tensors, load_causal_lm
 from services.teacher.context import ContextBuilder
 from services.teacher.retrieval import Retriever
 from services.teacher.scorer import TransformersScorer
@@ -32,11 +32,15 @@ async def scorer(model_directory):
 
 def make_scorer(model_directory, weights=None, batch_tokens=600):
     model = load_causal_lm(model_directory, "float32")
-    return TransformersScorer(model, MemoryWeights(weights or {}), batch_tokens=batch_tokens, chunk_tokens=7)
+    return TransformersScorer(
+        model, MemoryWeights(weights or {}), batch_tokens=batch_tokens, chunk_tokens=7
+    )
 
 
 def score_independently(model, context, temperature=1.0):
-    """One plain forward of transformers per turn on the whole privileged prompt, no batching, no shared code."""
+    """One plain forward of transformers per turn on the whole privileged prompt, no batching, no
+    shared code.
+    """
     turns, expected, offset = context.trajectory.turns, [], 0
     for turn in turns:
         if turn.turn_index in context.fresh_prompts:
@@ -60,8 +64,12 @@ def assert_close(scores, expected, tolerance=2e-5):
         np.testing.assert_allclose(values, wanted, atol=tolerance, rtol=0)
 
 
-async def test_scores_equal_an_independent_forward_of_transformers(scorer, builder, chat, model_directory):
-    """Long and short, merged and windowed, hot and cold trajectories in one batch, against one forward per turn."""
+async def test_scores_equal_an_independent_forward_of_transformers(
+    scorer, builder, chat, model_directory
+):
+    """Long and short, merged and windowed, hot and cold trajectories in one batch, against one
+    forward per turn.
+    """
     model = Qwen2ForCausalLM.from_pretrained(model_directory).eval()
     trajectories = [
         play(chat, num_turns=1, seed=1),
@@ -78,14 +86,22 @@ async def test_scores_equal_an_independent_forward_of_transformers(scorer, build
 
 async def test_the_privileged_context_changes_the_scores_and_not_the_tokens(scorer, builder, chat):
     trajectory = play(chat)
-    privileged, plain = await scorer.score([builder.build(trajectory), plain_context(trajectory, chat)])
-    assert [len(a) for a in privileged] == [len(b) for b in plain] == [len(t.response_token_ids) for t in trajectory.turns]
+    privileged, plain = await scorer.score(
+        [builder.build(trajectory), plain_context(trajectory, chat)]
+    )
+    assert (
+        [len(a) for a in privileged]
+        == [len(b) for b in plain]
+        == [len(t.response_token_ids) for t in trajectory.turns]
+    )
     assert np.abs(np.concatenate(privileged) - np.concatenate(plain)).max() > 0.01
 
 
 async def test_a_turn_in_which_nothing_was_sampled_has_no_scores(scorer, builder, chat):
     trajectory = play(chat, num_turns=1)
-    empty = dataclasses.replace(trajectory.turns[0], response_token_ids=[], behavior_logprobs=[], policy_versions=[])
+    empty = dataclasses.replace(
+        trajectory.turns[0], response_token_ids=[], behavior_logprobs=[], policy_versions=[]
+    )
     silent = dataclasses.replace(trajectory, turns=(empty,))
     scores = await scorer.score([builder.build(silent), builder.build(trajectory)])
     assert [len(turns[0]) for turns in scores] == [0, len(trajectory.turns[0].response_token_ids)]
@@ -107,18 +123,24 @@ async def test_new_weights_score_as_that_version(builder, chat, model_directory)
 
 
 @pytest.mark.parametrize(("version", "error"), [(1, CorruptionError), (2, WeightsUnavailableError)])
-async def test_weights_that_cannot_be_used_leave_the_old_ones(builder, chat, model_directory, version, error):
+async def test_weights_that_cannot_be_used_leave_the_old_ones(
+    builder, chat, model_directory, version, error
+):
     scorer = make_scorer(model_directory, {1: {"model.norm.weight": torch.ones(1)}})
     context = builder.build(play(chat))
     before = await scorer.score([context])
     with pytest.raises(error):
         await scorer.update_weights(make_manifest(version))
     assert scorer.teacher_version == 0
-    np.testing.assert_array_equal(np.concatenate((await scorer.score([context]))[0]), np.concatenate(before[0]))
+    np.testing.assert_array_equal(
+        np.concatenate((await scorer.score([context]))[0]), np.concatenate(before[0])
+    )
     await scorer.stop()
 
 
-@pytest.mark.parametrize("sampling", [SamplingParameters(0.0, 1.0, 8), SamplingParameters(1.0, 0.9, 8)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParameters(0.0, 1.0, 8), SamplingParameters(1.0, 0.9, 8)]
+)
 def test_tokens_that_have_no_full_distribution_are_refused(scorer, builder, chat, sampling):
     context = builder.build(dataclasses.replace(play(chat), sampling=sampling))
     with pytest.raises(ContractError, match="no log-probs to compare with"):
@@ -127,7 +149,10 @@ def test_tokens_that_have_no_full_distribution_are_refused(scorer, builder, chat
 
 def test_tokens_the_model_does_not_know_are_refused(scorer, builder, chat):
     trajectory = play(chat, num_turns=1)
-    turn = dataclasses.replace(trajectory.turns[0], response_token_ids=[10_000] * len(trajectory.turns[0].response_token_ids))
+    turn = dataclasses.replace(
+        trajectory.turns[0],
+        response_token_ids=[10_000] * len(trajectory.turns[0].response_token_ids),
+    )
     with pytest.raises(ContractError, match="token ids up to 10000"):
         scorer.check(builder.build(dataclasses.replace(trajectory, turns=(turn,))))
 

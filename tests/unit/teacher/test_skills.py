@@ -8,7 +8,12 @@ from sdar.config import EnvironmentConfig, ModelConfig, RunConfig, TeacherConfig
 from sdar.contracts.errors import ConfigurationError
 from services.envs.household.demonstrations import skill_wording
 from services.envs.household.game import PROCEDURES
-from services.teacher.skills import SHIPPED_LIBRARIES, format_skills, load_skill_library, open_skill_library
+from services.teacher.skills import (
+    SHIPPED_LIBRARIES,
+    format_skills,
+    load_skill_library,
+    open_skill_library,
+)
 
 INDEX = """
 - {id: always, title: Always, kind: general, file: always.md}
@@ -16,7 +21,9 @@ INDEX = """
 """
 
 
-def write_library(directory: Path, index: str = INDEX, clean: str = "# Cleaning\n\nUse the sink.\n") -> Path:
+def write_library(
+    directory: Path, index: str = INDEX, clean: str = "# Cleaning\n\nUse the sink.\n"
+) -> Path:
     directory.mkdir(exist_ok=True)
     (directory / "index.yaml").write_text(index)
     (directory / "always.md").write_text("Look first.\n")
@@ -65,7 +72,10 @@ def test_skills_are_shown_in_order_and_no_skills_are_no_text(tmp_path):
         ("[]", "lists no skills"),
         ("- {id: a, title: A, kind: general, file: always.md, colour: red}", "colour"),
         ("- {id: a, title: A, kind: specific, file: always.md}", "Name the task types"),
-        ("- {id: a, title: A, kind: general, task_types: [x], file: always.md}", "Remove task_types"),
+        (
+            "- {id: a, title: A, kind: general, task_types: [x], file: always.md}",
+            "Remove task_types",
+        ),
         ("- {id: a, title: A, kind: general, file: ../secret.md}", "outside the library"),
         ("- {id: a, title: A, kind: general, file: absent.md}", "cannot read"),
         (INDEX + INDEX, "used twice"),
@@ -85,12 +95,15 @@ def test_an_empty_skill_is_refused(tmp_path):
 def test_a_missing_library_is_refused_unless_nothing_is_retrieved(tmp_path):
     with pytest.raises(ConfigurationError, match="Cannot read the skill library"):
         open_skill_library(make_config(skills=tmp_path / "absent"))
-    assert open_skill_library(make_config(skills=tmp_path / "absent", retrieval="none")).skills == ()
+    assert (
+        open_skill_library(make_config(skills=tmp_path / "absent", retrieval="none")).skills == ()
+    )
 
 
 def test_the_shipped_household_library_teaches_every_procedure_word_for_word():
     library = open_skill_library(make_config())
     assert library == load_skill_library(SHIPPED_LIBRARIES / "household")
     assert {skill.task_types: skill.text for skill in library.skills} == {
-        (task_type,): skill_wording(task_type, procedure) for task_type, procedure in PROCEDURES.items()
+        (task_type,): skill_wording(task_type, procedure)
+        for task_type, procedure in PROCEDURES.items()
     }

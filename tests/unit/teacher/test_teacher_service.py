@@ -9,10 +9,11 @@ import pytest
 from sdar.contracts import codec
 from sdar.contracts.errors import ConflictError, ContractError, StaleError
 from sdar.contracts.streams import Stream
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.rpc import RpcService, build_server, call, connect
+from sdar.in_process.memory_bus import MemoryBus
 from sdar.v1 import teacher_pb2
 from sdar.v1.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServicer_to_server
+from sdar.wire.rpc_client import call, connect
+from sdar.wire.rpc_server import RpcService, build_server
 from services.teacher.context import ContextBuilder
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
@@ -20,7 +21,14 @@ from services.teacher.retrieval import Retriever
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
 from services.teacher.utility import SkillUtility
-from tests.unit.teacher.builders import CLEAN, LIBRARY, FakeScorer, build_follower, make_manifest, play
+from tests.unit.teacher.builders import (
+    CLEAN,
+    LIBRARY,
+    FakeScorer,
+    build_follower,
+    make_manifest,
+    play,
+)
 
 
 @pytest.fixture
@@ -38,7 +46,9 @@ async def stub(chat, bus, scorer):
     """A client of a real server on a free port."""
     contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="task_type", num_skills=3), 1000)
     teacher = Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
-    service = RpcService(SERVICE_NAME, add_TeacherServiceServicer_to_server, TeacherServicer(teacher))
+    service = RpcService(
+        SERVICE_NAME, add_TeacherServiceServicer_to_server, TeacherServicer(teacher)
+    )
     server = build_server("127.0.0.1", 0, [service])
     await server.start()
     channel = connect(f"127.0.0.1:{server.port}")
@@ -57,7 +67,9 @@ async def test_a_trajectory_is_scored_on_demand(stub, chat):
     response = await score(stub, trajectory, request_id="r1")
     result = codec.teacher_score_from_proto(response.score)
     assert (response.request_id, result.trajectory_id) == ("r1", trajectory.trajectory_id)
-    assert [len(values) for values in result.turn_logprobs] == [len(turn.response_token_ids) for turn in trajectory.turns]
+    assert [len(values) for values in result.turn_logprobs] == [
+        len(turn.response_token_ids) for turn in trajectory.turns
+    ]
     assert result.skill_ids == ("general", "clean")
 
 
@@ -87,7 +99,9 @@ async def test_a_failed_request_may_be_repeated_under_its_id(stub, chat, bus):
     with pytest.raises(StaleError):
         await score(stub, play(chat), request_id="again", min_teacher_version=1)
     await bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(1))])
-    assert (await score(stub, play(chat), request_id="again", min_teacher_version=1)).score.teacher_version == 1
+    assert (
+        await score(stub, play(chat), request_id="again", min_teacher_version=1)
+    ).score.teacher_version == 1
 
 
 async def test_a_trajectory_that_does_not_fit_is_an_invalid_argument(stub, chat):
@@ -102,14 +116,23 @@ async def test_skills_are_handed_out_ready_for_a_prompt(stub, chat):
     response = await call(stub.RetrieveSkills, request, timeout_s=10)
     assert list(response.skill_ids) == ["general", "clean"]
     assert response.num_specific_skills == 1
-    assert response.text == "look before you act .\n\nskill clean : first use sink . after sink put ."
-    assert (response.skill_library_hash, response.template_hash) == (LIBRARY.content_hash, chat.template_hash)
+    assert (
+        response.text == "look before you act .\n\nskill clean : first use sink . after sink put ."
+    )
+    assert (response.skill_library_hash, response.template_hash) == (
+        LIBRARY.content_hash,
+        chat.template_hash,
+    )
     assert response.retrieval == "task_type"
 
 
 @pytest.mark.parametrize("kind", ["embedding", "ucb"])
-async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same_key(chat, bus, scorer, kind, tmp_path):
-    index = SkillIndex(LIBRARY.specific, SentenceEncoder(), tmp_path) if kind == "embedding" else None
+async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same_key(
+    chat, bus, scorer, kind, tmp_path
+):
+    index = (
+        SkillIndex(LIBRARY.specific, SentenceEncoder(), tmp_path) if kind == "embedding" else None
+    )
     utility = SkillUtility(bus, 0.5) if kind == "ucb" else None
     retriever = Retriever(LIBRARY, kind=kind, num_skills=1, index=index, utility=utility)
     contexts = ContextBuilder(chat, retriever, 1000)
@@ -124,6 +147,10 @@ async def test_skills_by_meaning_or_utility_are_handed_out_the_same_for_the_same
 
 async def test_no_skills_are_no_text(chat, bus, scorer):
     contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="none", num_skills=3), 1000)
-    servicer = TeacherServicer(Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2))
-    response = await servicer.RetrieveSkills(teacher_pb2.RetrieveSkillsRequest(task=codec.task_to_proto(CLEAN)), None)
+    servicer = TeacherServicer(
+        Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
+    )
+    response = await servicer.RetrieveSkills(
+        teacher_pb2.RetrieveSkillsRequest(task=codec.task_to_proto(CLEAN)), None
+    )
     assert (response.text, list(response.skill_ids)) == ("", [])

@@ -1,4 +1,6 @@
-"""Retrieval by utility: teachers that share a bus share what they learned, over a memory bus and a real Redis alike."""
+"""Retrieval by utility: teachers that share a bus share what they learned, over a memory bus and a
+real Redis alike.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from sdar.bus.embedded_redis import EmbeddedRedis
+from sdar.bus.redis import RedisBus
 from sdar.contracts import codec
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import SkillChoice, SkillOutcome
-from sdar.runtime.embedded_redis import EmbeddedRedis
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.redis_bus import RedisBus
+from sdar.in_process.memory_bus import MemoryBus
 from services.teacher.utility import SkillUtility
 
 SKILLS = ("a", "b", "c", "d")
@@ -57,11 +59,16 @@ async def choose(utility, key, count=1, task_type="clean", skills=SKILLS):
 
 async def test_what_was_never_tried_comes_first_in_the_order_given(buses):
     utility = SkillUtility(buses(), 0.5)
-    assert [await choose(utility, f"g{number}", count=2) for number in range(2)] == [("a", "b"), ("c", "d")]
+    assert [await choose(utility, f"g{number}", count=2) for number in range(2)] == [
+        ("a", "b"),
+        ("c", "d"),
+    ]
 
 
 async def test_the_score_is_mean_utility_and_a_bonus_for_the_rarely_tried(buses):
-    """Two groups got a and b each, one group c alone; a succeeded in 1 of 4 episodes, b in 3 of 4, c was not heard of."""
+    """Two groups got a and b each, one group c alone; a succeeded in 1 of 4 episodes, b in 3 of 4,
+    c was not heard of.
+    """
     bus = buses()
     utility = SkillUtility(bus, 0.5)
     for key, skill_ids in (("g0", "ab"), ("g1", "ab"), ("g2", "c")):
@@ -72,7 +79,9 @@ async def test_the_score_is_mean_utility_and_a_bonus_for_the_rarely_tried(buses)
     await choose(utility, "g0")  # reads what was reported
     bonus = 0.5 * math.sqrt(math.log(3) / 2)
     expected = [0.25 + bonus, 0.75 + bonus, 0.5 * math.sqrt(math.log(3)), math.inf]
-    assert [utility.compute_score("clean", skill_id) for skill_id in SKILLS] == pytest.approx(expected)
+    assert [utility.compute_score("clean", skill_id) for skill_id in SKILLS] == pytest.approx(
+        expected
+    )
 
 
 async def test_without_exploration_the_best_so_far_is_shown(buses):
@@ -99,7 +108,10 @@ async def test_teachers_that_choose_for_one_group_at_once_agree_and_count_it_onc
     orders = list(itertools.permutations(SKILLS))[:: len(teachers) + 1]
     for number in range(10):
         choices = await asyncio.gather(
-            *(choose(teacher, f"g{number}", skills=order) for teacher, order in zip(teachers, orders, strict=False))
+            *(
+                choose(teacher, f"g{number}", skills=order)
+                for teacher, order in zip(teachers, orders, strict=False)
+            )
         )
         assert len(set(choices)) == 1
     for teacher in teachers:
@@ -129,7 +141,9 @@ async def test_a_restarted_teacher_keeps_every_choice_and_all_it_learned(buses):
     await choose(before, "g0")
     after = SkillUtility(buses(), 0.5)
     assert {key: await choose(after, key, count=2) for key in choices} == choices
-    assert [after.compute_score("clean", s) for s in SKILLS] == [before.compute_score("clean", s) for s in SKILLS]
+    assert [after.compute_score("clean", s) for s in SKILLS] == [
+        before.compute_score("clean", s) for s in SKILLS
+    ]
 
 
 async def test_a_trajectory_that_is_reported_again_counts_once(buses):
@@ -145,7 +159,9 @@ async def test_a_trajectory_that_is_reported_again_counts_once(buses):
 
 
 async def test_only_the_newest_events_count_and_what_slides_out_leaves_no_trace(buses):
-    """Room for three events: what came of g0 slides out, so that a is untried again when g2 chooses."""
+    """Room for three events: what came of g0 slides out, so that a is untried again when g2
+    chooses.
+    """
     bus = buses()
     utility = SkillUtility(bus, 0.0, max_events=3)
     await choose(utility, "g0")
@@ -153,12 +169,20 @@ async def test_only_the_newest_events_count_and_what_slides_out_leaves_no_trace(
     await choose(utility, "g1")
     await report(bus, "g1.0", "b", False)
     await choose(utility, "g2")
-    assert [utility.compute_score("clean", skill_id) for skill_id in SKILLS] == [0.0, 0.0, math.inf, math.inf]
+    assert [utility.compute_score("clean", skill_id) for skill_id in SKILLS] == [
+        0.0,
+        0.0,
+        math.inf,
+        math.inf,
+    ]
     assert await choose(utility, "g0") == ("c",)
 
 
 async def test_an_event_that_cannot_be_read_is_reported_and_passed_over(buses, log_events):
     bus = buses()
-    await bus.publish(Stream.SKILL_EVENTS, [b"\xff\xff", codec.encode_skill_event(SkillChoice("g0", "clean", ("d",)))])
+    await bus.publish(
+        Stream.SKILL_EVENTS,
+        [b"\xff\xff", codec.encode_skill_event(SkillChoice("g0", "clean", ("d",)))],
+    )
     assert await choose(SkillUtility(bus, 0.5), "g0") == ("d",)
     assert [event["event"] for event in log_events] == ["skill_event_unreadable"]

@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 
+from sdar.bus.ledger import format_group_id
+from sdar.bus.protocol import BusLimits
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose
-from sdar.runtime.bus import BusLimits
-from sdar.runtime.ledger import format_group_id
-from sdar.runtime.memory_bus import MemoryBus
-from sdar.runtime.telemetry import Health
+from sdar.in_process.memory_bus import MemoryBus
+from sdar.process.telemetry import Health
 from services.teacher.context import ContextBuilder
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.retrieval import Retriever
@@ -19,14 +19,24 @@ from services.teacher.teacher import Teacher
 from services.teacher.utility import SkillUtility
 from services.teacher.worker import TeacherWorker, WorkerLimits
 from tests.support import until
-from tests.unit.teacher.builders import CLEAN, LIBRARY, RUN_ID, FakeScorer, build_follower, make_manifest, play
+from tests.unit.teacher.builders import (
+    CLEAN,
+    LIBRARY,
+    RUN_ID,
+    FakeScorer,
+    build_follower,
+    make_manifest,
+    play,
+)
 
 CONSUMERS = {
     Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,),
     Stream.SCORED: (ConsumerGroup.LEARNER,),
     Stream.LEDGER: (ConsumerGroup.GATEWAY,),
 }
-HEAT = dataclasses.replace(CLEAN, task_type="heat", description="heat the egg and put it in the desk .")
+HEAT = dataclasses.replace(
+    CLEAN, task_type="heat", description="heat the egg and put it in the desk ."
+)
 LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.02)
 
 
@@ -51,13 +61,24 @@ class House:
         self.scorer = scorer or FakeScorer()
         self.utility = SkillUtility(self.bus, 0.0) if kind == "ucb" else None
         contexts = ContextBuilder(
-            chat, Retriever(library, kind=kind, num_skills=1 if self.utility else 3, utility=self.utility), tokens
+            chat,
+            Retriever(
+                library, kind=kind, num_skills=1 if self.utility else 3, utility=self.utility
+            ),
+            tokens,
         )
         self.metrics = TeacherMetrics()
         follower = build_follower(self.bus, self.scorer, max_lag, metrics=self.metrics)
         self.teacher = Teacher(contexts, self.scorer, follower, self.metrics, max_lag)
         self.health = Health()
-        self.worker = TeacherWorker(self.bus, self.teacher, run_id=RUN_ID, instance=instance, health=self.health, limits=limits)
+        self.worker = TeacherWorker(
+            self.bus,
+            self.teacher,
+            run_id=RUN_ID,
+            instance=instance,
+            health=self.health,
+            limits=limits,
+        )
 
     @contextlib.asynccontextmanager
     async def running(self):
@@ -70,10 +91,15 @@ class House:
             await asyncio.wait_for(task, 5)
 
     async def publish(self, *trajectories):
-        await self.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(trajectory) for trajectory in trajectories])
+        await self.bus.publish(
+            Stream.TRAJECTORIES,
+            [codec.encode_trajectory(trajectory) for trajectory in trajectories],
+        )
 
     async def publish_policy(self, version):
-        await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version))])
+        await self.bus.publish(
+            Stream.POLICY_UPDATES, [codec.encode_weights_manifest(make_manifest(version))]
+        )
 
     async def scored(self):
         entries = await self.bus.tail(Stream.SCORED, "0-0", 100)
@@ -86,7 +112,9 @@ class House:
     async def until_claimed(self):
         """Wait until the teacher has taken an entry."""
         async with asyncio.timeout(5):
-            while not (await self.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)).num_pending:  # noqa: ASYNC110
+            while not (  # noqa: ASYNC110 - the bus has no event for it
+                await self.bus.stream_lag(Stream.TRAJECTORIES, ConsumerGroup.TEACHER)
+            ).num_pending:
                 await asyncio.sleep(0.005)
 
     async def until_finished(self, num_entries):
@@ -127,7 +155,9 @@ async def test_what_cannot_be_decoded_or_contradicts_itself_is_set_aside_and_spa
     elsewhere = dataclasses.replace(play(chat), run_id="another")
     evaluation = dataclasses.replace(play(chat), purpose=Purpose.EVALUATION)
     wrong = play(chat, group_id="wrong")
-    wrong = dataclasses.replace(wrong, turns=(dataclasses.replace(wrong.turns[0], messages=()), *wrong.turns[1:]))
+    wrong = dataclasses.replace(
+        wrong, turns=(dataclasses.replace(wrong.turns[0], messages=()), *wrong.turns[1:])
+    )
     await house.bus.publish(Stream.TRAJECTORIES, [b"\xff\xff"])
     await house.publish(elsewhere, evaluation, wrong, good)
     async with house.running():
@@ -150,7 +180,11 @@ async def test_a_group_that_loses_an_episode_is_reported_failed(chat):
     async with house.running():
         await house.until_finished(1)
     (event,) = await house.ledger()
-    assert (event.group_id, event.outcome, event.num_trajectories) == ("long", GroupOutcome.FAILED, 4)
+    assert (event.group_id, event.outcome, event.num_trajectories) == (
+        "long",
+        GroupOutcome.FAILED,
+        4,
+    )
     assert "exceed model.max_sequence_tokens 64" in event.reason
 
 
@@ -165,7 +199,9 @@ async def test_an_unexpected_error_costs_only_the_entry_that_causes_it(chat):
 
 
 async def test_nothing_is_scored_past_the_lag_bound(chat):
-    """Version 1 cannot be read: with max_lag 0 the trajectory waits for version 2 instead of getting an old score."""
+    """Version 1 cannot be read: with max_lag 0 the trajectory waits for version 2 instead of
+    getting an old score.
+    """
     house = House(chat, max_lag=0)
     house.scorer.missing = {1}
     await house.publish_policy(1)
@@ -221,12 +257,16 @@ async def test_a_slow_batch_keeps_its_claims(chat):
     await house.publish(play(chat))
     async with house.running():
         await asyncio.sleep(0.3)
-        assert not await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "greedy", 0.2, 10)
+        assert not await house.bus.reclaim(
+            Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "greedy", 0.2, 10
+        )
         await house.until_finished(1)
 
 
 async def test_a_full_stream_delays_scores_and_loses_none(chat):
-    house = House(chat, bus_limits=BusLimits(max_entries=2, publish_timeout_s=0.02, trim_interval_s=0.0))
+    house = House(
+        chat, bus_limits=BusLimits(max_entries=2, publish_timeout_s=0.02, trim_interval_s=0.0)
+    )
     await house.bus.publish(Stream.SCORED, [b"old", b"older"])
     await house.publish(play(chat))
     async with house.running():
@@ -241,11 +281,18 @@ async def test_a_full_stream_delays_scores_and_loses_none(chat):
 
 async def test_a_task_without_a_specific_skill_is_counted_and_warned_of_once(chat, log_events):
     house = House(chat)
-    await house.publish(*(play(chat, dataclasses.replace(CLEAN, task_type="dance"), episode_index=i) for i in range(2)))
+    await house.publish(
+        *(
+            play(chat, dataclasses.replace(CLEAN, task_type="dance"), episode_index=i)
+            for i in range(2)
+        )
+    )
     async with house.running():
         await house.until_finished(2)
     assert house.metrics.totals["retrieval_misses"] == 2
-    assert [event["task_type"] for event in log_events if event["event"] == "no_specific_skill"] == ["dance"]
+    assert [
+        event["task_type"] for event in log_events if event["event"] == "no_specific_skill"
+    ] == ["dance"]
     assert [item.score.num_specific_skills for item in await house.scored()] == [0, 0]
 
 
@@ -261,7 +308,10 @@ async def test_the_metrics_stream_tells_what_was_done(chat):
         await reporting
     record = codec.decode_metric_record(entry.payload)
     assert (record.service, record.instance, record.policy_version) == ("teacher", "me", 0)
-    assert record.values["num_tokens_scored"] == (await house.scored())[0].trajectory.num_response_tokens
+    assert (
+        record.values["num_tokens_scored"]
+        == (await house.scored())[0].trajectory.num_response_tokens
+    )
     assert record.values["tokens_per_s"] > 0
     assert 0 <= record.values["waiting_share"] <= 1
 
@@ -280,7 +330,9 @@ async def test_a_policy_that_is_due_and_corrupt_is_waited_out_and_the_next_one_s
 
 
 async def test_of_a_batch_whose_claims_were_lost_in_part_the_rest_is_published_once(chat):
-    """Two of four entries go to another teacher while they are scored; it alone publishes their scores."""
+    """Two of four entries go to another teacher while they are scored; it alone publishes their
+    scores.
+    """
 
     class SlowScorer(FakeScorer):
         gate = asyncio.Event()
@@ -294,7 +346,9 @@ async def test_of_a_batch_whose_claims_were_lost_in_part_the_rest_is_published_o
     await house.publish(*(play(chat, episode_index=index) for index in range(4)))
     async with house.running():
         await house.until_claimed()
-        taken = await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "me too", 0.0, 2)
+        taken = await house.bus.reclaim(
+            Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "me too", 0.0, 2
+        )
         house.scorer.gate.set()
         await until(lambda: house.metrics.totals["late_results"] == 2)
     assert [item.trajectory.episode_index for item in await house.scored()] == [2, 3]
@@ -322,7 +376,9 @@ async def test_an_entry_that_another_teacher_took_is_not_set_aside(chat):
     assert (await house.bus.count_dead_letters(), await house.ledger()) == (0, [])
 
 
-async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(chat):
+async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
+    chat,
+):
     house = House(chat)
     episodes = [play(chat, episode_index=index) for index in range(4)]
     await house.publish(*episodes[:3])
@@ -335,10 +391,15 @@ async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_an
     assert house.metrics.totals["reclaimed_entries"] == 2
 
 
-async def test_an_episode_that_cannot_be_scored_fails_its_group_in_the_account_and_its_siblings_change_nothing(chat):
+async def test_an_episode_that_cannot_be_scored_fails_its_group_in_the_account_and_its_siblings_change_nothing(
+    chat,
+):
     group_id = format_group_id(1)
     house = House(chat, FakeScorer(poison=[f"{group_id}.1.a0"]))
-    events = [LedgerEvent(RUN_ID, group_id, outcome, 4, 0) for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED)]
+    events = [
+        LedgerEvent(RUN_ID, group_id, outcome, 4, 0)
+        for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED)
+    ]
     await house.bus.commit({}, transitions=events)
     await house.publish(*(play(chat, group_id=group_id, episode_index=index) for index in range(4)))
     async with house.running():
@@ -348,18 +409,30 @@ async def test_an_episode_that_cannot_be_scored_fails_its_group_in_the_account_a
 
 
 async def learned(house, task_type):
-    """Successes over episodes of each skill, as any teacher on the bus would read them; infinite if never shown."""
+    """Successes over episodes of each skill, as any teacher on the bus would read them; infinite if
+    never shown.
+    """
     utility = SkillUtility(house.bus, 0.0)
     await utility.choose("g0", task_type, [skill.skill_id for skill in LIBRARY.specific], 1)
-    return {skill.skill_id: utility.compute_score(task_type, skill.skill_id) for skill in LIBRARY.specific}
+    return {
+        skill.skill_id: utility.compute_score(task_type, skill.skill_id)
+        for skill in LIBRARY.specific
+    }
 
 
-async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_are_learned_from(chat):
-    """Two teachers on one bus: g0 is shown heat and succeeds in 1 of 4 episodes, g1 is shown heat-2 and fails."""
+async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_are_learned_from(
+    chat,
+):
+    """Two teachers on one bus: g0 is shown heat and succeeds in 1 of 4 episodes, g1 is shown heat-2
+    and fails.
+    """
     house = House(chat, kind="ucb")
     peer = House(chat, kind="ucb", bus=house.bus)
     for group_id in ("g0", "g1"):
-        episodes = [play(chat, HEAT, group_id=group_id, episode_index=index, seed=index) for index in range(4)]
+        episodes = [
+            play(chat, HEAT, group_id=group_id, episode_index=index, seed=index)
+            for index in range(4)
+        ]
         first = dataclasses.replace(episodes[0], is_success=group_id == "g0")
         await house.publish(first, *episodes[1:2])
         async with house.running():
@@ -373,7 +446,12 @@ async def test_by_utility_all_episodes_of_a_group_see_one_choice_and_their_ends_
         ("g1", ("general", "heat-2")),
     }
     assert {item.score.retrieval for item in scored} == {"ucb"}
-    assert await learned(house, "heat") == {"heat": 0.25, "heat-2": 0.0, "clean": float("inf"), "cool": float("inf")}
+    assert await learned(house, "heat") == {
+        "heat": 0.25,
+        "heat-2": 0.0,
+        "clean": float("inf"),
+        "cool": float("inf"),
+    }
 
 
 async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
@@ -388,8 +466,12 @@ async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
     assert (await learned(house, "clean"))["clean"] == 0.5
 
 
-async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_keeps_its_choice(chat):
-    """The stream of scores is full: choice made, score made, commit refused, as by a crash. Another teacher finishes it."""
+async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_keeps_its_choice(
+    chat,
+):
+    """The stream of scores is full: choice made, score made, commit refused, as by a crash. Another
+    teacher finishes it.
+    """
     house = House(chat, kind="ucb", bus_limits=BusLimits(max_entries=1, publish_timeout_s=0.0))
     await house.bus.publish(Stream.SCORED, [b"in the way"])
     await house.publish(dataclasses.replace(play(chat), is_success=True))
@@ -415,10 +497,14 @@ async def test_other_kinds_of_retrieval_publish_nothing_to_learn_from(chat):
     assert await house.bus.newest(Stream.SKILL_EVENTS) is None
 
 
-async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_from_the_score(chat, log_events):
+async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_from_the_score(
+    chat, log_events
+):
     skills = SkillLibrary(tuple(Skill(f"s{i}", "S", "sink " * 30, ("clean",)) for i in range(3)))
     trajectory = play(chat, num_turns=1)
-    whole = ContextBuilder(chat, Retriever(skills, kind="task_type", num_skills=3), 1000).build(trajectory)
+    whole = ContextBuilder(chat, Retriever(skills, kind="task_type", num_skills=3), 1000).build(
+        trajectory
+    )
     house = House(chat, library=skills, tokens=whole.num_tokens - 1)
     await house.publish(trajectory)
     async with house.running():
@@ -427,4 +513,8 @@ async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_f
     assert (scored.score.skill_ids, scored.score.num_specific_skills) == (("s0", "s1"), 2)
     assert house.metrics.totals["dropped_skills"] == 1
     (warning,) = [event for event in log_events if event["event"] == "skills_dropped"]
-    assert (warning["log_level"], warning["trajectory_id"], warning["num_dropped"]) == ("warning", trajectory.trajectory_id, 1)
+    assert (warning["log_level"], warning["trajectory_id"], warning["num_dropped"]) == (
+        "warning",
+        trajectory.trajectory_id,
+        1,
+    )

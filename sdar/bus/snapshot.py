@@ -1,0 +1,163 @@
+"""Owns the bytes of a bus's snapshot: a run's small states and its account of groups, as a
+checkpoint carries them.
+
+JSON, with base64 for bytes. Closed groups are one bitmap per outcome, the first bit of the first
+byte being group 0. It never talks to a bus.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdar.bus.ledger import CLOSING, MAX_GROUP_NUMBER, LedgerAccount
+from sdar.contracts.errors import CorruptionError
+from sdar.contracts.types import GroupOutcome
+
+_FORMAT = 1
+_MAX_BYTES = 256 << 20
+
+
+def pack_numbers(numbers: Iterable[int]) -> bytes:
+    """A bitmap of these numbers."""
+    indices = np.fromiter(numbers, np.int64)
+    bits = np.zeros(int(indices.max()) + 1 if len(indices) else 0, np.uint8)
+    bits[indices] = 1
+    return np.packbits(bits).tobytes()
+
+
+def unpack_numbers(bitmap: bytes) -> list[int]:
+    """The numbers in a bitmap, ascending."""
+    found: list[int] = np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8))).tolist()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class BusSnapshot:
+    """States by name, and an account that knows its closed groups (`LedgerAccount.ended`)."""
+
+    states: dict[str, bytes]
+    account: LedgerAccount
+
+    def close_open_groups(self, trained: Collection[int]) -> None:
+        """End every open group: those in `trained` as TRAINED, all others as CANCELLED."""
+        for number in list(self.account.open):
+            self.account.apply(
+                number, GroupOutcome.TRAINED if number in trained else GroupOutcome.CANCELLED
+            )
+
+    def pack_closed(self) -> dict[GroupOutcome, bytes]:
+        """One bitmap per closing outcome."""
+        numbers: dict[GroupOutcome, list[int]] = {outcome: [] for outcome in CLOSING}
+        for number, outcome in self.account.ended.items():
+            numbers[outcome].append(number)
+        return {outcome: pack_numbers(members) for outcome, members in numbers.items()}
+
+
+def build_account(
+    num_issued: int,
+    num_generated: int,
+    open_groups: Mapping[int, bool],
+    closed: Mapping[GroupOutcome, bytes],
+) -> LedgerAccount:
+    """An account from its numbers and the bitmaps of its closed groups."""
+    ended = {
+        number: outcome for outcome, bitmap in closed.items() for number in unpack_numbers(bitmap)
+    }
+    counts = {outcome: len(unpack_numbers(closed.get(outcome, b""))) for outcome in CLOSING}
+    return LedgerAccount(num_issued, num_generated, counts, dict(open_groups), ended)
+
+
+def encode_snapshot(snapshot: BusSnapshot) -> bytes:
+    account = snapshot.account
+    document = {
+        "format": _FORMAT,
+        "states": {
+            name: base64.b64encode(value).decode() for name, value in snapshot.states.items()
+        },
+        "issued": account.num_issued,
+        "generated": account.num_generated,
+        "open": {str(number): is_generated for number, is_generated in account.open.items()},
+        "closed": {
+            outcome: base64.b64encode(bitmap).decode()
+            for outcome, bitmap in snapshot.pack_closed().items()
+        },
+    }
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def decode_snapshot(data: bytes) -> BusSnapshot:
+    """Inverse of `encode_snapshot`.
+
+    Raises:
+        CorruptionError: it is no snapshot, or one whose account does not add up.
+    """
+    if len(data) > _MAX_BYTES:
+        raise CorruptionError(
+            f"Bus snapshot of {len(data)} bytes; at most {_MAX_BYTES} are read. Use another "
+            "checkpoint."
+        )
+    try:
+        snapshot = _parse(json.loads(data))
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        binascii.Error,
+    ) as error:
+        raise CorruptionError(
+            f"Bus snapshot cannot be read: {error!r}. Use another checkpoint."
+        ) from error
+    if gap := snapshot.account.find_gap():
+        raise CorruptionError(
+            f"Bus snapshot's account misses {gap} groups. Use another checkpoint."
+        )
+    return snapshot
+
+
+def _parse(document: dict[str, Any]) -> BusSnapshot:
+    if document["format"] != _FORMAT:
+        raise ValueError(f"format {document['format']!r}, expected {_FORMAT}")
+    states = {
+        name: base64.b64decode(value, validate=True) for name, value in document["states"].items()
+    }
+    open_groups = {
+        _parse_number(number): is_generated is True
+        for number, is_generated in document["open"].items()
+    }
+    closed = {
+        GroupOutcome(name): base64.b64decode(value, validate=True)
+        for name, value in document["closed"].items()
+    }
+    if closed.keys() != set(CLOSING):
+        raise ValueError(f"closed groups by {sorted(closed)}, expected {sorted(CLOSING)}")
+    account = build_account(
+        _parse_count(document["issued"]), _parse_count(document["generated"]), open_groups, closed
+    )
+    if (
+        len(account.ended) != sum(account.closed.values())
+        or account.ended.keys() & open_groups.keys()
+    ):
+        raise ValueError("a group stands in two places")
+    return BusSnapshot(states, account)
+
+
+def _parse_number(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= MAX_GROUP_NUMBER:
+        raise ValueError(f"group number {text}")
+    return number
+
+
+def _parse_count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"count {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""vLLM, and how a policy version gets into one that runs."""

@@ -1,0 +1,253 @@
+"""Owns how a published policy version gets into a running vLLM, seen from the process that runs it:
+sampler or teacher.
+
+The other half, `sdar.engines.vllm_worker`, runs inside vLLM's worker processes. It never decides
+when weights are due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from sdar.contracts import codec, errors
+from sdar.contracts.errors import CorruptionError, EngineFailedError
+from sdar.contracts.types import WeightsManifest
+from sdar.process.settings import thread_environment
+
+_LONGEST_STAGING_POLL_S = 0.25
+
+
+def vllm_environment(num_threads: int) -> dict[str, str]:
+    """Variables vLLM reads when it is imported; set them before the first engine of a process is
+    started.
+    """
+    variables = {
+        # its own binding claims all cores but one, whoever else needs them
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # lets a CPU engine run its one worker in the engine process: 7 s less to start
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",
+        # it warns of every tied head and rotary buffer at each weight update
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        # Of the engine's processes: what a killed one leaves behind is collected, and vLLM's own
+        # deprecations are not ours.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning,ignore::FutureWarning",
+    }
+    if shutil.which("g++") is None:
+        # Eager as it runs, vLLM compiles a small function of its sampler, and without a compiler,
+        # as in our images, would end.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return thread_environment(num_threads) | variables
+
+
+def build_llm(model_path: str, **arguments: Any) -> Any:
+    """Start an AsyncLLM whose weights can be replaced from the weight store. Blocks: some 15 s for
+    the smallest model.
+
+    Args:
+        arguments: of vLLM's AsyncEngineArgs.
+
+    Raises:
+        EngineFailedError: vLLM did not come up; its own log on stderr says why.
+    """
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    full = AsyncEngineArgs(
+        model=model_path,
+        load_format="safetensors",
+        trust_remote_code=False,
+        weight_transfer_config=WeightTransferConfig(backend="sdar_weight_store"),
+        worker_extension_cls="sdar.engines.vllm_worker.StagingWorker",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **arguments,
+    )
+    try:
+        return AsyncLLM.from_engine_args(full)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise EngineFailedError(
+            f"vLLM did not start with {model_path}: {error}. Its log on stderr, above, has the "
+            "worker's own error."
+        ) from error
+
+
+def close_llm(llm: Any) -> None:
+    """End an engine and its processes at once. Nothing they hold outlives them, and asked to leave
+    they take 5 s.
+    """
+    context = llm.engine_core.resources.ctx
+    llm.shutdown(timeout=0)
+    # vLLM closes its sockets and forgets the context that they belong to.
+    context.destroy(linger=0)
+
+
+def memory_arguments(*, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
+    """How much memory an engine takes: an explicit cache on a CPU, a share of the device on a GPU."""
+    from vllm.platforms import current_platform
+
+    # An explicit cache size spares a CPU the profiling run, and its default is most of the machine.
+    # Blocks of 32 instead of 128 tokens let the prefix cache serve short prompts.
+    if current_platform.is_cpu():
+        return {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": 32}
+    return {"gpu_memory_utilization": gpu_memory_utilization}
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Translate vLLM's exceptions into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise EngineFailedError(
+            f"The engine died: {error}. Its log on stderr says why. Restart the service."
+        ) from error
+
+
+class VllmWeights:
+    """Weight updates of one AsyncLLM: `attach` once, then `stage` and `install` for each version.
+
+    Args:
+        model_path: directory or hub name of the model whose weights are version 0.
+        weight_store_url, run_id: where the workers read what a manifest names.
+    """
+
+    def __init__(self, model_path: str, *, weight_store_url: str, run_id: str) -> None:
+        self._model_path = model_path
+        self._store = {"url": weight_store_url, "run_id": run_id}
+        self._layout: dict[str, tuple[int, ...]] = {}
+
+    async def attach(self, llm: Any, policy_version: int) -> None:
+        """Tell the workers where weights come from, and which version they hold now."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        # Takes a second or two of imports, which would stall running requests if left to the first
+        # update.
+        self._layout = await asyncio.to_thread(_compute_layout, self._model_path)
+        await _draw_one_token(llm)
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._store))
+        await llm.update_weight_version(str(policy_version))
+
+    async def stage(self, llm: Any, manifest: WeightsManifest) -> None:
+        """Have every worker read and verify the version while the engine goes on.
+
+        Raises:
+            CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this
+                model.
+            EngineFailedError: the engine died or was closed meanwhile.
+        """
+        await _while_alive(llm, self._stage(llm, manifest))
+
+    async def install(self, llm: Any, policy_version: int) -> None:
+        """Switch to the staged version between two tokens.
+
+        The pause completes when no step is in flight, and the engine process itself stamps each
+        step's tokens with the version set here, so the stamps are exact however late this process
+        reads them. Clearing the cache makes running requests compute their context anew: keys and
+        values of the old weights would belong to no policy.
+
+        Raises:
+            EngineFailedError: the engine died or was closed, or some layers may hold the new
+                weights and some the old. It stays paused, for good.
+        """
+        await _while_alive(llm, self._install(llm, policy_version))
+
+    async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
+        self._check_layout(manifest)
+        await llm.collective_rpc("stage_weights", args=(codec.encode_weights_manifest(manifest),))
+        poll_s = 0.005
+        while "reading" in (results := await llm.collective_rpc("weight_staging_result")):
+            await asyncio.sleep(poll_s)
+            poll_s = min(2 * poll_s, _LONGEST_STAGING_POLL_S)
+        for result in results:
+            if result != "ready":
+                name, message = result
+                raise getattr(errors, name, EngineFailedError)(message)
+
+    async def _install(self, llm: Any, policy_version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await llm.pause_generation(mode="keep", clear_cache=True)
+        try:
+            await llm.start_weight_update()
+            await llm.update_weights(
+                WeightTransferUpdateRequest(update_info={"policy_version": policy_version})
+            )
+            await llm.finish_weight_update(weight_version=str(policy_version))
+        except Exception as error:
+            raise EngineFailedError(
+                f"Installing version {policy_version} failed halfway: {error}. The engine holds "
+                "weights of no version; "
+                "restart the service."
+            ) from error
+        await llm.resume_generation()
+
+    def _check_layout(self, manifest: WeightsManifest) -> None:
+        """Refuse weights that are not of this model before a worker reads them: vLLM would load the
+        names it knows.
+        """
+        published = {tensor.name: tensor.shape for tensor in manifest.tensors}
+        if published != self._layout:
+            different = sorted(name for name, _ in published.items() ^ self._layout.items())
+            raise CorruptionError(
+                f"Version {manifest.policy_version} of {manifest.run_id} is not of the model "
+                f"{self._model_path}: "
+                f"{len(different)} tensors are missing, unknown or of another shape, first "
+                f"{different[0]}. "
+                "Publish from the same model.path."
+            )
+
+
+async def _draw_one_token(llm: Any) -> None:
+    """Have vLLM load what it loads at the first request, 2 s of it, and start its reader of the
+    engine's outputs.
+    """
+    from vllm import SamplingParams
+
+    async for _ in llm.generate(
+        {"type": "token", "prompt_token_ids": [0]}, SamplingParams(max_tokens=1), "warm-up"
+    ):
+        continue
+
+
+async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
+    """Await calls to the engine's process: vLLM leaves them unanswered for ever once that is gone.
+
+    Raises:
+        EngineFailedError: the engine died or was closed before the calls were through.
+    """
+    task = asyncio.create_task(calls)
+    # The reader of outputs ends with the engine, whether that dies or is closed.
+    await asyncio.wait([task, llm.output_handler], return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        raise EngineFailedError(
+            "The engine was gone before its weights were updated; its log on stderr says why."
+        )
+    await task
+
+
+def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that make a policy version of this model; reads its
+    configuration, no weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sdar.model.causal_lm import export_tensors
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(tensor.shape) for name, tensor in export_tensors(model).items()}

@@ -1,0 +1,129 @@
+"""Owns the check of what an environment answers: nonsense must not reach training, nor break the
+server.
+
+From plain JSON values, as `sdar.environments.player` makes them, to the records of
+`sdar.environments.base`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sdar.contracts.types import EnvironmentIdentity, Task
+from sdar.environments.base import EnvironmentDescription, Observation, StepResult
+
+
+class NonsenseError(ValueError):
+    """What was expected and what was found; whoever asked the environment says which one it was."""
+
+
+def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:
+    identity = answer["identity"]
+    return EnvironmentDescription(
+        identity=EnvironmentIdentity(
+            _text("name", identity["name"]), _text("version", identity["version"])
+        ),
+        splits={
+            _text("split", name): int(num_tasks) for name, num_tasks in answer["splits"].items()
+        },
+        instructions=_text("instructions", answer["instructions"]),
+        action_format=_text("action_format", answer["action_format"]),
+        max_turns=answer["max_turns"],
+        is_blocking=_flag("is_blocking", answer["is_blocking"]),
+    )
+
+
+def read_task(environment: str, values: list[Any]) -> Task:
+    """Stamped with the name that the environment is served under, whatever it calls itself."""
+    split, task_id, task_type, description, seed = values
+    texts = {"split": split, "task_id": task_id, "task_type": task_type, "description": description}
+    if type(seed) is not int or not -_SEEDS <= seed < _SEEDS:
+        raise NonsenseError(
+            f"task {_shown(task_id)} with seed {_shown(seed)}, expected an integer of 64 bits"
+        )
+    return Task(
+        environment=environment,
+        **{name: _text(name, value) for name, value in texts.items()},
+        seed=seed,
+    )
+
+
+def read_observation(values: Mapping[str, Any]) -> Observation:
+    actions = values["actions"]
+    if not isinstance(actions, list | tuple):
+        raise NonsenseError(f"admissible_actions {_shown(actions)}, expected a tuple of texts")
+    return Observation(
+        _text("observation", values["text"]),
+        tuple(_text("action", action) for action in actions),
+        _texts(values["info"]),
+    )
+
+
+def read_step(values: Mapping[str, Any]) -> StepResult:
+    if not isinstance(values["reward_components"], dict):
+        raise NonsenseError(
+            f"reward_components {_shown(values['reward_components'])}, expected numbers by name"
+        )
+    result = StepResult(
+        observation=read_observation(values["observation"]),
+        reward=_number("reward", values["reward"]),
+        terminated=_flag("terminated", values["terminated"]),
+        truncated=_flag("truncated", values["truncated"]),
+        action=_text("action", values["action"]),
+        is_action_valid=_flag("is_action_valid", values["is_action_valid"]),
+        is_success=_flag("is_success", values["is_success"]),
+        reward_components={
+            _text("reward component", name): _number(name, value)
+            for name, value in values["reward_components"].items()
+        },
+        info=_texts(values["info"]),
+    )
+    if result.terminated and result.truncated:
+        raise NonsenseError("terminated and truncated both true, expected at most one end")
+    return result
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise NonsenseError(f"{name} {_shown(value)}, expected text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise NonsenseError(
+                f"{name} {_shown(value)}, which is no Unicode text: {error.reason}"
+            ) from error
+    return value
+
+
+def _texts(values: object) -> dict[str, str]:
+    if not isinstance(values, dict):
+        raise NonsenseError(f"info {_shown(values)}, expected texts by name")
+    return {
+        _text("info key", name): _text(f"info[{name!r}]", value) for name, value in values.items()
+    }
+
+
+def _number(name: str, value: object) -> float:
+    # Compared rather than converted first: an integer of a thousand digits is no float either.
+    if isinstance(value, int | float) and (-_LARGEST <= value <= _LARGEST):
+        return float(value)
+    raise NonsenseError(f"{name} {_shown(value)}, expected a finite number")
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise NonsenseError(f"{name} {_shown(value)}, expected True or False")
+    return value
+
+
+def _shown(value: object) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+
+
+_LARGEST = math.nextafter(math.inf, 0)
+_SEEDS = 1 << 63
+_MAX_SHOWN = 80

@@ -1,0 +1,54 @@
+"""Owns how a server and its workers pack what they tell each other: one JSON object a frame, its
+length before it.
+
+JSON and not pickle: an environment that was taken over must not be able to run code in the server.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""Half of the largest gRPC message, so that what passes here can be sent on."""
+
+_LENGTH = struct.Struct(">I")
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+class FrameTooLargeError(ValueError):
+    """The object does not fit into a frame."""
+
+
+def pack_frame(value: dict[str, Any]) -> bytes:
+    """Raises FrameTooLargeError, or TypeError for what JSON cannot hold."""
+    # ASCII with escapes: also lone surrogates come through, and are refused where answers are
+    # checked.
+    data = _encode(value).encode("ascii")
+    if len(data) > MAX_FRAME_BYTES:
+        raise FrameTooLargeError(f"{len(data)} bytes, the limit is {MAX_FRAME_BYTES}")
+    return _LENGTH.pack(len(data)) + data
+
+
+class FrameReader:
+    """Frames out of a stream of bytes that arrive in any pieces."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The objects that `data` completes. Raises ValueError for what is no frame."""
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            end = start + _LENGTH.size + length
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes, the limit is {MAX_FRAME_BYTES}")
+            if len(self._buffer) < end:
+                break
+            yield json.loads(self._buffer[start + _LENGTH.size : end].decode("ascii"))
+            start = end
+        del self._buffer[:start]

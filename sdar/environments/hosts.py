@@ -1,0 +1,200 @@
+"""Owns what the server asks of whatever plays its sessions, and the plainest answer to that: play
+them in this process.
+
+A `Host` turns calls into requests, and answers into records or typed errors.
+`sdar.environments.workers` has the one for services.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import structlog
+
+from sdar.contracts.errors import (
+    CapacityError,
+    ConfigurationError,
+    EnvironmentFailedError,
+    UnavailableError,
+    UnknownResourceError,
+)
+from sdar.contracts.types import Task
+from sdar.environments.answers import (
+    NonsenseError,
+    read_description,
+    read_observation,
+    read_step,
+    read_task,
+)
+from sdar.environments.base import EnvironmentDescription, Observation, StepResult
+from sdar.environments.player import Answer, Request
+
+T = TypeVar("T")
+
+_RAISED = {
+    kind.__name__: kind for kind in (UnknownResourceError, CapacityError, EnvironmentFailedError)
+}
+"""What an environment may raise on purpose; it reaches the caller as it is."""
+
+_EPISODE_IS_LOST = " The episode is lost; open another."
+
+OnLost = Callable[[Sequence[str], str], None]
+"""Told the ids of sessions that went down with what played them, and why."""
+
+log = structlog.get_logger()
+
+
+def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
+    """The error that tells a caller that an episode is lost: `reason` goes on from "Environment
+    NAME".
+    """
+    return EnvironmentFailedError(
+        f"Environment {environment} {reason}.{_EPISODE_IS_LOST}", environment=environment
+    )
+
+
+class Host(ABC):
+    """Plays sessions of the named environments. One event loop owns it.
+
+    Calls raise EnvironmentFailedError when the environment broke: raised, hung or answered
+    nonsense. The session is then lost, and its owner closes it.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._step_timeout_s = math.inf
+        self._on_lost: OnLost = lambda session_ids, reason: None
+        self._descriptions: dict[str, EnvironmentDescription] = {}
+
+    @property
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether sessions can be opened now."""
+
+    async def start(self, step_timeout_s: float, on_lost: OnLost) -> None:
+        """Build the environments.
+
+        Args:
+            step_timeout_s: a call that takes longer hangs.
+
+        Raises:
+            ConfigurationError: an environment cannot be built.
+        """
+        self._step_timeout_s, self._on_lost = step_timeout_s, on_lost
+        for name in self.names:
+            answer = await self._ask("", {"call": "describe", "environment": name, "arguments": {}})
+            try:
+                self._descriptions[name] = self._read(name, answer, read_description)
+            except (EnvironmentFailedError, UnknownResourceError, CapacityError) as error:
+                problem = error.message.removesuffix(_EPISODE_IS_LOST)
+                raise ConfigurationError(
+                    f"Environment {name} cannot describe itself and count its tasks: {problem}"
+                ) from error
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close every session. The host cannot be started again."""
+
+    def describe(self, environment: str) -> EnvironmentDescription:
+        """Raises UnknownResourceError: no environment of that name here."""
+        if environment not in self.names:
+            raise UnknownResourceError(
+                f"No environment {environment!r} is served here. Use one of "
+                f"{', '.join(self.names) or 'none'}.",
+                environment=environment,
+            )
+        if environment not in self._descriptions:
+            raise UnavailableError(
+                "This environment server is still starting. Retry after a while."
+            )
+        return self._descriptions[environment]
+
+    async def list_tasks(self, environment: str, split: str, start: int, end: int) -> list[Task]:
+        """The tasks of a split from `start` to before `end`. Raises UnknownResourceError, or
+        UnavailableError: not now.
+        """
+        arguments = {"split": split, "start": start, "end": end}
+        try:
+            answer = await self._ask(
+                "", {"call": "list_tasks", "environment": environment, "arguments": arguments}
+            )
+            return self._read(
+                environment,
+                answer,
+                lambda values: [read_task(environment, task) for task in values["tasks"]],
+            )
+        except EnvironmentFailedError as error:
+            # No episode is lost by it, and another worker may know better.
+            problem = error.message.removesuffix(_EPISODE_IS_LOST)
+            raise UnavailableError(
+                f"Tasks cannot be listed: {problem} Retry.", environment=environment
+            ) from error
+
+    async def open(
+        self, session_id: str, environment: str, task_id: str, seed: int
+    ) -> tuple[Task, Observation]:
+        """Start an episode. Raises UnknownResourceError: no such task. CapacityError: something
+        outside has no room now.
+        """
+        arguments = {"session_id": session_id, "task_id": task_id, "seed": seed}
+        answer = await self._ask(
+            session_id, {"call": "reset", "environment": environment, "arguments": arguments}
+        )
+        return self._read(
+            environment,
+            answer,
+            lambda values: (
+                read_task(environment, values["task"]),
+                read_observation(values["observation"]),
+            ),
+        )
+
+    async def step(self, session_id: str, environment: str, text: str) -> StepResult:
+        """Play one response of the agent."""
+        arguments = {"session_id": session_id, "text": text}
+        answer = await self._ask(
+            session_id, {"call": "step", "environment": environment, "arguments": arguments}
+        )
+        try:
+            return self._read(environment, answer, read_step)
+        except (
+            UnknownResourceError,
+            CapacityError,
+        ) as error:  # an episode that is being played cannot be refused any more
+            raise build_failure(
+                environment, f"raised {type(error).__name__}: {error} in step"
+            ) from error
+
+    @abstractmethod
+    def close(self, session_id: str, environment: str) -> None:
+        """Begin to end a session; what is not there is none. Nobody waits for an environment that
+        takes long to close.
+        """
+
+    @abstractmethod
+    async def _ask(self, session_id: str, request: Request) -> Answer:
+        """Have a request played, for a session or for none. Raises EnvironmentFailedError for a
+        call that hangs.
+        """
+
+    def _read(self, environment: str, answer: Answer, read: Callable[[Answer], T]) -> T:
+        if "raised" in answer:
+            error = _RAISED[answer["raised"]](answer["message"])
+            error.fields = answer["fields"]
+            if isinstance(error, EnvironmentFailedError):
+                log.warning("environment_failed", environment=environment, reason=error.message)
+            raise error
+        if "failure" in answer:
+            told = {"exception": answer["traceback"]} if "traceback" in answer else {}
+            log.warning(
+                "environment_failed", environment=environment, reason=answer["failure"], **told
+            )
+            raise build_failure(environment, answer["failure"])
+        try:
+            return read(answer)
+        except NonsenseError as error:
+            log.warning("environment_answered_nonsense", environment=environment, found=str(error))
+            raise build_failure(environment, f"answered {error}") from error

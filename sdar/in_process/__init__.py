@@ -1,0 +1,3 @@
+"""What takes the place of wire, Redis, vLLM and worker processes where a whole run lives in one
+process.
+"""

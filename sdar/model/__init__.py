@@ -1,0 +1,1 @@
+"""A model directory: its files, its chat template, its weights in torch."""

@@ -1,0 +1,1 @@
+"""What any process of a run has: settings, life and death, logs, metrics, probes, traces."""

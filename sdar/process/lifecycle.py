@@ -1,0 +1,83 @@
+"""Owns how a service lives and dies: run until SIGTERM, drain, stop; a dead background task stops
+the whole service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+
+async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run the coroutines together until one fails, all return, or SIGTERM/SIGINT asks to drain.
+
+    Each gets an event that is set when it should finish its unit of work and return. The first
+    failure sets it for the others too and is raised after they have returned: no service lives on
+    half alive.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # Only a main thread can own signals. There a failure to take them is raised: a service that
+    # cannot drain must not start.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+    tasks = [
+        asyncio.create_task(main(stopping), name=getattr(main, "__qualname__", "main"))
+        for main in mains
+    ]
+    try:
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        stopping.set()
+        if pending:
+            await asyncio.wait(pending)
+    except asyncio.CancelledError:
+        stopping.set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    # Asked of every task: asyncio prints the traceback of an error that nobody took.
+    in_order = [*done, *pending]
+    errors = [error for task in in_order if not task.cancelled() and (error := task.exception())]
+    if errors:
+        raise errors[0]
+
+
+async def wait_or_stop(stopping: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until `stopping` is set or the time is over; tells whether it is set."""
+    with contextlib.suppress(TimeoutError):
+        # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+        async with asyncio.timeout(timeout_s):
+            await stopping.wait()
+    return stopping.is_set()
+
+
+async def retry_while_unavailable(
+    action: Callable[[], Awaitable[None]],
+    stopping: asyncio.Event,
+    *,
+    what: str,
+    max_delay_s: float = 5.0,
+) -> None:
+    """Repeat `action` until it succeeds or the service stops, while it raises UnavailableError;
+    delays double up to a bound.
+    """
+    from sdar.contracts.errors import UnavailableError
+
+    delay_s = 0.2
+    while not stopping.is_set():
+        try:
+            return await action()
+        except UnavailableError as error:
+            log.warning("dependency_unavailable", what=what, error=str(error), retry_in_s=delay_s)
+            await wait_or_stop(stopping, delay_s)
+            delay_s = min(delay_s * 2, max_delay_s)

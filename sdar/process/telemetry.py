@@ -1,0 +1,262 @@
+"""Owns logs, Prometheus metrics and the probe server (/healthz, /readyz, /metrics) of every
+process. Never decides anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import socket
+import socketserver
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, make_wsgi_app
+
+from sdar.contracts.errors import ConflictError
+from sdar.process.text import escape_controls
+
+log = structlog.get_logger()
+
+_SILENCE_TIMEOUT_S = 5.0
+"""Longest silence of a client in the middle of its request."""
+_MAX_LABEL_VALUES = 64
+
+ERROR_ANSWERS = Counter(
+    "sdar_error_answers",
+    "Calls answered with an error, by protocol (grpc, http) and kind of error.",
+    ["protocol", "reason"],
+)
+"""Of the whole process; every service's /metrics shows it."""
+ERROR_ANSWERS.labels("grpc", "INTERNAL")  # there at 0, so that the first one is seen as an increase
+
+
+class LabelBound:
+    """Keeps a label to a number of values, for what others name (task types) is without end:
+    further ones are `other`.
+    """
+
+    def __init__(self, max_values: int = _MAX_LABEL_VALUES) -> None:
+        self._max_values = max_values
+        self._known: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        if value not in self._known and len(self._known) >= self._max_values:
+            return "other"
+        self._known.add(value)
+        return value
+
+
+def configure_logging(service: str, instance: str, level: str, format: str) -> None:
+    """Send structlog events to stderr, one line each, with the service and instance on every line."""
+    # JSON escapes by itself.
+    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else _TextRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info
+            if format == "json"
+            else structlog.processors.UnicodeDecoder(),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service, instance=instance)
+
+
+class _TextRenderer:
+    """A line an event that nobody's words can break: an event or value holds no control characters,
+    a traceback's lines are indented under it. Tracebacks are plain: structlog's default ones print
+    local variables, and prompts don't belong in logs.
+    """
+
+    def __init__(self) -> None:
+        self._console = structlog.dev.ConsoleRenderer(
+            colors=False, exception_formatter=_write_traceback
+        )
+
+    def __call__(self, logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+        for key, value in event.items():
+            if isinstance(value, str):
+                event[key] = escape_controls(value)
+        return escape_controls(self._console(logger, name, event), keep="\n")
+
+
+def render_event(event: Mapping[str, Any]) -> str:
+    """The text of a line that was logged as JSON. Who logged it is left out: whoever shows lines of
+    several knows.
+    """
+    told = {
+        name: value
+        for name, value in event.items()
+        if name not in ("service", "instance", "exception")
+    }
+    text = _TextRenderer()(None, "", told)
+    if trace := str(event.get("exception", "")):
+        text += "\n" + textwrap.indent(escape_controls(trace, keep="\n"), "    ")
+    return text
+
+
+def _write_traceback(stream: TextIO, exception: Any) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exception)
+    stream.write(textwrap.indent(text.getvalue(), "    ", lambda line: True))
+
+
+@dataclass
+class Health:
+    """What the probes answer. A main loop calls `beat`; one that stops beating for `max_silence_s`
+    is reported dead.
+    """
+
+    max_silence_s: float = 120.0
+    is_ready: bool = False
+    detail: str = "starting"
+    blocked: str = ""
+    """What a main loop waits for that is out of its hands (Redis away, or full); empty when
+    nothing.
+    """
+    _last_beat: float = field(default_factory=time.monotonic)
+
+    def beat(self) -> None:
+        self._last_beat = time.monotonic()
+
+    def mark_ready(self, detail: str = "ready") -> None:
+        self.is_ready, self.detail = True, detail
+        self.beat()
+
+    def mark_unready(self, detail: str) -> None:
+        self.is_ready, self.detail = False, detail
+
+    def report_blocked(self, reason: str) -> None:
+        """Waiting for another is neither readiness nor death: called at every try, and with "" when
+        it is over.
+        """
+        self.blocked = reason
+        self.beat()
+
+    @property
+    def is_alive(self) -> bool:
+        return time.monotonic() - self._last_beat < self.max_silence_s
+
+
+class ProbeServer:
+    """Answers probes and metrics from a thread of its own, so that a busy main loop doesn't fail
+    them, only a silent one.
+    """
+
+    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
+        try:
+            kind = _WsgiServer6 if ":" in host else _WsgiServer
+            self._server = make_server(
+                host,
+                port,
+                _probe_app(health, registry),
+                server_class=kind,
+                handler_class=_QuietHandler,
+            )
+        except OSError as error:
+            raise ConflictError(
+                f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give "
+                "another port or host (a "
+                "service of a run takes them from SDAR_PROBE_PORT and SDAR_HOST).",
+                port=port,
+            ) from error
+        self.port = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def build_registry() -> CollectorRegistry:
+    """What every process tells of itself; a service's own metrics come on top."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(ERROR_ANSWERS)
+    return registry
+
+
+@contextlib.contextmanager
+def serve_probes(
+    host: str, port: int, health: Health, registry: CollectorRegistry | None = None
+) -> Iterator[CollectorRegistry]:
+    """Answer probes for the length of the block; yields the registry whose metrics they show.
+
+    Without a registry a new one is made, with the process's own metrics.
+
+    Raises:
+        ConflictError: the port is taken.
+    """
+    if registry is None:
+        registry = build_registry()
+    server = ProbeServer(host, port, health, registry)
+    server.start()
+    log.info("probes_served", host=host, port=server.port, paths="/healthz /readyz /metrics")
+    try:
+        yield registry
+    finally:
+        server.stop()
+
+
+class _WsgiServer(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread a request: a client that connects and says nothing must not keep the next probe
+    waiting.
+    """
+
+    daemon_threads = True
+
+
+class _WsgiServer6(_WsgiServer):
+    address_family = socket.AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = _SILENCE_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A probe a second isn't worth a log line."""
+
+
+def _probe_app(health: Health, registry: CollectorRegistry) -> Callable[..., Iterable[bytes]]:
+    metrics_app: Any = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return metrics_app(environ, start_response)  # type: ignore[no-any-return]
+        known = {
+            "/healthz": health.is_alive,
+            "/readyz": health.is_alive and health.is_ready and not health.blocked,
+        }
+        if path not in known:
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"Known paths: /healthz /readyz /metrics\n"]
+        start_response(
+            "200 OK" if known[path] else "503 Service Unavailable", [("Content-Type", "text/plain")]
+        )
+        return [f"{health.blocked or health.detail}\n".encode()]
+
+    return answer

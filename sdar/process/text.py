@@ -1,0 +1,29 @@
+"""Owns what makes text of others fit to be shown: no control characters on a terminal, no passwords
+in a URL.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]+://")
+
+
+def hide_credentials(url: str) -> str:
+    """A URL fit to be shown: without user, password and what follows a question mark."""
+    scheme = match[0] if (match := _SCHEME.match(url)) else ""
+    place, _, query = url[len(scheme) :].partition("?")
+    if "@" in query:
+        # of a password with a question mark or a query with an at sign: nobody can tell
+        return f"{scheme}***"
+    return f"{scheme}***@{place.rpartition('@')[2]}" if "@" in place else scheme + place
+
+
+def escape_controls(text: str, *, keep: str = "") -> str:
+    """Text safe to show on a terminal or a log line: no control, direction or line-separating
+    characters save those kept.
+    """
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)

@@ -1,0 +1,1 @@
+"""Policy versions as files: published, checked, read, kept while in use."""

@@ -1,0 +1,1 @@
+"""gRPC and HTTP, at both ends, and who may come in."""

@@ -1,0 +1,142 @@
+"""Owns what a process's servers ask of callers, what its clients show, and what a bind beyond
+loopback demands.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+
+import structlog
+
+from sdar.contracts.errors import ConfigurationError
+from sdar.process.settings import MAX_CALLS_PER_S, Settings
+from sdar.wire.tls import Tls
+from sdar.wire.tokens import Role, Token, check_token, read_tokens
+from sdar.wire.watched import Watched
+
+_TARGET_SCHEME = re.compile(r"^(dns|ipv4|ipv6):(//[^/]*/)?")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Security:
+    """What a process's servers ask of callers and what its clients show. The default asks nothing,
+    and only on loopback.
+    """
+
+    tls: Tls | None = None
+    tokens: Watched[tuple[Token, ...]] | None = None
+    own_token: str = field(default="", repr=False)
+    is_insecure: bool = False
+    max_calls_per_s: float = MAX_CALLS_PER_S
+    _warned_of: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Security:
+        """Raises ConfigurationError: a file that cannot be read, a bad token, certificates that do
+        not fit.
+        """
+        tls = tokens = None
+        if (
+            settings.tls_cert
+            or settings.tls_key
+            or settings.tls_ca
+            or settings.tls_client_auth != "none"
+        ):
+            tls = Tls(
+                settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_client_auth
+            )
+        if (path := settings.tokens_file) is not None:
+            tokens = Watched([path], lambda: read_tokens(path))
+        own = settings.token.get_secret_value().strip()
+        return cls(
+            tls,
+            tokens,
+            check_token(own, "SDAR_TOKEN") if own else "",
+            settings.insecure,
+            settings.max_calls_per_s,
+        )
+
+    @property
+    def is_serving_tls(self) -> bool:
+        return self.tls is not None and self.tls.has_certificate
+
+    def token_to_present(self) -> str:
+        """What this process shows as a client: its own, or the first operate token it would accept
+        itself, or none.
+        """
+        if self.own_token or self.tokens is None:
+            return self.own_token
+        return next((token.secret for token in self.tokens.get() if token.role is Role.OPERATE), "")
+
+    def check_bind(self, host: str) -> None:
+        """Refuse to listen where strangers reach an open server; warn of what else is open.
+
+        Raises:
+            ConfigurationError: beyond loopback without tokens.
+        """
+        if is_loopback(host):
+            return
+        if self.tokens is None and not self.is_insecure:
+            raise ConfigurationError(
+                f"Listening on {host} would let anyone in. Give the accepted tokens in a file "
+                '(echo "operate:$(sdar token)" > FILE) and set SDAR_TOKENS_FILE to it; '
+                "SDAR_INSECURE=true serves without.",
+                host=host,
+            )
+        if self.tokens is None:
+            log.warning(
+                "open_to_anyone", host=host, why="SDAR_INSECURE is set and SDAR_TOKENS_FILE is not"
+            )
+        elif not self.is_serving_tls:
+            log.warning(
+                "tokens_travel_in_plaintext",
+                host=host,
+                fix="set SDAR_TLS_CERT and SDAR_TLS_KEY, or encrypt by a mesh",
+            )
+
+    def check_target(self, target: str) -> None:
+        """Warn, once, before a token goes in plaintext to another machine."""
+        is_known = target in self._warned_of
+        if (
+            self.tls is None
+            and not is_known
+            and self.token_to_present()
+            and not is_loopback_target(target)
+        ):
+            self._warned_of.add(target)
+            log.warning(
+                "tokens_travel_in_plaintext",
+                peer=target,
+                fix="set SDAR_TLS_CA, or encrypt by a mesh",
+            )
+
+
+OPEN = Security()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it. Names beside localhost are not looked up: what they
+    mean can change.
+    """
+    if host.startswith(("unix:", "unix-abstract:")) or host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def is_loopback_target(target: str) -> bool:
+    """The same of what a channel is opened to: `host:port`, `dns:///host:port`,
+    `ipv4:host:port,host:port`, `unix:path`.
+    """
+    if target.startswith("unix"):
+        return is_loopback(target)
+    addresses = _TARGET_SCHEME.sub("", target).split(",")
+    return all(is_loopback(address.rpartition(":")[0] or address) for address in addresses)

@@ -1,0 +1,109 @@
+"""Owns bearer tokens and their roles. It never shows a token, in no error, log or repr."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdar.contracts.errors import ConfigurationError
+from sdar.wire.watched import read_file
+
+MIN_TOKEN_CHARACTERS = 32
+MAX_TOKEN_CHARACTERS = 512
+_TOKEN = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_TOKEN_CHARACTERS},{MAX_TOKEN_CHARACTERS}}}")
+_CLIENT_NAME_DIGITS = 12
+
+
+class Role(enum.IntEnum):
+    """What a token allows; the higher includes the lower."""
+
+    READ = 1
+    OPERATE = 2
+
+
+@dataclass(frozen=True)
+class Token:
+    """One accepted token."""
+
+    role: Role
+    secret: str = field(repr=False)
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.secret.encode()).digest()
+
+    @functools.cached_property
+    def client(self) -> str:
+        """A name for its bearer that tells nothing of the token."""
+        return f"token-{self.digest.hex()[:_CLIENT_NAME_DIGITS]}"
+
+
+def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
+    """The tokens of a file: one `read:TOKEN` or `operate:TOKEN` a line, blank lines and lines that
+    begin with # left out.
+
+    Raises:
+        ConfigurationError: a line that is none; its number is told, never its text.
+    """
+    tokens: list[Token] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        role, _, secret = line.partition(":")
+        if role not in ("read", "operate"):
+            raise ConfigurationError(
+                f"{source} line {number} names no role. Write read:TOKEN or operate:TOKEN."
+            )
+        token = Token(Role[role.upper()], check_token(secret.strip(), f"{source} line {number}"))
+        if find_token(tokens, token.secret):
+            raise ConfigurationError(
+                f"{source} line {number} repeats the token of an earlier line. Give each role its "
+                "own."
+            )
+        tokens.append(token)
+    if not tokens:
+        raise ConfigurationError(
+            f'{source} holds no token. Write one: echo "operate:$(sdar token)" > FILE'
+        )
+    return tuple(tokens)
+
+
+def check_token(secret: str, source: str) -> str:
+    """The token itself. Raises ConfigurationError for one that is too short or holds a character
+    headers cannot.
+    """
+    if not _TOKEN.fullmatch(secret):
+        raise ConfigurationError(
+            f"{source}: a token of {len(secret)} characters, expected {MIN_TOKEN_CHARACTERS} to "
+            f"{MAX_TOKEN_CHARACTERS} of "
+            "letters, digits or ._~+/=-. `sdar token` prints a good one."
+        )
+    return secret
+
+
+def find_token(
+    tokens: Sequence[Token],
+    presented: str,
+    compare: Callable[[bytes, bytes], bool] = hmac.compare_digest,
+) -> Token | None:
+    """The accepted token that was presented, in a time that tells nothing: every one is compared,
+    as digests of one length.
+    """
+    digest, found = hashlib.sha256(presented.encode(errors="replace")).digest(), None
+    for token in tokens:
+        if compare(token.digest, digest):
+            found = token
+    return found
+
+
+def read_tokens(path: Path) -> tuple[Token, ...]:
+    return parse_tokens(
+        read_file(path, "SDAR_TOKENS_FILE").decode("utf-8-sig", errors="replace"), str(path)
+    )
