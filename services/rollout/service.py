@@ -29,7 +29,7 @@ from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
 from services.rollout.prompting import Conversation, HistoryWindow, PromptStyleFactory
 from services.rollout.skill_client import GrpcSkillSource, SkillSource
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 
 _MAX_SILENCE_S = 300.0
 """Longest healthy silence of the main loop: an engine on a GPU may take minutes to start."""
@@ -129,7 +129,7 @@ async def run_worker(
         rules,
         run_id=config.name,
         instance=settings.instance,
-        limits=WorkerLimits(
+        limits=RolloutLimits(
             max_concurrent_episodes=max_episodes,
             max_attempts=config.rollout.max_group_attempts,
             grace_s=settings.drain_s,

@@ -23,16 +23,16 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 
 import structlog
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery, Publications, parse_entry_id
+from sdar.bus.leases import Leases, WorkerLimits, wait_for_room
+from sdar.bus.protocol import Bus, Delivery, Publications
 from sdar.contracts import codec
 from sdar.contracts.errors import (
     BusUnavailableError,
-    CapacityError,
     EngineFailedError,
     LeaseLostError,
     SdarError,
@@ -56,45 +56,30 @@ from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
 from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
 from services.rollout.metrics import RolloutMetrics
-from services.rollout.policy import PolicyFollower
+from services.rollout.policy import ServedPolicy
 from services.rollout.skill_client import SkillSource
 
 log = structlog.get_logger()
 
 _PAGE = 100
 _LONGEST_RETRY_S = 10.0
-_HAND_BACK_S = 5.0
-"""Longest wait for the bus to take groups back: a stop must not hang on a Redis that is away."""
-_LARGEST_SEQUENCE = 2**64 - 1
-"""Of an entry id's second part."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """Bounds of the main loop.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutLimits(WorkerLimits):
+    """Bounds of the main loop. A group whose environment fails at its last attempt is failed.
 
     Attributes:
         max_concurrent_episodes: episodes in flight; groups are read while their episodes fit.
-        read_block_s: how long a quiet stream is waited on; also how late a stop or a failure is
-            noticed.
-        claim_idle_s: a group that its worker has not renewed for so long is taken over, if that one
-            is gone (see `Bus.reclaim`); renewals are four times as frequent.
-        max_attempts: times a group is begun in all. One whose environment fails then is failed; one
-            that is delivered once more is taken to kill whoever plays it and set aside.
         retry_delay_s: pause before the second attempt after an environment failed, half as much
             more or less by chance; it doubles with every attempt.
         grace_s: how long running groups may go on after a stop; what is not finished then is handed
             back.
-        report_interval_s: time between two records on the `metrics` stream.
     """
 
     max_concurrent_episodes: int
-    read_block_s: float = 0.5
-    claim_idle_s: float = 10.0
-    max_attempts: int = 5
     retry_delay_s: float = 1.0
     grace_s: float = 20.0
-    report_interval_s: float = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +88,7 @@ class _InHand:
 
     Attributes:
         num_episodes: how many it plays.
-        is_waiting: it failed and will be followed by the next attempt.
+        is_waiting: it failed and the next attempt will replace it.
         is_ending: its end is being committed; the commit finds out whether the claim was lost.
     """
 
@@ -132,17 +117,25 @@ class RolloutWorker:
         *,
         run_id: str,
         instance: str,
-        limits: WorkerLimits,
+        limits: RolloutLimits,
         health: Health,
         metrics: RolloutMetrics,
         skills: SkillSource | None = None,
     ) -> None:
-        self._bus, self._engine, self._environments, self._rules = bus, engine, environments, rules
-        self._run_id, self._instance = run_id, instance
-        self._limits, self._health, self._metrics, self._skills = limits, health, metrics, skills
+        self._bus = bus
+        self._engine = engine
+        self._environments = environments
+        self._rules = rules
+        self._run_id = run_id
+        self._instance = instance
+        self._limits = limits
+        self._health = health
+        self._metrics = metrics
+        self._skills = skills
         self._slots = EpisodeSlots(limits.max_concurrent_episodes)
+        self._leases = Leases(bus, Stream.TASKS, ConsumerGroup.ROLLOUT, instance, limits.lease_s)
         pins = PinnedVersions(bus, f"{ConsumerGroup.ROLLOUT}.{instance}")
-        self._follower = PolicyFollower(bus, engine, pins, metrics, limits.read_block_s)
+        self._policy = ServedPolicy(bus, engine, pins, metrics, limits.read_block_s)
         self._in_hand: set[_InHand] = set()
         self._largest_group = 0
         self._is_leaving = False
@@ -152,7 +145,7 @@ class RolloutWorker:
         """MAIN LOOP: read, play, publish and acknowledge, until told to stop; then finish what is
         in hand.
         """
-        await self._follower.catch_up()
+        await self._policy.catch_up()
         async with self._background():
             self._health.mark_ready()
             while not stopping.is_set():
@@ -172,13 +165,7 @@ class RolloutWorker:
                 tasks, timeout=self._limits.read_block_s, return_when=asyncio.FIRST_COMPLETED
             )
             return []
-        return await self._bus.read(
-            Stream.TASKS,
-            ConsumerGroup.ROLLOUT,
-            self._instance,
-            self._max_groups(room),
-            self._limits.read_block_s,
-        )
+        return await self._leases.read(self._max_groups(room), self._limits.read_block_s)
 
     def _begin(self, delivery: Delivery) -> None:
         """Start on an attempt. Its size counts at once, so that no more is read than can be played."""
@@ -248,9 +235,9 @@ class RolloutWorker:
         is_evaluation = group.purpose is Purpose.EVALUATION
         skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
         if not is_evaluation:
-            await self._follower.reached(group.admitted_version)
+            await self._policy.reached(group.admitted_version)
         async with (
-            self._follower.pinned(group.admitted_version)
+            self._policy.pinned(group.admitted_version)
             if is_evaluation
             else contextlib.nullcontext()
         ):
@@ -286,9 +273,8 @@ class RolloutWorker:
         self._metrics.observe_retry()
         hand.is_waiting = True
         await asyncio.sleep(delay_s)
-        if await self._bus.renew([hand.delivery]):
-            for delivery in await self._reclaim_own(_precede(hand.delivery.entry_id), 1):
-                self._begin(delivery)
+        if (again := await self._leases.begin_again(hand.delivery)) is not None:
+            self._begin(again)
 
     async def _publish(
         self, group: TaskGroup, trajectories: list[Trajectory], hand: _InHand
@@ -367,25 +353,19 @@ class RolloutWorker:
         never loses it.
         """
         hand.is_ending = True
-        while True:
-            try:
-                return await self._bus.commit(
-                    publications, [hand.delivery], transitions=transitions
-                )
-            except CapacityError as error:
-                # The bus has waited already; what is played is not thrown away because its readers
-                # are slow.
-                log.warning("stream_full", error=str(error))
+        await wait_for_room(
+            lambda: self._bus.commit(publications, [hand.delivery], transitions=transitions)
+        )
 
     # ---- what runs beside the loop
 
     @contextlib.asynccontextmanager
     async def _background(self) -> AsyncIterator[None]:
-        """Follow the policy, keep claims and report while the loop runs; a loop that dies takes the
+        """Follow the policy, keep leases and report while the loop runs; a loop that dies takes the
         worker along.
         """
         over = asyncio.Event()
-        loops = (self._keep_claims, self._follower.run, self._report)
+        loops = (self._keep_leases, self._policy.run, self._report)
         tasks: list[asyncio.Task[None]] = []
         try:
             await self._take_back()
@@ -398,75 +378,47 @@ class RolloutWorker:
             unfinished = list(self._in_hand)
             for hand in unfinished:
                 hand.task.cancel()
-            # The loop that renews claims goes first: a renewal after the hand-back would undo it.
+            # The loop that renews leases goes first: a renewal after the hand-back would undo it.
             await asyncio.gather(*tasks[:1], return_exceptions=True)
-            await self._hand_back([hand.delivery for hand in unfinished])
+            await self._leases.hand_back([hand.delivery for hand in unfinished])
             await asyncio.gather(
                 *tasks, *(hand.task for hand in unfinished), return_exceptions=True
             )
         self._check_alive()
 
-    async def _hand_back(self, deliveries: list[Delivery]) -> None:
-        """Leave to others at once what this worker does not finish; else they would wait for its
-        lease to lapse.
-        """
-        if not deliveries:
-            return
-        try:
-            async with asyncio.timeout(_HAND_BACK_S):
-                await self._bus.hand_back(deliveries)
-        except (SdarError, TimeoutError) as error:
-            log.warning("groups_not_handed_back", num_groups=len(deliveries), error=str(error))
-        else:
-            log.info("groups_handed_back", num_groups=len(deliveries))
-
     async def _take_back(self) -> None:
         """Begin anew, before anything else, what an earlier life of this worker held."""
-        after_id = BEFORE_FIRST
-        while deliveries := await self._reclaim_own(after_id, _PAGE):
+        while deliveries := await self._leases.take_back(_PAGE):
             self._begin_reclaimed(deliveries)
-            after_id = deliveries[-1].entry_id
 
-    async def _reclaim_own(self, after_id: str, max_count: int) -> list[Delivery]:
-        """What this worker's name holds, as another attempt; results of the one before are refused
-        from now on.
-        """
-        name = self._instance
-        return await self._bus.reclaim(
-            Stream.TASKS, ConsumerGroup.ROLLOUT, name, 0.0, max_count, after_id, held_by=name
-        )
-
-    async def _keep_claims(self, over: asyncio.Event) -> None:
+    async def _keep_leases(self, over: asyncio.Event) -> None:
         """Renew what is in hand, take over what dead workers left: before new groups, hence without
         room for them, too.
         """
-        tasks, rollout, idle_s = Stream.TASKS, ConsumerGroup.ROLLOUT, self._limits.claim_idle_s
-        is_over = False
-        while not is_over:
-            await self._renew()
-            # One that is leaving would only hand it back once more, and every attempt counts.
-            if not self._is_leaving and (room := self._room_in_hand()) > 0:
-                taken = await self._bus.reclaim(
-                    tasks, rollout, self._instance, idle_s, self._max_groups(room)
-                )
-                self._begin_reclaimed(taken)
-            is_over = await wait_or_stop(over, idle_s / 4)
+        await self._take_over()
+        async for lost in self._leases.keep(self._list_in_hand, over):
+            self._drop(lost)
+            await self._take_over()
 
-    async def _renew(self) -> None:
-        in_hand = list(self._in_hand)
-        held = {
-            (one.entry_id, one.num_deliveries)
-            for one in await self._bus.renew([hand.delivery for hand in in_hand])
-        }
-        for hand in in_hand:
-            # Not held and not lost: an attempt that is published already, or that its own follower
-            # has replaced.
+    def _list_in_hand(self) -> list[Delivery]:
+        return [hand.delivery for hand in self._in_hand]
+
+    async def _take_over(self) -> None:
+        # One that is leaving would only hand it back once more, and every attempt counts.
+        if not self._is_leaving and (room := self._room_in_hand()) > 0:
+            self._begin_reclaimed(await self._leases.take_over(self._max_groups(room)))
+
+    def _drop(self, lost: Collection[Delivery]) -> None:
+        """End attempts whose lease is another's now."""
+        for hand in list(self._in_hand):
+            # Not held and not lost: an attempt that is published already, or that the next one has
+            # replaced.
             is_over = (
                 hand.is_ending or hand.is_waiting or hand.task.done() or hand.task.cancelling()
             )
-            entry_id, number = hand.delivery.entry_id, hand.delivery.num_deliveries
-            if (entry_id, number) not in held and not is_over:
-                log.warning("claim_lost", entry_id=entry_id, attempt=number - 1)
+            if hand.delivery in lost and not is_over:
+                entry_id, attempt = hand.delivery.entry_id, hand.delivery.num_deliveries - 1
+                log.warning("claim_lost", entry_id=entry_id, attempt=attempt)
                 hand.task.cancel()
 
     def _begin_reclaimed(self, deliveries: list[Delivery]) -> None:
@@ -484,7 +436,7 @@ class RolloutWorker:
         while not await wait_or_stop(over, self._limits.report_interval_s):
             engine, clock = self._engine, self._rules.clock
             self._metrics.observe_engine(
-                engine.stats, clock, engine.policy_version, self._follower.newest_version
+                engine.stats, clock, engine.policy_version, self._policy.newest_version
             )
             values = self._metrics.collect_window(engine.stats, clock, self._slots.num_running)
             values["waiting_sessions"] = float(self._environments.num_waiting)
@@ -549,12 +501,4 @@ def _trace(group: TaskGroup, attempt: Attempt) -> tracing.Span:
         return tracing.NOTHING
     return tracing.group_span(
         "rollout.attempt", group.group_id, attempt=attempt.number, group_size=group.group_size
-    )
-
-
-def _precede(entry_id: str) -> str:
-    """The id right before an entry's: what comes after it begins with that entry."""
-    milliseconds, sequence = parse_entry_id(entry_id)
-    return (
-        f"{milliseconds}-{sequence - 1}" if sequence else f"{milliseconds - 1}-{_LARGEST_SEQUENCE}"
     )
