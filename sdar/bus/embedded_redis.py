@@ -4,8 +4,8 @@ The server keeps an append-only file in its directory; a restart there goes on f
 survives the server's own death:
 
 - `stop`, and the death of the parent: everything.
-- A kill or a power cut with fsync "always": everything that was confirmed to a client; a commit waits for
-  the disk.
+- A kill or a power cut with fsync "always": everything that was confirmed to a client; a commit
+  waits for the disk.
 - The same with "everysec": the last two seconds may be missing, always whole transactions from the
   end.
 """

@@ -92,7 +92,7 @@ class BusLimits:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One entry lent to one consumer; `num_deliveries` is 1 at first and grows with each reclaim."""
+    """One entry lent to one consumer; `num_deliveries` is 1 at first, and one more a reclaim."""
 
     stream: Stream
     group: ConsumerGroup

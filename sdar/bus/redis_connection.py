@@ -4,8 +4,8 @@
   that answers and refuses writes (out of memory or disk, read-only) is waited for without bound.
   redis-py's own retries are off: it nests one around connecting within one around the command, and
   together they have no deadline.
-- Who is asked to stop waits `LEAVE_S` more for either: a process that ends loses nothing that it had
-  not written.
+- Who is asked to stop waits `LEAVE_S` more for either: whatever a process that ends had not written
+  is done again after the next start.
 - Connections are named after run and process. A process without any at the server is dead, unless
   the server or the network was away: then the others may not be back yet. `fetch_witness` therefore
   returns since when this process has been in touch with a server that has been up.
