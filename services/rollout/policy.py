@@ -30,7 +30,7 @@ from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
 from sdar.weights.pins import PinnedVersions
 from services.rollout.engine import Engine
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import REFUSED_POLICIES, RolloutMetrics
 
 log = structlog.get_logger()
 
@@ -242,7 +242,7 @@ class PolicyFollower:
                 serving=self._engine.policy_version,
                 error=str(error),
             )
-            self._metrics.observe_refused_policy()
+            self._metrics.count(REFUSED_POLICIES)
             lasting = {
                 version: refusal
                 for version, refusal in self._refusals.items()

@@ -55,7 +55,15 @@ from sdar.weights.pins import PinnedVersions
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
 from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import (
+    DEAD_LETTERS,
+    FAILED_GROUPS,
+    LATE_RESULTS,
+    RECLAIMED_GROUPS,
+    REPEATED_TOKENS,
+    RETRIED_GROUPS,
+    RolloutMetrics,
+)
 from services.rollout.policy import PolicyFollower
 from services.rollout.skill_client import SkillSource
 
@@ -216,10 +224,10 @@ class RolloutWorker:
                 attempt=attempt.number,
                 error=str(error),
             )
-            self._metrics.observe_late_result()
+            self._metrics.count(LATE_RESULTS)
         finally:
             if not is_published:
-                self._metrics.observe_repeated_tokens(attempt.num_sampled_tokens)
+                self._metrics.count(REPEATED_TOKENS, attempt.num_sampled_tokens)
 
     async def _try(self, group: TaskGroup, hand: _InHand, attempt: Attempt) -> list[Trajectory]:
         """Play the group; empty if it failed and that has been dealt with."""
@@ -283,7 +291,7 @@ class RolloutWorker:
             retry_in_s=round(delay_s, 2),
             error=str(error),
         )
-        self._metrics.observe_retry()
+        self._metrics.count(RETRIED_GROUPS)
         hand.is_waiting = True
         await asyncio.sleep(delay_s)
         if await self._bus.renew([hand.delivery]):
@@ -329,7 +337,7 @@ class RolloutWorker:
             "group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason
         )
         await self._commit({}, hand, self._describe_failure(group, reason))
-        self._metrics.observe_failure(group.purpose)
+        self._metrics.count(FAILED_GROUPS, purpose=group.purpose)
 
     async def _set_aside(self, group: TaskGroup, hand: _InHand, reason: str) -> None:
         log.error(
@@ -337,7 +345,7 @@ class RolloutWorker:
         )
         hand.is_ending = True
         await self._bus.dead_letter(hand.delivery, reason, [self._describe_failure(group, reason)])
-        self._metrics.observe_dead_letter()
+        self._metrics.count(DEAD_LETTERS)
 
     async def _refuse(self, hand: _InHand, reason: str) -> None:
         """Set aside what names no group."""
@@ -348,7 +356,7 @@ class RolloutWorker:
         except LeaseLostError as error:
             log.warning("late_result_refused", entry_id=hand.delivery.entry_id, error=str(error))
         else:
-            self._metrics.observe_dead_letter()
+            self._metrics.count(DEAD_LETTERS)
 
     def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
         return LedgerEvent(
@@ -476,7 +484,7 @@ class RolloutWorker:
                 entry_id=delivery.entry_id,
                 num_deliveries=delivery.num_deliveries,
             )
-            self._metrics.observe_reclaimed()
+            self._metrics.count(RECLAIMED_GROUPS)
             self._begin(delivery)
 
     async def _report(self, over: asyncio.Event) -> None:
@@ -486,8 +494,9 @@ class RolloutWorker:
             self._metrics.observe_engine(
                 engine.stats, clock, engine.policy_version, self._follower.newest_version
             )
-            values = self._metrics.collect_window(engine.stats, clock, self._slots.num_running)
-            values["waiting_sessions"] = float(self._environments.num_waiting)
+            values = self._metrics.collect_record(
+                self._slots.num_running, self._environments.num_waiting
+            )
             record = MetricRecord(
                 self._run_id, "rollout", self._instance, engine.policy_version, time.time(), values
             )

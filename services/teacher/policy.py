@@ -26,7 +26,11 @@ from sdar.contracts.errors import (
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import WeightsManifest
 from sdar.weights.pins import PinnedVersions
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    REFUSED_POLICIES,
+    WEIGHT_LOAD_SECONDS,
+    TeacherMetrics,
+)
 from services.teacher.scorer import Scorer
 
 log = structlog.get_logger()
@@ -159,7 +163,7 @@ class PolicyFollower:
                     serving=self._scorer.teacher_version,
                     error=str(error),
                 )
-                self._metrics.count("refused_policies")
+                self._metrics.count(REFUSED_POLICIES)
                 reasons.append(str(error))
                 await self._follow()
         raise WeightsUnavailableError(
@@ -174,4 +178,4 @@ class PolicyFollower:
         finally:
             self._tried_at = self._clock()
             self.last_load_s = self._tried_at - started_at
-        self._metrics.observe_loading(self.last_load_s)
+        self._metrics.observe(WEIGHT_LOAD_SECONDS, self.last_load_s)
