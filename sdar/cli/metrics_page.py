@@ -19,13 +19,14 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
 
 _HEADER = """# Metrics
 
-Written by `make docs` from the services' code; change it there. Each service answers `/metrics` on its probe port, the
-gateway on its HTTP port. Names and labels are stable. Prometheus adds `run` and `role` to each series
-([scraping](operations.md#prometheus-and-grafana)). A histogram has the series `_bucket`, `_sum` and `_count`.
+Written by `make docs` from the services' code; change it there. Each service answers `/metrics` on
+its probe port, the gateway on its HTTP port. Names and labels are stable. Prometheus adds `run` and
+`role` to each series ([scraping](operations.md#prometheus-and-grafana)). A histogram has the series
+`_bucket`, `_sum` and `_count`.
 
-Services also report on the stream `metrics`: `GET /v1/metrics` lists the records, and a local run keeps them in
-`metrics.jsonl`. *Key* is the name of a measurement in its service's records. A counter's value there is the total since
-the process began.
+Services also report on the stream `metrics`: `GET /v1/metrics` lists the records, and a local run
+keeps them in `metrics.jsonl`. *Key* is the name of a measurement in its service's records. The
+value of a counter there is the total since the process began.
 """
 
 

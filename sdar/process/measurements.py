@@ -176,9 +176,9 @@ class Meters:
         self._histograms: dict[str, prometheus_client.Histogram] = {}
         self._figures: dict[str, float] = {}
         for measurement in declarations.measurements:
-            self._show(measurement)
+            self._build(measurement)
 
-    def _show(self, measurement: Measurement) -> None:
+    def _build(self, measurement: Measurement) -> None:
         name = measurement.name
         text = measurement.help
         labels = [label.name for label in measurement.labels]

@@ -46,7 +46,7 @@ PROCESS.count(ERROR_ANSWERS, 0, protocol="grpc", reason="INTERNAL")
 
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
-    """Send structlog events to stderr, one line each, with the service and instance on every line."""
+    """Send structlog events to stderr, one line each, with service and instance on every line."""
     # JSON escapes by itself.
     renderer: Any = structlog.processors.JSONRenderer() if format == "json" else _TextRenderer()
     structlog.configure(
@@ -91,12 +91,9 @@ def render_event(event: Mapping[str, Any]) -> str:
     """The text of a line that was logged as JSON. Who logged it is left out: whoever shows lines of
     several knows.
     """
-    told = {
-        name: value
-        for name, value in event.items()
-        if name not in ("service", "instance", "exception")
-    }
-    text = _TextRenderer()(None, "", told)
+    left_out = ("service", "instance", "exception")
+    shown = {name: value for name, value in event.items() if name not in left_out}
+    text = _TextRenderer()(None, "", shown)
     if trace := str(event.get("exception", "")):
         text += "\n" + textwrap.indent(escape_controls(trace, keep="\n"), "    ")
     return text
@@ -127,11 +124,13 @@ class Health:
         self._last_beat = time.monotonic()
 
     def mark_ready(self, detail: str = "ready") -> None:
-        self.is_ready, self.detail = True, detail
+        self.is_ready = True
+        self.detail = detail
         self.beat()
 
     def mark_unready(self, detail: str) -> None:
-        self.is_ready, self.detail = False, detail
+        self.is_ready = False
+        self.detail = detail
 
     def report_blocked(self, reason: str) -> None:
         """Waiting for another is neither readiness nor death: called at every try, and with "" when
@@ -163,8 +162,8 @@ class ProbeServer:
         except OSError as error:
             raise ConflictError(
                 f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give "
-                "another port or host (a "
-                "service of a run takes them from SDAR_PROBE_PORT and SDAR_HOST).",
+                "another port or host (a service of a run takes them from SDAR_PROBE_PORT and "
+                "SDAR_HOST).",
                 port=port,
             ) from error
         self.port = self._server.server_port
