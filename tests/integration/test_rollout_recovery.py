@@ -36,7 +36,7 @@ from sdar.process.telemetry import Health
 from services.envs.household import HouseholdEnvironment
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.integration.commands import ROOT
 from tests.integration.environment_server import Client, serving
 from tests.integration.rollout_process import RUN_ID, Order, make_config
@@ -63,8 +63,8 @@ class House:
         self.redis = redis.asyncio.Redis.from_url(redis_url)
         self.processes: dict[str, Process] = {}
 
-    async def start(self, instance: str, claim_idle_s: float) -> None:
-        order = Order(self.redis_url, instance, claim_idle_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
+    async def start(self, instance: str, lease_s: float) -> None:
+        order = Order(self.redis_url, instance, lease_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
         self.processes[instance] = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -316,7 +316,9 @@ class Bench:
             make_rules(tokenizer),
             run_id="test",
             instance="me",
-            limits=WorkerLimits(32, read_block_s=0.01, retry_delay_s=0.05, **limits),
+            limits=RolloutLimits(
+                max_concurrent_episodes=32, read_block_s=0.01, retry_delay_s=0.05, **limits
+            ),
             health=Health(),
             metrics=self.metrics,
         )

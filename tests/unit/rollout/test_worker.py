@@ -17,7 +17,7 @@ from sdar.contracts.types import GroupOutcome, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
 from services.rollout.metrics import RolloutMetrics
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.support import until
 from tests.unit.rollout.fakes import (
     RUN_ID,
@@ -54,7 +54,7 @@ class Bench:
         self.limits = {
             "max_concurrent_episodes": 8,
             "read_block_s": 0.01,
-            "claim_idle_s": 0.2,
+            "lease_s": 0.2,
             "grace_s": 0.5,
             "retry_delay_s": 0.01,
         } | limits
@@ -70,7 +70,7 @@ class Bench:
             make_rules(self.tokenizer),
             run_id=RUN_ID,
             instance=instance,
-            limits=WorkerLimits(**self.limits),
+            limits=RolloutLimits(**self.limits),
             health=self.health,
             metrics=self.metrics,
             skills=skills,
@@ -323,7 +323,7 @@ async def test_a_group_that_was_taken_over_is_dropped_by_the_worker_that_lost_it
 async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer):
     """The claim is lost while the last step is played, long before the next renewal would tell."""
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, claim_idle_s=60.0)
+    bench = Bench(tokenizer, environment, lease_s=60.0)
     async with bench.running():
         await bench.issue(make_group("g1", size=2))
         await until(lambda: len(environment.opened) == 2)
@@ -357,7 +357,7 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
             self.num_renewals += 1
             return held
 
-    bench = Bench(tokenizer, claim_idle_s=0.04)
+    bench = Bench(tokenizer, lease_s=0.04)
     bench.bus = SlowToReply(CONSUMERS)
     async with bench.running():
         await bench.issue(make_group("g1", size=2))
@@ -368,7 +368,7 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
 async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
     tokenizer,
 ):
-    bench = Bench(tokenizer, claim_idle_s=60.0)
+    bench = Bench(tokenizer, lease_s=60.0)
     await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-1", 2)
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "silent", 1)
@@ -426,7 +426,7 @@ async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with
     tokenizer,
 ):
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, grace_s=0.05, claim_idle_s=60.0)
+    bench = Bench(tokenizer, environment, grace_s=0.05, lease_s=60.0)
     async with bench.running():
         await bench.issue(make_group("g1"))
         await until(lambda: len(environment.opened) == 2)
@@ -439,7 +439,7 @@ async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with
 async def test_a_worker_that_is_leaving_takes_over_nothing_that_another_handed_back(tokenizer):
     """It could hardly end it either, and every attempt counts."""
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, claim_idle_s=0.04, grace_s=0.5)
+    bench = Bench(tokenizer, environment, lease_s=0.04, grace_s=0.5)
     stopping = asyncio.Event()
     leaving = asyncio.create_task(bench.build().run(stopping))
     await bench.issue(make_group("g1", size=2))

@@ -17,7 +17,7 @@ from services.teacher.retrieval import Retriever
 from services.teacher.skills import Skill, SkillLibrary
 from services.teacher.teacher import Teacher
 from services.teacher.utility import SkillUtility
-from services.teacher.worker import TeacherWorker, WorkerLimits
+from services.teacher.worker import TeacherLimits, TeacherWorker
 from tests.support import until
 from tests.unit.teacher.builders import (
     CLEAN,
@@ -37,7 +37,7 @@ CONSUMERS = {
 HEAT = dataclasses.replace(
     CLEAN, task_type="heat", description="heat the egg and put it in the desk ."
 )
-LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.02)
+LIMITS = TeacherLimits(read_block_s=0.02, lease_s=30.0, report_interval_s=0.02)
 
 
 class House:
@@ -225,7 +225,7 @@ async def test_tokens_of_a_version_not_yet_announced_wait_for_it(chat):
 
 
 async def test_what_a_dead_peer_held_is_taken_over(chat):
-    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.05))
+    house = House(chat, limits=dataclasses.replace(LIMITS, lease_s=0.05))
     await house.publish(play(chat))
     held = await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
     assert len(held) == 1
@@ -235,7 +235,7 @@ async def test_what_a_dead_peer_held_is_taken_over(chat):
 
 
 async def test_an_entry_that_outlived_too_many_consumers_is_set_aside(chat):
-    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.0, max_deliveries=3))
+    house = House(chat, limits=dataclasses.replace(LIMITS, lease_s=0.0, max_attempts=3))
     await house.publish(play(chat))
     await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
     for _ in range(2):
@@ -253,7 +253,7 @@ async def test_a_slow_batch_keeps_its_claims(chat):
             await asyncio.sleep(0.4)
             return await super().score(contexts)
 
-    house = House(chat, SlowScorer(), limits=dataclasses.replace(LIMITS, claim_idle_s=0.2))
+    house = House(chat, SlowScorer(), limits=dataclasses.replace(LIMITS, lease_s=0.2))
     await house.publish(play(chat))
     async with house.running():
         await asyncio.sleep(0.3)
@@ -481,7 +481,7 @@ async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_
     assert (await learned(house, "clean"))["clean"] == 0.0
     (blocking,) = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 1)
     await house.bus.acknowledge([blocking])
-    limits = dataclasses.replace(LIMITS, claim_idle_s=0.0)
+    limits = dataclasses.replace(LIMITS, lease_s=0.0)
     heir = House(chat, kind="ucb", bus=house.bus, limits=limits)
     async with heir.running():
         await heir.until_finished(1)
