@@ -75,12 +75,10 @@ def measure(say: Say) -> Measurement:
         tuple(comparisons),
         tables=(Table("ALFWorld: memory of one more game in play", ("engine", "memory"), rows),),
         notes=(
-            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; one "
-            "game of each task type. "
-            "Transcripts of both sides were the same, line by line.",
+            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; "
+            "one game of each task type. Transcripts of both sides were the same, line by line.",
             "A game is translated when a process first loads it, and kept: the other members of "
-            "its group, and every reset, "
-            "find it there.",
+            "its group, and every reset, find it there.",
         ),
     )
 

@@ -1,8 +1,8 @@
 """Measures the learner's step on one GPU: tokens per second, share of the GPU's peak, memory, and
 SDAR's cost over GRPO's.
 
-    python loadtest/bench_gpu.py                        0.5B and 1.5B Qwen2.5 shapes, random weights, bfloat16
-    python loadtest/bench_gpu.py --device cpu --tiny    the same code on a tiny shape, to see that it runs
+    python loadtest/bench_gpu.py                        Qwen2.5's 0.5B and 1.5B shapes in bfloat16
+    python loadtest/bench_gpu.py --device cpu --tiny    a tiny shape, to see that the code runs
 
 One file that needs Python 3.11, torch and transformers, and this repository around it for
 `sdar.algorithms`. The step is what a learner does between two weight versions, less the reference's
@@ -156,8 +156,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(
-            "error: torch sees no CUDA device. Run this on a machine with one, or pass --device "
-            "cpu --tiny."
+            "error: torch sees no CUDA device. Run this on a machine with one, "
+            "or pass --device cpu --tiny."
         )
     rows = []
     for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
@@ -384,19 +384,14 @@ def format_table(results: dict[str, Any]) -> str:
     """Markdown. Absent figures are dashes."""
     lines = [
         f"{results['device']}, {results['versions']}, {results['date']}, seed {results['seed']}\n",
-        (
-            "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB | "
-            "SDAR "
-            "over GRPO (range) |"
-        ),
+        "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB "
+        "| SDAR over GRPO (range) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         figures = [row["error"], "-", "-", "-", "-"] if "error" in row else _format_figures(row)
-        lines.append(
-            "| "
-            f"{' | '.join([row['model'], 'on' if row['gradient_checkpointing'] else 'off', *figures])} |"
-        )
+        checkpointing = "on" if row["gradient_checkpointing"] else "off"
+        lines.append(f"| {' | '.join([row['model'], checkpointing, *figures])} |")
     return "\n".join(lines)
 
 

@@ -53,8 +53,8 @@ class Comparison:
             raise ValueError(f"{self.what}: no pair was measured.")
         if any(peer <= 0 for _, peer in self.pairs):
             raise ValueError(
-                f"{self.what}: a figure of the peer is not positive, so there is no ratio: "
-                f"{self.pairs}."
+                f"{self.what}: a figure of the peer is not positive, "
+                f"so there is no ratio: {self.pairs}."
             )
 
     @property
@@ -90,8 +90,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything that one measurement has to say. `notes` say what a reader must know to judge the
-    figures.
+    """Everything that one measurement has to say.
+
+    `notes` say what a reader must know to judge the figures.
     """
 
     comparisons: tuple[Comparison, ...] = ()
@@ -143,7 +144,8 @@ def take_turns(
 
 def describe_pair(number: int, total: int, pair: tuple[float, float]) -> str:
     ours, peer = pair
-    return f"pair {number} of {total}: {format_figure(ours)} against {format_figure(peer)}, ratio {ours / peer:.3g}"
+    figures = f"{format_figure(ours)} against {format_figure(peer)}, ratio {ours / peer:.3g}"
+    return f"pair {number} of {total}: {figures}"
 
 
 def scale_pairs(pairs: Iterable[Sequence[float]], factor: float) -> tuple[tuple[float, float], ...]:

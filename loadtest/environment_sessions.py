@@ -129,8 +129,8 @@ def measure(say: Say) -> Measurement:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
-            "Sessions per core need two cores, one for the server and one for its clients; this "
-            "machine has one."
+            "Sessions per core need two cores, one for the server and one for its clients; "
+            "this machine has one."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     os.sched_setaffinity(0, cores[1:])
@@ -173,25 +173,20 @@ def build_measurement(
     )
     notes = (
         "An environment that answers at once with 230 characters; the agent's texts have 110. "
-        "Every client has its own session "
-        f"and steps every {schedule.period_s:g} s, spread evenly; latency counts from when the "
-        "step was due. "
-        f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers "
-        "grow until one is not held, "
+        f"Every client has its own session and steps every {schedule.period_s:g} s, spread "
+        f"evenly; latency counts from when the step was due. {schedule.num_rounds} steps a "
+        f"session after {schedule.num_warmups} to warm up. Numbers grow until one is not held, "
         f"then are narrowed down to {LAST_RATIO - 1:.0%}, each on a fresh server.",
         "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the "
-        "core. Peer: openenv-core under "
-        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1; "
-        "it plays in the server's own "
-        "process, on uvloop, where an environment that hangs or dies takes every session with it. "
+        "core. Peer: openenv-core under uvicorn, one process, one WebSocket a session, its "
+        "`max_concurrent_envs` raised from 1; it plays in the server's own process, on uvloop, "
+        "where an environment that hangs or dies takes every session with it. "
         "Clients are on another core.",
         "The last column: how late the clients were themselves. Where that, in sending and in "
-        "receiving, could be why a number "
-        "is not held, the measurement is void and fails.",
+        "receiving, could be why a number is not held, the measurement is void and fails.",
         (
             "Memory of a session: what the server's processes have of their own, less what they "
-            "had "
-            "with one session, per session."
+            "had with one session, per session."
         ),
     )
     return Measurement(comparisons, (_build_table(ours, theirs),), notes)
@@ -242,8 +237,8 @@ def find_largest(
             failed = number
         if best is None and number == 1:
             raise SdarError(
-                "The server holds not one session within the limit. The machine is busy: measure "
-                "on a quiet one."
+                "The server holds not one session within the limit. "
+                "The machine is busy: measure on a quiet one."
             )
         if best is None:
             number = int(number / factor)
@@ -274,8 +269,8 @@ def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, 
             return trial
     raise SdarError(
         f"The clients of {num_sessions} sessions of {server.name} were themselves late by "
-        f"{late_ms:.0f} ms: this measures "
-        "them, not the server, and is void. Measure on a quieter machine."
+        f"{late_ms:.0f} ms: this measures them, not the server, and is "
+        "void. Measure on a quieter machine."
     )
 
 

@@ -64,13 +64,11 @@ def measure(say: Say) -> Measurement:
     what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
     notes = (
         f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, "
-        "one thread, float32. The "
-        "smallest model is the hardest case: the loss costs the same per token whatever the "
-        "model's size.",
+        "one thread, float32. The smallest model is the hardest case: the loss costs the same per "
+        "token whatever the model's size.",
         (
             "The teacher is another service and scores while the learner trains; its row adds the "
-            "time "
-            "as if they took turns."
+            "time as if they took turns."
         ),
     )
     return Measurement(

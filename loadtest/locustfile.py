@@ -117,8 +117,9 @@ class RpcFailure(Exception):
 
 
 class EnvironmentUser(User):
-    """A place for one episode of a rollout worker: plays a task to its end, then the next one. Its
-    moves are random.
+    """A place for one episode of a rollout worker: plays a task to its end, then the next one.
+
+    Its moves are random.
     """
 
     host = _SETTINGS.envs_address

@@ -77,8 +77,8 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
-            "Figures of one core need another for the users; this machine has one. Give addresses "
-            "of servers elsewhere."
+            "Figures of one core need another for the users; this machine has one. "
+            "Give addresses of servers elsewhere."
         )
     replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
     ramps, own = [], psutil.Process()
@@ -151,8 +151,7 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
         )
         print(
             f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, "
-            f"{stage.num_failed} failed, "
-            f"other work on {stage.others_share:.2f} cores",
+            f"{stage.num_failed} failed, other work on {stage.others_share:.2f} cores",
             flush=True,
         )
         for error in environment.stats.errors.values():
@@ -273,8 +272,8 @@ def _wait_for_run(started: subprocess.Popen, log: Path) -> str:
 
 def show(ramp: Ramp) -> None:
     print(
-        f"\n{format_table(build_stages_table(ramp))}\n\nholds {ramp.best.num_users} {ramp.unit}; "
-        f"then {ramp.limit}\n",
+        f"\n{format_table(build_stages_table(ramp))}\n"
+        f"\nholds {ramp.best.num_users} {ramp.unit}; then {ramp.limit}\n",
         flush=True,
     )
 

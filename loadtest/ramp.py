@@ -31,7 +31,7 @@ BEGIN_MARK, END_MARK = "<!-- make loadtest -->\n", "<!-- end -->\n"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What came of one number of users. Shares are of a core, None where the server runs elsewhere."""
+    """Outcome of one number of users. Shares are of a core; None where the server is remote."""
 
     num_users: int
     requests_per_s: float
@@ -140,8 +140,8 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
             held = len(stages) - 1
         if held < 0:
             raise ValueError(
-                f"{what} does not hold {first} {unit}: {reason}. See its log, or measure on a "
-                "quieter machine."
+                f"{what} does not hold {first} {unit}: {reason}. See its log, "
+                "or measure on a quieter machine."
             )
         if failed == math.inf and number < MAX_USERS:
             number = min(2 * number, MAX_USERS)
@@ -213,7 +213,8 @@ def format_block(results: dict[str, Any]) -> str:
         build_summary_table([Ramp.from_json(one) for one in results["ramps"]])
     ).lstrip("\n")
     circumstances = f", {results['circumstances']}" if results["circumstances"] else ""
-    return f"`{results['command']}`, {results['date']}, seed {results['seed']}, {results['machine']}{circumstances}:\n\n{table}\n"
+    made = f"`{results['command']}`, {results['date']}, seed {results['seed']}"
+    return f"{made}, {results['machine']}{circumstances}:\n\n{table}\n"
 
 
 def replace_block(page: str, block: str) -> str:
@@ -222,7 +223,7 @@ def replace_block(page: str, block: str) -> str:
     _, end, tail = rest.partition(END_MARK)
     if not begin or not end:
         raise ValueError(
-            f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. Put both where the "
-            "figures belong."
+            f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. "
+            "Put both where the figures belong."
         )
     return f"{head}{begin}{block}{end}{tail}"

@@ -104,10 +104,9 @@ async def _measure(say: Say) -> Measurement:
         tuple(comparisons),
         notes=(
             f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-            "within a group) of household "
-            "texts, examples/models/household-tiny in float32, engine and service one thread each. "
-            "So small a model leaves the "
-            "engine next to nothing to compute: with a larger one the service's share only falls.",
+            "within a group) of household texts, examples/models/household-tiny in float32, "
+            "engine and service one thread each. So small a model leaves the engine next to "
+            "nothing to compute: with a larger one the service's share only falls.",
             "Both sides return the log-prob of every token.",
         ),
     )
@@ -166,8 +165,8 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
 def check_count(num_tokens: int, expected: int) -> None:
     if num_tokens != expected:
         raise RuntimeError(
-            f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not "
-            "compare."
+            f"A round sampled {num_tokens} tokens instead of {expected}: "
+            "the two sides would not compare."
         )
 
 
@@ -224,8 +223,9 @@ class Service:
         self._bus, self._scripts, self._worker = bus, scripts, worker
 
     async def play(self, workload: Workload, number: int) -> float:
-        """Seconds from issuing all groups to the last ledger event. What was published is then read
-        and acknowledged.
+        """Seconds from issuing all groups to the last ledger event.
+
+        What was published is then read and acknowledged.
         """
         sampling = SamplingParameters(1.0, 1.0, workload.num_response_tokens)
         prefix = f"{number}-{workload.num_response_tokens}"

@@ -46,8 +46,9 @@ READY_LINE = "answers on "
 
 @dataclass(frozen=True, slots=True)
 class SearchFigures:
-    """One run's plain figures. Memory in MiB; `index_mib` is mapped, so workers of a machine share
-    it.
+    """One run's plain figures.
+
+    Memory in MiB; `index_mib` is mapped, so workers of a machine share it.
     """
 
     num_passages: int
@@ -79,9 +80,8 @@ def measure(say: Say) -> Measurement:
         (_tabulate(figures),),
         (
             "One thread, one search after the other; the service is a process of its own on the "
-            "same cores. Both sides use the "
-            "same index; the peer stops at the numbers of the passages, a step goes on to their "
-            "text.",
+            "same cores. Both sides use the same index; the peer stops at the numbers of the "
+            "passages, a step goes on to their text.",
         ),
     )
 
@@ -150,8 +150,9 @@ def _opened(**options: Any) -> Iterator[SearchEnvironment]:
 
 
 def _time_steps(environment: SearchEnvironment, queries: Sequence[str]) -> float:
-    """Milliseconds of a step that searches. Every episode is begun anew before its last turn,
-    untimed.
+    """Milliseconds of a step that searches.
+
+    Every episode is begun anew before its last turn, untimed.
     """
     spent_s = 0.0
     for number, query in enumerate(queries):

@@ -74,8 +74,7 @@ def measure(say: Say) -> Measurement:
         tables=(Table("WebShop: what it takes", ("what", "figure"), rows),),
         notes=(
             f"The catalogue: {made} The peer's figure is the published one, from another machine, "
-            "and the lower end of its "
-            "range; the original's pages are HTML and longer.",
+            "and the lower end of its range; the original's pages are HTML and longer.",
         ),
     )
 
@@ -130,7 +129,7 @@ def _draw_query(rng: random.Random, words: Sequence[str]) -> str:
 
 
 def _measure_sessions(data_dir: str) -> float:
-    """Bytes per session: what a thousand of them, each a few turns into its episode, take together."""
+    """Bytes per session, from a thousand of them that are each a few turns into an episode."""
     before = _measure_memory()
     environments = [WebShopEnvironment(data_dir=data_dir) for _ in range(NUM_SESSIONS)]
     tasks = environments[0].list_tasks("train")

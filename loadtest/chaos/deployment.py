@@ -1,4 +1,5 @@
 """Owns the processes of a run under faults: Redis, every service, and the links between them.
+
 Supervised as `sdar run` does.
 """
 
@@ -119,8 +120,7 @@ class Deployment:
             killed += self.fleet.stop(names, _STOP_TIMEOUT_S)
         return killed
 
-    # --- hurting it
-    # ----------------------------------------------------------------------------------------------
+    # ---- hurting it
 
     def pid(self, name: str) -> int | None:
         if name == REDIS:

@@ -1,5 +1,6 @@
-"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed. Pure;
-it hurts nobody itself.
+"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed.
+
+Pure; it hurts nobody itself.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How often in ten minutes; `times_s` bounds the duration. A short run has at least `least` of
-    it.
+    """How often in ten minutes; `times_s` bounds the duration.
+
+    A short run has at least `least` of it.
     """
 
     kind: FaultKind

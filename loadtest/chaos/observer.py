@@ -55,8 +55,9 @@ class Sample:
 
 @dataclass
 class Seen:
-    """What was seen so far. Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the
-    request behind them began.
+    """What was seen so far.
+
+    Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the request behind them began.
     """
 
     ready_at_s: dict[str, float] = field(default_factory=dict)
@@ -170,8 +171,7 @@ class Observer:
         found: int = self.call(read)
         return found
 
-    # --- the thread
-    # ----------------------------------------------------------------------------------------------
+    # ---- the thread
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)

@@ -1,5 +1,6 @@
-"""Owns a chaos run from its start to its last check. MAIN LOOP: keep everything up, hurt what is
-due, look, until finished.
+"""Owns a chaos run from its start to its last check.
+
+MAIN LOOP: keep everything up, hurt what is due, look, until finished.
 """
 
 from __future__ import annotations
@@ -138,8 +139,7 @@ class ChaosRun:
         self._look_for_orphans()
         return self.evidence
 
-    # --- up
-    # ----------------------------------------------------------------------------------------------
+    # ---- up
 
     def _start(self) -> None:
         deployment = self._deployment
@@ -161,8 +161,7 @@ class ChaosRun:
         self._began_s = time.time()
         self._say("All services are ready.")
 
-    # --- the faults
-    # ----------------------------------------------------------------------------------------------
+    # ---- the faults
 
     def _disturb(self) -> None:
         moved_at, stand = time.monotonic(), (0, 0)
@@ -181,8 +180,8 @@ class ChaosRun:
             if time.monotonic() > moved_at + _MAX_STILL_S:
                 raise UnavailableError(
                     f"The run is stuck: no update and no fault for {_MAX_STILL_S:.0f} s. "
-                    f"{self._describe_progress()} after "
-                    f"{self._elapsed_s:.0f} s. See the services' logs in {self._directory.logs}."
+                    f"{self._describe_progress()} after {self._elapsed_s:.0f} s. See the "
+                    f"services' logs in {self._directory.logs}."
                 )
         self.evidence.duration_s = self._elapsed_s
 
@@ -319,8 +318,7 @@ class ChaosRun:
 
             self._observer.find_held(injury.target, note)
 
-    # --- one turn
-    # ----------------------------------------------------------------------------------------------
+    # ---- one turn
 
     def _turn(self) -> None:
         """Keep everything up, end what has lasted long enough, take in what there is to see."""
@@ -382,8 +380,7 @@ class ChaosRun:
             self._turn()
         return True
 
-    # --- down
-    # ----------------------------------------------------------------------------------------------
+    # ---- down
 
     def _finish(self) -> None:
         """Read the account while everything is up, then end all services as `sdar run` does."""
@@ -418,8 +415,7 @@ class ChaosRun:
         for process in left:
             process.kill()
 
-    # --- telling
-    # ----------------------------------------------------------------------------------------------
+    # ---- telling
 
     @property
     def _elapsed_s(self) -> float:
@@ -428,7 +424,8 @@ class ChaosRun:
     def _describe(self, fault: Fault) -> str:
         number = len(self.evidence.injuries) + 1
         lasting = f" for {fault.duration_s:g} s" if fault.duration_s else ""
-        return f"fault {number}/{self.evidence.num_planned}: {fault.kind} {fault.target}{lasting}; {self._describe_progress()}"
+        what = f"fault {number}/{self.evidence.num_planned}: {fault.kind} {fault.target}{lasting}"
+        return f"{what}; {self._describe_progress()}"
 
     def _describe_progress(self) -> str:
         status = self._observer.seen.status

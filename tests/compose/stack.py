@@ -139,8 +139,9 @@ class Stack:
         return self._token
 
     def ask(self, path: str, token: str | None = None) -> httpx.Response:
-        """A GET of the gateway, by the port that Docker published. Raises httpx.HTTPError where it
-        does not answer.
+        """A GET of the gateway, by the port that Docker published.
+
+        Raises httpx.HTTPError where it does not answer.
         """
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.get(
@@ -206,8 +207,9 @@ def find_compose() -> list[str]:
 
 
 def missing_images() -> list[str]:
-    """Images that docker-compose.yml names and this machine lacks. Raises CommandError without
-    Docker.
+    """Images that docker-compose.yml names and this machine lacks.
+
+    Raises CommandError without Docker.
     """
     if shutil.which("docker") is None:
         raise CommandError("there is no docker command")

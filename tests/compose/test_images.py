@@ -56,7 +56,7 @@ def read_log(name: str) -> str:
 
 
 def has_said(name: str, event: str) -> bool:
-    """Whether the log holds the event. Raises AssertionError once the container has ended without."""
+    """Whether the log holds the event. Raises AssertionError if the container ended without."""
     is_running = (
         run(["docker", "inspect", "--format", "{{.State.Running}}", name]).strip() == "true"
     )

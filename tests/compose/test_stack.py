@@ -99,8 +99,8 @@ def _check_end(stack: Stack, status: dict[str, Any]) -> None:
         for num_updates in (0, CONFIG.training.num_updates)
     )
     say(
-        f"held-out success, sampled: {first['success']:.3f} -> {last['success']:.3f}; ledger "
-        f"{ledger}"
+        "held-out success, sampled: "
+        f"{first['success']:.3f} -> {last['success']:.3f}; ledger {ledger}"
     )
     assert first["success"] < 0.4
     assert last["success"] >= LEAST_SUCCESS

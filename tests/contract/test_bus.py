@@ -338,8 +338,9 @@ async def test_a_full_stream_refuses_with_its_name_and_keeps_what_it_has(bus: Bu
 
 
 async def test_trimming_never_removes_what_a_group_has_not_acknowledged(bus: Bus) -> None:
-    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0. Nothing may go
-    until learner finishes 0.
+    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0.
+
+    Nothing may go until learner finishes 0.
     """
     await bus.publish(TRAJECTORIES, [b"0", b"1", b"2", b"3", b"4"])
     teacher = await bus.read(TRAJECTORIES, TEACHER, "t", max_count=4)

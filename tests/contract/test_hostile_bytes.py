@@ -182,9 +182,7 @@ def test_progress_in_a_checkpoint_is_read_or_refused_as_corrupt() -> None:
 # ---- frames between the environment server and its workers
 
 
-def test_frames_from_a_worker_are_objects_or_a_value_error_and_a_broken_promise_of_length_is_not_waited_for() -> (
-    None
-):
+def test_frames_are_objects_or_a_value_error_and_a_false_length_is_not_waited_for() -> None:
     fuzzer = Fuzzer(seed_of("frames"))
     good = b"".join(pack_frame({"id": index, "ok": {"text": "é" * index}}) for index in range(5))
     for index in range(NUM_INPUTS):

@@ -448,8 +448,9 @@ def test_a_bus_that_breaks_its_promise_is_found(mutant: type[MemoryBus]) -> None
 
 
 class RedisWorld(World):
-    """Every process has a connection of its own. The server may be killed; its disk stays, or is
-    lost with all it held.
+    """Every process has a connection of its own.
+
+    The server may be killed; its disk stays, or is lost with all it held.
     """
 
     server: ClassVar[EmbeddedRedis]
@@ -514,8 +515,9 @@ class RedisMachine(ProtocolMachine):
         self.do(self.world.restart_under(name))
 
     def take_random_step(self, rng: random.Random) -> None:
-        """One fault or some work. Not hypothesis: what a server does depends on time, so no example
-        could be replayed.
+        """One fault or some work.
+
+        Not hypothesis: what a server does depends on time, so no example could be replayed.
         """
         name, worker, unique = (
             rng.choice(sorted(ROLES)),

@@ -36,7 +36,7 @@ class Command(Protocol):
 
 @pytest.fixture
 def run_sdar(capfd: pytest.CaptureFixture[str]) -> Command:
-    """The `sdar run` command in this process: what it refuses, it refuses before it starts another."""
+    """The `sdar run` command in this process: it refuses before it starts another one."""
 
     def run(*arguments: str) -> Refusal:
         with pytest.raises(SystemExit) as ended:

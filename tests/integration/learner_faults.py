@@ -136,8 +136,9 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
 
 
 class World:
-    """What outlives a learner: a Redis and a directory. It can be saved, and be brought back as it
-    was.
+    """What outlives a learner: a Redis and a directory.
+
+    It can be saved, and be brought back as it was.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -322,8 +323,9 @@ def share_work(
 
 
 def import_everything() -> None:
-    """What each life would import and read anew. Nothing here starts a thread that a fork would
-    lose.
+    """What each life would import and read anew.
+
+    Nothing here starts a thread that a fork would lose.
     """
     torch.set_num_threads(1)
     _import_deepspeed(0, torch.device("cpu"))

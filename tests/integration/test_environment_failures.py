@@ -63,7 +63,7 @@ NONSENSE = {
 
 @asynccontextmanager
 async def misbehaving(num_workers: int = 1, limits: SessionLimits | None = None):
-    """A client of a server of the environment that breaks on command, and the host of its workers."""
+    """A client of a server whose environment breaks on command, and the host of its workers."""
     host = WorkerHost(
         {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers
     )

@@ -120,7 +120,7 @@ def host_of(session_id: str) -> str:
 
 
 async def opens_at(client, hosts) -> None:
-    """Returns once sessions begin at these hosts and no others: look-ups happen beside the opens."""
+    """Return once sessions begin at these hosts and no others: look-ups run beside the opens."""
     async with asyncio.timeout(10):
         for attempt in itertools.count():
             opened = await open_many(client, 4, f"{hosts}{attempt}.")

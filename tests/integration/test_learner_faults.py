@@ -64,7 +64,7 @@ def try_points(directory, mode, timeout_s):
     return report
 
 
-def test_a_learner_killed_in_any_state_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(
+def test_a_learner_killed_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(
     tmp_path,
 ):
     """Every state of Redis and of the files that a life leads through is left behind once; what
@@ -104,7 +104,7 @@ def connect(rig, server):
     return RedisBus(server.url, RUN, rig.config.stream_consumers)
 
 
-async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_the_middle_of_an_update(
+async def test_an_outage_of_redis_is_waited_out_between_updates_and_in_the_middle_of_one(
     tmp_path, server
 ):
     rig = Rig(tmp_path)

@@ -206,7 +206,7 @@ class Pods:
         return len(read_trained_groups(self.checkpoints))
 
 
-async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_killed_drained_and_deleted(
+async def test_a_learner_over_two_pods_killed_drained_and_deleted_loses_and_doubles_nothing(
     tmp_path,
 ):
     async with AsyncExitStack() as stack:

@@ -47,8 +47,8 @@ def packages() -> Path:
     """The example's packages as its lock file has them, installed once and kept under build/."""
     if shutil.which("npm") is None:
         pytest.fail(
-            "The Node example needs Node.js with npm. Install Node.js 18 or later, then run this "
-            "test again."
+            "The Node example needs Node.js with npm. Install Node.js 18 or later, "
+            "then run this test again."
         )
     lock = (EXAMPLE / "package-lock.json").read_bytes()
     kept = CACHE / hashlib.sha256(lock).hexdigest()[:16] / "node_modules"

@@ -85,7 +85,8 @@ def score_plainly(model, chat, trajectory, skill):
     """Log-probs of the first turn's response by one forward of transformers, the skill put in by
     hand.
     """
-    text = f"<|im_start|>user\n{skill} {trajectory.turns[0].messages[0].content}<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"{skill} {trajectory.turns[0].messages[0].content}"
+    text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     prompt = chat.tokenizer.encode(text, add_special_tokens=False)
     ids = torch.tensor([[*prompt, *trajectory.turns[0].response_token_ids.tolist()]])
     with torch.no_grad():

@@ -77,7 +77,7 @@ class Monitoring:
         self._cluster.kubectl("delete", "--wait=false", *names)
 
     def wait_targets(self, pods: set[str]) -> set[str]:
-        """Names of the pods that are scraped with success, once all of `pods` are and none fails."""
+        """Names of the pods scraped with success, once all of `pods` are and none fails."""
 
         def find() -> set[str] | None:
             results = self._ask("query", query="up")["result"]
@@ -87,7 +87,7 @@ class Monitoring:
         return wait(f"targets {', '.join(sorted(pods))}", find, _READY_TIMEOUT_S, tell=self._tell)
 
     def check_dashboards(self) -> str:
-        """Ask Prometheus every query of every dashboard; returns the last line of what was found."""
+        """Ask Prometheus each query of each dashboard; returns the last line of the findings."""
         command = [
             sys.executable,
             "-m",
@@ -186,8 +186,8 @@ class Monitoring:
         rules = (ROOT / "helm" / "alerts" / "sdar.yaml").read_text(encoding="utf-8")
         start = (
             "promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || "
-            f"config={_WITHOUT_DISCOVERY}; "
-            "exec prometheus --config.file=/etc/sdar/$config --storage.tsdb.path=/data"
+            f"config={_WITHOUT_DISCOVERY}; exec prometheus --config.file=/etc/sdar/$config "
+            "--storage.tsdb.path=/data"
         )
         metadata = {"name": _NAME}
         places = {

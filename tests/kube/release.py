@@ -188,8 +188,7 @@ class Release:
             f"app.kubernetes.io/instance={self.name}",
         )
 
-    # --- helm
-    # ----------------------------------------------------------------------------------------------
+    # ---- helm
 
     def install(self, **values: Any) -> str:
         say(f"helm install {self.name} ./helm{_show(values)}")
@@ -214,8 +213,7 @@ class Release:
     def test(self) -> str:
         return self.cluster.helm("test", self.name, "--timeout", "300s")
 
-    # --- pods
-    # ----------------------------------------------------------------------------------------------
+    # ---- pods
 
     def pods(self, role: str = "") -> list[Pod]:
         """Those of one role or of all, without the one of `helm test`."""
@@ -290,17 +288,20 @@ class Release:
         )
 
     def scrape(self, pod: Pod) -> dict[str, float]:
-        """Metrics of a pod, summed over labels, asked for inside it: no network policy has a say."""
+        """A pod's metrics, summed over labels; asked inside it, past every network policy."""
         port = GATEWAY_PORT if pod.role == "gateway" else PROBE_PORT
-        script = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:{port}/metrics', timeout=5).read().decode())"
+        url = f"http://127.0.0.1:{port}/metrics"
+        script = f"""
+from urllib.request import urlopen
+print(urlopen({url!r}, timeout=5).read().decode())
+"""
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(self.cluster.run_python(pod.name, script)):
             for sample in family.samples:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
-    # --- the run
-    # ----------------------------------------------------------------------------------------------
+    # ---- the run
 
     def find_status(self) -> dict[str, Any]:
         """The gateway's status; empty while it does not answer or does not know yet where the run
@@ -326,7 +327,7 @@ class Release:
             raise AssertionError(f"{error}\n{self.cluster.diagnose(self.selector)}") from None
 
     def wait_updates(self, more: int, timeout_s: float = 300.0) -> float:
-        """Until `more` updates are made beyond what there are now; returns the seconds that took."""
+        """Wait until `more` further updates are made; returns the seconds that took."""
         began_s = time.monotonic()
         now = self.wait_status("the gateway's answer", bool, timeout_s)["num_updates"]
         self.wait_status(
@@ -363,7 +364,8 @@ def describe(status: Mapping[str, Any]) -> str:
         return "no answer"
     workers = ", ".join(f"{number} {name}" for name, number in status["instances"].items())
     alarms = "".join(f", {alarm['name']}" for alarm in status["alarms"])
-    return f"{status['phase']}, update {status['num_updates']} of {status['target_updates']}, {workers}{alarms}"
+    progress = f"update {status['num_updates']} of {status['target_updates']}"
+    return f"{status['phase']}, {progress}, {workers}{alarms}"
 
 
 def list_left(cluster: Cluster, instance: str) -> dict[str, list[str]]:
@@ -404,8 +406,8 @@ def describe_cluster(versions: Sequence[str] = ()) -> str:
     """Kubernetes' and helm's versions, nodes and what they have. Never a host name."""
     nodes = json.loads(run(["kubectl", "get", "nodes", "--output", "json"]))["items"]
     told = [
-        f"{node['status']['nodeInfo']['kubeletVersion']} with {node['status']['capacity']['cpu']} "
-        "CPUs"
+        f"{node['status']['nodeInfo']['kubeletVersion']} "
+        f"with {node['status']['capacity']['cpu']} CPUs"
         for node in nodes
     ]
     return ", ".join([f"Kubernetes nodes: {' and '.join(told)}", *versions])

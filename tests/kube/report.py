@@ -47,7 +47,8 @@ class Claim:
         assert self.ended_at is not None
         evidence = "; ".join(self.evidence).replace("|", "\\|").replace("\n", " ")
         when = self.ended_at.strftime("%Y-%m-%d %H:%M")
-        return f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
+        held = "yes" if self.outcome == "passed" else "**NO**"
+        return f"| {held} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
 
 
 def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:

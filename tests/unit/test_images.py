@@ -24,7 +24,8 @@ installed, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
 providers = importlib.metadata.packages_distributions()
 class NotInTheImage:
     def find_spec(self, name, path=None, target=None):
-        owners = {canonicalize_name(owner) for owner in providers.get(name.partition(".")[0], ())} - {"sdar"}
+        found = providers.get(name.partition(".")[0], ())
+        owners = {canonicalize_name(owner) for owner in found} - {"sdar"}
         if owners and not owners & installed:
             raise ModuleNotFoundError(f"No module named {name!r} in the image", name=name)
 sys.meta_path.insert(0, NotInTheImage())

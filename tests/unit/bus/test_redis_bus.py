@@ -205,8 +205,9 @@ async def test_a_redis_that_is_still_loading_its_file_is_waited_for(tmp_path: Pa
 
 
 class ForgetfulProxy:
-    """Stands before a Redis. Once armed, it drops the connection in place of the next reply to a
-    command of this name.
+    """Stands before a Redis.
+
+    Once armed, it drops the connection in place of the next reply to a command of this name.
     """
 
     def __init__(self, url: str, command: bytes = b"EVALSHA") -> None:
@@ -381,8 +382,9 @@ def tear(file: Path, num_cut: int) -> None:
 async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whole_or_not(
     tmp_path: Path, num_cut: int
 ) -> None:
-    """Killed with fsync "always". Without a cut the tail is a write that nobody was told of; the
-    cut goes into one that was.
+    """Killed with fsync "always".
+
+    Without a cut the tail is a write that nobody was told of; the cut goes into one that was.
     """
     with EmbeddedRedis(tmp_path, fsync="always") as server:
         bus = RedisBus(server.url, "run", WIRING, LIMITS)

@@ -33,8 +33,9 @@ TASK = "task 0"
 async def hosting(
     *, num_workers: int = 1, step_timeout_s: float = 10.0, kind: str = "Misbehaving", **options
 ):
-    """A started host of one environment, `it`, and the ids of sessions it reports lost. Leaves no
-    process and no file.
+    """A started host of one environment, `it`, and the ids of sessions it reports lost.
+
+    Leaves no process and no file.
     """
     own = psutil.Process()
     children, num_fds = set(own.children(recursive=True)), own.num_fds()

@@ -162,8 +162,7 @@ def test_an_action_outside_the_space_uses_a_turn_and_does_not_reach_the_environm
     assert results[3].action == "left"
     assert results[3].observation.text == (
         "That is no action here. Answer with a JSON list of integers of shape [2], at least 0, at "
-        "most [2, 3], alone or in "
-        "<action> tags."
+        "most [2, 3], alone or in <action> tags."
     )
 
 

@@ -1,5 +1,6 @@
-"""The household's rules. The example task below is drawn from the rules' own docstring: two
-stations, a closed place.
+"""The household's rules.
+
+The example task below is drawn from the rules' own docstring: two stations, a closed place.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def row(
     question="who got the first nobel prize in physics?",
 ):
     """One row as PeterJinGo/nq_hotpotqa_train has it."""
-    asked = f"Answer the given question. You must conduct reasoning inside <think>. Question: {question}\n"
+    rules = "Answer the given question. You must conduct reasoning inside <think>."
+    asked = f"{rules} Question: {question}\n"
     return {
         "id": f"train_{index}",
         "question": question,

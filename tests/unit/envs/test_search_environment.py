@@ -1,4 +1,4 @@
-"""Search-QA's rules, played on a set of two questions and three passages that the fixture writes."""
+"""Search-QA's rules, played on two questions and three passages that the fixture writes."""
 
 from __future__ import annotations
 

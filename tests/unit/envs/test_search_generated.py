@@ -30,7 +30,7 @@ def make(directory: Path, num_tasks: int = 40, seed: int = 3) -> Path:
 
 
 def play_expert(environment, task):
-    """The results of an episode of the expert, who sees the task's sentence and the observations."""
+    """Results of an episode of the expert, who sees the task's sentence and the observations."""
     expert, results = SearchExpert(), []
     observation = environment.reset(task.task_id, seed=0).text
     while not results or not results[-1].is_over:
@@ -175,7 +175,8 @@ def test_the_expert_speaks_in_the_agents_form():
     assert expert.next_action("Who founded Tatir Works?", "one_hop", "") == (
         "<think>Find Tatir Works.</think><search>Tatir Works</search>"
     )
-    seen = '<information>\nDoc 1 (Title: "Tatir Works") Tatir Works was founded by Lemin Fatun. More.\n</information>'
+    passage = 'Doc 1 (Title: "Tatir Works") Tatir Works was founded by Lemin Fatun. More.'
+    seen = f"<information>\n{passage}\n</information>"
     assert expert.next_action("Who founded Tatir Works?", "one_hop", seen) == (
         "<think>It is Lemin Fatun.</think><answer>Lemin Fatun</answer>"
     )

@@ -100,7 +100,7 @@ def test_equal_scores_keep_the_order_of_the_corpus(tmp_path):
 
 
 def test_ranks_are_exact_at_the_boundary():
-    """Scores 1 3 2 3 0 2 of places 0 to 5; the third place is the earlier of the two that have 2."""
+    """Scores 1 3 2 3 0 2 of places 0 to 5; third is the earlier of the two that have 2."""
     assert rank(np.array([1, 3, 2, 3, 0, 2], np.float32), 3).tolist() == [1, 3, 2]
     assert rank(np.array([0, 0], np.float32), 3).tolist() == []
 

@@ -339,8 +339,11 @@ def test_what_is_prepared_is_what_was_read(tmp_path, cache):
 def test_workers_that_start_together_prepare_one_catalogue(tmp_path, cache):
     """Four processes at once: all open the same content and nothing half-made is left behind."""
     directory = write_files(tmp_path / "data")
-    code = "from pathlib import Path as P; from services.envs.webshop.store import open_catalogue as o; "
-    code += f"print(o(P({str(directory)!r}), P({str(cache)!r}), False, None).digest)"
+    code = f"""
+from pathlib import Path
+from services.envs.webshop.store import open_catalogue
+print(open_catalogue(Path({str(directory)!r}), Path({str(cache)!r}), False, None).digest)
+"""
     starting = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(4)

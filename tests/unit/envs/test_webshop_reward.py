@@ -342,7 +342,10 @@ def test_a_match_needs_more_than_85():
 
 def test_the_rule_of_thumb_keeps_what_looks_like_nouns():
     nouns = HeuristicNouns()
-    title = "Swift Women's Running Shoes with Comfortable 2-Pack Mesh, Wireless, Padded 10oz - the Best Table & Bed"
+    title = (
+        "Swift Women's Running Shoes with Comfortable 2-Pack Mesh, "
+        "Wireless, Padded 10oz - the Best Table & Bed"
+    )
     assert nouns.find(title) == (
         "swift",
         "women",

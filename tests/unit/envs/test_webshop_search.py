@@ -27,7 +27,7 @@ def index(tmp_path):
 
 
 def compute_bm25(query):
-    """Lucene's formula written out, with k1 0.9 and b 0.4: {document: score} of those above zero."""
+    """Lucene's formula written out, k1 0.9 and b 0.4: {document: score} of those above zero."""
     analysis = TextAnalysis()
     documents = [analysis.list_terms(text) for text in TEXTS]
     mean = sum(map(len, documents)) / len(documents)

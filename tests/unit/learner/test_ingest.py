@@ -178,7 +178,7 @@ async def test_a_group_without_signal_is_trained_on_where_the_run_wants_equal_da
 def test_an_invalid_action_is_penalised_by_the_learner_only_where_each_turn_is(
     level, has_advantage
 ):
-    """The rollout takes an episode's penalty from its rewards; the learner must not take it again."""
+    """The rollout takes an episode's penalty from its rewards; the learner does not again."""
     config = make_config()
     config = config.model_copy(
         update={"method": config.method.model_copy(update={"advantage_level": level})}
@@ -331,9 +331,10 @@ async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
     assert await play(restarts=True) == await play(restarts=False)
 
 
-def test_under_pressure_the_earliest_deadline_first_loses_fewer_groups_than_first_come_first_served():
-    """One update takes one group, and a little more than one arrives. Half of them were long under
-    way. A hundred histories.
+def test_under_pressure_earliest_deadline_first_loses_fewer_groups_than_first_come():
+    """One update takes one group, and a little more than one arrives.
+
+    Half of them were long under way. A hundred histories.
     """
     num_better = 0
     for seed in range(100):

@@ -1,5 +1,6 @@
-"""The main loop with a trainer that only counts: order of effects, resuming, finishing. Three
-updates of two groups.
+"""The main loop with a trainer that only counts: order of effects, resuming, finishing.
+
+Three updates of two groups.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ async def test_a_crash_between_any_two_steps_trains_every_group_exactly_once(rig
     assert await count_pending(rig.bus) == 0
 
 
-async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_groups_at_the_next_start(
+async def test_a_crash_between_checkpoint_and_acknowledgement_books_the_groups_at_the_next_start(
     rig,
 ):
     rig.config = make_config(num_updates=4)
@@ -213,7 +214,7 @@ async def test_a_learner_that_was_superseded_ends_and_has_published_nothing_sinc
     assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
 
 
-async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_nothing_is_trained_twice(
+async def test_a_bus_that_lost_its_disk_is_restored_and_nothing_is_trained_twice(
     rig,
 ):
     """Update 2 is durable, update 3 is not, and group 6 was waiting when the server came back

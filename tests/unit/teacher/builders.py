@@ -111,8 +111,9 @@ def play(
     is_windowed: bool = False,
     seed: int = 0,
 ) -> Trajectory:
-    """An episode of random responses. `is_windowed`: every turn is a fresh prompt, as with a
-    history window.
+    """An episode of random responses.
+
+    `is_windowed`: every turn is a fresh prompt, as with a history window.
     """
     rng = random.Random(seed)
     turns: list[Turn] = []
@@ -195,8 +196,9 @@ class MemoryWeights:
 
 
 class FakeScorer:
-    """Scores every token as minus its teacher version. `poison` names trajectories that make it
-    raise.
+    """Scores every token as minus its teacher version.
+
+    `poison` names trajectories that make it raise.
     """
 
     name = "fake"

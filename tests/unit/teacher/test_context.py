@@ -21,8 +21,9 @@ def make_builder(chat, library=ONE_LINE, kind="task_type", max_sequence_tokens=1
 
 
 def test_the_privileged_prompt_is_laid_out_exactly_like_this(chat):
-    """
-    <|im_start|>user\\n{skill} {observation}<|im_end|>\\n<|im_start|>assistant\\n   fresh prompt, one space between
+    """A fresh prompt, one space between skill and observation:
+
+    <|im_start|>user\\n{skill} {observation}<|im_end|>\\n<|im_start|>assistant\\n
     """
     trajectory = play(chat, num_turns=1)
     context = make_builder(chat).build(trajectory)
@@ -37,8 +38,8 @@ def test_longer_skills_are_set_apart_by_an_empty_line(chat):
     trajectory = play(chat, num_turns=1)
     context = make_builder(chat, LIBRARY).build(trajectory)
     assert chat.tokenizer.decode(context.fresh_prompts[0]).startswith(
-        "<|im_start|>user\nlook before you act .\n\nskill clean : first use sink . after sink put "
-        ".\n\ntask : clean"
+        "<|im_start|>user\nlook before you act .\n\n"
+        "skill clean : first use sink . after sink put .\n\ntask : clean"
     )
 
 

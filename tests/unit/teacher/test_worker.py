@@ -376,7 +376,7 @@ async def test_an_entry_that_another_teacher_took_is_not_set_aside(chat):
     assert (await house.bus.count_dead_letters(), await house.ledger()) == (0, [])
 
 
-async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
+async def test_a_teacher_scores_at_once_what_its_earlier_life_held_and_spares_a_silent_peer(
     chat,
 ):
     house = House(chat)
@@ -391,9 +391,7 @@ async def test_a_teacher_scores_at_once_what_an_earlier_life_of_its_name_held_an
     assert house.metrics.totals["reclaimed_entries"] == 2
 
 
-async def test_an_episode_that_cannot_be_scored_fails_its_group_in_the_account_and_its_siblings_change_nothing(
-    chat,
-):
+async def test_an_episode_that_cannot_be_scored_fails_its_group_once(chat):
     group_id = format_group_id(1)
     house = House(chat, FakeScorer(poison=[f"{group_id}.1.a0"]))
     events = [
@@ -469,8 +467,9 @@ async def test_an_episode_that_is_delivered_again_is_learned_from_once(chat):
 async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_keeps_its_choice(
     chat,
 ):
-    """The stream of scores is full: choice made, score made, commit refused, as by a crash. Another
-    teacher finishes it.
+    """The stream of scores is full: choice made, score made, commit refused, as by a crash.
+
+    Another teacher finishes it.
     """
     house = House(chat, kind="ucb", bus_limits=BusLimits(max_entries=1, publish_timeout_s=0.0))
     await house.bus.publish(Stream.SCORED, [b"in the way"])
