@@ -1,5 +1,4 @@
-"""Measures the kept ALFWorld engine against the stock one: steps, loading, resetting, and the
-memory of a game in play.
+"""Measures the kept ALFWorld engine against the stock one: speed, and memory of a game in play.
 
 Both sides are ALFWorld's own stack of wrappers, in one process and in turn, on the same generated
 games and the same commands: random ones, a reset, the walkthrough. Nothing of TextWorld is patched,
@@ -184,8 +183,6 @@ def _measure_memory_per_game(engine: type[PddlEnv], games: Sequence[Game]) -> fl
 
 
 def _measure_own_memory() -> int:
-    """Bytes that no other process shares, the loaded pages of each engine's own library copy among
-    them.
-    """
+    """Bytes that no other process shares, among them each engine's own copy of its library."""
     gc.collect()
     return int(psutil.Process().memory_full_info().uss)

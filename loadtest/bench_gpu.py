@@ -1,5 +1,4 @@
-"""Measures the learner's step on one GPU: tokens per second, share of the GPU's peak, memory, and
-SDAR's cost over GRPO's.
+"""Measures the learner's step on one GPU: tokens/s, share of peak, memory, SDAR's cost over GRPO's.
 
     python loadtest/bench_gpu.py                        Qwen2.5's 0.5B and 1.5B shapes in bfloat16
     python loadtest/bench_gpu.py --device cpu --tiny    a tiny shape, to see that the code runs
@@ -38,9 +37,7 @@ RESULTS = ROOT / "loadtest" / "results_gpu.json"
 
 
 def _stand_in_for_jaxtyping() -> None:
-    """Let `sdar.algorithms` be imported on a machine without jaxtyping: it only annotates shapes,
-    which nothing evaluates.
-    """
+    """Let `sdar.algorithms` be imported without jaxtyping, which only annotates shapes."""
     try:
         import jaxtyping  # noqa: F401
     except ImportError:
@@ -68,8 +65,7 @@ from sdar.algorithms.methods import LossSettings, compute_loss, get_method  # no
 SEED = 0
 METHODS = ("sdar", "grpo")
 LEARNING_RATE, MAX_GRADIENT_NORM = 1e-6, 1.0
-# Dense bfloat16 TFLOP/s of the makers' data sheets, by a part of the device's name; the first that
-# fits counts.
+# Dense bfloat16 TFLOP/s of data sheets, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -232,8 +228,9 @@ def _measure(
 
 
 class Learner:
-    """A bfloat16 model with float32 master weights, gradients and AdamW state: what DeepSpeed keeps
-    for a rank on its own.
+    """A bfloat16 model with float32 master weights, gradients and AdamW state.
+
+    This is what DeepSpeed keeps for a rank on its own.
     """
 
     def __init__(self, shape: Shape, is_checkpointed: bool, device: torch.device) -> None:
@@ -313,9 +310,7 @@ class Learner:
 
 
 def draw_sequences(shape: Shape) -> list[TokenSequence]:
-    """Episodes of random tokens: a prompt, then responses and observations in turn, about half of
-    all tokens sampled.
-    """
+    """Episodes of random tokens: prompts, responses and observations; half are sampled."""
     rng = np.random.default_rng(SEED)
     sequences = []
     for index in range(shape.num_sequences):

@@ -1,5 +1,6 @@
-"""Owns what a measurement is made of: pairs of figures taken in turn, their ratios, targets, plain
-tables. Measures nothing.
+"""Parts of a measurement: pairs of figures taken in turn, their ratios, targets, plain tables.
+
+Measures nothing.
 
 A ratio of two figures taken one right after the other survives a machine whose speed drifts; a
 ratio of two medians does not. Hence pairs: ours, peer, ours, peer, ..., one ratio a pair, and the

@@ -1,5 +1,4 @@
-"""Measures how many sessions one core of an environment server holds, against OpenEnv's own server
-of the same environment.
+"""Measures the sessions that one core of an environment server holds, against OpenEnv's server.
 
 Every client steps once a second, at times fixed in advance, so a slow server gets no rest. A server
 holds a number of sessions if 95% of the steps are answered in time, counted from when they were
@@ -54,9 +53,7 @@ from sdar.v1 import environment_pb2, environment_pb2_grpc
 NUM_PAIRS = 2
 FIRST_NUM_SESSIONS = 256
 FIRST_FACTOR, NEXT_FACTOR = 2.0, 1.25
-"""By which numbers grow until one is not held: in the first search, and in those that begin where
-the last one ended.
-"""
+"""Factor by which numbers grow until one is not held: in the first search, and in later ones."""
 LAST_RATIO = 1.12
 """The search ends when the next larger number tried is at most this times the number held."""
 GOAL_NUM_SESSIONS = 512
@@ -91,8 +88,9 @@ class Server:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of every step that counts: from when it was due to its answer, and to its sending if
-    its client was free.
+    """Seconds of each counted step: from when it was due to its answer, and to its sending.
+
+    The sending counts only if its client was free.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -116,9 +114,7 @@ class Trial:
         return compute_percentile(self.timings.latenesses, 0.95) if self.timings.latenesses else 0.0
 
     def judge(self, limit_s: float) -> Literal["held", "not held", "void"]:
-        """Void: not held, but perhaps only for clients that were late in sending, and as late in
-        receiving.
-        """
+        """Not held, but perhaps only for clients that were late in sending and receiving."""
         if self.timings.num_missed:
             return "not held"
         over_s = compute_percentile(self.timings.latencies, 0.95) - limit_s
@@ -351,9 +347,7 @@ async def _open_sessions(open_session: Open, num_sessions: int) -> list[Step]:
 
 
 async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
-    """Step every session on schedule; what is not sent by the end of the schedule, or fails, is
-    missed.
-    """
+    """Step every session on schedule; what fails or isn't sent by its end is missed."""
     loop, timings = asyncio.get_running_loop(), Timings()
     num_rounds = schedule.num_warmups + schedule.num_rounds
     begin = loop.time() + schedule.period_s / 10
@@ -489,9 +483,7 @@ PEER = Server(
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share of the values does not exceed; infinite if
-    there is none.
-    """
+    """The smallest value that this share of the values does not exceed; infinite if none is."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.inf
 
 

@@ -167,9 +167,7 @@ def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
 
 
 class PlainBus(RedisBus):
-    """A bus without the guarantees: one pipeline that publishes and acknowledges, whoever holds
-    what.
-    """
+    """A bus without the guarantees: one pipeline publishes and acknowledges, held or not."""
 
     async def commit(
         self,

@@ -1,4 +1,4 @@
-"""Owns an environment that answers at once, so that only its server's work is measured.
+"""An environment that answers at once, so that only its server's work is measured.
 
 Imports no more than a worker needs.
 """

@@ -1,5 +1,4 @@
-"""Measures what distillation costs the learner: its whole update by SDAR against the same update by
-GRPO.
+"""Measures what distillation costs the learner: a whole update by SDAR against one by GRPO.
 
 Both methods train one model on one batch through the learner's own `Trainer` and DeepSpeed, so only
 the loss differs: batching, reference scoring, forward and backward passes, AdamW and the export of

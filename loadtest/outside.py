@@ -1,5 +1,4 @@
-"""Owns `make loadtest`: servers under the users of `locustfile.py`, more and more of them, until
-p99 or the rate says full.
+"""The command of `make loadtest`: more and more users of `locustfile.py`, until a server is full.
 
 Without addresses it starts its own: an environment server with one worker, then a small real run
 whose gateway is asked once the run is paused. Each has a core, its users another; CPU time is
@@ -171,9 +170,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def measure_cpu(server: psutil.Process | None) -> tuple[float, float, float, float]:
-    """Seconds of CPU time so far: of the server's process, of those it started, of this process,
-    and of the whole machine.
-    """
+    """Seconds of CPU time so far: of server, its children, this process and the machine."""
     own, *workers = (
         (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
     )

@@ -1,5 +1,4 @@
-"""Owns how a load is raised until a server is full, and how what came of it is kept and written:
-stages, search, tables.
+"""Raises a load until a server is full, and keeps and writes the results: stages, search, tables.
 
 Pure: it starts nothing and imports no Locust, which would patch the process of whoever imports it.
 """
@@ -49,17 +48,13 @@ class Stage:
 
     @property
     def requests_per_cpu_s(self) -> float | None:
-        """Requests that a second of the server's CPU time answers: what holds also where cores are
-        shared.
-        """
+        """Requests per second of the server's CPU time; holds also where cores are shared."""
         return None if not self.server_share else self.requests_per_s / self.server_share
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """All stages in the order they were played, the largest one held, and what stopped it from
-    being larger.
-    """
+    """All stages in order, the largest one held, and what stopped it from being larger."""
 
     what: str
     unit: str
@@ -76,9 +71,7 @@ class Ramp:
 
     @property
     def memory_per_100_bytes(self) -> float | None:
-        """What 100 users more take of the server's memory, between the smallest stage and the
-        largest held.
-        """
+        """Server memory of 100 more users, between the smallest and the largest stage held."""
         first = self.stages[0]
         if (
             first.memory_bytes is None

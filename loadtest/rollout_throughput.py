@@ -1,5 +1,4 @@
-"""Measures what the rollout service costs on top of vLLM: sampled tokens per second of both, at 32
-episodes in flight.
+"""Measures the rollout service's cost on top of vLLM: sampled tokens per second at 32 episodes.
 
 One AsyncLLM serves both sides in turn, so the engine and its arguments are the same object. Ours is
 a `RolloutWorker` with its engine, prompts, episodes, codec and bus on a real Redis: task groups in,
@@ -171,9 +170,7 @@ def check_count(num_tokens: int, expected: int) -> None:
 
 
 class InstantEnvironment:
-    """An `EnvironmentClient`, and the directory that finds it: answers from scripts, without
-    waiting for anything.
-    """
+    """An `EnvironmentClient` and its directory: answers from scripts without waiting."""
 
     def __init__(self, scripts: Sequence[Script]) -> None:
         self._scripts = {script.task.task_id: script for script in scripts}
@@ -213,9 +210,7 @@ class InstantEnvironment:
 
 
 class Service:
-    """The gateway's and the learner's side of a rollout worker: issues groups, waits for their
-    accounts.
-    """
+    """Both sides of a rollout worker: issues groups as the gateway, waits for their accounts."""
 
     def __init__(
         self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]

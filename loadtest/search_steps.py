@@ -1,5 +1,4 @@
-"""Measures Search-QA: a step that searches, in process and through the retriever service, and how
-much the service answers.
+"""Measures Search-QA: a step that searches, in process and by the retriever, and the retriever.
 
 The peer is what the index's own library does for the same query on the same index: its tokenizer
 and its `retrieve`. A step also reads the action, looks up and shows the passages, and where a
@@ -214,9 +213,7 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
 
 
 def _measure_sessions(data: Path) -> float:
-    """KiB that one more session takes in a process that has the data: as allocated, for it is less
-    than a page.
-    """
+    """KiB allocated for one more session in a process that has the data; less than a page."""
     SearchEnvironment(data_dir=str(data), topk=TOPK).reset("train-0", seed=0)
     gc.collect()
     tracemalloc.start()

@@ -1,5 +1,4 @@
-"""Measures where the wall time of a run goes: which share of it each service waits for work, and
-how busy it keeps a core.
+"""Measures a run's wall time: the share each service waits for work, and how busy its core is.
 
 A short `sdar run` of the demo, every service a process. Rollout, teacher and learner say themselves
 how long they had nothing to do (their records in metrics.jsonl); gateway and environments only

@@ -1,5 +1,4 @@
-"""Measures the stream of trajectories: publish, read and acknowledge over a real Redis, against
-PipelineRL's way.
+"""Measures the stream of trajectories over a real Redis, against PipelineRL's way.
 
 Both sides write everything, then read everything, in one process, so nothing but their own work is
 in the time: ours encodes and checks every trajectory, commits a group in one transaction as a

@@ -1,5 +1,4 @@
-"""Measures what a step in the shop costs, against the figure published for the original, and what
-memory a session takes.
+"""Measures a step in the shop against the original's published figure, and a session's memory.
 
 The environment class itself plays, without a server, on a generated catalogue of a few thousand
 products: by a shopper who searches, chooses and buys, and at random over everything that can be
@@ -141,9 +140,7 @@ def _measure_sessions(data_dir: str) -> float:
 
 
 def _measure_memory() -> int:
-    """Bytes of this process's own memory: pages of files, memory-mapped or of libraries, are shared
-    and not counted.
-    """
+    """Bytes of this process's own memory, without shared pages of files and libraries."""
     gc.collect()
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)

@@ -1,5 +1,4 @@
-"""Measures the way of new weights: from tensors in the learner's hands to a vLLM that samples from
-them.
+"""Measures the way of new weights from the learner's tensors to a vLLM that samples from them.
 
 Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then
 `VllmEngine.update_weights` (read, verify, install between two tokens). The peer: the same bytes,

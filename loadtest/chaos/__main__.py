@@ -1,4 +1,4 @@
-"""Owns the command `python -m loadtest.chaos`: run, check, tell.
+"""The command `python -m loadtest.chaos`: runs, checks and reports.
 
 Exit code 0 if every promise was kept.
 """

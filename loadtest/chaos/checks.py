@@ -1,6 +1,4 @@
-"""Owns what must hold at the end of a chaos run: one function a promise, each answered with the
-evidence. Pure.
-"""
+"""What must hold at the end of a chaos run: one pure function a promise, with its evidence."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def check_end(phase: str, num_updates: int, target: int) -> Check:
 
 
 def check_samples(samples: Sequence[Sample], num_missed: int) -> Check:
-    """Both equations hold in every sample, and nothing that only grows ever shrinks: no restart
-    forgets.
-    """
+    """Both equations hold in every sample, and what only grows never shrinks."""
     gaps = [sample for sample in samples if sample.gap != 0]
     growing = ("issued", "generated", *(outcome.value for outcome in CLOSING))
     shrunk = [

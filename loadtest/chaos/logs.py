@@ -1,4 +1,4 @@
-"""Owns reading services' JSON logs while they are written.
+"""Reads services' JSON logs while they are written.
 
 Lines of other programs between them are passed over.
 """

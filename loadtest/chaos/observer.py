@@ -1,5 +1,6 @@
-"""Owns what is seen of a run from outside: probes, the ledger second by second, metric records. One
-thread with an event loop.
+"""Watches a run from outside: probes, the ledger second by second, metric records.
+
+One thread with an event loop.
 
 It only looks. It reads Redis past the links that faults cut, so that a fault hurts the run and not
 its witness.
@@ -138,9 +139,7 @@ class Observer:
         return found
 
     def find_held(self, consumer: str, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Tell, as soon as Redis answers, the ids of the task groups that a rollout worker which
-        was just hit holds.
-        """
+        """Return, once Redis answers, the ids of the task groups a just hit worker holds."""
 
         async def read() -> None:
             stream, group = (

@@ -1,4 +1,4 @@
-"""Owns what is told of a chaos run: the table, and the same as JSON and Markdown.
+"""The report of a chaos run: the table, and the same as JSON and Markdown.
 
 Pure but for the two files it writes.
 """

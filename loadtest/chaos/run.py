@@ -1,4 +1,4 @@
-"""Owns a chaos run from its start to its last check.
+"""A chaos run from its start to its last check.
 
 MAIN LOOP: keep everything up, hurt what is due, look, until finished.
 """
@@ -37,17 +37,11 @@ _START_TIMEOUT_S = 300.0
 _MAX_STILL_S = 300.0
 """How long neither an update nor a fault may come: then the run is stuck."""
 _MAX_HURT = 3
-"""Targets that may be down at once: on a slow machine faults come later, rather than that nothing
-is ever up.
-"""
+"""Targets that may be down at once: on a slow machine faults come later."""
 _WAIT_FOR_RECOVERY_S = 60.0
-"""A target that has not recovered from its last fault is left alone for so long, then hit all the
-same.
-"""
+"""A target that has not recovered is left alone for so long, then hit all the same."""
 _LATE_DELIVERY_S = 2.0
-"""Less than any service takes to start again: what its name holds by then was handed to the life
-that was killed.
-"""
+"""Less than any service takes to start: its name's entries by then are the killed life's."""
 _KILL_AGAIN_AFTER_S = 1.5
 _DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
@@ -59,9 +53,7 @@ _PROCESSES_END_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Resident memory of one life (process id) of a service, children included, and its signs of
-    work up to then.
-    """
+    """Resident memory of one life (process id) with its children, and its signs of work."""
 
     service: str
     pid: int
@@ -186,9 +178,7 @@ class ChaosRun:
         self.evidence.duration_s = self._elapsed_s
 
     def _choose_due(self) -> Fault | None:
-        """The first fault that is due and whose target can take it; none while Redis or too many
-        others are down.
-        """
+        """The first due fault whose target can take it; none while Redis or too many are down."""
         hurt = {injury.target for injury in self.evidence.injuries if self._is_hurt(injury)}
         if self._deployment.is_redis_held_down or len(hurt) >= _MAX_HURT:
             return None

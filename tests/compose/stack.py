@@ -1,5 +1,4 @@
-"""Owns one stack of docker-compose.yml under a project name of the test's own: up, down, kills,
-what it says of itself.
+"""One stack of docker-compose.yml under its own project name: up, down, kills, its answers.
 
 Everything runs by the commands that a person types. A crash is a SIGKILL of a container's first
 process from beside it: after `docker kill`, which counts as a stop by hand, Docker starts nothing
@@ -149,9 +148,7 @@ class Stack:
         )
 
     def read_status(self) -> dict[str, Any] | None:
-        """The run's status; None while the gateway does not answer, or has not read yet where the
-        run stands.
-        """
+        """The run's status; None while the gateway doesn't answer or hasn't read it yet."""
         try:
             answer = self.ask("/v1/run", self.token)
         except (httpx.HTTPError, CommandError):
@@ -226,9 +223,7 @@ def missing_images() -> list[str]:
 
 
 def check_account(statuses: list[dict[str, Any]]) -> None:
-    """In each status both equations hold; between two nothing shrinks that only grows, over every
-    restart.
-    """
+    """Both equations hold in each status; what only grows never shrinks, over restarts."""
     for status in statuses:
         ledger = status["ledger"]
         closed = sum(

@@ -1,6 +1,4 @@
-"""Each image by itself: no root, a root file system that stays as it is, no port without tokens, an
-end on SIGTERM.
-"""
+"""Each image alone: no root, a read-only file system, no port without tokens, ends on SIGTERM."""
 
 from __future__ import annotations
 

@@ -55,9 +55,7 @@ CONFIG = make_config(
 MAX_OPEN_GROUPS = (CONFIG.training.max_staleness + 1) * CONFIG.training.groups_per_update
 STATE = "gateway"
 STEPS_TO_THE_END = 5000
-"""More than any run without further faults takes from anywhere; reaching it means that the run
-hangs.
-"""
+"""More steps than any run without further faults takes; reaching it means a hang."""
 TEACHER_BATCH = 3
 FAILS_EVERY, IS_POISON_EVERY = 7, 11
 """Every so many groups: one whose environment fails, and one that kills whoever plays it."""
@@ -76,9 +74,7 @@ def demand(is_true: bool, what: str) -> None:
 
 
 class SteppedBus:
-    """A process's handle on the bus: a call takes effect at once, its result is handed out at the
-    process's next step.
-    """
+    """A process's handle on the bus: a call acts at once, its result waits for the next step."""
 
     def __init__(self, bus: Bus, process: Process) -> None:
         self.bus, self._process = bus, process
@@ -199,8 +195,7 @@ class GatewayState:
 class Gateway(Process):
     async def main(self) -> None:
         await self.bus.claim_role(ConsumerGroup.GATEWAY)
-        # Before the state: a snapshot restored between the two is adopted later, instead of being
-        # overwritten.
+        # Before the state: a snapshot restored between the two is adopted, not overwritten.
         is_empty = await self.is_empty()
         await self.load()
         while True:
@@ -635,9 +630,7 @@ class World:
         )
 
     async def _check_kept(self, open_groups: dict[int, bool]) -> None:
-        """Whatever an open group needs to end is on a stream and acknowledged by nobody; one
-        attempt gets through.
-        """
+        """What an open group needs is on a stream, unacknowledged; one attempt gets through."""
         tasks = Counter(
             codec.decode_task_group(data).group_id
             for data in await self.list_unacknowledged(Stream.TASKS, ConsumerGroup.ROLLOUT)

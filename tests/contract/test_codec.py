@@ -426,8 +426,7 @@ def test_a_cut_entry_never_escapes_as_anything_but_our_errors(name):
     with pytest.raises(CorruptionError):
         DECODE[name](data[:-1])
     for size in range(len(data)):
-        # A cut between two fields leaves a message that may be whole; any other error would fail
-        # here.
+        # A message cut between two fields may be whole; any other error would fail here.
         with contextlib.suppress(CorruptionError, ContractError):
             DECODE[name](data[:size])
 

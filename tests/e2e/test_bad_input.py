@@ -1,6 +1,4 @@
-"""`sdar run` against bad input: one clear sentence, an exit code, nothing half-written, nothing
-left running.
-"""
+"""`sdar run` against bad input: one sentence, an exit code, nothing half-written or running."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ def assert_nothing_remains(runs_dir: Path) -> None:
 
 
 def read_command(process: psutil.Process) -> list[str]:
-    """A process's command line; empty for one that has ended, even if nobody has asked for its exit
-    code yet.
-    """
+    """A process's command line; empty for one that has ended, reaped or not."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:

@@ -1,6 +1,4 @@
-"""The learner with real DeepSpeed on gloo: every ZeRO stage and number of ranks takes the step that
-plain PyTorch takes.
-"""
+"""Real DeepSpeed on gloo: every ZeRO stage and number of ranks steps as plain PyTorch does."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ from tests.unit.learner.builders import (
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
-"""Adam divides by the gradient's own size, so rounding of a tiny gradient shows; three steps may
-move a weight by 3e-3.
-"""
+"""Adam magnifies rounding of tiny gradients; three steps may move a weight by 3e-3."""
 
 
 def run_ranks(*arguments):
@@ -142,8 +138,7 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
     moved = torch.cat(
         [(weights[name].float() - value).abs().flatten() for name, value in expected[0].items()]
     )
-    # Half a bfloat16 step of a weight near 1, and what three steps of the learning rate can differ
-    # by.
+    # Half a bfloat16 step of a weight near 1, and three steps of the learning rate.
     assert moved.max() < 2**-8 + 6 * LEARNING_RATE
 
 
@@ -235,9 +230,7 @@ async def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(method, tmp_
 
 
 async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_bit(tmp_path):
-    """Killed after update 3 with the checkpoint of update 2 on the disk: e and f train again, as
-    another version.
-    """
+    """Killed after update 3, checkpoint 2 on disk: e and f train again, as another version."""
     runs = [
         Run(tmp_path / name, num_updates=4, max_staleness=4, checkpoint_every=2)
         for name in ("whole", "killed")

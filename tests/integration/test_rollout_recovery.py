@@ -1,6 +1,4 @@
-"""What becomes of groups when rollout workers or environments die, hang or pause: real processes,
-servers and Redis.
-"""
+"""Groups when real rollout workers or environments die, hang or pause, on a real Redis."""
 
 from __future__ import annotations
 
@@ -299,9 +297,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Bench:
-    """A worker in this process on a bus in memory, whose sampler says what it is told to, over and
-    over the last.
-    """
+    """A worker on a bus in memory whose sampler follows a script, repeating its last answer."""
 
     def __init__(self, tokenizer, *texts: str, **limits) -> None:
         self.bus = MemoryBus(CONSUMERS)

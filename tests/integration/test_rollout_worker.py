@@ -1,6 +1,4 @@
-"""The rollout service with its real parts: household over gRPC, the demo's model, a weight store,
-the in-memory bus.
-"""
+"""The rollout service on real parts: household over gRPC, demo's model, weight store."""
 
 from __future__ import annotations
 

@@ -159,8 +159,6 @@ def _is_same(wanted: str, found: str) -> bool:
 
 
 def _describe_namespace(name: str) -> dict[str, Any]:
-    """With the strictest pod security, where the cluster knows it: it then refuses a pod that asks
-    for more.
-    """
+    """With the strictest pod security that the cluster knows, so it refuses wider pods."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}

@@ -1,6 +1,4 @@
-"""Owns a Prometheus in the test's namespace that scrapes a release as deploy/prometheus says, and
-what it is asked.
-"""
+"""A Prometheus in the test's namespace that scrapes a release as deploy/prometheus says."""
 
 from __future__ import annotations
 
@@ -137,9 +135,7 @@ class Monitoring:
         )
 
     def _list_targets(self) -> list[dict[str, Any]]:
-        """What discovery of pods would find: each container port of each pod, under the labels it
-        would give.
-        """
+        """What discovery would find: each container port of each pod, with its labels."""
         return [
             {
                 "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
@@ -161,9 +157,7 @@ class Monitoring:
         ]
 
     def _build_configs(self) -> dict[str, str]:
-        """The project's configuration, kept to this namespace and quick; and the same for a build
-        that cannot ask for pods.
-        """
+        """The project's configuration for this namespace; also for builds without discovery."""
         configs = {}
         for name in ("prometheus.yml", _WITHOUT_DISCOVERY):
             config = yaml.safe_load(

@@ -1,6 +1,4 @@
-"""Owns one release of the chart: install, upgrade, uninstall, its gateway's answers, its pods, and
-what its parts recorded.
-"""
+"""One release of the chart: install, upgrade, uninstall, its gateway's answers and its pods."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class AwayError(Exception):
 
 
 class Gateway:
-    """HTTP to a release's gateway through `kubectl port-forward`, which is opened anew whenever its
-    pod has gone.
-    """
+    """HTTP to a gateway through `kubectl port-forward`, opened anew when its pod has gone."""
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self._cluster = cluster
@@ -113,9 +109,7 @@ class Gateway:
 
 
 class Watch:
-    """Reads the status once a second in a thread while it is open, so that no moment of the account
-    goes unseen.
-    """
+    """Reads the status each second in a thread, so no moment of the account is missed."""
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self.samples: list[Sample] = []
@@ -223,9 +217,7 @@ class Release:
         return [pod for pod in found if pod.role != "check"]
 
     def lives(self) -> dict[str, tuple[str, int]]:
-        """What tells that a pod was neither replaced nor restarted: uid and restarts by name; not
-        of one on its way out.
-        """
+        """Uid and restarts by name, to see that a pod is the same; of none on its way out."""
         return {pod.name: (pod.uid, pod.num_restarts) for pod in self.pods() if not pod.is_ending}
 
     def sdar(self, *arguments: str, expected_code: int = 0) -> str:
@@ -245,9 +237,7 @@ class Release:
         return ("--release", self.name, "--namespace", self.cluster.namespace)
 
     def wait_ready(self, counts: Mapping[str, int], timeout_s: float = READY_TIMEOUT_S) -> float:
-        """Until each role has exactly so many pods and all are ready; returns the seconds that
-        took.
-        """
+        """Wait until each role has just so many ready pods; returns the seconds that took."""
         began_s = time.monotonic()
 
         def is_ready() -> bool:
@@ -265,9 +255,7 @@ class Release:
         return time.monotonic() - began_s
 
     def delete_pod(self, role: str) -> float:
-        """`kubectl delete pod` of one pod of a role; returns the seconds until another is ready in
-        its place.
-        """
+        """Delete one pod of a role; returns the seconds until another is ready in its place."""
         before = [pod for pod in self.pods(role) if not pod.is_ending]
         gone = before[0]
         began_s = time.monotonic()
@@ -304,9 +292,7 @@ print(urlopen({url!r}, timeout=5).read().decode())
     # ---- the run
 
     def find_status(self) -> dict[str, Any]:
-        """The gateway's status; empty while it does not answer or does not know yet where the run
-        stands.
-        """
+        """The gateway's status; empty while it doesn't answer or doesn't know the run's state."""
         try:
             status: dict[str, Any] = self.gateway.ask("GET", "/v1/run")
         except AwayError:

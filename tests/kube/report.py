@@ -1,5 +1,4 @@
-"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks
-of a page. Runs nothing.
+"""The report of a cluster test: a row per claim with its evidence, between two marks of a page.
 
 A claim that was not put to the test this time keeps the row it had, so that a page can be made in
 several goes.

@@ -1,5 +1,4 @@
-"""The life of one release with default values, in order: to its end, on, through every pod's death,
-wider, asleep, gone.
+"""The life of a release with default values: to its end, on, through pods' deaths, asleep, gone.
 
 Each test goes on where the one before left the run, so that the vLLM engine starts as seldom as can
 be.
@@ -25,9 +24,7 @@ from tests.kube.monitoring import Monitoring
 from tests.kube.release import READY_TIMEOUT_S, Release, Watch, describe, list_left
 
 SUCCESS = 0.80
-"""Held-out success, sampled, that the README's run of the household shows, with room for a seed's
-luck.
-"""
+"""Held-out success, sampled, of the README's household run, less room for a seed's luck."""
 DEFAULT_RUN_TIMEOUT_S = 900.0
 FAR_AWAY_UPDATES = 1900
 """More than are made while the release is disturbed, and fewer than the learner's record remembers.

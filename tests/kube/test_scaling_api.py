@@ -1,6 +1,4 @@
-"""The gateway's door to Kubernetes against a real API server, with the rights that the chart gives
-it and no others.
-"""
+"""The gateway's door to a real Kubernetes API server, with the chart's rights and no others."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ GRANTS = ("role", "rolebinding", "serviceaccount")
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Cluster]:
-    """A namespace with the gateway's rights as the chart renders them, and its workloads without
-    pods that could run.
-    """
+    """A namespace with the chart's rights for the gateway, and workloads whose pods can't run."""
     try:
         run(["kubectl", "get", "nodes"], timeout_s=20.0)
     except (CommandError, FileNotFoundError) as error:

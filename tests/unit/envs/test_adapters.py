@@ -185,9 +185,7 @@ def test_a_text_rendering_is_shown_with_its_colours_by_name():
 
 
 def test_an_action_mask_shortens_the_list_but_forbids_nothing():
-    """Taxi's mask leaves out what would not move: picking up where nobody is costs 10 there, and is
-    playable.
-    """
+    """Taxi's mask leaves out moves that change nothing; a vain pick-up costs 10 but is playable."""
     first, (result,) = play(GymnasiumEnvironment(id="Taxi-v4"), "4")
     assert "4" not in first.admissible_actions
     assert (result.is_action_valid, result.reward) == (True, -10.0)

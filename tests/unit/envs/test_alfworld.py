@@ -1,6 +1,4 @@
-"""ALFWorld's rules, on a shipped game: a mug on countertop 2 must go into microwave 1, which is
-closed.
-"""
+"""ALFWorld's rules on a shipped game: a mug on a countertop must go into a closed microwave."""
 
 from __future__ import annotations
 

@@ -108,9 +108,7 @@ def test_an_answer_on_the_last_turn_counts(data_dir):
 
 
 def test_an_answer_inside_a_passage_never_counts(data_dir):
-    """The first passage holds <answer>Paris</answer>, which is right: whoever only finds it has
-    answered nothing.
-    """
+    """The first passage holds <answer>Paris</answer>, which is right, but finding is no answer."""
     found, *rest = play(data_dir, *["<search>tower</search>"] * 4)
     assert "<answer>Paris</answer>" in found.observation.text
     assert [result.reward for result in (found, *rest)] == [0, 0, 0, 0]

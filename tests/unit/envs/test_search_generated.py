@@ -1,6 +1,4 @@
-"""The generated world: the same bytes again, one answer to every question, and an expert who finds
-them all.
-"""
+"""The generated world: the same bytes again, one answer a question, an expert finds all."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
 
 
 def test_the_shipped_data_is_what_the_generator_makes(tmp_path):
-    """The questions are compared by value: another version of the Parquet writer may order its
-    bytes anew.
-    """
+    """Questions are compared by value: a Parquet writer may order its bytes anew."""
     made = make(tmp_path / "data", num_tasks=200, seed=0)
     assert (made / "corpus.jsonl").read_bytes() == (
         SHIPPED_SEARCH_DATA / "corpus.jsonl"

@@ -1,6 +1,4 @@
-"""Ranking by words and by meaning, requests that share a batch, and a client whose service
-misbehaves in every way.
-"""
+"""Ranking by words and meaning, batched requests, and a client of a misbehaving service."""
 
 from __future__ import annotations
 
@@ -343,9 +341,7 @@ async def test_the_end_leaves_no_thread_and_nobody_waiting():
 
 
 class Script:
-    """A retriever that plays a list of (status, body) answers, the last one for ever; "hang" waits
-    until the test is over.
-    """
+    """A retriever that plays (status, body) answers, the last for ever; "hang" waits."""
 
     def __init__(self, *answers):
         self.answers = list(answers)

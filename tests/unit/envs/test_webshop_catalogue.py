@@ -1,6 +1,4 @@
-"""The published files become products and goals: parsing, prices, the fixed order, and refusals
-that name the place.
-"""
+"""Published files become products and goals: parsing, prices, order, refusals by place."""
 
 from __future__ import annotations
 
@@ -131,9 +129,7 @@ def test_synthetic_goals_can_be_asked_for_where_there_are_human_ones(tmp_path, c
 def test_the_thousand_products_have_synthetic_goals_unless_human_ones_are_asked_for(
     tmp_path, cache
 ):
-    """The file of human instructions is downloaded with them, but knows about ten of their
-    products.
-    """
+    """The file of human instructions comes with them but knows ten of their products."""
     write_files(tmp_path, suffix="_1000")
     assert len(open_catalogue(tmp_path, cache, False, None).goals) == 6
     assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
@@ -157,9 +153,7 @@ def test_a_bound_depends_on_its_goal_alone():
 
 
 def test_the_order_of_goals_is_the_published_shuffle():
-    """random.Random(233).shuffle, which no process's state touches; the first ten of a thousand,
-    for good.
-    """
+    """random.Random(233).shuffle, whatever the process: the first ten of a thousand, for good."""
     assert shuffle_goals(range(1000))[:10] == [127, 320, 431, 331, 760, 454, 129, 769, 485, 270]
 
 

@@ -1,6 +1,4 @@
-"""What a rank other than 0 does when a disk refuses a checkpoint; the ranks and the model are
-invented.
-"""
+"""What a rank other than 0 does when a disk refuses a checkpoint; on invented ranks."""
 
 from __future__ import annotations
 

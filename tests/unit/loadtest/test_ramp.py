@@ -1,6 +1,4 @@
-"""The search for what a server holds, on servers that are plain functions; and the page that shows
-it.
-"""
+"""The search for what a server holds, on plain functions, and the page that shows it."""
 
 import dataclasses
 import json

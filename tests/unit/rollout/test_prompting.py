@@ -108,9 +108,7 @@ def test_every_prompt_of_a_window_is_fresh_and_carries_all_its_messages(tokenize
 
 
 def test_a_window_that_does_not_fit_leaves_out_the_oldest_turns_and_says_how_many(tokenizer):
-    """One token is one byte: observation 0 is 300 bytes long, so that it has to go and observation
-    1 may stay.
-    """
+    """One token is one byte: observation 0 has 300 and has to go; observation 1 may stay."""
     prompts = HistoryWindow(tokenizer, SETTING, 2, 300)
     prompts.begin("x" * 300)
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "one", "B")

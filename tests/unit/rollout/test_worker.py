@@ -179,9 +179,7 @@ async def test_a_group_whose_environment_failed_is_played_again_whole_as_another
 
 
 async def test_attempts_are_counted_across_workers(tokenizer):
-    """One attempt died with its worker, so of three two are left to an environment that keeps
-    failing.
-    """
+    """One attempt died with its worker, so two of three are left for a failing environment."""
     bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     await bench.issue(make_group("g1", size=1))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
@@ -340,9 +338,7 @@ async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer)
 
 
 async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
-    """The bus has committed and its reply is on its way while the group is renewed, hence found not
-    held any more.
-    """
+    """The bus has committed, its reply is on its way, and a renewal finds the group not held."""
 
     class SlowToReply(MemoryBus):
         num_renewals = 0

@@ -1,6 +1,4 @@
-"""The shipped skill libraries: whole, short, for every task type, and true to what their
-environments understand.
-"""
+"""The shipped skill libraries: whole, short, for every task type, true to environments."""
 
 from __future__ import annotations
 

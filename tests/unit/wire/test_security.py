@@ -1,6 +1,4 @@
-"""The door: tokens and roles, what is loopback, rates by a clock of our own, certificates that
-change, nothing secret shown.
-"""
+"""The door: tokens, roles, loopback, rates, certificates that change, hidden secrets."""
 
 import datetime
 import hmac
