@@ -1,6 +1,4 @@
-"""What becomes of groups when rollout workers or environments die, hang or pause: real processes,
-servers and Redis.
-"""
+"""Groups when real rollout workers or environments die, hang or pause, on a real Redis."""
 
 from __future__ import annotations
 
@@ -203,8 +201,8 @@ async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_ot
         await reached(lambda: all_published(run))
         recovery_s = time.monotonic() - killed_at_s
         print(
-            f"{num_lost} groups of a killed worker were published {recovery_s:.1f} s after its "
-            "death"
+            f"{num_lost} groups of a killed worker were published "
+            f"{recovery_s:.1f} s after its death"
         )
         assert recovery_s < RECOVERY_S
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
@@ -272,9 +270,9 @@ async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_
             return (await run.values("one")).get("num_reclaimed_groups") == num_lost
 
         await reached(is_back, START_S)
+        recovery_s = time.monotonic() - killed_at_s
         print(
-            f"{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the "
-            "death, start included"
+            f"{num_lost} groups were taken back {recovery_s:.1f} s after the death, start included"
         )
         await reached(lambda: all_published(run))
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
@@ -299,9 +297,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Bench:
-    """A worker in this process on a bus in memory, whose sampler says what it is told to, over and
-    over the last.
-    """
+    """A worker on a bus in memory whose sampler follows a script, repeating its last answer."""
 
     def __init__(self, tokenizer, *texts: str, **limits) -> None:
         self.bus = MemoryBus(CONSUMERS)
@@ -392,7 +388,7 @@ async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_group_whose_environment_hangs_every_time_fails_with_the_reason_and_the_number_of_attempts(
+async def test_a_group_whose_environment_always_hangs_fails_with_reason_and_number_of_attempts(
     tokenizer, purpose
 ):
     bench = Bench(tokenizer, "hang", max_attempts=2)

@@ -179,9 +179,7 @@ async def test_a_group_whose_environment_failed_is_played_again_whole_as_another
 
 
 async def test_attempts_are_counted_across_workers(tokenizer):
-    """One attempt died with its worker, so of three two are left to an environment that keeps
-    failing.
-    """
+    """One attempt died with its worker, so two of three are left for a failing environment."""
     bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     await bench.issue(make_group("g1", size=1))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
@@ -192,8 +190,9 @@ async def test_attempts_are_counted_across_workers(tokenizer):
 
 
 async def test_a_group_that_waits_for_its_next_attempt_holds_no_place_for_episodes(tokenizer):
-    """There is room for one group. The first one's environment fails and its next attempt is far
-    off; the second is played.
+    """There is room for one group.
+
+    The first one's environment fails and its next attempt is far off; the second is played.
     """
     bench = Bench(
         tokenizer,
@@ -339,9 +338,7 @@ async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer)
 
 
 async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
-    """The bus has committed and its reply is on its way while the group is renewed, hence found not
-    held any more.
-    """
+    """The bus has committed, its reply is on its way, and a renewal finds the group not held."""
 
     class SlowToReply(MemoryBus):
         num_renewals = 0
@@ -365,7 +362,7 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
     assert (bench.metrics.num_repeated_tokens, bench.metrics.num_late_results) == (0, 0)
 
 
-async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
+async def test_a_worker_plays_at_once_what_its_earlier_life_held_and_spares_a_silent_peer(
     tokenizer,
 ):
     bench = Bench(tokenizer, lease_s=60.0)
@@ -422,7 +419,7 @@ async def test_a_stop_finishes_what_is_in_hand_and_reads_no_more(tokenizer):
     assert await bench.num_open_tasks() == 1
 
 
-async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with_its_sessions_closed(
+async def test_what_is_unfinished_after_the_grace_is_handed_back_with_its_sessions_closed(
     tokenizer,
 ):
     environment = ScriptedEnvironment(gate=asyncio.Event())
@@ -469,7 +466,7 @@ async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer)
     assert environment.closed == environment.opened
 
 
-async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_is_left_for_nobody(
+async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_leaks(
     tokenizer,
 ):
     class DyingEngine(ScriptedEngine):
