@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
-from sdar.contracts.roles import ROLES, Port, RoleSpec
+from sdar.contracts import roles
 from sdar.process.settings import Settings
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
 DEMO = CHART.parent / "examples" / "household.yaml"
-_ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py: what templates look up of a role.
+_ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py. Of each role:
 # ports: by name, with the number it listens on; probePort: the one that is probed and scraped.
 # usesRedis: it reads and writes streams, and is traced. calls: roles whose gRPC it calls.
 # readsWeights: it mounts the weight store and may hold GPUs. sleeps: the idle guard takes it to 0.
@@ -271,11 +271,11 @@ def build_run_defaults() -> dict[str, Any]:
 
 
 def build_roles() -> dict[str, Any]:
-    """The table of services as templates read it: by role, ports with their numbers."""
-    return {str(role): describe_role(row) for role, row in ROLES.items()}
+    """The table of services as templates read it, by role."""
+    return {str(role): describe_role(row) for role, row in roles.ROLES.items()}
 
 
-def describe_role(row: RoleSpec) -> dict[str, Any]:
+def describe_role(row: roles.RoleSpec) -> dict[str, Any]:
     """One row as templates read it; the head of the file says what each key means."""
     return {
         "ports": {str(port): find_port_number(port) for port in row.listens},
@@ -290,9 +290,14 @@ def describe_role(row: RoleSpec) -> dict[str, Any]:
     }
 
 
-def find_port_number(port: Port) -> int:
-    """The number that a server of ours listens on where nobody set another: containers' own."""
+def find_port_number(port: roles.Port) -> int:
+    """The number that containers listen on: the setting's default."""
     return int(Settings.model_fields[port.setting].default)
+
+
+def render_roles() -> str:
+    """The text of helm/files/roles.yaml."""
+    return _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
 
 
 def build_demo() -> str:
@@ -344,9 +349,7 @@ def write() -> None:
         head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
     )
     (CHART / "files/household.yaml").write_text(build_demo())
-    (CHART / "files/roles.yaml").write_text(
-        _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
-    )
+    (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
     (CHART / "README.md").write_text(
