@@ -257,6 +257,9 @@ WORKERS = tuple(role for role in REPORTING if not ROLES[role].is_sole)
 SLEEPING = tuple(role for role, row in ROLES.items() if row.sleeps)
 """What the idle guard scales to zero, in the order of the data's flow."""
 
+SCALABLE = tuple(role for role, row in ROLES.items() if row.is_scalable)
+"""What a scaling file may name."""
+
 CALLED = tuple(role for role in ROLES if any(role in row.calls for row in ROLES.values()))
 """Roles whose gRPC others call, so that their address has to be known before they start."""
 

@@ -1,12 +1,10 @@
-"""Owns the scaler's Prometheus metrics."""
+"""The scaler's Prometheus metrics."""
 
 from __future__ import annotations
 
-from typing import get_args
-
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from .file import Role
+from sdar.contracts.roles import SCALABLE
 
 
 class ScalingMetrics:
@@ -38,7 +36,7 @@ class ScalingMetrics:
             "1 while the idle guard holds rollout, teacher and learner at zero replicas.",
             registry=registry,
         )
-        for role in get_args(Role):
+        for role in SCALABLE:
             for direction in ("up", "down"):
                 self.changes.labels(role, direction)
         for cause in ("file", "cluster", "bus", "conflict", "defect"):
