@@ -10,7 +10,7 @@ from functools import partial
 import structlog
 
 from sdar.bus.protocol import BusMemory, StreamLag
-from sdar.contracts.roles import ROLES, WORKERS, Role
+from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
 
 from .state import RunPhase
@@ -136,18 +136,18 @@ def find_redis_memory(situation: Situation) -> str:
     )
 
 
-def find_worker_silent(role: Role, situation: Situation) -> str:
+def find_worker_silent(row: RoleSpec, situation: Situation) -> str:
     """The alarm `<role>_silent` of a role that any number of processes may hold."""
-    silence_s = situation.silence_s(role)
+    silence_s = situation.silence_s(row.name)
     if silence_s <= SILENCE_S:
         return ""
     # What the learner reads in this run is not the role's to take: a method without a teacher.
-    own = (stream for stream in ROLES[role].reads if stream is not situation.learner_input)
+    own = (stream for stream in row.reads if stream is not situation.learner_input)
     waiting = [stream for stream in own if situation.is_waiting(stream)]
     if not waiting:
         return ""
     return (
-        f"No {role} process was heard from for {silence_s:.0f} s while entries wait for it in "
+        f"No {row.name} process was heard from for {silence_s:.0f} s while entries wait for it in "
         f"{', '.join(waiting)}. See its log."
     )
 
@@ -235,7 +235,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "redis_unreachable": find_redis_unreachable,
     "redis_full": find_redis_full,
     "redis_memory": find_redis_memory,
-    **{f"{role}_silent": partial(find_worker_silent, role) for role in WORKERS},
+    **{f"{role}_silent": partial(find_worker_silent, ROLES[role]) for role in WORKERS},
     "teacher_lagging": find_teacher_lagging,
     "learner_silent": find_learner_silent,
     "dead_letters": find_dead_letters,
