@@ -154,7 +154,7 @@ def has_a_schema_of_its_values(row: RoleSpec) -> bool:
 
 def has_its_row_in_the_chart(row: RoleSpec) -> bool:
     rows = yaml.safe_load(read("helm/files/roles.yaml"))
-    return rows.get(row.name) == chart_schema.describe_role(row)
+    return bool(rows.get(row.name) == chart_schema.describe_role(row))
 
 
 def is_scraped_beside_compose(row: RoleSpec) -> bool:
@@ -291,7 +291,9 @@ def test_whoever_takes_entries_of_a_stream_has_it_in_its_row(method: str) -> Non
     for stream, groups in config.stream_consumers.items():
         for group in groups:
             assert stream in ROLES[Role(group)].reads
-    assert set(ConsumerGroup) == {role for role, row in ROLES.items() if row.uses_bus}
+    assert {str(group) for group in ConsumerGroup} == {
+        row.name for row in ROLES.values() if row.uses_bus
+    }
 
 
 def test_ports_and_addresses_are_settings() -> None:

@@ -34,7 +34,7 @@ print(*(name for name in sys.argv[1].split(",") if name in sys.modules), file=sy
 """
 
 
-def test_help_imports_nothing_that_does_a_verbs_work():
+def test_help_imports_nothing_that_does_a_verbs_work() -> None:
     command = [sys.executable, "-c", HELP, ",".join(HEAVY)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120
@@ -44,7 +44,9 @@ def test_help_imports_nothing_that_does_a_verbs_work():
 
 
 @pytest.mark.parametrize("group", [[], ["env"], ["dead-letter"], ["model"]])
-def test_the_summary_of_every_verb_fits_its_line(group, capsys):
+def test_the_summary_of_every_verb_fits_its_line(
+    group: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     from sdar.cli.main import main
 
     with pytest.raises(SystemExit):
