@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from prometheus_client import CollectorRegistry
 
+from sdar.contracts.roles import SCALABLE
 from sdar.process.measurements import Counter, Declarations, Gauge, Label, Meters
 
-from .file import Role
-
-_WORKLOAD = Label("workload", get_args(Role))
+_WORKLOAD = Label("workload", SCALABLE)
 _DIRECTIONS = ("up", "down")
 _CAUSES = ("file", "cluster", "bus", "conflict", "defect")
 
