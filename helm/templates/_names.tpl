@@ -47,6 +47,24 @@ name: {{ include "sdar.name" . }}
 labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- end }}
 
+{{/*
+What a role's pod has: `podDefaults` under what its own section says. Maps are merged; a list, a text or a number of the role's
+replaces the default, and an empty one does so too.
+*/}}
+{{- define "sdar.podValues" -}}
+{{- $values := (index . 0).Values -}}
+{{- mergeOverwrite (deepCopy $values.podDefaults) (deepCopy (index $values (index . 1))) | toYaml -}}
+{{- end }}
+
+{{/* "true" if the release has pods of a role. Takes (list $ "role"). */}}
+{{- define "sdar.isPresent" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- if eq $role "teacher" }}{{ include "sdar.hasTeacher" $root }}
+{{- else if eq $role "envs" }}{{ include "sdar.hasEnvs" $root }}
+{{- else if eq $role "redis" }}{{ if $root.Values.redis.enabled }}true{{ end }}
+{{- else }}true{{ end -}}
+{{- end }}
+
 {{- define "sdar.image" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
 {{- $image := $root.Values.image -}}

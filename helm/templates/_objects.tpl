@@ -1,19 +1,21 @@
 {{/* Small objects that each role has one of. All take (list $ "role"). */}}
 
 {{- define "sdar.serviceAccount" -}}
-{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 1) -}}
+{{- if include "sdar.isPresent" . -}}
 apiVersion: v1
 kind: ServiceAccount
 metadata:
   {{- include "sdar.metadata" . | nindent 2 }}
-  {{- with $values.serviceAccount.annotations }}
+  {{- with (include "sdar.podValues" . | fromYaml).serviceAccount.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
 automountServiceAccountToken: false
 {{- end }}
+{{- end }}
 
 {{/* One pod of a role at a time may be moved: each comes back without a loss, but not all at once. */}}
 {{- define "sdar.podDisruptionBudget" -}}
+{{- if include "sdar.isPresent" . -}}
 {{- $root := index . 0 -}}
 apiVersion: {{ $root.Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
 kind: PodDisruptionBudget
@@ -26,6 +28,47 @@ spec:
   {{- end }}
   selector:
     matchLabels: {{- include "sdar.selector" . | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{/*
+A Deployment. `surge` is how many pods more than the size an update may make: 0 where a replacement
+waits for the place, and the GPU, of the pod that it replaces. Takes (list $ "role" surge).
+*/}}
+{{- define "sdar.deployment" -}}
+{{- $surge := index . 2 -}}{{- $role := initial . -}}
+{{- if include "sdar.isPresent" $role -}}
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{- include "sdar.metadata" $role | nindent 2 }}
+spec:
+  {{- with include "sdar.replicas" $role }}
+  {{ . }}
+  {{- end }}
+  strategy:
+    rollingUpdate: {maxSurge: {{ $surge }}, maxUnavailable: {{ sub 1 $surge }}}
+  selector:
+    matchLabels: {{- include "sdar.selector" $role | nindent 6 }}
+  template: {{- include "sdar.pod" $role | nindent 4 }}
+{{- end }}
+{{- end }}
+
+{{/* A Service of a role that is called by gRPC; one that is headless names every pod. */}}
+{{- define "sdar.service" -}}
+{{- if include "sdar.isPresent" . -}}
+apiVersion: v1
+kind: Service
+metadata: {{- include "sdar.metadata" . | nindent 2 }}
+spec:
+  {{- if eq (index . 1) "envs" }}
+  # Headless: callers see every pod and spread their sessions over them.
+  clusterIP: None
+  {{- end }}
+  selector: {{- include "sdar.selector" . | nindent 4 }}
+  ports:
+    - {name: grpc, port: 9090, targetPort: grpc, protocol: TCP}
+    - {name: probe, port: 9100, targetPort: probe, protocol: TCP}
+{{- end }}
 {{- end }}
 
 {{/* Peers for network policies: pods of the same release by role. Takes (list $ "role" "role" ...). */}}

@@ -4,7 +4,8 @@ All take (list $ "role").
 */}}
 
 {{- define "sdar.pod" -}}
-{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := index $root.Values $role -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 metadata:
   labels: {{- include "sdar.podLabels" . | nindent 4 }}
   annotations:
@@ -41,7 +42,8 @@ spec:
 
 {{/* Where pods run, which the redis pod shares. */}}
 {{- define "sdar.podPlacement" -}}
-{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 1) -}}{{- $selector := include "sdar.selector" . -}}
+{{- $root := index . 0 -}}{{- $selector := include "sdar.selector" . -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -109,16 +111,17 @@ capabilities:
 
 {{- define "sdar.command" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 {{- if include "sdar.isTorchrun" . -}}
 {{- $learner := include "sdar.name" . -}}
 command:
   - sh
   - -c
   - >-
-    exec torchrun --nnodes={{ $root.Values.learner.replicas }} --nproc-per-node={{ include "sdar.ranksPerPod" $root }}
+    exec torchrun --nnodes={{ $values.replicas }} --nproc-per-node={{ include "sdar.ranksPerPod" $root }}
     --node-rank=${HOSTNAME##*-} --master-addr={{ $learner }}-0.{{ $learner }} --master-port=29500
-    --rdzv-conf=timeout={{ $root.Values.learner.startupSeconds }} --max-restarts=0
-    --shutdown-timeout={{ sub (int $root.Values.learner.terminationGracePeriodSeconds) 20 }}
+    --rdzv-conf=timeout={{ $values.startupSeconds }} --max-restarts=0
+    --shutdown-timeout={{ sub (int $values.terminationGracePeriodSeconds) 20 }}
     --no-python sdar serve learner
 {{- else -}}
 args: [serve, {{ $role }}]
@@ -143,13 +146,14 @@ gateway is up before the others are, and ready after them.
 */}}
 {{- define "sdar.probes" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $isGateway := eq $role "gateway" -}}
+{{- $startup := (include "sdar.podValues" . | fromYaml).startupSeconds -}}
 {{- $port := $isGateway | ternary "http" "probe" -}}
 {{- $scheme := and $isGateway $root.Values.tls.enabled | ternary "HTTPS" "HTTP" -}}
 startupProbe:
   httpGet: {path: {{ $isGateway | ternary "/healthz" "/readyz" }}, port: {{ $port }}, scheme: {{ $scheme }}}
   periodSeconds: 5
   timeoutSeconds: 5
-  failureThreshold: {{ div (int (index $root.Values $role "startupSeconds")) 5 }}
+  failureThreshold: {{ div (int $startup) 5 }}
 readinessProbe:
   httpGet: {path: /readyz, port: {{ $port }}, scheme: {{ $scheme }}}
   periodSeconds: 5
@@ -233,7 +237,7 @@ livenessProbe:
 # The rest of the grace period is for handing back what is left.
 - {name: SDAR_DRAIN_S, value: {{ sub (int (index $values $role).terminationGracePeriodSeconds) 30 | quote }}}
 {{- end }}
-{{- with (index $values $role).env }}
+{{- with (include "sdar.podValues" . | fromYaml).env }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}

@@ -38,7 +38,9 @@ def known_variables():
 
 @every_values_file
 def test_every_variable_is_one_that_settings_or_a_library_reads(values):
-    users = {item["name"] for item in _own_env(values, "rollout")}
+    users = {
+        item["name"] for section in ("podDefaults", "rollout") for item in _own_env(values, section)
+    }
     for role, container in containers(render(values)):
         for variable in container.get("env", []):
             assert variable["name"] in known_variables() | set(OF_LIBRARIES) | users, (
