@@ -13,17 +13,21 @@ automountServiceAccountToken: false
 {{- end }}
 {{- end }}
 
-{{/* One pod of a role at a time may be moved: each comes back without a loss, but not all at once. */}}
+{{/*
+One pod of a role at a time may be moved: each comes back without a loss, but not all at once.
+*/}}
 {{- define "sdar.podDisruptionBudget" -}}
 {{- if include "sdar.isPresent" . -}}
 {{- $root := index . 0 -}}
-apiVersion: {{ $root.Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
+{{- $isOld := not ($root.Capabilities.APIVersions.Has "policy/v1") -}}
+apiVersion: policy/{{ $isOld | ternary "v1beta1" "v1" }}
 kind: PodDisruptionBudget
 metadata: {{- include "sdar.metadata" . | nindent 2 }}
 spec:
   maxUnavailable: 1
   {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
-  # Else the one pod of a role could not leave its node while it is not ready, without end if it never will be.
+  # Else the one pod of a role could not leave its node while it is not ready, without end if it
+  # never will be.
   unhealthyPodEvictionPolicy: AlwaysAllow
   {{- end }}
   selector:
@@ -53,9 +57,10 @@ spec:
 {{- end }}
 {{- end }}
 
-{{/* A Service of a role that is called by gRPC; one that is headless names every pod. */}}
+{{/* A Service with the ports that a role listens on. */}}
 {{- define "sdar.service" -}}
 {{- if include "sdar.isPresent" . -}}
+{{- $ports := (include "sdar.role" . | fromYaml).ports -}}
 apiVersion: v1
 kind: Service
 metadata: {{- include "sdar.metadata" . | nindent 2 }}
@@ -66,12 +71,15 @@ spec:
   {{- end }}
   selector: {{- include "sdar.selector" . | nindent 4 }}
   ports:
-    - {name: grpc, port: 9090, targetPort: grpc, protocol: TCP}
-    - {name: probe, port: 9100, targetPort: probe, protocol: TCP}
+    {{- range $name := list "http" "grpc" "probe" }}
+    {{- with get $ports $name }}
+    - {name: {{ $name }}, port: {{ . }}, targetPort: {{ $name }}, protocol: TCP}
+    {{- end }}
+    {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* Peers for network policies: pods of the same release by role. Takes (list $ "role" "role" ...). */}}
+{{/* Peers for network policies: pods of the release by role. Takes (list $ "role" "role" ...). */}}
 {{- define "sdar.peers" -}}
 {{- $root := first . -}}
 {{- range $index, $role := rest . -}}
@@ -91,15 +99,19 @@ spec:
     matchLabels: {{- include "sdar.selector" . | nindent 6 }}
 {{- end }}
 
-{{/* Prometheus may read /metrics at a port. Takes (list $ port). */}}
+{{/* Prometheus may read a role's /metrics. Takes (list $ "role"). */}}
 {{- define "sdar.scrapeIngress" -}}
 - from: {{- toYaml (index . 0).Values.networkPolicy.prometheus | nindent 4 }}
-  ports: [{port: {{ index . 1 }}}]
+  ports: [{port: {{ include "sdar.port" . }}}]
 {{- end }}
 
-{{/* Ways out that most roles have: Redis, S3 and the model hub where they are outside the release. Takes (list $ "role"). */}}
+{{/*
+Ways out that most roles have: Redis, S3 and the model hub where they are outside the release. Takes
+(list $ "role").
+*/}}
 {{- define "sdar.commonEgress" -}}
-{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $root := index . 0 -}}
+{{- $readsWeights := (include "sdar.role" . | fromYaml).readsWeights -}}
 {{- if $root.Values.redis.enabled -}}
 - to: {{- include "sdar.peers" (list $root "redis") | nindent 4 }}
   ports: [{port: 6379}]
@@ -109,7 +121,7 @@ spec:
 {{- if $root.Values.tracing.endpoint }}
 - ports: [{port: {{ include "sdar.portOf" (list $root.Values.tracing.endpoint 4317) }}}]
 {{- end }}
-{{- if or (include "sdar.isHubModel" $root) (and $root.Values.storage.weightsUrl (has $role (list "rollout" "teacher" "learner"))) }}
+{{- if or (include "sdar.isHubModel" $root) (and $readsWeights $root.Values.storage.weightsUrl) }}
 # The model hub, or the bucket of the weights; never the cloud's own metadata service.
 - to:
     - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}
@@ -122,7 +134,7 @@ spec:
 {{- define "sdar.envsEgress" -}}
 {{- if include "sdar.hasEnvs" . -}}
 - to: {{- include "sdar.peers" (list . "envs") | nindent 4 }}
-  ports: [{port: 9090}]
+  ports: [{port: {{ include "sdar.port" (list . "envs" "grpc") }}}]
 {{- else -}}
 - ports: [{port: {{ regexFind "[0-9]+$" (include "sdar.run" . | fromYaml).environment.address }}}]
 {{- end }}
@@ -134,5 +146,6 @@ spec:
 
 {{/* Port of a URL, or the one that is usual. A host may end in a digit. */}}
 {{- define "sdar.portOf" -}}
-{{- regexFind ":[0-9]+$" (get (urlParse (index . 0)) "host") | trimPrefix ":" | default (index . 1) -}}
+{{- $host := get (urlParse (index . 0)) "host" -}}
+{{- regexFind ":[0-9]+$" $host | trimPrefix ":" | default (index . 1) -}}
 {{- end }}
