@@ -73,7 +73,7 @@ text or a number of the role's replaces the default, and an empty one does so to
 {{- get (include "sdar.roles" (index . 0) | fromYaml) (index . 1) | toYaml -}}
 {{- end }}
 
-{{/* The number of a port. Takes (list $ "role" "grpc"); without a name, the one that is probed. */}}
+{{/* A port's number. Takes (list $ "role" "grpc"), or no name for the one that is probed. */}}
 {{- define "sdar.port" -}}
 {{- $role := include "sdar.role" . | fromYaml -}}
 {{- get $role.ports (rest . | rest | first | default $role.probePort) -}}
