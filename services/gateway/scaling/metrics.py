@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from prometheus_client import CollectorRegistry
 
+from sdar.contracts.roles import SCALABLE
 from sdar.process.measurements import Counter, Declarations, Gauge, Label, Meters
 
-from .file import Role
-
-_WORKLOAD = Label("workload", get_args(Role))
+_WORKLOAD = Label("workload", SCALABLE)
 _DIRECTIONS = ("up", "down")
 _CAUSES = ("file", "cluster", "bus", "conflict", "defect")
 
@@ -60,7 +57,7 @@ class ScalingMetrics(Meters):
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         super().__init__(SCALING, registry)
         # There at 0, so that the first one is seen as an increase.
-        for role in get_args(Role):
+        for role in SCALABLE:
             for direction in _DIRECTIONS:
                 self.count(CHANGES, 0, workload=role, direction=direction)
         for cause in _CAUSES:

@@ -18,6 +18,7 @@ from statistics import median
 import structlog
 
 from sdar.contracts.errors import ConflictError, UnavailableError
+from sdar.contracts.roles import SLEEPING, WORKERS, Role
 from sdar.contracts.streams import Stream
 from sdar.process.lifecycle import wait_or_stop
 
@@ -26,7 +27,7 @@ from ..scheduler import Scheduler
 from ..state import RunPhase
 from ..watch import Watch
 from .cluster import Cluster, Size
-from .file import SLEEPING, Role, ScalingFile, ScalingFileReader, Workload
+from .file import ScalingFile, ScalingFileReader, Workload
 from .governor import Decision, Governor
 from .metrics import CHANGES, ERRORS, IDLE, REPLICAS, ScalingMetrics
 from .signals import Advice, Load, Stillness, Values, advise, find_idleness
@@ -209,10 +210,10 @@ class Scaler:
         scheduler = self._scheduler
         sizes = {str(role): look.sizes[role].replicas for role in SLEEPING if role in look.sizes}
         # A look that cannot see the learner is none.
-        is_first, self._has_looked = not self._has_looked, self._has_looked or "learner" in sizes
+        is_first, self._has_looked = not self._has_looked, self._has_looked or Role.LEARNER in sizes
         if scheduler.state.sleep or look.file.dry_run or not sizes:
             return
-        if is_first and scheduler.is_blank and sizes.get("learner") == 0:
+        if is_first and scheduler.is_blank and sizes.get(Role.LEARNER) == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
             scheduler.fall_asleep(
                 "The run slept when this gateway started, and Redis has no memory of it. `sdar "
@@ -266,18 +267,16 @@ class Scaler:
 
     def _count_missing(self, role: Role, replicas: int) -> int:
         """Workers that were asked for and are not heard from; the environments report nothing."""
-        return (
-            max(0, replicas - self._scheduler.history.count_instances(role))
-            if role in ("rollout", "teacher")
-            else 0
-        )
+        if role not in WORKERS:
+            return 0
+        return max(0, replicas - self._scheduler.history.count_instances(role))
 
     def _measure(self, look: _Look, governor: Governor) -> Load:
         """What was reported since the workload's size last changed, within a window of some
         updates.
         """
         scheduler, training = self._scheduler, self._scheduler.config.training
-        newest = scheduler.history.newest_values("learner", _NEWEST_UPDATES)
+        newest = scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
         update_s = median(values.get("total_s", 0.0) for values in newest) if newest else 0.0
         window_s, steady_s = (
             max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s),
@@ -285,15 +284,13 @@ class Scaler:
         )
         # A learner that is away says nothing; what it said before it went is no signal.
         updates = scheduler.history.values_since(
-            "learner", look.now_s - min(window_s, steady_s)
+            Role.LEARNER, look.now_s - min(window_s, steady_s)
         ).values()
         workers_since_s = look.now_s - min(window_s, steady_s, _MAX_WINDOW_S)
         lag = self._watch.lags.get(Stream.TRAJECTORIES) if scheduler.config.needs_teacher else None
         return Load(
             updates=[values for of_one in updates for values in of_one][:_NEWEST_UPDATES],
-            workers={
-                name: self._find_workers(name, workers_since_s) for name in ("rollout", "teacher")
-            },
+            workers={role: self._find_workers(role, workers_since_s) for role in WORKERS},
             num_lagging=lag.num_undelivered + lag.num_pending if lag else 0,
             lag_age_s=min(lag.oldest_age_s, steady_s) if lag else 0.0,
             num_admitted=(training.max_staleness + 1)
