@@ -1,5 +1,6 @@
-"""Owns the command `python -m loadtest.chaos`: run, check, tell. Exit code 0 if every promise was
-kept.
+"""The command `python -m loadtest.chaos`: runs, checks and reports.
+
+Exit code 0 if every promise was kept.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         help=(
-            "directory for the run, its logs and the figures; kept (default: kept only on a "
-            "failure)"
+            "directory for the run, its logs and the figures; "
+            "kept (default: kept only on a failure)"
         ),
     )
     parser.add_argument("--page", action="store_true", help="write docs/chaos.md")
