@@ -4,6 +4,7 @@
   with the words that stand over it in helm/values.yaml.
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
+- helm/files/methods.yaml: what of each method decides which objects the chart makes.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - the table of helm/README.md.
 """
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
+from sdar.contracts.methods import METHODS
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
 DEMO = CHART.parent / "examples" / "household.yaml"
@@ -246,18 +248,23 @@ def build_run_defaults() -> dict[str, Any]:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            known = {
-                key: part.default
-                for key, part in section.model_fields.items()
-                if part.default is not PydanticUndefined
-            }
-            defaults[name] = {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in known.items()
-            }
+            # A section that is built without its required keys dumps the others.
+            defaults[name] = section.model_construct().model_dump(mode="json")
         elif field.default is not PydanticUndefined:
             defaults[name] = field.default
     return defaults
+
+
+def build_methods() -> dict[str, dict[str, bool]]:
+    """What of each method decides which pods there are and who may call whom."""
+    methods = {}
+    for name, method in METHODS.items():
+        methods[name] = {
+            "needs_teacher": method.needs_teacher,
+            "student_sees_skills": method.student_sees_skills,
+            "runs_teacher": method.runs_teacher,
+        }
+    return methods
 
 
 def build_demo() -> str:
@@ -307,6 +314,10 @@ def write() -> None:
     head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
     (CHART / "files/run-defaults.yaml").write_text(
         head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
+    )
+    head = "# Written by `make docs` from sdar/contracts/methods.py, a row for each method.\n"
+    (CHART / "files/methods.yaml").write_text(
+        head + yaml.safe_dump(build_methods(), sort_keys=False)
     )
     (CHART / "files/household.yaml").write_text(build_demo())
     page = (CHART / "README.md").read_text()

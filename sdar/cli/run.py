@@ -176,9 +176,14 @@ class _Session:
 
     def _service_names(self) -> list[str]:
         rollouts = [f"rollout-{index}" for index in range(self.config.rollout.num_workers)]
-        needs_skills = self.config.needs_teacher or self.config.method.name == "skill_grpo"
         envs = ["envs"] if self.config.environment.address is None else []
-        return [*rollouts, "learner", *(["teacher"] if needs_skills else []), *envs, "gateway"]
+        return [
+            *rollouts,
+            "learner",
+            *(["teacher"] if self.config.method.row.runs_teacher else []),
+            *envs,
+            "gateway",
+        ]
 
     def _add(self, name: str, role: str, environment: dict[str, str]) -> None:
         probe_port = self._http_port if role == "gateway" else choose_port(_HOST)
