@@ -19,7 +19,7 @@ from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherSc
 from sdar.process import tracing
 from services.teacher.context import ContextBuilder, PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
+from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import Scorer, TurnLogProbs
 
@@ -35,14 +35,14 @@ class Teacher:
         self,
         contexts: ContextBuilder,
         scorer: Scorer,
-        follower: PolicyFollower,
+        policy: ScoringPolicy,
         metrics: TeacherMetrics,
         max_lag: int,
     ) -> None:
         self.contexts = contexts
         self.metrics = metrics
         self._scorer = scorer
-        self._follower = follower
+        self._policy = policy
         self._max_lag = max_lag
         self._turnstile = asyncio.Lock()
         self._reported_misses: set[str] = set()
@@ -52,14 +52,14 @@ class Teacher:
         return self._scorer.teacher_version
 
     async def catch_up(self) -> None:
-        """Load a newer policy if one is due; see `PolicyFollower.catch_up` for what it raises."""
+        """Load a newer policy if one is due; see `ScoringPolicy.catch_up` for what it raises."""
         async with self._turnstile:
-            await self._follower.catch_up()
-            self.metrics.observe_version(self._scorer.teacher_version, self._follower.lag)
+            await self._policy.catch_up()
+            self.metrics.observe_version(self._scorer.teacher_version, self._policy.lag)
 
     async def keep_pins(self, stopping: asyncio.Event) -> None:
         """Keep the version that scores from being deleted, until told to stop."""
-        await self._follower.pins.keep(stopping)
+        await self._policy.pins.keep(stopping)
 
     async def retrieve(self, task: Task, key: str) -> Retrieval:
         """The skills for a task, as a student that may see them gets them; misses are counted and
@@ -113,9 +113,9 @@ class Teacher:
             sampled_by = max(
                 (context.trajectory.max_policy_version for context in contexts), default=0
             )
-            await self._follower.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
+            await self._policy.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
             version = self._scorer.teacher_version
-            self.metrics.observe_version(version, self._follower.lag)
+            self.metrics.observe_version(version, self._policy.lag)
             started_at, scoring_at_s = time.monotonic(), time.time()
             logprobs = await self._scorer.score(contexts)
             self.metrics.observe_scoring(time.monotonic() - started_at)

@@ -52,9 +52,7 @@ async def test_the_newest_version_is_loaded_and_those_between_are_skipped():
 
 
 async def test_a_teacher_never_scores_past_its_lag_bound_however_slow_loading_is():
-    """Loading takes 100 s, versions come every 10 s: loads happen only when the third unseen
-    version is out.
-    """
+    """Loading takes 100 s, versions come every 10 s: each third unseen one is loaded."""
     clock = Clock()
     bus, scorer = MemoryBus({}), SlowScorer(clock, load_s=100.0)
     follower = build_follower(bus, scorer, max_lag=2, clock=clock)
