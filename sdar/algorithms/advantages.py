@@ -71,8 +71,8 @@ def _score_episode(trajectory: Trajectory, penalty: float) -> float:
 
 
 def _score_turns(trajectory: Trajectory, penalty: float) -> Float[Array, " turns"]:
-    scores: Array = trajectory.episode_return - penalty * _find_invalid(trajectory)
-    return scores
+    is_invalid = _find_invalid(trajectory).astype(np.float64)
+    return trajectory.episode_return - penalty * is_invalid
 
 
 def has_signal(advantages: Sequence[Float[Array, " turns"]]) -> bool:

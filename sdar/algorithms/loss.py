@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sdar.algorithms.batching import MicroBatch
@@ -66,27 +66,14 @@ def compute_loss(
             train on.
     """
     _check_token_count(micro_batch, num_tokens_global)
-    off_policy = compute_off_policy_weights(
-        settings.off_policy,
+    inputs = _gather_inputs(
+        micro_batch,
         policy_logprobs,
-        micro_batch.behavior_logprobs,
+        entropy,
+        ref_logprobs,
         proximal_logprobs,
-        cap=settings.off_policy_cap,
-    )
-    teacher_gap, is_scored = _compare_with_teacher(micro_batch, policy_logprobs, settings)
-    weights = off_policy.distillation_weight
-    inputs = TokenInputs(
-        policy_logprobs=policy_logprobs,
-        entropy=entropy,
-        behavior_logprobs=micro_batch.behavior_logprobs,
-        advantages=micro_batch.advantages,
-        ref_logprobs=ref_logprobs,
-        teacher_gap=teacher_gap,
-        is_scored=is_scored,
-        turn_index=micro_batch.turn_index,
-        off_policy=off_policy,
-        distillation_weight=weights if settings.weigh_distillation else torch.ones_like(weights),
-        teacher_weight=SCHEDULES[get_method(settings.name).schedule](update_index, settings),
+        settings,
+        update_index,
     )
     proximal = policy_logprobs if proximal_logprobs is None else proximal_logprobs
     metrics = _measure(inputs, micro_batch, proximal, learner_version)
@@ -103,9 +90,42 @@ def _check_token_count(micro_batch: MicroBatch, num_tokens_global: int) -> None:
         )
 
 
+def _gather_inputs(
+    micro_batch: MicroBatch,
+    policy_logprobs: Float[Tensor, " N"],
+    entropy: Float[Tensor, " N"],
+    ref_logprobs: Float[Tensor, " N"] | None,
+    proximal_logprobs: Float[Tensor, " N"] | None,
+    settings: LossSettings,
+    update_index: int,
+) -> TokenInputs:
+    off_policy = compute_off_policy_weights(
+        settings.off_policy,
+        policy_logprobs,
+        micro_batch.behavior_logprobs,
+        proximal_logprobs,
+        cap=settings.off_policy_cap,
+    )
+    weights = off_policy.distillation_weight
+    teacher_gap, is_scored = _compare_with_teacher(micro_batch, policy_logprobs, settings)
+    return TokenInputs(
+        policy_logprobs=policy_logprobs,
+        entropy=entropy,
+        behavior_logprobs=micro_batch.behavior_logprobs,
+        advantages=micro_batch.advantages,
+        ref_logprobs=ref_logprobs,
+        teacher_gap=teacher_gap,
+        is_scored=is_scored,
+        turn_index=micro_batch.turn_index,
+        off_policy=off_policy,
+        distillation_weight=weights if settings.weigh_distillation else torch.ones_like(weights),
+        teacher_weight=SCHEDULES[get_method(settings.name).schedule](update_index, settings),
+    )
+
+
 def _compare_with_teacher(
     micro_batch: MicroBatch, policy_logprobs: Float[Tensor, " N"], settings: LossSettings
-) -> tuple[Float[Tensor, " N"], Tensor]:
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """The reduced gap, and which tokens the teacher scored."""
     teacher = micro_batch.teacher_logprobs
     if teacher is None:
