@@ -31,7 +31,14 @@ from sdar.process import tracing
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
 from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import (
+    DEAD_LETTERS,
+    FAILED_GROUPS,
+    LATE_RESULTS,
+    REPEATED_TOKENS,
+    RETRIED_GROUPS,
+    RolloutMetrics,
+)
 from services.rollout.policy import ServedPolicy
 from services.rollout.skill_client import SkillSource
 
@@ -125,10 +132,10 @@ class GroupPlayer:
                 attempt=attempt.number,
                 error=str(error),
             )
-            self._metrics.observe_late_result()
+            self._metrics.count(LATE_RESULTS)
         finally:
             if not is_published:
-                self._metrics.observe_repeated_tokens(attempt.num_sampled_tokens)
+                self._metrics.count(REPEATED_TOKENS, attempt.num_sampled_tokens)
 
     async def _try(
         self, group: TaskGroup, hand: AttemptInHand, attempt: Attempt
@@ -193,7 +200,7 @@ class GroupPlayer:
             retry_in_s=round(delay_s, 2),
             error=str(error),
         )
-        self._metrics.observe_retry()
+        self._metrics.count(RETRIED_GROUPS)
         hand.is_waiting = True
         await asyncio.sleep(delay_s)
         if (again := await self._leases.begin_again(hand.delivery)) is not None:
@@ -238,7 +245,7 @@ class GroupPlayer:
             "group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason
         )
         await self._commit({}, hand, self._describe_failure(group, reason))
-        self._metrics.observe_failure(group.purpose)
+        self._metrics.count(FAILED_GROUPS, purpose=group.purpose)
 
     async def _set_aside(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
         log.error(
@@ -246,7 +253,7 @@ class GroupPlayer:
         )
         hand.is_ending = True
         await self._bus.dead_letter(hand.delivery, reason, [self._describe_failure(group, reason)])
-        self._metrics.observe_dead_letter()
+        self._metrics.count(DEAD_LETTERS)
 
     async def refuse(self, hand: AttemptInHand, reason: str) -> None:
         """Set aside what names no group."""
@@ -257,7 +264,7 @@ class GroupPlayer:
         except LeaseLostError as error:
             log.warning("late_result_refused", entry_id=hand.delivery.entry_id, error=str(error))
         else:
-            self._metrics.observe_dead_letter()
+            self._metrics.count(DEAD_LETTERS)
 
     def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
         return LedgerEvent(

@@ -20,7 +20,7 @@ from sdar.contracts.types import WeightsManifest
 from sdar.weights.follower import PolicyFollower
 from sdar.weights.pins import PinnedVersions
 from services.rollout.engine import Engine
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import REFUSED_POLICIES, RolloutMetrics
 
 log = structlog.get_logger()
 
@@ -55,7 +55,7 @@ class ServedPolicy:
             bus,
             max_known=_MAX_KNOWN,
             refusal_s=refusal_s,
-            on_refused=metrics.observe_refused_policy,
+            on_refused=lambda: metrics.count(REFUSED_POLICIES),
         )
         self._is_switching = False
         self._waiting: Counter[int] = Counter()

@@ -41,7 +41,7 @@ from services.rollout.attempts import AttemptInHand, GroupPlayer
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
 from services.rollout.episode import EpisodeRules, EpisodeSlots
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import RECLAIMED_GROUPS, RolloutMetrics
 from services.rollout.policy import ServedPolicy
 from services.rollout.skill_client import SkillSource
 
@@ -237,7 +237,7 @@ class RolloutWorker:
                 entry_id=delivery.entry_id,
                 num_deliveries=delivery.num_deliveries,
             )
-            self._metrics.observe_reclaimed()
+            self._metrics.count(RECLAIMED_GROUPS)
             self._begin(delivery)
 
     async def _report(self, over: asyncio.Event) -> None:
@@ -248,8 +248,9 @@ class RolloutWorker:
             self._metrics.observe_engine(
                 engine.stats, clock, engine.policy_version, self._policy.newest_version
             )
-            values = self._metrics.collect_window(engine.stats, clock, self._slots.num_running)
-            values["waiting_sessions"] = float(self._environments.num_waiting)
+            values = self._metrics.collect_record(
+                self._slots.num_running, self._environments.num_waiting
+            )
             record = MetricRecord(
                 self._run_id, "rollout", self._instance, engine.policy_version, time.time(), values
             )

@@ -16,7 +16,11 @@ from sdar.contracts.errors import StaleError, WeightsUnavailableError
 from sdar.contracts.types import WeightsManifest
 from sdar.weights.follower import PolicyFollower
 from sdar.weights.pins import PinnedVersions
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    REFUSED_POLICIES,
+    WEIGHT_LOAD_SECONDS,
+    TeacherMetrics,
+)
 from services.teacher.scorer import Scorer
 
 log = structlog.get_logger()
@@ -54,7 +58,7 @@ class ScoringPolicy:
         self._published = PolicyFollower(
             bus,
             max_known=max_lag + 1,
-            on_refused=lambda: metrics.count("refused_policies"),
+            on_refused=lambda: metrics.count(REFUSED_POLICIES),
         )
         self._tried_at = -float("inf")
 
@@ -132,4 +136,4 @@ class ScoringPolicy:
         finally:
             self._tried_at = self._clock()
             self.last_load_s = self._tried_at - started_at
-        self._metrics.observe_loading(self.last_load_s)
+        self._metrics.observe(WEIGHT_LOAD_SECONDS, self.last_load_s)

@@ -18,7 +18,16 @@ from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherScore, Trajectory
 from sdar.process import tracing
 from services.teacher.context import ContextBuilder, PrivilegedContext
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    CONTEXT_TOKENS,
+    DROPPED_SKILLS,
+    RETRIEVAL_MISSES,
+    SCORED_TOKENS,
+    SCORED_TRAJECTORIES,
+    SCORING_SECONDS,
+    SWAPPED_CONTEXTS,
+    TeacherMetrics,
+)
 from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import Scorer, TurnLogProbs
@@ -118,7 +127,7 @@ class Teacher:
             self.metrics.observe_version(version, self._policy.lag)
             started_at, scoring_at_s = time.monotonic(), time.time()
             logprobs = await self._scorer.score(contexts)
-            self.metrics.observe_scoring(time.monotonic() - started_at)
+            self.metrics.observe(SCORING_SECONDS, time.monotonic() - started_at)
             _trace_scores(contexts, scoring_at_s, version)
         scored = iter(
             [self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)]
@@ -163,11 +172,11 @@ class Teacher:
 
     def _count(self, context: PrivilegedContext) -> None:
         trajectory, retrieval = context.trajectory, context.retrieval
-        self.metrics.count("scored_trajectories")
-        self.metrics.count("scored_tokens", trajectory.num_response_tokens)
-        self.metrics.count("context_tokens", context.num_tokens)
+        self.metrics.count(SCORED_TRAJECTORIES)
+        self.metrics.count(SCORED_TOKENS, trajectory.num_response_tokens)
+        self.metrics.count(CONTEXT_TOKENS, context.num_tokens)
         if context.num_dropped_skills:
-            self.metrics.count("dropped_skills", context.num_dropped_skills)
+            self.metrics.count(DROPPED_SKILLS, context.num_dropped_skills)
             log.warning(
                 "skills_dropped",
                 trajectory_id=trajectory.trajectory_id,
@@ -180,8 +189,8 @@ class Teacher:
         """Count, and warn once a task type: a teacher without the specific skill would in silence
         teach little.
         """
-        self.metrics.count("swapped_contexts", retrieval.is_swapped)
-        self.metrics.count("retrieval_misses", retrieval.is_miss)
+        self.metrics.count(SWAPPED_CONTEXTS, retrieval.is_swapped)
+        self.metrics.count(RETRIEVAL_MISSES, retrieval.is_miss)
         if retrieval.is_miss and task.task_type not in self._reported_misses:
             self._reported_misses.add(task.task_type)
             log.warning(

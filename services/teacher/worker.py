@@ -39,7 +39,17 @@ from sdar.contracts.types import (
 )
 from sdar.process.lifecycle import retry_while_unavailable, wait_or_stop
 from sdar.process.telemetry import Health
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    CONTEXT_TOKENS,
+    DEAD_LETTERS,
+    LAG,
+    LATE_RESULTS,
+    RECLAIMED_ENTRIES,
+    SCORED_TRAJECTORIES,
+    VERSION,
+    WAITING_SECONDS,
+    TeacherMetrics,
+)
 from services.teacher.teacher import Teacher
 
 log = structlog.get_logger()
@@ -130,7 +140,7 @@ class TeacherWorker:
     async def report(self, stopping: asyncio.Event) -> None:
         """Second loop: what this process did, on the `metrics` stream."""
         while not await wait_or_stop(stopping, self._limits.report_interval_s):
-            values = self._metrics.collect_window()
+            values = self._metrics.collect_record()
             record = MetricRecord(
                 self._run_id,
                 "teacher",
@@ -150,12 +160,12 @@ class TeacherWorker:
         dead peer held.
         """
         if taken := await self._take():
-            self._metrics.count("reclaimed_entries", len(taken))
+            self._metrics.count(RECLAIMED_ENTRIES, len(taken))
             log.info("entries_reclaimed", num_entries=len(taken))
             return taken
         started_at = self._clock()
         deliveries = await self._leases.read(self._batch_size(), self._limits.read_block_s)
-        self._metrics.observe_waiting(self._clock() - started_at)
+        self._metrics.count(WAITING_SECONDS, self._clock() - started_at)
         return deliveries
 
     async def _take(self) -> list[Delivery]:
@@ -173,10 +183,10 @@ class TeacherWorker:
         """Entries to ask for, from the mean length of those scored so far; few before anything is
         known.
         """
-        totals = self._metrics.totals
-        if not totals["scored_trajectories"]:
+        num_scored = self._metrics.read(SCORED_TRAJECTORIES)
+        if not num_scored:
             return min(8, self._limits.max_batch)
-        mean_tokens = totals["context_tokens"] / totals["scored_trajectories"]
+        mean_tokens = self._metrics.read(CONTEXT_TOKENS) / num_scored
         return max(
             1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0)))
         )
@@ -201,8 +211,8 @@ class TeacherWorker:
             num_trajectories=len(accepted),
             num_rejected=len(rejected),
             num_tokens=sum(scored.trajectory.num_response_tokens for _, scored in accepted),
-            teacher_version=self._metrics.teacher_version,
-            lag=self._metrics.lag,
+            teacher_version=int(self._metrics.read(VERSION)),
+            lag=int(self._metrics.read(LAG)),
             duration_s=round(self._clock() - started_at, 3),
         )
         return _Batch(tuple(accepted), tuple(rejected))
@@ -288,7 +298,7 @@ class TeacherWorker:
         held = await self._leases.renew([delivery for delivery, _ in accepted])
         num_lost = len(accepted) - len(held)
         log.warning("late_result_refused", num_entries=num_lost, error=str(error))
-        self._metrics.count("late_results", num_lost)
+        self._metrics.count(LATE_RESULTS, num_lost)
         return [pair for pair in accepted if pair[0] in held]
 
     async def _set_aside(self, rejected: Sequence[_Rejected]) -> None:
@@ -299,9 +309,9 @@ class TeacherWorker:
                 await self._bus.dead_letter(item.delivery, item.reason, self._describe_loss(item))
             except LeaseLostError as error:
                 log.warning("late_result_refused", num_entries=1, error=str(error))
-                self._metrics.count("late_results")
+                self._metrics.count(LATE_RESULTS)
             else:
-                self._metrics.count("dead_letters")
+                self._metrics.count(DEAD_LETTERS)
 
     def _describe_loss(self, rejected: _Rejected) -> list[LedgerEvent]:
         if rejected.trajectory is None:

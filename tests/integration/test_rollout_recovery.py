@@ -33,7 +33,7 @@ from sdar.model.chat import ChatTokenizer
 from sdar.process.telemetry import Health
 from services.envs.household import HouseholdEnvironment
 from services.rollout.environment_client import GrpcEnvironmentDirectory
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import RETRIED_GROUPS, RolloutMetrics
 from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.integration.commands import ROOT
 from tests.integration.environment_server import Client, serving
@@ -384,7 +384,7 @@ async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again
         assert await count_sessions(client) == 0
     stream = Stream.TRAJECTORIES if purpose is Purpose.TRAIN else Stream.EVALUATIONS
     assert await bench.attempts(stream) == {("g0", 1): 3}
-    assert bench.metrics.num_retried_groups == 1
+    assert bench.metrics.read(RETRIED_GROUPS) == 1
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
@@ -419,7 +419,7 @@ async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_ses
     attempts = await bench.attempts()
     assert set(attempts.values()) == {3}
     assert sorted(group_id for group_id, _ in attempts) == [f"g{number}" for number in range(8)]
-    assert sum(attempt for _, attempt in attempts) == bench.metrics.num_retried_groups > 0
+    assert sum(attempt for _, attempt in attempts) == bench.metrics.read(RETRIED_GROUPS) > 0
     assert {event.outcome for event in await bench.ledger()} == {GroupOutcome.GENERATED}
 
 
@@ -450,4 +450,4 @@ async def test_an_environment_that_is_away_before_a_session_is_opened_costs_no_a
         stopping.set()
         await serving_it
     assert await bench.attempts() == {("g0", 0): 3}
-    assert bench.metrics.num_retried_groups == 0
+    assert bench.metrics.read(RETRIED_GROUPS) == 0

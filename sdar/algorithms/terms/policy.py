@@ -17,7 +17,7 @@ from sdar.algorithms.terms import TERMS, Metrics
 from sdar.contracts.methods import LossSettings
 
 DUAL_CLIP = 3.0
-"""Bound on the loss of a token with a negative advantage, as a multiple of it; the paper's value."""
+"""Bound on the loss of a token with a negative advantage, as a multiple of it; as published."""
 
 
 class PolicyLoss(NamedTuple):

@@ -16,7 +16,14 @@ from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import (
+    EPISODES,
+    LATE_RESULTS,
+    RECLAIMED_GROUPS,
+    REPEATED_TOKENS,
+    RETRIED_GROUPS,
+    RolloutMetrics,
+)
 from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.support import until
 from tests.unit.rollout.fakes import (
@@ -174,8 +181,8 @@ async def test_a_group_whose_environment_failed_is_played_again_whole_as_another
     assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1", "g1.2.a1"]
     assert environment.closed == environment.opened
     num_kept = sum(trajectory.num_response_tokens for trajectory in trajectories)
-    assert bench.metrics.num_retried_groups == 1
-    assert bench.metrics.num_repeated_tokens == 3 * len(bench.engine.prompts) - num_kept > 0
+    assert bench.metrics.read(RETRIED_GROUPS) == 1
+    assert bench.metrics.read(REPEATED_TOKENS) == 3 * len(bench.engine.prompts) - num_kept > 0
 
 
 async def test_attempts_are_counted_across_workers(tokenizer):
@@ -217,7 +224,7 @@ async def test_an_environment_that_went_away_in_the_middle_costs_an_attempt_not_
     bench = Bench(tokenizer, environment, retry_delay_s=0.1)
     async with bench.running():
         await bench.issue(make_group("g1", size=1))
-        await until(lambda: bench.metrics.num_retried_groups == 1)
+        await until(lambda: bench.metrics.read(RETRIED_GROUPS) == 1)
         environment.script = (answer(over=True),)
         await bench.settled()
     assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
@@ -328,13 +335,13 @@ async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer)
         await until(lambda: len(environment.opened) == 2)
         (taken,) = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 0.0, 1)
         environment.gate.set()
-        await until(lambda: bench.metrics.num_late_results == 1)
+        await until(lambda: bench.metrics.read(LATE_RESULTS) == 1)
         assert await bench.bus.renew([taken]) == [taken]
         await bench.issue(make_group("g2", size=2))
-        await until(lambda: bench.metrics.num_episodes == 2)
+        await until(lambda: bench.metrics.read(EPISODES) == 2)
     assert [event.group_id for event in await bench.ledger()] == ["g2"]
     assert len(await bench.entries(Stream.TRAJECTORIES)) == 2
-    assert (bench.metrics.num_repeated_tokens, environment.closed) == (6, environment.opened)
+    assert (bench.metrics.read(REPEATED_TOKENS), environment.closed) == (6, environment.opened)
 
 
 async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
@@ -358,8 +365,8 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
     bench.bus = SlowToReply(CONSUMERS)
     async with bench.running():
         await bench.issue(make_group("g1", size=2))
-        await until(lambda: bench.metrics.num_episodes == 2)
-    assert (bench.metrics.num_repeated_tokens, bench.metrics.num_late_results) == (0, 0)
+        await until(lambda: bench.metrics.read(EPISODES) == 2)
+    assert (bench.metrics.read(REPEATED_TOKENS), bench.metrics.read(LATE_RESULTS)) == (0, 0)
 
 
 async def test_a_worker_plays_at_once_what_its_earlier_life_held_and_spares_a_silent_peer(
@@ -370,12 +377,12 @@ async def test_a_worker_plays_at_once_what_its_earlier_life_held_and_spares_a_si
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-1", 2)
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "silent", 1)
     async with bench.running(instance="worker-1"):
-        await until(lambda: bench.metrics.num_episodes == 3)
+        await until(lambda: bench.metrics.read(EPISODES) == 3)
     trajectories = [
         codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
     ]
     assert [t.trajectory_id for t in trajectories] == ["g0.0.a1", "g1.0.a1", "g3.0.a0"]
-    assert bench.metrics.num_reclaimed_groups == 2
+    assert bench.metrics.read(RECLAIMED_GROUPS) == 2
     assert await bench.num_open_tasks() == 1
 
 
