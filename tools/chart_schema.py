@@ -283,11 +283,6 @@ def build_run_defaults() -> dict[str, Any]:
     return defaults
 
 
-def build_rules() -> list[dict[str, Any]]:
-    """The rules between sections as plain data."""
-    return [dataclasses.asdict(rule) for rule in RULES]
-
-
 def build_methods() -> dict[str, dict[str, bool]]:
     """What of each method decides which pods there are and who may call whom."""
     methods = {}
@@ -328,6 +323,11 @@ def find_port_number(port: roles.Port) -> int:
 def render_roles() -> str:
     """The text of helm/files/roles.yaml."""
     return _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
+
+
+def build_rules() -> list[dict[str, Any]]:
+    """The rules between sections as plain data."""
+    return [dataclasses.asdict(rule) for rule in RULES]
 
 
 def build_demo() -> str:
