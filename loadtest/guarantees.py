@@ -60,7 +60,7 @@ from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.prompting import Conversation
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.certificates import Authority
 
 NUM_PAIRS = 15
@@ -285,7 +285,7 @@ async def _side(
         _build_rules(),
         run_id=run_id,
         instance=name,
-        limits=WorkerLimits(max_concurrent_episodes=NUM_CONCURRENT),
+        limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
         health=Health(),
         metrics=RolloutMetrics(),
     )

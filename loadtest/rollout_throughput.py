@@ -47,7 +47,7 @@ from services.rollout.environment_client import EnvironmentProfile, Session, Ste
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.prompting import Conversation
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 
 NUM_CONCURRENT, GROUP_SIZE = 32, 8
 MAX_MODEL_LEN = 1024
@@ -280,7 +280,7 @@ async def _serving(
         rules,
         run_id=RUN_ID,
         instance="bench",
-        limits=WorkerLimits(max_concurrent_episodes=NUM_CONCURRENT),
+        limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
         health=Health(),
         metrics=RolloutMetrics(),
     )

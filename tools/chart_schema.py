@@ -5,6 +5,7 @@
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
+- helm/files/roles.yaml: what templates look up of each role in the table of services.
 - the table of helm/README.md.
 """
 
@@ -20,9 +21,18 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
+from sdar.contracts import roles
+from sdar.process.settings import Settings
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
 DEMO = CHART.parent / "examples" / "household.yaml"
+_ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py. Of each role:
+# ports: by name, with the number it listens on; probePort: the one that is probed and scraped.
+# usesRedis: it reads and writes streams, and is traced. calls: roles whose gRPC it calls.
+# readsWeights: it mounts the weight store and may hold GPUs. sleeps: the idle guard takes it to 0.
+# isScalable: the gateway may set its size. drains: it takes SDAR_DRAIN_S.
+# configKeys: keys of the run that it reads; a change of one restarts its pods.
+"""
 _BEGIN, _END = "<!-- values: written by `make docs` -->", "<!-- end of values -->"
 
 
@@ -260,6 +270,36 @@ def build_run_defaults() -> dict[str, Any]:
     return defaults
 
 
+def build_roles() -> dict[str, Any]:
+    """The table of services as templates read it, by role."""
+    return {str(role): describe_role(row) for role, row in roles.ROLES.items()}
+
+
+def describe_role(row: roles.RoleSpec) -> dict[str, Any]:
+    """One row as templates read it; the head of the file says what each key means."""
+    return {
+        "ports": {str(port): find_port_number(port) for port in row.listens},
+        "probePort": str(row.probe_port),
+        "usesRedis": row.uses_bus,
+        "calls": [str(role) for role in row.calls],
+        "readsWeights": row.may_hold_gpus,
+        "sleeps": row.sleeps,
+        "isScalable": row.is_scalable,
+        "drains": row.drains,
+        "configKeys": list(row.config_keys),
+    }
+
+
+def find_port_number(port: roles.Port) -> int:
+    """The number that containers listen on: the setting's default."""
+    return int(Settings.model_fields[port.setting].default)
+
+
+def render_roles() -> str:
+    """The text of helm/files/roles.yaml."""
+    return _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
+
+
 def build_demo() -> str:
     """examples/household.yaml as part of a chart: without its name, its model where the images have
     it.
@@ -309,6 +349,7 @@ def write() -> None:
         head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
     )
     (CHART / "files/household.yaml").write_text(build_demo())
+    (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
     (CHART / "README.md").write_text(

@@ -25,7 +25,7 @@ from sdar.contracts.errors import SdarError
 from sdar.contracts.types import GroupOutcome
 from sdar.process.telemetry import configure_logging
 from services.learner.checkpoint import read_trained_groups
-from services.rollout.worker import WorkerLimits
+from services.rollout.worker import RolloutLimits
 
 DEFAULT_MINUTES = 10.0
 DEFAULT_SEED = 27
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # That Redis is away is no news to the observer.
     configure_logging("chaos", "observer", "error", "text")
     config = _configure(options.minutes)
-    lease_s = WorkerLimits(max_concurrent_episodes=1).claim_idle_s * SUSPECT_FACTOR
+    lease_s = RolloutLimits(max_concurrent_episodes=1).lease_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
     root = Path(options.out or tempfile.mkdtemp(prefix="sdar-chaos-"))
     if (root / config.name).exists():

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from cryptography import x509
 
-from sdar.cli.main import ServiceName
 from sdar.cli.release_check import build_parser
 from sdar.config import RunConfig
+from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.process.settings import Settings
 from tests.helm.chart import CHART, ROOT, VALUES_FILES, containers, find, of_kind, pods, render
@@ -87,7 +87,7 @@ def test_every_command_is_one_of_sdars(values):
         elif command:
             assert (role, command[:2]) == ("learner", ["sh", "-c"])
         else:
-            assert arguments == ["serve", ServiceName(role).value]
+            assert arguments == ["serve", Role(role).value]
 
 
 def test_torchrun_is_started_with_flags_that_it_knows():

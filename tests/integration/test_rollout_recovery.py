@@ -33,8 +33,8 @@ from sdar.model.chat import ChatTokenizer
 from sdar.process.telemetry import Health
 from services.envs.household import HouseholdEnvironment
 from services.rollout.environment_client import GrpcEnvironmentDirectory
-from services.rollout.metrics import RolloutMetrics
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.metrics import RETRIED_GROUPS, RolloutMetrics
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.integration.commands import ROOT
 from tests.integration.environment_server import Client, serving
 from tests.integration.rollout_process import RUN_ID, Order, make_config
@@ -61,8 +61,8 @@ class House:
         self.redis = redis.asyncio.Redis.from_url(redis_url)
         self.processes: dict[str, Process] = {}
 
-    async def start(self, instance: str, claim_idle_s: float) -> None:
-        order = Order(self.redis_url, instance, claim_idle_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
+    async def start(self, instance: str, lease_s: float) -> None:
+        order = Order(self.redis_url, instance, lease_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
         self.processes[instance] = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -308,7 +308,9 @@ class Bench:
             make_rules(tokenizer),
             run_id="test",
             instance="me",
-            limits=WorkerLimits(32, read_block_s=0.01, retry_delay_s=0.05, **limits),
+            limits=RolloutLimits(
+                max_concurrent_episodes=32, read_block_s=0.01, retry_delay_s=0.05, **limits
+            ),
             health=Health(),
             metrics=self.metrics,
         )
@@ -378,7 +380,7 @@ async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again
         assert await count_sessions(client) == 0
     stream = Stream.TRAJECTORIES if purpose is Purpose.TRAIN else Stream.EVALUATIONS
     assert await bench.attempts(stream) == {("g0", 1): 3}
-    assert bench.metrics.num_retried_groups == 1
+    assert bench.metrics.read(RETRIED_GROUPS) == 1
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
@@ -414,7 +416,7 @@ async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_ses
     assert set(attempts.values()) == {3}
     expected = [f"g{number}" for number in range(8)]
     assert sorted(group_id for group_id, _ in attempts) == expected
-    assert sum(attempt for _, attempt in attempts) == bench.metrics.num_retried_groups > 0
+    assert sum(attempt for _, attempt in attempts) == bench.metrics.read(RETRIED_GROUPS) > 0
     assert {event.outcome for event in await bench.ledger()} == {GroupOutcome.GENERATED}
 
 
@@ -445,4 +447,4 @@ async def test_an_environment_that_is_away_before_a_session_is_opened_costs_no_a
         stopping.set()
         await serving_it
     assert await bench.attempts() == {("g0", 0): 3}
-    assert bench.metrics.num_retried_groups == 0
+    assert bench.metrics.read(RETRIED_GROUPS) == 0

@@ -30,7 +30,7 @@ from sdar.weights.pins import PinnedVersions
 from services.envs.household.game import HouseholdGame, list_household_tasks
 from services.teacher.context import PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
+from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import TurnLogProbs
 from services.teacher.skills import Skill, SkillLibrary
@@ -228,7 +228,7 @@ class FakeScorer:
         self.teacher_version = manifest.policy_version
 
 
-def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> PolicyFollower:
-    return PolicyFollower(
+def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> ScoringPolicy:
+    return ScoringPolicy(
         bus, scorer, PinnedVersions(bus, "me"), metrics or TeacherMetrics(), max_lag, **options
     )

@@ -12,12 +12,21 @@ from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
 from services.teacher.context import ContextBuilder
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    DEAD_LETTERS,
+    DROPPED_SKILLS,
+    LATE_RESULTS,
+    RECLAIMED_ENTRIES,
+    REFUSED_POLICIES,
+    RETRIEVAL_MISSES,
+    SCORED_TRAJECTORIES,
+    TeacherMetrics,
+)
 from services.teacher.retrieval import Retriever
 from services.teacher.skills import Skill, SkillLibrary
 from services.teacher.teacher import Teacher
 from services.teacher.utility import SkillUtility
-from services.teacher.worker import TeacherWorker, WorkerLimits
+from services.teacher.worker import TeacherLimits, TeacherWorker
 from tests.support import until
 from tests.unit.teacher.builders import (
     CLEAN,
@@ -37,7 +46,7 @@ CONSUMERS = {
 HEAT = dataclasses.replace(
     CLEAN, task_type="heat", description="heat the egg and put it in the desk ."
 )
-LIMITS = WorkerLimits(read_block_s=0.02, claim_idle_s=30.0, report_interval_s=0.02)
+LIMITS = TeacherLimits(read_block_s=0.02, lease_s=30.0, report_interval_s=0.02)
 
 
 class House:
@@ -170,7 +179,7 @@ async def test_what_cannot_be_decoded_or_contradicts_itself_is_set_aside_and_spa
         "its 0 messages render to",
     ):
         assert sum(complaint in reason for reason in reasons.values()) == 1
-    assert house.metrics.totals["dead_letters"] == 4
+    assert house.metrics.read(DEAD_LETTERS) == 4
 
 
 async def test_a_group_that_loses_an_episode_is_reported_failed(chat):
@@ -219,17 +228,17 @@ async def test_tokens_of_a_version_not_yet_announced_wait_for_it(chat):
 
 
 async def test_what_a_dead_peer_held_is_taken_over(chat):
-    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.05))
+    house = House(chat, limits=dataclasses.replace(LIMITS, lease_s=0.05))
     await house.publish(play(chat))
     held = await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
     assert len(held) == 1
     async with house.running():
         await house.until_finished(1)
-    assert house.metrics.totals["reclaimed_entries"] == 1
+    assert house.metrics.read(RECLAIMED_ENTRIES) == 1
 
 
 async def test_an_entry_that_outlived_too_many_consumers_is_set_aside(chat):
-    house = House(chat, limits=dataclasses.replace(LIMITS, claim_idle_s=0.0, max_deliveries=3))
+    house = House(chat, limits=dataclasses.replace(LIMITS, lease_s=0.0, max_attempts=3))
     await house.publish(play(chat))
     await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "dead", 10)
     for _ in range(2):
@@ -247,7 +256,7 @@ async def test_a_slow_batch_keeps_its_claims(chat):
             await asyncio.sleep(0.4)
             return await super().score(contexts)
 
-    house = House(chat, SlowScorer(), limits=dataclasses.replace(LIMITS, claim_idle_s=0.2))
+    house = House(chat, SlowScorer(), limits=dataclasses.replace(LIMITS, lease_s=0.2))
     await house.publish(play(chat))
     async with house.running():
         await asyncio.sleep(0.3)
@@ -279,7 +288,7 @@ async def test_a_task_without_a_specific_skill_is_counted_and_warned_of_once(cha
     await house.publish(*(play(chat, dance, episode_index=index) for index in range(2)))
     async with house.running():
         await house.until_finished(2)
-    assert house.metrics.totals["retrieval_misses"] == 2
+    assert house.metrics.read(RETRIEVAL_MISSES) == 2
     assert [
         event["task_type"] for event in log_events if event["event"] == "no_specific_skill"
     ] == ["dance"]
@@ -310,7 +319,7 @@ async def test_a_policy_that_is_due_and_corrupt_is_waited_out_and_the_next_one_s
     await house.publish_policy(1)
     await house.publish(play(chat))
     async with house.running():
-        await until(lambda: house.metrics.totals["refused_policies"] > 0)
+        await until(lambda: house.metrics.read(REFUSED_POLICIES) > 0)
         assert await house.scored() == []
         await house.publish_policy(2)
         await house.until_finished(1)
@@ -336,7 +345,7 @@ async def test_of_a_batch_whose_claims_were_lost_in_part_the_rest_is_published_o
             Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "me too", 0.0, 2
         )
         house.scorer.gate.set()
-        await until(lambda: house.metrics.totals["late_results"] == 2)
+        await until(lambda: house.metrics.read(LATE_RESULTS) == 2)
     assert [item.trajectory.episode_index for item in await house.scored()] == [2, 3]
     assert await house.bus.renew(taken) == taken
     async with peer.running():
@@ -358,7 +367,7 @@ async def test_an_entry_that_another_teacher_took_is_not_set_aside(chat):
         await house.until_claimed()
         await house.bus.reclaim(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "other", 0.0, 1)
         house.scorer.gate.set()
-        await until(lambda: house.metrics.totals["late_results"] == 1)
+        await until(lambda: house.metrics.read(LATE_RESULTS) == 1)
     assert (await house.bus.count_dead_letters(), await house.ledger()) == (0, [])
 
 
@@ -372,9 +381,9 @@ async def test_a_teacher_scores_at_once_what_its_earlier_life_held_and_spares_a_
     await house.bus.read(Stream.TRAJECTORIES, ConsumerGroup.TEACHER, "silent", 1)
     await house.publish(episodes[3])
     async with house.running():
-        await until(lambda: house.metrics.totals["scored_trajectories"] == 3)
+        await until(lambda: house.metrics.read(SCORED_TRAJECTORIES) == 3)
     assert [item.trajectory.episode_index for item in await house.scored()] == [0, 1, 3]
-    assert house.metrics.totals["reclaimed_entries"] == 2
+    assert house.metrics.read(RECLAIMED_ENTRIES) == 2
 
 
 async def test_an_episode_that_cannot_be_scored_fails_its_group_once(chat):
@@ -458,11 +467,11 @@ async def test_an_episode_whose_score_was_not_published_is_not_learned_from_and_
     await house.publish(dataclasses.replace(play(chat), is_success=True))
     async with house.running():
         await house.until_claimed()
-        await until(lambda: house.metrics.totals["scored_trajectories"] == 1)
+        await until(lambda: house.metrics.read(SCORED_TRAJECTORIES) == 1)
     assert (await learned(house, "clean"))["clean"] == 0.0
     (blocking,) = await house.bus.read(Stream.SCORED, ConsumerGroup.LEARNER, "learner", 1)
     await house.bus.acknowledge([blocking])
-    limits = dataclasses.replace(LIMITS, claim_idle_s=0.0)
+    limits = dataclasses.replace(LIMITS, lease_s=0.0)
     heir = House(chat, kind="ucb", bus=house.bus, limits=limits)
     async with heir.running():
         await heir.until_finished(1)
@@ -492,7 +501,7 @@ async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_f
         await house.until_finished(1)
     (scored,) = await house.scored()
     assert (scored.score.skill_ids, scored.score.num_specific_skills) == (("s0", "s1"), 2)
-    assert house.metrics.totals["dropped_skills"] == 1
+    assert house.metrics.read(DROPPED_SKILLS) == 1
     (warning,) = [event for event in log_events if event["event"] == "skills_dropped"]
     found = (warning["log_level"], warning["trajectory_id"], warning["num_dropped"])
     assert found == ("warning", trajectory.trajectory_id, 1)
