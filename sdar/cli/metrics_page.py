@@ -1,7 +1,7 @@
-"""Owns docs/metrics.md: every Prometheus metric of every service with its type, labels, unit and
+"""Writes docs/metrics.md: every Prometheus metric of every service with its type, labels, unit and
 meaning, read from the code.
 
-Dashboards and alerts are checked against `list_metrics`: what is not in it does not exist.
+Dashboards and alerts are checked against `list_metrics`: they may read no other metric.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
 
 _HEADER = """# Metrics
 
-Written by `make docs` from the services' code; change it there. Each service answers `/metrics` on its probe port, the gateway
-on its HTTP port. Names and labels are stable. Prometheus adds `run` and `role` to each series
-([scraping](operations.md#prometheus-and-grafana)). A histogram has the series `_bucket`, `_sum` and `_count`.
+Written by `make docs` from the services' code; change it there. Each service answers `/metrics` on
+its probe port, the gateway on its HTTP port. Names and labels are stable. Prometheus adds `run` and
+`role` to each series ([scraping](operations.md#prometheus-and-grafana)). A histogram has the series
+`_bucket`, `_sum` and `_count`.
 """
 _EVERY_SERVICE = "Every service"
 _TITLES = {
-    "gateway": "The run as a whole; what else is a matter of one service is below.",
+    "gateway": "The run as a whole; the sections below are about single services.",
     "rollout": "",
     "teacher": "",
-    "learner": "Of rank 0. A value that was not measured yet, or that the method has not, is NaN.",
+    "learner": "Of rank 0. A value that was not measured, or that the method lacks, is NaN.",
     "envs": "Of any environment server, `sdar env serve` included.",
     "retriever": "Of `sdar retriever`, where Search-QA has one.",
 }

@@ -1,13 +1,14 @@
-"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks
-of a page. Runs nothing.
+"""Writes the report of a cluster test: each claim with its evidence, in a table between two marks
+of a page.
 
-A claim that was not put to the test this time keeps the row it had, so that a page can be made in
-several goes.
+A claim that was not tested this time keeps its earlier row, so that a page can be made in several
+runs.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,7 +48,8 @@ class Claim:
         assert self.ended_at is not None
         evidence = "; ".join(self.evidence).replace("|", "\\|").replace("\n", " ")
         when = self.ended_at.strftime("%Y-%m-%d %H:%M")
-        return f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
+        held = "yes" if self.outcome == "passed" else "**NO**"
+        return f"| {held} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
 
 
 def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
@@ -60,7 +62,7 @@ def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
     rows |= {claim.text: claim.format() for claim in claims if claim.outcome}
     held = sum(row.startswith("| yes |") for row in rows.values())
     head = [
-        f"{held} of {len(rows)} claims held. {where}",
+        textwrap.fill(f"{held} of {len(rows)} claims held. {where}", 120, break_on_hyphens=False),
         "",
         "| held | claim | evidence | s | UTC |",
         "|---|---|---|---|---|",
