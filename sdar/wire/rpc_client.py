@@ -1,5 +1,4 @@
-"""Owns how gRPC servers are called: channels with deadlines and retries that show this process's
-token.
+"""Calls to gRPC servers: channels with this process's token, deadlines and retries.
 
     channel = connect("host:port")
     response = await call(PolicyServiceStub(channel).Generate, request, timeout_s=30)
