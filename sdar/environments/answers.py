@@ -1,5 +1,7 @@
-"""Owns the check of what an environment answers: nonsense must not reach training, nor break the
-server.
+"""Checks what an environment answers, so that nonsense reaches neither training nor the server.
+
+It turns plain JSON values, as `sdar.environments.player` makes them, into the records of
+`sdar.environments.base`.
 
 From plain JSON values, as `sdar.environments.player` makes them, to the records of
 `sdar.environments.base`.

@@ -1,5 +1,4 @@
-"""Owns which environments can be served by name: those shipped, and any class named by its module
-or its file.
+"""Finds an environment's class by name: a built-in one, `package.module:Class` or `file.py:Class`.
 
 An environment is known here by where its class is and by its options, so that a worker process can
 build it; the server's own process never imports it.
@@ -117,9 +116,8 @@ class EnvironmentSource:
             problem for parameter in parameters if (problem := self._find_type_error(parameter))
         ]
         if unknown or missing or mistyped:
-            problems = [f"no option {name!r}" for name in unknown] + [
-                f"option {name!r} is required" for name in missing
-            ]
+            problems = [f"no option {name!r}" for name in unknown]
+            problems += [f"option {name!r} is required" for name in missing]
             problems += mistyped
             raise ConfigurationError(
                 f"{self.path}: {', '.join(problems)}. Its options: {', '.join(known) or 'none'}."

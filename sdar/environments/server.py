@@ -1,6 +1,4 @@
-"""Owns the environment service on the wire: `EnvironmentService` over a SessionManager. Decides
-nothing about episodes.
-"""
+"""`EnvironmentService` over gRPC: calls and answers of a SessionManager, in the wire's types."""
 
 from __future__ import annotations
 
@@ -141,7 +139,7 @@ async def serve_environments(
 
     Args:
         sessions: not yet started; closed when this returns.
-        port: 0 takes a free one; `on_ready` is told which, once calls are answered.
+        port: 0 takes a free one; `on_ready` is called with it once calls are answered.
 
     Raises:
         ConflictError: the port is taken. ConfigurationError: an environment cannot be built, or no
