@@ -1,6 +1,4 @@
-"""Owns search by words: a BM25 index of a corpus, built once, kept on disk and mapped into every
-process that searches it.
-"""
+"""Search by words: a BM25 index of a corpus, built once and mapped by every process."""
 
 from __future__ import annotations
 

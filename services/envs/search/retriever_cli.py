@@ -1,4 +1,4 @@
-"""Owns `sdar retriever`: its options. Imports what it needs only when it runs."""
+"""The command `sdar retriever`: its options. Imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def retriever(
 
         return open_lexical_retriever(corpus)
 
-    def tell(bound_port: int) -> None:
+    def print_address(bound_port: int) -> None:
         typer.echo(f"Retriever of {corpus} answers on http://{host}:{bound_port}")
 
     settings = load_settings()
@@ -68,6 +68,6 @@ def retriever(
         host=host,
         port=port,
         security=Security.from_settings(settings),
-        on_ready=tell,
+        on_ready=print_address,
     )
     asyncio.run(run_until_stopped(serve))
