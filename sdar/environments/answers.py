@@ -18,7 +18,7 @@ from sdar.environments.base import EnvironmentDescription, Observation, StepResu
 
 
 class NonsenseError(ValueError):
-    """What was expected and what was found; whoever asked the environment says which one it was."""
+    """What was expected and what was found; the caller adds which environment answered it."""
 
 
 def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:

@@ -167,8 +167,8 @@ class Host(ABC):
 
     @abstractmethod
     def close(self, session_id: str, environment: str) -> None:
-        """Begin to end a session; what is not there is none. Nobody waits for an environment that
-        takes long to close.
+        """Begin to end a session; an unknown id changes nothing. The call returns at once, however
+        long the environment takes to close.
         """
 
     @abstractmethod

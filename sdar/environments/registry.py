@@ -66,7 +66,7 @@ class EnvironmentSource:
         except SdarError as error:  # it says itself what is to be done
             raise ConfigurationError(error.message) from error
         except Exception as error:
-            # somebody else's constructor, and whoever started the server wants one sentence
+            # A user's constructor may raise anything; one sentence helps more than a traceback.
             raise ConfigurationError(
                 f"{self.path} cannot be built with options {dict(self.options)}: "
                 f"{type(error).__name__}: {error}. "
@@ -90,7 +90,7 @@ class EnvironmentSource:
         except ConfigurationError:
             raise
         except Exception as error:
-            # Somebody else's module, and whoever started the server wants one sentence.
+            # A user's module may raise anything; one sentence helps more than a traceback.
             raise ConfigurationError(
                 f"{self.path} cannot be imported: {type(error).__name__}: {error}. Correct its "
                 "module."

@@ -26,7 +26,7 @@ SERVICE_NAME = "sdar.v1.EnvironmentService"
 log = structlog.get_logger()
 
 
-class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # type: ignore[misc]  # generated, untyped
+class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
     """Translates; errors pass as they are, the server turns them into statuses."""
 
     def __init__(self, sessions: SessionManager) -> None:
@@ -176,9 +176,7 @@ async def serve_environments(
 
 
 async def _start(sessions: SessionManager, stopping: asyncio.Event, health: Health) -> None:
-    """Building an environment may take minutes: whoever stops the server meanwhile does not wait
-    for it.
-    """
+    """Start the sessions, or return early on a stop: building an environment may take minutes."""
     starting, stopped = asyncio.create_task(sessions.start()), asyncio.create_task(stopping.wait())
     try:
         while not (starting.done() or stopped.done()):

@@ -114,7 +114,7 @@ class _Store:
 
 
 class MemoryBus:
-    """`Bus` in memory.
+    """`Bus` in memory. One class because `Bus` is one protocol over one store.
 
     Args:
         consumers: the groups that consume each stream in this run.

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from tokenizers import Tokenizer
 from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import BEFORE_FIRST, Bus, DeadLetter
 from sdar.contracts.errors import InvalidInputError, SdarError, UnknownResourceError
+from sdar.contracts.roles import WORKERS
+from sdar.contracts.streams import ConsumerGroup
 from sdar.wire.http_server import answer_error, build_error_response, build_page_policy
 
 from .describe import describe_letter, describe_trajectory, replace_non_finite
@@ -428,6 +431,13 @@ def _add_scaling(app: FastAPI, scheduler: Scheduler, watch: Watch, scaler: Scale
         )
 
 
+def _count_workers(scheduler: Scheduler) -> dict[str, int]:
+    """By role, the workers heard from lately; a role that takes nothing in this run is left out."""
+    readers = set(chain.from_iterable(scheduler.config.stream_consumers.values()))
+    here = (role for role in WORKERS if ConsumerGroup(role) in readers)
+    return {role.value: scheduler.history.count_instances(role) for role in here}
+
+
 def _describe_sleep(scheduler: Scheduler) -> SleepReply | None:
     sleep = scheduler.state.sleep
     return None if sleep is None else SleepReply(reason=sleep.reason, since_s=sleep.since_s)
@@ -542,10 +552,7 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         ),
         dead_letters=watch.num_dead_letters,
         stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
-        instances={
-            name: scheduler.history.count_instances(name)
-            for name in (("rollout", "teacher") if scheduler.config.needs_teacher else ("rollout",))
-        },
+        instances=_count_workers(scheduler),
         evaluations=[
             EvaluationReply.model_validate(evaluation.summary()) for evaluation in state.evaluations
         ],

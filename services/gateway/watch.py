@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from sdar.bus.protocol import Bus, BusMemory, StreamLag
 from sdar.contracts.errors import BusUnavailableError
+from sdar.contracts.roles import REPORTING, Role
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.process.lifecycle import wait_or_stop
 
@@ -143,7 +144,7 @@ class Watch:
         """The slowest of the learner's newest updates, seconds without its waiting; 0 before the
         first.
         """
-        updates = self._scheduler.history.newest_values("learner", _NEWEST_UPDATES)
+        updates = self._scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
         return max(
             (sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0
         )
@@ -157,7 +158,7 @@ class Watch:
         woken_s = scheduler.woken_at_s
         # A service that never reported, or has slept, may take minutes to come up.
         expected_s = max(self._began_s, woken_s) + _STARTUP_S
-        heard = {name: history.last_heard_s(name) for name in ("rollout", "teacher", "learner")}
+        heard = {role: history.last_heard_s(role) for role in REPORTING}
         return Situation(
             now_s=self._clock(),
             phase=scheduler.state.phase,

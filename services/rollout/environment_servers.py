@@ -1,5 +1,4 @@
-"""Owns which servers stand behind an environment's address: finds them by name, and says where the
-next session goes.
+"""The servers behind an environment's address: found by name; where the next session goes.
 
 A name may stand for many servers, as a headless Service of Kubernetes does for its pods. Each gets
 a channel of its own, for a session lives in one server; gRPC's own balancing knows calls, not
@@ -121,7 +120,7 @@ class EnvironmentServers:
             self._resolving.cancel()
             await asyncio.gather(self._resolving, return_exceptions=True)
         await asyncio.gather(
-            *self._closing, *(server.channel.close() for server in self._servers.values())
+            *self._closing, *(server.channel.close(None) for server in self._servers.values())
         )
         self._servers.clear()
 
@@ -176,7 +175,7 @@ class EnvironmentServers:
             or self._servers.pop(server.target, None) is None
         ):
             return
-        closing = asyncio.ensure_future(server.channel.close())
+        closing = asyncio.ensure_future(server.channel.close(None))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -184,12 +183,12 @@ class EnvironmentServers:
 async def resolve_host(host: str, port: int) -> list[str]:
     """All addresses of a host, as targets. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = {address[0] for *_, address in found}
+    hosts = {str(address[0]) for *_, address in found}
     return sorted(f"[{one}]:{port}" if ":" in one else f"{one}:{port}" for one in hosts)
 
 
 def _parse_name(address: str) -> tuple[str, int] | None:
-    """Host and port of an address that is to be looked up here; None for what gRPC takes as it is."""
+    """Host and port of an address to be looked up here; None for what gRPC takes as it is."""
     match = _NAMED.fullmatch(address)
     if match is None:
         return None

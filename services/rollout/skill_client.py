@@ -1,12 +1,13 @@
-"""Owns asking the teacher for skills: method skill_grpo shows them to the student. Never decides
-where they are placed.
+"""Asks the teacher for skills, which method skill_grpo shows to the student.
+
+Where they stand in a prompt is `services.rollout.prompting`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from sdar.contracts.codec import task_to_proto
 from sdar.contracts.errors import UnavailableError
@@ -44,9 +45,11 @@ class GrpcSkillSource:
         timeout_s: float = 10.0,
         patience_s: float = 120.0,
     ) -> None:
-        self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
+        self._address = address
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._channel = connect(address, security)
-        self._stub: Any = teacher_pb2_grpc.TeacherServiceStub(self._channel)
+        self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)
 
     async def retrieve(self, task: Task, key: str) -> str:
         request = teacher_pb2.RetrieveSkillsRequest(task=task_to_proto(task), key=key)
@@ -59,11 +62,11 @@ class GrpcSkillSource:
                     timeout_s=self._timeout_s,
                     peer=self._address,
                 )
-                return str(response.text)
+                return response.text
             except UnavailableError:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)

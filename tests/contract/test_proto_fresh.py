@@ -22,6 +22,8 @@ def version(text: str) -> tuple[int, ...]:
 def test_stubs_are_what_the_protos_generate(tmp_path):
     """`make proto` writes them; this runs the same command into an empty folder."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
+    outputs += [f"--plugin=protoc-gen-mypy_grpc={plugin}", f"--mypy_grpc_out=quiet:{tmp_path}"]
     command = [
         sys.executable,
         "-m",
@@ -39,11 +41,12 @@ def test_stubs_are_what_the_protos_generate(tmp_path):
     assert not differing, "Run `make proto` and commit the result."
 
 
-def test_the_generator_is_pinned_exactly():
+@pytest.mark.parametrize("generator", ["grpcio-tools", "mypy-protobuf"])
+def test_the_generators_are_pinned_exactly(generator):
     """Another version writes other stubs."""
-    pin = re.search(r'"grpcio-tools==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    pin = re.search(rf'"{generator}==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert pin is not None
-    assert importlib.metadata.version("grpcio-tools") == pin[1]
+    assert importlib.metadata.version(generator) == pin[1]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +54,7 @@ def test_the_generator_is_pinned_exactly():
     ["grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf"],
 )
 def test_the_least_version_that_may_be_installed_can_load_the_stubs(requirement):
-    """Generated code refuses runtimes older than its generator; the floors in pyproject.toml must
-    know that.
-    """
+    """Generated code refuses older runtimes, so pyproject.toml has floors for them."""
     floor = re.search(rf'"{requirement}>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
     stub = (ROOT / "sdar" / "v1" / "policy_pb2.py").read_text()
     grpc_stub = (ROOT / "sdar" / "v1" / "policy_pb2_grpc.py").read_text()
@@ -77,9 +78,7 @@ def test_the_installed_runtime_can_load_the_stubs():
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.stem)
 def test_every_message_and_service_is_explained(proto):
-    """A definition starts after a comment, except requests and responses, which their method
-    explains.
-    """
+    """A definition follows a comment, except messages that their method explains."""
     lines = proto.read_text().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"(message|enum|service) (?!\w+(Request|Response)\b)|  rpc ", line):

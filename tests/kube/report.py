@@ -1,5 +1,4 @@
-"""Writes the report of a cluster test: each claim with its evidence, in a table between two marks
-of a page.
+"""The report of a cluster test: a row per claim with its evidence, between two marks of a page.
 
 A claim that was not tested this time keeps its earlier row, so that a page can be made in several
 runs.

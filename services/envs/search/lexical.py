@@ -114,8 +114,8 @@ def _open(corpus_path: Path, cache: Path, size_bytes: int, modified_ns: int) -> 
 
 
 def _build(corpus_path: Path, directory: Path) -> None:
-    """Write the index beside its place, then move it there whole: whoever builds it at the same
-    time builds the same.
+    """Write the index beside its place, then move it there whole. Another process may do so at the
+    same time; both write the same.
     """
     offsets: list[int] = []
     documents: list[list[int]] = []
@@ -154,5 +154,6 @@ class _Stems(dict[str, str]):
         self._stemmer = Stemmer.Stemmer("porter")
 
     def __missing__(self, word: str) -> str:
-        stem = self[word] = self._stemmer.stemWord(word)
+        stem: str = self._stemmer.stemWord(word)
+        self[word] = stem
         return stem
