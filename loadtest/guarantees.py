@@ -123,11 +123,12 @@ def _build_measurement(pairs: Sequence[tuple[float, float]]) -> Measurement:
         (Comparison(what, "without", "tokens/s", tuple(pairs), TARGET),),
         notes=(
             f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, "
-            f"{ShortEpisodes.num_turns} turns of {NUM_RESPONSE_TOKENS} tokens, "
-            "examples/models/household-tiny in float32: the largest share that the path around "
-            "the engine can have. Peer: the same workers with commits as one plain pipeline, no "
-            "account, no declared versions, no TLS, no tokens. Both have an environment server "
-            "process, and Redis with its append-only file.",
+            f"{ShortEpisodes.num_turns} turns of "
+            f"{NUM_RESPONSE_TOKENS} tokens, examples/models/household-tiny in float32. With so "
+            "small a model the work around the engine has the largest share that it can have. "
+            "Peer: the same workers with commits as one plain pipeline, no account, no declared "
+            "versions, no TLS, no tokens. Both have an environment server process, and Redis with "
+            "its append-only file.",
         ),
     )
 

@@ -1,5 +1,6 @@
-"""Owns a run inside one process: every service's own main loop on the in-memory bus, without wire,
-Redis or vLLM.
+"""A whole run in one process: every service's main loop on the in-memory bus.
+
+There is no wire, no Redis and no vLLM.
 
 For experiments over many seeds and for tests. What differs from `sdar run` is chosen here: the bus,
 the sampler (`TransformersEngine`), environments without gRPC. Scheduling, episodes, scores, updates
@@ -56,7 +57,7 @@ from services.teacher.worker import TeacherWorker
 
 Main = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 OnUpdates = Callable[[int], None]
-"""Told the number of updates done, now and then."""
+"""Called now and then with the number of updates done."""
 
 _LOOK_EVERY_S = 0.25
 
@@ -87,7 +88,7 @@ def run_in_process(config: RunConfig, on_updates: OnUpdates = lambda num_updates
 async def play_run(
     config: RunConfig, directory: Path, on_updates: OnUpdates = lambda num_updates: None
 ) -> Outcome:
-    """As `run_in_process`, on the running event loop, with weights and checkpoints in `directory`."""
+    """Like `run_in_process`, on the running event loop; weights and checkpoints in `directory`."""
     if config.training.num_ranks > 1:
         raise ConfigurationError(
             "training.num_ranks is over 1; a run in one process has one rank. Set it to 1."
@@ -219,7 +220,7 @@ def _build_learner(
 
 
 def _watch(scheduler: Scheduler, on_updates: OnUpdates) -> Main:
-    """Tell of progress, and stop everything once the run is over."""
+    """Report progress, and stop everything once the run is over."""
 
     async def watch(stopping: asyncio.Event) -> None:
         while not await wait_or_stop(stopping, _LOOK_EVERY_S):
