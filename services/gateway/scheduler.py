@@ -45,7 +45,7 @@ from .environments import (
 from .evaluation import Evaluation
 from .history import History
 from .lengths import EpisodeLengths
-from .metrics import GatewayMetrics
+from .metrics import UNREADABLE_EVENTS, GatewayMetrics
 from .retries import Retries, Retry
 from .state import STATE_NAME, GatewayState, RunPhase, Sleep, compute_digest
 
@@ -202,7 +202,7 @@ class Scheduler:
                     entry_id=delivery.entry_id,
                     error=str(error),
                 )
-                self._metrics.unreadable_events.inc()
+                self._metrics.count(UNREADABLE_EVENTS)
                 await self._bus.dead_letter(delivery, str(error))
             else:
                 readable.append(delivery)

@@ -29,7 +29,7 @@ from ..watch import Watch
 from .cluster import Cluster, Size
 from .file import ScalingFile, ScalingFileReader, Workload
 from .governor import Decision, Governor
-from .metrics import ScalingMetrics
+from .metrics import CHANGES, ERRORS, IDLE, REPLICAS, ScalingMetrics
 from .signals import Advice, Load, Stillness, Values, advise, find_idleness
 
 log = structlog.get_logger()
@@ -139,7 +139,7 @@ class Scaler:
     async def look(self) -> None:
         """Look now, and act. Never raises for a cluster, a Redis or a file that cannot be used."""
         if await asyncio.to_thread(self._reader.refresh):
-            self._metrics.errors.labels("file").inc()
+            self._metrics.count(ERRORS, cause="file")
         file, now_s = self._reader.file, self._clock()
         if abs(now_s - self._looked_at_s) > _MAX_ABSENCE_S:
             self._present_since_s = now_s
@@ -157,7 +157,7 @@ class Scaler:
         self._watch.scaling_problem = " ".join(
             filter(None, (self._reader.problem, self.problem if is_lasting else ""))
         )
-        self._metrics.idle.set(self._scheduler.state.sleep is not None)
+        self._metrics.set(IDLE, self._scheduler.state.sleep is not None)
 
     async def _scale(self, look: _Look) -> str:
         """Read, decide, act. Returns what kept it from that, about one workload if there are
@@ -185,7 +185,7 @@ class Scaler:
             except UnavailableError as error:
                 problem = self._fail("cluster", error.message)
             except ConflictError as error:
-                self._metrics.errors.labels("conflict").inc()
+                self._metrics.count(ERRORS, cause="conflict")
                 log.info("scaling_conflict", error=error.message)
             except TimeoutError:
                 return self._fail(
@@ -196,7 +196,7 @@ class Scaler:
         return problem
 
     def _fail(self, cause: str, problem: str) -> str:
-        self._metrics.errors.labels(cause).inc()
+        self._metrics.count(ERRORS, cause=cause)
         if problem != self.problem:
             log.warning("scaling_failed", cause=cause, error=problem)
         return problem
@@ -323,8 +323,8 @@ class Scaler:
         self.workloads[role] = WorkloadStatus(
             *bounds, current, decision.replicas, decision.reason, since_s
         )
-        self._metrics.replicas.labels(role, "current").set(current)
-        self._metrics.replicas.labels(role, "wanted").set(decision.replicas)
+        self._metrics.set(REPLICAS, current, workload=role, kind="current")
+        self._metrics.set(REPLICAS, decision.replicas, workload=role, kind="wanted")
         if look.file.dry_run and not is_same and current != decision.replicas:
             log.info(
                 "scaling_advised",
@@ -354,7 +354,7 @@ class Scaler:
         now_s = self._clock()
         self._governors[role].note_change(now_s)
         self.changes.append(Change(now_s, role, before, after, decision.reason))
-        self._metrics.changes.labels(role, "up" if after > before else "down").inc()
+        self._metrics.count(CHANGES, workload=role, direction="up" if after > before else "down")
         log.info(
             "workload_scaled", workload=role, before=before, after=after, reason=decision.reason
         )
@@ -363,7 +363,7 @@ class Scaler:
             await self._cluster.tell(workload, size, _name_change(before, after), change)
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
-            self._metrics.errors.labels("cluster").inc()
+            self._metrics.count(ERRORS, cause="cluster")
 
 
 def _name_change(before: int, after: int) -> str:
