@@ -369,7 +369,7 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         It holds until somebody resumes the run; with `until_restart`, as a drain asks for it, at
         most until this gateway ends.
         """
-        scheduler.pause(until_restart=until_restart)
+        scheduler.control.pause(until_restart=until_restart)
         return describe_run(scheduler, watch)
 
     @app.post("/v1/run/resume", responses=_CONFLICT, tags=["run"])
@@ -377,13 +377,13 @@ def _add_run(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
         """Go on issuing groups, also after giving up, and wake a run that sleeps. 409 where nothing
         can go on.
         """
-        scheduler.resume()
+        scheduler.control.resume()
         return describe_run(scheduler, watch)
 
     @app.post("/v1/run/stop", responses=_CONFLICT, tags=["run"])
     async def stop() -> RunReply:
         """End early: no more groups, one last evaluation. 409 before the run has started."""
-        scheduler.stop()
+        scheduler.control.stop()
         return describe_run(scheduler, watch)
 
     @app.get("/v1/environments", tags=["environments"])
@@ -525,8 +525,8 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         phase=str(state.phase),
         detail=scheduler.detail,
         method=config.method.name,
-        policy_version=scheduler.policy_version,
-        num_updates=scheduler.num_updates,
+        policy_version=scheduler.policy.version,
+        num_updates=scheduler.policy.num_updates,
         target_updates=config.training.num_updates,
         max_staleness=config.training.max_staleness,
         ledger=scheduler.ledger.counts(),

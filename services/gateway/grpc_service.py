@@ -47,7 +47,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         return gateway_pb2.GetRunStatusResponse(
             run_id=scheduler.config.name,
             state=_STATES[scheduler.state.phase],
-            policy_version=scheduler.policy_version,
+            policy_version=scheduler.policy.version,
             target_policy_version=scheduler.config.training.num_updates,
             num_groups=scheduler.ledger.counts(),
             reason=scheduler.detail,

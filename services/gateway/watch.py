@@ -137,7 +137,7 @@ class Watch:
     @property
     def progress_at_s(self) -> float:
         """When the run last got on, Unix time; no earlier than when it was last woken."""
-        return max(self._progress_at_s, self._scheduler.woken_at_s)
+        return max(self._progress_at_s, self._scheduler.control.woken_at_s)
 
     def compute_learner_busy_s(self) -> float:
         """The slowest of the learner's newest updates, seconds without its waiting; 0 before the
@@ -154,7 +154,7 @@ class Watch:
 
     def _describe_situation(self) -> Situation:
         scheduler, history = self._scheduler, self._scheduler.history
-        woken_s = scheduler.woken_at_s
+        woken_s = scheduler.control.woken_at_s
         # A service that never reported, or has slept, may take minutes to come up.
         expected_s = max(self._began_s, woken_s) + _STARTUP_S
         heard = {name: history.last_heard_s(name) for name in ("rollout", "teacher", "learner")}

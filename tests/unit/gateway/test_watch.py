@@ -210,6 +210,6 @@ async def test_progress_is_whatever_moves_the_account_the_policy_or_an_evaluatio
     now[0] += 601
     await watch.refresh()
     assert [alarm.name for alarm in watch.board.alarms] == ["no_progress"]
-    scheduler.policy_version = 1
+    scheduler.policy.version = 1
     await watch.refresh()
     assert watch.board.alarms == []
