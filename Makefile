@@ -55,7 +55,8 @@ format: setup ## Bring the code into style
 	$(PY) -m ruff format .
 
 proto: setup ## Generate sdar/v1 from proto/
-	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/sdar/v1/*.proto
+	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
+	  --plugin=protoc-gen-mypy_grpc=.venv/bin/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:. proto/sdar/v1/*.proto
 
 bench: setup ## Measure, as ratios against named peers; writes docs/benchmarks.md
 	$(PY) -m loadtest.bench

@@ -58,8 +58,7 @@ def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
         kind = _format_type(field.annotation)
         bounds = _format_bounds(field)
         rows.append(
-            f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | "
-            f"{_describe(field)} |"
+            f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {_describe(field)} |"
         )
     return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(
         rows

@@ -300,7 +300,7 @@ def _figure(theme: Theme, path: Path) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, object] = {
         "font.family": "DejaVu Sans", "font.size": 10, "text.color": theme.text,
         "axes.facecolor": theme.background, "axes.edgecolor": theme.grid, "axes.labelcolor": theme.muted,
         "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,

@@ -89,8 +89,9 @@ def _enum_from_wire(back: dict[int, E], value: int, where: str, field: str) -> E
         ) from None
 
 
-def stop_reason_to_proto(stop_reason: StopReason) -> int:
-    return int(_STOP_REASON[stop_reason])
+def stop_reason_to_proto(stop_reason: StopReason) -> trajectory_pb2.StopReason:
+    reason: trajectory_pb2.StopReason = _STOP_REASON[stop_reason]
+    return reason
 
 
 def stop_reason_from_proto(value: int) -> StopReason:

@@ -18,6 +18,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -41,7 +42,7 @@ BACKEND = "sdar_weight_store"
 
 
 @dataclass
-class StoreInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is untyped here
+class StoreInitInfo(WeightTransferInitInfo):
     """Where published weights lie."""
 
     url: str
@@ -49,13 +50,13 @@ class StoreInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is un
 
 
 @dataclass
-class StoreUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+class StoreUpdateInfo(WeightTransferUpdateInfo):
     """Which staged version to install."""
 
     policy_version: int
 
 
-class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):  # type: ignore[misc]
+class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     """vLLM's weight-transfer session, fed from what `stage` has read."""
 
     init_info_cls = StoreInitInfo
@@ -97,7 +98,9 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
                 f"Version {update_info.policy_version} is not staged (staged: "
                 f"{self._staged_version}). Stage it first."
             )
-        self.model.load_weights(iter(staged.result().items()))
+        # A method of vLLM's models, which the type of this field, torch's Module, does not know.
+        model: Any = self.model
+        model.load_weights(iter(staged.result().items()))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -109,7 +112,8 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         leaves as it was.
         """
         if self.model_config.hf_text_config.tie_word_embeddings:
-            dispatch_cpu_unquantized_gemm(self.model.lm_head, remove_weight=False)
+            head = self.model.get_submodule("lm_head")
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
     def shutdown(self) -> None:
         if hasattr(self, "_reader"):

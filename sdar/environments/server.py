@@ -28,7 +28,7 @@ SERVICE_NAME = "sdar.v1.EnvironmentService"
 log = structlog.get_logger()
 
 
-class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):  # type: ignore[misc]  # generated, untyped
+class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
     """Translates; errors pass as they are, the server turns them into statuses."""
 
     def __init__(self, sessions: SessionManager) -> None:

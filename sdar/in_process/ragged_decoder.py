@@ -149,7 +149,7 @@ class RaggedDecoder:
             padded[rows, offsets] = visible
             mask = padded[:, None]
         cos, sin = self._cos[positions], self._sin[positions]
-        heads = (self._num_queries, self._num_key_values, self._num_key_values)
+        heads = [self._num_queries, self._num_key_values, self._num_key_values]
         x = F.embedding(token_ids, self._embedding)
         for layer, keys, values in zip(self._layers, cache[0], cache[1], strict=True):
             qkv = F.linear(self._normalize(x, layer.input_norm), layer.qkv, layer.qkv_bias)

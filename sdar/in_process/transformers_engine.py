@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sdar.contracts.errors import EngineFailedError, InvalidInputError, UnavailableError
-from sdar.contracts.types import SamplingParameters, StopReason, WeightsManifest
+from sdar.contracts.types import SamplingParameters, StopReason, TokenIds, WeightsManifest
 from sdar.in_process.ragged_decoder import KeyValues, RaggedDecoder
 from sdar.model.causal_lm import install_tensors, load_causal_lm
 from services.rollout.engine import EngineStats, Generation
@@ -127,7 +127,7 @@ class TransformersEngine:
         )
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+        self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> Generation:
         self._require_running()
         request = self._build_request(prompt_token_ids, sampling)
@@ -167,7 +167,7 @@ class TransformersEngine:
             raise EngineFailedError("The sampler has died; the log says why. Restart the service.")
 
     def _build_request(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+        self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> _Request:
         prompt = np.asarray(
             prompt_token_ids, dtype=np.int64

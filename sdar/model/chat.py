@@ -97,7 +97,7 @@ class ChatTokenizer:
         """
         return self._render_delta(tuple(messages), is_closed)
 
-    def decode_response(self, token_ids: Sequence[int]) -> str:
+    def decode_response(self, token_ids: Sequence[int] | TokenIds) -> str:
         """Text of a response without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -21,13 +21,16 @@ from obstore.store import S3Store
 
 from sdar.contracts.errors import ConfigurationError, CorruptionError
 
+if TYPE_CHECKING:  # their names exist in its types only
+    from obstore.store import ClientConfig, RetryConfig
+
 PATH_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_CLIENT_OPTIONS = {
+_CLIENT_OPTIONS: ClientConfig = {
     "connect_timeout": timedelta(seconds=10),
     "read_timeout": timedelta(seconds=60),
     "timeout": timedelta(minutes=15),
 }
-_RETRY = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
+_RETRY: RetryConfig = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
 
 
 class ObjectStore(Protocol):

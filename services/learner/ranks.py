@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from sdar.contracts.errors import CapacityError, ConfigurationError, ConflictError
 from sdar.process.settings import apply_environment
@@ -41,7 +42,7 @@ class Ranks:
         self.device = device
         # Commands travel over gloo even where gradients use NCCL: waiting there takes no GPU and
         # may last.
-        self._control: Any = (
+        self._control = (
             dist.new_group(backend="gloo", timeout=_SILENCE_TIMEOUT)
             if self.world_size > 1
             else None
@@ -113,7 +114,7 @@ def stand_alone(device: str | None = None) -> Ranks:
     """The only rank, without ports or environment variables; may be called again in the same
     process.
     """
-    return _join(0, 1, device, {"store": dist.HashStore()})
+    return _join(0, 1, device, {"store": HashStore()})
 
 
 def join_ranks(
@@ -153,7 +154,7 @@ def join_ranks(
         apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
         listener = socket.create_server((host, port)).detach() if rank == 0 else None
         meeting = {
-            "store": dist.TCPStore(
+            "store": TCPStore(
                 host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener
             )
         }

@@ -98,7 +98,7 @@ class Engine(Protocol):
         """Ends running generations with UnavailableError. Safe to call twice."""
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+        self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> Generation:
         """Samples one response. Cancelling the call frees the request.
 
@@ -247,7 +247,7 @@ class VllmEngine:
         close_llm(llm)
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParameters
+        self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> Generation:
         llm = self._require_llm()
         prompt = self._check_prompt(prompt_token_ids)
@@ -270,7 +270,7 @@ class VllmEngine:
         self._num_cached_tokens += generation.num_cached_tokens
         return generation
 
-    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+    def _check_prompt(self, prompt_token_ids: Sequence[int] | TokenIds) -> list[int]:
         """Refuse here what would kill the engine or hang there."""
         prompt = np.asarray(prompt_token_ids, dtype=np.int64)
         if not 0 < len(prompt) < self._max_model_len:

@@ -121,7 +121,7 @@ class EnvironmentServers:
             self._resolving.cancel()
             await asyncio.gather(self._resolving, return_exceptions=True)
         await asyncio.gather(
-            *self._closing, *(server.channel.close() for server in self._servers.values())
+            *self._closing, *(server.channel.close(None) for server in self._servers.values())
         )
         self._servers.clear()
 
@@ -176,7 +176,7 @@ class EnvironmentServers:
             or self._servers.pop(server.target, None) is None
         ):
             return
-        closing = asyncio.ensure_future(server.channel.close())
+        closing = asyncio.ensure_future(server.channel.close(None))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -184,7 +184,7 @@ class EnvironmentServers:
 async def resolve_host(host: str, port: int) -> list[str]:
     """All addresses of a host, as targets. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = {address[0] for *_, address in found}
+    hosts = {str(address[0]) for *_, address in found}
     return sorted(f"[{one}]:{port}" if ":" in one else f"{one}:{port}" for one in hosts)
 
 

@@ -154,7 +154,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             case "chat" if request.chat.messages:
                 messages = chat_messages_from_proto(request.chat.messages)
                 self._tokenizer.check_size(messages, self._max_model_tokens)
-                return self._tokenizer.render_fresh(messages).tolist()
+                prompt: list[int] = self._tokenizer.render_fresh(messages).tolist()
+                return prompt
             case _:
                 raise InvalidInputError(
                     "GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one "

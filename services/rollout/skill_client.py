@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from sdar.contracts.codec import task_to_proto
 from sdar.contracts.errors import UnavailableError
@@ -46,7 +46,7 @@ class GrpcSkillSource:
     ) -> None:
         self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
         self._channel = connect(address, security)
-        self._stub: Any = teacher_pb2_grpc.TeacherServiceStub(self._channel)
+        self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)
 
     async def retrieve(self, task: Task, key: str) -> str:
         request = teacher_pb2.RetrieveSkillsRequest(task=task_to_proto(task), key=key)
@@ -59,11 +59,11 @@ class GrpcSkillSource:
                     timeout_s=self._timeout_s,
                     peer=self._address,
                 )
-                return str(response.text)
+                return response.text
             except UnavailableError:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)

@@ -195,7 +195,7 @@ def _read_vectors(path: Path, num_texts: int) -> Vectors | None:
     """What was written there; None if that was nothing, or is not what it should be."""
     try:
         with path.open("rb") as file:
-            vectors = np.lib.format.read_array(file, allow_pickle=False)
+            vectors: Vectors = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

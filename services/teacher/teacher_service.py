@@ -28,7 +28,7 @@ _MAX_ANSWERS = 256
 """Answers kept for callers that repeat a request id."""
 
 
-class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):  # type: ignore[misc]  # generated, untyped
+class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """Translates; errors pass as they are, the server turns them into statuses."""
 
     def __init__(self, teacher: Teacher) -> None:

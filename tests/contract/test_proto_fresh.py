@@ -22,6 +22,8 @@ def version(text: str) -> tuple[int, ...]:
 def test_stubs_are_what_the_protos_generate(tmp_path):
     """`make proto` writes them; this runs the same command into an empty folder."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
+    outputs += [f"--plugin=protoc-gen-mypy_grpc={plugin}", f"--mypy_grpc_out=quiet:{tmp_path}"]
     command = [
         sys.executable,
         "-m",
@@ -39,11 +41,12 @@ def test_stubs_are_what_the_protos_generate(tmp_path):
     assert not differing, "Run `make proto` and commit the result."
 
 
-def test_the_generator_is_pinned_exactly():
+@pytest.mark.parametrize("generator", ["grpcio-tools", "mypy-protobuf"])
+def test_the_generators_are_pinned_exactly(generator):
     """Another version writes other stubs."""
-    pin = re.search(r'"grpcio-tools==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    pin = re.search(rf'"{generator}==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert pin is not None
-    assert importlib.metadata.version("grpcio-tools") == pin[1]
+    assert importlib.metadata.version(generator) == pin[1]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def _new_model(recipe: WarmStartRecipe, vocabulary_size: int) -> Qwen2ForCausalL
             pad_token_id=PAD_ID,
             dtype=torch.float32,
         )
-        return Qwen2ForCausalLM(config).float()
+        model: Qwen2ForCausalLM = Qwen2ForCausalLM(config).float()
+        return model
 
 
 def _train(

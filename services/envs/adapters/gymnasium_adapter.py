@@ -85,11 +85,11 @@ class GymnasiumEnvironment(SeededEnvironment):
         return self._observe(seen, info)
 
     def step(self, text: str) -> StepResult:
-        written, env = find_action(text), self._env
+        written = find_action(text)
         action = parse_action(self._facts.action_space, written)
         if action is None:
             return self._refuse(written)
-        seen, reward, terminated, truncated, info = env.step(action)
+        seen, reward, terminated, truncated, info = self._playing().step(action)
         self._return += float(reward)
         is_over = bool(terminated or truncated)
         return StepResult(
@@ -107,6 +107,11 @@ class GymnasiumEnvironment(SeededEnvironment):
             self._env.close()
             self._env = None
 
+    def _playing(self) -> gymnasium.Env[Any, Any]:
+        if self._env is None:
+            raise RuntimeError("An environment is stepped between reset and close.")
+        return self._env
+
     def _refuse(self, written: str) -> StepResult:
         text = f"That is no action here. Answer with {self.action_format[0].lower()}{self.action_format[1:]}"
         return StepResult(
@@ -116,7 +121,7 @@ class GymnasiumEnvironment(SeededEnvironment):
     def _observe(self, seen: Any, info: dict[str, Any]) -> Observation:
         parts = []
         if self._facts.has_text_rendering:
-            parts.append(_name_colours(str(self._env.render())).strip("\n"))
+            parts.append(_name_colours(str(self._playing().render())).strip("\n"))
         if self._facts.is_observation_written:
             parts.append(format_value(to_plain(seen)))
         self._admissible_actions = _list_actions(self._facts.action_space, info.get("action_mask"))
@@ -178,6 +183,10 @@ def _inspect(id: str) -> _Facts:
 
 def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
     spec = env.spec
+    if spec is None:
+        raise ConfigurationError(
+            f"{env} has no spec. Make it by gymnasium.make, or register its class."
+        )
     describe_space(env.action_space)
     has_text_rendering = "ansi" in (env.metadata.get("render_modes") or ())
     is_observation_written = _count_numbers(env.observation_space) <= MAX_NUMBERS
@@ -280,9 +289,10 @@ def _to_array(space: spaces.Space[Any], value: Any) -> np.ndarray | None:
         return None
     if array.dtype.kind not in "iuf" or array.shape != space.shape:
         return None
+    dtype = np.dtype(space.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = array.astype(space.dtype)
-    is_exact = space.dtype.kind == "f" or np.array_equal(converted, array)
+        converted = array.astype(dtype)
+    is_exact = dtype.kind == "f" or np.array_equal(converted, array)
     return converted if is_exact and np.all(np.isfinite(converted)) else None
 
 

@@ -94,7 +94,10 @@ class OpenEnvEnvironment(SeededEnvironment):
         while True:
             try:
                 self._connection = self._connection or self._connect()
-                return self._observe(self._ask("reset", {"seed": seed}))
+                answer = self._ask("reset", {"seed": seed})
+                if answer is None:
+                    raise self._failure("refused to begin an episode. See its log.")
+                return self._observe(answer)
             except CapacityError:
                 self._hang_up()
                 if time.monotonic() > deadline or self._is_closed:
@@ -179,7 +182,8 @@ class OpenEnvEnvironment(SeededEnvironment):
                 f"hung up during {kind}: {error}. See its log, open another session."
             ) from error
         match answer:
-            case {"type": "observation", "data": {"observation": dict()} as observed}:
+            case {"type": "observation", "data": {"observation": dict()} as data}:
+                observed: dict[str, Any] = data
                 return observed
             case {"type": "error", "data": {"code": code}} if (
                 code == _REFUSED_ACTION and kind == "step"

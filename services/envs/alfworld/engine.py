@@ -154,7 +154,7 @@ def build_logic(domain: str, grammar: str) -> GameLogic:
     return logic
 
 
-class KeptState(PddlState):
+class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
     """TextWorld's state of a game, made from a translation, that remembers sentences until their
     facts change.
     """
@@ -175,11 +175,13 @@ class KeptState(PddlState):
             self._derive_first_facts()
             self._translation.first_facts = _copy_facts(vars(self))
         else:
-            vars(self).update(_copy_facts(self._translation.first_facts))
+            self.__dict__.update(_copy_facts(self._translation.first_facts))
 
     def _derive_first_facts(self) -> None:
-        self._facts, self._vars_by_type = defaultdict(set), defaultdict(set)
-        self._vars_by_name, self._var_counts = {}, Counter()
+        self._facts: defaultdict[Any, set[Proposition]] = defaultdict(set)
+        self._vars_by_type: defaultdict[str, set[Any]] = defaultdict(set)
+        self._vars_by_name: dict[str, Any] = {}
+        self._var_counts: Counter[str] = Counter()
         self.add_facts(self._translation.propositions)
         atoms = (Atom * self.downward_lib.get_state_size())()
         self.downward_lib.get_state(atoms)
@@ -307,7 +309,7 @@ def _smaller_library() -> Iterator[None]:
             interface.DOWNWARD_LIB_PATH = whole
 
 
-class KeptPddlEnv(PddlEnv):
+class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
     """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done
     and checked before.
     """

@@ -93,6 +93,8 @@ class AlfworldEnvironment(Environment):
         command, is_well_formed = read_response(text)
         is_valid = is_well_formed and command in self._admissible
         self._num_turns += 1
+        if self._game is None:
+            raise RuntimeError("An environment is stepped between reset and close.")
         view = self._game.step(command)
         is_truncated = not view.is_won and self._num_turns >= MAX_TURNS
         return StepResult(

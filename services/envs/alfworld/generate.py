@@ -78,7 +78,7 @@ def generate(
         min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK
     )
     total = num_tasks + 2 * num_validation
-    entries = []
+    entries: list[GameEntry] = []
     for split, task in draw_tasks(num_tasks, num_validation, seed):
         entries.append(
             write_game(directory, split, task, random.Random(f"{seed} game {len(entries)}"))

@@ -148,7 +148,10 @@ class SentenceGrammar:
             context["state"], context["entity_infos"], context["mapping"], context["variables"]
         )
         key = (start, *scene.mapping.items())
-        return scene.state.remember_sentence(key, lambda: self._write(parse_template(start), scene))
+        sentence: str = scene.state.remember_sentence(
+            key, lambda: self._write(parse_template(start), scene)
+        )
+        return sentence
 
     def _write(self, symbols: Sequence[Symbol], scene: Scene) -> str:
         return "".join([self._write_symbol(symbol, scene) for symbol in symbols])

@@ -156,5 +156,6 @@ class _Stems(dict[str, str]):
         self._stemmer = Stemmer.Stemmer("porter")
 
     def __missing__(self, word: str) -> str:
-        stem = self[word] = self._stemmer.stemWord(word)
+        stem: str = self._stemmer.stemWord(word)
+        self[word] = stem
         return stem

@@ -150,7 +150,9 @@ def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
     for row, source in enumerate(sources):
         rounds[row] = seen[source]
         seen[source] += 1
-    return np.lexsort((np.array([places[source] for source in sources], dtype=np.int64), rounds))
+    by_name = np.array([places[source] for source in sources], dtype=np.int64)
+    order: npt.NDArray[np.int64] = np.lexsort((by_name, rounds))
+    return order
 
 
 def _has(schema: pa.Schema, names: Sequence[str]) -> bool:

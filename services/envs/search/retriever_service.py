@@ -177,18 +177,23 @@ async def _load(
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[Retriever] = loop.create_future()
 
-    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        if not loaded.done():
-            set_outcome(outcome)
+    def settle(outcome: Retriever | BaseException) -> None:
+        if loaded.done():
+            return
+        if isinstance(outcome, BaseException):
+            loaded.set_exception(outcome)
+        else:
+            loaded.set_result(outcome)
 
     def load() -> None:
+        outcome: Retriever | BaseException
         try:
-            outcome = loaded.set_result, open_retriever()
+            outcome = open_retriever()
         # The boundary of a thread: raised by whoever waits for it.
         except BaseException as error:  # noqa: BLE001
-            outcome = loaded.set_exception, error
+            outcome = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: the service was stopped
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(settle, outcome)
 
     threading.Thread(target=load, name="retriever-loading", daemon=True).start()
     stop = asyncio.create_task(stopping.wait())
