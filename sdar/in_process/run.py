@@ -37,10 +37,10 @@ from sdar.process.lifecycle import run_until_stopped, wait_or_stop
 from sdar.process.settings import Settings
 from sdar.process.telemetry import Health
 from sdar.weights.store import WeightStore
-from services.gateway.app import describe_run
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import RunPhase
+from services.gateway.status import describe_run
 from services.gateway.watch import Watch
 from services.learner.checkpoint import CheckpointStore
 from services.learner.progress import Progress

@@ -266,7 +266,7 @@ async def test_stop_ends_the_run_early_with_an_evaluation(run: Run) -> None:
     await run.reach(RunPhase.FINISHED)
 
 
-async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
+async def test_a_stop_outlives_its_gateway() -> None:
     first = Run(build_config())
     _, training = await begin(first)
     first.scheduler.control.stop()
@@ -279,7 +279,7 @@ async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
     await second.stop()
 
 
-async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes() -> None:
+async def test_a_pause_outlives_its_gateway_until_somebody_resumes() -> None:
     first = Run(build_config())
     _, training = await begin(first)
     first.scheduler.control.pause()
@@ -298,7 +298,7 @@ async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes
     await third.stop()
 
 
-async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was_asked_for_in_force() -> (
+async def test_a_pause_for_a_drain_ends_with_the_gateway_and_spares_one_that_was_asked_for() -> (
     None
 ):
     first = Run(build_config())
@@ -318,7 +318,7 @@ async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was
     await third.stop()
 
 
-async def test_a_run_that_gave_up_tries_again_when_it_is_told_to(run: Run) -> None:
+async def test_a_run_that_gave_up_tries_again_when_it_is_resumed(run: Run) -> None:
     _, training = await begin(run)
     await run.report(GroupOutcome.FAILED, *training)
     await run.report(GroupOutcome.FAILED, *await run.take(4))
@@ -334,7 +334,7 @@ async def test_a_finished_run_refuses_to_be_resumed_and_says_what_would_help(run
         run.scheduler.control.resume()
 
 
-async def test_a_finished_run_goes_on_when_more_updates_are_wanted_and_ends_with_an_evaluation_of_its_own() -> (
+async def test_a_finished_run_goes_on_when_more_is_wanted_and_ends_with_its_own_evaluation() -> (
     None
 ):
     first = Run(build_config(num_updates=2))
@@ -481,7 +481,7 @@ async def test_an_unreadable_event_is_set_aside_and_does_not_stop_the_scheduler(
     "group_id",
     ["sampled-000000-v000000-99999", "sampled-000000-v000000-²", "group-99999999", "-", ""],
 )
-async def test_what_is_told_of_a_group_that_nobody_issued_changes_nothing(
+async def test_what_is_reported_of_a_group_that_nobody_issued_changes_nothing(
     run: Run, group_id: str
 ) -> None:
     evaluations, training = await begin(run)
@@ -544,7 +544,7 @@ async def test_the_last_evaluation_is_of_the_policy_that_is_durable(run: Run) ->
     assert {group.admitted_version for group in await run.take(6)} == {5}
 
 
-async def test_a_gateway_that_another_one_has_followed_ends_without_writing() -> None:
+async def test_a_superseded_gateway_ends_without_writing() -> None:
     first = Run(build_config())
     _, training = await begin(first)
     second = Run(build_config(), first.bus)
@@ -596,9 +596,7 @@ async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_
     run.task = asyncio.create_task(asyncio.sleep(0))
 
 
-async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_learner_puts_back() -> (
-    None
-):
+async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_of_the_learner() -> None:
     first = Run(build_config())
     evaluations, training = await begin(first)
     await first.answer_evaluations(evaluations[:5], 0)
@@ -693,7 +691,7 @@ async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refu
     await second.stop()
 
 
-async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(
+async def test_a_dead_letter_of_training_is_retried_as_a_new_group_in_one_transaction(
     run: Run,
 ) -> None:
     _, training = await begin(run)
@@ -711,7 +709,7 @@ async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_failure_no_longer_counts(
+async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_counts_as_no_failure(
     run: Run,
 ) -> None:
     evaluations, _ = await begin(run)
@@ -734,7 +732,7 @@ async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_fai
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_letter_that_tells_of_no_work_is_refused(run: Run) -> None:
+async def test_a_letter_that_holds_no_work_is_refused(run: Run) -> None:
     await begin(run)
     letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, b"\xff nonsense")
     with pytest.raises(RefusedError, match="cannot be read"):
