@@ -14,7 +14,7 @@ from collections.abc import Callable
 import structlog
 
 from sdar.bus.ledger import LedgerAccount, format_group_id
-from sdar.bus.protocol import Bus
+from sdar.bus.protocol import Bus, Delivery
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError, LeaseLostError, UnavailableError
 from sdar.contracts.streams import ConsumerGroup
@@ -113,7 +113,7 @@ class Scheduler:
             self.health.beat()
 
     async def _go_round(self, stopping: asyncio.Event) -> None:
-        events = [] if self._is_blind else await self._inbox.read()
+        events = await self._read(stopping)
         # Before the manifests: whoever sees the groups of an update trained must see the policy
         # that it made.
         self.ledger = await self._bus.read_ledger()
@@ -129,14 +129,16 @@ class Scheduler:
         await self._write(stopping)
         self._observe()
 
-    @property
-    def _is_blind(self) -> bool:
-        """Whether no event can be understood yet: those of evaluations name tasks, and an empty
+    async def _read(self, stopping: asyncio.Event) -> list[Delivery]:
+        """Events, unless none can be understood yet: those of evaluations name tasks, and an empty
         Redis may still be given the state that they belong to.
         """
         has_tasks = self._tasks.training is not None
-        is_starting = self.state.phase is RunPhase.STARTING
-        return self.is_blank or (is_starting and not has_tasks)
+        if not self.is_blank and (has_tasks or self.state.phase is RunPhase.FINISHED):
+            return await self._inbox.read()
+        if self.state.phase is RunPhase.FAILED:
+            await wait_or_stop(stopping, _POLL_S)  # until somebody resumes the run
+        return []
 
     async def _check_account(self) -> None:
         """The account and the cursor change together: a difference means a successor, or a Redis

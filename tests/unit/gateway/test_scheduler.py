@@ -328,6 +328,29 @@ async def test_a_run_that_gave_up_tries_again_when_it_is_resumed(run: Run) -> No
     assert (run.scheduler.state.phase, run.scheduler.detail) == (RunPhase.RUNNING, "")
 
 
+async def test_a_failed_run_that_sleeps_reads_no_results_until_it_is_resumed_with_its_tasks() -> (
+    None
+):
+    first = Run(build_config())
+    evaluations, training = await begin(first)
+    await first.report(GroupOutcome.FAILED, *training)
+    await first.report(GroupOutcome.FAILED, *await first.take(4))
+    await first.reach(RunPhase.FAILED)
+    first.scheduler.control.fall_asleep("idle", {})
+    await first.scheduler.confirm_tenure()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await until(lambda: second.scheduler.is_restored)
+    await second.report(GroupOutcome.FAILED, evaluations[0])
+    async with asyncio.timeout(5):
+        await second.scheduler.confirm_tenure()
+    assert second.scheduler.state.phase is RunPhase.FAILED
+    second.scheduler.control.resume()
+    await second.settle()
+    assert second.scheduler.state.evaluations[0].failed == [0]
+    await second.stop()
+
+
 async def test_a_finished_run_refuses_to_be_resumed_and_says_what_would_help(run: Run) -> None:
     await finish(run)
     with pytest.raises(RefusedError, match=r"Raise training\.num_updates"):
