@@ -1,3 +1,4 @@
-"""Measures this project against named peers in the same run. `python -m loadtest.bench` runs
-everything; nothing imports it.
+"""Measures this project against named peers in the same run.
+
+`python -m loadtest.bench` runs everything; nothing imports it.
 """

@@ -1,5 +1,4 @@
-"""Measures the kept ALFWorld engine against the stock one: steps, loading, resetting, and the
-memory of a game in play.
+"""Measures the kept ALFWorld engine against the stock one: speed, and memory of a game in play.
 
 Both sides are ALFWorld's own stack of wrappers, in one process and in turn, on the same generated
 games and the same commands: random ones, a reset, the walkthrough. Nothing of TextWorld is patched,
@@ -75,12 +74,10 @@ def measure(say: Say) -> Measurement:
         tuple(comparisons),
         tables=(Table("ALFWorld: memory of one more game in play", ("engine", "memory"), rows),),
         notes=(
-            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; one "
-            "game of each task type. "
-            "Transcripts of both sides were the same, line by line.",
+            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; "
+            "one game of each task type. Transcripts of both sides were the same, line by line.",
             "A game is translated when a process first loads it, and kept: the other members of "
-            "its group, and every reset, "
-            "find it there.",
+            "its group, and every reset, find it there.",
         ),
     )
 
@@ -186,8 +183,6 @@ def _measure_memory_per_game(engine: type[PddlEnv], games: Sequence[Game]) -> fl
 
 
 def _measure_own_memory() -> int:
-    """Bytes that no other process shares, the loaded pages of each engine's own library copy among
-    them.
-    """
+    """Bytes that no other process shares, among them each engine's own copy of its library."""
     gc.collect()
     return int(psutil.Process().memory_full_info().uss)

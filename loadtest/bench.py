@@ -1,5 +1,4 @@
-"""Owns `python -m loadtest.bench`: which measurements there are, and running them one after the
-other.
+"""The command `python -m loadtest.bench`: the list of measurements, run one after the other.
 
 Each runs in a process of its own, so that thread counts, memory and a crash of one reach no other.
 What is finished is saved at once; the exit code is 1 if any failed. A missed target is a result,
@@ -85,8 +84,7 @@ def _measure(name: str, place: str, is_dry_run: bool) -> bool:
     """Run one measurement in a child and save it; tells whether that worked."""
     print(f"[{place}] {name}", flush=True)
     began = time.monotonic()
-    # One thread per process: they share the cores, and two pools on one core are three times
-    # slower.
+    # One thread per process: two pools on one core are three times slower.
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ}
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         file = Path(directory) / "measurement.json"

@@ -1,8 +1,7 @@
-"""Measures the learner's step on one GPU: tokens per second, share of the GPU's peak, memory, and
-SDAR's cost over GRPO's.
+"""Measures the learner's step on one GPU: tokens/s, share of peak, memory, SDAR's cost over GRPO's.
 
-    python loadtest/bench_gpu.py                        0.5B and 1.5B Qwen2.5 shapes, random weights, bfloat16
-    python loadtest/bench_gpu.py --device cpu --tiny    the same code on a tiny shape, to see that it runs
+    python loadtest/bench_gpu.py                        Qwen2.5's 0.5B and 1.5B shapes in bfloat16
+    python loadtest/bench_gpu.py --device cpu --tiny    a tiny shape, to see that the code runs
 
 One file that needs Python 3.11, torch and transformers, and this repository around it for
 `sdar.algorithms`. The step is what a learner does between two weight versions, less the reference's
@@ -38,9 +37,7 @@ RESULTS = ROOT / "loadtest" / "results_gpu.json"
 
 
 def _stand_in_for_jaxtyping() -> None:
-    """Let `sdar.algorithms` be imported on a machine without jaxtyping: it only annotates shapes,
-    which nothing evaluates.
-    """
+    """Let `sdar.algorithms` be imported without jaxtyping, which only annotates shapes."""
     try:
         import jaxtyping  # noqa: F401
     except ImportError:
@@ -68,8 +65,7 @@ from sdar.algorithms.methods import LossSettings, compute_loss, get_method  # no
 SEED = 0
 METHODS = ("sdar", "grpo")
 LEARNING_RATE, MAX_GRADIENT_NORM = 1e-6, 1.0
-# Dense bfloat16 TFLOP/s of the makers' data sheets, by a part of the device's name; the first that
-# fits counts.
+# Dense bfloat16 TFLOP/s of data sheets, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -156,8 +152,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(
-            "error: torch sees no CUDA device. Run this on a machine with one, or pass --device "
-            "cpu --tiny."
+            "error: torch sees no CUDA device. Run this on a machine with one, "
+            "or pass --device cpu --tiny."
         )
     rows = []
     for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
@@ -232,8 +228,9 @@ def _measure(
 
 
 class Learner:
-    """A bfloat16 model with float32 master weights, gradients and AdamW state: what DeepSpeed keeps
-    for a rank on its own.
+    """A bfloat16 model with float32 master weights, gradients and AdamW state.
+
+    This is what DeepSpeed keeps for a rank on its own.
     """
 
     def __init__(self, shape: Shape, is_checkpointed: bool, device: torch.device) -> None:
@@ -313,9 +310,7 @@ class Learner:
 
 
 def draw_sequences(shape: Shape) -> list[TokenSequence]:
-    """Episodes of random tokens: a prompt, then responses and observations in turn, about half of
-    all tokens sampled.
-    """
+    """Episodes of random tokens: prompts, responses and observations; half are sampled."""
     rng = np.random.default_rng(SEED)
     sequences = []
     for index in range(shape.num_sequences):
@@ -384,19 +379,14 @@ def format_table(results: dict[str, Any]) -> str:
     """Markdown. Absent figures are dashes."""
     lines = [
         f"{results['device']}, {results['versions']}, {results['date']}, seed {results['seed']}\n",
-        (
-            "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB | "
-            "SDAR "
-            "over GRPO (range) |"
-        ),
+        "| model | checkpointing | tokens/s | TFLOP/s | share of peak | peak memory, GiB "
+        "| SDAR over GRPO (range) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         figures = [row["error"], "-", "-", "-", "-"] if "error" in row else _format_figures(row)
-        lines.append(
-            "| "
-            f"{' | '.join([row['model'], 'on' if row['gradient_checkpointing'] else 'off', *figures])} |"
-        )
+        checkpointing = "on" if row["gradient_checkpointing"] else "off"
+        lines.append(f"| {' | '.join([row['model'], checkpointing, *figures])} |")
     return "\n".join(lines)
 
 

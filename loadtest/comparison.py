@@ -1,5 +1,6 @@
-"""Owns what a measurement is made of: pairs of figures taken in turn, their ratios, targets, plain
-tables. Measures nothing.
+"""Parts of a measurement: pairs of figures taken in turn, their ratios, targets, plain tables.
+
+Measures nothing.
 
 A ratio of two figures taken one right after the other survives a machine whose speed drifts; a
 ratio of two medians does not. Hence pairs: ours, peer, ours, peer, ..., one ratio a pair, and the
@@ -53,8 +54,8 @@ class Comparison:
             raise ValueError(f"{self.what}: no pair was measured.")
         if any(peer <= 0 for _, peer in self.pairs):
             raise ValueError(
-                f"{self.what}: a figure of the peer is not positive, so there is no ratio: "
-                f"{self.pairs}."
+                f"{self.what}: a figure of the peer is not positive, "
+                f"so there is no ratio: {self.pairs}."
             )
 
     @property
@@ -90,8 +91,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything that one measurement has to say. `notes` say what a reader must know to judge the
-    figures.
+    """Everything that one measurement has to say.
+
+    `notes` say what a reader must know to judge the figures.
     """
 
     comparisons: tuple[Comparison, ...] = ()
@@ -143,7 +145,8 @@ def take_turns(
 
 def describe_pair(number: int, total: int, pair: tuple[float, float]) -> str:
     ours, peer = pair
-    return f"pair {number} of {total}: {format_figure(ours)} against {format_figure(peer)}, ratio {ours / peer:.3g}"
+    figures = f"{format_figure(ours)} against {format_figure(peer)}, ratio {ours / peer:.3g}"
+    return f"pair {number} of {total}: {figures}"
 
 
 def scale_pairs(pairs: Iterable[Sequence[float]], factor: float) -> tuple[tuple[float, float], ...]:

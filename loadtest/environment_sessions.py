@@ -1,5 +1,4 @@
-"""Measures how many sessions one core of an environment server holds, against OpenEnv's own server
-of the same environment.
+"""Measures the sessions that one core of an environment server holds, against OpenEnv's server.
 
 Every client steps once a second, at times fixed in advance, so a slow server gets no rest. A server
 holds a number of sessions if 95% of the steps are answered in time, counted from when they were
@@ -54,9 +53,7 @@ from sdar.v1 import environment_pb2, environment_pb2_grpc
 NUM_PAIRS = 2
 FIRST_NUM_SESSIONS = 256
 FIRST_FACTOR, NEXT_FACTOR = 2.0, 1.25
-"""By which numbers grow until one is not held: in the first search, and in those that begin where
-the last one ended.
-"""
+"""Factor by which numbers grow until one is not held: in the first search, and in later ones."""
 LAST_RATIO = 1.12
 """The search ends when the next larger number tried is at most this times the number held."""
 GOAL_NUM_SESSIONS = 512
@@ -91,8 +88,9 @@ class Server:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of every step that counts: from when it was due to its answer, and to its sending if
-    its client was free.
+    """Seconds of each counted step: from when it was due to its answer, and to its sending.
+
+    The sending counts only if its client was free.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -116,9 +114,7 @@ class Trial:
         return compute_percentile(self.timings.latenesses, 0.95) if self.timings.latenesses else 0.0
 
     def judge(self, limit_s: float) -> Literal["held", "not held", "void"]:
-        """Void: not held, but perhaps only for clients that were late in sending, and as late in
-        receiving.
-        """
+        """Not held, but perhaps only for clients that were late in sending and receiving."""
         if self.timings.num_missed:
             return "not held"
         over_s = compute_percentile(self.timings.latencies, 0.95) - limit_s
@@ -129,8 +125,8 @@ def measure(say: Say) -> Measurement:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
-            "Sessions per core need two cores, one for the server and one for its clients; this "
-            "machine has one."
+            "Sessions per core need two cores, one for the server and one for its clients; "
+            "this machine has one."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     os.sched_setaffinity(0, cores[1:])
@@ -173,25 +169,20 @@ def build_measurement(
     )
     notes = (
         "An environment that answers at once with 230 characters; the agent's texts have 110. "
-        "Every client has its own session "
-        f"and steps every {schedule.period_s:g} s, spread evenly; latency counts from when the "
-        "step was due. "
-        f"{schedule.num_rounds} steps a session after {schedule.num_warmups} to warm up. Numbers "
-        "grow until one is not held, "
+        f"Every client has its own session and steps every {schedule.period_s:g} s, spread "
+        f"evenly; latency counts from when the step was due. {schedule.num_rounds} steps a "
+        f"session after {schedule.num_warmups} to warm up. Numbers grow until one is not held, "
         f"then are narrowed down to {LAST_RATIO - 1:.0%}, each on a fresh server.",
         "Ours: `sdar env serve` with one worker process, over gRPC; server and worker share the "
-        "core. Peer: openenv-core under "
-        "uvicorn, one process, one WebSocket a session, its `max_concurrent_envs` raised from 1; "
-        "it plays in the server's own "
-        "process, on uvloop, where an environment that hangs or dies takes every session with it. "
+        "core. Peer: openenv-core under uvicorn, one process, one WebSocket a session, its "
+        "`max_concurrent_envs` raised from 1; it plays in the server's own process, on uvloop, "
+        "where an environment that hangs or dies takes every session with it. "
         "Clients are on another core.",
         "The last column: how late the clients were themselves. Where that, in sending and in "
-        "receiving, could be why a number "
-        "is not held, the measurement is void and fails.",
+        "receiving, could be why a number is not held, the measurement is void and fails.",
         (
             "Memory of a session: what the server's processes have of their own, less what they "
-            "had "
-            "with one session, per session."
+            "had with one session, per session."
         ),
     )
     return Measurement(comparisons, (_build_table(ours, theirs),), notes)
@@ -242,8 +233,8 @@ def find_largest(
             failed = number
         if best is None and number == 1:
             raise SdarError(
-                "The server holds not one session within the limit. The machine is busy: measure "
-                "on a quiet one."
+                "The server holds not one session within the limit. "
+                "The machine is busy: measure on a quiet one."
             )
         if best is None:
             number = int(number / factor)
@@ -274,8 +265,8 @@ def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, 
             return trial
     raise SdarError(
         f"The clients of {num_sessions} sessions of {server.name} were themselves late by "
-        f"{late_ms:.0f} ms: this measures "
-        "them, not the server, and is void. Measure on a quieter machine."
+        f"{late_ms:.0f} ms: this measures them, not the server, and is "
+        "void. Measure on a quieter machine."
     )
 
 
@@ -356,9 +347,7 @@ async def _open_sessions(open_session: Open, num_sessions: int) -> list[Step]:
 
 
 async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
-    """Step every session on schedule; what is not sent by the end of the schedule, or fails, is
-    missed.
-    """
+    """Step every session on schedule; what fails or isn't sent by its end is missed."""
     loop, timings = asyncio.get_running_loop(), Timings()
     num_rounds = schedule.num_warmups + schedule.num_rounds
     begin = loop.time() + schedule.period_s / 10
@@ -494,9 +483,7 @@ PEER = Server(
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share of the values does not exceed; infinite if
-    there is none.
-    """
+    """The smallest value that this share of the values does not exceed; infinite if none is."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.inf
 
 

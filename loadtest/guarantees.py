@@ -1,12 +1,15 @@
-"""Measures what the guarantees cost the rollout path: sampled tokens per second with all of them
-over none, at 32 episodes.
+"""Measures what the guarantees cost the rollout path: sampled tokens per second with and without.
+
+Both are measured at 32 episodes, and the figure is their ratio.
 
 Two rollout workers share one AsyncLLM and one Redis and take turns at the same groups; each has an
 environment server of its own, a process that answers at once, over gRPC.
 
-    with       a fenced commit of one script with an exactly-once mark and the account's transitions, policy versions declared
-               in use, mutual TLS and a token at every call to the environment
-    without    one pipeline that publishes and acknowledges, the ledger's events published by hand, nothing declared, plaintext
+    with       a fenced commit of one script with an exactly-once mark and the account's
+               transitions, policy versions declared in use, mutual TLS and a token at every call
+               to the environment
+    without    one pipeline that publishes and acknowledges, the ledger's events published by hand,
+               nothing declared, plaintext
 
 What both do alike is left in: reading, leases that are renewed, the codec. Every response has the
 full length on both sides (see `rollout_throughput`), and an episode ends after a fixed number of
@@ -57,13 +60,17 @@ from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.prompting import Conversation
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.certificates import Authority
 
 NUM_PAIRS, NUM_GROUPS, NUM_RESPONSE_TOKENS = 15, 32, 12
 STEP_TIMEOUT_S = 30.0
 TARGET = Target("at_least", 0.95)
-SERVER = "from loadtest.instant import ShortEpisodes; from sdar.environments import serve; serve(ShortEpisodes, port=0)"
+SERVER = """
+from loadtest.instant import ShortEpisodes
+from sdar.environments import serve
+serve(ShortEpisodes, port=0)
+"""
 
 
 def measure(say: Say, num_pairs: int = NUM_PAIRS, num_groups: int = NUM_GROUPS) -> Measurement:
@@ -102,13 +109,11 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
         (Comparison(what, "without", "tokens/s", tuple(pairs), TARGET),),
         notes=(
             f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, "
-            f"{ShortEpisodes.num_turns} turns of "
-            f"{NUM_RESPONSE_TOKENS} tokens, examples/models/household-tiny in float32: the largest "
-            "share that the path around "
+            f"{ShortEpisodes.num_turns} turns of {NUM_RESPONSE_TOKENS} tokens, "
+            "examples/models/household-tiny in float32: the largest share that the path around "
             "the engine can have. Peer: the same workers with commits as one plain pipeline, no "
-            "account, no declared versions, "
-            "no TLS, no tokens. Both have an environment server process, and Redis with its "
-            "append-only file.",
+            "account, no declared versions, no TLS, no tokens. Both have an environment server "
+            "process, and Redis with its append-only file.",
         ),
     )
 
@@ -162,9 +167,7 @@ def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
 
 
 class PlainBus(RedisBus):
-    """A bus without the guarantees: one pipeline that publishes and acknowledges, whoever holds
-    what.
-    """
+    """A bus without the guarantees: one pipeline publishes and acknowledges, held or not."""
 
     async def commit(
         self,
@@ -273,7 +276,7 @@ async def _side(
         rules,
         run_id=run_id,
         instance=name,
-        limits=WorkerLimits(max_concurrent_episodes=NUM_CONCURRENT),
+        limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
         health=Health(),
         metrics=RolloutMetrics(),
     )

@@ -1,5 +1,6 @@
-"""Owns an environment that answers at once, so that only its server's work is measured. Imports no
-more than a worker needs.
+"""An environment that answers at once, so that only its server's work is measured.
+
+Imports no more than a worker needs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ OBSERVATION = (
     "You are in the middle of a room. Looking quickly around you, you see a cabinet, a countertop "
     "and a fridge. " * 2
 )
-ACTION = "<think>The cup has to be cleaned first, so I look for it on the countertop.</think><action>look</action>"
+ACTION = (
+    "<think>The cup has to be cleaned first, so I look for it on the countertop.</think>"
+    "<action>look</action>"
+)
 MAX_TURNS = 1_000_000
 
 

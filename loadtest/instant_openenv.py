@@ -1,4 +1,5 @@
-"""Owns the peer's server of the same instant environment: OpenEnv's own, one uvicorn process.
+"""The peer's server of the same instant environment: OpenEnv's own, one uvicorn process.
+
 `python -m ... PORT SESSIONS`.
 """
 

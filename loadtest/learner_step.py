@@ -1,5 +1,4 @@
-"""Measures what distillation costs the learner: its whole update by SDAR against the same update by
-GRPO.
+"""Measures what distillation costs the learner: a whole update by SDAR against one by GRPO.
 
 Both methods train one model on one batch through the learner's own `Trainer` and DeepSpeed, so only
 the loss differs: batching, reference scoring, forward and backward passes, AdamW and the export of
@@ -64,13 +63,11 @@ def measure(say: Say) -> Measurement:
     what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
     notes = (
         f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, "
-        "one thread, float32. The "
-        "smallest model is the hardest case: the loss costs the same per token whatever the "
-        "model's size.",
+        "one thread, float32. The smallest model is the hardest case: the loss costs the same per "
+        "token whatever the model's size.",
         (
             "The teacher is another service and scores while the learner trains; its row adds the "
-            "time "
-            "as if they took turns."
+            "time as if they took turns."
         ),
     )
     return Measurement(

@@ -1,5 +1,4 @@
-"""Owns the users of the load test: people and dashboards at the gateway's HTTP, rollout slots at
-the environments' gRPC.
+"""The load test's users: people and dashboards over HTTP, rollout slots at the environments' gRPC.
 
     locust -f loadtest/locustfile.py GatewayUser --host https://GATEWAY:PORT
     locust -f loadtest/locustfile.py EnvironmentUser --host HOST:PORT
@@ -59,9 +58,7 @@ random.seed(SEED)  # of what Locust draws: pauses, tasks
 
 
 class GatewayUser(FastHttpUser):
-    """Somebody with the page open, who now and then reads an episode; one in twenty asks is a
-    scrape of Prometheus'.
-    """
+    """Somebody with the page open who reads an episode; one in twenty scrapes for Prometheus."""
 
     host = _SETTINGS.gateway_url or "http://127.0.0.1:8080"
     wait_time = constant(REFRESH_S)
@@ -117,8 +114,9 @@ class RpcFailure(Exception):
 
 
 class EnvironmentUser(User):
-    """A place for one episode of a rollout worker: plays a task to its end, then the next one. Its
-    moves are random.
+    """A place for one episode of a rollout worker: plays a task to its end, then the next one.
+
+    Its moves are random.
     """
 
     host = _SETTINGS.envs_address
@@ -202,9 +200,7 @@ class EnvironmentUser(User):
         return answer
 
     def _connect(self, number: int) -> grpc.Channel:
-        """A connection to one of the servers behind the address; sessions stay with the one that
-        opened them.
-        """
+        """A connection to a server behind the address; sessions stay where they opened."""
         if number not in self._channels:
             config = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
             # A pool of its own: channels to one address would share one connection.

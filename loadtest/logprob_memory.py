@@ -1,5 +1,4 @@
-"""Measures the memory that scoring takes on top of its inputs: chunks that are recomputed against
-all logits at once.
+"""Measures the memory of scoring on top of its inputs: recomputed chunks against all logits.
 
 Forward and backward pass of log-prob and entropy through a head of Qwen2.5-0.5B's shape. Chunk and
 batch keep the proportion of the configuration's defaults (1,024 of 16,384 tokens), both eight times
@@ -51,13 +50,12 @@ def measure(say: Say) -> Measurement:
             Comparison(f"time {what}, chunks of {CHUNK_TOKENS}", naive, "CPU s", tuple(seconds)),
         ),
         notes=(
-            f"Forward and backward, float32, hidden size {HIDDEN_SIZE}; inputs and weights are not "
-            "counted, the gradient of "
-            f"the head ({VOCABULARY_SIZE * HIDDEN_SIZE * 4 / 2**20:.0f} MiB) is, on both sides.",
+            f"Forward and backward, float32, hidden size {HIDDEN_SIZE}; inputs and weights are "
+            "not counted, the gradient of the head "
+            f"({VOCABULARY_SIZE * HIDDEN_SIZE * 4 / 2**20:.0f} MiB) is, on both sides.",
             "The time is the price: each chunk's logits are computed again in the backward pass, "
-            "and each adds a gradient of "
-            "the head's size to the one before; with chunks eight times as large, as configured, "
-            "the second part is an eighth.",
+            "and each adds a gradient of the head's size to the one before; with chunks eight "
+            "times as large, as configured, the second part is an eighth.",
             "One pair: memory repeats within 1%.",
         ),
     )
@@ -71,9 +69,7 @@ def _run_child(variant: str) -> tuple[float, float]:
 
 
 def compute_naively(hidden: Tensor, head: nn.Linear, targets: Tensor) -> LogProbsAndEntropy:
-    """The textbook form: [tokens, vocabulary] of logits, log-probs and probabilities, kept for the
-    backward pass.
-    """
+    """The textbook form: logits, log-probs and probabilities of [tokens, vocabulary], all kept."""
     logprobs = torch.log_softmax(head(hidden).float() / TEMPERATURE, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy

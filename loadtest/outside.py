@@ -1,5 +1,4 @@
-"""Owns `make loadtest`: servers under the users of `locustfile.py`, more and more of them, until
-p99 or the rate says full.
+"""The command of `make loadtest`: more and more users of `locustfile.py`, until a server is full.
 
 Without addresses it starts its own: an environment server with one worker, then a small real run
 whose gateway is asked once the run is paused. Each has a core, its users another; CPU time is
@@ -77,8 +76,8 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
-            "Figures of one core need another for the users; this machine has one. Give addresses "
-            "of servers elsewhere."
+            "Figures of one core need another for the users; this machine has one. "
+            "Give addresses of servers elsewhere."
         )
     replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
     ramps, own = [], psutil.Process()
@@ -151,8 +150,7 @@ def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
         )
         print(
             f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, "
-            f"{stage.num_failed} failed, "
-            f"other work on {stage.others_share:.2f} cores",
+            f"{stage.num_failed} failed, other work on {stage.others_share:.2f} cores",
             flush=True,
         )
         for error in environment.stats.errors.values():
@@ -172,9 +170,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def measure_cpu(server: psutil.Process | None) -> tuple[float, float, float, float]:
-    """Seconds of CPU time so far: of the server's process, of those it started, of this process,
-    and of the whole machine.
-    """
+    """Seconds of CPU time so far: of server, its children, this process and the machine."""
     own, *workers = (
         (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
     )
@@ -273,8 +269,8 @@ def _wait_for_run(started: subprocess.Popen, log: Path) -> str:
 
 def show(ramp: Ramp) -> None:
     print(
-        f"\n{format_table(build_stages_table(ramp))}\n\nholds {ramp.best.num_users} {ramp.unit}; "
-        f"then {ramp.limit}\n",
+        f"\n{format_table(build_stages_table(ramp))}\n"
+        f"\nholds {ramp.best.num_users} {ramp.unit}; then {ramp.limit}\n",
         flush=True,
     )
 

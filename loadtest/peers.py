@@ -1,4 +1,5 @@
-"""Owns the peers' ways of doing things, written anew in the fewest lines that do the same work.
+"""The peers' ways of doing things, in the fewest lines that do the same work.
+
 Used by measurements only.
 
 Pickle appears here and nowhere else in this repository: it is what the peer puts on the wire, and
@@ -22,9 +23,7 @@ IGNORED_LABEL = -100
 
 
 class PickleStream:
-    """PipelineRL's Redis stream: a pickle per XADD with an index beside it, read with XREAD COUNT
-    1, never acknowledged.
-    """
+    """PipelineRL's Redis stream: a pickle and an index per XADD, XREAD COUNT 1, no XACK."""
 
     def __init__(self, url: str, key: str) -> None:
         self._redis = redis.Redis.from_url(url)
@@ -55,9 +54,7 @@ def count_pickled_bytes(content: Any) -> int:
 
 
 def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """A trajectory as PipelineRL holds it: a record of plain lists per call of the model, each with
-    its whole prompt.
-    """
+    """A trajectory as PipelineRL holds it: for each model call plain lists with all its prompt."""
     return [
         {
             "text": "\n".join(message.content for message in turn.messages) + turn.response_text,
@@ -84,9 +81,7 @@ def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file and wait until its bytes are on disk: the least that handing weights over by a
-    file can cost.
-    """
+    """Copy a file and wait for the disk: the least that handing weights over can cost."""
     shutil.copyfile(source, target)
     descriptor = os.open(target, os.O_RDWR)
     try:

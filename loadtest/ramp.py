@@ -1,5 +1,4 @@
-"""Owns how a load is raised until a server is full, and how what came of it is kept and written:
-stages, search, tables.
+"""Raises a load until a server is full, and keeps and writes the results: stages, search, tables.
 
 Pure: it starts nothing and imports no Locust, which would patch the process of whoever imports it.
 """
@@ -31,7 +30,7 @@ BEGIN_MARK, END_MARK = "<!-- make loadtest -->\n", "<!-- end -->\n"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What came of one number of users. Shares are of a core, None where the server runs elsewhere."""
+    """Outcome of one number of users. Shares are of a core; None where the server is remote."""
 
     num_users: int
     requests_per_s: float
@@ -49,17 +48,13 @@ class Stage:
 
     @property
     def requests_per_cpu_s(self) -> float | None:
-        """Requests that a second of the server's CPU time answers: what holds also where cores are
-        shared.
-        """
+        """Requests per second of the server's CPU time; holds also where cores are shared."""
         return None if not self.server_share else self.requests_per_s / self.server_share
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """All stages in the order they were played, the largest one held, and what stopped it from
-    being larger.
-    """
+    """All stages in order, the largest one held, and what stopped it from being larger."""
 
     what: str
     unit: str
@@ -76,9 +71,7 @@ class Ramp:
 
     @property
     def memory_per_100_bytes(self) -> float | None:
-        """What 100 users more take of the server's memory, between the smallest stage and the
-        largest held.
-        """
+        """Server memory of 100 more users, between the smallest and the largest stage held."""
         first = self.stages[0]
         if (
             first.memory_bytes is None
@@ -140,8 +133,8 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
             held = len(stages) - 1
         if held < 0:
             raise ValueError(
-                f"{what} does not hold {first} {unit}: {reason}. See its log, or measure on a "
-                "quieter machine."
+                f"{what} does not hold {first} {unit}: {reason}. See its log, "
+                "or measure on a quieter machine."
             )
         if failed == math.inf and number < MAX_USERS:
             number = min(2 * number, MAX_USERS)
@@ -213,7 +206,8 @@ def format_block(results: dict[str, Any]) -> str:
         build_summary_table([Ramp.from_json(one) for one in results["ramps"]])
     ).lstrip("\n")
     circumstances = f", {results['circumstances']}" if results["circumstances"] else ""
-    return f"`{results['command']}`, {results['date']}, seed {results['seed']}, {results['machine']}{circumstances}:\n\n{table}\n"
+    made = f"`{results['command']}`, {results['date']}, seed {results['seed']}"
+    return f"{made}, {results['machine']}{circumstances}:\n\n{table}\n"
 
 
 def replace_block(page: str, block: str) -> str:
@@ -222,7 +216,7 @@ def replace_block(page: str, block: str) -> str:
     _, end, tail = rest.partition(END_MARK)
     if not begin or not end:
         raise ValueError(
-            f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. Put both where the "
-            "figures belong."
+            f"The page has no {BEGIN_MARK.strip()} ... {END_MARK.strip()}. "
+            "Put both where the figures belong."
         )
     return f"{head}{begin}{block}{end}{tail}"

@@ -1,5 +1,4 @@
-"""Measures what the rollout service costs on top of vLLM: sampled tokens per second of both, at 32
-episodes in flight.
+"""Measures the rollout service's cost on top of vLLM: sampled tokens per second at 32 episodes.
 
 One AsyncLLM serves both sides in turn, so the engine and its arguments are the same object. Ours is
 a `RolloutWorker` with its engine, prompts, episodes, codec and bus on a real Redis: task groups in,
@@ -48,7 +47,7 @@ from services.rollout.environment_client import EnvironmentProfile, Session, Ste
 from services.rollout.episode import EpisodeRules
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.prompting import Conversation
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 
 NUM_CONCURRENT, GROUP_SIZE = 32, 8
 MAX_MODEL_LEN = 1024
@@ -104,10 +103,9 @@ async def _measure(say: Say) -> Measurement:
         tuple(comparisons),
         notes=(
             f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-            "within a group) of household "
-            "texts, examples/models/household-tiny in float32, engine and service one thread each. "
-            "So small a model leaves the "
-            "engine next to nothing to compute: with a larger one the service's share only falls.",
+            "within a group) of household texts, examples/models/household-tiny in float32, "
+            "engine and service one thread each. So small a model leaves the engine next to "
+            "nothing to compute: with a larger one the service's share only falls.",
             "Both sides return the log-prob of every token.",
         ),
     )
@@ -166,15 +164,13 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
 def check_count(num_tokens: int, expected: int) -> None:
     if num_tokens != expected:
         raise RuntimeError(
-            f"A round sampled {num_tokens} tokens instead of {expected}: the two sides would not "
-            "compare."
+            f"A round sampled {num_tokens} tokens instead of {expected}: "
+            "the two sides would not compare."
         )
 
 
 class InstantEnvironment:
-    """An `EnvironmentClient`, and the directory that finds it: answers from scripts, without
-    waiting for anything.
-    """
+    """An `EnvironmentClient` and its directory: answers from scripts without waiting."""
 
     def __init__(self, scripts: Sequence[Script]) -> None:
         self._scripts = {script.task.task_id: script for script in scripts}
@@ -214,9 +210,7 @@ class InstantEnvironment:
 
 
 class Service:
-    """The gateway's and the learner's side of a rollout worker: issues groups, waits for their
-    accounts.
-    """
+    """Both sides of a rollout worker: issues groups as the gateway, waits for their accounts."""
 
     def __init__(
         self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]
@@ -224,8 +218,9 @@ class Service:
         self._bus, self._scripts, self._worker = bus, scripts, worker
 
     async def play(self, workload: Workload, number: int) -> float:
-        """Seconds from issuing all groups to the last ledger event. What was published is then read
-        and acknowledged.
+        """Seconds from issuing all groups to the last ledger event.
+
+        What was published is then read and acknowledged.
         """
         sampling = SamplingParameters(1.0, 1.0, workload.num_response_tokens)
         prefix = f"{number}-{workload.num_response_tokens}"
@@ -282,7 +277,7 @@ async def _serving(
         rules,
         run_id=RUN_ID,
         instance="bench",
-        limits=WorkerLimits(max_concurrent_episodes=NUM_CONCURRENT),
+        limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
         health=Health(),
         metrics=RolloutMetrics(),
     )

@@ -1,5 +1,4 @@
-"""Measures Search-QA: a step that searches, in process and through the retriever service, and how
-much the service answers.
+"""Measures Search-QA: a step that searches, in process and by the retriever, and the retriever.
 
 The peer is what the index's own library does for the same query on the same index: its tokenizer
 and its `retrieve`. A step also reads the action, looks up and shows the passages, and where a
@@ -46,8 +45,9 @@ READY_LINE = "answers on "
 
 @dataclass(frozen=True, slots=True)
 class SearchFigures:
-    """One run's plain figures. Memory in MiB; `index_mib` is mapped, so workers of a machine share
-    it.
+    """One run's plain figures.
+
+    Memory in MiB; `index_mib` is mapped, so workers of a machine share it.
     """
 
     num_passages: int
@@ -79,9 +79,8 @@ def measure(say: Say) -> Measurement:
         (_tabulate(figures),),
         (
             "One thread, one search after the other; the service is a process of its own on the "
-            "same cores. Both sides use the "
-            "same index; the peer stops at the numbers of the passages, a step goes on to their "
-            "text.",
+            "same cores. Both sides use the same index; the peer stops at the numbers of the "
+            "passages, a step goes on to their text.",
         ),
     )
 
@@ -150,8 +149,9 @@ def _opened(**options: Any) -> Iterator[SearchEnvironment]:
 
 
 def _time_steps(environment: SearchEnvironment, queries: Sequence[str]) -> float:
-    """Milliseconds of a step that searches. Every episode is begun anew before its last turn,
-    untimed.
+    """Milliseconds of a step that searches.
+
+    Every episode is begun anew before its last turn, untimed.
     """
     spent_s = 0.0
     for number, query in enumerate(queries):
@@ -213,9 +213,7 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
 
 
 def _measure_sessions(data: Path) -> float:
-    """KiB that one more session takes in a process that has the data: as allocated, for it is less
-    than a page.
-    """
+    """KiB allocated for one more session in a process that has the data; less than a page."""
     SearchEnvironment(data_dir=str(data), topk=TOPK).reset("train-0", seed=0)
     gc.collect()
     tracemalloc.start()

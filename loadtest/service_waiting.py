@@ -1,5 +1,4 @@
-"""Measures where the wall time of a run goes: which share of it each service waits for work, and
-how busy it keeps a core.
+"""Measures a run's wall time: the share each service waits for work, and how busy its core is.
 
 A short `sdar run` of the demo, every service a process. Rollout, teacher and learner say themselves
 how long they had nothing to do (their records in metrics.jsonl); gateway and environments only
@@ -60,12 +59,11 @@ def measure(say: Say) -> Measurement:
         ),
         notes=(
             f"examples/household.yaml, updates {NUM_LEFT_OUT + 1} to {NUM_UPDATES}: "
-            f"{window.duration_s:.0f} s, "
-            f"{window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} s an update.",
+            f"{window.duration_s:.0f} s, {window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} "
+            "s an update.",
             "waits: rollout has no group in hand, the teacher nothing to score, the learner no "
-            "whole batch (by their own "
-            "clocks); gateway and envs: one less the other column. Processor time includes that of "
-            "a service's own processes.",
+            "whole batch (by their own clocks); gateway and envs: one less the other column. "
+            "Processor time includes that of a service's own processes.",
         ),
     )
 
@@ -90,8 +88,8 @@ def find_window(records: Sequence[Record]) -> Window:
     ends = [record["at_s"] for record in records if record["service"] == "learner"]
     if len(ends) <= NUM_LEFT_OUT:
         raise ValueError(
-            f"The run reported {len(ends)} updates, more than {NUM_LEFT_OUT} are needed. See its "
-            "logs."
+            f"The run reported {len(ends)} updates, "
+            f"more than {NUM_LEFT_OUT} are needed. See its logs."
         )
     return Window(ends[NUM_LEFT_OUT - 1], ends[-1])
 
@@ -137,8 +135,8 @@ class ProcessorTime:
         inside = [sample for sample in self.samples[service] if window.holds(sample[0])]
         if len(inside) < 2:
             raise ValueError(
-                f"{service} was seen {len(inside)} times in {window.duration_s:.0f} s: too short "
-                "for a share."
+                f"{service} was seen {len(inside)} times in {window.duration_s:.0f} s: "
+                "too short for a share."
             )
         (first_s, first), (last_s, last) = inside[0], inside[-1]
         return (last - first) / (last_s - first_s)

@@ -1,5 +1,4 @@
-"""Measures the stream of trajectories: publish, read and acknowledge over a real Redis, against
-PipelineRL's way.
+"""Measures the stream of trajectories over a real Redis, against PipelineRL's way.
 
 Both sides write everything, then read everything, in one process, so nothing but their own work is
 in the time: ours encodes and checks every trajectory, commits a group in one transaction as a
@@ -51,21 +50,17 @@ def measure(say: Say) -> Measurement:
             comparisons += asyncio.run(_compare(redis.url, workload, say))
     shape = AgentShape()
     notes = (
-        f"Agent trajectories are drawn at random: {shape.num_first_tokens} tokens of first prompt, "
-        f"{shape.num_observation_tokens} of each observation, {shape.num_response_tokens} of each "
-        "response on average, ids "
-        f"of a vocabulary of {shape.vocabulary_size:,}. The ratio grows with their length: ours "
-        "holds each token once, the "
-        "peer once a turn.",
-        "A sample is one trajectory. PipelineRL's records: a dictionary of plain lists per call of "
-        "the model, each with its "
-        "whole prompt and labels; XADD of a pickle, XREAD COUNT 1. Its actor puts a group's "
-        "records into one entry. "
-        "The same object: our own Trajectory with its arrays, pickled.",
+        f"Agent trajectories are drawn at random: {shape.num_first_tokens} tokens of first "
+        f"prompt, {shape.num_observation_tokens} of each observation, {shape.num_response_tokens} "
+        f"of each response on average, ids of a vocabulary of {shape.vocabulary_size:,}. The "
+        "ratio grows with their length: ours holds each token once, the peer once a turn.",
+        "A sample is one trajectory. PipelineRL's records: a dictionary of plain lists per call "
+        "of the model, each with its whole prompt and labels; XADD of a pickle, XREAD COUNT 1. "
+        "Its actor puts a group's records into one entry. The same object: our own Trajectory "
+        "with its arrays, pickled.",
         "Ours carries more (messages, per-token versions, identities), is checked on both sides, "
-        "is acknowledged, and its "
-        "reader needs no trust in the writer. On the household's tiny trajectories that costs more "
-        "than it saves.",
+        "is acknowledged, and its reader needs no trust in the writer. On the household's tiny "
+        "trajectories that costs more than it saves.",
     )
     return Measurement(tuple(comparisons), notes=notes)
 

@@ -1,5 +1,4 @@
-"""Measures what a step in the shop costs, against the figure published for the original, and what
-memory a session takes.
+"""Measures a step in the shop against the original's published figure, and a session's memory.
 
 The environment class itself plays, without a server, on a generated catalogue of a few thousand
 products: by a shopper who searches, chooses and buys, and at random over everything that can be
@@ -74,8 +73,7 @@ def measure(say: Say) -> Measurement:
         tables=(Table("WebShop: what it takes", ("what", "figure"), rows),),
         notes=(
             f"The catalogue: {made} The peer's figure is the published one, from another machine, "
-            "and the lower end of its "
-            "range; the original's pages are HTML and longer.",
+            "and the lower end of its range; the original's pages are HTML and longer.",
         ),
     )
 
@@ -130,7 +128,7 @@ def _draw_query(rng: random.Random, words: Sequence[str]) -> str:
 
 
 def _measure_sessions(data_dir: str) -> float:
-    """Bytes per session: what a thousand of them, each a few turns into its episode, take together."""
+    """Bytes per session, from a thousand of them that are each a few turns into an episode."""
     before = _measure_memory()
     environments = [WebShopEnvironment(data_dir=data_dir) for _ in range(NUM_SESSIONS)]
     tasks = environments[0].list_tasks("train")
@@ -142,9 +140,7 @@ def _measure_sessions(data_dir: str) -> float:
 
 
 def _measure_memory() -> int:
-    """Bytes of this process's own memory: pages of files, memory-mapped or of libraries, are shared
-    and not counted.
-    """
+    """Bytes of this process's own memory, without shared pages of files and libraries."""
     gc.collect()
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)

@@ -1,5 +1,4 @@
-"""Measures the way of new weights: from tensors in the learner's hands to a vLLM that samples from
-them.
+"""Measures the way of new weights from the learner's tensors to a vLLM that samples from them.
 
 Ours: `WeightStore.publish` (shards, a checksum per tensor, an atomic manifest), then
 `VllmEngine.update_weights` (read, verify, install between two tokens). The peer: the same bytes,
@@ -91,18 +90,15 @@ async def _measure(say: Say) -> Measurement:
         (Table("Where our time goes (the last update of each size)", columns, tuple(rows)),),
         (
             "float32 weights, engine idle, store and copy on the same disk, one thread each side. "
-            "Every tensor is hashed when "
-            "it is published and again before it is installed; a copy checks nothing and installs "
-            "nothing.",
+            "Every tensor is hashed when it is published and again before it is installed; a copy "
+            "checks nothing and installs nothing.",
             (
-                "Generation goes on while a version is read and verified; it is held only for the "
-                "last "
-                "column."
+                "Generation goes on while a version is read and verified; "
+                "it is held only for the last column."
             ),
             f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 "
-            "master weights, published in "
-            "bfloat16 after every update; the reader holds the version before. Each side of a pair "
-            "is the same update.",
+            "master weights, published in bfloat16 after every update; the reader holds the "
+            "version before. Each side of a pair is the same update.",
         ),
     )
 
@@ -146,8 +142,9 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
 
 
 def _compare_deltas(say: Say) -> list[Comparison]:
-    """Publish and read each update as a delta and whole. A store that has just been opened has no
-    base, and publishes whole.
+    """Publish and read each update as a delta and whole.
+
+    A store that has just been opened has no base, and publishes whole.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

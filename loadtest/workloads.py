@@ -1,5 +1,4 @@
-"""Owns what measurements are fed with: household episodes as the demo plays them, and episodes of a
-large model's lengths.
+"""Inputs of measurements: episodes of the household's demo, and some of a large model's lengths.
 
 Everything is drawn from a seed; two calls with the same arguments give the same trajectories.
 """
@@ -38,9 +37,7 @@ RUN_FILE = ROOT / "examples" / "household.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What an expert saw and did in one task: `observations` begins before the first of `actions`
-    and is as long.
-    """
+    """What an expert saw and did: `observations` begins before `actions` and is as long."""
 
     task: Task
     observations: tuple[str, ...]
@@ -64,9 +61,7 @@ def record_scripts(num_tasks: int) -> list[Script]:
 def build_household_groups(
     num_groups: int, group_size: int, model_path: Path = MODEL_PATH
 ) -> list[list[Trajectory]]:
-    """Groups with the token counts of the demo's training batches; a random half of the episodes
-    succeeds.
-    """
+    """Groups with the token counts of the demo's batches; a random half of episodes succeeds."""
     chat = ChatTokenizer(model_path)
     rng = np.random.default_rng(SEED)
     return [

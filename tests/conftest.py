@@ -1,6 +1,4 @@
-"""Owns what holds for every test: no example of hypothesis is timed, and Ctrl-C reaches the
-processes that tests start.
-"""
+"""What holds for every test: hypothesis has no deadline, and Ctrl-C reaches child processes."""
 
 from __future__ import annotations
 
@@ -12,6 +10,5 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A shell starts what it puts into the background with SIGINT ignored, and every child inherits
-# that.
+# A shell starts background jobs with SIGINT ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

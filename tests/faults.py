@@ -1,5 +1,4 @@
-"""A process that dies between two lines: forked from a test, traced, and ended at once where the
-test says.
+"""A process that dies between two lines: forked from a test, traced, ended where the test says.
 
 The forking process must not use torch's or gRPC's threads before: a fork copies only the thread
 that calls it.
@@ -37,9 +36,7 @@ def run_forked(function: Callable[[], None]) -> int:
 
 
 def trace_lines(files: Collection[str], on_line: Callable[[Line], None]) -> None:
-    """Call `on_line` before every line of these files that is executed from now on, in this thread
-    and in new ones.
-    """
+    """Call `on_line` before each line of these files, in this thread and in new ones."""
 
     def in_frame(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":

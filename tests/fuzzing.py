@@ -1,5 +1,4 @@
-"""Hostile input for the fuzz tests, seeded: random bytes, mutated bytes, and messages made from
-their descriptors.
+"""Hostile input from a seed: random bytes, mutated bytes, messages made from their descriptors.
 
 What is built from descriptors covers a new field, message or method by itself. It knows no service.
 """
@@ -107,9 +106,7 @@ class Fuzzer:
         return message
 
     def vary_message(self, message: Any) -> Any:
-        """A copy of a good message in which one or two fields, at any depth, are missing, extreme
-        or huge.
-        """
+        """A copy of a good message with one or two fields missing, extreme or huge."""
         copy = type(message)()
         copy.CopyFrom(message)
         for _ in range(self.random.randint(1, 2)):
@@ -194,9 +191,7 @@ def _is_sequence(value: Any) -> bool:
 def hostile_inputs(
     fuzzer: Fuzzer, kind: type[Any], number: int, good: Callable[[], Any | None] = lambda: None
 ) -> Iterator[bytes]:
-    """`number` inputs for a message kind: rubbish, structured, and variations of `good()` in its
-    fields and in its bytes.
-    """
+    """`number` inputs: rubbish, structured, and `good()` varied in its fields and its bytes."""
     for index in range(number):
         base = good() or fuzzer.make_message(kind)
         match index % 5:

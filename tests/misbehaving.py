@@ -1,5 +1,6 @@
-"""An environment that breaks in every way there is: each text is a command. Worker processes of
-several suites import it.
+"""An environment that breaks in every way there is: each text is a command.
+
+Worker processes of several suites import it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What several test suites share. Waiting is always for a condition, with a deadline that fails the
-test.
+"""What several test suites share.
+
+Waiting is always for a condition, with a deadline that fails the test.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""Owns what of the chart is written by a program: `make docs` runs it, and a test compares.
+"""What of the chart is written by a program: `make docs` runs it, and a test compares.
 
 - helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key
   with the words that stand over it in helm/values.yaml.
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
+- helm/files/rules.yaml: the rules between sections, which the chart judges as RunConfig does.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
+- helm/files/roles.yaml: what templates look up of each role in the table of services.
 - the table of helm/README.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,9 +23,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
+from sdar.contracts import roles
+from sdar.contracts.rules import RULES
+from sdar.process.settings import Settings
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
 DEMO = CHART.parent / "examples" / "household.yaml"
+_ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py. Of each role:
+# ports: by name, with the number it listens on; probePort: the one that is probed and scraped.
+# usesRedis: it reads and writes streams, and is traced. calls: roles whose gRPC it calls.
+# readsWeights: it mounts the weight store and may hold GPUs. sleeps: the idle guard takes it to 0.
+# isScalable: the gateway may set its size. drains: it takes SDAR_DRAIN_S.
+# configKeys: keys of the run that it reads; a change of one restarts its pods.
+"""
 _BEGIN, _END = "<!-- values: written by `make docs` -->", "<!-- end of values -->"
 
 
@@ -40,6 +53,8 @@ Object = dict[str, Any]
 Objects = list[Object]
 Count = Annotated[int, Field(ge=1, le=1000)]
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
+Grace = Annotated[int, Field(ge=31, le=86_400)]
+"""Seconds of which the last 30 are for handing back what is left."""
 Port = Annotated[int, Field(ge=1, le=65_535)]
 BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
 RedisUrl = Annotated[str, StringConstraints(pattern=r"^(rediss?://.+)?$")]
@@ -79,8 +94,9 @@ class ServiceAccount(_Part):
     annotations: Labels
 
 
-class Placed(_Part):
-    resources: Resources
+class Placement(_Part):
+    """Where a pod runs, which can be said of every pod."""
+
     nodeSelector: Labels
     tolerations: Objects
     affinity: Object
@@ -88,19 +104,28 @@ class Placed(_Part):
     priorityClassName: str
 
 
-class Check(Placed):
+class Identity(_Part):
+    """What a pod is to others in the cluster: all but the check's, which lives for a minute."""
+
+    podAnnotations: Labels
+    serviceAccount: ServiceAccount
+
+
+class PodDefaults(Placement, Identity):
+    """What `podDefaults` says for all pods and a role's own section may say for its own."""
+
+    env: list[Variable]
+    startupSeconds: Annotated[int, Field(ge=30, le=86_400)]
+
+
+class Check(Placement):
+    resources: Resources
     timeoutSeconds: Seconds
 
 
-class Pod(Placed):
-    podAnnotations: Labels
-    serviceAccount: ServiceAccount
-    terminationGracePeriodSeconds: Annotated[int, Field(ge=31, le=86_400)]
-
-
-class Role(Pod):
-    env: list[Variable]
-    startupSeconds: Annotated[int, Field(ge=30, le=86_400)]
+class Role(PodDefaults):
+    resources: Resources
+    terminationGracePeriodSeconds: Grace
 
 
 class Gateway(Role):
@@ -138,7 +163,9 @@ class RedisStorage(_Part):
     size: Size
 
 
-class Redis(Pod):
+class Redis(Placement, Identity):
+    resources: Resources
+    terminationGracePeriodSeconds: Grace
     enabled: bool
     url: RedisUrl
     existingSecret: str
@@ -205,6 +232,7 @@ class Values(_Part):
     fullnameOverride: Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]{0,43})?$")]
     image: Image
     logLevel: Literal["debug", "info", "warning", "error"]
+    podDefaults: PodDefaults
     gateway: Gateway
     rollout: Engine
     teacher: Engine
@@ -260,6 +288,41 @@ def build_run_defaults() -> dict[str, Any]:
     return defaults
 
 
+def build_roles() -> dict[str, Any]:
+    """The table of services as templates read it, by role."""
+    return {str(role): describe_role(row) for role, row in roles.ROLES.items()}
+
+
+def describe_role(row: roles.RoleSpec) -> dict[str, Any]:
+    """One row as templates read it; the head of the file says what each key means."""
+    return {
+        "ports": {str(port): find_port_number(port) for port in row.listens},
+        "probePort": str(row.probe_port),
+        "usesRedis": row.uses_bus,
+        "calls": [str(role) for role in row.calls],
+        "readsWeights": row.may_hold_gpus,
+        "sleeps": row.sleeps,
+        "isScalable": row.is_scalable,
+        "drains": row.drains,
+        "configKeys": list(row.config_keys),
+    }
+
+
+def find_port_number(port: roles.Port) -> int:
+    """The number that containers listen on: the setting's default."""
+    return int(Settings.model_fields[port.setting].default)
+
+
+def render_roles() -> str:
+    """The text of helm/files/roles.yaml."""
+    return _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
+
+
+def build_rules() -> list[dict[str, Any]]:
+    """The rules between sections as plain data."""
+    return [dataclasses.asdict(rule) for rule in RULES]
+
+
 def build_demo() -> str:
     """examples/household.yaml as part of a chart: without its name, its model where the images have
     it.
@@ -304,15 +367,23 @@ def read_words(text: str) -> dict[str, str]:
 def write() -> None:
     """Write everything anew."""
     (CHART / "values.schema.json").write_text(json.dumps(build_schema(), indent=2) + "\n")
-    head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
-    (CHART / "files/run-defaults.yaml").write_text(
-        head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
+    _write_data(
+        "run-defaults", "RunConfig: what a key has that `run` leaves out", build_run_defaults()
     )
+    _write_data("rules", "sdar/contracts/rules.py", build_rules())
     (CHART / "files/household.yaml").write_text(build_demo())
+    (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
     (CHART / "README.md").write_text(
         f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}"
+    )
+
+
+def _write_data(name: str, source: str, data: object) -> None:
+    head = f"# Written by `make docs` from {source}.\n"
+    (CHART / f"files/{name}.yaml").write_text(
+        head + yaml.safe_dump(data, sort_keys=False, width=96)
     )
 
 
@@ -342,8 +413,8 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
-    """Give each key of ours its words. A key that is left out has the file's default, or the
-    demo's, so nothing is required.
+    """Give each key of ours its words; a role's own has those of `podDefaults`. A key that is left
+    out has the file's default, or the demo's, so nothing is required.
     """
     schema.pop("required", None)
     if not path.startswith("run."):
@@ -351,8 +422,9 @@ def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
     for name, child in schema.get("properties", {}).items():
         key = f"{path}{name}"
         _describe(child, words, f"{key}.")
-        if key in words:
-            schema["properties"][name] = {"description": words[key]} | child
+        common = f"podDefaults.{key.partition('.')[2]}"
+        if found := words.get(key, words.get(common)):
+            schema["properties"][name] = {"description": found} | child
 
 
 if __name__ == "__main__":

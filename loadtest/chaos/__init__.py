@@ -1,3 +1,4 @@
-"""Owns `make chaos`: a real run under random faults, and the checks that it lost nothing (`python
--m loadtest.chaos`).
+"""`make chaos`: a real run under random faults, and the checks that it lost nothing.
+
+Run it with `python -m loadtest.chaos`.
 """

@@ -1,5 +1,6 @@
-"""Owns the command `python -m loadtest.chaos`: run, check, tell. Exit code 0 if every promise was
-kept.
+"""The command `python -m loadtest.chaos`: runs, checks and reports.
+
+Exit code 0 if every promise was kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sdar.contracts.errors import SdarError
 from sdar.contracts.types import GroupOutcome
 from sdar.process.telemetry import configure_logging
 from services.learner.checkpoint import read_trained_groups
-from services.rollout.worker import WorkerLimits
+from services.rollout.worker import RolloutLimits
 
 DEFAULT_MINUTES = 10.0
 DEFAULT_SEED = 27
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "chaos", "observer", "error", "text"
     )  # that Redis is away is no news to the observer
     config = _configure(options.minutes)
-    lease_s = WorkerLimits(max_concurrent_episodes=1).claim_idle_s * SUSPECT_FACTOR
+    lease_s = RolloutLimits(max_concurrent_episodes=1).lease_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
     began = time.monotonic()
 
@@ -158,8 +159,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         help=(
-            "directory for the run, its logs and the figures; kept (default: kept only on a "
-            "failure)"
+            "directory for the run, its logs and the figures; "
+            "kept (default: kept only on a failure)"
         ),
     )
     parser.add_argument("--page", action="store_true", help="write docs/chaos.md")

@@ -1,6 +1,4 @@
-"""Owns what must hold at the end of a chaos run: one function a promise, each answered with the
-evidence. Pure.
-"""
+"""What must hold at the end of a chaos run: one pure function a promise, with its evidence."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def check_end(phase: str, num_updates: int, target: int) -> Check:
 
 
 def check_samples(samples: Sequence[Sample], num_missed: int) -> Check:
-    """Both equations hold in every sample, and nothing that only grows ever shrinks: no restart
-    forgets.
-    """
+    """Both equations hold in every sample, and what only grows never shrinks."""
     gaps = [sample for sample in samples if sample.gap != 0]
     growing = ("issued", "generated", *(outcome.value for outcome in CLOSING))
     shrunk = [
@@ -77,8 +73,8 @@ def check_closed(account: LedgerAccount, closed: Mapping[GroupOutcome, Sequence[
     return Check(
         "0 groups are lost: each is closed by exactly one outcome",
         not (lost or twice or invented or account.open) and account.find_gap() == 0,
-        f"{account.num_issued} issued, {len(times)} closed, {len(account.open)} open, gap "
-        f"{account.find_gap()}"
+        f"{account.num_issued} issued, {len(times)} closed, "
+        f"{len(account.open)} open, gap {account.find_gap()}"
         + _name("lost", lost)
         + _name("closed twice", twice)
         + _name("closed but never issued", invented),
@@ -103,11 +99,11 @@ def check_trained(
     uneven = [index for index, update in enumerate(updates) if len(update) != groups_per_update]
     different = times.keys() ^ booked
     return Check(
-        "0 groups are trained twice: the optimizer's steps and the ledger name the same groups, "
-        "each once",
+        "0 groups are trained twice: the optimizer's steps and the ledger "
+        "name the same groups, each once",
         not (twice or different or uneven) and len(updates) == num_updates,
-        f"{len(updates)} steps of {groups_per_update} groups name {len(times)} groups, the ledger "
-        f"{len(booked)}"
+        f"{len(updates)} steps of {groups_per_update} groups name {len(times)} groups, "
+        f"the ledger {len(booked)}"
         + _name("trained twice", twice)
         + _name("in one of both only", different)
         + _name("steps of another size", uneven),
@@ -150,8 +146,8 @@ def check_rollout_recovery(injuries: Sequence[Injury]) -> Check:
         and injury.engine_start_s is not None
     ]
     return Check(
-        f"a killed rollout worker is ready again within {MAX_ROLLOUT_RECOVERY_S:.0f} s beyond its "
-        "engine's start",
+        "a killed rollout worker is ready again within "
+        f"{MAX_ROLLOUT_RECOVERY_S:.0f} s beyond its engine's start",
         len(beyond) > 0 and max(beyond) <= MAX_ROLLOUT_RECOVERY_S,
         f"{len(beyond)} times, longest {max(beyond, default=float('nan')):.1f} s",
     )
@@ -200,8 +196,8 @@ def check_memory(samples: Sequence[MemorySample]) -> Check:
     ]
     largest = max(((last - first) / 2**20 for first, last in growths.values()), default=0.0)
     return Check(
-        f"memory is flat: no life grows by more than {_GROWTH_SHARE:.0%} + {_GROWTH_BYTES >> 20} "
-        "MiB",
+        f"memory is flat: no life grows by more than {_GROWTH_SHARE:.0%} "
+        f"+ {_GROWTH_BYTES >> 20} MiB",
         len(growths) > 0 and not grown,
         f"{len(growths)} lives long enough to tell ({_count(service for service, _ in growths)}), "
         f"largest growth {largest:.1f} MiB" + _name("grown", grown),

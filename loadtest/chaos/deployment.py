@@ -1,4 +1,5 @@
-"""Owns the processes of a run under faults: Redis, every service, and the links between them.
+"""The processes of a run under faults: Redis, every service, and the links between them.
+
 Supervised as `sdar run` does.
 """
 
@@ -20,9 +21,7 @@ from sdar.config import RunConfig
 
 _HOST = "127.0.0.1"
 _MAX_RESTARTS = 100
-"""Far more than any schedule kills one service: only a service that dies by itself all the time
-reaches it.
-"""
+"""More than any schedule kills one service: only one that dies by itself reaches it."""
 _STOP_TIMEOUT_S = 30.0
 MARKER = "CHAOS_RUN"
 """Environment variable that every process of the run inherits, to find those that outlive it."""
@@ -71,9 +70,7 @@ class Deployment:
             self.links[name] = link
 
     def start(self, marker: str) -> None:
-        """Start Redis' clients; call it from the thread that stays (the kernel ends the services
-        with it).
-        """
+        """Start Redis' clients. Call it from the thread that stays: the services end with it."""
         grpc_ports = {ENVS: self._envs_port}
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
@@ -119,8 +116,7 @@ class Deployment:
             killed += self.fleet.stop(names, _STOP_TIMEOUT_S)
         return killed
 
-    # --- hurting it
-    # ----------------------------------------------------------------------------------------------
+    # ---- hurting it
 
     def pid(self, name: str) -> int | None:
         if name == REDIS:

@@ -1,5 +1,6 @@
-"""Owns what goes wrong and when: kinds of faults, and a schedule of them drawn from a seed. Pure;
-it hurts nobody itself.
+"""What goes wrong and when: kinds of faults, and a schedule of them drawn from a seed.
+
+Pure; it hurts nobody itself.
 """
 
 from __future__ import annotations
@@ -28,15 +29,11 @@ class FaultKind(StrEnum):
     KILL_TWICE = "kill twice"
     """SIGKILL, and again while the next process starts."""
     KILL_CHILD = "kill child"
-    """SIGKILL of a process that the service started: a worker of the environments, vLLM's engine
-    core.
-    """
+    """SIGKILL of a process the service started: an environments' worker, vLLM's engine core."""
     PAUSE = "pause"
     """SIGSTOP of all its processes, SIGCONT after `duration_s`."""
     SEVER = "sever"
-    """All its connections (to Redis; of the environments: of their clients) are cut; new ones are
-    let through.
-    """
+    """All its connections are cut and new ones let through; of the environments: their clients'."""
     REFUSE = "refuse"
     """They are cut, and new ones refused for `duration_s`."""
     DELAY = "delay"
@@ -66,8 +63,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How often in ten minutes; `times_s` bounds the duration. A short run has at least `least` of
-    it.
+    """How often in ten minutes; `times_s` bounds the duration.
+
+    A short run has at least `least` of it.
     """
 
     kind: FaultKind
@@ -144,9 +142,7 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
 
 
 _FAULT_SHARE = 0.85
-"""Part of the minutes in which faults begin; the rest is for what has to recover and for the run's
-end.
-"""
+"""Share of the minutes in which faults begin; the rest is for recovery and the run's end."""
 _LAST_PROGRESS = 0.85
 """The last fault comes before this share of the updates is done, however fast the machine."""
 
@@ -154,9 +150,7 @@ _Planned = tuple[FaultKind, str, float]
 
 
 def _spread(planned: list[_Planned], draw: random.Random) -> list[_Planned]:
-    """Shuffle round by round: each round holds every target at most once, so no service is left out
-    for long.
-    """
+    """Shuffle in rounds that hold every target at most once, so no service waits for long."""
     by_target: dict[str, list[_Planned]] = {}
     for item in planned:
         by_target.setdefault(item[1], []).append(item)

@@ -1,5 +1,6 @@
-"""Owns reading services' JSON logs while they are written. Lines of other programs between them are
-passed over.
+"""Reads services' JSON logs while they are written.
+
+Lines of other programs between them are passed over.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class LogFollower:
 
 
 def parse_line(line: bytes, service: str) -> LogEvent | None:
-    """None for what is no event. What a kill cut short stands before the next process' first line,
-    and is passed over.
+    """None for what is no event.
+
+    What a kill cut short stands before the next process' first line, and is passed over.
     """
     for start in (0, max(0, line.rfind(b'{"'))):
         try:

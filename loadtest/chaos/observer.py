@@ -1,5 +1,6 @@
-"""Owns what is seen of a run from outside: probes, the ledger second by second, metric records. One
-thread with an event loop.
+"""Watches a run from outside: probes, the ledger second by second, metric records.
+
+One thread with an event loop.
 
 It only looks. It reads Redis past the links that faults cut, so that a fault hurts the run and not
 its witness.
@@ -55,8 +56,9 @@ class Sample:
 
 @dataclass
 class Seen:
-    """What was seen so far. Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the
-    request behind them began.
+    """What was seen so far.
+
+    Times are Unix seconds; `ready_at_s` and `sign_at_s` hold when the request behind them began.
     """
 
     ready_at_s: dict[str, float] = field(default_factory=dict)
@@ -137,9 +139,7 @@ class Observer:
         return found
 
     def find_held(self, consumer: str, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Tell, as soon as Redis answers, the ids of the task groups that a rollout worker which
-        was just hit holds.
-        """
+        """Return, once Redis answers, the ids of the task groups a just hit worker holds."""
 
         async def read() -> None:
             stream, group = (
@@ -170,8 +170,7 @@ class Observer:
         found: int = self.call(read)
         return found
 
-    # --- the thread
-    # ----------------------------------------------------------------------------------------------
+    # ---- the thread
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)

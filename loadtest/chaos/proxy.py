@@ -1,6 +1,4 @@
-"""Owns connections that can be hurt: TCP links between a service and what it talks to, cut, refused
-or slowed on demand.
-"""
+"""TCP links between a service and what it talks to: cut, refused or slowed on demand."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ class Link:
             _abort(writer)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Both ways until either end is over; a target that is away looks to the client like one
-        that hangs up.
-        """
+        """Both ways until either end is over; a target that is away seems to hang up."""
         far_reader, far_writer = await asyncio.open_connection(_HOST, self._target_port)
         self.num_connections += 1
         try:

@@ -1,4 +1,4 @@
-"""Owns when a fault is over and when its target has recovered from it. Pure.
+"""When a fault is over, and when its target has recovered from it. Pure.
 
 A fault hurts from `began_s` until `over_s`: a kill is over at once, a pause at SIGCONT, an outage
 when connections are let through again. Recovery counts from `over_s` on, twice:
@@ -82,9 +82,7 @@ class Injury:
             self.engine_start_s = duration_s
 
     def see_sign(self, at_s: float) -> None:
-        """A sign of the target's part in the run; counts once it is ready, for what was on its way
-        may still end.
-        """
+        """A sign that the target works; counts once it is ready, as older work may end late."""
         if (
             self.resumed_s is None
             and self.ready_s is not None

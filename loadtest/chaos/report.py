@@ -1,5 +1,6 @@
-"""Owns what is told of a chaos run: the table, and the same as JSON and Markdown. Pure but for the
-two files it writes.
+"""The report of a chaos run: the table, and the same as JSON and Markdown.
+
+Pure but for the two files it writes.
 """
 
 from __future__ import annotations
@@ -150,11 +151,9 @@ def write_markdown(report: ChaosReport, path: Path) -> None:
     parts = [
         "# Chaos\n",
         "Written by `make chaos`; do not edit. A real run (gateway, rollout workers with vLLM, "
-        "teacher, environments, learner, "
-        "Redis) of the household example with its tiny model, while processes are killed and "
-        "paused and connections cut. "
-        "Ready: the readiness probe answers again. Resumed: the service does its part of the run "
-        "again "
+        "teacher, environments, learner, Redis) of the household example with its tiny model, "
+        "while processes are killed and paused and connections cut. Ready: the readiness probe "
+        "answers again. Resumed: the service does its part of the run again "
         "(`loadtest/chaos/recovery.py`). Both count from the end of the fault; all services share "
         "the machine's cores.\n",
         f"- Command: `{report.command}` (seed {report.seed}, {report.minutes:g} minutes of faults)",

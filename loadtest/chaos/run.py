@@ -1,5 +1,6 @@
-"""Owns a chaos run from its start to its last check. MAIN LOOP: keep everything up, hurt what is
-due, look, until finished.
+"""A chaos run from its start to its last check.
+
+MAIN LOOP: keep everything up, hurt what is due, look, until finished.
 """
 
 from __future__ import annotations
@@ -36,17 +37,11 @@ _START_TIMEOUT_S = 300.0
 _MAX_STILL_S = 300.0
 """How long neither an update nor a fault may come: then the run is stuck."""
 _MAX_HURT = 3
-"""Targets that may be down at once: on a slow machine faults come later, rather than that nothing
-is ever up.
-"""
+"""Targets that may be down at once: on a slow machine faults come later."""
 _WAIT_FOR_RECOVERY_S = 60.0
-"""A target that has not recovered from its last fault is left alone for so long, then hit all the
-same.
-"""
+"""A target that has not recovered is left alone for so long, then hit all the same."""
 _LATE_DELIVERY_S = 2.0
-"""Less than any service takes to start again: what its name holds by then was handed to the life
-that was killed.
-"""
+"""Less than any service takes to start: its name's entries by then are the killed life's."""
 _KILL_AGAIN_AFTER_S = 1.5
 _DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
@@ -58,9 +53,7 @@ _PROCESSES_END_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Resident memory of one life (process id) of a service, children included, and its signs of
-    work up to then.
-    """
+    """Resident memory of one life (process id) with its children, and its signs of work."""
 
     service: str
     pid: int
@@ -138,8 +131,7 @@ class ChaosRun:
         self._look_for_orphans()
         return self.evidence
 
-    # --- up
-    # ----------------------------------------------------------------------------------------------
+    # ---- up
 
     def _start(self) -> None:
         deployment = self._deployment
@@ -161,8 +153,7 @@ class ChaosRun:
         self._began_s = time.time()
         self._say("All services are ready.")
 
-    # --- the faults
-    # ----------------------------------------------------------------------------------------------
+    # ---- the faults
 
     def _disturb(self) -> None:
         moved_at, stand = time.monotonic(), (0, 0)
@@ -181,15 +172,13 @@ class ChaosRun:
             if time.monotonic() > moved_at + _MAX_STILL_S:
                 raise UnavailableError(
                     f"The run is stuck: no update and no fault for {_MAX_STILL_S:.0f} s. "
-                    f"{self._describe_progress()} after "
-                    f"{self._elapsed_s:.0f} s. See the services' logs in {self._directory.logs}."
+                    f"{self._describe_progress()} after {self._elapsed_s:.0f} s. See the "
+                    f"services' logs in {self._directory.logs}."
                 )
         self.evidence.duration_s = self._elapsed_s
 
     def _choose_due(self) -> Fault | None:
-        """The first fault that is due and whose target can take it; none while Redis or too many
-        others are down.
-        """
+        """The first due fault whose target can take it; none while Redis or too many are down."""
         hurt = {injury.target for injury in self.evidence.injuries if self._is_hurt(injury)}
         if self._deployment.is_redis_held_down or len(hurt) >= _MAX_HURT:
             return None
@@ -319,8 +308,7 @@ class ChaosRun:
 
             self._observer.find_held(injury.target, note)
 
-    # --- one turn
-    # ----------------------------------------------------------------------------------------------
+    # ---- one turn
 
     def _turn(self) -> None:
         """Keep everything up, end what has lasted long enough, take in what there is to see."""
@@ -382,8 +370,7 @@ class ChaosRun:
             self._turn()
         return True
 
-    # --- down
-    # ----------------------------------------------------------------------------------------------
+    # ---- down
 
     def _finish(self) -> None:
         """Read the account while everything is up, then end all services as `sdar run` does."""
@@ -418,8 +405,7 @@ class ChaosRun:
         for process in left:
             process.kill()
 
-    # --- telling
-    # ----------------------------------------------------------------------------------------------
+    # ---- telling
 
     @property
     def _elapsed_s(self) -> float:
@@ -428,7 +414,8 @@ class ChaosRun:
     def _describe(self, fault: Fault) -> str:
         number = len(self.evidence.injuries) + 1
         lasting = f" for {fault.duration_s:g} s" if fault.duration_s else ""
-        return f"fault {number}/{self.evidence.num_planned}: {fault.kind} {fault.target}{lasting}; {self._describe_progress()}"
+        what = f"fault {number}/{self.evidence.num_planned}: {fault.kind} {fault.target}{lasting}"
+        return f"{what}; {self._describe_progress()}"
 
     def _describe_progress(self) -> str:
         status = self._observer.seen.status

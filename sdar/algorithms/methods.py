@@ -30,6 +30,7 @@ from sdar.algorithms.distillation import (
     compute_skill_sd,
     compute_teacher_gap,
 )
+from sdar.algorithms.measurements import DENOMINATORS
 from sdar.algorithms.off_policy import Correction, OffPolicyWeights, compute_off_policy_weights
 from sdar.algorithms.policy_loss import compute_policy_loss
 from sdar.algorithms.reductions import masked_mean, masked_sum
@@ -419,16 +420,6 @@ def _gather_inputs(
     )
 
 
-METRIC_DENOMINATORS: Mapping[str, str] = {
-    "gate_mean": "num_scored_tokens",
-    "gate_open_share": "num_scored_tokens",
-    "teacher_gap_mean": "num_scored_tokens",
-    "teacher_gap_abs": "num_scored_tokens",
-    "engine_mismatch_abs": "num_current_tokens",
-}
-"""Counts that a metric's sum is divided by; every other metric is divided by num_tokens."""
-
-
 @torch.no_grad()
 def _measure(
     inputs: TokenInputs, micro_batch: MicroBatch, proximal: Tensor, learner_version: int
@@ -470,7 +461,8 @@ def reduce_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """
     means = {name: value for name, value in sums.items() if name.startswith("num_")}
     for name, value in sums.items():
-        denominator = sums[METRIC_DENOMINATORS.get(name, "num_tokens")]
+        # A term's own value (`loss_<term>`) is divided by all tokens, as the loss is.
+        denominator = sums[DENOMINATORS.get(name, "num_tokens")]
         if name not in means and denominator > 0:
             means[name] = value / denominator
     return means

@@ -1,22 +1,20 @@
-"""Owns `sdar dead-letter list | show | retry`: what a run set aside, and its second chance. The
-gateway does the work.
+"""The verbs `sdar dead-letter list | show | retry`: what a run set aside, and its second chance.
 
-What speaks HTTP is imported where it is used: `sdar --help` should not wait for it.
+The gateway does the work. What draws and what speaks HTTP is imported when a verb is called.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sdar.cli.places import JsonOption, Place, open_gateway_at, takes_place
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 dead_letter_app = typer.Typer(
     help="Look at entries that a run set aside, and try them again.", no_args_is_help=True
@@ -52,6 +50,8 @@ def list_letters(
     elif not letters:
         print("No dead letters.")
     else:
+        from rich.console import Console
+
         Console(highlight=False).print(render_letters(letters))
 
 
@@ -67,8 +67,9 @@ def show_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place
 @dead_letter_app.command("retry")
 @takes_place
 def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, place: Place) -> None:
-    """Do its work again and remove it: a training task as a new group, an evaluation's task as it
-    was.
+    """Do its work again and remove it.
+
+    A training task is issued as a new group, an evaluation's task as it was.
     """
     with open_gateway_at(place) as client:
         answer = client.post(f"{_PATH}/{quote(letter_id, safe='')}/retry")
@@ -78,6 +79,10 @@ def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, plac
 
 def render_letters(letters: list[dict[str, Any]]) -> Table:
     """A line each; reasons are cut, and shown as text."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     from sdar.process.text import escape_controls
 
     table = Table(

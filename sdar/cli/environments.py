@@ -1,10 +1,7 @@
-"""Owns the verbs of `sdar env`: serve an environment, check a server, play a task by hand, generate
-data.
-"""
+"""The verbs of `sdar env`: serve an environment, check a server, play a task, generate data."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib
 import json
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from sdar.contracts.errors import ConfigurationError
 
@@ -67,10 +63,9 @@ def serve(
         int, typer.Option(help="Worker processes; 0 starts one per core.", min=0, max=1024)
     ] = 0,
 ) -> None:
-    """Serve an environment over gRPC until Ctrl-C or SIGTERM; docs/environments.md lists the
-    built-in ones.
+    """Serve an environment over gRPC until Ctrl-C or SIGTERM.
 
-    Examples: sdar env serve household; sdar env serve gymnasium --option id=CartPole-v1
+    docs/environments.md lists the built-in ones. Examples: sdar env serve household; sdar env serve gymnasium --option id=CartPole-v1
     """
     from sdar.environments.registry import load_environment
     from sdar.environments.serving import serve_until_stopped
@@ -94,11 +89,13 @@ def check(
         bool, typer.Option("--json", help="One JSON object instead of the table.")
     ] = False,
 ) -> None:
-    """Try a server in any language against the environment contract; the server must be idle
-    otherwise.
+    """Try a server in any language against the environment contract.
 
-    Exit code 0 if nothing failed, 1 if something did, 2 if nobody answers.
+    The server must be idle otherwise. Exit code 0 if nothing failed, 1 if something did, 2 if
+    nobody answers.
     """
+    import asyncio
+
     from rich.console import Console
 
     from sdar.cli.conformance import check_server
@@ -132,8 +129,9 @@ def play(
         int, typer.Option(help="Seed of the episode.", min=-(2**63), max=2**63 - 1)
     ] = 0,
 ) -> None:
-    """Play one task by hand. A number chooses a listed action; anything else is sent as it is.
-    Ctrl-D ends the game.
+    """Play one task by hand.
+
+    A number chooses a listed action; anything else is sent as it is. Ctrl-D ends the game.
     """
     from sdar.cli.play import play_task
 
@@ -155,7 +153,7 @@ def generate(
     ] = 100,
     seed: Annotated[int, typer.Option(help="The same seed makes the same bytes.", min=0)] = 0,
 ) -> None:
-    """Generate an environment's data: games, a catalogue with goals, or a corpus with questions."""
+    """Generate an environment's data. Games, a catalogue with goals, or a corpus with questions."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -200,6 +198,8 @@ def parse_options(pairs: list[str] | None) -> dict[str, bool | int | float | str
 
 
 def _parse_scalar(key: str, text: str) -> bool | int | float | str:
+    import yaml
+
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:

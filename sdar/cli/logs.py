@@ -28,6 +28,7 @@ from sdar.cli.places import ROLE, Place, list_pods
 from sdar.cli.run_directory import RunDirectory, list_running
 from sdar.cli.tools import find_compose, missing_tool, run_tool
 from sdar.contracts.errors import ConfigurationError, UnavailableError, UnknownResourceError
+from sdar.contracts.roles import find_role_name
 from sdar.process.telemetry import render_event
 from sdar.process.text import escape_controls
 
@@ -273,7 +274,8 @@ def _list_files(runs_dir: Path, run: str | None) -> list[Source]:
     root = _find_run(runs_dir, run)
     directory = RunDirectory(root)
     found = [
-        (path, path.stem, path.stem.split("-")[0]) for path in sorted(directory.logs.glob("*.log"))
+        (path, path.stem, find_role_name(path.stem))
+        for path in sorted(directory.logs.glob("*.log"))
     ]
     found += [(path, "redis", "redis") for path in directory.redis.glob("*.log")]
     return [Source(name, role, _reader_of(path), is_stamped=False) for path, name, role in found]

@@ -1,13 +1,12 @@
-"""Owns the `sdar` command: its verbs, their options, and how an error reaches a person. The work is
-done elsewhere.
+"""The `sdar` command: its verbs, their options, and how an error reaches a person.
+
+What a verb does is imported when it is called: `sdar --help` waits for none of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import secrets
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 
 from sdar.cli.dead_letters import dead_letter_app
 from sdar.cli.environments import env_app
@@ -30,6 +28,7 @@ from sdar.cli.places import (
     takes_place,
 )
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, RefusedError, SdarError
+from sdar.contracts.roles import Role
 from services.envs.search.retriever_cli import retriever
 
 app = typer.Typer(
@@ -39,7 +38,8 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    # Plain help: rich alone would double the time that `sdar --help` takes.
+    rich_markup_mode=None,
 )
 model_app = typer.Typer(help="Make tiny models to try things with.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
@@ -48,6 +48,7 @@ app.add_typer(dead_letter_app, name="dead-letter")
 app.command()(retriever)
 
 _TOKEN_BYTES = 32
+_INTERRUPTED_EXIT_CODE = 130
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="Run configuration (YAML).", show_default=False)
@@ -68,14 +69,6 @@ class Output(StrEnum):
 OutputOption = Annotated[
     Output, typer.Option("--output", help="text for people, json (one object a line) for programs.")
 ]
-
-
-class ServiceName(StrEnum):
-    GATEWAY = "gateway"
-    ROLLOUT = "rollout"
-    TEACHER = "teacher"
-    ENVS = "envs"
-    LEARNER = "learner"
 
 
 class LogLevel(StrEnum):
@@ -111,7 +104,7 @@ def run(
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Train on this machine: Redis and all services as processes, with a live view.
+    """Train on this machine. Redis and all services are processes, shown in a live view.
 
     Ctrl-C drains and stops; the same command again resumes. Everything lands in RUNS_DIR/NAME/:
     configuration, metrics, checkpoints, logs, plots, report.html and summary.json.
@@ -127,25 +120,27 @@ def run(
 
 @app.command()
 def serve(
-    service: Annotated[ServiceName, typer.Argument(help="Which service.")],
+    service: Annotated[Role, typer.Argument(help="Which service.")],
     config: Annotated[
         Path | None,
         typer.Option(help="Run configuration; SDAR_CONFIG by default.", show_default=False),
     ] = None,
 ) -> None:
-    """Run one service until SIGTERM. This is what containers run; SDAR_* variables say where things
-    are.
+    """Run one service until SIGTERM.
+
+    This is what containers run; SDAR_* variables say where things are.
     """
     from sdar.cli.serve import serve_service
 
-    serve_service(service.value, config)
+    serve_service(service, config)
 
 
 @app.command()
 @takes_place
 def status(is_json: JsonOption = False, *, place: Place) -> None:
-    """Show where a run stands: phase, progress, the account of its groups, streams, sizes,
-    evaluations, alarms.
+    """Show where a run stands.
+
+    Phase, progress, the account of its groups, streams, sizes, evaluations, alarms.
     """
     from sdar.cli.status import show_status
 
@@ -155,7 +150,7 @@ def status(is_json: JsonOption = False, *, place: Place) -> None:
 @app.command()
 @takes_place
 def pause(is_json: JsonOption = False, *, place: Place) -> None:
-    """Let a run issue no more groups until it is resumed; what is in flight is trained."""
+    """Let a run issue no more groups until it is resumed. What is in flight is trained."""
     from sdar.cli.status import tell_run
 
     tell_run(place, "pause", is_json=is_json)
@@ -173,7 +168,7 @@ def resume(is_json: JsonOption = False, *, place: Place) -> None:
 @app.command()
 @takes_place
 def stop(is_json: JsonOption = False, *, place: Place) -> None:
-    """End a run early: no more groups, one last evaluation, then it is finished."""
+    """End a run early. No more groups, one last evaluation, then it is finished."""
     from sdar.cli.status import tell_run
 
     tell_run(place, "stop", is_json=is_json)
@@ -237,10 +232,9 @@ def compare(
     runs_dir: RunsOption = Path("runs"),
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Compare methods over seeds: every service's own code in one process a run, results as a table
-    with intervals.
+    """Compare methods over seeds.
 
-    Finished runs are kept: the same command again runs only what is missing.
+    Every service's own code in one process a run; results as a table with intervals. Finished runs are kept: the same command again runs only what is missing.
     """
     from sdar.cli.compare import run_comparison
 
@@ -249,7 +243,9 @@ def compare(
 
 @app.command()
 def token() -> None:
-    """Print a fresh token for SDAR_TOKENS_FILE: operate:TOKEN or read:TOKEN a line."""
+    """Print a fresh token for SDAR_TOKENS_FILE. That holds operate:TOKEN or read:TOKEN a line."""
+    import secrets
+
     typer.echo(secrets.token_urlsafe(_TOKEN_BYTES))
 
 
@@ -265,7 +261,7 @@ def report(
     *,
     place: Place,
 ) -> None:
-    """Draw a run's plots and report.html again from its metrics, or fetch those of a run elsewhere."""
+    """Draw a run's plots and report.html again. Those of a run elsewhere are fetched first."""
     from sdar.cli.report import fetch_run, write_report
 
     if place.is_told:
@@ -283,10 +279,9 @@ def create(
     ] = TinyModel.HOUSEHOLD,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make an environment's tiny model: Qwen2 architecture, a short supervised warm start (minutes,
-    one core).
+    """Make an environment's tiny model.
 
-    The result is cached by a hash of its recipe.
+    Qwen2 architecture, a short supervised warm start (minutes on one core). The result is cached by a hash of its recipe.
     """
     from sdar.cli.model import create_tiny_model
 
@@ -295,6 +290,8 @@ def create(
 
 def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     """{"training.num_updates": 20} of ["training.num_updates=20"]; values are YAML."""
+    import yaml
+
     overrides = {}
     for pair in pairs or []:
         key, found, value = pair.partition("=")
@@ -320,7 +317,6 @@ def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
             "fields": error.fields,
         }
         print(json.dumps(event), flush=True)
-    # Imported here: `sdar --help` should not wait for it.
     from sdar.process.text import escape_controls
 
     # A server's words, or a file's, may be in it.
@@ -337,8 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(list(arguments))
     except SdarError as error:
         fail(error, arguments)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

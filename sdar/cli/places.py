@@ -20,6 +20,7 @@ import typer
 
 from sdar.cli.tools import find_compose, run_tool
 from sdar.contracts.errors import ConfigurationError, UnavailableError, UnknownResourceError
+from sdar.contracts.roles import Role
 
 if TYPE_CHECKING:
     from sdar.cli.gateway import Gateway
@@ -145,11 +146,11 @@ def open_gateway_at(place: Place) -> Gateway:
 
     if place.is_compose:
         return ContainerGateway(
-            "the gateway's container", [*find_compose(), "exec", "-T", "gateway"]
+            "the gateway's container", [*find_compose(), "exec", "-T", Role.GATEWAY]
         )
     pod = _find_gateway_pod(place)
     return ContainerGateway(
-        f"pod {pod}", [*place.kubectl, "exec", pod, "--container=gateway", "--"]
+        f"pod {pod}", [*place.kubectl, "exec", pod, f"--container={Role.GATEWAY}", "--"]
     )
 
 
@@ -188,7 +189,7 @@ def _get_pods(kubectl: Sequence[str], selector: str) -> Iterator[dict[str, Any]]
 
 
 def _find_gateway_pod(place: Place) -> str:
-    pods = list_pods(place, "gateway")
+    pods = list_pods(place, Role.GATEWAY)
     running = [
         pod
         for pod in pods

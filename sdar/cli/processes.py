@@ -1,6 +1,4 @@
-"""Owns the service processes of a run on one machine: start, watch, restart, stop. Knows nothing of
-what they do.
-"""
+"""The service processes of a run on one machine: start, watch, restart, stop, whatever they do."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from sdar.contracts.errors import ConflictError, SdarError
+from sdar.contracts.roles import find_role_name
 from sdar.process.ports import find_free_port
 from sdar.wire.http_client import client_options
 from sdar.wire.security import OPEN, Security
@@ -117,8 +116,8 @@ class Fleet:
         service.start()
         self.services.append(service)
 
-    def named(self, name: str) -> list[ServiceProcess]:
-        return [service for service in self.services if service.name.split("-")[0] == name]
+    def list_of_role(self, role: str) -> list[ServiceProcess]:
+        return [service for service in self.services if find_role_name(service.name) == role]
 
     def not_ready(self) -> list[str]:
         return [service.name for service in self.services if not service.is_ready()]
@@ -157,7 +156,7 @@ class Fleet:
         """Ask services to drain and wait for them; those that don't end in time are killed and
         returned.
         """
-        stopping = [service for name in names for service in self.named(name)]
+        stopping = [service for name in names for service in self.list_of_role(name)]
         for service in stopping:
             service.terminate()
         deadline = time.monotonic() + timeout_s

@@ -1,8 +1,7 @@
-"""Owns `sdar run`: one machine, every service a process. MAIN LOOP: watch the fleet, read the
-gateway, show, until finished.
+"""`sdar run`: one machine, every service a process. MAIN LOOP: watch, read the gateway, show.
 
-It decides nothing about training; the gateway does. It brings services up in order, keeps them up,
-drains them in order.
+It decides nothing about training; the gateway does. It brings services up in order, keeps them up
+and drains them in order.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sdar.cli.status import format_gap
 from sdar.config import RunConfig
 from sdar.connect import locate_model
 from sdar.contracts.errors import BusUnavailableError, CorruptionError
+from sdar.contracts.roles import CALLED, REPORTING, ROLES, Port, Presence, Role
 from sdar.process.settings import load_settings
 from sdar.process.text import hide_credentials
 from sdar.wire.http_client import find_base_url, open_http
@@ -37,13 +38,38 @@ _POLL_S = 1.0
 _START_TIMEOUT_S = 300.0
 _DRAIN_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
-_FLOW = (("rollout",), ("teacher",), ("learner",), ("gateway", "envs"))
-"""Services in the order of the data's flow, in which they are stopped."""
+_FLOW = tuple((role,) for role in REPORTING)
+"""Services in the order of the data's flow, in which they are stopped one after the other."""
+_AROUND = tuple(role for role in ROLES if role not in REPORTING)
+"""Those that the others need to the end."""
 INTERRUPTED_EXIT_CODE = 130
 
 
 class _Interrupted(Exception):
     """The user asked to stop."""
+
+
+def list_services(config: RunConfig) -> dict[Role, list[str]]:
+    """Names of the processes of a run by role, in the order in which they are started.
+
+    Engines come up slowest, so those through which data flow come first. The gateway is last: it
+    is ready once a policy is there, which the learner publishes and everyone waits for.
+    """
+    is_there = {
+        Presence.ALWAYS: True,
+        Presence.WITH_TEACHER: config.needs_teacher or config.method.name == "skill_grpo",
+        Presence.WITH_OWN_ENVIRONMENT: config.environment.address is None,
+    }
+    names: dict[Role, list[str]] = {}
+    for role in (*REPORTING, *reversed(_AROUND)):
+        row = ROLES[role]
+        if not is_there[row.presence]:
+            continue
+        names[role] = [role.value]
+        if row.copies:
+            num_copies = int(attrgetter(row.copies)(config))
+            names[role] = [f"{role}-{index}" for index in range(num_copies)]
+    return names
 
 
 def run_locally(
@@ -145,22 +171,21 @@ class _Session:
 
     def _start(self) -> None:
         self.directory.write_json(self.directory.gateway, {"address": self.address})
-        ports = self.directory.choose_ports(_HOST, ("teacher", "envs"))
+        # Tasks in flight name these servers, so each keeps its port over restarts.
+        ports = self.directory.choose_ports(_HOST, CALLED)
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
             "SDAR_REDIS_URL": self._redis if isinstance(self._redis, str) else self._redis.url,
             "SDAR_WEIGHTS_URL": str(self.directory.weights.resolve()),
             "SDAR_CHECKPOINTS": str(self.directory.checkpoints.resolve()),
             "SDAR_HOST": _HOST,
-            "SDAR_ENVS_ADDRESS": f"{_HOST}:{ports['envs']}",
-            "SDAR_TEACHER_ADDRESS": f"{_HOST}:{ports['teacher']}",
         }
-        # The learner publishes the first policy, everyone else waits for it; vLLM takes longest to
-        # start.
-        for name in self._service_names():
-            role = name.split("-")[0]
-            grpc_port = ports.get(role) or choose_port(_HOST)
-            self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
+        for role in CALLED:
+            shared[f"SDAR_{role.upper()}_ADDRESS"] = f"{_HOST}:{ports[role]}"
+        for role, names in list_services(self.config).items():
+            for name in names:
+                grpc_port = ports.get(role) or choose_port(_HOST)
+                self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
         deadline = time.monotonic() + _START_TIMEOUT_S
         while waiting := self.fleet.not_ready():
             self._keep_redis()
@@ -174,24 +199,18 @@ class _Session:
             time.sleep(0.25)
         self.view.say(f"All services are ready. Gateway: {self.url}")
 
-    def _service_names(self) -> list[str]:
-        rollouts = [f"rollout-{index}" for index in range(self.config.rollout.num_workers)]
-        needs_skills = self.config.needs_teacher or self.config.method.name == "skill_grpo"
-        envs = ["envs"] if self.config.environment.address is None else []
-        return [*rollouts, "learner", *(["teacher"] if needs_skills else []), *envs, "gateway"]
-
-    def _add(self, name: str, role: str, environment: dict[str, str]) -> None:
-        probe_port = self._http_port if role == "gateway" else choose_port(_HOST)
+    def _add(self, name: str, role: Role, environment: dict[str, str]) -> None:
+        is_probed_by_http = ROLES[role].probe_port is Port.HTTP
+        probe_port = self._http_port if is_probed_by_http else choose_port(_HOST)
         own = {
             "SDAR_PROBE_PORT": str(probe_port),
             "SDAR_HTTP_PORT": str(self._http_port),
             "SDAR_INSTANCE": name,
         }
         log_path = self.directory.logs / f"{name}.log"
-        is_gateway = role == "gateway"
-        probe_url = self.url if is_gateway else f"http://{_HOST}:{probe_port}"
+        probe_url = self.url if is_probed_by_http else f"http://{_HOST}:{probe_port}"
         service = ServiceProcess(name, ("serve", role), environment | own, log_path, probe_url)
-        service.security = self._security if is_gateway else OPEN
+        service.security = self._security if is_probed_by_http else OPEN
         self.fleet.add(service)
 
     # --- watching
@@ -263,17 +282,16 @@ class _Session:
                 if status["bus"]["state"] != "ok":
                     break  # no episode can be handed in
                 time.sleep(0.2)
-            self._stop(_FLOW[:-1])
-            status = (
-                self._status()
-            )  # what the learner reported at its end may have been the last that was missing
-            self._stop(_FLOW[-1:])
+            self._stop(_FLOW)
+            # What the learner reported at its end may have been the last that was missing.
+            status = self._status()
+            self._stop((_AROUND,))
         return status if status is not None and status["phase"] == "finished" else None
 
     def _stop_all(self) -> None:
-        self._stop(_FLOW)
+        self._stop((*_FLOW, _AROUND))
 
-    def _stop(self, flow: Sequence[tuple[str, ...]]) -> None:
+    def _stop(self, flow: Sequence[tuple[Role, ...]]) -> None:
         for names in flow:
             for killed in self.fleet.stop(names, _STOP_TIMEOUT_S):
                 self.view.say(

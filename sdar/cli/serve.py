@@ -1,56 +1,58 @@
-"""Owns how a process becomes a service: settings, logs, library switches, then the service's own
-main.
-"""
+"""How a process becomes a service: settings, logs, library switches, then the service's own main."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import importlib
+from collections.abc import Awaitable, Callable
+from operator import attrgetter
 from pathlib import Path
 
 from sdar.config import RunConfig, load_config
 from sdar.connect import locate_model
+from sdar.contracts.roles import ROLES, Libraries, ModelUse, Role, RoleSpec
 from sdar.engines.vllm_weights import vllm_environment
 from sdar.process.settings import Settings, apply_environment, load_settings, thread_environment
 from sdar.process.telemetry import configure_logging
 from sdar.process.tracing import serve_traces
 
 
-def serve_service(name: str, config_path: Path | None) -> None:
-    """Run service `name` of a run until SIGTERM.
+def serve_service(role: Role, config_path: Path | None) -> None:
+    """Run a service of a run until SIGTERM.
 
     Raises:
         SdarError: the configuration, a port or a dependency forbids it; other errors are defects
             and keep their traceback.
     """
+    row = ROLES[role]
     settings = load_settings()
     config = load_config(config_path or settings.config)
-    if name != "envs":
-        config = locate_model(config, with_weights=name != "gateway")
-    configure_logging(name, settings.instance, settings.log_level, settings.log_format)
-    apply_environment(_library_environment(name, config))
-    service = importlib.import_module(f"services.{name}.service")
-    # Environments are seen from the rollout workers, ranks from the first one.
-    is_traced = name != "envs" and settings.rank == 0
-    with serve_traces(settings, name, config.name) if is_traced else contextlib.nullcontext():
-        asyncio.run(_serve(service.serve, config, settings))
+    if row.model is not ModelUse.NOTHING:
+        config = locate_model(config, with_weights=row.model is ModelUse.WEIGHTS)
+    configure_logging(role, settings.instance, settings.log_level, settings.log_format)
+    apply_environment(find_library_environment(row, config))
+    serve: Callable[[RunConfig, Settings], Awaitable[None]] = importlib.import_module(
+        f"services.{role}.service"
+    ).serve
+    # Who has no bus is seen from those who call it; a learner's ranks from the first one.
+    is_traced = row.uses_bus and settings.rank == 0
+    with serve_traces(settings, role, config.name) if is_traced else contextlib.nullcontext():
+        asyncio.run(_serve(serve, config, settings))
 
 
-async def _serve(serve: object, config: RunConfig, settings: Settings) -> None:
-    await serve(config, settings)  # type: ignore[operator]
+async def _serve(
+    serve: Callable[[RunConfig, Settings], Awaitable[None]], config: RunConfig, settings: Settings
+) -> None:
+    await serve(config, settings)
 
 
-def _library_environment(name: str, config: RunConfig) -> dict[str, str]:
-    """Switches that math libraries and vLLM read when they are imported, which is why they are set
-    before a service is.
-    """
-    threads = {
-        "rollout": config.rollout.num_threads,
-        "teacher": config.teacher.num_threads,
-        "learner": config.training.num_threads,
-    }
-    num_threads = threads.get(name, 1)
-    if name == "rollout" or (name == "teacher" and config.teacher.scorer == "vllm"):
+def find_library_environment(row: RoleSpec, config: RunConfig) -> dict[str, str]:
+    """Variables that math libraries and vLLM read at their import: set before a service is."""
+    num_threads = int(attrgetter(row.threads)(config)) if row.threads else 1
+    has_vllm = row.libraries is Libraries.VLLM
+    if row.libraries is Libraries.AS_SCORER:
+        has_vllm = config.teacher.scorer == "vllm"
+    if has_vllm:
         return vllm_environment(num_threads)
     return thread_environment(num_threads) | {"DS_LOG_LEVEL": "error"}

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
 
 from sdar.contracts.errors import (
     CapacityError,
@@ -31,24 +30,20 @@ from sdar.contracts.errors import (
 from sdar.contracts.types import Task
 from sdar.environments.base import EnvironmentDescription, Observation, StepResult
 from sdar.environments.hosts import Host, build_failure
+from sdar.environments.measurements import (
+    CAPACITY,
+    FAILURES,
+    METERS,
+    OPENED,
+    REAPED,
+    SESSIONS,
+    STEP_SECONDS,
+    STEPS,
+)
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
-SESSIONS = Gauge("sdar_env_sessions", "Sessions that hold a place")
-CAPACITY = Gauge("sdar_env_capacity_sessions", "Places there are (environment.capacity)")
-OPENED = Counter("sdar_env_sessions_opened_total", "Episodes started", ["environment"])
-STEPS = Counter("sdar_env_steps_total", "Steps played", ["environment"])
-STEP_SECONDS = Histogram(
-    "sdar_env_step_seconds",
-    "From a step's request to its answer, its wait for the worker included",
-    ["environment"],
-    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-)
-REAPED = Counter("sdar_env_sessions_reaped_total", "Sessions whose lease ran out")
-FAILURES = Counter(
-    "sdar_env_failures_total", "Episodes lost to a failing environment", ["environment"]
-)
 
 MAX_KEY_CHARACTERS = 128
 MAX_TASK_ID_CHARACTERS = 1024
@@ -159,10 +154,11 @@ class SessionManager:
 
     async def start(self) -> None:
         """Build the environments. Raises ConfigurationError for one that cannot be built."""
-        CAPACITY.set(self.limits.max_sessions)
+        METERS.set(CAPACITY, self.limits.max_sessions)
         await self.host.start(self.limits.step_timeout_s, self._lose)
         for name in self.host.names:
-            FAILURES.labels(name)  # there at 0, so that the first one is seen as an increase
+            # There at 0, so that the first one is seen as an increase.
+            METERS.count(FAILURES, 0, environment=name)
 
     def describe(self, environment: str) -> EnvironmentDescription:
         """Raises UnknownResourceError: no environment of that name here."""
@@ -281,7 +277,7 @@ class SessionManager:
                 environment=session.environment,
                 lease_s=session.lease_s,
             )
-            REAPED.inc()
+            METERS.count(REAPED)
             self._drop(session)
         now = self.clock()
         for session_id in [
@@ -365,7 +361,7 @@ class SessionManager:
             self._keyed.pop(key, None)
             self.host.close(session_id, request.environment)
             if isinstance(error, EnvironmentFailedError):
-                FAILURES.labels(request.environment).inc()
+                METERS.count(FAILURES, environment=request.environment)
             raise
         finally:
             # Here and not in a done-callback: the place must not count twice once the session is in
@@ -381,8 +377,8 @@ class SessionManager:
             client,
         )
         self._sessions[session_id] = session
-        SESSIONS.set(self.num_sessions)
-        OPENED.labels(request.environment).inc()
+        METERS.set(SESSIONS, self.num_sessions)
+        METERS.count(OPENED, environment=request.environment)
         return OpenedSession(
             session_id, dataclasses.replace(task, seed=request.seed), observation, request.lease_s
         )
@@ -395,8 +391,9 @@ class SessionManager:
         except EnvironmentFailedError as error:
             self._fail(session, error.message)
             raise
-        STEPS.labels(environment).inc()
-        STEP_SECONDS.labels(environment).observe(time.perf_counter() - began_s)
+        METERS.count(STEPS, environment=environment)
+        duration_s = time.perf_counter() - began_s
+        METERS.observe(STEP_SECONDS, duration_s, environment=environment)
         if step_index + 1 >= self.host.describe(environment).max_turns and not result.is_over:
             return dataclasses.replace(result, truncated=True)
         return result
@@ -415,7 +412,7 @@ class SessionManager:
         if session.session_id not in self._sessions:
             return
         self._drop(session)
-        FAILURES.labels(session.environment).inc()
+        METERS.count(FAILURES, environment=session.environment)
         self._lost[session.session_id] = _Lost(
             reason, session.environment, self.clock() + session.lease_s
         )
@@ -426,7 +423,7 @@ class SessionManager:
         if self._sessions.pop(session.session_id, None) is None:
             return
         self._keyed.pop(session.idempotency_key, None)
-        SESSIONS.set(self.num_sessions)
+        METERS.set(SESSIONS, self.num_sessions)
         self._closed.set()
         self.host.close(session.session_id, session.environment)
 

@@ -23,19 +23,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import structlog
-from prometheus_client import Counter, Gauge
 
 from sdar.contracts.errors import ConfigurationError, EnvironmentFailedError, UnavailableError
 from sdar.environments.frames import FrameReader, pack_frame
 from sdar.environments.hosts import Host, OnLost, build_failure
+from sdar.environments.measurements import METERS, RESTARTS, WORKERS
 from sdar.environments.player import MAX_THREADS, Answer, Request
 from sdar.environments.registry import EnvironmentSource
 
 log = structlog.get_logger()
-WORKERS = Gauge("sdar_env_workers", "Worker processes that play sessions")
-RESTARTS = Counter(
-    "sdar_env_worker_restarts_total", "Worker processes started in the place of one that died"
-)
 
 START_TIMEOUT_S = 3600.0
 """Building environments may read a catalogue or make an index of it."""
@@ -368,7 +364,7 @@ class WorkerHost(Host):
             await worker.wait(_ABORT_GRACE_S)
             raise
         self._workers[slot] = worker
-        WORKERS.set(len(self._workers))
+        METERS.set(WORKERS, len(self._workers))
         log.info("environment_worker_started", slot=slot, pid=worker.pid)
         return worker
 
@@ -391,7 +387,7 @@ class WorkerHost(Host):
                 try:
                     worker = None
                     worker = await self._start_worker(slot)
-                    RESTARTS.inc()
+                    METERS.count(RESTARTS)
                 except (ConfigurationError, EnvironmentFailedError, OSError) as error:
                     log.error(
                         "environment_worker_did_not_start",
@@ -406,7 +402,7 @@ class WorkerHost(Host):
     def _bury(self, worker: _Worker, reason: str) -> None:
         if self._workers.get(worker.slot) is worker:
             del self._workers[worker.slot]
-            WORKERS.set(len(self._workers))
+            METERS.set(WORKERS, len(self._workers))
         lost = list(worker.sessions)
         worker.sessions.clear()
         for session_id in lost:

@@ -49,7 +49,7 @@ from services.learner.train import Learner
 from services.learner.update import build_trainer
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.service import build_rules
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.service import build_retriever, build_scorer, build_teacher
 from services.teacher.worker import TeacherWorker
@@ -171,7 +171,7 @@ async def _build_rollout(
         rules,
         run_id=config.name,
         instance=settings.instance,
-        limits=WorkerLimits(max_concurrent_episodes=config.rollout.max_concurrent_episodes),
+        limits=RolloutLimits(max_concurrent_episodes=config.rollout.max_concurrent_episodes),
         health=Health(),
         metrics=RolloutMetrics(),
         skills=LocalSkills(build_retriever(config, settings, bus))

@@ -1,6 +1,4 @@
-"""Owns how a service lives and dies: run until SIGTERM, drain, stop; a dead background task stops
-the whole service.
-"""
+"""The life of a service: it runs until SIGTERM or until one of its tasks dies, drains and stops."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
 
 
 async def wait_or_stop(stopping: asyncio.Event, timeout_s: float) -> bool:
-    """Wait until `stopping` is set or the time is over; tells whether it is set."""
+    """Wait until `stopping` is set or the time is over; returns whether it is set."""
     with contextlib.suppress(TimeoutError):
         # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
         async with asyncio.timeout(timeout_s):

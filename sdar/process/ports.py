@@ -1,4 +1,4 @@
-"""Owns which port a server gets that must find it free again after its own death."""
+"""Ports for servers that must find theirs free again after their own death."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from sdar.contracts.errors import ConflictError
 
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_FIRST, _USUAL_FIRST_EPHEMERAL = 10_240, 32_768
+_FIRST = 10_240
+_USUAL_FIRST_EPHEMERAL = 32_768
 _TRIES = 200
 
 
@@ -22,9 +23,8 @@ def find_free_port(host: str) -> int:
     Raises:
         ConflictError: none was found.
     """
-    for port in random.Random().sample(
-        range(_FIRST, max(_first_ephemeral(), _FIRST + _TRIES)), _TRIES
-    ):
+    end = max(_first_ephemeral(), _FIRST + _TRIES)
+    for port in random.Random().sample(range(_FIRST, end), _TRIES):
         with socket.socket(socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -36,8 +36,6 @@ def find_free_port(host: str) -> int:
 
 
 def _first_ephemeral() -> int:
-    return (
-        int(_EPHEMERAL_RANGE.read_text().split()[0])
-        if _EPHEMERAL_RANGE.exists()
-        else _USUAL_FIRST_EPHEMERAL
-    )
+    if not _EPHEMERAL_RANGE.exists():
+        return _USUAL_FIRST_EPHEMERAL
+    return int(_EPHEMERAL_RANGE.read_text().split()[0])

@@ -1,8 +1,7 @@
-"""Owns how a container asks itself whether it lives: `python -m sdar.process.probe [--ready]`, for
-HEALTHCHECK and exec probes.
+"""A container's question to itself whether it lives: `python -m sdar.process.probe [--ready]`.
 
-It ends with 0 for yes and 1 for no, and prints what was answered. It starts nothing and changes
-nothing.
+For HEALTHCHECK and exec probes. It ends with 0 for yes and 1 for no, and prints what was answered.
+It starts nothing and changes nothing.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ def ask(path: str, settings: Settings) -> tuple[int, str]:
     Raises:
         OSError: nothing listens on either, or it is silent.
     """
+    probes = http.client.HTTPConnection("127.0.0.1", settings.probe_port, timeout=_TIMEOUT_S)
     try:
-        return _get(
-            http.client.HTTPConnection("127.0.0.1", settings.probe_port, timeout=_TIMEOUT_S), path
-        )
+        return _get(probes, path)
     except ConnectionRefusedError:
         # Only the gateway has no probe port: it answers where its page is.
         return _get(_open_gateway(settings), path)
@@ -54,7 +52,8 @@ def _open_gateway(settings: Settings) -> http.client.HTTPConnection:
     # Its own server, over loopback, is asked for a number: a certificate for other names is no
     # reason to call it dead.
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     context.load_cert_chain(settings.tls_cert, settings.tls_key)
     return http.client.HTTPSConnection(
         "127.0.0.1", settings.http_port, timeout=_TIMEOUT_S, context=context
@@ -65,7 +64,8 @@ def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, str]:
     try:
         connection.request("GET", path)
         response = connection.getresponse()
-        return response.status, response.read(1000).decode(errors="replace").partition("\n")[0]
+        text = response.read(1000).decode(errors="replace")
+        return response.status, text.partition("\n")[0]
     finally:
         connection.close()
 

@@ -1,8 +1,7 @@
-"""Owns what a process is told by its surroundings (addresses, ports, log level). The only place
-that reads the environment.
+"""What a process's surroundings set (addresses, ports, log level): the environment variables.
 
-What a run *is* belongs to `sdar.config.RunConfig`; what differs between a laptop and a cluster
-belongs here.
+Read here and nowhere else. What a run *is* belongs to `sdar.config.RunConfig`; what differs
+between a laptop and a cluster belongs here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Owns logs, Prometheus metrics and the probe server (/healthz, /readyz, /metrics) of every
-process. Never decides anything.
-"""
+"""Logs of every process, and the server of its probes and metrics (/healthz, /readyz, /metrics)."""
 
 from __future__ import annotations
 
@@ -19,44 +17,36 @@ from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector, make_wsgi_app
 
 from sdar.contracts.errors import ConflictError
+from sdar.process.measurements import Counter, Declarations, Label, Meters
 from sdar.process.text import escape_controls
 
 log = structlog.get_logger()
 
 _SILENCE_TIMEOUT_S = 5.0
 """Longest silence of a client in the middle of its request."""
-_MAX_LABEL_VALUES = 64
 
-ERROR_ANSWERS = Counter(
-    "sdar_error_answers",
-    "Calls answered with an error, by protocol (grpc, http) and kind of error.",
-    ["protocol", "reason"],
+EVERY_SERVICE = Declarations()
+"""What each process measures, whatever its service."""
+ERROR_ANSWERS = EVERY_SERVICE.declare(
+    Counter(
+        "sdar_error_answers_total",
+        "calls",
+        "Calls answered with an error, by protocol (grpc, http) and kind of error.",
+        # The other reasons are the classes of sdar/contracts/errors.py.
+        (Label("protocol", ("grpc", "http")), Label("reason", ("INTERNAL", "UNIMPLEMENTED"))),
+    )
 )
-"""Of the whole process; every service's /metrics shows it."""
-ERROR_ANSWERS.labels("grpc", "INTERNAL")  # there at 0, so that the first one is seen as an increase
-
-
-class LabelBound:
-    """Keeps a label to a number of values, for what others name (task types) is without end:
-    further ones are `other`.
-    """
-
-    def __init__(self, max_values: int = _MAX_LABEL_VALUES) -> None:
-        self._max_values = max_values
-        self._known: set[str] = set()
-
-    def __call__(self, value: str) -> str:
-        if value not in self._known and len(self._known) >= self._max_values:
-            return "other"
-        self._known.add(value)
-        return value
+PROCESS = Meters(EVERY_SERVICE, REGISTRY)
+"""Of this process as a whole; every service's /metrics shows them."""
+# There at 0, so that the first one is seen as an increase.
+PROCESS.count(ERROR_ANSWERS, 0, protocol="grpc", reason="INTERNAL")
 
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
-    """Send structlog events to stderr, one line each, with the service and instance on every line."""
+    """Send structlog events to stderr, one line each, with service and instance on every line."""
     # JSON escapes by itself.
     renderer: Any = structlog.processors.JSONRenderer() if format == "json" else _TextRenderer()
     structlog.configure(
@@ -101,12 +91,9 @@ def render_event(event: Mapping[str, Any]) -> str:
     """The text of a line that was logged as JSON. Who logged it is left out: whoever shows lines of
     several knows.
     """
-    told = {
-        name: value
-        for name, value in event.items()
-        if name not in ("service", "instance", "exception")
-    }
-    text = _TextRenderer()(None, "", told)
+    left_out = ("service", "instance", "exception")
+    shown = {name: value for name, value in event.items() if name not in left_out}
+    text = _TextRenderer()(None, "", shown)
     if trace := str(event.get("exception", "")):
         text += "\n" + textwrap.indent(escape_controls(trace, keep="\n"), "    ")
     return text
@@ -137,11 +124,13 @@ class Health:
         self._last_beat = time.monotonic()
 
     def mark_ready(self, detail: str = "ready") -> None:
-        self.is_ready, self.detail = True, detail
+        self.is_ready = True
+        self.detail = detail
         self.beat()
 
     def mark_unready(self, detail: str) -> None:
-        self.is_ready, self.detail = False, detail
+        self.is_ready = False
+        self.detail = detail
 
     def report_blocked(self, reason: str) -> None:
         """Waiting for another is neither readiness nor death: called at every try, and with "" when
@@ -173,8 +162,8 @@ class ProbeServer:
         except OSError as error:
             raise ConflictError(
                 f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give "
-                "another port or host (a "
-                "service of a run takes them from SDAR_PROBE_PORT and SDAR_HOST).",
+                "another port or host (a service of a run takes them from SDAR_PROBE_PORT and "
+                "SDAR_HOST).",
                 port=port,
             ) from error
         self.port = self._server.server_port
@@ -192,10 +181,10 @@ class ProbeServer:
 
 
 def build_registry() -> CollectorRegistry:
-    """What every process tells of itself; a service's own metrics come on top."""
+    """With the metrics that every process has; a service's own ones come on top."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(ERROR_ANSWERS)
+    PROCESS.show_in(registry)
     return registry
 
 

@@ -1,6 +1,4 @@
-"""Owns what makes text of others fit to be shown: no control characters on a terminal, no passwords
-in a URL.
-"""
+"""Text of others made fit to be shown: no control characters, no password in a URL."""
 
 from __future__ import annotations
 
@@ -17,13 +15,19 @@ def hide_credentials(url: str) -> str:
     scheme = match[0] if (match := _SCHEME.match(url)) else ""
     place, _, query = url[len(scheme) :].partition("?")
     if "@" in query:
-        # of a password with a question mark or a query with an at sign: nobody can tell
+        # Part of a password with a question mark, or a query with an at sign: nobody can tell.
         return f"{scheme}***"
-    return f"{scheme}***@{place.rpartition('@')[2]}" if "@" in place else scheme + place
+    if "@" in place:
+        return f"{scheme}***@{place.rpartition('@')[2]}"
+    return scheme + place
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
     """Text safe to show on a terminal or a log line: no control, direction or line-separating
     characters save those kept.
     """
-    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else ascii(match[0])[1:-1]
+
+    return _CONTROL.sub(escape, text)

@@ -1,12 +1,11 @@
-"""Owns traces: spans that follow a group of trajectories from its task to the update it trains,
-sent by OTLP. Never decides.
+"""Traces: spans of a group of trajectories from its task to the update it trains, sent by OTLP.
 
 The trace of a group is known from its id alone, so every service adds to it without a word on the
 wire: the trace's id and the id of its first span (`gateway.issue`) are hashes of run and group, an
 episode's span's of run and trajectory. Which groups are traced is a matter of the trace's id too,
 so that all services agree.
 
-Off, nothing of opentelemetry is imported and each call returns `NOTHING`. Spans tell ids, versions
+Off, nothing of opentelemetry is imported and each call returns `NOTHING`. Spans hold ids, versions
 and counts, never a prompt or a text. A collector that is away costs the spans, and nothing else.
 """
 
@@ -136,12 +135,11 @@ def record(
     """
     if (tracer := _active) is None or not tracer.is_traced(group_id):
         return
-    parent, own = tracer.root_of(group_id), {"group_id": group_id, **attributes}
+    parent = tracer.root_of(group_id)
+    own = {"group_id": group_id, **attributes}
     if trajectory_id:
-        parent, own["trajectory_id"] = (
-            tracer.episode_of(parent.trace_id, trajectory_id),
-            trajectory_id,
-        )
+        parent = tracer.episode_of(parent.trace_id, trajectory_id)
+        own["trajectory_id"] = trajectory_id
     current = _current.get() if is_linked else None
     links = [] if current is None else [current.context]
     tracer.begin(name, parent, own, links=links, began_s=began_s).end()
@@ -151,11 +149,10 @@ def span_over(name: str, group_ids: Iterable[str], **attributes: Value) -> Span:
     """Work on many groups at once: the first span of a trace of its own, which points to those of
     the groups.
     """
-    if (tracer := _active) is None or not (
-        traced := [one for one in group_ids if tracer.is_traced(one)]
-    ):
+    if (tracer := _active) is None:
         return NOTHING
-    return tracer.begin(name, None, attributes, links=[tracer.root_of(one) for one in traced])
+    links = [tracer.root_of(one) for one in group_ids if tracer.is_traced(one)]
+    return tracer.begin(name, None, attributes, links=links) if links else NOTHING
 
 
 class _RealSpan(Span):
@@ -204,8 +201,11 @@ class _Tracer:
                 f"OTEL_EXPORTER_OTLP_ENDPOINT is {endpoint!r}, which is no URL. Write "
                 "http://HOST:4317, or https:// with TLS."
             )
-        self._sdk, self._export, self._exporter = sdk, export, trace_exporter
-        self._endpoint, self._run_id = endpoint, run_id
+        self._sdk = sdk
+        self._export = export
+        self._exporter = trace_exporter
+        self._endpoint = endpoint
+        self._run_id = run_id
         self._limit = int(settings.trace_share * 2**64)
         self._resource = {
             "service.name": f"sdar-{service}",
@@ -279,7 +279,7 @@ class _Tracer:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
-        _tell_once(self._endpoint)
+        _warn_once(self._endpoint)
         # Ours alone, not the process's: what others would trace (vLLM, Redis' client) was not asked
         # for.
         provider = self._sdk.TracerProvider(
@@ -294,9 +294,8 @@ class _Tracer:
         return provider
 
     def _hash(self, kind: str, name: str, num_bytes: int) -> int:
-        return int.from_bytes(
-            hashlib.sha256(f"{kind}:{self._run_id}:{name}".encode()).digest()[:num_bytes]
-        )
+        digest = hashlib.sha256(f"{kind}:{self._run_id}:{name}".encode()).digest()
+        return int.from_bytes(digest[:num_bytes])
 
     def _context(self, trace_id: int, span_id: int) -> SpanContext:
         from opentelemetry.trace import SpanContext, TraceFlags
@@ -323,23 +322,22 @@ def _build_id_generator() -> Any:
     return Chosen()
 
 
-def _tell_once(endpoint: str) -> None:
-    """What the exporter has to say of a collector that is away, in one line instead of one every
-    few seconds.
-    """
+def _warn_once(endpoint: str) -> None:
+    """Log that a collector is away in one line, where the exporter would every few seconds."""
     # Its thread does not know whose log lines these are.
     bound = log.bind(**structlog.contextvars.get_contextvars())
 
-    class Teller(logging.Handler):
-        has_told = False
+    class FirstWarning(logging.Handler):
+        is_logged = False
 
         def emit(self, entry: logging.LogRecord) -> None:
-            if not self.has_told:
-                self.has_told = True
+            if not self.is_logged:
+                self.is_logged = True
                 hint = "the run goes on; spans are dropped while it is so, and this is said once"
                 bound.warning(
                     "traces_not_sent", endpoint=endpoint, error=entry.getMessage(), hint=hint
                 )
 
     logger = logging.getLogger("opentelemetry")
-    logger.handlers, logger.propagate = [Teller(logging.WARNING)], False
+    logger.handlers = [FirstWarning(logging.WARNING)]
+    logger.propagate = False

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdar.contracts.errors import ConflictError, ForbiddenError, InvalidInputError, SdarError
-from sdar.process.telemetry import ERROR_ANSWERS
+from sdar.process.telemetry import ERROR_ANSWERS, PROCESS
 from sdar.wire.door import CLIENT, Door
 from sdar.wire.security import OPEN, Security, is_loopback
 from sdar.wire.tokens import Role
@@ -251,7 +251,7 @@ def _with_headers(send: Send) -> Send:
 def build_error_response(error: SdarError, status: int | None = None) -> JSONResponse:
     """How every HTTP server of ours tells an error."""
     status = int(error.http_status if status is None else status)
-    ERROR_ANSWERS.labels("http", error.reason).inc()
+    PROCESS.count(ERROR_ANSWERS, protocol="http", reason=error.reason)
     headers = {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["Retry-After"] = str(math.ceil(float(error.fields.get("retry_after_s", 1))))

@@ -25,7 +25,7 @@ from sdar.contracts.errors import (
     UnavailableError,
     UnknownResourceError,
 )
-from sdar.process.telemetry import ERROR_ANSWERS
+from sdar.process.telemetry import ERROR_ANSWERS, PROCESS
 from sdar.v1 import error_pb2
 
 Trailers = tuple[tuple[str, str | bytes], ...]
@@ -165,7 +165,7 @@ class _Context(Protocol):
 
 
 async def abort(context: _Context, error: SdarError) -> NoReturn:
-    ERROR_ANSWERS.labels("grpc", error.reason).inc()
+    PROCESS.count(ERROR_ANSWERS, protocol="grpc", reason=error.reason)
     code = grpc.StatusCode[error.grpc_status]
     message = _shorten(error.message, _MAX_ERROR_TEXT_BYTES)
     trailers = _trailers(code, error.reason, message, error.fields)
@@ -177,14 +177,14 @@ async def abort(context: _Context, error: SdarError) -> NoReturn:
 
 
 async def abort_unimplemented(context: _Context, method: str) -> NoReturn:
-    ERROR_ANSWERS.labels("grpc", "UNIMPLEMENTED").inc()
+    PROCESS.count(ERROR_ANSWERS, protocol="grpc", reason="UNIMPLEMENTED")
     code = grpc.StatusCode.UNIMPLEMENTED
     message = f"{method} is not offered by this server."
     await context.abort(code, message, _trailers(code, "UNIMPLEMENTED", message, {}))
 
 
 async def abort_unexpected(context: _Context, method: str, correlation_id: str) -> NoReturn:
-    ERROR_ANSWERS.labels("grpc", "INTERNAL").inc()
+    PROCESS.count(ERROR_ANSWERS, protocol="grpc", reason="INTERNAL")
     code = grpc.StatusCode.INTERNAL
     message = f"{method} failed on an unexpected error. Look for correlation id {correlation_id} in the server's log."
     await context.abort(

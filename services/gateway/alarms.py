@@ -1,16 +1,16 @@
-"""Owns the alarms: what is wrong with a run, told as early as it can be known. Pure; acting on it
-is up to a person.
-"""
+"""The alarms: what is wrong with a run, as early as it can be known. Pure; a person acts on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import structlog
 
 from sdar.bus.protocol import BusMemory, StreamLag
+from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
 
 from .state import RunPhase
@@ -120,30 +120,36 @@ def find_redis_full(situation: Situation) -> str:
     bus = situation.bus
     if bus.state is not BusState.FULL:
         return ""
-    return f"{bus.message} Everything waits until it takes writes again, for {situation.now_s - bus.since_s:.0f} s now."
+    full_s = situation.now_s - bus.since_s
+    return f"{bus.message} Everything waits until it takes writes again, for {full_s:.0f} s now."
 
 
 def find_redis_memory(situation: Situation) -> str:
     memory = situation.memory
     if not memory.max_bytes or memory.used_bytes <= MEMORY_SHARE * memory.max_bytes:
         return ""
-    used, most = memory.used_bytes / 2**20, memory.max_bytes / 2**20
-    return f"Redis holds {used:.0f} of {most:.0f} MiB; beyond that it refuses writes. Raise its maxmemory."
+    used_mib = memory.used_bytes / 2**20
+    max_mib = memory.max_bytes / 2**20
+    return (
+        f"Redis holds {used_mib:.0f} of {max_mib:.0f} MiB; beyond that it refuses writes. Raise "
+        "its maxmemory."
+    )
 
 
-def find_rollout_silent(situation: Situation) -> str:
-    silence_s = situation.silence_s("rollout")
-    if silence_s <= SILENCE_S or not situation.is_waiting(Stream.TASKS):
+def find_worker_silent(row: RoleSpec, situation: Situation) -> str:
+    """The alarm `<role>_silent` of a role that any number of processes may hold."""
+    silence_s = situation.silence_s(row.name)
+    if silence_s <= SILENCE_S:
         return ""
-    return f"No rollout worker was heard from for {silence_s:.0f} s while task groups wait. See its log."
-
-
-def find_teacher_silent(situation: Situation) -> str:
-    silence_s = situation.silence_s("teacher")
-    has_teacher = situation.learner_input is not Stream.TRAJECTORIES
-    if silence_s <= SILENCE_S or not has_teacher or not situation.is_waiting(Stream.TRAJECTORIES):
+    # What the learner reads in this run is not the role's to take: a method without a teacher.
+    own = (stream for stream in row.reads if stream is not situation.learner_input)
+    waiting = [stream for stream in own if situation.is_waiting(stream)]
+    if not waiting:
         return ""
-    return f"No teacher was heard from for {silence_s:.0f} s while trajectories wait for their scores. See its log."
+    return (
+        f"No {row.name} process was heard from for {silence_s:.0f} s while entries wait for it in "
+        f"{', '.join(waiting)}. See its log."
+    )
 
 
 def find_teacher_lagging(situation: Situation) -> str:
@@ -161,30 +167,42 @@ def find_teacher_lagging(situation: Situation) -> str:
     ):
         return ""
     waiting = lag.num_undelivered + lag.num_pending
-    return f"{waiting} trajectories wait for the teacher, the oldest for {lag.oldest_age_s:.0f} s; they may go stale."
+    return (
+        f"{waiting} trajectories wait for the teacher, the oldest for {lag.oldest_age_s:.0f} s; "
+        "they may go stale."
+    )
 
 
 def find_learner_silent(situation: Situation) -> str:
-    silence_s = situation.silence_s("learner")
+    silence_s = situation.silence_s(Role.LEARNER)
     lag = situation.lags.get(situation.learner_input)
     bound_s = max(LEARNER_LEAST_SILENCE_S, LEARNER_SILENCE_FACTOR * situation.learner_busy_s)
     # What it has read and holds until its next checkpoint is no sign of trouble; what it doesn't
     # read is.
     if silence_s <= bound_s or lag is None or not lag.num_undelivered:
         return ""
-    return f"No update for {silence_s:.0f} s while {lag.num_undelivered} episodes wait for the learner. See its log."
+    return (
+        f"No update for {silence_s:.0f} s while {lag.num_undelivered} episodes wait for the "
+        "learner. See its log."
+    )
 
 
 def find_dead_letters(situation: Situation) -> str:
     if not situation.num_dead_letters:
         return ""
-    return f"{situation.num_dead_letters} entries were set aside. Look at them with `sdar dead-letter list`."
+    return (
+        f"{situation.num_dead_letters} entries were set aside. Look at them with `sdar dead-letter "
+        "list`."
+    )
 
 
 def find_ledger_gap(situation: Situation) -> str:
     if not situation.ledger_gap:
         return ""
-    return f"The account of groups cannot explain {situation.ledger_gap} of them: a defect, or somebody wrote into Redis."
+    return (
+        f"The account of groups cannot explain {situation.ledger_gap} of them: a defect, or "
+        "somebody wrote into Redis."
+    )
 
 
 def find_length_drift(situation: Situation) -> str:
@@ -193,8 +211,8 @@ def find_length_drift(situation: Situation) -> str:
         return ""
     return (
         f"Episodes that are trained differ in length from those played by {drift:.2f} (total "
-        "variation): long ones are dropped "
-        "more often. Raise training.max_staleness or add rollout workers."
+        "variation): long ones are dropped more often. Raise training.max_staleness or add rollout "
+        "workers."
     )
 
 
@@ -217,8 +235,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "redis_unreachable": find_redis_unreachable,
     "redis_full": find_redis_full,
     "redis_memory": find_redis_memory,
-    "rollout_silent": find_rollout_silent,
-    "teacher_silent": find_teacher_silent,
+    **{f"{role}_silent": partial(find_worker_silent, ROLES[role]) for role in WORKERS},
     "teacher_lagging": find_teacher_lagging,
     "learner_silent": find_learner_silent,
     "dead_letters": find_dead_letters,
@@ -227,7 +244,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "no_progress": find_no_progress,
     "scaling": find_scaling,
 }
-"""Every alarm by its name; each tells what is wrong in a sentence, or nothing."""
+"""Every alarm by its name; each says what is wrong in a sentence, or returns an empty text."""
 
 
 class AlarmBoard:

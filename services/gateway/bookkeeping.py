@@ -16,7 +16,7 @@ from sdar.contracts.types import GroupOutcome, LedgerEvent
 from .commit import Draft
 from .evaluator import Evaluator
 from .lengths import EpisodeLengths
-from .metrics import GatewayMetrics
+from .metrics import UNREADABLE_EVENTS, GatewayMetrics
 from .state import GatewayState
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ class Bookkeeper:
                     entry_id=delivery.entry_id,
                     error=str(error),
                 )
-                self._metrics.unreadable_events.inc()
+                self._metrics.count(UNREADABLE_EVENTS)
                 await self._bus.dead_letter(delivery, str(error))
             else:
                 draft.events.append(delivery)

@@ -1,107 +1,169 @@
-"""Owns the gateway's Prometheus metrics."""
+"""What the gateway measures of the run as a whole: each declared here once.
+
+docs/metrics.md lists them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from sdar.bus.ledger import LedgerAccount
 from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.config import TrainingConfig
 from sdar.contracts.streams import Stream
-from sdar.contracts.types import LedgerEvent
-from sdar.process.telemetry import LabelBound
+from sdar.contracts.types import GroupOutcome, LedgerEvent
+from sdar.process.measurements import (
+    TURNS_BUCKETS,
+    Counter,
+    Declarations,
+    Gauge,
+    Histogram,
+    Label,
+    LabelBound,
+    Meters,
+)
 
 from .alarms import JUDGES, Alarm, BusState
 from .evaluation import Evaluation
 from .state import RunPhase
 
-_TURN_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+_EVALUATED = (Label("sampling", ("sampled", "greedy")), Label("task_type"))
+_STREAM = Label("stream", tuple(Stream))
+
+GATEWAY = Declarations()
+
+LEDGER_GROUPS = GATEWAY.declare(
+    Gauge(
+        "sdar_ledger_groups",
+        "groups",
+        "Training groups by state of their account.",
+        (Label("state", (*GroupOutcome, "running", "buffered")),),
+    )
+)
+LEDGER_GAP = GATEWAY.declare(
+    Gauge(
+        "sdar_ledger_gap",
+        "groups",
+        "Groups the ledger cannot explain; anything but 0 is a defect.",
+    )
+)
+POLICY_VERSION = GATEWAY.declare(
+    Gauge("sdar_policy_version", "version", "Newest published policy version.")
+)
+UPDATES = GATEWAY.declare(Gauge("sdar_updates", "updates", "Optimizer updates so far."))
+TARGET_UPDATES = GATEWAY.declare(
+    Gauge("sdar_target_updates", "updates", "Updates that the run is for.")
+)
+MAX_STALENESS = GATEWAY.declare(
+    Gauge(
+        "sdar_max_staleness_updates",
+        "updates",
+        "Bound of staleness (training.max_staleness).",
+    )
+)
+PHASE = GATEWAY.declare(
+    Gauge(
+        "sdar_run_phase",
+        "0 or 1",
+        "1 for the phase that the run is in.",
+        (Label("phase", tuple(RunPhase)),),
+    )
+)
+EVALUATION_EPISODES = GATEWAY.declare(
+    Gauge(
+        "sdar_evaluation_episodes",
+        "episodes",
+        "Episodes of the newest complete evaluation, sampled or greedy.",
+        _EVALUATED,
+    )
+)
+EVALUATION_SUCCESSES = GATEWAY.declare(
+    Gauge(
+        "sdar_evaluation_successes",
+        "episodes",
+        "Those that solved their task.",
+        _EVALUATED,
+    )
+)
+UNREADABLE_EVENTS = GATEWAY.declare(
+    Counter("sdar_unreadable_events_total", "events", "Events that could not be decoded.")
+)
+EPISODE_TURNS = GATEWAY.declare(
+    Histogram(
+        "sdar_episode_turns",
+        "turns",
+        "Turns of training episodes, by the outcome of their group.",
+        (Label("outcome", tuple(GroupOutcome)),),
+        buckets=TURNS_BUCKETS,
+    )
+)
+LENGTH_DRIFT = GATEWAY.declare(
+    Gauge(
+        "sdar_episode_length_drift",
+        "0 to 1",
+        "Total variation distance of episode length, played to trained.",
+    )
+)
+STREAM_ENTRIES = GATEWAY.declare(
+    Gauge(
+        "sdar_stream_entries",
+        "entries",
+        "Entries a stream's consumers have not finished.",
+        (_STREAM, Label("state", ("undelivered", "pending"))),
+    )
+)
+STREAM_AGE = GATEWAY.declare(
+    Gauge(
+        "sdar_stream_oldest_age_seconds",
+        "seconds",
+        "Age of the oldest of them.",
+        (_STREAM,),
+    )
+)
+DEAD_LETTERS = GATEWAY.declare(Gauge("sdar_dead_letters", "letters", "Entries set aside."))
+REDIS_MEMORY = GATEWAY.declare(
+    Gauge(
+        "sdar_redis_memory_bytes",
+        "bytes",
+        "Redis' memory: used, and most.",
+        (Label("kind", ("used", "most")),),
+    )
+)
+BUS_STATE = GATEWAY.declare(
+    Gauge(
+        "sdar_bus_state",
+        "0 or 1",
+        "1 for the state that the bus is in.",
+        (Label("state", tuple(BusState)),),
+    )
+)
+ALARM = GATEWAY.declare(
+    Gauge(
+        "sdar_alarm",
+        "0 or 1",
+        "1 while an alarm is up.",
+        (Label("name", tuple(JUDGES)),),
+    )
+)
 
 
-class GatewayMetrics:
-    """Names are documented in docs/metrics.md."""
+class GatewayMetrics(Meters):
+    """The gateway's meters, and how it reads what it sees into them.
+
+    Args:
+        registry: none makes one of its own.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        registry = CollectorRegistry() if registry is None else registry
-        self.groups = Gauge(
-            "sdar_ledger_groups",
-            "Training groups by state of their account.",
-            ["state"],
-            registry=registry,
-        )
-        self.gap = Gauge(
-            "sdar_ledger_gap",
-            "Groups the ledger cannot explain; anything but 0 is a defect.",
-            registry=registry,
-        )
-        self.policy_version = Gauge(
-            "sdar_policy_version", "Newest published policy version.", registry=registry
-        )
-        self.updates = Gauge("sdar_updates", "Optimizer updates so far.", registry=registry)
-        self.target_updates = Gauge(
-            "sdar_target_updates", "Updates that the run is for.", registry=registry
-        )
-        self.max_staleness = Gauge(
-            "sdar_max_staleness_updates",
-            "Bound of staleness (training.max_staleness).",
-            registry=registry,
-        )
-        self.phase = Gauge(
-            "sdar_run_phase", "1 for the phase that the run is in.", ["phase"], registry=registry
-        )
-        by_kind = ["sampling", "task_type"]
-        self.evaluated = Gauge(
-            "sdar_evaluation_episodes",
-            "Episodes of the newest complete evaluation, sampled or greedy.",
-            by_kind,
-            registry=registry,
-        )
-        self.solved = Gauge(
-            "sdar_evaluation_successes", "Those that solved their task.", by_kind, registry=registry
-        )
-        self.unreadable_events = Counter(
-            "sdar_unreadable_events", "Events that could not be decoded.", registry=registry
-        )
+        super().__init__(GATEWAY, registry)
         self._bound = LabelBound()
-        self.turns = Histogram(
-            "sdar_episode_turns",
-            "Turns of training episodes, by the outcome of their group.",
-            ["outcome"],
-            buckets=_TURN_BUCKETS,
-            registry=registry,
-        )
-        self.length_drift = Gauge(
-            "sdar_episode_length_drift",
-            "Total variation distance of episode length, played to trained.",
-            registry=registry,
-        )
-        self.stream_entries = Gauge(
-            "sdar_stream_entries",
-            "Entries a stream's consumers have not finished.",
-            ["stream", "state"],
-            registry=registry,
-        )
-        self.stream_age = Gauge(
-            "sdar_stream_oldest_age_seconds",
-            "Age of the oldest of them.",
-            ["stream"],
-            registry=registry,
-        )
-        self.dead_letters = Gauge("sdar_dead_letters", "Entries set aside.", registry=registry)
-        self.memory = Gauge(
-            "sdar_redis_memory_bytes", "Redis' memory: used, and most.", ["kind"], registry=registry
-        )
-        self.bus = Gauge(
-            "sdar_bus_state", "1 for the state that the bus is in.", ["state"], registry=registry
-        )
-        self.alarms = Gauge("sdar_alarm", "1 while an alarm is up.", ["name"], registry=registry)
 
     def observe_lengths(self, event: LedgerEvent) -> None:
-        """Count the lengths that a GENERATED or TRAINED event tells; others tell none."""
+        """Count the lengths of a GENERATED or TRAINED event; other events have none."""
         for turns in event.episode_turns:
-            self.turns.labels(event.outcome.value).observe(turns)
+            self.observe(EPISODE_TURNS, turns, outcome=event.outcome)
 
     def observe_run(
         self,
@@ -115,32 +177,34 @@ class GatewayMetrics:
         training: TrainingConfig,
         length_drift: float,
     ) -> None:
+        """The run as its scheduler sees it."""
         for state, number in ledger.counts().items():
-            self.groups.labels(state).set(number)
-        self.gap.set(ledger_gap)
-        self.policy_version.set(policy_version)
-        self.updates.set(num_updates)
-        self.target_updates.set(training.num_updates)
-        self.max_staleness.set(training.max_staleness)
+            self.set(LEDGER_GROUPS, number, state=state)
+        self.set(LEDGER_GAP, ledger_gap)
+        self.set(POLICY_VERSION, policy_version)
+        self.set(UPDATES, num_updates)
+        self.set(TARGET_UPDATES, training.num_updates)
+        self.set(MAX_STALENESS, training.max_staleness)
         for other in RunPhase:
-            self.phase.labels(other.value).set(other is phase)
-        self.length_drift.set(length_drift)
-        newest = {
-            evaluation.is_greedy: evaluation for evaluation in evaluations if evaluation.is_complete
-        }
+            self.set(PHASE, other is phase, phase=other)
+        self.set(LENGTH_DRIFT, length_drift)
+        complete = [evaluation for evaluation in evaluations if evaluation.is_complete]
+        newest = {evaluation.is_greedy: evaluation for evaluation in complete}
         for evaluation in newest.values():
             self._observe_evaluation(evaluation)
 
     def _observe_evaluation(self, evaluation: Evaluation) -> None:
-        sampling, counts = "greedy" if evaluation.is_greedy else "sampled", {"other": [0, 0]}
+        sampling = "greedy" if evaluation.is_greedy else "sampled"
+        # Types beyond the bound are pooled, so that none is lost.
+        counts = {"other": [0, 0]}
         for task_type, (solved, played) in evaluation.successes.items():
             kind = counts.setdefault(self._bound(task_type), [0, 0])
             kind[0] += solved
             kind[1] += played
         for task_type, (solved, played) in counts.items():
             if played:
-                self.solved.labels(sampling, task_type).set(solved)
-                self.evaluated.labels(sampling, task_type).set(played)
+                self.set(EVALUATION_SUCCESSES, solved, sampling=sampling, task_type=task_type)
+                self.set(EVALUATION_EPISODES, played, sampling=sampling, task_type=task_type)
 
     def observe_bus(
         self,
@@ -150,18 +214,19 @@ class GatewayMetrics:
         num_dead_letters: int,
         alarms: Sequence[Alarm],
     ) -> None:
+        """The bus as the watch sees it, and the alarms that are up."""
         for stream, lag in lags.items():
-            self.stream_entries.labels(stream.value, "undelivered").set(lag.num_undelivered)
-            self.stream_entries.labels(stream.value, "pending").set(lag.num_pending)
-            self.stream_age.labels(stream.value).set(lag.oldest_age_s)
-        self.memory.labels("used").set(memory.used_bytes)
-        self.memory.labels("most").set(memory.max_bytes)
-        self.dead_letters.set(num_dead_letters)
+            self.set(STREAM_ENTRIES, lag.num_undelivered, stream=stream, state="undelivered")
+            self.set(STREAM_ENTRIES, lag.num_pending, stream=stream, state="pending")
+            self.set(STREAM_AGE, lag.oldest_age_s, stream=stream)
+        self.set(REDIS_MEMORY, memory.used_bytes, kind="used")
+        self.set(REDIS_MEMORY, memory.max_bytes, kind="most")
+        self.set(DEAD_LETTERS, num_dead_letters)
         for other in BusState:
-            self.bus.labels(other.value).set(other is state)
+            self.set(BUS_STATE, other is state, state=other)
         up = {alarm.name for alarm in alarms}
         for name in JUDGES:
-            self.alarms.labels(name).set(name in up)
+            self.set(ALARM, name in up, name=name)
 
 
 def build_metrics() -> GatewayMetrics:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 from sdar.bus.ledger import format_group_id
+from sdar.contracts.roles import WORKERS
+from sdar.contracts.streams import ConsumerGroup
 
 from .replies import AlarmReply, BusReply, EvaluationReply, RunReply, SleepReply
 from .scheduler import Scheduler
@@ -36,7 +39,7 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         bus=_describe_bus(watch),
         dead_letters=watch.num_dead_letters,
         stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
-        instances=_count_instances(scheduler),
+        instances=_count_workers(scheduler),
         evaluations=[EvaluationReply.model_validate(one.summary()) for one in state.evaluations],
         sleep=describe_sleep(state.sleep),
         started_at_s=state.started_at_s,
@@ -60,6 +63,8 @@ def _describe_bus(watch: Watch) -> BusReply:
     return BusReply(**condition, used_bytes=memory.used_bytes, max_bytes=memory.max_bytes)
 
 
-def _count_instances(scheduler: Scheduler) -> dict[str, int]:
-    services = ["rollout", "teacher"] if scheduler.config.needs_teacher else ["rollout"]
-    return {name: scheduler.history.count_instances(name) for name in services}
+def _count_workers(scheduler: Scheduler) -> dict[str, int]:
+    """By role, the workers heard from lately; a role that takes nothing in this run is left out."""
+    readers = set(chain.from_iterable(scheduler.config.stream_consumers.values()))
+    here = (role for role in WORKERS if ConsumerGroup(role) in readers)
+    return {role.value: scheduler.history.count_instances(role) for role in here}

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from sdar.bus.protocol import Bus, BusMemory, StreamLag
 from sdar.contracts.errors import BusUnavailableError
+from sdar.contracts.roles import REPORTING, Role
 from sdar.contracts.streams import Stream
 from sdar.process.lifecycle import wait_or_stop
 
@@ -136,7 +137,7 @@ class Watch:
         """The slowest of the learner's newest updates, seconds without its waiting; 0 before the
         first.
         """
-        updates = self._scheduler.history.newest_values("learner", _NEWEST_UPDATES)
+        updates = self._scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
         busy = [sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates]
         return max(busy, default=0.0)
 
@@ -169,11 +170,11 @@ class Watch:
         )
 
     def _list_heard(self, expected_s: float) -> dict[str, float]:
-        """When each service reported last, Unix time; `expected_s` if not since the run awoke."""
+        """When each role reported last, Unix time; `expected_s` if not since the run awoke."""
         heard: dict[str, float] = {}
-        for name in ("rollout", "teacher", "learner"):
-            at_s = self._scheduler.history.last_heard_s(name)
+        for role in REPORTING:
+            at_s = self._scheduler.history.last_heard_s(role)
             if at_s is None or at_s < self._scheduler.control.woken_at_s:
                 at_s = expected_s
-            heard[name] = at_s
+            heard[role] = at_s
         return heard

@@ -27,7 +27,8 @@ import structlog
 
 from sdar.algorithms.advantages import compute_advantages, has_signal
 from sdar.algorithms.methods import get_method
-from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery, parse_entry_id
+from sdar.bus.leases import Leases
+from sdar.bus.protocol import Bus, Delivery, parse_entry_id
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
@@ -236,10 +237,10 @@ class GroupSource:
         self.buffer = GroupBuffer()
         self._config = config
         self._bus = bus
-        self._consumer = consumer
         self._vocabulary_size = vocabulary_size
         self._method = get_method(config.method.name)
-        self._stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
+        stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
+        self._leases = Leases(bus, stream, ConsumerGroup.LEARNER, consumer)
         self._max_count = config.training.groups_per_update * config.training.group_size
         self._progress = Progress()
         # Apart, so that a run that skips most groups does not forget the few it trains.
@@ -256,13 +257,7 @@ class GroupSource:
         self._progress = progress
         self._versions_in_checkpoint = progress.list_trained()
         self._trained.add(self._versions_in_checkpoint)
-        deliveries: list[Delivery] = []
-        after_id = BEFORE_FIRST
-        while page := await self._bus.reclaim(
-            self._stream, ConsumerGroup.LEARNER, self._consumer, 0.0, self._max_count, after_id
-        ):
-            after_id = page[-1].entry_id
-            deliveries += page
+        deliveries = await self._leases.take_all(self._max_count)
         await self._accept(deliveries)
         if deliveries:
             log.info(
@@ -306,9 +301,7 @@ class GroupSource:
         """
         num_read = self._max_count
         while num_read == self._max_count:
-            page = await self._bus.read(
-                self._stream, ConsumerGroup.LEARNER, self._consumer, self._max_count, block_s
-            )
+            page = await self._leases.read(self._max_count, block_s)
             await self._accept(page)
             num_read, block_s = len(page), 0.0
 

@@ -1,5 +1,4 @@
-"""Owns what one update is reported as: the record on the `metrics` stream and the Prometheus
-metrics. Never decides anything.
+"""What one update is reported as: each measurement declared here once, for Prometheus and records.
 
 Names in the record: means end in `_mean`, counts begin with `num_`, seconds end in `_s`.
 docs/metrics.md says what each is. Rates are given with their counts (`success_<type>` with
@@ -8,20 +7,28 @@ docs/metrics.md says what each is. Rates are given with their counts (`success_<
 
 from __future__ import annotations
 
+import collections
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
-import prometheus_client
 import structlog
-from prometheus_client import Counter as PrometheusCounter
-from prometheus_client import Gauge
+from prometheus_client import CollectorRegistry
 
-from sdar.contracts.types import ScoredTrajectory
-from sdar.process.telemetry import LabelBound
+from sdar.algorithms.measurements import TOKEN_COUNTS, TOKEN_MEASUREMENTS
+from sdar.contracts.types import GroupOutcome, ScoredTrajectory
+from sdar.process.measurements import (
+    TURNS_BUCKETS,
+    Counter,
+    Declarations,
+    Figure,
+    Gauge,
+    Histogram,
+    Label,
+    LabelBound,
+    Meters,
+)
 from services.learner.ingest import Group, IngestCounts
 from services.learner.progress import Progress
 
@@ -30,8 +37,176 @@ log = structlog.get_logger()
 # A teacher that sees the skill differs from the student by far more than this, in nats per token.
 _LEAST_TEACHER_GAP = 0.01
 _STALENESS_TOKENS = "staleness_tokens_"
-_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-_TURNS_BUCKETS = (1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 75, 100)
+_OUTCOMES = (
+    GroupOutcome.TRAINED,
+    GroupOutcome.SKIPPED,
+    GroupOutcome.STALE,
+    GroupOutcome.FAILED,
+    GroupOutcome.CANCELLED,
+)
+_TASK_TYPE = Label("task_type")
+
+LEARNER = Declarations()
+
+# Counts and present values.
+
+POLICY_VERSION = LEARNER.declare(
+    Gauge("sdar_learner_policy_version", "version", "Newest published version.")
+)
+UPDATES = LEARNER.declare(
+    Gauge(
+        "sdar_learner_updates",
+        "updates",
+        "Optimizer updates done in the run.",
+        key="num_updates",
+    )
+)
+BUFFERED_GROUPS = LEARNER.declare(
+    Gauge(
+        "sdar_learner_buffered_groups",
+        "groups",
+        "Whole groups waiting.",
+        key="num_groups_buffered",
+    )
+)
+UNACKNOWLEDGED_ENTRIES = LEARNER.declare(
+    Gauge(
+        "sdar_learner_unacknowledged_entries",
+        "entries",
+        "Entries trained on that wait for a checkpoint: a restart trains them again.",
+    )
+)
+TRAINED_TOKENS = LEARNER.declare(
+    Counter(
+        "sdar_learner_trained_tokens_total",
+        "tokens",
+        "Sampled tokens trained on, by their staleness in updates (at most "
+        "training.max_staleness): its histogram.",
+        (Label("staleness"),),
+    )
+)
+GROUPS = LEARNER.declare(
+    Counter(
+        "sdar_learner_groups_total",
+        "groups",
+        "Groups by what became of them.",
+        (Label("outcome", _OUTCOMES),),
+    )
+)
+TRAINED_EPISODES = LEARNER.declare(
+    Counter(
+        "sdar_learner_trained_episodes_total",
+        "episodes",
+        "Episodes trained on.",
+        (_TASK_TYPE,),
+    )
+)
+TRAINED_SUCCESSES = LEARNER.declare(
+    Counter(
+        "sdar_learner_trained_successes_total",
+        "episodes",
+        "Those that solved their task.",
+        (_TASK_TYPE,),
+    )
+)
+TASK_REWARD_MEAN = LEARNER.declare(
+    Gauge(
+        "sdar_learner_task_reward_mean",
+        "reward",
+        "Reward of the episodes in the newest update that had the type.",
+        (_TASK_TYPE,),
+    )
+)
+SECONDS = LEARNER.declare(
+    Histogram(
+        "sdar_learner_seconds",
+        "seconds",
+        "Wall time of an update by part: wait, step, publish, checkpoint.",
+        (Label("part", ("wait", "step", "publish", "checkpoint")),),
+    )
+)
+EPISODE_TURNS = LEARNER.declare(
+    Histogram(
+        "sdar_learner_episode_turns",
+        "turns",
+        "Turns of each episode trained, and of each dropped as stale.",
+        (Label("outcome", (GroupOutcome.TRAINED, GroupOutcome.STALE)),),
+        buckets=TURNS_BUCKETS,
+    )
+)
+
+
+def _declare_value(key: str, unit: str, text: str) -> None:
+    """A value of the newest update, shown as `sdar_learner_<key>`; NaN before its first, and for
+    ever where the method does not have it.
+    """
+    LEARNER.declare(Gauge(f"sdar_learner_{key}", unit, text, key=key, initial=math.nan))
+
+
+_declare_value("loss", "1", "Loss, mean over the update's optimizer steps.")
+for _mean in TOKEN_MEASUREMENTS:
+    _declare_value(_mean.name, _mean.unit, _mean.help)
+_declare_value(
+    "gradient_norm",
+    "1",
+    "Norm of the gradient before clipping, mean over the update's optimizer steps.",
+)
+_declare_value("learning_rate", "1", "Learning rate of the update.")
+_declare_value("reward_mean", "reward", "Reward of the update's episodes.")
+_declare_value("invalid_action_share", "0 to 1", "Share of turns without a valid action.")
+_declare_value("staleness_max", "updates", "Staleness of the oldest sampled token.")
+_declare_value("wait_share", "0 to 1", "Share of the update's time spent waiting for episodes.")
+
+# What only the records hold.
+
+for _name, _text in TOKEN_COUNTS.items():
+    LEARNER.declare(Figure(_name, "tokens", _text))
+LEARNER.declare(Figure("loss_<term>", "1", "One term of the loss over all tokens, unweighted."))
+LEARNER.declare(
+    Figure("staleness_tokens_<updates>", "tokens", "Tokens that were so many updates old.")
+)
+LEARNER.declare(
+    Figure("num_policy_versions", "versions", "Policy versions that sampled the tokens.")
+)
+LEARNER.declare(Figure("success_mean", "0 to 1", "Share of episodes that solved their task."))
+LEARNER.declare(Figure("success_<task_type>", "0 to 1", "The same of one type of task."))
+LEARNER.declare(Figure("num_trajectories", "episodes", "Episodes trained on."))
+LEARNER.declare(Figure("num_trajectories_<task_type>", "episodes", "The same of one type of task."))
+LEARNER.declare(Figure("num_turns_mean", "turns", "Turns of an episode."))
+LEARNER.declare(Figure("num_response_tokens_mean", "tokens", "Sampled tokens of an episode."))
+LEARNER.declare(
+    Figure(
+        "specific_skill_share",
+        "0 to 1",
+        "Share of scored episodes for whose task a specific skill was found.",
+    )
+)
+LEARNER.declare(Figure("num_groups_trained", "groups", "Groups trained on in the update."))
+LEARNER.declare(
+    Figure(
+        "num_groups_skipped",
+        "groups",
+        "Groups left out since the record before because all episodes earned the same.",
+    )
+)
+LEARNER.declare(Figure("num_groups_stale", "groups", "The same because they were too old."))
+LEARNER.declare(
+    Figure("num_groups_failed", "groups", "The same because an entry could not be trained on.")
+)
+LEARNER.declare(
+    Figure("num_groups_cancelled", "groups", "The same because no update was left for them.")
+)
+LEARNER.declare(
+    Figure("num_duplicate_entries", "entries", "Entries of episodes or groups seen before.")
+)
+LEARNER.declare(Figure("wait_s", "seconds", "Waiting for episodes."))
+LEARNER.declare(Figure("step_s", "seconds", "The optimizer steps."))
+LEARNER.declare(Figure("publish_s", "seconds", "Publishing the weights."))
+LEARNER.declare(
+    Figure("checkpoint_s", "seconds", "The checkpoint before the update; 0 if there was none.")
+)
+LEARNER.declare(Figure("total_s", "seconds", "Time since the end of the update before."))
+LEARNER.declare(Figure("tokens_per_s", "tokens a second", "Tokens trained on in that time."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,118 +222,37 @@ class Timing:
     """Since the end of the update before."""
 
 
-VALUES = {
-    "loss": "Loss, mean over the update's optimizer steps.",
-    "gate_mean": (
-        "Gate over scored tokens; 0.5 with teacher_gap_abs at 0 means that the skills do "
-        "not reach the teacher."
-    ),
-    "gate_open_share": "Share of scored tokens whose gate is over 0.5.",
-    "teacher_gap_mean": "teacher_logprobs - policy_logprobs over scored tokens.",
-    "teacher_gap_abs": "Absolute teacher gap over scored tokens.",
-    "engine_mismatch_abs": (
-        "|policy_logprobs - behavior_logprobs| of tokens sampled by the weights that are trained."
-    ),
-    "policy_behavior_gap_abs": "The same over all tokens, older ones included.",
-    "k3_kl": "KL to the reference policy, k3 estimator; only with method.kl_coefficient above 0.",
-    "entropy": "Entropy of the policy over sampled tokens.",
-    "gradient_norm": (
-        "Norm of the gradient before clipping, mean over the update's optimizer steps."
-    ),
-    "learning_rate": "Learning rate of the update.",
-    "clip_fraction": "Share of tokens whose ratio is clipped.",
-    "off_policy_weight_mean": "Off-policy weight of the policy term.",
-    "off_policy_bounded_share": "Share of tokens whose off-policy weight is cut at its bound.",
-    "advantage_abs": "Absolute advantage over tokens.",
-    "reward_mean": "Reward of the update's episodes.",
-    "invalid_action_share": "Share of turns without a valid action.",
-    "staleness_mean": "Staleness over sampled tokens.",
-    "staleness_max": "Staleness of the oldest sampled token.",
-    "wait_share": "Share of the update's time spent waiting for episodes.",
-}
-"""Values of the record that have a Prometheus gauge `sdar_learner_<name>`, of the newest update."""
-
-
-class LearnerMetrics:
-    """Names are documented in docs/metrics.md.
+class LearnerMetrics(Meters):
+    """The learner's meters, and how an update's record is booked in them.
 
     Args:
         registry: none makes one of its own, so that several fit into one process.
     """
 
-    def __init__(self, registry: prometheus_client.CollectorRegistry | None = None) -> None:
-        registry = registry or prometheus_client.CollectorRegistry()
-        gauge, counter = (
-            partial(Gauge, registry=registry),
-            partial(PrometheusCounter, registry=registry),
-        )
-        self._version = gauge("sdar_learner_policy_version", "Newest published version.")
-        self._updates = gauge("sdar_learner_updates", "Optimizer updates done in the run.")
-        self._buffered = gauge("sdar_learner_buffered_groups", "Whole groups waiting.")
-        self._unacknowledged = gauge(
-            "sdar_learner_unacknowledged_entries",
-            "Entries trained on that wait for a checkpoint: a restart trains them again.",
-        )
-        self._tokens = counter(
-            "sdar_learner_trained_tokens",
-            "Sampled tokens trained on, by their staleness in updates (at most "
-            "training.max_staleness): its histogram.",
-            ["staleness"],
-        )
-        self._groups = counter("sdar_learner_groups", "Groups by what became of them.", ["outcome"])
-        self._episodes = counter(
-            "sdar_learner_trained_episodes", "Episodes trained on.", ["task_type"]
-        )
-        self._successes = counter(
-            "sdar_learner_trained_successes", "Those that solved their task.", ["task_type"]
-        )
-        self._rewards = gauge(
-            "sdar_learner_task_reward_mean",
-            "Reward of the episodes in the newest update that had the type.",
-            ["task_type"],
-        )
-        self._seconds = prometheus_client.Histogram(
-            "sdar_learner_seconds",
-            "Wall time of an update by part: wait, step, publish, checkpoint.",
-            ["part"],
-            registry=registry,
-            buckets=_SECONDS_BUCKETS,
-        )
-        self._turns = prometheus_client.Histogram(
-            "sdar_learner_episode_turns",
-            "Turns of each episode trained, and of each dropped as stale.",
-            ["outcome"],
-            registry=registry,
-            buckets=_TURNS_BUCKETS,
-        )
-        self._values = {name: gauge(f"sdar_learner_{name}", text) for name, text in VALUES.items()}
-        for value in self._values.values():
-            value.set(math.nan)  # not measured yet, or never by this method
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        super().__init__(LEARNER, registry)
         self._bound = LabelBound()
 
-    def observe(
-        self,
-        progress: Progress,
-        values: dict[str, float],
-        num_buffered: int,
-        num_unacknowledged: int,
+    def observe_update(
+        self, progress: Progress, record: dict[str, float], num_unacknowledged: int
     ) -> None:
-        """Book one update's record."""
-        self._version.set(progress.policy_version)
-        self._updates.set(progress.num_updates)
-        self._buffered.set(num_buffered)
-        self._unacknowledged.set(num_unacknowledged)
-        for outcome in ("trained", "skipped", "stale", "failed", "cancelled"):
-            self._groups.labels(outcome).inc(values[f"num_groups_{outcome}"])
+        """Book one update's record.
+
+        Args:
+            progress: the one after the update.
+        """
+        self.show_record(record)
+        self.set(POLICY_VERSION, progress.policy_version)
+        self.set(UNACKNOWLEDGED_ENTRIES, num_unacknowledged)
+        for outcome in _OUTCOMES:
+            self.count(GROUPS, record[f"num_groups_{outcome}"], outcome=outcome)
         for part in ("wait", "step", "publish"):
-            self._seconds.labels(part).observe(values[f"{part}_s"])
-        if values["checkpoint_s"]:
-            self._seconds.labels("checkpoint").observe(values["checkpoint_s"])
-        for name, value in values.items():
-            if name.startswith(_STALENESS_TOKENS):
-                self._tokens.labels(name.removeprefix(_STALENESS_TOKENS)).inc(value)
-            elif name in self._values:
-                self._values[name].set(value)
+            self.observe(SECONDS, record[f"{part}_s"], part=part)
+        if record["checkpoint_s"]:
+            self.observe(SECONDS, record["checkpoint_s"], part="checkpoint")
+        for key, value in record.items():
+            if key.startswith(_STALENESS_TOKENS):
+                self.count(TRAINED_TOKENS, value, staleness=key.removeprefix(_STALENESS_TOKENS))
 
     def observe_episodes(self, groups: Sequence[Group], stale_turns: Sequence[int]) -> None:
         """The episodes of one update, and the lengths of those that came too late for it."""
@@ -166,13 +260,13 @@ class LearnerMetrics:
         for trajectory in (item.trajectory for group in groups for item in group.items):
             task_type = self._bound(trajectory.task.task_type)
             rewards.setdefault(task_type, []).append(trajectory.episode_return)
-            self._episodes.labels(task_type).inc()
-            self._successes.labels(task_type).inc(trajectory.is_success)
-            self._turns.labels("trained").observe(len(trajectory.turns))
+            self.count(TRAINED_EPISODES, task_type=task_type)
+            self.count(TRAINED_SUCCESSES, trajectory.is_success, task_type=task_type)
+            self.observe(EPISODE_TURNS, len(trajectory.turns), outcome=GroupOutcome.TRAINED)
         for task_type, received in rewards.items():
-            self._rewards.labels(task_type).set(float(np.mean(received)))
+            self.set(TASK_REWARD_MEAN, float(np.mean(received)), task_type=task_type)
         for num_turns in stale_turns:
-            self._turns.labels("stale").observe(num_turns)
+            self.observe(EPISODE_TURNS, num_turns, outcome=GroupOutcome.STALE)
 
 
 def build_record(
@@ -225,50 +319,49 @@ def build_record(
 
 def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     trajectories = [item.trajectory for item in items]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     by_type: dict[str, list[bool]] = {}
     for trajectory in trajectories:
         by_type.setdefault(trajectory.task.task_type, []).append(trajectory.is_success)
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    returns = [trajectory.episode_return for trajectory in trajectories]
+    successes = [trajectory.is_success for trajectory in trajectories]
+    lengths = [trajectory.num_response_tokens for trajectory in trajectories]
+    invalid = [not turn.is_action_valid for turn in turns]
     values = {
-        "reward_mean": float(np.mean([trajectory.episode_return for trajectory in trajectories])),
-        "success_mean": float(np.mean([trajectory.is_success for trajectory in trajectories])),
+        "reward_mean": float(np.mean(returns)),
+        "success_mean": float(np.mean(successes)),
         "num_trajectories": float(len(trajectories)),
         "num_turns_mean": len(turns) / len(trajectories),
-        "num_response_tokens_mean": float(
-            np.mean([trajectory.num_response_tokens for trajectory in trajectories])
-        ),
-        "invalid_action_share": float(np.mean([not turn.is_action_valid for turn in turns])),
+        "num_response_tokens_mean": float(np.mean(lengths)),
+        "invalid_action_share": float(np.mean(invalid)),
     }
     for task_type, outcomes in sorted(by_type.items()):
         values[f"success_{task_type}"] = float(np.mean(outcomes))
         values[f"num_trajectories_{task_type}"] = float(len(outcomes))
     scores = [item.score for item in items if item.score is not None]
     if scores:
-        values["specific_skill_share"] = float(
-            np.mean([score.num_specific_skills > 0 for score in scores])
-        )
+        has_specific = [score.num_specific_skills > 0 for score in scores]
+        values["specific_skill_share"] = float(np.mean(has_specific))
     return values
 
 
 def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> dict[str, float]:
     """Over sampled tokens, in updates; `staleness_tokens_<n>` is the histogram."""
-    tokens: Counter[int] = Counter()
+    tokens: collections.Counter[int] = collections.Counter()
     for item in items:
         for turn in item.trajectory.turns:
             versions, counts = np.unique(turn.policy_versions, return_counts=True)
             tokens.update(dict(zip(versions.tolist(), counts.tolist(), strict=True)))
-    by_staleness: Counter[int] = Counter()
+    by_staleness: collections.Counter[int] = collections.Counter()
     for version, count in tokens.items():
         by_staleness[before.compute_staleness(version)] += count
-    total = sum(by_staleness.values())
-    histogram = {
-        f"{_STALENESS_TOKENS}{staleness}": float(count)
-        for staleness, count in sorted(by_staleness.items())
-    }
-    return {
-        "staleness_mean": sum(staleness * count for staleness, count in by_staleness.items())
-        / max(1, total),
+    num_tokens = sum(by_staleness.values())
+    summed = sum(staleness * count for staleness, count in by_staleness.items())
+    values = {
+        "staleness_mean": summed / max(1, num_tokens),
         "staleness_max": float(max(by_staleness, default=0)),
         "num_policy_versions": float(len(tokens)),
-        **histogram,
     }
+    for staleness, count in sorted(by_staleness.items()):
+        values[f"{_STALENESS_TOKENS}{staleness}"] = float(count)
+    return values

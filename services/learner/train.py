@@ -299,7 +299,7 @@ class Learner:
             self.config.name, "learner", self._consumer, version, time.time(), values
         )
         await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
-        self._metrics.observe(self.progress, values, num_buffered, len(self._unacknowledged))
+        self._metrics.observe_update(self.progress, values, len(self._unacknowledged))
         self._metrics.observe_episodes(groups, counts.stale_turns)
         self._health.beat()
         shown = (

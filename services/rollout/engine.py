@@ -1,5 +1,4 @@
-"""Owns the sampler: token ids in, sampled tokens out, each stamped with the policy version that
-sampled it.
+"""The sampler: token ids in, sampled tokens out, each stamped with the version that sampled it.
 
 It never renders prompts, decodes text or knows what an episode is.
 
@@ -177,10 +176,12 @@ class VllmEngine:
         self._request_ids = map(str, itertools.count())
         self._running: set[str] = set()
         self._update_lock = asyncio.Lock()
-        self._num_generated_tokens = self._num_prompt_tokens = self._num_cached_tokens = (
-            self._num_weight_updates
-        ) = 0
-        self._weight_staging_s = self._weight_pause_s = 0.0
+        self._num_generated_tokens = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_weight_updates = 0
+        self._weight_staging_s = 0.0
+        self._weight_pause_s = 0.0
 
     @property
     def policy_version(self) -> int:
@@ -210,7 +211,8 @@ class VllmEngine:
             EngineFailedError: vLLM did not come up; its own log on stderr says why.
         """
         started = time.monotonic()
-        self._policy_version, self._is_broken = 0, False
+        self._policy_version = 0
+        self._is_broken = False
         await asyncio.to_thread(self._build_llm)
         await self._weights.attach(self._llm, self._policy_version)
         self._vocabulary_size = self._llm.model_config.get_vocab_size()
@@ -323,10 +325,8 @@ class VllmEngine:
                 staged = time.monotonic()
                 await self._install(llm, manifest.policy_version)
             self._num_weight_updates += 1
-            self._weight_staging_s, self._weight_pause_s = (
-                staged - started,
-                time.monotonic() - staged,
-            )
+            self._weight_staging_s = staged - started
+            self._weight_pause_s = time.monotonic() - staged
             log.info(
                 "weights_updated",
                 policy_version=manifest.policy_version,
@@ -367,15 +367,13 @@ def _build_generation(output: Any) -> Generation:
             "Repeat it."
         )
     spans = completion.weight_versions
+    versions = [int(span.version) for span in spans]
+    lengths = [span.end - span.start for span in spans]
+    is_complete = completion.finish_reason == "stop"
     return Generation(
         response_token_ids=np.asarray(completion.token_ids, dtype=np.int32),
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
-        policy_versions=np.repeat(
-            np.asarray([int(span.version) for span in spans], dtype=np.int32),
-            [span.end - span.start for span in spans],
-        ),
-        stop_reason=StopReason.END_OF_TURN
-        if completion.finish_reason == "stop"
-        else StopReason.LENGTH,
+        policy_versions=np.repeat(np.asarray(versions, dtype=np.int32), lengths),
+        stop_reason=StopReason.END_OF_TURN if is_complete else StopReason.LENGTH,
         num_cached_tokens=output.num_cached_tokens or 0,
     )

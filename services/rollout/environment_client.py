@@ -1,5 +1,4 @@
-"""Owns how a rollout worker talks to an environment: the `EnvironmentClient` protocol and its gRPC
-implementation.
+"""How a rollout worker talks to an environment: the `EnvironmentClient` protocol, and gRPC.
 
 Answers are checked here, so that an environment that answers nonsense fails its episode and never
 reaches training.
@@ -123,8 +122,10 @@ class GrpcEnvironmentDirectory:
         open_patience_s: float = OPEN_PATIENCE_S,
         resolve: Resolve | None = None,
     ) -> None:
-        self._security, self._resolve = security, resolve
-        self._step_timeout_s, self._open_patience_s = step_timeout_s, open_patience_s
+        self._security = security
+        self._resolve = resolve
+        self._step_timeout_s = step_timeout_s
+        self._open_patience_s = open_patience_s
         self._clients: dict[str, GrpcEnvironmentClient] = {}
 
     @property
@@ -341,7 +342,9 @@ class GrpcEnvironmentClient:
 
         Returns the server too, with a session counted there.
         """
-        deadline, delay_s, is_waiting = time.monotonic() + self._open_patience_s, 0.1, False
+        deadline = time.monotonic() + self._open_patience_s
+        delay_s = 0.1
+        is_waiting = False
         try:
             while True:
                 try:

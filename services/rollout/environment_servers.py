@@ -1,5 +1,4 @@
-"""Owns which servers stand behind an environment's address: finds them by name, and says where the
-next session goes.
+"""The servers behind an environment's address: found by name; where the next session goes.
 
 A name may stand for many servers, as a headless Service of Kubernetes does for its pods. Each gets
 a channel of its own, for a session lives in one server; gRPC's own balancing knows calls, not
@@ -189,7 +188,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 
 def _parse_name(address: str) -> tuple[str, int] | None:
-    """Host and port of an address that is to be looked up here; None for what gRPC takes as it is."""
+    """Host and port of an address to be looked up here; None for what gRPC takes as it is."""
     match = _NAMED.fullmatch(address)
     if match is None:
         return None

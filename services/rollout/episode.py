@@ -1,5 +1,6 @@
-"""Owns how episodes are played: sample, step, repeat, until the environment or a limit ends one;
-and a group of them at once.
+"""How episodes are played: sample, step, repeat, until the environment or a limit ends one.
+
+A group of them is played at once.
 
 Knows no stream and no worker: the same functions serve the rollout service and a single process
 that experiments.
@@ -112,7 +113,7 @@ async def play_group(
 
     Args:
         attempt: which try at the group this is; no session of another one is continued.
-        skill_text: what the student is told of skills; empty for all methods but skill_grpo.
+        skill_text: what the student sees of skills; empty for all methods but skill_grpo.
         slots: an episode begins when one is free; none means at once.
 
     Raises:

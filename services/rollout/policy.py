@@ -1,56 +1,35 @@
-"""Owns which policy version the engine serves: the version an evaluation is pinned to while one
-runs, else the newest.
+"""Which policy version the engine serves: the one an evaluation is pinned to while one runs, else
+the newest that can be read.
 
 Tokens are stamped by the engine, so training episodes in flight simply go on across any switch. A
-version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away) is
-refused: the previous one goes on serving, the newest that can be read is taken, and the refused one
-is tried again after a while.
+version that was refused (`sdar.weights.follower`) is tried again after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 
 import structlog
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus
-from sdar.contracts import codec
-from sdar.contracts.errors import (
-    BusUnavailableError,
-    EngineFailedError,
-    SdarError,
-    WeightsUnavailableError,
-)
-from sdar.contracts.streams import Stream
+from sdar.bus.protocol import Bus
+from sdar.contracts.errors import WeightsUnavailableError
 from sdar.contracts.types import WeightsManifest
+from sdar.weights.follower import PolicyFollower
 from sdar.weights.pins import PinnedVersions
 from services.rollout.engine import Engine
-from services.rollout.metrics import RolloutMetrics
+from services.rollout.metrics import REFUSED_POLICIES, RolloutMetrics
 
 log = structlog.get_logger()
 
-_PAGE = 1000
 _MAX_KNOWN = 100
-"""Newest published versions kept in mind, more than the learner keeps in the store; and the first,
-which it always keeps.
-"""
+"""Newest published versions kept in mind, more than the learner keeps in the store."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """Why a version could not be read, and from when on it may be tried again."""
-
-    error: SdarError
-    until_s: float
-
-
-class PolicyFollower:
-    """Follows `policy_updates` and switches the engine.
+class ServedPolicy:
+    """Follows what is published and switches the engine.
 
     Args:
         block_s: how long one look at the stream waits, hence how long stopping takes.
@@ -68,21 +47,24 @@ class PolicyFollower:
         retry_delays_s: Sequence[float] = (0.2, 1.0, 3.0),
         refusal_s: float = 10.0,
     ) -> None:
-        self._bus, self._engine, self._pins, self._metrics = bus, engine, pins, metrics
-        self._block_s, self._retry_delays_s, self._refusal_s = block_s, retry_delays_s, refusal_s
-        self._cursor = BEFORE_FIRST
-        self._manifests: dict[int, WeightsManifest] = {}
-        self._newest = engine.policy_version
-        self._refusals: dict[int, _Refusal] = {}
+        self._engine = engine
+        self._pins = pins
+        self._block_s = block_s
+        self._retry_delays_s = retry_delays_s
+        self._published = PolicyFollower(
+            bus,
+            max_known=_MAX_KNOWN,
+            refusal_s=refusal_s,
+            on_refused=lambda: metrics.count(REFUSED_POLICIES),
+        )
         self._is_switching = False
         self._waiting: Counter[int] = Counter()
         self._serving: Counter[int] = Counter()
-        self._changed = asyncio.Condition()
 
     @property
     def newest_version(self) -> int:
         """Newest published version seen; the base is version 0."""
-        return self._newest
+        return self._published.newest_version
 
     async def catch_up(self) -> None:
         """Read what has been published so far and serve what is due. Called once before the first
@@ -91,11 +73,10 @@ class PolicyFollower:
         Raises:
             EngineFailedError, UnavailableError: from the engine.
         """
-        await self._read(block_s=0.0)
+        await self._published.read()
         is_loaded = asyncio.Event()
-        keeping = asyncio.create_task(
-            self._pins.keep(is_loaded), name="policy_pins"
-        )  # loading may take minutes
+        # Loading may take minutes, longer than a declaration of what is in use holds.
+        keeping = asyncio.create_task(self._pins.keep(is_loaded), name="policy_pins")
         try:
             await self._switch()
         finally:
@@ -110,9 +91,8 @@ class PolicyFollower:
         ]
         try:
             while not stopping.is_set() and not any(task.done() for task in beside):
-                await self._read(self._block_s)
-                async with self._changed:
-                    self._changed.notify_all()  # a refusal may have lapsed
+                await self._published.read(self._block_s)
+                self._published.notify()  # A refusal may have lapsed.
         finally:
             for task in beside:
                 task.cancel()
@@ -133,9 +113,8 @@ class PolicyFollower:
         try:
             yield
         finally:
-            async with self._changed:
-                self._serving -= Counter({policy_version: 1})
-                self._changed.notify_all()
+            self._serving -= Counter({policy_version: 1})
+            self._published.notify()
 
     async def reached(self, policy_version: int) -> None:
         """Wait until the engine serves this version or a newer one.
@@ -145,31 +124,29 @@ class PolicyFollower:
         staler than its admission allows. One of a version that cannot be read is played all the
         same; the learner judges its tokens.
         """
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: (
-                    self._engine.policy_version >= policy_version
-                    or self._is_refused(policy_version)
-                )
+        await self._published.wait_until(
+            lambda: (
+                self._engine.policy_version >= policy_version
+                or self._published.is_refused(policy_version)
             )
+        )
 
     async def _enter(self, version: int) -> None:
-        async with self._changed:
-            if not self._waiting[version]:
-                # What could not be loaded then may be loadable now.
-                self._refusals.pop(version, None)
-            self._waiting[version] += 1
-            self._changed.notify_all()
-            try:
-                await self._changed.wait_for(
-                    lambda: self._is_served(version) or self._is_refused(version)
-                )
-                if not self._is_served(version):
-                    raise self._refusals[version].error
-                self._serving[version] += 1
-            finally:
-                self._waiting -= Counter({version: 1})
-                self._changed.notify_all()
+        if not self._waiting[version]:
+            # What could not be loaded then may be loadable now.
+            self._published.forgive(version)
+        self._waiting[version] += 1
+        self._published.notify()
+        try:
+            await self._published.wait_until(
+                lambda: self._is_served(version) or self._published.is_refused(version)
+            )
+            if not self._is_served(version):
+                raise self._published.get_refusal(version)
+            self._serving[version] += 1
+        finally:
+            self._waiting -= Counter({version: 1})
+            self._published.notify()
 
     def _is_served(self, version: int) -> bool:
         return not self._is_switching and self._engine.policy_version == version == self._target()
@@ -178,47 +155,24 @@ class PolicyFollower:
         """The version due now. A version once entered stays until all who hold it have left."""
         if self._serving:
             return next(iter(self._serving))
-        waiting = [version for version in self._waiting if not self._is_refused(version)]
-        return min(waiting, default=self._find_newest_usable())
+        waiting = [v for v in self._waiting if not self._published.is_refused(v)]
+        return min(waiting, default=self._find_newest())
 
-    def _find_newest_usable(self) -> int:
-        usable = (version for version in self._manifests if not self._is_refused(version))
-        return max(usable, default=self._engine.policy_version)
-
-    def _is_refused(self, version: int) -> bool:
-        refusal = self._refusals.get(version)
-        return refusal is not None and time.monotonic() < refusal.until_s
-
-    async def _read(self, block_s: float) -> None:
-        while entries := await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE, block_s):
-            async with self._changed:
-                for entry in entries:
-                    self._remember(entry.payload)
-                self._cursor = entries[-1].entry_id
-                self._changed.notify_all()
-            block_s = 0.0
-
-    def _remember(self, payload: bytes) -> None:
-        try:
-            manifest = codec.decode_weights_manifest(payload)
-        except SdarError as error:
-            log.error("policy_update_unreadable", error=str(error))
-            return
-        self._manifests[manifest.policy_version] = manifest
-        self._newest = max(self._newest, manifest.policy_version)
-        if len(self._manifests) > _MAX_KNOWN:
-            del self._manifests[min(version for version in self._manifests if version)]
+    def _find_newest(self) -> int:
+        newest = self._published.find_usable()
+        return self._engine.policy_version if newest is None else newest
 
     async def _keep_switching(self) -> None:
         while True:
-            async with self._changed:
-                await self._changed.wait_for(self._is_due)
+            await self._published.wait_until(self._is_due)
             await self._switch()
 
     def _is_due(self) -> bool:
+        """Whether the engine has to switch to a version that was published and may be tried."""
         target = self._target()
-        is_known = target in self._manifests or target < self._newest
-        return target != self._engine.policy_version and not self._is_refused(target) and is_known
+        is_published = target in self._published or target < self.newest_version
+        is_other = target != self._engine.policy_version
+        return is_other and is_published and not self._published.is_refused(target)
 
     async def _switch(self) -> None:
         """Bring the engine to the version due; one that cannot be read is refused and the previous
@@ -226,51 +180,26 @@ class PolicyFollower:
         """
         if not self._is_due():
             return
-        target = self._target()
+        version = self._target()
         self._is_switching = True
         try:
-            await self._load(target)
-        except SdarError as error:
-            if (
-                isinstance(error, (BusUnavailableError, EngineFailedError))
-                or not self._engine.is_alive
-            ):
-                raise
-            log.error(
-                "policy_refused",
-                policy_version=target,
-                serving=self._engine.policy_version,
-                error=str(error),
-            )
-            self._metrics.observe_refused_policy()
-            lasting = {
-                version: refusal
-                for version, refusal in self._refusals.items()
-                if self._is_refused(version)
-            }
-            self._refusals = lasting | {target: _Refusal(error, time.monotonic() + self._refusal_s)}
+            is_loaded = await self._published.load(version, self._install)
         finally:
             self._is_switching = False
-        async with self._changed:
-            self._changed.notify_all()
+        if is_loaded:
+            log.info("policy_loaded", policy_version=version, newest_version=self.newest_version)
+        self._published.notify()
 
-    async def _load(self, version: int) -> None:
-        if version not in self._manifests:
-            raise WeightsUnavailableError(
-                f"Policy version {version} is not in the stream of updates any more; the newest is "
-                f"{self._newest}. "
-                "Evaluate sooner after a version is published.",
-                policy_version=version,
-            )
-        for delay_s in (*self._retry_delays_s, None):
+    async def _install(self, manifest: WeightsManifest) -> None:
+        """Load a version. A store may be away for a moment, which is worth waiting for; a version
+        that was collected as garbage looks the same.
+        """
+        version = manifest.policy_version
+        for delay_s in self._retry_delays_s:
             try:
-                async with self._pins.loading(version):
-                    await self._engine.update_weights(self._manifests[version])
-                break
+                return await self._load(manifest)
             except WeightsUnavailableError as error:
-                # Collected as garbage, or the store is away for a moment: only the second is worth
-                # waiting for.
-                if delay_s is None or self._target() != version:
+                if self._target() != version:
                     raise
                 log.warning(
                     "policy_unavailable",
@@ -279,4 +208,8 @@ class PolicyFollower:
                     retry_in_s=delay_s,
                 )
                 await asyncio.sleep(delay_s)
-        log.info("policy_loaded", policy_version=version, newest_version=self._newest)
+        await self._load(manifest)
+
+    async def _load(self, manifest: WeightsManifest) -> None:
+        async with self._pins.loading(manifest.policy_version):
+            await self._engine.update_weights(manifest)

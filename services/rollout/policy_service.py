@@ -1,5 +1,6 @@
-"""Owns PolicyService over gRPC: the sampler, for agents whose loop lives elsewhere. Decides nothing
-about weights.
+"""PolicyService over gRPC: the sampler, for agents whose loop lives elsewhere.
+
+It decides nothing about weights.
 """
 
 from __future__ import annotations
@@ -46,9 +47,13 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         max_model_tokens: int,
         max_requests: int,
     ) -> None:
-        self._engine, self._tokenizer = engine, tokenizer
-        self._run_id, self._model, self._max_model_tokens = run_id, model, max_model_tokens
-        self._max_requests, self._num_requests = max_requests, 0
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._run_id = run_id
+        self._model = model
+        self._max_model_tokens = max_model_tokens
+        self._max_requests = max_requests
+        self._num_requests = 0
         self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[policy_pb2.GenerateResponse]]] = (
             OrderedDict()
         )
@@ -56,7 +61,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     async def Generate(
         self, request: policy_pb2.GenerateRequest, context: Any
     ) -> policy_pb2.GenerateResponse:
-        """A repeated request id gets the first one's answer, even while that is still being made."""
+        """A repeated request id gets the first one's answer, even while that is being made."""
         if not request.request_id:
             return await self._generate(request)
         # Shielded: a caller that hangs up and repeats finds the answer it missed.

@@ -1,4 +1,4 @@
-"""Owns how an episode so far becomes the next prompt. Never samples, never talks to an environment."""
+"""How an episode so far becomes the next prompt, in token ids."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns the rollout process: builds its parts from a run's configuration and serves until told to
-stop.
-"""
+"""The rollout process: builds its parts from a run's configuration and serves until stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from services.rollout.metrics import RolloutMetrics
 from services.rollout.policy_service import SERVICE_NAME, PolicyServicer
 from services.rollout.prompting import Conversation, HistoryWindow, PromptStyleFactory
 from services.rollout.skill_client import GrpcSkillSource, SkillSource
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 
 _MAX_SILENCE_S = 300.0
 """Longest healthy silence of the main loop: an engine on a GPU may take minutes to start."""
@@ -43,7 +41,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         ConfigurationError: the model cannot be used. ConflictError: a port is taken.
             EngineFailedError: the engine died.
     """
-    health, security = Health(max_silence_s=_MAX_SILENCE_S), Security.from_settings(settings)
+    health = Health(max_silence_s=_MAX_SILENCE_S)
+    security = Security.from_settings(settings)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
@@ -119,7 +118,7 @@ async def run_worker(
     metrics: RolloutMetrics,
     skills: SkillSource | None = None,
 ) -> None:
-    """Run one worker with its gRPC server on parts that are ready, until told to stop."""
+    """Run one worker with its gRPC server on parts that are ready, until stopped."""
     rules = build_rules(config)
     max_episodes = config.rollout.max_concurrent_episodes
     worker = RolloutWorker(
@@ -129,7 +128,7 @@ async def run_worker(
         rules,
         run_id=config.name,
         instance=settings.instance,
-        limits=WorkerLimits(
+        limits=RolloutLimits(
             max_concurrent_episodes=max_episodes,
             max_attempts=config.rollout.max_group_attempts,
             grace_s=settings.drain_s,

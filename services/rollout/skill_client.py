@@ -1,5 +1,6 @@
-"""Owns asking the teacher for skills: method skill_grpo shows them to the student. Never decides
-where they are placed.
+"""Asks the teacher for skills, which method skill_grpo shows to the student.
+
+Where they stand in a prompt is `services.rollout.prompting`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class GrpcSkillSource:
         timeout_s: float = 10.0,
         patience_s: float = 120.0,
     ) -> None:
-        self._address, self._timeout_s, self._patience_s = address, timeout_s, patience_s
+        self._address = address
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._channel = connect(address, security)
         self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)
 

@@ -1,9 +1,7 @@
-"""Owns how a teacher keeps up with the policy: which version is newest, and when it is loaded.
-Never scores.
+"""When a teacher loads which policy version: within its lag bound of the newest, sooner if cheap.
 
-A version that cannot be read (torn, corrupt, of another base, being deleted, or its store is away)
-is passed over: the newest one that can be read and is due is taken; where there is none, whoever
-asked waits for the next.
+A version that cannot be read is passed over (`sdar.weights.follower`): the newest one that can be
+read and is due is taken; where there is none, whoever asked waits for the next.
 """
 
 from __future__ import annotations
@@ -13,36 +11,27 @@ from collections.abc import Callable
 
 import structlog
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus
-from sdar.contracts import codec
-from sdar.contracts.errors import (
-    CorruptionError,
-    InvalidInputError,
-    RefusedError,
-    SdarError,
-    StaleError,
-    WeightsUnavailableError,
-)
-from sdar.contracts.streams import Stream
+from sdar.bus.protocol import Bus
+from sdar.contracts.errors import StaleError, WeightsUnavailableError
 from sdar.contracts.types import WeightsManifest
+from sdar.weights.follower import PolicyFollower
 from sdar.weights.pins import PinnedVersions
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    REFUSED_POLICIES,
+    WEIGHT_LOAD_SECONDS,
+    TeacherMetrics,
+)
 from services.teacher.scorer import Scorer
 
 log = structlog.get_logger()
-
-_PAGE = 1000
 
 EAGER_LOADING_SHARE = 0.2
 """A version that is not due yet is loaded when loading has taken less than this share of the time
 since the last one.
 """
 
-_UNREADABLE = (CorruptionError, WeightsUnavailableError, InvalidInputError, RefusedError)
-"""What a version raises that cannot be loaded; the weights in use are untouched by it."""
 
-
-class PolicyFollower:
+class ScoringPolicy:
     """Keeps a scorer within `max_lag` versions of the newest published policy; not safe for
     concurrent calls.
 
@@ -61,20 +50,22 @@ class PolicyFollower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pins = pins
-        self._bus = bus
+        self.last_load_s = 0.0
         self._scorer = scorer
         self._metrics = metrics
         self._max_lag = max_lag
         self._clock = clock
-        self._cursor = BEFORE_FIRST
-        self._manifests: dict[int, WeightsManifest] = {}
+        self._published = PolicyFollower(
+            bus,
+            max_known=max_lag + 1,
+            on_refused=lambda: metrics.count(REFUSED_POLICIES),
+        )
         self._tried_at = -float("inf")
-        self.last_load_s = 0.0
 
     @property
     def newest_version(self) -> int:
         """Newest published version seen; the base is version 0."""
-        return max([self._scorer.teacher_version, *self._manifests])
+        return max(self._scorer.teacher_version, self._published.newest_version)
 
     @property
     def lag(self) -> int:
@@ -92,7 +83,7 @@ class PolicyFollower:
             StaleError: `min_version` has not been published yet.
             WeightsUnavailableError: no version that is due can be read.
         """
-        await self._follow()
+        await self._published.read()
         if self.newest_version < min_version:
             raise StaleError(
                 f"The teacher knows policy versions up to {self.newest_version}, version "
@@ -105,63 +96,34 @@ class PolicyFollower:
         if self._scorer.teacher_version < least:
             await self._load(least)
         elif self.lag and self._is_loading_cheap():
-            try:
-                await self._load(self.newest_version)
-            except WeightsUnavailableError as error:
-                log.warning(
-                    "policy_not_loaded",
-                    policy_version=self.newest_version,
-                    lag=self.lag,
-                    error=str(error),
-                )
-
-    async def _follow(self) -> None:
-        while entries := await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE):
-            for entry in entries[-self._max_lag - 1 :]:
-                self._remember(entry.payload)
-            self._cursor = entries[-1].entry_id
-
-    def _remember(self, payload: bytes) -> None:
-        """Keep the versions that may still be loaded: the newest, and those no further behind it
-        than scores may be.
-        """
-        try:
-            manifest = codec.decode_weights_manifest(payload)
-        except SdarError as error:
-            log.error("policy_update_unreadable", error=str(error))
-            return
-        self._manifests[manifest.policy_version] = manifest
-        oldest = max(self._manifests) - self._max_lag
-        self._manifests = {
-            version: kept for version, kept in self._manifests.items() if version >= oldest
-        }
+            await self._load_eagerly()
 
     def _is_loading_cheap(self) -> bool:
         return self.last_load_s < EAGER_LOADING_SHARE * (self._clock() - self._tried_at)
+
+    async def _load_eagerly(self) -> None:
+        """Load the newest version; that it cannot be read is no trouble yet."""
+        try:
+            await self._load(self.newest_version)
+        except WeightsUnavailableError as error:
+            log.warning(
+                "policy_not_loaded",
+                policy_version=self.newest_version,
+                lag=self.lag,
+                error=str(error),
+            )
 
     async def _load(self, least: int) -> None:
         """Load the newest version that can be read, of at least `least`; one that is published
         meanwhile is newer still.
         """
-        tried: set[int] = set()
+        self._published.forgive()
         reasons: list[str] = []
-        while due := [
-            version for version in self._manifests if version >= least and version not in tried
-        ]:
-            version = max(due)
-            tried.add(version)
-            try:
-                return await self._install(self._manifests[version])
-            except _UNREADABLE as error:
-                log.error(
-                    "policy_refused",
-                    policy_version=version,
-                    serving=self._scorer.teacher_version,
-                    error=str(error),
-                )
-                self._metrics.count("refused_policies")
-                reasons.append(str(error))
-                await self._follow()
+        while (version := self._published.find_usable(least)) is not None:
+            if await self._published.load(version, self._install):
+                return
+            reasons.append(str(self._published.get_refusal(version)))
+            await self._published.read()
         raise WeightsUnavailableError(
             f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}"
         )
@@ -174,4 +136,4 @@ class PolicyFollower:
         finally:
             self._tried_at = self._clock()
             self.last_load_s = self._tried_at - started_at
-        self._metrics.observe_loading(self.last_load_s)
+        self._metrics.observe(WEIGHT_LOAD_SECONDS, self.last_load_s)

@@ -27,7 +27,7 @@ from sdar.wire.security import Security
 from services.teacher.context import ContextBuilder
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
+from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retriever
 from services.teacher.scorer import Scorer, TransformersScorer, WeightReader
 from services.teacher.skills import open_skill_library
@@ -35,7 +35,7 @@ from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
 from services.teacher.utility import SkillUtility
 from services.teacher.vllm_scorer import VllmScorer
-from services.teacher.worker import TeacherWorker, WorkerLimits
+from services.teacher.worker import TeacherLimits, TeacherWorker
 
 _MAX_SILENCE_S = 300.0
 """Longest healthy silence of the main loop: a commit may wait two minutes for the learner."""
@@ -124,8 +124,8 @@ def build_teacher(
         ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens
     )
     pins = PinnedVersions(bus, f"{ConsumerGroup.TEACHER}.{settings.instance}")
-    follower = PolicyFollower(bus, scorer, pins, metrics, config.teacher.max_lag)
-    return Teacher(contexts, scorer, follower, metrics, config.teacher.max_lag)
+    policy = ScoringPolicy(bus, scorer, pins, metrics, config.teacher.max_lag)
+    return Teacher(contexts, scorer, policy, metrics, config.teacher.max_lag)
 
 
 async def _run(
@@ -143,7 +143,7 @@ async def _run(
         run_id=config.name,
         instance=settings.instance,
         health=health,
-        limits=WorkerLimits(batch_tokens=_FORWARDS_PER_BATCH * config.teacher.batch_tokens),
+        limits=TeacherLimits(batch_tokens=_FORWARDS_PER_BATCH * config.teacher.batch_tokens),
     )
 
     async def answer(stopping: asyncio.Event) -> None:

@@ -18,8 +18,17 @@ from sdar.contracts.streams import Stream
 from sdar.contracts.types import ScoredTrajectory, SkillOutcome, Task, TeacherScore, Trajectory
 from sdar.process import tracing
 from services.teacher.context import ContextBuilder, PrivilegedContext
-from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
+from services.teacher.metrics import (
+    CONTEXT_TOKENS,
+    DROPPED_SKILLS,
+    RETRIEVAL_MISSES,
+    SCORED_TOKENS,
+    SCORED_TRAJECTORIES,
+    SCORING_SECONDS,
+    SWAPPED_CONTEXTS,
+    TeacherMetrics,
+)
+from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import Scorer, TurnLogProbs
 
@@ -35,14 +44,14 @@ class Teacher:
         self,
         contexts: ContextBuilder,
         scorer: Scorer,
-        follower: PolicyFollower,
+        policy: ScoringPolicy,
         metrics: TeacherMetrics,
         max_lag: int,
     ) -> None:
         self.contexts = contexts
         self.metrics = metrics
         self._scorer = scorer
-        self._follower = follower
+        self._policy = policy
         self._max_lag = max_lag
         self._turnstile = asyncio.Lock()
         self._reported_misses: set[str] = set()
@@ -52,14 +61,14 @@ class Teacher:
         return self._scorer.teacher_version
 
     async def catch_up(self) -> None:
-        """Load a newer policy if one is due; see `PolicyFollower.catch_up` for what it raises."""
+        """Load a newer policy if one is due; see `ScoringPolicy.catch_up` for what it raises."""
         async with self._turnstile:
-            await self._follower.catch_up()
-            self.metrics.observe_version(self._scorer.teacher_version, self._follower.lag)
+            await self._policy.catch_up()
+            self.metrics.observe_version(self._scorer.teacher_version, self._policy.lag)
 
     async def keep_pins(self, stopping: asyncio.Event) -> None:
         """Keep the version that scores from being deleted, until told to stop."""
-        await self._follower.pins.keep(stopping)
+        await self._policy.pins.keep(stopping)
 
     async def retrieve(self, task: Task, key: str) -> Retrieval:
         """The skills for a task, as a student that may see them gets them; misses are counted and
@@ -113,12 +122,12 @@ class Teacher:
             sampled_by = max(
                 (context.trajectory.max_policy_version for context in contexts), default=0
             )
-            await self._follower.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
+            await self._policy.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
             version = self._scorer.teacher_version
-            self.metrics.observe_version(version, self._follower.lag)
+            self.metrics.observe_version(version, self._policy.lag)
             started_at, scoring_at_s = time.monotonic(), time.time()
             logprobs = await self._scorer.score(contexts)
-            self.metrics.observe_scoring(time.monotonic() - started_at)
+            self.metrics.observe(SCORING_SECONDS, time.monotonic() - started_at)
             _trace_scores(contexts, scoring_at_s, version)
         scored = iter(
             [self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)]
@@ -163,11 +172,11 @@ class Teacher:
 
     def _count(self, context: PrivilegedContext) -> None:
         trajectory, retrieval = context.trajectory, context.retrieval
-        self.metrics.count("scored_trajectories")
-        self.metrics.count("scored_tokens", trajectory.num_response_tokens)
-        self.metrics.count("context_tokens", context.num_tokens)
+        self.metrics.count(SCORED_TRAJECTORIES)
+        self.metrics.count(SCORED_TOKENS, trajectory.num_response_tokens)
+        self.metrics.count(CONTEXT_TOKENS, context.num_tokens)
         if context.num_dropped_skills:
-            self.metrics.count("dropped_skills", context.num_dropped_skills)
+            self.metrics.count(DROPPED_SKILLS, context.num_dropped_skills)
             log.warning(
                 "skills_dropped",
                 trajectory_id=trajectory.trajectory_id,
@@ -180,8 +189,8 @@ class Teacher:
         """Count, and warn once a task type: a teacher without the specific skill would in silence
         teach little.
         """
-        self.metrics.count("swapped_contexts", retrieval.is_swapped)
-        self.metrics.count("retrieval_misses", retrieval.is_miss)
+        self.metrics.count(SWAPPED_CONTEXTS, retrieval.is_swapped)
+        self.metrics.count(RETRIEVAL_MISSES, retrieval.is_miss)
         if retrieval.is_miss and task.task_type not in self._reported_misses:
             self._reported_misses.add(task.task_type)
             log.warning(

@@ -9,17 +9,17 @@ group, whose other scores the learner drops.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery
+from sdar.bus.leases import Leases, WorkerLimits, wait_for_room
+from sdar.bus.protocol import Bus, Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import (
-    CapacityError,
     ContractError,
     CorruptionError,
     LeaseLostError,
@@ -39,14 +39,24 @@ from sdar.contracts.types import (
 )
 from sdar.process.lifecycle import retry_while_unavailable, wait_or_stop
 from sdar.process.telemetry import Health
-from services.teacher.metrics import TeacherMetrics
+from services.teacher.metrics import (
+    CONTEXT_TOKENS,
+    DEAD_LETTERS,
+    LAG,
+    LATE_RESULTS,
+    RECLAIMED_ENTRIES,
+    SCORED_TRAJECTORIES,
+    VERSION,
+    WAITING_SECONDS,
+    TeacherMetrics,
+)
 from services.teacher.teacher import Teacher
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLimits(WorkerLimits):
     """Bounds of the main loop.
 
     Attributes:
@@ -54,19 +64,11 @@ class WorkerLimits:
             well, and no batch so long that its scores are late. Known only by the mean of what came
             before, so it is a target.
         max_batch: most trajectories read at once.
-        read_block_s: how long a quiet stream is waited on; also how late a stop is noticed.
-        claim_idle_s: an entry that its consumer has not renewed for so long is taken over, if that
-            one is gone (see `Bus.reclaim`).
-        max_deliveries: an entry delivered more often than this is taken to kill whoever scores it.
-        report_interval_s: time between two records on the `metrics` stream.
     """
 
     batch_tokens: int = 65_536
     max_batch: int = 256
-    read_block_s: float = 0.5
-    claim_idle_s: float = 20.0
-    max_deliveries: int = 5
-    report_interval_s: float = 2.0
+    lease_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,14 @@ class _Rejected:
     trajectory: Trajectory | None = None
 
 
+_Accepted = tuple[Delivery, ScoredTrajectory]
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """What became of one batch of entries."""
 
-    accepted: tuple[tuple[Delivery, ScoredTrajectory], ...]
+    accepted: tuple[_Accepted, ...]
     rejected: tuple[_Rejected, ...]
 
 
@@ -102,7 +107,7 @@ class TeacherWorker:
         run_id: str,
         instance: str,
         health: Health,
-        limits: WorkerLimits | None = None,
+        limits: TeacherLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus = bus
@@ -111,11 +116,12 @@ class TeacherWorker:
         self._run_id = run_id
         self._instance = instance
         self._health = health
-        self._limits = limits or WorkerLimits()
+        self._limits = limits or TeacherLimits()
         self._clock = clock
-        self._reclaim_at = clock()
-        self._after_own: str | None = BEFORE_FIRST
-        """Up to where what an earlier life held has been taken back; None when it is all."""
+        self._leases = Leases(
+            bus, Stream.TRAJECTORIES, ConsumerGroup.TEACHER, instance, self._limits.lease_s
+        )
+        self._take_over_at = clock()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """MAIN LOOP: read, score, publish and acknowledge, until told to stop."""
@@ -124,7 +130,7 @@ class TeacherWorker:
             deliveries = await self._receive()
             if not deliveries:
                 continue
-            async with self._keep_claims(deliveries):
+            async with self._leases.holding(deliveries):
                 batch = await self._score(deliveries, stopping)
                 # Publish and acknowledge in one transaction: a crash before it repeats work, it
                 # never loses it.
@@ -134,7 +140,7 @@ class TeacherWorker:
     async def report(self, stopping: asyncio.Event) -> None:
         """Second loop: what this process did, on the `metrics` stream."""
         while not await wait_or_stop(stopping, self._limits.report_interval_s):
-            values = self._metrics.collect_window()
+            values = self._metrics.collect_record()
             record = MetricRecord(
                 self._run_id,
                 "teacher",
@@ -153,72 +159,37 @@ class TeacherWorker:
         """New entries, as many as are there and make a batch; before them what an earlier life or a
         dead peer held.
         """
-        if taken := await self._reclaim():
-            self._metrics.count("reclaimed_entries", len(taken))
+        if taken := await self._take():
+            self._metrics.count(RECLAIMED_ENTRIES, len(taken))
             log.info("entries_reclaimed", num_entries=len(taken))
             return taken
         started_at = self._clock()
-        deliveries = await self._bus.read(
-            Stream.TRAJECTORIES,
-            ConsumerGroup.TEACHER,
-            self._instance,
-            self._batch_size(),
-            self._limits.read_block_s,
-        )
-        self._metrics.observe_waiting(self._clock() - started_at)
+        deliveries = await self._leases.read(self._batch_size(), self._limits.read_block_s)
+        self._metrics.count(WAITING_SECONDS, self._clock() - started_at)
         return deliveries
 
-    async def _reclaim(self) -> list[Delivery]:
+    async def _take(self) -> list[Delivery]:
         """At first what an earlier life of this teacher held, at once; then, now and then, what a
         dead peer held.
         """
-        stream, group, name, size = (
-            Stream.TRAJECTORIES,
-            ConsumerGroup.TEACHER,
-            self._instance,
-            self._batch_size(),
-        )
-        if self._after_own is not None:
-            own = await self._bus.reclaim(
-                stream, group, name, 0.0, size, self._after_own, held_by=name
-            )
-            self._after_own = own[-1].entry_id if own else None
+        if own := await self._leases.take_back(self._batch_size()):
             return own
-        if self._clock() < self._reclaim_at:
+        if self._clock() < self._take_over_at:
             return []
-        self._reclaim_at = self._clock() + self._limits.claim_idle_s / 4
-        return await self._bus.reclaim(stream, group, name, self._limits.claim_idle_s, size)
+        self._take_over_at = self._clock() + self._leases.renewal_interval_s
+        return await self._leases.take_over(self._batch_size())
 
     def _batch_size(self) -> int:
         """Entries to ask for, from the mean length of those scored so far; few before anything is
         known.
         """
-        totals = self._metrics.totals
-        if not totals["scored_trajectories"]:
+        num_scored = self._metrics.read(SCORED_TRAJECTORIES)
+        if not num_scored:
             return min(8, self._limits.max_batch)
-        mean_tokens = totals["context_tokens"] / totals["scored_trajectories"]
+        mean_tokens = self._metrics.read(CONTEXT_TOKENS) / num_scored
         return max(
             1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0)))
         )
-
-    @contextlib.asynccontextmanager
-    async def _keep_claims(self, deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
-        """Renew the claims while the batch is worked on, so that no peer takes it for abandoned."""
-
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(self._limits.claim_idle_s / 4)
-                await self._bus.renew(deliveries)
-
-        renewing = asyncio.create_task(renew())
-        try:
-            yield
-        finally:
-            renewing.cancel()
-            # A renewal that failed is no reason to throw finished work away: at worst a peer does
-            # it again.
-            with contextlib.suppress(asyncio.CancelledError, UnavailableError):
-                await renewing
 
     async def _score(self, deliveries: Sequence[Delivery], stopping: asyncio.Event) -> _Batch:
         started_at = self._clock()
@@ -229,7 +200,7 @@ class TeacherWorker:
             for delivery, item in zip(deliveries, decoded, strict=True)
             if isinstance(item, Trajectory)
         ]
-        accepted: list[tuple[Delivery, ScoredTrajectory]] = []
+        accepted: list[_Accepted] = []
         for delivery, trajectory, outcome in await self._score_trajectories(wanted, stopping):
             if isinstance(outcome, ScoredTrajectory):
                 accepted.append((delivery, outcome))
@@ -240,8 +211,8 @@ class TeacherWorker:
             num_trajectories=len(accepted),
             num_rejected=len(rejected),
             num_tokens=sum(scored.trajectory.num_response_tokens for _, scored in accepted),
-            teacher_version=self._metrics.teacher_version,
-            lag=self._metrics.lag,
+            teacher_version=int(self._metrics.read(VERSION)),
+            lag=int(self._metrics.read(LAG)),
             duration_s=round(self._clock() - started_at, 3),
         )
         return _Batch(tuple(accepted), tuple(rejected))
@@ -259,7 +230,7 @@ class TeacherWorker:
                 "to it."
             )
             return _Rejected(delivery, reason)
-        if delivery.num_deliveries > self._limits.max_deliveries:
+        if delivery.num_deliveries > self._limits.max_attempts:
             reason = f"Delivered {delivery.num_deliveries} times and never finished: it may be what ends the teachers."
             return _Rejected(delivery, reason, trajectory)
         return trajectory
@@ -302,32 +273,33 @@ class TeacherWorker:
             ]
         return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
 
-    async def _publish(
-        self, accepted: Sequence[tuple[Delivery, ScoredTrajectory]], stopping: asyncio.Event
-    ) -> None:
+    async def _publish(self, accepted: Sequence[_Accepted], stopping: asyncio.Event) -> None:
         """Commit, however long the learner takes to make room; when the service stops first, the
         entries stay pending.
         """
         while accepted:
-            self._health.beat()
-            scored, deliveries = (
-                [item for _, item in accepted],
-                [delivery for delivery, _ in accepted],
-            )
-            payloads = [codec.encode_scored_trajectory(item) for item in scored]
-            publications = {Stream.SCORED: payloads, **self._teacher.list_outcomes(scored)}
+            commit = partial(self._commit, accepted)
             try:
-                return await self._bus.commit(publications, deliveries)
-            except CapacityError as error:
-                log.warning("scored_stream_full", error=str(error))
-                if stopping.is_set():
-                    return
+                await wait_for_room(commit, stopping, self._health.beat)
+                return
             except LeaseLostError as error:
-                held = await self._bus.renew(deliveries)
-                num_lost = len(deliveries) - len(held)
-                log.warning("late_result_refused", num_entries=num_lost, error=str(error))
-                self._metrics.count("late_results", num_lost)
-                accepted = [pair for pair in accepted if pair[0] in held]
+                accepted = await self._keep_held(accepted, error)
+
+    async def _commit(self, accepted: Sequence[_Accepted]) -> None:
+        scored = [item for _, item in accepted]
+        payloads = [codec.encode_scored_trajectory(item) for item in scored]
+        publications = {Stream.SCORED: payloads, **self._teacher.list_outcomes(scored)}
+        await self._bus.commit(publications, [delivery for delivery, _ in accepted])
+
+    async def _keep_held(
+        self, accepted: Sequence[_Accepted], error: LeaseLostError
+    ) -> list[_Accepted]:
+        """What is still held of a batch whose commit was refused; the rest is another's."""
+        held = await self._leases.renew([delivery for delivery, _ in accepted])
+        num_lost = len(accepted) - len(held)
+        log.warning("late_result_refused", num_entries=num_lost, error=str(error))
+        self._metrics.count(LATE_RESULTS, num_lost)
+        return [pair for pair in accepted if pair[0] in held]
 
     async def _set_aside(self, rejected: Sequence[_Rejected]) -> None:
         """A group that misses an episode is never trained on; its account is closed here."""
@@ -337,9 +309,9 @@ class TeacherWorker:
                 await self._bus.dead_letter(item.delivery, item.reason, self._describe_loss(item))
             except LeaseLostError as error:
                 log.warning("late_result_refused", num_entries=1, error=str(error))
-                self._metrics.count("late_results")
+                self._metrics.count(LATE_RESULTS)
             else:
-                self._metrics.count("dead_letters")
+                self._metrics.count(DEAD_LETTERS)
 
     def _describe_loss(self, rejected: _Rejected) -> list[LedgerEvent]:
         if rejected.trajectory is None:

@@ -1,5 +1,6 @@
-"""One stack a test, and a sentence where there is no Docker or no image. Not part of `make test`:
-`make test-compose`.
+"""One stack a test, and a sentence where there is no Docker or no image.
+
+Not part of `make test`: `make test-compose`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def surroundings() -> None:
         pytest.exit(f"make test-compose needs Docker with Compose: {error}", 2)
     if missing:
         pytest.exit(
-            f"Docker has no image {', '.join(missing)}. Build ours with `make images`, pull the "
-            "others.",
+            f"Docker has no image {', '.join(missing)}. "
+            "Build ours with `make images`, pull the others.",
             2,
         )
 

@@ -1,5 +1,4 @@
-"""Owns one stack of docker-compose.yml under a project name of the test's own: up, down, kills,
-what it says of itself.
+"""One stack of docker-compose.yml under its own project name: up, down, kills, its answers.
 
 Everything runs by the commands that a person types. A crash is a SIGKILL of a container's first
 process from beside it: after `docker kill`, which counts as a stop by hand, Docker starts nothing
@@ -139,8 +138,9 @@ class Stack:
         return self._token
 
     def ask(self, path: str, token: str | None = None) -> httpx.Response:
-        """A GET of the gateway, by the port that Docker published. Raises httpx.HTTPError where it
-        does not answer.
+        """A GET of the gateway, by the port that Docker published.
+
+        Raises httpx.HTTPError where it does not answer.
         """
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.get(
@@ -148,9 +148,7 @@ class Stack:
         )
 
     def read_status(self) -> dict[str, Any] | None:
-        """The run's status; None while the gateway does not answer, or has not read yet where the
-        run stands.
-        """
+        """The run's status; None while the gateway doesn't answer or hasn't read it yet."""
         try:
             answer = self.ask("/v1/run", self.token)
         except (httpx.HTTPError, CommandError):
@@ -206,8 +204,9 @@ def find_compose() -> list[str]:
 
 
 def missing_images() -> list[str]:
-    """Images that docker-compose.yml names and this machine lacks. Raises CommandError without
-    Docker.
+    """Images that docker-compose.yml names and this machine lacks.
+
+    Raises CommandError without Docker.
     """
     if shutil.which("docker") is None:
         raise CommandError("there is no docker command")
@@ -224,9 +223,7 @@ def missing_images() -> list[str]:
 
 
 def check_account(statuses: list[dict[str, Any]]) -> None:
-    """In each status both equations hold; between two nothing shrinks that only grows, over every
-    restart.
-    """
+    """Both equations hold in each status; what only grows never shrinks, over restarts."""
     for status in statuses:
         ledger = status["ledger"]
         closed = sum(

@@ -1,6 +1,4 @@
-"""Each image by itself: no root, a root file system that stays as it is, no port without tokens, an
-end on SIGTERM.
-"""
+"""Each image alone: no root, a read-only file system, no port without tokens, ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def read_log(name: str) -> str:
 
 
 def has_said(name: str, event: str) -> bool:
-    """Whether the log holds the event. Raises AssertionError once the container has ended without."""
+    """Whether the log holds the event. Raises AssertionError if the container ended without."""
     is_running = (
         run(["docker", "inspect", "--format", "{{.State.Running}}", name]).strip() == "true"
     )

@@ -1,6 +1,4 @@
-"""`docker-compose up` with nothing set trains the household agent to its end; stopped and crashed
-on the way it goes on.
-"""
+"""`docker-compose up` trains the household agent to its end, through stops and crashes."""
 
 from __future__ import annotations
 
@@ -17,8 +15,9 @@ from tools.check_dashboards import find_down, find_empty
 
 CONFIG = load_config(ROOT / "examples" / "household.yaml")
 LEAST_SUCCESS = 0.80
-"""Of 240 held-out episodes, sampled; the README's run ended at 0.896, three seeds of docs/method.md
-lie above 0.85.
+"""Of 240 held-out episodes, sampled.
+
+The README's run ended at 0.896; three seeds of docs/method.md lie above 0.85.
 """
 _END_TIMEOUT_S = 1500.0
 _UPDATE_TIMEOUT_S = 600.0
@@ -99,8 +98,8 @@ def _check_end(stack: Stack, status: dict[str, Any]) -> None:
         for num_updates in (0, CONFIG.training.num_updates)
     )
     say(
-        f"held-out success, sampled: {first['success']:.3f} -> {last['success']:.3f}; ledger "
-        f"{ledger}"
+        "held-out success, sampled: "
+        f"{first['success']:.3f} -> {last['success']:.3f}; ledger {ledger}"
     )
     assert first["success"] < 0.4
     assert last["success"] >= LEAST_SUCCESS

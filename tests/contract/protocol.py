@@ -1,5 +1,4 @@
-"""A model of the protocol between the services, on a real bus, stepped by hand: what the state
-machine of test_protocol drives.
+"""A model of the protocol between the services, on a real bus: test_protocol drives it by steps.
 
 Every role is a small process that makes the calls of its service in the service's order. What
 decides there decides here: the learner's `GroupSource` and `Progress`, the codec, the bus. A
@@ -7,9 +6,12 @@ process moves one call at a time: the call takes effect, and its result waits fo
 it can be crashed or left behind between any two effects, the reply of the last one lost.
 
     gateway    read events | read account | see policy | commit (issue, acknowledge, state)
-    rollout    read or take over | play | commit (publish, acknowledge, GENERATED) or give up or set aside
-    teacher    read or take over | score | commit (publish, acknowledge); what was taken away is left out
-    learner    claim | restore | publish | reclaim | read | settle | update | publish | snapshot | checkpoint | commit (TRAINED)
+    rollout    read or take over | play
+               | commit (publish, acknowledge, GENERATED) or give up or set aside
+    teacher    read or take over | score
+               | commit (publish, acknowledge); what was taken away is left out
+    learner    claim | restore | publish | reclaim | read | settle | update
+               | publish | snapshot | checkpoint | commit (TRAINED)
 
 Memory is lost in a crash, the checkpoint is not.
 """
@@ -53,9 +55,7 @@ CONFIG = make_config(
 MAX_OPEN_GROUPS = (CONFIG.training.max_staleness + 1) * CONFIG.training.groups_per_update
 STATE = "gateway"
 STEPS_TO_THE_END = 5000
-"""More than any run without further faults takes from anywhere; reaching it means that the run
-hangs.
-"""
+"""More steps than any run without further faults takes; reaching it means a hang."""
 TEACHER_BATCH = 3
 FAILS_EVERY, IS_POISON_EVERY = 7, 11
 """Every so many groups: one whose environment fails, and one that kills whoever plays it."""
@@ -74,9 +74,7 @@ def demand(is_true: bool, what: str) -> None:
 
 
 class SteppedBus:
-    """A process's handle on the bus: a call takes effect at once, its result is handed out at the
-    process's next step.
-    """
+    """A process's handle on the bus: a call acts at once, its result waits for the next step."""
 
     def __init__(self, bus: Bus, process: Process) -> None:
         self.bus, self._process = bus, process
@@ -197,8 +195,7 @@ class GatewayState:
 class Gateway(Process):
     async def main(self) -> None:
         await self.bus.claim_role(ConsumerGroup.GATEWAY)
-        # Before the state: a snapshot restored between the two is adopted later, instead of being
-        # overwritten.
+        # Before the state: a snapshot restored between the two is adopted, not overwritten.
         is_empty = await self.is_empty()
         await self.load()
         while True:
@@ -353,8 +350,9 @@ class Teacher(Process):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is durable. `weights` is what the weights depend on: the groups of every update and
-    their tasks, in order.
+    """What is durable.
+
+    `weights` is what the weights depend on: the groups of every update and their tasks, in order.
     """
 
     progress: dict[str, Any]
@@ -541,8 +539,9 @@ class World:
         self.processes[name] = self.roles[name](self, name, self.connect(name))
 
     async def step(self, name: str, count: int) -> None:
-        """A process moves. One that was refused its role is followed by another, as its supervisor
-        sees to.
+        """A process moves.
+
+        One that was refused its role is followed by another, as its supervisor sees to.
         """
         for _ in range(count):
             await self.processes[name].step()
@@ -564,7 +563,7 @@ class World:
                     await elder.step()
 
     async def step_until(self, name: str, after: str, max_rounds: int) -> bool:
-        """Everybody moves until this process stands right after that call; tells whether it does."""
+        """Move everybody until this process stands after that call; returns whether it does."""
         for _ in range(max_rounds):
             for each in self.roles:
                 await self.step(each, 1)
@@ -631,9 +630,7 @@ class World:
         )
 
     async def _check_kept(self, open_groups: dict[int, bool]) -> None:
-        """Whatever an open group needs to end is on a stream and acknowledged by nobody; one
-        attempt gets through.
-        """
+        """What an open group needs is on a stream, unacknowledged; one attempt gets through."""
         tasks = Counter(
             codec.decode_task_group(data).group_id
             for data in await self.list_unacknowledged(Stream.TASKS, ConsumerGroup.ROLLOUT)
@@ -692,8 +689,9 @@ class World:
         return is_done and not any(left) and not (await self._any_bus.read_ledger()).open
 
     async def _check_absorbed(self) -> None:
-        """The gateway has seen every end exactly once. What was booked by a restored snapshot has
-        no event.
+        """The gateway has seen every end exactly once.
+
+        What was booked by a restored snapshot has no event.
         """
         if self.num_disks_lost:
             return

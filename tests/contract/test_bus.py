@@ -1,6 +1,4 @@
-"""The promises of `Bus`, kept by every implementation: the one in memory and the one over a real
-Redis server.
-"""
+"""The promises of `Bus`, kept in memory and over a real Redis server."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Maker(Protocol):
-    """Makes buses of one run, each as another process would have it, connected under a name or
-    without one.
-    """
+    """Makes buses of one run, each as another process would have it, named or not."""
 
     def __call__(self, client_name: str = "") -> Bus: ...
 
@@ -287,9 +283,7 @@ async def test_a_commit_refused_for_lack_of_room_changes_nothing(bus: Bus) -> No
 
 
 async def test_an_output_is_there_whenever_its_input_is_acknowledged(buses: Maker) -> None:
-    """A worker is cancelled at every point of its loop in turn; afterwards each task has its output
-    or is still pending.
-    """
+    """A worker is cancelled at each point of its loop; each task has its output or is pending."""
     await buses().publish(TASKS, [b"%d" % number for number in range(8)])
 
     async def work(bus: Bus) -> None:
@@ -338,8 +332,9 @@ async def test_a_full_stream_refuses_with_its_name_and_keeps_what_it_has(bus: Bu
 
 
 async def test_trimming_never_removes_what_a_group_has_not_acknowledged(bus: Bus) -> None:
-    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0. Nothing may go
-    until learner finishes 0.
+    """Teacher has finished 0 1 2 and holds 3; learner has finished 1 and holds 0.
+
+    Nothing may go until learner finishes 0.
     """
     await bus.publish(TRAJECTORIES, [b"0", b"1", b"2", b"3", b"4"])
     teacher = await bus.read(TRAJECTORIES, TEACHER, "t", max_count=4)
@@ -498,9 +493,7 @@ async def test_a_worker_takes_back_at_once_what_its_earlier_life_held_and_nothin
 async def test_a_silent_consumer_is_spared_while_it_is_connected_until_its_silence_is_too_long(
     buses: Maker,
 ) -> None:
-    """Entry 1 belongs to a consumer that dies, 2 to one that only falls silent; both names need
-    cleaning at the server.
-    """
+    """Entry 1 is held by a consumer that dies, 2 by a silent one; both need cleaning up."""
     min_idle_s = 0.2
     await buses().publish(TASKS, [b"1", b"2"])
     dead, silent, survivor = buses("dead one"), buses("silent\nöne"), buses("survivor")

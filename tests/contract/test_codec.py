@@ -1,11 +1,12 @@
-"""The codec: what is written is read back bit for bit, the bytes of today can be read tomorrow, bad
-bytes say what they are.
+"""The codec reads back bit for bit what it wrote, reads older bytes, and names what is bad.
 
 The golden trajectory, tokens in brackets, delta-coded:
 
-    turn 0   prompt [1 2 3]                response [10 11]   versions 4 4
-    turn 1   prompt [1 2 3 10 11 | 20]     response [12 13 14] versions 4 5 5    extends the previous turn
-    turn 2   prompt [1 2 | 30]             response []                           a fresh prompt that shares two tokens
+    turn 0   prompt [1 2 3]              response [10 11]      versions 4 4
+    turn 1   prompt [1 2 3 10 11 | 20]   response [12 13 14]   versions 4 5 5
+    turn 2   prompt [1 2 | 30]           response []
+
+Turn 1 extends the previous turn; turn 2 is a fresh prompt that shares two tokens with it.
 """
 
 import contextlib
@@ -168,8 +169,9 @@ DECODE = {name: getattr(codec, f"decode_{name}") for name in GOLDEN_VALUES}
 
 @pytest.mark.parametrize("name", GOLDEN_VALUES)
 def test_golden_bytes_are_what_is_written_and_can_be_read(name):
-    """A difference here is a change of the wire. If it is meant and readers can take it:
-    SDAR_WRITE_GOLDEN=1 pytest.
+    """A difference here is a change of the wire.
+
+    If it is meant and readers can take it: SDAR_WRITE_GOLDEN=1 pytest.
     """
     path = GOLDEN / f"{name}.bin"
     if os.environ.get("SDAR_WRITE_GOLDEN"):
@@ -366,7 +368,7 @@ def test_a_megabyte_of_text_travels():
 
 
 def test_a_growing_conversation_costs_linear_bytes():
-    """50 turns of 20 new tokens: each is written once, though the last prompt repeats all of them."""
+    """50 turns of 20 new tokens, each written once, though the last prompt repeats them all."""
     turns: list[Turn] = []
     history: list[int] = []
     for index in range(50):
@@ -424,8 +426,7 @@ def test_a_cut_entry_never_escapes_as_anything_but_our_errors(name):
     with pytest.raises(CorruptionError):
         DECODE[name](data[:-1])
     for size in range(len(data)):
-        # A cut between two fields leaves a message that may be whole; any other error would fail
-        # here.
+        # A message cut between two fields may be whole; any other error would fail here.
         with contextlib.suppress(CorruptionError, ContractError):
             DECODE[name](data[:size])
 

@@ -1,5 +1,4 @@
-"""Whatever bytes arrive on a stream, in a manifest, a checkpoint or from a worker: a typed error
-says so, nothing else happens.
+"""Hostile bytes in streams, manifests, checkpoints and worker frames raise a typed error only.
 
 Thousands of inputs each, from fixed seeds: random bytes, good payloads with bytes changed, and
 messages with every field at its extremes. Single-byte corruption of weights and checkpoints as
@@ -29,9 +28,7 @@ from tests.fuzzing import Fuzzer, hostile_inputs, resident_bytes
 GOLDEN = Path(__file__).parent / "golden"
 NUM_INPUTS = 3000
 MAX_GROWTH_BYTES = 128 << 20
-"""What a process may keep after all inputs of one test: the allocator's slack, not the inputs (each
-test makes far more).
-"""
+"""What a process may keep after a test's inputs: allocator's slack, far less than the inputs."""
 
 PAYLOADS = {
     "task_group": task_pb2.TaskGroup,
@@ -182,9 +179,7 @@ def test_progress_in_a_checkpoint_is_read_or_refused_as_corrupt() -> None:
 # ---- frames between the environment server and its workers
 
 
-def test_frames_from_a_worker_are_objects_or_a_value_error_and_a_broken_promise_of_length_is_not_waited_for() -> (
-    None
-):
+def test_frames_are_objects_or_a_value_error_and_a_false_length_is_not_waited_for() -> None:
     fuzzer = Fuzzer(seed_of("frames"))
     good = b"".join(pack_frame({"id": index, "ok": {"text": "é" * index}}) for index in range(5))
     for index in range(NUM_INPUTS):

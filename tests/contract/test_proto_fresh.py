@@ -54,9 +54,7 @@ def test_the_generators_are_pinned_exactly(generator):
     ["grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf"],
 )
 def test_the_least_version_that_may_be_installed_can_load_the_stubs(requirement):
-    """Generated code refuses runtimes older than its generator; the floors in pyproject.toml must
-    know that.
-    """
+    """Generated code refuses older runtimes, so pyproject.toml has floors for them."""
     floor = re.search(rf'"{requirement}>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
     stub = (ROOT / "sdar" / "v1" / "policy_pb2.py").read_text()
     grpc_stub = (ROOT / "sdar" / "v1" / "policy_pb2_grpc.py").read_text()
@@ -80,9 +78,7 @@ def test_the_installed_runtime_can_load_the_stubs():
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.stem)
 def test_every_message_and_service_is_explained(proto):
-    """A definition starts after a comment, except requests and responses, which their method
-    explains.
-    """
+    """A definition follows a comment, except messages that their method explains."""
     lines = proto.read_text().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"(message|enum|service) (?!\w+(Request|Response)\b)|  rpc ", line):

@@ -1,5 +1,4 @@
-"""The protocol's model checked by machine: crashes, pauses, expired leases, take-overs and lost
-disks in any order, anywhere.
+"""The protocol's model checked by machine: crashes, pauses, expired leases, lost disks anywhere.
 
 After every step: both equations of the account hold, every issued group is open or closed exactly
 once, no group is trained twice, what is booked as trained is durable, and all that an open group
@@ -252,9 +251,7 @@ class ForgetsWhatItTrained(Learner):
 
 
 class DropsDurableEntriesUnbooked(Learner):
-    """Entries of a trained group, left by a crash between checkpoint and commit, are duplicates and
-    nothing more.
-    """
+    """Entries of a trained group, left between checkpoint and commit, are only duplicates."""
 
     def build_source(self) -> GroupSource:
         return _UnbookedSource(CONFIG, self.bus, "learner", VOCABULARY)
@@ -377,9 +374,7 @@ class BusThatTrimsWhatWasDelivered(MemoryBus):
 
 
 class BusThatBooksOnTheSide(MemoryBus):
-    """The account follows the commit, as a second transaction would: a crash or a refusal between
-    the two shows.
-    """
+    """The account is a second transaction: a crash or a refusal between the two shows."""
 
     def _book(self, event: LedgerEvent) -> bool:
         if event.outcome is GroupOutcome.GENERATED and self._name == "rollout-2":
@@ -448,8 +443,9 @@ def test_a_bus_that_breaks_its_promise_is_found(mutant: type[MemoryBus]) -> None
 
 
 class RedisWorld(World):
-    """Every process has a connection of its own. The server may be killed; its disk stays, or is
-    lost with all it held.
+    """Every process has a connection of its own.
+
+    The server may be killed; its disk stays, or is lost with all it held.
     """
 
     server: ClassVar[EmbeddedRedis]
@@ -514,8 +510,9 @@ class RedisMachine(ProtocolMachine):
         self.do(self.world.restart_under(name))
 
     def take_random_step(self, rng: random.Random) -> None:
-        """One fault or some work. Not hypothesis: what a server does depends on time, so no example
-        could be replayed.
+        """One fault or some work.
+
+        Not hypothesis: what a server does depends on time, so no example could be replayed.
         """
         name, worker, unique = (
             rng.choice(sorted(ROLES)),

@@ -1,6 +1,4 @@
-"""What every `Scorer` promises, and how far the two engines are apart. vLLM starts once for the
-module.
-"""
+"""What every `Scorer` promises, and how far the two engines are apart (vLLM starts once)."""
 
 from __future__ import annotations
 

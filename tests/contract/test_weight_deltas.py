@@ -1,6 +1,4 @@
-"""Versions published as what changed: they come back as whole ones do, and nothing damaged is taken
-for a policy.
-"""
+"""Versions published as deltas come back whole, and nothing damaged is taken for a policy."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ from tests.contract.weight_places import MODEL, Gathered, Place
 
 
 def train(num_versions: int) -> Iterator[dict[str, Tensor]]:
-    """Versions of a small bfloat16 policy under AdamW on float32 master weights, one update each,
-    at a usual step size.
-    """
+    """Versions of a small bfloat16 policy, one usual AdamW update of float32 weights each."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(64, 32),
@@ -44,9 +40,7 @@ def train(num_versions: int) -> Iterator[dict[str, Tensor]]:
 
 
 def make_versions(num_versions: int) -> list[dict[str, Tensor]]:
-    """Versions in which one element of each bfloat16 tensor changes, beside a float32 tensor that
-    changes whole.
-    """
+    """Versions that change one element of each bfloat16 tensor and all of a float32 tensor."""
     embed, norm = (
         torch.arange(40, dtype=torch.bfloat16).reshape(8, 5),
         torch.ones(16, dtype=torch.bfloat16),
@@ -382,9 +376,7 @@ class Damage:
         return read(store, store.fetch_manifest(version))
 
     def check(self, path: Path) -> None:
-        """The file's own version is refused; a delta on it is refused or comes back as it was
-        published.
-        """
+        """The file's own version is refused; a delta on it is too, or comes back whole."""
         own = int(path.parent.name.removeprefix("v"))
         with pytest.raises(CorruptionError):
             self.read(own)

@@ -1,6 +1,4 @@
-"""Collecting old versions: a chain goes whole or stays, never while one of its versions is in use,
-and a crash hurts nobody.
-"""
+"""Old versions are collected by whole chains, never while one is in use, crash or no crash."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ from tests.contract.weight_places import MODEL, Place
 
 
 def make_weights(version: int) -> dict[str, Tensor]:
-    """bfloat16, one element more changed in each version: every version after a whole one is a
-    delta.
-    """
+    """bfloat16, one more element changed in each version: deltas follow a whole version."""
     weights = torch.zeros(200, dtype=torch.bfloat16)
     weights[:version] = 7
     return {"weights": weights}
@@ -84,9 +80,7 @@ def test_a_chain_that_may_not_be_retired_stays_whole(place: Place) -> None:
 
 
 def test_what_the_publisher_builds_on_stays(place: Place) -> None:
-    """Another publisher's versions are newer: two learners of one run, which the bus allows for a
-    moment.
-    """
+    """Another publisher's versions are newer: the bus allows two learners for a moment."""
     mine, theirs = place.open(), place.open()
     publish(mine, 0, 1)
     publish(theirs, 50)
@@ -249,9 +243,7 @@ async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
 async def test_no_load_of_a_version_that_a_reader_has_declared_ever_fails(
     place: Place, bus: Bus
 ) -> None:
-    """A publisher that collects after every version against readers that declare, load and release
-    any version they know.
-    """
+    """A publisher that collects after each version against readers that load any they know."""
     num_versions = 4 * FULL_PUBLISH_EVERY
     loop = asyncio.get_running_loop()
     manifests: list[WeightsManifest] = []
@@ -293,9 +285,7 @@ async def keep_reading(
     manifests: list[WeightsManifest],
     publishing: asyncio.Task[None],
 ) -> tuple[int, int]:
-    """Load versions at random until no more are published; returns how many were loaded, and how
-    many were retired.
-    """
+    """Load random versions until no more come; returns how many loaded and how many retired."""
     chance, store = random.Random(name), place.open()
     num_loaded, num_refused = 0, 0
     while not publishing.done():

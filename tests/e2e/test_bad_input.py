@@ -1,6 +1,4 @@
-"""`sdar run` against bad input: one clear sentence, an exit code, nothing half-written, nothing
-left running.
-"""
+"""`sdar run` against bad input: one sentence, an exit code, nothing half-written or running."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ class Command(Protocol):
 
 @pytest.fixture
 def run_sdar(capfd: pytest.CaptureFixture[str]) -> Command:
-    """The `sdar run` command in this process: what it refuses, it refuses before it starts another."""
+    """The `sdar run` command in this process: it refuses before it starts another one."""
 
     def run(*arguments: str) -> Refusal:
         with pytest.raises(SystemExit) as ended:
@@ -62,9 +60,7 @@ def assert_nothing_remains(runs_dir: Path) -> None:
 
 
 def read_command(process: psutil.Process) -> list[str]:
-    """A process's command line; empty for one that has ended, even if nobody has asked for its exit
-    code yet.
-    """
+    """A process's command line; empty for one that has ended, reaped or not."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:

@@ -1,6 +1,4 @@
-"""The short form of `make chaos`: every service of a real run is killed, one paused, connections
-are cut; nothing is lost.
-"""
+"""A short `make chaos`: services are killed and paused, connections cut; nothing is lost."""
 
 from __future__ import annotations
 

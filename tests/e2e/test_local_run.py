@@ -1,6 +1,4 @@
-"""A short run with everything real: processes, vLLM, DeepSpeed, Redis, gRPC. It is disturbed on the
-way and must not mind.
-"""
+"""A short run of real processes, vLLM, DeepSpeed, Redis and gRPC ends well when disturbed."""
 
 from __future__ import annotations
 
@@ -163,9 +161,7 @@ async def forge_stale_group(bus: RedisBus, group: list[ScoredTrajectory]) -> Non
 async def disturb(
     sitting: Sitting, config: RunConfig, redis_url: str, runs_dir: Path
 ) -> dict[str, int]:
-    """Pause, kill the rollout worker in the middle and slip a stale group in; returns the process
-    ids seen before.
-    """
+    """Pause, kill the rollout worker, slip in a stale group; returns the process ids before."""
     bus = RedisBus(redis_url, config.name, config.stream_consumers)
     group = await first_scored_group(bus, config)
     await asyncio.to_thread(sitting.read_until_update, 3)

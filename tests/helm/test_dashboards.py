@@ -109,6 +109,9 @@ def test_a_query_with_a_wrong_name_label_or_value_is_found():
     assert find_faults('sdar_run_phase{run="x", phase="asleep"}') == [
         "sdar_run_phase has no phase 'asleep'"
     ]
+    assert find_faults('sdar_run_phase{run="x", phase=~"running|asleep"}') == [
+        "sdar_run_phase has no phase 'asleep'"
+    ]
     assert find_faults('sum by (stream) (sdar_updates{run="x"})') == [
         "none of its series has the label stream"
     ]

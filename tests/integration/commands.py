@@ -1,6 +1,4 @@
-"""What tests of the `sdar` command share: a server as a process of its own, and `sdar env ...` as a
-user runs it.
-"""
+"""Shared by tests of the `sdar` command: server processes, and `sdar env ...` as users run it."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ class Ended:
 
 @asynccontextmanager
 async def server_process(command: Sequence[str], directory: Path = ROOT) -> AsyncIterator[Server]:
-    """Run a server that says `Serving NAME on HOST:PORT` once it answers; stopped by SIGTERM at the
-    end.
-    """
+    """Run a server that says `Serving NAME on HOST:PORT`; SIGTERM stops it at the end."""
     process = await asyncio.create_subprocess_exec(
         *command, cwd=directory, stdin=DEVNULL, stdout=PIPE, stderr=None
     )

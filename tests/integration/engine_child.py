@@ -1,5 +1,6 @@
-"""A process that starts another, as vLLM starts its engine core, and waits. Run as a module; prints
-the other one's pid.
+"""A process that starts another, as vLLM starts its engine core, and waits.
+
+Run as a module; prints the other one's pid.
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ class Client:
 
 @asynccontextmanager
 async def serving(limits: SessionLimits | None = None, host: WorkerHost | None = None, **options):
-    """A client of a running server, of the household if not told otherwise, the event that stops
-    it, and its health.
-    """
+    """A client of a running server (the household by default), its stop event, its health."""
     host = host or WorkerHost({"household": load_environment("household")}, num_workers=1)
     stopping, health = asyncio.Event(), Health()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

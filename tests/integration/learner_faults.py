@@ -1,5 +1,4 @@
-"""What test_learner_faults runs in a process of its own, which forks each life of a learner: torch
-is imported once.
+"""Runs as a process of its own that forks each life of a learner: torch is imported once.
 
 python -m tests.integration.learner_faults DIRECTORY every-state|every-line
 
@@ -67,9 +66,7 @@ Watch = Callable[[Line], None]
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A copy of the learner's directory, and every key of Redis with its remaining time and its
-    value.
-    """
+    """A copy of the learner's directory, and each key of Redis with its value and lifetime."""
 
     path: Path
     keys: dict[bytes, tuple[int, bytes]]
@@ -93,9 +90,7 @@ async def fill(url: str) -> None:
 
 
 async def live(directory: Path, url: str, watch: Watch | None) -> None:
-    """One life of a learner to the end of the run, each of whose lines `watch` is told; then what
-    became of the run.
-    """
+    """One life of a learner to the run's end, `watch` called at each line; then what it left."""
     bus = RedisBus(url, RUN, CONFIG.stream_consumers, client_name="learner")
     store = WeightStore(str(directory / "weights"), RUN)
     health = Health()
@@ -136,8 +131,9 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
 
 
 class World:
-    """What outlives a learner: a Redis and a directory. It can be saved, and be brought back as it
-    was.
+    """What outlives a learner: a Redis and a directory.
+
+    It can be saved, and be brought back as it was.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -163,9 +159,7 @@ class World:
             self._redis.restore(key, ttl_ms, value)
 
     def fingerprint(self) -> str:
-        """Changes with every command that anybody else gives Redis, and with every change of a
-        file.
-        """
+        """Changes with each command of others to Redis and each change of a file."""
         self._num_asked += 1
         num_commands = self._redis.info("stats")["total_commands_processed"] - self._num_asked
         files = [
@@ -224,9 +218,7 @@ def record(world: World) -> list[tuple[Point, str]]:
 
 
 def prepare(world: World, directory: Path) -> dict[str, Saved]:
-    """The beginnings: of the run; of a life whose checkpoint is not acknowledged; of one that lost
-    a published update.
-    """
+    """Beginnings: of the run; of a life with an open checkpoint; of one that lost an update."""
     assert run_forked(lambda: asyncio.run(fill(world.url))) == 0
     beginnings = {"new": world.save(directory / "new")}
     source, first = inspect.getsourcelines(Learner._make_durable)
@@ -240,9 +232,7 @@ def prepare(world: World, directory: Path) -> dict[str, Saved]:
 
 
 def kill_and_resume(world: World, saved: Saved, point: Point, expected: dict[str, Any]) -> str:
-    """What is wrong after a life that ended before `point` and one that went on to the end; empty
-    if nothing is.
-    """
+    """What is wrong after a life that ended before `point` and one to the end; else empty."""
     world.load(saved)
     count = Count()
     code = world.live(lambda line: die() if count(line) == point else None)
@@ -322,8 +312,9 @@ def share_work(
 
 
 def import_everything() -> None:
-    """What each life would import and read anew. Nothing here starts a thread that a fork would
-    lose.
+    """What each life would import and read anew.
+
+    Nothing here starts a thread that a fork would lose.
     """
     torch.set_num_threads(1)
     _import_deepspeed(0, torch.device("cpu"))

@@ -1,5 +1,4 @@
-"""What the learner's integration tests run in processes of their own: DeepSpeed joins ranks once in
-a process.
+"""The learner's tests run this in processes of their own: DeepSpeed joins ranks once in a process.
 
 python -m tests.integration.learner_ranks steps RANK WORLD_SIZE PORT DIRECTORY
 python -m tests.integration.learner_ranks train DIRECTORY

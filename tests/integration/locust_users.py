@@ -1,5 +1,4 @@
-"""Six users of the load test against a server until each kind of request that is asked for was
-made: `CLASS HOST NAME...`.
+"""Six users of the load test until each of the named requests was made: `CLASS HOST NAME...`.
 
 A process of its own, since Locust patches the one that it is imported into. Prints requests and
 failures as JSON.

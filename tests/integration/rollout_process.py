@@ -20,7 +20,7 @@ from sdar.process.telemetry import Health
 from services.rollout.environment_client import GrpcEnvironmentDirectory
 from services.rollout.metrics import RolloutMetrics
 from services.rollout.service import build_rules
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.worker import RolloutLimits, RolloutWorker
 
 MODEL_PATH = Path(__file__).parents[2] / "examples" / "models" / "household-tiny"
 RUN_ID = "recovery-test"
@@ -33,7 +33,7 @@ class Order:
 
     redis_url: str
     instance: str
-    claim_idle_s: float
+    lease_s: float
     think_s: float
     max_concurrent_episodes: int = 8
 
@@ -78,9 +78,9 @@ async def work(order: Order) -> None:
         rules,
         run_id=RUN_ID,
         instance=order.instance,
-        limits=WorkerLimits(
-            order.max_concurrent_episodes,
-            claim_idle_s=order.claim_idle_s,
+        limits=RolloutLimits(
+            max_concurrent_episodes=order.max_concurrent_episodes,
+            lease_s=order.lease_s,
             report_interval_s=REPORT_INTERVAL_S,
         ),
         health=Health(),

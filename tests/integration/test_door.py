@@ -1,6 +1,4 @@
-"""The door over real connections: what lets in, and what does not and is told so that it can be
-mended.
-"""
+"""The door over real connections: what lets in, and what turns callers away with a reason."""
 
 import asyncio
 import contextlib
@@ -184,9 +182,7 @@ async def test_what_is_sent_is_not_parsed_before_the_token_is_judged(place):
 
 
 async def test_a_strangers_message_stays_outside(place):
-    """The bound on messages is not even asked: whoever may not come in is refused before anything
-    is collected.
-    """
+    """Whoever may not come in is refused before a message is read or bounded."""
     server = build_server("127.0.0.1", 0, [], place.build_server(), max_message_bytes=1000)
     await server.start()
     try:
@@ -392,9 +388,7 @@ async def gateway_process(environment: dict[str, str]):
 async def until_the_gateway_lists(
     http: httpx.Client, name: str, process: asyncio.subprocess.Process
 ) -> None:
-    """Return once the gateway has described the environment; its log, if it ends or takes too long,
-    is on stderr.
-    """
+    """Return once the gateway has described the environment; else its log goes to stderr."""
     async with asyncio.timeout(90):
         while True:
             assert process.returncode is None
@@ -406,9 +400,7 @@ async def until_the_gateway_lists(
 
 
 async def test_a_gateway_and_an_environment_server_meet_behind_locked_doors(place):
-    """`sdar env serve` and `sdar serve gateway` as processes, beyond loopback: gRPC over mutual
-    TLS, HTTPS, tokens for both.
-    """
+    """`sdar env serve` and `sdar serve gateway` beyond loopback: mutual TLS, HTTPS, tokens."""
     shared = {
         "SDAR_TLS_CERT": str(place.server.certificate),
         "SDAR_TLS_KEY": str(place.server.key),

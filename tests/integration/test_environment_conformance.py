@@ -1,6 +1,4 @@
-"""Every built-in environment as a user serves it, under `sdar env check` in full; and the other
-verbs of `sdar env`.
-"""
+"""Every built-in environment as a user serves it, under `sdar env check` and other verbs."""
 
 from __future__ import annotations
 
@@ -73,9 +71,7 @@ async def test_an_environment_in_a_file_is_served_and_the_table_shows_every_verd
 
 
 async def test_a_person_plays_a_task_by_number_and_by_word() -> None:
-    """place-plate-desk-cabinet: one action is listed at first; `fly` is none; leaving early closes
-    the session.
-    """
+    """place-plate-desk-cabinet lists one action at first; leaving early closes the session."""
     async with server_process(command("household")) as server:
         play = ("env", "play", server.address, "--task", "place-plate-desk-cabinet")
         ended = await run_sdar(*play, typed="1\n99\nfly\nput plate in cabinet\n")

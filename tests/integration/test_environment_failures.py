@@ -1,6 +1,4 @@
-"""A server over real gRPC whose environments, workers and callers misbehave: who is told what, and
-what is left.
-"""
+"""A real server whose environments, workers and callers misbehave: who learns what."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ from tests.support import until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "environments" / "guess_number.py"
 ABANDONED_LEASE_S = 2.0
-"""Longer than a busy machine takes to open two hundred sessions, all of which are counted before
-the first is reaped.
-"""
+"""Longer than a busy machine takes to open two hundred sessions before the first is reaped."""
 NONSENSE = {
     "reward nan": "reward nan",
     "reward inf": "reward inf",
@@ -63,7 +59,7 @@ NONSENSE = {
 
 @asynccontextmanager
 async def misbehaving(num_workers: int = 1, limits: SessionLimits | None = None):
-    """A client of a server of the environment that breaks on command, and the host of its workers."""
+    """A client of a server whose environment breaks on command, and the host of its workers."""
     host = WorkerHost(
         {"misbehaving": EnvironmentSource("tests.misbehaving:Misbehaving")}, num_workers
     )
@@ -286,9 +282,7 @@ async def test_a_server_that_is_still_starting_stops_when_told_to():
 
 @asynccontextmanager
 async def running(script: Path):
-    """A started script that serves on any port: its process as asyncio and psutil know it, and a
-    client.
-    """
+    """A started script that serves: its process as asyncio and psutil know it, and a client."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         script,

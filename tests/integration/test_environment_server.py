@@ -196,7 +196,7 @@ async def test_standard_health_and_reflection_are_offered(client):
 
 
 async def test_many_episodes_at_once_are_all_won_and_fast(client):
-    """An update of the demo takes about 600 steps; here 128 episodes play at once over one channel."""
+    """The demo's update takes about 600 steps; here 128 episodes play at once over one channel."""
     tasks = HouseholdEnvironment().list_tasks("heldout")[:128]
 
     async def play(task) -> tuple[bool, int]:

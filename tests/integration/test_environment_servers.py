@@ -1,6 +1,4 @@
-"""Many environment servers behind one name: real ones on 127.0.0.1 to .3, as pods are; only the
-look-up is the test's.
-"""
+"""Many real environment servers behind one name, on 127.0.0.1 to .3; only look-up is fake."""
 
 from __future__ import annotations
 
@@ -120,7 +118,7 @@ def host_of(session_id: str) -> str:
 
 
 async def opens_at(client, hosts) -> None:
-    """Returns once sessions begin at these hosts and no others: look-ups happen beside the opens."""
+    """Return once sessions begin at these hosts and no others: look-ups run beside the opens."""
     async with asyncio.timeout(10):
         for attempt in itertools.count():
             opened = await open_many(client, 4, f"{hosts}{attempt}.")
@@ -179,8 +177,7 @@ async def test_a_killed_server_costs_its_own_sessions_and_no_others(pods):
             with pytest.raises(UnavailableError):
                 await client.step(session_id, 0, "open drawer")
         await client.close_session(session_id)
-    # Still listed, as a pod is until its readiness fails: the next episodes begin elsewhere, and
-    # soon.
+    # Still listed until its readiness fails, yet the next episodes soon begin elsewhere.
     began_s = time.monotonic()
     assert set(map(host_of, await open_many(client, 4, "again"))) == {HOSTS[0]}
     assert time.monotonic() - began_s < 4.0
@@ -200,9 +197,7 @@ async def test_a_server_that_appears_is_used_without_a_restart_and_one_that_vani
 
 
 async def test_a_server_that_leaves_while_others_are_asked_costs_no_episode(pods):
-    """Its channel closes with its place in the list: the worker would take that for a defect and
-    give the group up.
-    """
+    """Its channel closes with its place in the list, which is no defect of the environment."""
     for host in HOSTS[:2]:
         await pods.start(host)
     client = pods.client()

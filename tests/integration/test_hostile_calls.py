@@ -1,5 +1,4 @@
-"""Every gRPC method of the contract against hostile requests, on real servers with real parts
-behind them.
+"""Every gRPC method of the contract against hostile requests, on real servers and parts.
 
 Methods are found in the descriptors: a new one is called without a word here, a new service fails
 until it has a server here. Thousands of requests from fixed seeds: random bytes, good requests with

@@ -1,6 +1,4 @@
-"""The learner with real DeepSpeed on gloo: every ZeRO stage and number of ranks takes the step that
-plain PyTorch takes.
-"""
+"""Real DeepSpeed on gloo: every ZeRO stage and number of ranks steps as plain PyTorch does."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ from tests.unit.learner.builders import (
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
-"""Adam divides by the gradient's own size, so rounding of a tiny gradient shows; three steps may
-move a weight by 3e-3.
-"""
+"""Adam magnifies rounding of tiny gradients; three steps may move a weight by 3e-3."""
 
 
 def run_ranks(*arguments):
@@ -71,7 +67,7 @@ def run_ranks(*arguments):
 
 
 def finish(*processes, timeout_s=600):
-    """Outputs of processes that all end well, read from all at once: none may wait for its reader."""
+    """Outputs of processes that all end well, read at once so that none waits for its reader."""
     with ThreadPoolExecutor(len(processes)) as readers:
         reading = [readers.submit(process.communicate, timeout=timeout_s) for process in processes]
         is_late = any(isinstance(one.exception(), subprocess.TimeoutExpired) for one in reading)
@@ -142,8 +138,7 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
     moved = torch.cat(
         [(weights[name].float() - value).abs().flatten() for name, value in expected[0].items()]
     )
-    # Half a bfloat16 step of a weight near 1, and what three steps of the learning rate can differ
-    # by.
+    # Half a bfloat16 step of a weight near 1, and three steps of the learning rate.
     assert moved.max() < 2**-8 + 6 * LEARNING_RATE
 
 
@@ -235,9 +230,7 @@ async def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(method, tmp_
 
 
 async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_bit(tmp_path):
-    """Killed after update 3 with the checkpoint of update 2 on the disk: e and f train again, as
-    another version.
-    """
+    """Killed after update 3, checkpoint 2 on disk: e and f train again, as another version."""
     runs = [
         Run(tmp_path / name, num_updates=4, max_staleness=4, checkpoint_every=2)
         for name in ("whole", "killed")
@@ -256,7 +249,7 @@ async def test_updates_lost_in_a_kill_are_replayed_to_the_same_weights_bit_for_b
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-async def test_a_finished_learner_that_is_started_again_for_more_updates_goes_on_under_the_new_settings(
+async def test_a_finished_learner_started_for_more_updates_goes_on_under_the_new_settings(
     tmp_path,
 ):
     run = Run(tmp_path, num_updates=2, checkpoint_every=1)
@@ -290,13 +283,13 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
     records = [
         codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
     ]
-    wanted = {
-        "loss", "reward_mean", "success_mean", "success_heat", "num_trajectories_heat", "gate_mean", "gate_open_share",
-        "teacher_gap_mean", "k3_kl", "entropy", "gradient_norm", "clip_fraction", "engine_mismatch_abs",
-        "off_policy_weight_mean", "staleness_mean", "staleness_max", "num_tokens", "tokens_per_s", "step_s", "wait_share",
-        "publish_s", "num_groups_skipped", "num_groups_stale", "num_policy_versions", "learning_rate",
-    }  # fmt: skip
-    assert wanted <= records[0].values.keys()
+    wanted = """
+        loss reward_mean success_mean success_heat num_trajectories_heat gate_mean gate_open_share
+        teacher_gap_mean k3_kl entropy gradient_norm clip_fraction engine_mismatch_abs
+        off_policy_weight_mean staleness_mean staleness_max num_tokens tokens_per_s step_s
+        wait_share publish_s num_groups_skipped num_groups_stale num_policy_versions learning_rate
+    """
+    assert set(wanted.split()) <= records[0].values.keys()
     assert records[0].values["k3_kl"] == pytest.approx(0, abs=1e-6), (
         "the first update begins at the reference"
     )

@@ -1,6 +1,4 @@
-"""A learner, with real DeepSpeed, Redis, checkpoints and weights, that is killed anywhere, and one
-whose Redis goes away.
-"""
+"""A learner with real DeepSpeed, Redis and files is killed anywhere or loses its Redis."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def try_points(directory, mode, timeout_s):
     return report
 
 
-def test_a_learner_killed_in_any_state_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(
+def test_a_learner_killed_between_any_two_lines_resumes_to_the_same_weights_bit_for_bit(
     tmp_path,
 ):
     """Every state of Redis and of the files that a life leads through is left behind once; what
@@ -104,7 +102,7 @@ def connect(rig, server):
     return RedisBus(server.url, RUN, rig.config.stream_consumers)
 
 
-async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_the_middle_of_an_update(
+async def test_an_outage_of_redis_is_waited_out_between_updates_and_in_the_middle_of_one(
     tmp_path, server
 ):
     rig = Rig(tmp_path)
@@ -140,9 +138,7 @@ async def test_an_outage_of_redis_is_waited_out_while_groups_are_awaited_and_in_
 
 
 async def test_a_run_goes_on_when_the_directory_of_redis_was_lost_between_two_lives(tmp_path):
-    """Update 2 is durable, update 3 is not, and group 6 waited: the account closes, and nothing is
-    trained twice.
-    """
+    """Update 2 is durable, 3 is not, group 6 waited: the account closes, none trains twice."""
     rig = Rig(tmp_path, num_updates=4)
     with EmbeddedRedis(tmp_path / "redis") as server:
         others = connect(rig, server)

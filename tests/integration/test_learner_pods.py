@@ -1,6 +1,4 @@
-"""A learner over two pods, each a torchrun that is started again whenever it ends, as by a kubelet;
-the rest is real too.
-"""
+"""A learner over two pods, each a torchrun restarted when it ends, as by a kubelet."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ ROOT = Path(__file__).parents[2]
 HOSTS = ("127.0.0.1", "127.0.0.2")
 """Where each pod answers probes; the port is one, as in Kubernetes."""
 START_S = 180.0
-"""Two starts of torch and DeepSpeed on a busy machine, and what was begun against ranks that were
-about to end.
-"""
+"""Two starts of torch and DeepSpeed on a busy machine, one against ranks about to end."""
 
 
 class Pod:
@@ -206,7 +202,7 @@ class Pods:
         return len(read_trained_groups(self.checkpoints))
 
 
-async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_killed_drained_and_deleted(
+async def test_a_learner_over_two_pods_killed_drained_and_deleted_loses_and_doubles_nothing(
     tmp_path,
 ):
     async with AsyncExitStack() as stack:
@@ -215,16 +211,14 @@ async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_k
         await learner.reach(learner.all_ready, "every pod answers its probe")
         await learner.train(range(2), 1)
 
-        # The other pod is killed with an update that no checkpoint holds: both end, meet again and
-        # make it again.
+        # The other pod is killed with an unsaved update: both end, meet again and repeat it.
         assert learner.count_durable() == 0
         other.kill()
         await learner.reach(lambda: _is_over(leader, 1), "the leader ends")
         await learner.train(range(2, 4), 2)
         await learner.reach(lambda: learner.has_trained(4), "two updates are durable")
 
-        # One pod is asked to leave, as in a rolling update: all drain, so that nothing has to be
-        # made again.
+        # One pod is asked to leave, as in a rolling update: all drain, so nothing is repeated.
         await learner.train(range(4, 6), 3)
         assert learner.count_durable() == 2
         num_lives = len(leader.codes)
@@ -246,8 +240,7 @@ async def test_a_learner_over_two_pods_loses_and_doubles_nothing_when_they_are_k
         ]
         assert sorted(trained) == [format_group_id(number) for number in range(10)], "each once"
 
-        # All are deleted at once: rank 0 needs the others to drain, and all are gone long before
-        # their bound.
+        # All are deleted at once: rank 0 needs the others to drain, well within the bound.
         async with asyncio.timeout(45):
             await asyncio.gather(*(pod.delete() for pod in learner.pods))
 

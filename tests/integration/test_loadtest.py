@@ -1,6 +1,4 @@
-"""The load test's users against a real gateway and a real environment server, behind tokens and
-mutual TLS.
-"""
+"""The load test's users against real gateway and environments behind tokens and mutual TLS."""
 
 import asyncio
 import json
@@ -125,9 +123,7 @@ async def wait_until_told(url, security, fleet):
 
 
 async def drive(place: Place, users: str, names: set[str], token: str) -> dict[str, Any]:
-    """What came of users who are fifty times as busy as people until requests of these names were
-    made.
-    """
+    """Results of users fifty times as busy as people, until these requests were made."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("SDAR_")
     }

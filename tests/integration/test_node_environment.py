@@ -1,6 +1,4 @@
-"""The example outside Python: the Node server under the conformance suite, and an episode as a
-rollout worker plays it.
-"""
+"""The Node example passes the conformance suite and is played by a rollout worker."""
 
 from __future__ import annotations
 
@@ -47,8 +45,8 @@ def packages() -> Path:
     """The example's packages as its lock file has them, installed once and kept under build/."""
     if shutil.which("npm") is None:
         pytest.fail(
-            "The Node example needs Node.js with npm. Install Node.js 18 or later, then run this "
-            "test again."
+            "The Node example needs Node.js with npm. Install Node.js 18 or later, "
+            "then run this test again."
         )
     lock = (EXAMPLE / "package-lock.json").read_bytes()
     kept = CACHE / hashlib.sha256(lock).hexdigest()[:16] / "node_modules"
@@ -58,9 +56,7 @@ def packages() -> Path:
 
 
 def install(directory: Path) -> None:
-    """`npm ci` aside, then into place at once: an install that was cut short is not taken for a
-    whole one.
-    """
+    """`npm ci` elsewhere, then one rename: no partial install is taken for a whole one."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as aside:
         for name in ("package.json", "package-lock.json"):
@@ -83,8 +79,7 @@ def install(directory: Path) -> None:
 
 @pytest.fixture
 def command(packages: Path) -> list[str]:
-    # The sources are run where they are, for they read ../../../proto; only the packages are
-    # elsewhere.
+    # The sources run in place, for they read ../../../proto; the packages are elsewhere.
     return ["env", f"NODE_PATH={packages}", "node", "server.js", "--port", "0", "--capacity", "16"]
 
 
@@ -133,9 +128,7 @@ async def test_a_rollout_worker_plays_an_episode_on_the_node_server(command: lis
 
 
 async def test_a_person_plays_the_node_server_with_a_seed(command: list[str]) -> None:
-    """Seed 2: the small jug begins with two litres, so the first move of the solution leaves two
-    litres to go.
-    """
+    """Seed 2: the small jug has two litres, so after the first move two are left to go."""
     async with server_process(command, EXAMPLE) as server:
         play = ("env", "play", server.address, "--task", "jugs-3-5-4", "--seed", "2")
         typed = "\n".join(

@@ -1,5 +1,4 @@
-"""The gateway's HTTP API against its own OpenAPI document, and its port against what is no HTTP at
-all.
+"""The gateway's HTTP API against its own OpenAPI document, and its port against other bytes.
 
 A real gateway serves on a socket. Schemathesis makes requests that fit the document and requests
 that do not, hundreds a route from a fixed seed: no 5xx but 503, every status documented, every body
@@ -47,9 +46,7 @@ SERVER_ERRORS_ALLOWED = {503}
 
 
 async def serve(ready: queue.Queue[int], over: threading.Event) -> None:
-    """A gateway in the middle of a run: trajectories, numbers that are not finite, dead letters are
-    there to be asked for.
-    """
+    """A gateway in mid-run, with trajectories, numbers that are not finite and dead letters."""
     run = Run(build_config())
     _, training = await begin(run)
     trajectory = dataclasses.replace(play(training[0], 0), duration_s=math.nan)
@@ -175,9 +172,7 @@ def test_what_is_no_http_is_refused_without_a_crash_and_memory_stays(port: int) 
 
 
 def test_many_requests_that_never_end_keep_nobody_else_from_an_answer(port: int) -> None:
-    """Slow loris: connections that send the beginning of a request, a byte more now and then, and
-    never finish.
-    """
+    """Slow loris: connections that send a request byte by byte and never finish."""
     begun = (
         b"POST /v1/environments HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\nX-Padding: "
     )

@@ -168,9 +168,7 @@ def test_a_server_that_dies_fails_the_episode_and_the_next_one():
 
 
 def test_a_server_that_hangs_fails_the_episode_in_time_and_closing_frees_who_waits():
-    """Stopped, the server answers nothing: one call gives up by its own limit, one is ended by
-    `close` from another thread.
-    """
+    """Of a stopped server, one call ends by its limit, one by `close` from another thread."""
     with playing_server() as (process, url):
         patient, hasty = (
             OpenEnvEnvironment(url=url, timeout_s=60),

@@ -28,7 +28,9 @@ class Element {
   append(...nodes) { this.children.push(...nodes); }
   replaceChildren(...nodes) { this.children = nodes; }
   setAttribute(name, value) { this.attributes[name] = value; }
-  show() { return this.text + this.children.map(c => c instanceof Element ? c.show() : c).join(" "); }
+  show() {
+    return this.text + this.children.map(c => c instanceof Element ? c.show() : c).join(" ");
+  }
 }
 const elements = {};
 globalThis.document = {
@@ -82,11 +84,11 @@ TURN = {
 
 
 def show_page(answers: dict[str, Any]) -> dict[str, str]:
-    """Text of every element of the page, by id, after one refresh and a click on each trajectory."""
+    """Text of each element of the page by id, after a refresh and a click on each trajectory."""
     if shutil.which("node") is None:
         pytest.fail(
-            "The test of the page needs Node.js. Install Node.js 18 or later, then run this test "
-            "again."
+            "The test of the page needs Node.js. Install Node.js 18 or later, "
+            "then run this test again."
         )
     script = re.search(r"<script>(.*)</script>", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert script is not None

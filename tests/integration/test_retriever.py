@@ -1,6 +1,4 @@
-"""The retriever as a process of its own, started by `sdar retriever`, and an environment server
-that searches with it.
-"""
+"""The retriever as a process of `sdar retriever`, searched by an environment server."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What becomes of groups when rollout workers or environments die, hang or pause: real processes,
-servers and Redis.
-"""
+"""Groups when real rollout workers or environments die, hang or pause, on a real Redis."""
 
 from __future__ import annotations
 
@@ -35,8 +33,8 @@ from sdar.model.chat import ChatTokenizer
 from sdar.process.telemetry import Health
 from services.envs.household import HouseholdEnvironment
 from services.rollout.environment_client import GrpcEnvironmentDirectory
-from services.rollout.metrics import RolloutMetrics
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.metrics import RETRIED_GROUPS, RolloutMetrics
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.integration.commands import ROOT
 from tests.integration.environment_server import Client, serving
 from tests.integration.rollout_process import RUN_ID, Order, make_config
@@ -63,8 +61,8 @@ class House:
         self.redis = redis.asyncio.Redis.from_url(redis_url)
         self.processes: dict[str, Process] = {}
 
-    async def start(self, instance: str, claim_idle_s: float) -> None:
-        order = Order(self.redis_url, instance, claim_idle_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
+    async def start(self, instance: str, lease_s: float) -> None:
+        order = Order(self.redis_url, instance, lease_s, THINK_S, GROUP_SIZE * NUM_GROUPS // 2)
         self.processes[instance] = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -203,8 +201,8 @@ async def test_a_killed_worker_s_groups_and_no_others_are_played_again_by_the_ot
         await reached(lambda: all_published(run))
         recovery_s = time.monotonic() - killed_at_s
         print(
-            f"{num_lost} groups of a killed worker were published {recovery_s:.1f} s after its "
-            "death"
+            f"{num_lost} groups of a killed worker were published "
+            f"{recovery_s:.1f} s after its death"
         )
         assert recovery_s < RECOVERY_S
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
@@ -272,9 +270,9 @@ async def test_a_worker_that_restarts_under_its_name_goes_on_with_its_groups_at_
             return (await run.values("one")).get("num_reclaimed_groups") == num_lost
 
         await reached(is_back, START_S)
+        recovery_s = time.monotonic() - killed_at_s
         print(
-            f"{num_lost} groups were taken back {time.monotonic() - killed_at_s:.1f} s after the "
-            "death, start included"
+            f"{num_lost} groups were taken back {recovery_s:.1f} s after the death, start included"
         )
         await reached(lambda: all_published(run))
         assert Counter((await run.attempts()).values()) == {0: NUM_GROUPS - num_lost, 1: num_lost}
@@ -299,9 +297,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Bench:
-    """A worker in this process on a bus in memory, whose sampler says what it is told to, over and
-    over the last.
-    """
+    """A worker on a bus in memory whose sampler follows a script, repeating its last answer."""
 
     def __init__(self, tokenizer, *texts: str, **limits) -> None:
         self.bus = MemoryBus(CONSUMERS)
@@ -316,7 +312,9 @@ class Bench:
             make_rules(tokenizer),
             run_id="test",
             instance="me",
-            limits=WorkerLimits(32, read_block_s=0.01, retry_delay_s=0.05, **limits),
+            limits=RolloutLimits(
+                max_concurrent_episodes=32, read_block_s=0.01, retry_delay_s=0.05, **limits
+            ),
             health=Health(),
             metrics=self.metrics,
         )
@@ -386,11 +384,11 @@ async def test_a_hung_environment_ends_the_attempt_and_the_group_is_played_again
         assert await count_sessions(client) == 0
     stream = Stream.TRAJECTORIES if purpose is Purpose.TRAIN else Stream.EVALUATIONS
     assert await bench.attempts(stream) == {("g0", 1): 3}
-    assert bench.metrics.num_retried_groups == 1
+    assert bench.metrics.read(RETRIED_GROUPS) == 1
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
-async def test_a_group_whose_environment_hangs_every_time_fails_with_the_reason_and_the_number_of_attempts(
+async def test_a_group_whose_environment_always_hangs_fails_with_reason_and_number_of_attempts(
     tokenizer, purpose
 ):
     bench = Bench(tokenizer, "hang", max_attempts=2)
@@ -421,7 +419,7 @@ async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_ses
     attempts = await bench.attempts()
     assert set(attempts.values()) == {3}
     assert sorted(group_id for group_id, _ in attempts) == [f"g{number}" for number in range(8)]
-    assert sum(attempt for _, attempt in attempts) == bench.metrics.num_retried_groups > 0
+    assert sum(attempt for _, attempt in attempts) == bench.metrics.read(RETRIED_GROUPS) > 0
     assert {event.outcome for event in await bench.ledger()} == {GroupOutcome.GENERATED}
 
 
@@ -452,4 +450,4 @@ async def test_an_environment_that_is_away_before_a_session_is_opened_costs_no_a
         stopping.set()
         await serving_it
     assert await bench.attempts() == {("g0", 0): 3}
-    assert bench.metrics.num_retried_groups == 0
+    assert bench.metrics.read(RETRIED_GROUPS) == 0

@@ -1,6 +1,4 @@
-"""The rollout service with its real parts: household over gRPC, the demo's model, a weight store,
-the in-memory bus.
-"""
+"""The rollout service on real parts: household over gRPC, demo's model, weight store."""
 
 from __future__ import annotations
 
@@ -120,7 +118,7 @@ def expected_logprobs(model, turn) -> np.ndarray:
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].numpy()
 
 
-async def test_groups_are_played_over_grpc_and_every_token_scores_under_the_version_it_is_stamped_with(
+async def test_every_token_played_over_grpc_scores_under_the_version_it_is_stamped_with(
     tmp_path, tokenizer
 ):
     config = make_config()

@@ -1,6 +1,4 @@
-"""The teacher's whole process in this one: `serve` with Redis, a weight store on disk, gRPC and
-probes.
-"""
+"""The teacher's process in this one: `serve` with Redis, a weight store, gRPC and probes."""
 
 from __future__ import annotations
 
@@ -82,10 +80,9 @@ async def read_scored(bus, count):
 
 
 def score_plainly(model, chat, trajectory, skill):
-    """Log-probs of the first turn's response by one forward of transformers, the skill put in by
-    hand.
-    """
-    text = f"<|im_start|>user\n{skill} {trajectory.turns[0].messages[0].content}<|im_end|>\n<|im_start|>assistant\n"
+    """Log-probs of the first response by one plain forward, the skill put in by hand."""
+    asked = f"{skill} {trajectory.turns[0].messages[0].content}"
+    text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     prompt = chat.tokenizer.encode(text, add_special_tokens=False)
     ids = torch.tensor([[*prompt, *trajectory.turns[0].response_token_ids.tolist()]])
     with torch.no_grad():

@@ -1,5 +1,4 @@
-"""The sampler on real vLLM against transformers: one engine for the module, since a start takes 15
-s.
+"""The sampler on real vLLM against transformers. One engine for the module: a start takes 15 s.
 
 Every policy version is a perturbation of one tiny random model, far enough from the others (more
 than 0.5 nats on average) that a token stamped with the wrong version cannot pass.
@@ -85,9 +84,7 @@ class Policies:
         )
 
     def publish_bfloat16(self) -> WeightsManifest:
-        """Publish the next version in bfloat16: the last with every fiftieth weight changed, a
-        delta if that was one too.
-        """
+        """Publish the next bfloat16 version, every fiftieth weight changed; a delta if possible."""
         version = len(self.tensors)
         tensors = {
             name: value.to(torch.bfloat16, copy=True)
@@ -116,9 +113,7 @@ class Policies:
     def measure_error(
         self, prompt: list[int], generation: Generation, temperature: float = 1.0
     ) -> float:
-        """Largest difference from the reference, each token scored under the version it is stamped
-        with.
-        """
+        """Largest difference from the reference, each token under its own version."""
         error = 0.0
         for version in set(generation.policy_versions.tolist()):
             reference = self.compute_logprobs(
@@ -276,9 +271,7 @@ async def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(
 async def test_every_token_is_of_the_version_it_is_stamped_with(
     engine: VllmEngine, policies: Policies, prompts: Any
 ) -> None:
-    """Requests in flight across three updates, while the event loop is held so that outputs are
-    read late.
-    """
+    """Requests in flight across three updates while a held event loop reads outputs late."""
     versions = [policies.publish() for _ in range(3)]
     finished: list[tuple[list[int], float, Generation]] = []
     is_over = asyncio.Event()
@@ -389,9 +382,7 @@ async def test_a_bad_publication_leaves_the_previous_weights_serving(
 async def test_deltas_are_served_and_a_damaged_one_is_not(
     engine: VllmEngine, policies: Policies, prompts: Any
 ) -> None:
-    """The worker process remembers the version it read last, and goes back to the store when there
-    is none to remember.
-    """
+    """The worker process keeps the version it read last; without one it reads the store."""
     whole, first, second, damaged, _, later = (policies.publish_bfloat16() for _ in range(6))
     assert [manifest.base_version for manifest in (whole, first)] == [None, whole.policy_version]
     shard = policies.locate_shard(damaged)

@@ -1,5 +1,4 @@
-"""The whole loop in one process: every service's own main loop on the in-memory bus, with the
-shipped model.
+"""Every service's main loop in one process, on the in-memory bus, with the shipped model.
 
 Nothing is faked but what the test is about: an environment is given by its class name, like any
 user's.

@@ -1,5 +1,4 @@
-"""Owns access to the cluster: kubectl and helm as child processes, namespaces of the test's own,
-waiting with progress.
+"""Access to the cluster: kubectl and helm as child processes, own namespaces, waiting.
 
 Nothing here names a machine: the cluster is the one of KUBECONFIG (or kubectl's default), helm the
 one of $HELM or PATH.

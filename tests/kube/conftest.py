@@ -1,5 +1,6 @@
-"""Fixtures of the cluster test, its two options, and the collection of evidence. See
-docs/kubernetes.md.
+"""Fixtures of the cluster test, its two options, and the collection of evidence.
+
+See docs/kubernetes.md.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _write_report(config: pytest.Config) -> None:
     """After every test, so that what was shown outlives whatever comes next."""
     if path := config.getoption("--report"):
         helm = run([find_helm() or "helm", "version", "--short"]).strip()
-        where = f"{describe_cluster([f'helm {helm}'])}; the test on {describe_machine().split(', Python')[0]}."
+        machine = describe_machine().split(", Python")[0]
+        where = f"{describe_cluster([f'helm {helm}'])}; the test on {machine}."
         write_report(list(config.stash[_claims].values()), Path(path), where=where)
 
 
@@ -74,8 +76,9 @@ def evidence(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A namespace of the test's own, with volumes where the cluster makes none. The session ends
-    here without a cluster.
+    """A namespace of the test's own, with volumes where the cluster makes none.
+
+    The session ends here without a cluster.
     """
     kept = request.config.getoption("--namespace")
     cluster = Cluster(
@@ -89,8 +92,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             yield cluster
         else:
             say(
-                "no default StorageClass: the test makes a volume of a node's directory for each "
-                "claim"
+                "no default StorageClass: "
+                "the test makes a volume of a node's directory for each claim"
             )
             with Volumes(cluster, _image("gateway", cluster), is_kept=bool(kept)):
                 yield cluster
@@ -101,8 +104,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def installed(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Release]:
-    """`helm install sdar ./helm`, with default values. The tests of test_release.py follow its
-    life.
+    """`helm install sdar ./helm`, with default values.
+
+    The tests of test_release.py follow its life.
     """
     with Release(cluster, "sdar", is_kept=bool(request.config.getoption("--namespace"))) as release:
         if not release.is_installed:
@@ -132,8 +136,7 @@ def _check_surroundings(cluster: Cluster) -> None:
     if missing and not cluster.values:
         pytest.exit(
             f"No node has {', '.join(missing)}. Build them with `make images` and load them "
-            "(docs/kubernetes.md), "
-            "or name a registry that has them: make test-kube VALUES=FILE.",
+            "(docs/kubernetes.md), or name a registry that has them: make test-kube VALUES=FILE.",
             2,
         )
 
@@ -156,8 +159,6 @@ def _is_same(wanted: str, found: str) -> bool:
 
 
 def _describe_namespace(name: str) -> dict[str, Any]:
-    """With the strictest pod security, where the cluster knows it: it then refuses a pod that asks
-    for more.
-    """
+    """With the strictest pod security that the cluster knows, so it refuses wider pods."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}

@@ -1,6 +1,4 @@
-"""Owns a Prometheus in the test's namespace that scrapes a release as deploy/prometheus says, and
-what it is asked.
-"""
+"""A Prometheus in the test's namespace that scrapes a release as deploy/prometheus says."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ class Monitoring:
         self._cluster.kubectl("delete", "--wait=false", *names)
 
     def wait_targets(self, pods: set[str]) -> set[str]:
-        """Names of the pods that are scraped with success, once all of `pods` are and none fails."""
+        """Names of the pods scraped with success, once all of `pods` are and none fails."""
 
         def find() -> set[str] | None:
             results = self._ask("query", query="up")["result"]
@@ -87,7 +85,7 @@ class Monitoring:
         return wait(f"targets {', '.join(sorted(pods))}", find, _READY_TIMEOUT_S, tell=self._tell)
 
     def check_dashboards(self) -> str:
-        """Ask Prometheus every query of every dashboard; returns the last line of what was found."""
+        """Ask Prometheus each query of each dashboard; returns the last line of the findings."""
         command = [
             sys.executable,
             "-m",
@@ -137,9 +135,7 @@ class Monitoring:
         )
 
     def _list_targets(self) -> list[dict[str, Any]]:
-        """What discovery of pods would find: each container port of each pod, under the labels it
-        would give.
-        """
+        """What discovery would find: each container port of each pod, with its labels."""
         return [
             {
                 "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
@@ -161,9 +157,7 @@ class Monitoring:
         ]
 
     def _build_configs(self) -> dict[str, str]:
-        """The project's configuration, kept to this namespace and quick; and the same for a build
-        that cannot ask for pods.
-        """
+        """The project's configuration for this namespace; also for builds without discovery."""
         configs = {}
         for name in ("prometheus.yml", _WITHOUT_DISCOVERY):
             config = yaml.safe_load(
@@ -186,8 +180,8 @@ class Monitoring:
         rules = (ROOT / "helm" / "alerts" / "sdar.yaml").read_text(encoding="utf-8")
         start = (
             "promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || "
-            f"config={_WITHOUT_DISCOVERY}; "
-            "exec prometheus --config.file=/etc/sdar/$config --storage.tsdb.path=/data"
+            f"config={_WITHOUT_DISCOVERY}; exec prometheus --config.file=/etc/sdar/$config "
+            "--storage.tsdb.path=/data"
         )
         metadata = {"name": _NAME}
         places = {

@@ -1,6 +1,4 @@
-"""Owns one release of the chart: install, upgrade, uninstall, its gateway's answers, its pods, and
-what its parts recorded.
-"""
+"""One release of the chart: install, upgrade, uninstall, its gateway's answers and its pods."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class AwayError(Exception):
 
 
 class Gateway:
-    """HTTP to a release's gateway through `kubectl port-forward`, which is opened anew whenever its
-    pod has gone.
-    """
+    """HTTP to a gateway through `kubectl port-forward`, opened anew when its pod has gone."""
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self._cluster = cluster
@@ -113,9 +109,7 @@ class Gateway:
 
 
 class Watch:
-    """Reads the status once a second in a thread while it is open, so that no moment of the account
-    goes unseen.
-    """
+    """Reads the status each second in a thread, so no moment of the account is missed."""
 
     def __init__(self, cluster: Cluster, fullname: str) -> None:
         self.samples: list[Sample] = []
@@ -188,8 +182,7 @@ class Release:
             f"app.kubernetes.io/instance={self.name}",
         )
 
-    # --- helm
-    # ----------------------------------------------------------------------------------------------
+    # ---- helm
 
     def install(self, **values: Any) -> str:
         say(f"helm install {self.name} ./helm{_show(values)}")
@@ -214,8 +207,7 @@ class Release:
     def test(self) -> str:
         return self.cluster.helm("test", self.name, "--timeout", "300s")
 
-    # --- pods
-    # ----------------------------------------------------------------------------------------------
+    # ---- pods
 
     def pods(self, role: str = "") -> list[Pod]:
         """Those of one role or of all, without the one of `helm test`."""
@@ -225,9 +217,7 @@ class Release:
         return [pod for pod in found if pod.role != "check"]
 
     def lives(self) -> dict[str, tuple[str, int]]:
-        """What tells that a pod was neither replaced nor restarted: uid and restarts by name; not
-        of one on its way out.
-        """
+        """Uid and restarts by name, to see that a pod is the same; of none on its way out."""
         return {pod.name: (pod.uid, pod.num_restarts) for pod in self.pods() if not pod.is_ending}
 
     def sdar(self, *arguments: str, expected_code: int = 0) -> str:
@@ -247,9 +237,7 @@ class Release:
         return ("--release", self.name, "--namespace", self.cluster.namespace)
 
     def wait_ready(self, counts: Mapping[str, int], timeout_s: float = READY_TIMEOUT_S) -> float:
-        """Until each role has exactly so many pods and all are ready; returns the seconds that
-        took.
-        """
+        """Wait until each role has just so many ready pods; returns the seconds that took."""
         began_s = time.monotonic()
 
         def is_ready() -> bool:
@@ -267,9 +255,7 @@ class Release:
         return time.monotonic() - began_s
 
     def delete_pod(self, role: str) -> float:
-        """`kubectl delete pod` of one pod of a role; returns the seconds until another is ready in
-        its place.
-        """
+        """Delete one pod of a role; returns the seconds until another is ready in its place."""
         before = [pod for pod in self.pods(role) if not pod.is_ending]
         gone = before[0]
         began_s = time.monotonic()
@@ -290,22 +276,23 @@ class Release:
         )
 
     def scrape(self, pod: Pod) -> dict[str, float]:
-        """Metrics of a pod, summed over labels, asked for inside it: no network policy has a say."""
+        """A pod's metrics, summed over labels; asked inside it, past every network policy."""
         port = GATEWAY_PORT if pod.role == "gateway" else PROBE_PORT
-        script = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:{port}/metrics', timeout=5).read().decode())"
+        url = f"http://127.0.0.1:{port}/metrics"
+        script = f"""
+from urllib.request import urlopen
+print(urlopen({url!r}, timeout=5).read().decode())
+"""
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(self.cluster.run_python(pod.name, script)):
             for sample in family.samples:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
-    # --- the run
-    # ----------------------------------------------------------------------------------------------
+    # ---- the run
 
     def find_status(self) -> dict[str, Any]:
-        """The gateway's status; empty while it does not answer or does not know yet where the run
-        stands.
-        """
+        """The gateway's status; empty while it doesn't answer or doesn't know the run's state."""
         try:
             status: dict[str, Any] = self.gateway.ask("GET", "/v1/run")
         except AwayError:
@@ -326,7 +313,7 @@ class Release:
             raise AssertionError(f"{error}\n{self.cluster.diagnose(self.selector)}") from None
 
     def wait_updates(self, more: int, timeout_s: float = 300.0) -> float:
-        """Until `more` updates are made beyond what there are now; returns the seconds that took."""
+        """Wait until `more` further updates are made; returns the seconds that took."""
         began_s = time.monotonic()
         now = self.wait_status("the gateway's answer", bool, timeout_s)["num_updates"]
         self.wait_status(
@@ -363,7 +350,8 @@ def describe(status: Mapping[str, Any]) -> str:
         return "no answer"
     workers = ", ".join(f"{number} {name}" for name, number in status["instances"].items())
     alarms = "".join(f", {alarm['name']}" for alarm in status["alarms"])
-    return f"{status['phase']}, update {status['num_updates']} of {status['target_updates']}, {workers}{alarms}"
+    progress = f"update {status['num_updates']} of {status['target_updates']}"
+    return f"{status['phase']}, {progress}, {workers}{alarms}"
 
 
 def list_left(cluster: Cluster, instance: str) -> dict[str, list[str]]:
@@ -404,8 +392,8 @@ def describe_cluster(versions: Sequence[str] = ()) -> str:
     """Kubernetes' and helm's versions, nodes and what they have. Never a host name."""
     nodes = json.loads(run(["kubectl", "get", "nodes", "--output", "json"]))["items"]
     told = [
-        f"{node['status']['nodeInfo']['kubeletVersion']} with {node['status']['capacity']['cpu']} "
-        "CPUs"
+        f"{node['status']['nodeInfo']['kubeletVersion']} "
+        f"with {node['status']['capacity']['cpu']} CPUs"
         for node in nodes
     ]
     return ", ".join([f"Kubernetes nodes: {' and '.join(told)}", *versions])

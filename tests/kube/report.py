@@ -1,5 +1,4 @@
-"""Owns what is told of a cluster test: each claim with its evidence, as a table between two marks
-of a page. Runs nothing.
+"""The report of a cluster test: a row per claim with its evidence, between two marks of a page.
 
 A claim that was not put to the test this time keeps the row it had, so that a page can be made in
 several goes.
@@ -47,7 +46,8 @@ class Claim:
         assert self.ended_at is not None
         evidence = "; ".join(self.evidence).replace("|", "\\|").replace("\n", " ")
         when = self.ended_at.strftime("%Y-%m-%d %H:%M")
-        return f"| {'yes' if self.outcome == 'passed' else '**NO**'} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
+        held = "yes" if self.outcome == "passed" else "**NO**"
+        return f"| {held} | {self.text} | {evidence} | {self.duration_s:.0f} | {when} |"
 
 
 def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:

@@ -1,6 +1,4 @@
-"""Values that no run could use fail at `helm install`, before anything is made, with a sentence
-that names the key.
-"""
+"""Values no run could use fail at `helm install`, with a sentence that names the key."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A learner of two pods: DeepSpeed's ranks over the network, started by torchrun, take updates and
-publish policies.
-"""
+"""A learner of two pods, DeepSpeed's ranks under torchrun, updates and publishes policies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The life of one release with default values, in order: to its end, on, through every pod's death,
-wider, asleep, gone.
+"""The life of a release with default values: to its end, on, through pods' deaths, asleep, gone.
 
 Each test goes on where the one before left the run, so that the vLLM engine starts as seldom as can
 be.
@@ -25,9 +24,7 @@ from tests.kube.monitoring import Monitoring
 from tests.kube.release import READY_TIMEOUT_S, Release, Watch, describe, list_left
 
 SUCCESS = 0.80
-"""Held-out success, sampled, that the README's run of the household shows, with room for a seed's
-luck.
-"""
+"""Held-out success, sampled, of the README's household run, less room for a seed's luck."""
 DEFAULT_RUN_TIMEOUT_S = 900.0
 FAR_AWAY_UPDATES = 1900
 """More than are made while the release is disturbed, and fewer than the learner's record remembers.
@@ -71,8 +68,8 @@ def test_default_values_train_the_household_agent_to_its_success(
             f"{time.monotonic() - began_s:.0f} s"
         ),
         (
-            f"held-out success {first:.3f} -> {last:.3f} ({sampled[-1]['num_episodes']} episodes, "
-            "sampled)"
+            f"held-out success {first:.3f} -> {last:.3f} "
+            f"({sampled[-1]['num_episodes']} episodes, sampled)"
         ),
     ]
     assert status["num_updates"] == status["target_updates"]
@@ -105,8 +102,8 @@ def test_the_command_line_reads_the_release(
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert {"report.html", "summary.json", "metrics.jsonl"} <= set(files)
     evidence.append(
-        f"status, {len(logs.splitlines())} lines of logs of all pods, dead letters, report "
-        f"({', '.join(files)})"
+        f"status, {len(logs.splitlines())} lines of logs of all pods, "
+        f"dead letters, report ({', '.join(files)})"
     )
 
 
@@ -281,8 +278,8 @@ def test_a_finished_run_that_sleeps_is_woken_by_an_upgrade_that_raises_its_updat
         DEFAULT_RUN_TIMEOUT_S,
     )
     evidence.append(
-        f"at zero after {asleep_s:.0f} s; {describe(status)} {time.monotonic() - began_s:.0f} s "
-        "after the upgrade"
+        f"at zero after {asleep_s:.0f} s; "
+        f"{describe(status)} {time.monotonic() - began_s:.0f} s after the upgrade"
     )
     _check_account(installed, evidence)
 

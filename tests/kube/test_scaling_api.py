@@ -1,6 +1,4 @@
-"""The gateway's door to Kubernetes against a real API server, with the rights that the chart gives
-it and no others.
-"""
+"""The gateway's door to a real Kubernetes API server, with the chart's rights and no others."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ GRANTS = ("role", "rolebinding", "serviceaccount")
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Cluster]:
-    """A namespace with the gateway's rights as the chart renders them, and its workloads without
-    pods that could run.
-    """
+    """A namespace with the chart's rights for the gateway, and workloads whose pods can't run."""
     try:
         run(["kubectl", "get", "nodes"], timeout_s=20.0)
     except (CommandError, FileNotFoundError) as error:
@@ -115,7 +111,7 @@ def sign_in(own: Cluster, account: str = GATEWAY) -> client.ApiClient:
 
 
 async def resize_when_quiet(door: KubernetesCluster, workload: Workload, replicas: int) -> None:
-    """Resize, again where the controllers wrote the object's status between the look and the deed."""
+    """Resize, again where a controller wrote the object's status between reading and writing."""
     async with asyncio.timeout(30.0):
         while True:
             with contextlib.suppress(ConflictError):
@@ -180,8 +176,9 @@ async def test_what_is_not_in_the_scaling_file_is_out_of_reach(
 
 
 def test_turning_a_dry_run_on_leaves_every_size_as_it_is(own: Cluster) -> None:
-    """Whoever turns it on while a release is large wants advice, not three workers less. No pod of
-    it has to run.
+    """Whoever turns it on while a release is large wants advice, not three workers less.
+
+    No pod of it has to run.
     """
     nowhere = (("--set", f"{role}.nodeSelector.no=node") for role in (*ROLES, "redis"))
     own.helm(

@@ -1,6 +1,4 @@
-"""A release whose services talk TLS among each other and to whoever calls, with a generated
-authority.
-"""
+"""A release whose services and callers all use TLS, with a generated authority."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns volumes for a cluster that makes none itself: a directory of the node for each claim, as a
-PersistentVolume.
+"""Volumes for a cluster that makes none: a node's directory per claim, as a PersistentVolume.
 
 A cluster with a default StorageClass never needs this. hostPath volumes know no fsGroup: the
 directories are open to all users.

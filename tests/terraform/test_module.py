@@ -1,5 +1,4 @@
-"""infra/terraform under the real AWS provider: style, validity, its own tests, and that its outputs
-fit helm/values-eks.yaml.
+"""infra/terraform under the real AWS provider: style, validity, own tests, fit to values-eks.yaml.
 
 `terraform test` plans with the provider and applies with a mock of it; no account, no credentials.
 The provider comes from the registry, or from a mirror of yours. Run by `make test-terraform`;
@@ -23,9 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "infra" / "terraform"
 KARPENTER_TYPES = "@kubernetes-models/karpenter@2.0.0"
-"""npm package made of Karpenter's types; this version is of September 2026 and knows
-placementGroupSelector.
-"""
+"""npm package of Karpenter's types of September 2026; it knows placementGroupSelector."""
 GPU = "nvidia.com/gpu"
 
 

@@ -1,6 +1,4 @@
-"""The shipped run configurations: each can be loaded, and those of the paper hold the paper's
-numbers.
-"""
+"""The shipped run configurations load, and the paper's hold the paper's numbers."""
 
 from __future__ import annotations
 

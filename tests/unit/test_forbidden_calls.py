@@ -1,5 +1,6 @@
-"""What no code of ours may do: run what it reads. By the syntax tree, so that neither a comment nor
-a line break decides.
+"""What no code of ours may do: run what it reads.
+
+By the syntax tree, so that neither a comment nor a line break decides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Names that come from outside cannot lead out of where they belong: stores, runs, tasks, tokens in
-addresses.
-"""
+"""Names from outside can't leave their place: stores, runs, tasks, tokens in addresses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Images hold what their role imports and no more: lists follow the lock, and gateway and
-environments run without torch.
-"""
+"""Images hold what their role imports: by the lock, gateway and environments without torch."""
 
 import re
 import subprocess
@@ -15,8 +13,7 @@ from tools import image_requirements
 
 ROOT = Path(__file__).parents[2]
 
-# Imports modules in a process that finds only what an image's list installs, its own code and the
-# standard library.
+# Imports modules in a process that finds only an image's packages, our code and the stdlib.
 IMPORT_ONLY = """
 import importlib, importlib.metadata, sys
 from packaging.utils import canonicalize_name
@@ -24,7 +21,8 @@ installed, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
 providers = importlib.metadata.packages_distributions()
 class NotInTheImage:
     def find_spec(self, name, path=None, target=None):
-        owners = {canonicalize_name(owner) for owner in providers.get(name.partition(".")[0], ())} - {"sdar"}
+        found = providers.get(name.partition(".")[0], ())
+        owners = {canonicalize_name(owner) for owner in found} - {"sdar"}
         if owners and not owners & installed:
             raise ModuleNotFoundError(f"No module named {name!r} in the image", name=name)
 sys.meta_path.insert(0, NotInTheImage())

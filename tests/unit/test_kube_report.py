@@ -1,6 +1,4 @@
-"""What `make test-kube` writes into a page: only between its marks, and nothing that failed looks
-as if it had held.
-"""
+"""`make test-kube` writes only between its marks, and no failure looks as if it had held."""
 
 from __future__ import annotations
 

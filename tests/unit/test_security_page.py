@@ -40,7 +40,8 @@ def test_what_nobody_declared_takes_the_operate_role():
 def test_the_limits_on_the_page_are_those_of_the_code():
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", PAGE, re.MULTILINE))
     assert f"{rpc_methods.MAX_MESSAGE_BYTES >> 20} MiB" == rows["a gRPC message"]
-    bodies = f"{http_server.MAX_BODY_BYTES >> 20} MiB, {retriever_service.MAX_BODY_BYTES >> 20} MiB at the retriever"
+    at_the_retriever = f"{retriever_service.MAX_BODY_BYTES >> 20} MiB at the retriever"
+    bodies = f"{http_server.MAX_BODY_BYTES >> 20} MiB, {at_the_retriever}"
     assert rows["an HTTP body"] == f"{bodies}; {http_server.BODY_TIMEOUT_S:g} s to arrive"
     assert f"{http_server.MAX_HEADER_BYTES >> 10} KiB HTTP" in rows["headers"]
     assert f", {settings.MAX_CALLS_PER_S:g}," in rows["calls of a client in a second"]

@@ -1,5 +1,6 @@
-"""The shipped model and the recipe that makes it. The figures are success shares on the household's
-held-out tasks.
+"""The shipped model and the recipe that makes it.
+
+The figures are success shares on the household's held-out tasks.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Player:
         self.model = Qwen2ForCausalLM.from_pretrained(model_dir).eval()
 
     def success(self, num_tasks: int, *, hint: str = "none", is_greedy: bool = False) -> float:
-        """Share of the first `num_tasks` held-out tasks solved. `hint` is none, right, or wrong
-        (another type's skill).
+        """Share of the first `num_tasks` held-out tasks solved.
+
+        `hint` is none, right, or wrong (another type's skill).
         """
         tasks = HouseholdEnvironment().list_tasks("heldout")[:num_tasks]
         games = [HouseholdEnvironment() for _ in tasks]
@@ -118,8 +120,9 @@ def test_the_default_recipe_makes_the_shipped_tokenizer_byte_for_byte(tmp_path):
 
 
 def test_the_first_demonstrations_are_those_of_the_shipped_model():
-    """The weights follow from them; the slow test below makes them. The hash was taken when the
-    model was shipped.
+    """The weights follow from them; the slow test below makes them.
+
+    The hash was taken when the model was shipped.
     """
     demonstrator, chat, rng = (
         HouseholdRecipe().open_demonstrator(),
@@ -184,8 +187,9 @@ def test_another_hyperparameter_is_another_model():
 
 @pytest.mark.slow
 def test_the_default_recipe_gives_the_base_figures_in_minutes(tmp_path):
-    """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure). The right skill:
-    0.99. A wrong one: 0.00.
+    """No skill: 0.20 sampled, 0.11 greedy (0.08 is the type without a procedure).
+
+    The right skill: 0.99. A wrong one: 0.00.
     """
     began_s = time.process_time()
     made = create_model(HouseholdRecipe(), tmp_path)

@@ -1,6 +1,4 @@
-"""Demonstrations for environments that are played through prompts with a window of history, and the
-models made of them.
-"""
+"""Demonstrations for environments with a window of history, and the models made of them."""
 
 from __future__ import annotations
 

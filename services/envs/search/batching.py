@@ -5,15 +5,17 @@ batch after the other.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY
 
 from sdar.contracts.errors import CapacityError, UnavailableError
+from sdar.process.measurements import Counter, Declarations, Gauge, Histogram, Meters
 from services.envs.search.passages import Hit, Retriever
 
 MAX_BATCH_QUERIES = 256
@@ -21,15 +23,30 @@ MAX_BATCH_QUERIES = 256
 MAX_WAITING_QUERIES = 8192
 
 log = structlog.get_logger()
-QUERIES = Counter("sdar_retriever_queries_total", "Queries answered")
-FAILURES = Counter("sdar_retriever_failures_total", "Batches on which the retriever failed")
-WAITING = Gauge("sdar_retriever_waiting_queries", "Queries that wait for their batch")
-BATCH_SIZES = Histogram(
-    "sdar_retriever_batch_queries",
-    "Queries of a batch",
-    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
+
+RETRIEVER = Declarations()
+
+QUERIES = RETRIEVER.declare(Counter("sdar_retriever_queries_total", "queries", "Queries answered."))
+FAILURES = RETRIEVER.declare(
+    Counter("sdar_retriever_failures_total", "failures", "Batches on which the retriever failed.")
 )
-BATCH_SECONDS = Histogram("sdar_retriever_batch_seconds", "Seconds that a batch took")
+WAITING = RETRIEVER.declare(
+    Gauge("sdar_retriever_waiting_queries", "queries", "Queries that wait for their batch.")
+)
+BATCH_QUERIES = RETRIEVER.declare(
+    Histogram(
+        "sdar_retriever_batch_queries",
+        "queries",
+        "Queries of a batch.",
+        buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
+    )
+)
+BATCH_SECONDS = RETRIEVER.declare(
+    Histogram("sdar_retriever_batch_seconds", "seconds", "Seconds that a batch took.")
+)
+
+METERS = Meters(RETRIEVER, REGISTRY)
+"""Of this process: it has one retriever."""
 
 
 @dataclass(slots=True)
@@ -67,7 +84,7 @@ class Batcher:
         Raises:
             CapacityError: too many wait already. UnavailableError: the retriever failed.
         """
-        num_waiting = sum(len(request.queries) for request in self._waiting)
+        num_waiting = self._count_waiting()
         if num_waiting + len(queries) > MAX_WAITING_QUERIES:
             raise CapacityError(
                 f"{num_waiting} queries wait already, the limit is {MAX_WAITING_QUERIES}. Retry "
@@ -76,7 +93,7 @@ class Batcher:
             )
         request = _Request(queries, topk, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
-        WAITING.set(num_waiting + len(queries))
+        METERS.set(WAITING, self._count_waiting())
         self._arrived.set()
         return await request.answer
 
@@ -93,21 +110,24 @@ class Batcher:
         while self._waiting and num_queries + len(self._waiting[0].queries) <= MAX_BATCH_QUERIES:
             batch.append(self._waiting.popleft())
             num_queries += len(batch[-1].queries)
-        WAITING.dec(num_queries)
-        BATCH_SIZES.observe(num_queries)
+        METERS.set(WAITING, self._count_waiting())
+        METERS.observe(BATCH_QUERIES, num_queries)
         return batch
+
+    def _count_waiting(self) -> int:
+        return sum(len(request.queries) for request in self._waiting)
 
     async def _answer(self, batch: Sequence[_Request]) -> None:
         queries = [query for request in batch for query in request.queries]
         topk = max(request.topk for request in batch)
+        began_s = time.perf_counter()
         try:
-            with BATCH_SECONDS.time():
-                found = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._retriever.retrieve, queries, topk
-                )
+            found = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._retriever.retrieve, queries, topk
+            )
         # The boundary: one failed batch must not end the service.
         except Exception as error:
-            FAILURES.inc()
+            METERS.count(FAILURES)
             log.warning("retriever_failed", num_queries=len(queries), exc_info=error)
             failure = UnavailableError(
                 f"The retriever failed on this request: {type(error).__name__}: {error}. Retry it."
@@ -115,7 +135,9 @@ class Batcher:
             for request in batch:
                 _set(request.answer, failure)
             return
-        QUERIES.inc(len(queries))
+        finally:
+            METERS.observe(BATCH_SECONDS, time.perf_counter() - began_s)
+        METERS.count(QUERIES, len(queries))
         hits = iter(found)
         for request in batch:
             _set(request.answer, [next(hits)[: request.topk] for _ in request.queries])

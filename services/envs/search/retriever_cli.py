@@ -28,8 +28,9 @@ def retriever(
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.", min=0, max=65535)] = 8000,
 ) -> None:
-    """Serve a corpus to searching agents: POST /retrieve as in Search-R1, /healthz, /readyz,
-    /metrics. Runs until SIGTERM.
+    """Serve a corpus to searching agents.
+
+    POST /retrieve as in Search-R1, /healthz, /readyz, /metrics. Runs until SIGTERM.
     """
     import asyncio
     import functools

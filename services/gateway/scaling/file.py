@@ -1,26 +1,31 @@
-"""Owns the scaling file (SDAR_SCALING): what may be scaled, within which bounds. Never decides a
-size.
+"""The scaling file (SDAR_SCALING): what may be scaled, within which bounds. Never decides a size.
 
 The file is read again at every look, so that a changed bound restarts nothing. One that cannot be
-used is told of, and the last good one stays.
+used raises an alarm, and the last good one stays.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import structlog
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sdar.config import Section
+from sdar.contracts.roles import ROLES, SCALABLE, Role, Signal
 
 log = structlog.get_logger()
 
-Role = Literal["rollout", "teacher", "envs", "learner"]
-SLEEPING: tuple[Role, ...] = ("rollout", "teacher", "learner")
-"""What the idle guard scales to zero, in the order of the data's flow: what may hold a GPU."""
+
+def _check_scalable(role: Role) -> Role:
+    if role not in SCALABLE:
+        raise ValueError(f"{role} is not scaled. Name some of {', '.join(SCALABLE)}.")
+    return role
+
+
+ScalableRole = Annotated[Role, AfterValidator(_check_scalable)]
 
 
 class Workload(Section):
@@ -58,17 +63,17 @@ class ScalingFile(Section):
     """Say what would be done and why, and do nothing."""
     idle_after_s: float = Field(default=1800.0, ge=0, le=31_536_000)
     """A run that is finished, failed, paused or stuck for so long is put to sleep; 0 for never."""
-    workloads: dict[Role, Workload] = Field(default_factory=dict)
+    workloads: dict[ScalableRole, Workload] = Field(default_factory=dict)
     """By service; one that is missing is left alone."""
 
     @property
     def managed(self) -> dict[Role, Workload]:
         """The workloads whose size is the gateway's to decide."""
-        return {
-            role: w
-            for role, w in self.workloads.items()
-            if self.mode == "gateway" or role == "learner"
-        }
+        if self.mode == "gateway":
+            return self.workloads
+        # What follows a signal is KEDA's; what has none is only put to sleep.
+        fixed = (role for role in self.workloads if ROLES[role].signal is Signal.NONE)
+        return {role: self.workloads[role] for role in fixed}
 
 
 class ScalingFileReader:
@@ -86,7 +91,7 @@ class ScalingFileReader:
         self._text: str | None = None
 
     def refresh(self) -> bool:
-        """Read again; tells whether a new fault was found. Never raises for what the file holds."""
+        """Read again; returns whether a new fault was found. Never raises for what it holds."""
         try:
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -96,12 +101,13 @@ class ScalingFileReader:
             return False
         try:
             self.file = ScalingFile.model_validate(yaml.safe_load(text))
-        except Exception as error:  # noqa: BLE001  # PyYAML raises what it likes for a value that its tag does not fit
+        except Exception as error:  # noqa: BLE001  # PyYAML raises anything for a bad tag
             self._text = text
             return self._refuse(f"{self._path} is no scaling file: {_describe(error)}")
         if self._text is not None:
             log.info("scaling_file_changed", mode=self.file.mode, dry_run=self.file.dry_run)
-        self._text, self.problem = text, ""
+        self._text = text
+        self.problem = ""
         return False
 
     def _refuse(self, problem: str) -> bool:
@@ -120,7 +126,8 @@ class ScalingFileReader:
 def _describe(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) + "."
-    faults = [
-        f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()
-    ]
+    faults = []
+    for fault in error.errors():
+        place = ".".join(map(str, fault["loc"])) or "file"
+        faults.append(f"{place}: {fault['msg']}")
     return "; ".join(faults) + "."

@@ -1,45 +1,64 @@
-"""Owns the scaler's Prometheus metrics."""
+"""What the scaler measures: each declared here once. docs/metrics.md lists them."""
 
 from __future__ import annotations
 
-from typing import get_args
+from prometheus_client import CollectorRegistry
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from sdar.contracts.roles import SCALABLE
+from sdar.process.measurements import Counter, Declarations, Gauge, Label, Meters
 
-from .file import Role
+_WORKLOAD = Label("workload", SCALABLE)
+_DIRECTIONS = ("up", "down")
+_CAUSES = ("file", "cluster", "bus", "conflict", "defect")
+
+SCALING = Declarations()
+
+REPLICAS = SCALING.declare(
+    Gauge(
+        "sdar_scaling_replicas",
+        "replicas",
+        "Replicas of a workload: current, and wanted by the gateway.",
+        (_WORKLOAD, Label("kind", ("current", "wanted"))),
+    )
+)
+CHANGES = SCALING.declare(
+    Counter(
+        "sdar_scaling_changes_total",
+        "changes",
+        "Changes of a workload's size.",
+        (_WORKLOAD, Label("direction", _DIRECTIONS)),
+    )
+)
+ERRORS = SCALING.declare(
+    Counter(
+        "sdar_scaling_errors_total",
+        "errors",
+        "What kept a look from scaling: the file, the cluster's API, Redis, somebody who acted "
+        "meanwhile, a defect.",
+        (Label("cause", _CAUSES),),
+    )
+)
+IDLE = SCALING.declare(
+    Gauge(
+        "sdar_idle",
+        "0 or 1",
+        "1 while the idle guard holds rollout, teacher and learner at zero replicas.",
+    )
+)
 
 
-class ScalingMetrics:
-    """Args: registry: none makes one of its own."""
+class ScalingMetrics(Meters):
+    """The scaler's meters.
+
+    Args:
+        registry: none makes one of its own.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        registry = CollectorRegistry() if registry is None else registry
-        self.replicas = Gauge(
-            "sdar_scaling_replicas",
-            "Replicas of a workload: current, and wanted by the gateway.",
-            ["workload", "kind"],
-            registry=registry,
-        )
-        self.changes = Counter(
-            "sdar_scaling_changes",
-            "Changes of a workload's size.",
-            ["workload", "direction"],
-            registry=registry,
-        )
-        self.errors = Counter(
-            "sdar_scaling_errors",
-            "What kept a look from scaling: the file, the cluster's API, Redis, somebody who acted "
-            "meanwhile, a defect.",
-            ["cause"],
-            registry=registry,
-        )
-        self.idle = Gauge(
-            "sdar_idle",
-            "1 while the idle guard holds rollout, teacher and learner at zero replicas.",
-            registry=registry,
-        )
-        for role in get_args(Role):
-            for direction in ("up", "down"):
-                self.changes.labels(role, direction)
-        for cause in ("file", "cluster", "bus", "conflict", "defect"):
-            self.errors.labels(cause)
+        super().__init__(SCALING, registry)
+        # There at 0, so that the first one is seen as an increase.
+        for role in SCALABLE:
+            for direction in _DIRECTIONS:
+                self.count(CHANGES, 0, workload=role, direction=direction)
+        for cause in _CAUSES:
+            self.count(ERRORS, 0, cause=cause)

@@ -18,6 +18,7 @@ from statistics import median
 import structlog
 
 from sdar.contracts.errors import ConflictError, UnavailableError
+from sdar.contracts.roles import SLEEPING, WORKERS, Role
 from sdar.contracts.streams import Stream
 from sdar.process.lifecycle import wait_or_stop
 
@@ -26,9 +27,9 @@ from ..scheduler import Scheduler
 from ..state import RunPhase
 from ..watch import Watch
 from .cluster import Cluster, Size
-from .file import SLEEPING, Role, ScalingFile, ScalingFileReader, Workload
+from .file import ScalingFile, ScalingFileReader, Workload
 from .governor import Decision, Governor
-from .metrics import ScalingMetrics
+from .metrics import CHANGES, ERRORS, IDLE, REPLICAS, ScalingMetrics
 from .signals import Advice, Load, Stillness, Values, advise, find_idleness
 
 log = structlog.get_logger()
@@ -139,7 +140,7 @@ class Scaler:
     async def look(self) -> None:
         """Look now, and act. Never raises for a cluster, a Redis or a file that cannot be used."""
         if await asyncio.to_thread(self._reader.refresh):
-            self._metrics.errors.labels("file").inc()
+            self._metrics.count(ERRORS, cause="file")
         file, now_s = self._reader.file, self._clock()
         if abs(now_s - self._looked_at_s) > _MAX_ABSENCE_S:
             self._present_since_s = now_s
@@ -157,7 +158,7 @@ class Scaler:
         self._watch.scaling_problem = " ".join(
             filter(None, (self._reader.problem, self.problem if is_lasting else ""))
         )
-        self._metrics.idle.set(self._scheduler.state.sleep is not None)
+        self._metrics.set(IDLE, self._scheduler.state.sleep is not None)
 
     async def _scale(self, look: _Look) -> str:
         """Read, decide, act. Returns what kept it from that, about one workload if there are
@@ -185,7 +186,7 @@ class Scaler:
             except UnavailableError as error:
                 problem = self._fail("cluster", error.message)
             except ConflictError as error:
-                self._metrics.errors.labels("conflict").inc()
+                self._metrics.count(ERRORS, cause="conflict")
                 log.info("scaling_conflict", error=error.message)
             except TimeoutError:
                 return self._fail(
@@ -196,7 +197,7 @@ class Scaler:
         return problem
 
     def _fail(self, cause: str, problem: str) -> str:
-        self._metrics.errors.labels(cause).inc()
+        self._metrics.count(ERRORS, cause=cause)
         if problem != self.problem:
             log.warning("scaling_failed", cause=cause, error=problem)
         return problem
@@ -209,10 +210,10 @@ class Scaler:
         scheduler = self._scheduler
         sizes = {str(role): look.sizes[role].replicas for role in SLEEPING if role in look.sizes}
         # A look that cannot see the learner is none.
-        is_first, self._has_looked = not self._has_looked, self._has_looked or "learner" in sizes
+        is_first, self._has_looked = not self._has_looked, self._has_looked or Role.LEARNER in sizes
         if scheduler.state.sleep or look.file.dry_run or not sizes:
             return
-        if is_first and scheduler.is_blank and sizes.get("learner") == 0:
+        if is_first and scheduler.is_blank and sizes.get(Role.LEARNER) == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
             scheduler.control.fall_asleep(
                 "The run slept when this gateway started, and Redis has no memory of it. `sdar "
@@ -266,18 +267,16 @@ class Scaler:
 
     def _count_missing(self, role: Role, replicas: int) -> int:
         """Workers that were asked for and are not heard from; the environments report nothing."""
-        return (
-            max(0, replicas - self._scheduler.history.count_instances(role))
-            if role in ("rollout", "teacher")
-            else 0
-        )
+        if role not in WORKERS:
+            return 0
+        return max(0, replicas - self._scheduler.history.count_instances(role))
 
     def _measure(self, look: _Look, governor: Governor) -> Load:
         """What was reported since the workload's size last changed, within a window of some
         updates.
         """
         scheduler, training = self._scheduler, self._scheduler.config.training
-        newest = scheduler.history.newest_values("learner", _NEWEST_UPDATES)
+        newest = scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
         update_s = median(values.get("total_s", 0.0) for values in newest) if newest else 0.0
         window_s, steady_s = (
             max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s),
@@ -285,15 +284,13 @@ class Scaler:
         )
         # A learner that is away says nothing; what it said before it went is no signal.
         updates = scheduler.history.values_since(
-            "learner", look.now_s - min(window_s, steady_s)
+            Role.LEARNER, look.now_s - min(window_s, steady_s)
         ).values()
         workers_since_s = look.now_s - min(window_s, steady_s, _MAX_WINDOW_S)
         lag = self._watch.lags.get(Stream.TRAJECTORIES) if scheduler.config.needs_teacher else None
         return Load(
             updates=[values for of_one in updates for values in of_one][:_NEWEST_UPDATES],
-            workers={
-                name: self._find_workers(name, workers_since_s) for name in ("rollout", "teacher")
-            },
+            workers={role: self._find_workers(role, workers_since_s) for role in WORKERS},
             num_lagging=lag.num_undelivered + lag.num_pending if lag else 0,
             lag_age_s=min(lag.oldest_age_s, steady_s) if lag else 0.0,
             num_admitted=(training.max_staleness + 1)
@@ -327,8 +324,8 @@ class Scaler:
         self.workloads[role] = WorkloadStatus(
             *bounds, current, decision.replicas, decision.reason, since_s
         )
-        self._metrics.replicas.labels(role, "current").set(current)
-        self._metrics.replicas.labels(role, "wanted").set(decision.replicas)
+        self._metrics.set(REPLICAS, current, workload=role, kind="current")
+        self._metrics.set(REPLICAS, decision.replicas, workload=role, kind="wanted")
         if look.file.dry_run and not is_same and current != decision.replicas:
             log.info(
                 "scaling_advised",
@@ -358,7 +355,7 @@ class Scaler:
         now_s = self._clock()
         self._governors[role].note_change(now_s)
         self.changes.append(Change(now_s, role, before, after, decision.reason))
-        self._metrics.changes.labels(role, "up" if after > before else "down").inc()
+        self._metrics.count(CHANGES, workload=role, direction="up" if after > before else "down")
         log.info(
             "workload_scaled", workload=role, before=before, after=after, reason=decision.reason
         )
@@ -377,4 +374,4 @@ class Scaler:
             )
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
-            self._metrics.errors.labels("cluster").inc()
+            self._metrics.count(ERRORS, cause="cluster")

@@ -1,21 +1,21 @@
-"""Owns what a run's numbers say about the size of each workload, and when a run is idle. Pure;
-hysteresis is the governor's.
+"""What a run's numbers say about the size of each workload, and when a run is idle. Pure.
 
-Each workload has one signal. Rollout: the share of its time that the learner waits for data.
-Teacher: how much of what admission allows to be out waits for a score, and for how long.
-Environments: episodes that wait for a session.
+Each role has one signal, which the table of services names. Rollout: the share of its time that the
+learner waits for data. Teacher: how much of what admission allows to be out waits for a score, and
+for how long. Environments: episodes that wait for a session. Hysteresis is the governor's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from sdar.contracts.roles import ROLES, Role, Signal
+
 from ..alarms import LEARNER_SILENCE_FACTOR, NO_PROGRESS_S, BusState
 from ..state import RunPhase
-from .file import Role
 
 Values = Mapping[str, float]
 
@@ -88,7 +88,7 @@ class Load:
 
     @property
     def num_waiting_sessions(self) -> float:
-        return self.sum_means("rollout", "waiting_sessions")
+        return self.sum_means(Role.ROLLOUT, "waiting_sessions")
 
     @property
     def is_teacher_narrow(self) -> bool:
@@ -109,13 +109,14 @@ def advise(role: Role, load: Load, replicas: int) -> Advice:
     """What the workload's signal asks for, given the replicas that there are. Bounds are not looked
     at.
     """
-    judges = {"rollout": _advise_rollout, "teacher": _advise_teacher, "envs": _advise_envs}
-    return (
-        judges[role](load, replicas) if role in judges else Advice(replicas, "Its size is fixed.")
-    )
+    return _JUDGES[ROLES[role].signal](load, replicas)
 
 
-def _advise_rollout(load: Load, replicas: int) -> Advice:
+def _keep(load: Load, replicas: int) -> Advice:
+    return Advice(replicas, "Its size is fixed.")
+
+
+def _follow_learner(load: Load, replicas: int) -> Advice:
     waits = [values["wait_share"] for values in load.updates if "wait_share" in values]
     if len(waits) < LEAST_UPDATES:
         return Advice(
@@ -123,27 +124,16 @@ def _advise_rollout(load: Load, replicas: int) -> Advice:
             f"{len(waits)} updates since the last change; {LEAST_UPDATES} are needed to judge.",
         )
     # The median: an evaluation that holds one update up says nothing about the others.
-    wait, idle = median(waits), load.sum_means("rollout", "waiting_share")
-    idle_share = load.compute_idle_share("rollout")
-    found = f"The learner waits {wait:.0%} of its time for data, rollout workers are idle {idle_share:.0%} of theirs"
+    wait = median(waits)
+    idle = load.sum_means(Role.ROLLOUT, "waiting_share")
+    idle_share = load.compute_idle_share(Role.ROLLOUT)
+    found = (
+        f"The learner waits {wait:.0%} of its time for data, rollout workers are idle "
+        f"{idle_share:.0%} of theirs"
+    )
     if wait > MOST_WAIT_SHARE:
-        if load.is_teacher_narrow:
-            return Advice(
-                replicas,
-                f"{found}; {load.num_lagging} trajectories wait for the teacher, which is the "
-                "narrow place.",
-            )
-        if load.num_waiting_sessions > LEAST_WAITING_SESSIONS:
-            return Advice(
-                replicas,
-                f"{found}; episodes wait for environment sessions, which are the narrow place.",
-            )
-        if idle_share > HELD_BACK_SHARE:
-            return Advice(
-                replicas,
-                f"{found}; admission holds them back (training.max_staleness), more would wait as "
-                "well.",
-            )
+        if narrow := _find_narrower_place(load, idle_share):
+            return Advice(replicas, f"{found}; {narrow}")
         # Data come at (1 - wait) of the rate at which the learner would take them. Twice as many at
         # most: a guess it is.
         wanted = min(2 * replicas, math.ceil(round(replicas / (1.0 - min(wait, 0.99)), 6)))
@@ -153,17 +143,26 @@ def _advise_rollout(load: Load, replicas: int) -> Advice:
     return Advice(replicas, f"{found}.")
 
 
-def _advise_teacher(load: Load, replicas: int) -> Advice:
-    if not load.count_workers("teacher"):
+def _find_narrower_place(load: Load, idle_share: float) -> str:
+    """What else than the number of rollout workers keeps data from the learner; empty if nothing."""
+    if load.is_teacher_narrow:
+        return f"{load.num_lagging} trajectories wait for the teacher, which is the narrow place."
+    if load.num_waiting_sessions > LEAST_WAITING_SESSIONS:
+        return "episodes wait for environment sessions, which are the narrow place."
+    if idle_share > HELD_BACK_SHARE:
+        return "admission holds them back (training.max_staleness), more would wait as well."
+    return ""
+
+
+def _follow_scores(load: Load, replicas: int) -> Advice:
+    if not load.count_workers(Role.TEACHER):
         return Advice(replicas, "No teacher was heard from since the last change.")
-    idle, idle_share = (
-        load.sum_means("teacher", "waiting_share"),
-        load.compute_idle_share("teacher"),
-    )
+    idle = load.sum_means(Role.TEACHER, "waiting_share")
+    idle_share = load.compute_idle_share(Role.TEACHER)
     found = (
         f"{load.num_lagging} trajectories wait for their scores, {load.lag_share:.0%} of what "
-        "admission allows to be out, the "
-        f"oldest for {load.lag_age_s:.0f} s; teachers are idle {idle_share:.0%} of their time"
+        f"admission allows to be out, the oldest for {load.lag_age_s:.0f} s; teachers are idle "
+        f"{idle_share:.0%} of their time"
     )
     if load.is_teacher_narrow:
         if idle_share > HELD_BACK_SHARE:
@@ -174,19 +173,31 @@ def _advise_teacher(load: Load, replicas: int) -> Advice:
     return Advice(replicas, f"{found}.")
 
 
-def _advise_envs(load: Load, replicas: int) -> Advice:
-    if not load.count_workers("rollout"):
+def _follow_sessions(load: Load, replicas: int) -> Advice:
+    if not load.count_workers(Role.ROLLOUT):
         return Advice(replicas, "No rollout worker was heard from since the last change.")
-    capacity, waiting = load.sessions_per_replica, load.num_waiting_sessions
+    capacity = load.sessions_per_replica
+    waiting = load.num_waiting_sessions
     # Every running episode has a session or waits for one.
-    demand = max(waiting, load.sum_means("rollout", "running_episodes"))
-    found = f"{demand:.0f} episodes want a session, {waiting:.1f} of them wait for one; {replicas * capacity} sessions fit"
+    demand = max(waiting, load.sum_means(Role.ROLLOUT, "running_episodes"))
+    found = (
+        f"{demand:.0f} episodes want a session, {waiting:.1f} of them wait for one; "
+        f"{replicas * capacity} sessions fit"
+    )
     if waiting > LEAST_WAITING_SESSIONS:
         # Others may use the environments too, so that some wait although all of ours would fit.
         return Advice(max(replicas + 1, math.ceil(demand / capacity)), f"{found}: more are needed.")
     if replicas > 1 and demand <= SPARE_SESSION_SHARE * (replicas - 1) * capacity:
         return Advice(replicas - 1, f"{found}: one less holds them.")
     return Advice(replicas, f"{found}.")
+
+
+_JUDGES: Mapping[Signal, Callable[[Load, int], Advice]] = {
+    Signal.NONE: _keep,
+    Signal.LEARNER_WAITS: _follow_learner,
+    Signal.SCORES_WAIT: _follow_scores,
+    Signal.SESSIONS_WAIT: _follow_sessions,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +228,19 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
     """Why the run is idle, for longer than it may be, and what wakes it; empty if it isn't."""
     if not idle_after_s:
         return ""
-    patience_s, since_s, remedy = idle_after_s, still.progress_at_s, "`sdar resume` wakes it."
+    patience_s = idle_after_s
+    since_s = still.progress_at_s
+    remedy = "`sdar resume` wakes it."
     match still.phase:
         case RunPhase.FINISHED:
-            since_s, what = still.finished_at_s, "The run has been finished"
+            since_s = still.finished_at_s
+            what = "The run has been finished"
             remedy = "It goes on when training.num_updates is raised."
         case RunPhase.FAILED:
             what = f"The run has failed ({still.detail}) and not moved"
         case RunPhase.PAUSED:
-            since_s, what = max(since_s, still.paused_at_s), "The run is paused and has not moved"
+            since_s = max(since_s, still.paused_at_s)
+            what = "The run is paused and has not moved"
         case _:
             if still.bus is not BusState.OK:
                 return ""
@@ -235,7 +250,9 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
             )
             what = f"The run is stuck ({still.phase}): nothing was played, trained or evaluated"
     idle_s = still.now_s - since_s
-    return f"{what} for {format_duration(idle_s)}. {remedy}" if idle_s >= patience_s else ""
+    if idle_s < patience_s:
+        return ""
+    return f"{what} for {format_duration(idle_s)}. {remedy}"
 
 
 def format_duration(duration_s: float) -> str:

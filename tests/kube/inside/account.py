@@ -1,6 +1,4 @@
-"""Runs inside a gateway pod: prints the account of groups, and which groups are closed, as one line
-of JSON.
-"""
+"""Runs inside a gateway pod: prints the account and the closed groups as a line of JSON."""
 
 from __future__ import annotations
 

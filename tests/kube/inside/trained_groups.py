@@ -1,6 +1,4 @@
-"""Runs inside a learner pod: prints the group ids of each optimizer step of its newest checkpoint,
-as one line of JSON.
-"""
+"""Runs inside a learner pod: prints the newest checkpoint's groups by optimizer step, as JSON."""
 
 from __future__ import annotations
 

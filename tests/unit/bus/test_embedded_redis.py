@@ -1,6 +1,4 @@
-"""The embedded Redis starts, answers, keeps its data, dies with its parent, and explains itself
-when it cannot.
-"""
+"""The embedded Redis starts, answers, keeps data, dies with its parent, explains failures."""
 
 from __future__ import annotations
 

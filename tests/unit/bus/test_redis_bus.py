@@ -1,6 +1,4 @@
-"""What only the Redis bus promises: it outlives outages and restarts, heals missing groups and says
-what is wrong.
-"""
+"""The Redis bus outlives outages and restarts, heals missing groups and says what is wrong."""
 
 from __future__ import annotations
 
@@ -177,9 +175,7 @@ async def test_a_call_that_is_cancelled_while_it_waits_is_no_longer_held_up(
 
 
 async def test_a_redis_that_is_still_loading_its_file_is_waited_for(tmp_path: Path) -> None:
-    """The server takes 5 ms for each of 160 keys and looks up every 2 MB, to answer that it is
-    loading.
-    """
+    """The server takes 5 ms for each of 160 keys and says every 2 MB that it is loading."""
     slow = tmp_path / "slow-redis"
     slow.write_text(f'#!/bin/sh\nexec {_find_executable()} "$@" --key-load-delay 5000\n')
     slow.chmod(0o700)
@@ -205,8 +201,9 @@ async def test_a_redis_that_is_still_loading_its_file_is_waited_for(tmp_path: Pa
 
 
 class ForgetfulProxy:
-    """Stands before a Redis. Once armed, it drops the connection in place of the next reply to a
-    command of this name.
+    """Stands before a Redis.
+
+    Once armed, it drops the connection in place of the next reply to a command of this name.
     """
 
     def __init__(self, url: str, command: bytes = b"EVALSHA") -> None:
@@ -381,8 +378,9 @@ def tear(file: Path, num_cut: int) -> None:
 async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whole_or_not(
     tmp_path: Path, num_cut: int
 ) -> None:
-    """Killed with fsync "always". Without a cut the tail is a write that nobody was told of; the
-    cut goes into one that was.
+    """Killed with fsync "always".
+
+    Without a cut the tail is a write that nobody was told of; the cut goes into one that was.
     """
     with EmbeddedRedis(tmp_path, fsync="always") as server:
         bus = RedisBus(server.url, "run", WIRING, LIMITS)
@@ -429,9 +427,7 @@ async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_i
 
 
 async def test_after_a_restart_of_redis_nobody_living_is_taken_for_dead(tmp_path: Path) -> None:
-    """All were idle for longer than any bound, and the first one that is back finds nobody else
-    connected.
-    """
+    """All were idle beyond any bound, and the first one back finds nobody else connected."""
     min_idle_s = 0.3
     with EmbeddedRedis(tmp_path, fsync="always") as server:
         client = redis.Redis.from_url(server.url)
@@ -465,9 +461,7 @@ async def test_after_a_restart_of_redis_nobody_living_is_taken_for_dead(tmp_path
 async def test_a_server_that_tells_nobody_who_is_connected_leaves_only_the_long_bound(
     server: EmbeddedRedis, bus: RedisBus, client: redis.Redis
 ) -> None:
-    """So do the managed ones: the user may not use administrative commands, naming its connections
-    among them.
-    """
+    """Managed ones, too: the user may run no administrative commands, naming included."""
     await client.execute_command(
         "ACL", "SETUSER", "limited", "on", ">secret", "~*", "+@all", "-@dangerous", "+xinfo"
     )
@@ -546,9 +540,7 @@ async def test_a_role_that_is_taken_over_ends_the_read_that_waits(
 async def test_entries_of_a_read_whose_reply_was_lost_are_returned_by_the_next(
     server: EmbeddedRedis, has_role: bool
 ) -> None:
-    """0 is pending under the same name from an earlier read, 1 and 2 are lent by the reply that is
-    lost, 3 comes later.
-    """
+    """0 is pending from an earlier read, 1 and 2 are in the lost reply, 3 comes later."""
     proxy = ForgetfulProxy(server.url, b"EVALSHA" if has_role else b"XREADGROUP")
     async with proxy as url:
         far = RedisBus(url, "run", WIRING, LIMITS)
@@ -574,9 +566,7 @@ async def test_entries_of_a_read_whose_reply_was_lost_are_returned_by_the_next(
 async def test_entries_of_a_lost_reply_are_found_behind_those_taken_over(
     server: EmbeddedRedis, has_role: bool
 ) -> None:
-    """As after a start: more is pending from an earlier life than one read asks for, and the first
-    read is the one lost.
-    """
+    """As after a start: more is pending than one read asks for, and the first read is lost."""
     proxy = ForgetfulProxy(server.url, b"EVALSHA" if has_role else b"XREADGROUP")
     async with proxy as url:
         far = RedisBus(url, "run", WIRING, LIMITS)

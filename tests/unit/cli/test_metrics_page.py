@@ -2,7 +2,19 @@ from __future__ import annotations
 
 import re
 
-from sdar.cli.metrics_page import PAGE, list_metrics, render_page
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from sdar.algorithms.measurements import TOKEN_MEASUREMENTS
+from sdar.cli.metrics_page import PAGE, list_services, render_page
+from sdar.process.gpu_time import GPU_SECONDS, GpuTime
+from sdar.process.measurements import Counter, Declarations, Meters
+from sdar.process.telemetry import build_registry
+from services.gateway.metrics import GATEWAY, GatewayMetrics
+from services.gateway.scaling.metrics import SCALING, ScalingMetrics
+from services.learner.metrics import LEARNER, LearnerMetrics
+from services.rollout.metrics import ROLLOUT, RolloutMetrics
+from services.teacher.metrics import TEACHER, TeacherMetrics
 
 
 def test_the_metrics_page_is_written_from_the_current_services():
@@ -11,26 +23,82 @@ def test_the_metrics_page_is_written_from_the_current_services():
     )
 
 
+def test_a_measurement_declared_in_one_place_is_exposed_reported_and_on_the_page(monkeypatch):
+    # On copies: the declarations of the process stay as they are.
+    monkeypatch.setattr(ROLLOUT, "measurements", [*ROLLOUT.measurements])
+    monkeypatch.setattr(ROLLOUT, "reported", {**ROLLOUT.reported})
+    toy = ROLLOUT.declare(
+        Counter("sdar_rollout_toys_total", "toys", "Toys thrown out.", key="num_toys")
+    )
+    metrics = RolloutMetrics()
+    metrics.count(toy, 2)
+    assert "sdar_rollout_toys_total 2.0" in generate_latest(metrics.registry).decode()
+    record = metrics.collect_record(num_running_episodes=0, num_waiting_sessions=0)
+    assert record["num_toys"] == 2
+    row = "| `sdar_rollout_toys_total` | counter | toys | `num_toys` | Toys thrown out. |"
+    assert row in render_page()
+
+
+def test_every_mean_of_a_loss_is_shown_and_reported_by_the_learner():
+    for measurement in TOKEN_MEASUREMENTS:
+        shown = LEARNER.reported[measurement.name]
+        assert shown in LEARNER.measurements
+        assert (shown.name, shown.help) == (f"sdar_learner_{measurement.name}", measurement.help)
+
+
+@pytest.mark.parametrize(
+    ("make", "declarations"),
+    [
+        (GatewayMetrics, GATEWAY),
+        (ScalingMetrics, SCALING),
+        (RolloutMetrics, ROLLOUT),
+        (TeacherMetrics, TEACHER),
+        (LearnerMetrics, LEARNER),
+    ],
+)
+def test_a_service_exposes_what_it_declares_and_nothing_else(
+    make: type[Meters], declarations: Declarations
+):
+    registry = CollectorRegistry()
+    make(registry)
+    shown = {(family.name, family.type) for family in registry.collect()}
+    declared = declarations.measurements
+    assert shown == {(found.name.removesuffix("_total"), found.kind) for found in declared}
+
+
+def test_what_is_collected_otherwise_is_on_the_page_as_it_is_exposed():
+    registry = build_registry()
+    registry.register(GpuTime(0))
+    listed = {*list_services()[0].measurements, GPU_SECONDS}
+    shown = {(f.name, f.type, f.documentation) for f in registry.collect()}
+    assert shown == {(m.name.removesuffix("_total"), m.kind, m.help) for m in listed}
+
+
 def test_every_metric_has_a_unit_a_meaning_and_a_name_of_the_project():
-    metrics = list_metrics()
-    assert len({metric.role for metric in metrics}) == 7
-    for metric in metrics:
-        assert re.fullmatch(r"(sdar|process)_[a-z0-9_]+", metric.name)
-        assert metric.unit
-        assert len(metric.meaning) > 10
+    services = list_services()
+    assert len(services) == 7
+    for service in services:
+        for measurement in service.measurements:
+            assert re.fullmatch(r"(sdar|process)_[a-z0-9_]+", measurement.name)
+        for declared in (*service.measurements, *service.figures):
+            assert declared.unit
+            assert len(declared.help) > 10
+            assert declared.help.endswith(".")
 
 
 def test_no_two_services_mean_different_things_by_one_name():
-    told = {}
-    for metric in list_metrics():
-        assert told.setdefault(metric.name, (metric.kind, metric.labels, metric.meaning))[1:] == (
-            metric.labels,
-            metric.meaning,
-        )
+    first = {}
+    for service in list_services():
+        for measurement in service.measurements:
+            assert first.setdefault(measurement.name, measurement) == measurement
 
 
 def test_series_are_named_as_prometheus_sees_them():
-    series = {name: labels for metric in list_metrics() for name, labels in metric.series.items()}
+    series = {}
+    for service in list_services():
+        for measurement in service.measurements:
+            for name, labels in measurement.series.items():
+                series[name] = tuple(label.name for label in labels)
     assert series["sdar_learner_seconds_bucket"] == ("part", "le")
     assert series["sdar_rollout_episodes_total"] == ("purpose", "task_type")
     assert series["sdar_updates"] == ()

@@ -1,6 +1,4 @@
-"""Environments are found by name, by class path or by file, and built with options that are
-checked.
-"""
+"""Environments are found by name, class path or file, and built with checked options."""
 
 from __future__ import annotations
 

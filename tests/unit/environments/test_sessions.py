@@ -1,6 +1,4 @@
-"""Sessions against fake environments and an injected clock: who gets a place, when it is lost,
-which steps can be retried.
-"""
+"""Sessions on fake environments and a fake clock: who gets a place, loses it, may retry."""
 
 from __future__ import annotations
 

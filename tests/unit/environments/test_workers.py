@@ -1,6 +1,4 @@
-"""Worker processes, real ones, without a wire: what a hang, a death or a queue does to whose
-sessions.
-"""
+"""Real worker processes without a wire: what a hang, death or queue does to sessions."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ TASK = "task 0"
 async def hosting(
     *, num_workers: int = 1, step_timeout_s: float = 10.0, kind: str = "Misbehaving", **options
 ):
-    """A started host of one environment, `it`, and the ids of sessions it reports lost. Leaves no
-    process and no file.
+    """A started host of one environment, `it`, and the ids of sessions it reports lost.
+
+    Leaves no process and no file.
     """
     own = psutil.Process()
     children, num_fds = set(own.children(recursive=True)), own.num_fds()
@@ -187,9 +186,7 @@ async def test_tasks_that_a_dying_worker_was_asked_for_are_asked_for_again():
 
 
 async def test_a_worker_that_finds_no_file_descriptor_is_tried_again(monkeypatch):
-    """By a system that refuses: the real limit would hit whatever else runs in the process of the
-    tests.
-    """
+    """By a system that refuses: the real limit would hit the tests' own process."""
     async with hosting() as (host, _):
         is_refused, build_pair = asyncio.Event(), socket.socketpair
 

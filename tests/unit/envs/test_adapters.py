@@ -162,8 +162,7 @@ def test_an_action_outside_the_space_uses_a_turn_and_does_not_reach_the_environm
     assert results[3].action == "left"
     assert results[3].observation.text == (
         "That is no action here. Answer with a JSON list of integers of shape [2], at least 0, at "
-        "most [2, 3], alone or in "
-        "<action> tags."
+        "most [2, 3], alone or in <action> tags."
     )
 
 
@@ -186,9 +185,7 @@ def test_a_text_rendering_is_shown_with_its_colours_by_name():
 
 
 def test_an_action_mask_shortens_the_list_but_forbids_nothing():
-    """Taxi's mask leaves out what would not move: picking up where nobody is costs 10 there, and is
-    playable.
-    """
+    """Taxi's mask leaves out moves that change nothing; a vain pick-up costs 10 but is playable."""
     first, (result,) = play(GymnasiumEnvironment(id="Taxi-v4"), "4")
     assert "4" not in first.admissible_actions
     assert (result.is_action_valid, result.reward) == (True, -10.0)

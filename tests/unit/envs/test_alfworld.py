@@ -1,6 +1,4 @@
-"""ALFWorld's rules, on a shipped game: a mug on countertop 2 must go into microwave 1, which is
-closed.
-"""
+"""ALFWorld's rules on a shipped game: a mug on a countertop must go into a closed microwave."""
 
 from __future__ import annotations
 
@@ -58,8 +56,7 @@ def test_the_first_observation_is_the_scene_and_the_task_is_described_apart(envi
     observation = environment.reset(TASK_ID, seed=0)
     assert observation.text == (
         "You are in the middle of a room. Looking quickly around you, you see a countertop 2, a "
-        "countertop 1, a fridge 1, a "
-        "microwave 1, and a sinkbasin 1."
+        "countertop 1, a fridge 1, a microwave 1, and a sinkbasin 1."
     )
     assert observation.admissible_actions == AT_THE_START
     task = environment.get_task(TASK_ID)
@@ -74,9 +71,8 @@ def test_the_expert_wins_ten_points_and_every_turn_tells_only_what_is_new(enviro
     results = play(environment, map(say, EXPERT))
     assert [result.observation.text for result in results] == [
         (
-            "You arrive at countertop 2. On the countertop 2, you see a mug 1, a soapbottle 1, and "
-            "a "
-            "winebottle 2."
+            "You arrive at countertop 2. On the countertop 2, you see a mug 1, "
+            "a soapbottle 1, and a winebottle 2."
         ),
         "You pick up the mug 1 from the countertop 2.",
         "You arrive at microwave 1. The microwave 1 is closed.",
@@ -201,12 +197,13 @@ def test_a_closed_episode_gives_its_engine_to_the_next(environment):
 
 
 def test_listing_tasks_does_not_import_the_engine():
-    """The engine takes a second to import and 70 MB to hold: only a process that plays pays for it."""
-    program = (
-        "import sys; from services.envs.alfworld import AlfworldEnvironment as E; "
-        f"tasks = E(data_dir={str(DATA)!r}).list_tasks('train'); print(len(tasks), 'textworld' in "
-        "sys.modules)"
-    )
+    """The engine takes a second to import and 70 MB: only a process that plays pays for it."""
+    program = f"""
+import sys
+from services.envs.alfworld import AlfworldEnvironment
+tasks = AlfworldEnvironment(data_dir={str(DATA)!r}).list_tasks("train")
+print(len(tasks), "textworld" in sys.modules)
+"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,6 +1,4 @@
-"""The kept engine says word for word what the stock engine says: that is all that may be known of
-it.
-"""
+"""The kept engine says word for word what the stock engine says."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def play(stack, command):
 
 
 def record_stock(stack, game, num_random, seed):
-    """Random play with nonsense in between, a reset in the middle, then the expert's walkthrough to
-    the win.
-    """
+    """Random play with nonsense, a reset in the middle, then the expert's walkthrough."""
     rng = random.Random(seed)
     stack.load(game)
     transcript = [play(stack, RESET)]
@@ -85,9 +81,7 @@ def test_transcripts_are_those_of_the_stock_engine_to_the_win(stock_transcripts)
 
 
 def test_games_played_in_turns_do_not_touch_each_other(stock_transcripts):
-    """Two players of each game, all six interleaved in one thread, the second player some turns
-    behind.
-    """
+    """Two players of each game, six in one thread, the second ones some turns behind."""
     players = [
         (build_stack(), game, transcript, late)
         for game, transcript in stock_transcripts
@@ -113,9 +107,7 @@ def test_an_engine_that_played_another_game_to_the_middle_plays_the_next_from_it
 
 
 def test_transcripts_do_not_depend_on_what_is_remembered(stock_transcripts):
-    """Everything forgotten in the middle of a game, even TextWorld's own interned facts: nothing is
-    heard of it.
-    """
+    """All that TextWorld interned is forgotten in the middle of a game: nothing changes."""
     stack, (game, transcript) = build_stack(), stock_transcripts[0]
     stack.load(game)
     heard = [play(stack, line[0]) for line in transcript[:5]]
@@ -139,9 +131,7 @@ def test_every_shipped_game_is_played_as_the_stock_engine_plays_it():
 
 
 def test_a_loaded_game_is_translated_once_and_its_grammar_not_again():
-    """Two games that differ in task and room: one logic, two translations, whatever the number of
-    resets.
-    """
+    """Two games of other tasks and rooms: one logic, two translations, for all resets."""
     translate.cache_clear()
     engine._parse_logic.cache_clear()
     stack = build_stack()

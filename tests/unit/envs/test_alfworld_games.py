@@ -1,5 +1,6 @@
-"""Which folders count as games, and in which order they are listed. Copies of shipped games stand
-for public ones.
+"""Which folders count as games, and in which order they are listed.
+
+Copies of shipped games stand for public ones.
 """
 
 from __future__ import annotations

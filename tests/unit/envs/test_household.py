@@ -1,5 +1,6 @@
-"""The household's rules. The example task below is drawn from the rules' own docstring: two
-stations, a closed place.
+"""The household's rules.
+
+The example task below is drawn from the rules' own docstring: two stations, a closed place.
 """
 
 from __future__ import annotations
@@ -159,9 +160,7 @@ def test_splits_are_disjoint_and_hold_out_a_tenth_of_every_combination():
 
 
 def test_the_heldout_list_never_changes():
-    """Evaluations of different machines and months are compared task by task: the list is part of
-    the version.
-    """
+    """Evaluations are compared task by task: the list is part of the version."""
     tasks = HouseholdEnvironment().list_tasks("heldout")
     assert len(tasks) == 818
     assert [task.task_id for task in tasks[:3]] == [
@@ -212,9 +211,7 @@ def test_the_skill_library_tells_every_procedure_word_for_word():
 
 
 def test_the_demonstrator_errs_as_often_as_asked():
-    """Odds over 4,000 single-step procedures: right 0.3, favourite mistake 0.4, the other four 0.3
-    together.
-    """
+    """Odds over 4,000 single-step procedures: right 0.3, favourite mistake 0.4, others 0.3."""
     rng, task = random.Random(0), HouseholdTask("clean", "apple", "table", "desk")
     favourite = find_misconception("clean", 0, "sink")
     drawn = Counter(

@@ -1,6 +1,4 @@
-"""Question sets and corpora as they are published: what loads unchanged, and what a malformed one
-is told.
-"""
+"""Published question sets and corpora load unchanged; a malformed one is refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +23,8 @@ def row(
     question="who got the first nobel prize in physics?",
 ):
     """One row as PeterJinGo/nq_hotpotqa_train has it."""
-    asked = f"Answer the given question. You must conduct reasoning inside <think>. Question: {question}\n"
+    rules = "Answer the given question. You must conduct reasoning inside <think>."
+    asked = f"{rules} Question: {question}\n"
     return {
         "id": f"train_{index}",
         "question": question,
@@ -52,9 +51,7 @@ def test_a_published_question_set_loads_unchanged(tmp_path):
 
 
 def test_a_question_set_prepared_for_agents_loads_unchanged(tmp_path):
-    """There the source bears a tag, and the question is in `env_kwargs` only, beside a prompt of
-    two messages.
-    """
+    """The source bears a tag; the question stands in `env_kwargs`, beside a two-message prompt."""
     prepared = row(0, "searchR1_triviaqa")
     prepared["env_kwargs"] = {
         "ground_truth": {"target": ["Paris"]},

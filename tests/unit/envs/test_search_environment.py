@@ -1,4 +1,4 @@
-"""Search-QA's rules, played on a set of two questions and three passages that the fixture writes."""
+"""Search-QA's rules, played on two questions and three passages that the fixture writes."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ def test_an_answer_on_the_last_turn_counts(data_dir):
 
 
 def test_an_answer_inside_a_passage_never_counts(data_dir):
-    """The first passage holds <answer>Paris</answer>, which is right: whoever only finds it has
-    answered nothing.
-    """
+    """The first passage holds <answer>Paris</answer>, which is right, but finding is no answer."""
     found, *rest = play(data_dir, *["<search>tower</search>"] * 4)
     assert "<answer>Paris</answer>" in found.observation.text
     assert [result.reward for result in (found, *rest)] == [0, 0, 0, 0]

@@ -1,6 +1,4 @@
-"""The generated world: the same bytes again, one answer to every question, and an expert who finds
-them all.
-"""
+"""The generated world: the same bytes again, one answer a question, an expert finds all."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ def make(directory: Path, num_tasks: int = 40, seed: int = 3) -> Path:
 
 
 def play_expert(environment, task):
-    """The results of an episode of the expert, who sees the task's sentence and the observations."""
+    """Results of an episode of the expert, who sees the task's sentence and the observations."""
     expert, results = SearchExpert(), []
     observation = environment.reset(task.task_id, seed=0).text
     while not results or not results[-1].is_over:
@@ -55,9 +53,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
 
 
 def test_the_shipped_data_is_what_the_generator_makes(tmp_path):
-    """The questions are compared by value: another version of the Parquet writer may order its
-    bytes anew.
-    """
+    """Questions are compared by value: a Parquet writer may order its bytes anew."""
     made = make(tmp_path / "data", num_tasks=200, seed=0)
     assert (made / "corpus.jsonl").read_bytes() == (
         SHIPPED_SEARCH_DATA / "corpus.jsonl"
@@ -175,7 +171,8 @@ def test_the_expert_speaks_in_the_agents_form():
     assert expert.next_action("Who founded Tatir Works?", "one_hop", "") == (
         "<think>Find Tatir Works.</think><search>Tatir Works</search>"
     )
-    seen = '<information>\nDoc 1 (Title: "Tatir Works") Tatir Works was founded by Lemin Fatun. More.\n</information>'
+    passage = 'Doc 1 (Title: "Tatir Works") Tatir Works was founded by Lemin Fatun. More.'
+    seen = f"<information>\n{passage}\n</information>"
     assert expert.next_action("Who founded Tatir Works?", "one_hop", seen) == (
         "<think>It is Lemin Fatun.</think><answer>Lemin Fatun</answer>"
     )

@@ -1,6 +1,4 @@
-"""Ranking by words and by meaning, requests that share a batch, and a client whose service
-misbehaves in every way.
-"""
+"""Ranking by words and meaning, batched requests, and a client of a misbehaving service."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ def test_equal_scores_keep_the_order_of_the_corpus(tmp_path):
 
 
 def test_ranks_are_exact_at_the_boundary():
-    """Scores 1 3 2 3 0 2 of places 0 to 5; the third place is the earlier of the two that have 2."""
+    """Scores 1 3 2 3 0 2 of places 0 to 5; third is the earlier of the two that have 2."""
     assert rank(np.array([1, 3, 2, 3, 0, 2], np.float32), 3).tolist() == [1, 3, 2]
     assert rank(np.array([0, 0], np.float32), 3).tolist() == []
 
@@ -343,9 +341,7 @@ async def test_the_end_leaves_no_thread_and_nobody_waiting():
 
 
 class Script:
-    """A retriever that plays a list of (status, body) answers, the last one for ever; "hang" waits
-    until the test is over.
-    """
+    """A retriever that plays (status, body) answers, the last for ever; "hang" waits."""
 
     def __init__(self, *answers):
         self.answers = list(answers)

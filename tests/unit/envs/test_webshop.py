@@ -1,6 +1,4 @@
-"""The shop as an environment, on the hand-written catalogue of webshop_files: pages, the agent's
-text, reward, splits.
-"""
+"""The shop on the hand-written catalogue of webshop_files: pages, text, reward, splits."""
 
 from __future__ import annotations
 
@@ -25,10 +23,9 @@ from tests.unit.envs.webshop_files import (
 )
 
 SHOES_PAGE = (
-    "Back to Search [SEP] < Prev [SEP] color [SEP] navy blue [SEP] red [SEP] size [SEP] 8 [SEP] 9 "
-    "| 10 [SEP] Swift Running "
-    "Shoes with Mesh [SEP] Price: $42.5 [SEP] Rating: 4.5 [SEP] Description [SEP] Features [SEP] "
-    "Reviews [SEP] Buy Now"
+    "Back to Search [SEP] < Prev [SEP] color [SEP] navy blue [SEP] red [SEP] size [SEP] 8 [SEP] "
+    "9 | 10 [SEP] Swift Running Shoes with Mesh [SEP] Price: $42.5 [SEP] Rating: 4.5 [SEP] "
+    "Description [SEP] Features [SEP] Reviews [SEP] Buy Now"
 )
 SHOES_LINKS = (
     *("back to search", "< prev", "description", "features", "reviews", "buy now"),
@@ -167,9 +164,7 @@ def test_a_partial_purchase_earns_nothing_but_shows_its_score(shop):
 
 
 def test_the_wrong_product_scores_by_the_formula(shop):
-    """Trail shoes for running shoes: same query, so r_type 1; no mesh, no option, far too dear: 0 /
-    4.
-    """
+    """Trail for running shoes: same query, so r_type 1; no mesh or option, too dear: 0 / 4."""
     last = play(shop, ["search[trail]", f"click[{TRAIL}]", "click[buy now]"])[-1]
     assert (last.reward_components["r_type"], last.reward_components["score"]) == (1.0, 0.0)
     lotion = play(shop, ["search[lotion]", f"click[{LOTION}]", "click[buy now]"])[-1]
@@ -265,9 +260,7 @@ def test_an_item_is_left_to_the_page_of_results_it_was_opened_from(tmp_path):
 
 
 def test_a_button_keeps_its_name_and_a_value_belongs_to_the_later_option(tmp_path):
-    """An option named like a button cannot be chosen; of two options with a value in common the
-    later one gets it.
-    """
+    """No option named like a button can be chosen; of two that share a value, the later one."""
     options = {"style": build_choices("Reviews", "oak"), "frame": build_choices("oak")}
     entries = [build_entry("B08AAAAA01", "Oak Desk", customization_options=options)]
     wish = {
@@ -400,9 +393,7 @@ def test_a_purchase_in_the_last_turn_counts(shop):
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_every_listed_action_is_valid_on_every_walk_and_walks_repeat(data_dir, rng: random.Random):
-    """Random walks of listed actions and searches; a second session that does the same sees the
-    same.
-    """
+    """Random walks of listed actions and searches; a second session sees the same."""
     shop, other = WebShopEnvironment(data_dir=data_dir), WebShopEnvironment(data_dir=data_dir)
     task = rng.choice(shop.list_tasks("train"))
     observation = shop.reset(task.task_id, seed=1)
@@ -442,14 +433,10 @@ def test_a_task_is_its_instruction_and_its_category(shop):
     assert len(shop.list_tasks("test")) == 1
     assert sorted(task.task_id for task in tasks) == ["goal-0", "goal-1", "goal-2", "goal-3"]
     task = find_task(shop, LOTION)
-    assert (task.description, shop.get_task(task.task_id)) == (
-        shop.get_goal(task.task_id).instruction,
-        task,
-    )
-    assert (
-        task.description
-        == f"some lotion, and price lower than {shop.get_goal(task.task_id).price_bound:.2f} dollars"
-    )
+    assert task.description == shop.get_goal(task.task_id).instruction
+    assert shop.get_task(task.task_id) == task
+    bound = shop.get_goal(task.task_id).price_bound
+    assert task.description == f"some lotion, and price lower than {bound:.2f} dollars"
 
 
 def test_the_version_tells_catalogue_and_noun_finder_apart(shop, tmp_path):

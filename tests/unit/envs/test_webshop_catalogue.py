@@ -1,6 +1,4 @@
-"""The published files become products and goals: parsing, prices, the fixed order, and refusals
-that name the place.
-"""
+"""Published files become products and goals: parsing, prices, order, refusals by place."""
 
 from __future__ import annotations
 
@@ -131,9 +129,7 @@ def test_synthetic_goals_can_be_asked_for_where_there_are_human_ones(tmp_path, c
 def test_the_thousand_products_have_synthetic_goals_unless_human_ones_are_asked_for(
     tmp_path, cache
 ):
-    """The file of human instructions is downloaded with them, but knows about ten of their
-    products.
-    """
+    """The file of human instructions comes with them but knows ten of their products."""
     write_files(tmp_path, suffix="_1000")
     assert len(open_catalogue(tmp_path, cache, False, None).goals) == 6
     assert len(open_catalogue(tmp_path, cache, False, True).goals) == 4
@@ -157,9 +153,7 @@ def test_a_bound_depends_on_its_goal_alone():
 
 
 def test_the_order_of_goals_is_the_published_shuffle():
-    """random.Random(233).shuffle, which no process's state touches; the first ten of a thousand,
-    for good.
-    """
+    """random.Random(233).shuffle, whatever the process: the first ten of a thousand, for good."""
     assert shuffle_goals(range(1000))[:10] == [127, 320, 431, 331, 760, 454, 129, 769, 485, 270]
 
 
@@ -339,8 +333,11 @@ def test_what_is_prepared_is_what_was_read(tmp_path, cache):
 def test_workers_that_start_together_prepare_one_catalogue(tmp_path, cache):
     """Four processes at once: all open the same content and nothing half-made is left behind."""
     directory = write_files(tmp_path / "data")
-    code = "from pathlib import Path as P; from services.envs.webshop.store import open_catalogue as o; "
-    code += f"print(o(P({str(directory)!r}), P({str(cache)!r}), False, None).digest)"
+    code = f"""
+from pathlib import Path
+from services.envs.webshop.store import open_catalogue
+print(open_catalogue(Path({str(directory)!r}), Path({str(cache)!r}), False, None).digest)
+"""
     starting = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(4)

@@ -1,6 +1,4 @@
-"""Generated catalogues: the same bytes for the same seed, families that almost fit, goals that can
-be reached.
-"""
+"""Generated catalogues: same bytes for a seed, near misses, goals that can be reached."""
 
 from __future__ import annotations
 
@@ -134,9 +132,7 @@ def test_the_expert_scores_one_on_every_goal_of_the_shipped_catalogue():
 
 
 def test_the_shopper_who_sees_only_texts_is_often_but_not_always_right():
-    """Near-duplicates make the difference: what is asked for may stand in the bullets, which he
-    does not read.
-    """
+    """Near-duplicates matter: what is asked for may stand in bullets, which he skips."""
     environment = WebShopEnvironment(data_dir=str(SHIPPED))
     successes = []
     for task in list_all_tasks(environment):

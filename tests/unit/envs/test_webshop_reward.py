@@ -1,6 +1,4 @@
-"""The native score, by hand: r_type * (attributes + options + price) / (number asked for + 1), and
-each of its parts.
-"""
+"""The native score by hand: r_type * (attributes + options + price) / (number asked for + 1)."""
 
 from __future__ import annotations
 
@@ -167,9 +165,7 @@ def test_the_factor_of_the_type(similarity, query, shelf, factor):
     ],
 )
 def test_title_similarity_is_shared_nouns_over_the_wanted_ones(bought, wanted, similarity):
-    """Shared nouns are counted once, wanted ones as often as they stand there; without any, 0.2 is
-    taken.
-    """
+    """Shared nouns count once, wanted ones as often as they stand; without any, 0.2 holds."""
     assert compute_title_similarity(bought, wanted, EveryWord()) == similarity
 
 
@@ -252,9 +248,7 @@ def test_options_are_met_by_colour_and_likeness(chosen, wanted, num_met):
 
 
 def compute_classic_ratio(first, second):
-    """thefuzz's token_set_ratio written out: the best of three ratios between what is shared and
-    the two whole sets.
-    """
+    """thefuzz's token_set_ratio: the best of three ratios between shared and whole sets."""
 
     def reduce(text):
         return (
@@ -318,8 +312,7 @@ def test_the_ratio_is_the_classic_one(first, second):
             ("abc", "abd", 67),
             ("large", "x large", 100),
         ],
-        # Curly quotes part words as straight ones do; letters beyond Latin-1 stay, those of it are
-        # lost.
+        # Curly quotes part words as straight ones do; Latin-1 letters are lost, others stay.
         *[
             ("women\u2019s m", "women's m", 100),
             ("4\u2033x6\u2033", '4"x6"', 100),
@@ -342,7 +335,10 @@ def test_a_match_needs_more_than_85():
 
 def test_the_rule_of_thumb_keeps_what_looks_like_nouns():
     nouns = HeuristicNouns()
-    title = "Swift Women's Running Shoes with Comfortable 2-Pack Mesh, Wireless, Padded 10oz - the Best Table & Bed"
+    title = (
+        "Swift Women's Running Shoes with Comfortable 2-Pack Mesh, "
+        "Wireless, Padded 10oz - the Best Table & Bed"
+    )
     assert nouns.find(title) == (
         "swift",
         "women",

@@ -1,6 +1,4 @@
-"""Search: the published BM25 and text analysis, an order that is the same everywhere, no document
-without a shared term.
-"""
+"""Published BM25 and text analysis, one order everywhere, only documents that share a term."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ def index(tmp_path):
 
 
 def compute_bm25(query):
-    """Lucene's formula written out, with k1 0.9 and b 0.4: {document: score} of those above zero."""
+    """Lucene's formula written out, k1 0.9 and b 0.4: {document: score} of those above zero."""
     analysis = TextAnalysis()
     documents = [analysis.list_terms(text) for text in TEXTS]
     mean = sum(map(len, documents)) / len(documents)
@@ -89,9 +87,7 @@ def test_text_becomes_lower_case_stems_without_stop_words(text, terms):
 
 
 def test_a_word_is_analysed_once_however_often_a_catalogue_says_it(tmp_path, monkeypatch):
-    """1.2 million products take minutes this way, and three times as long with every word of every
-    product.
-    """
+    """1.2 million products take minutes, and three times as long with every word."""
     analysed = []
     list_terms = TextAnalysis.list_terms
     monkeypatch.setattr(

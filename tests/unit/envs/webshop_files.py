@@ -1,6 +1,4 @@
-"""A catalogue in the exact shape of the published files, written by hand: five products, two of
-them nearly the same.
-"""
+"""A catalogue shaped like the published files: five products, two of them nearly the same."""
 
 from __future__ import annotations
 

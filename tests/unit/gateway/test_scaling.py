@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdar.contracts.roles import Role
 from services.gateway.alarms import LEARNER_SILENCE_FACTOR, NO_PROGRESS_S, BusState
 from services.gateway.scaling.file import ScalingFileReader, Workload
 from services.gateway.scaling.governor import LOOKS_DOWN, LOOKS_UP, MISSING_S, SETTLE_S, Governor
@@ -61,11 +62,11 @@ def build_sessions(*, running: float, waiting: float, num_workers: int = 1) -> L
 def test_rollout_grows_by_what_the_learner_lacks_and_at_most_doubles(
     wait: float, replicas: int, wanted: int
 ) -> None:
-    assert advise("rollout", build_load(wait=wait), replicas).replicas == wanted
+    assert advise(Role.ROLLOUT, build_load(wait=wait), replicas).replicas == wanted
 
 
 def test_a_learner_that_waits_a_little_changes_nothing() -> None:
-    assert advise("rollout", build_load(wait=0.15, idle=(0.9, 0.9)), 2).replicas == 2
+    assert advise(Role.ROLLOUT, build_load(wait=0.15, idle=(0.9, 0.9)), 2).replicas == 2
 
 
 @pytest.mark.parametrize(
@@ -79,27 +80,28 @@ def test_a_learner_that_waits_a_little_changes_nothing() -> None:
 def test_rollout_does_not_grow_where_something_else_is_narrow(
     narrow: str, changes: dict[str, Any]
 ) -> None:
-    advice = advise("rollout", build_load(wait=0.6, **changes), 2)
+    advice = advise(Role.ROLLOUT, build_load(wait=0.6, **changes), 2)
     assert advice.replicas == 2
     assert narrow in advice.reason
 
 
 def test_rollout_shrinks_when_a_whole_worker_is_spare_and_the_learner_never_waits() -> None:
-    assert advise("rollout", build_load(wait=0.01, idle=(0.4, 0.4, 0.5)), 3).replicas == 2
-    assert advise("rollout", build_load(wait=0.01, idle=(0.3, 0.3, 0.5)), 3).replicas == 3
-    assert advise("rollout", build_load(wait=0.01, idle=(1.0,)), 1).replicas == 1
+    assert advise(Role.ROLLOUT, build_load(wait=0.01, idle=(0.4, 0.4, 0.5)), 3).replicas == 2
+    assert advise(Role.ROLLOUT, build_load(wait=0.01, idle=(0.3, 0.3, 0.5)), 3).replicas == 3
+    assert advise(Role.ROLLOUT, build_load(wait=0.01, idle=(1.0,)), 1).replicas == 1
 
 
 def test_one_update_held_up_by_an_evaluation_is_no_signal() -> None:
     waits = [{"wait_share": share} for share in (0.05, 0.95, 0.06)]
-    assert advise("rollout", build_load(updates=waits), 2).replicas == 2
-    assert "1 updates" in advise("rollout", build_load(updates=waits[1:2]), 2).reason
+    assert advise(Role.ROLLOUT, build_load(updates=waits), 2).replicas == 2
+    assert "1 updates" in advise(Role.ROLLOUT, build_load(updates=waits[1:2]), 2).reason
 
 
 def test_the_teacher_grows_when_what_admission_allows_piles_up_before_it_or_gets_old() -> None:
     workers = build_teachers(0.0)
     assert (
-        advise("teacher", Load(workers=workers, num_lagging=30, num_admitted=100), 1).replicas == 2
+        advise(Role.TEACHER, Load(workers=workers, num_lagging=30, num_admitted=100), 1).replicas
+        == 2
     )
     assert (
         advise(
@@ -114,7 +116,7 @@ def test_the_teacher_grows_when_what_admission_allows_piles_up_before_it_or_gets
         == 1
     )
     idle = Load(workers=build_teachers(0.9), num_lagging=30, num_admitted=100)
-    assert advise("teacher", idle, 1).replicas == 1
+    assert advise(Role.TEACHER, idle, 1).replicas == 1
 
 
 def test_the_teacher_shrinks_when_nothing_waits_and_one_is_spare() -> None:
@@ -131,22 +133,22 @@ def test_the_teacher_shrinks_when_nothing_waits_and_one_is_spare() -> None:
         == 2
     )
     assert (
-        advise("teacher", Load(num_lagging=90, num_admitted=100), 2).replicas == 2
+        advise(Role.TEACHER, Load(num_lagging=90, num_admitted=100), 2).replicas == 2
     )  # nobody was heard: nothing is known
 
 
 def test_environments_grow_to_hold_the_episodes_that_wait_and_shrink_with_some_to_spare() -> None:
-    assert advise("envs", build_sessions(running=35, waiting=25, num_workers=3), 1).replicas == 4
+    assert advise(Role.ENVS, build_sessions(running=35, waiting=25, num_workers=3), 1).replicas == 4
     assert (
-        advise("envs", build_sessions(running=8, waiting=2), 1).replicas == 2
+        advise(Role.ENVS, build_sessions(running=8, waiting=2), 1).replicas == 2
     )  # others hold sessions too
-    assert advise("envs", build_sessions(running=8, waiting=0), 2).replicas == 1
-    assert advise("envs", build_sessions(running=9, waiting=0), 2).replicas == 2
-    assert advise("envs", build_sessions(running=10, waiting=0.1), 1).replicas == 1
+    assert advise(Role.ENVS, build_sessions(running=8, waiting=0), 2).replicas == 1
+    assert advise(Role.ENVS, build_sessions(running=9, waiting=0), 2).replicas == 2
+    assert advise(Role.ENVS, build_sessions(running=10, waiting=0.1), 1).replicas == 1
 
 
 def test_the_learner_has_no_signal() -> None:
-    assert advise("learner", build_load(wait=0.9), 2).replicas == 2
+    assert advise(Role.LEARNER, build_load(wait=0.9), 2).replicas == 2
 
 
 # --- hysteresis
@@ -270,7 +272,7 @@ def test_in_a_steady_run_the_workers_settle_at_what_the_learner_needs(
     governor, replicas, now_s, sizes = Governor(0.0), workload.clamp(replicas), SETTLE_S, []
     for _ in range(250):
         wait, idle = max(0.0, 1 - replicas / demand), max(0.0, 1 - demand / replicas)
-        advice = advise("rollout", build_load(wait=wait, idle=(idle,) * replicas), replicas)
+        advice = advise(Role.ROLLOUT, build_load(wait=wait, idle=(idle,) * replicas), replicas)
         decision = governor.decide(now_s, workload, replicas, advice)
         if decision.replicas != replicas:
             governor.note_change(now_s)

@@ -142,9 +142,7 @@ async def send(bus, *items):
 
 
 async def issue(bus, numbers, make=make_group, **item):
-    """Groups as gateway, rollout and teacher bring them: with an account, and on the learner's
-    stream. Returns their ids.
-    """
+    """Groups as they reach the learner: with an account, on its stream. Returns their ids."""
     group_ids = [format_group_id(number) for number in numbers]
     for outcome in (GroupOutcome.ISSUED, GroupOutcome.GENERATED):
         await bus.commit(

@@ -70,8 +70,7 @@ class Rig:
     async def kill(self):
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        # A killed process takes its threads with it: what this one still saves must not meet the
-        # next learner.
+        # A killed process takes its threads along: their saves must not meet the next learner.
         await asyncio.wrap_future(self.thread.submit(lambda: None))
         self.checkpoints.close()
 

@@ -1,6 +1,4 @@
-"""Checkpoints of a small invented shard: what is found, what is skipped, what a full disk or a kill
-leaves behind.
-"""
+"""Checkpoints of a small invented shard: found, skipped, on a full disk, after a kill."""
 
 from __future__ import annotations
 
@@ -153,9 +151,7 @@ def test_a_file_cut_at_any_length_or_longer_by_a_byte_is_noticed(checkpoint, nam
 
 
 def test_each_value_of_each_byte_of_the_manifest_is_noticed(checkpoint):
-    """The file that vouches for the others vouches for itself, also where what is changed reads the
-    same.
-    """
+    """The file that vouches for the others vouches for itself, even if it reads the same."""
     path, whole = checkpoint
     name = "manifest.json"
     spread = range(0, len(whole[name]), 13)
@@ -245,9 +241,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_from_zero(store)
 
 
 def test_a_damaged_checkpoint_is_replaced_and_never_counts_among_those_kept(tmp_path):
-    """Updates 2 and 3 are damaged: the run goes on from 1 and makes them anew; with two kept, 1
-    goes when 3 is there.
-    """
+    """Updates 2 and 3 are damaged: the run goes on from 1, which goes when 3 is there."""
     store = CheckpointStore(tmp_path, make_config(keep_checkpoints=2))
     write(store, 1, 2)
     store.close()
@@ -297,9 +291,7 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(
 
 
 def write_and_die(directory, config, progress, place):
-    """Write a checkpoint in this process, which ends before its line number `place` of the module
-    is executed.
-    """
+    """Write a checkpoint in this process, which ends before the module's line `place`."""
     store = CheckpointStore(directory, config)
     lines = itertools.count()
     trace_lines([checkpoint_module.__file__], lambda line: die() if next(lines) == place else None)
@@ -307,9 +299,7 @@ def write_and_die(directory, config, progress, place):
 
 
 def test_a_kill_between_any_two_lines_of_a_write_leaves_no_fewer_intact_checkpoints(tmp_path):
-    """Three are there, two are kept from now on, and the one written takes the name of an intact
-    one.
-    """
+    """Of three, two are kept from now on; the new one takes the name of an intact one."""
     wider, config, prepared = (
         make_config(keep_checkpoints=3),
         make_config(keep_checkpoints=2),
@@ -363,9 +353,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind_and_the_earlier_checkpoint_st
 
 
 def test_a_real_limit_on_file_size_is_such_a_refusal(tmp_path):
-    """In a process of its own, whose files may have 4 kB: the shard with the random state is
-    larger.
-    """
+    """In a process whose files may have 4 kB: the shard with the random state is larger."""
     store = CheckpointStore(tmp_path, make_config())
     write(store, 1)
     store.close()

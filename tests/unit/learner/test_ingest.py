@@ -178,7 +178,7 @@ async def test_a_group_without_signal_is_trained_on_where_the_run_wants_equal_da
 def test_an_invalid_action_is_penalised_by_the_learner_only_where_each_turn_is(
     level, has_advantage
 ):
-    """The rollout takes an episode's penalty from its rewards; the learner must not take it again."""
+    """The rollout takes an episode's penalty from its rewards; the learner does not again."""
     config = make_config()
     config = config.model_copy(
         update={"method": config.method.model_copy(update={"advantage_level": level})}
@@ -289,9 +289,7 @@ async def test_a_group_that_goes_stale_sooner_is_trained_before_fresher_ones_tha
 
 
 async def test_an_old_score_makes_a_group_urgent_like_an_old_token(rig):
-    """Bound 2, teacher 1 later still: the score of version 0 is good until update 3, the tokens of
-    version 2 until 4.
-    """
+    """Bound 2, teacher 1 later: scores of version 0 last to update 3, tokens of 2 to 4."""
     await send(rig.bus, *make_group("a", version=2), *make_group("b", version=2))
     await send(rig.bus, *make_group("c", version=3, teacher_version=0))
     assert await rig.next_ids(num_updates=3) == ["c", "a"]
@@ -308,9 +306,7 @@ async def test_all_that_has_arrived_is_seen_before_a_batch_is_chosen(rig):
 
 @pytest.mark.parametrize("page", [1, 3, 100])
 async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
-    """Given what has arrived, a batch depends on the checkpoint alone: not on pages, nor on what an
-    earlier life had read.
-    """
+    """A batch depends on arrivals and checkpoint, not on pages nor on an earlier life."""
 
     async def play(restarts):
         rig, progress, batches = Rig(groups_per_update=2, max_staleness=6), Progress(), []
@@ -331,9 +327,10 @@ async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
     assert await play(restarts=True) == await play(restarts=False)
 
 
-def test_under_pressure_the_earliest_deadline_first_loses_fewer_groups_than_first_come_first_served():
-    """One update takes one group, and a little more than one arrives. Half of them were long under
-    way. A hundred histories.
+def test_under_pressure_earliest_deadline_first_loses_fewer_groups_than_first_come():
+    """One update takes one group, and a little more than one arrives.
+
+    Half of them were long under way. A hundred histories.
     """
     num_better = 0
     for seed in range(100):

@@ -1,14 +1,16 @@
 """What Prometheus sees of an update."""
 
 import math
+import re
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from sdar.bus.protocol import Delivery
 from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.process.measurements import Gauge
 from services.learner.ingest import Group, IngestCounts
-from services.learner.metrics import VALUES, LearnerMetrics, Timing, build_record
+from services.learner.metrics import LEARNER, LearnerMetrics, Timing, build_record
 from services.learner.progress import Progress
 from tests.unit.learner.builders import make_group
 
@@ -43,7 +45,7 @@ class Seen:
             groups, self.progress, trained, timing, IngestCounts(num_stale=1), num_buffered=3
         )
         self.progress = self.progress.after_update(group.group_id for group in groups)
-        self.metrics.observe(self.progress, record, 3, 5)
+        self.metrics.observe_update(self.progress, record, num_unacknowledged=5)
         self.metrics.observe_episodes(groups, stale_turns)
         return record
 
@@ -88,7 +90,10 @@ def test_success_and_reward_come_by_task_type_with_their_counts(seen):
 
 
 def test_what_was_not_measured_is_no_number(seen):
-    assert all(math.isnan(seen.get(name)) for name in VALUES)
+    values = [found for found in LEARNER.measurements if isinstance(found, Gauge)]
+    unknown = [found.key for found in values if math.isnan(found.initial)]
+    assert len(unknown) > 20
+    assert all(math.isnan(seen.get(name)) for name in unknown)
     seen.update(make_group("a"))
     assert {name: seen.get(name) for name in TRAINED} == TRAINED
     assert math.isnan(seen.get("k3_kl"))
@@ -110,3 +115,16 @@ def test_lengths_of_trained_and_of_stale_episodes_are_told_apart(seen):
     assert seen.get("episode_turns_sum", outcome="trained") == 6
     assert seen.get("episode_turns_sum", outcome="stale") == 15
     assert seen.get("groups_total", outcome="stale") == 1
+
+
+def test_every_key_of_a_record_is_declared(seen):
+    record = seen.update(make_group("a"), trained={**TRAINED, "loss_policy": 0.1})
+    families = [re.sub("<.*>", ".+", key) for key in LEARNER.reported]
+    assert [key for key in record if not any(re.fullmatch(f, key) for f in families)] == []
+
+
+def test_every_time_and_present_value_of_a_record_is_shown(seen):
+    seen.update(make_group("a"))
+    assert (seen.get("updates"), seen.get("buffered_groups")) == (1, 3)
+    assert seen.get("unacknowledged_entries") == 5
+    assert seen.get("wait_share") == 0.25

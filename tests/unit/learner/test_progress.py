@@ -1,5 +1,6 @@
-"""Progress by example. A run reaches update 5, is killed, and resumes from its checkpoint of update
-3 as version 6::
+"""Progress by example.
+
+A run reaches update 5, is killed, and resumes from its checkpoint of update 3 as version 6::
 
 version   0 1 2 3 4 5 | 6 7
 updates   0 1 2 3 4 5 | 3 4
@@ -60,9 +61,7 @@ def test_trained_ids_are_bounded():
 
 
 def test_no_id_is_forgotten_that_could_come_again_and_be_trained():
-    """Unacknowledged at most `checkpoint_every` updates, too stale `max_staleness` after those that
-    a crash may have lost.
-    """
+    """At most `checkpoint_every` unacknowledged; too stale `max_staleness` after a crash's loss."""
     fields = TrainingConfig.model_fields
     largest = [
         bound.le

@@ -1,6 +1,4 @@
-"""What a rank other than 0 does when a disk refuses a checkpoint; the ranks and the model are
-invented.
-"""
+"""What a rank other than 0 does when a disk refuses a checkpoint; on invented ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from tests.unit.learner.builders import make_config
 
 
 class OtherDiskIsFull:
-    """Rank 1 of 2: rank 0 says to save twice and to stop; at the first time its own disk is full."""
+    """Rank 1 of 2: rank 0 says to save twice, then to stop; the first time its disk is full."""
 
     rank, world_size, is_leader = 1, 2, False
 

@@ -1,5 +1,6 @@
-"""The main loop with a trainer that only counts: order of effects, resuming, finishing. Three
-updates of two groups.
+"""The main loop with a trainer that only counts: order of effects, resuming, finishing.
+
+Three updates of two groups.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ async def test_a_crash_between_any_two_steps_trains_every_group_exactly_once(rig
     assert await count_pending(rig.bus) == 0
 
 
-async def test_a_crash_between_a_checkpoint_and_its_acknowledgement_books_the_groups_at_the_next_start(
+async def test_a_crash_between_checkpoint_and_acknowledgement_books_the_groups_at_the_next_start(
     rig,
 ):
     rig.config = make_config(num_updates=4)
@@ -213,12 +214,10 @@ async def test_a_learner_that_was_superseded_ends_and_has_published_nothing_sinc
     assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
 
 
-async def test_a_bus_that_lost_its_disk_is_restored_from_the_checkpoint_and_nothing_is_trained_twice(
+async def test_a_bus_that_lost_its_disk_is_restored_and_nothing_is_trained_twice(
     rig,
 ):
-    """Update 2 is durable, update 3 is not, and group 6 was waiting when the server came back
-    empty.
-    """
+    """Update 2 is durable, 3 is not, and group 6 waited when the server came back empty."""
     rig.config = make_config(num_updates=4)
     await rig.bus.save_state("scheduler", b"cursor")
     await rig.start()
@@ -287,9 +286,7 @@ async def test_a_bus_that_kept_its_account_is_left_as_it_is(rig):
 
 
 async def test_a_full_disk_at_a_checkpoint_is_waited_out_and_said(rig):
-    """Nothing is acknowledged meanwhile, nothing is trained, and the learner neither dies nor is
-    ready.
-    """
+    """Meanwhile nothing is acknowledged or trained; the learner lives and is not ready."""
     is_full = True
 
     def save(directory, original=CountingTrainer.save):
@@ -369,9 +366,7 @@ async def test_a_finished_run_cancels_what_still_arrives_until_it_is_stopped(rig
 
 
 async def test_a_finished_run_cancels_what_a_reader_before_it_left_pending(rig):
-    """Such as entries that a superseded learner had read on: the account closes without another
-    restart.
-    """
+    """Such as entries read by a superseded learner: the account closes without a restart."""
     await issue(rig.bus, range(6))
     await rig.start()
     await rig.reach(2)

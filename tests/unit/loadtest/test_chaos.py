@@ -23,8 +23,7 @@ from sdar.contracts.types import GroupOutcome, MetricRecord
 ROLLOUTS = ["rollout-0", "rollout-1"]
 
 
-# --- the schedule
-# --------------------------------------------------------------------------------------------------
+# ---- the schedule
 
 
 def test_a_seed_names_one_schedule():
@@ -69,8 +68,7 @@ def test_faults_come_in_order_within_the_minutes_and_before_the_last_updates():
     assert schedule[-1].at_progress < 0.95
 
 
-# --- what is seen
-# --------------------------------------------------------------------------------------------------
+# ---- what is seen
 
 
 def test_a_log_line_that_a_kill_cut_short_hides_neither_itself_nor_the_next():
@@ -113,7 +111,14 @@ def test_tokens_are_repeated_that_a_life_had_sampled_and_not_published():
 
 
 def test_prometheus_values_are_summed_over_their_labels():
-    page = '# TYPE a counter\na_total{environment="x"} 2\na_total{environment="y"} 3\n# TYPE b gauge\nb 1\n'
+    lines = [
+        "# TYPE a counter",
+        'a_total{environment="x"} 2',
+        'a_total{environment="y"} 3',
+        "# TYPE b gauge",
+        "b 1",
+    ]
+    page = "\n".join(lines) + "\n"
     assert read_gauges(page)["a_total"] == 5
     assert read_gauges(page)["b"] == 1
 
@@ -179,8 +184,7 @@ def test_the_table_has_a_row_for_each_service_with_its_faults_by_kind_and_both_t
     )
 
 
-# --- planted violations
-# --------------------------------------------------------------------------------------------------
+# ---- planted violations
 
 
 def closed(**numbers: list[int]) -> dict[GroupOutcome, list[int]]:
@@ -349,8 +353,7 @@ def test_a_run_that_stops_short_is_found():
     assert not checks.check_end("finished", 9, 10).is_kept
 
 
-# --- links
-# --------------------------------------------------------------------------------------------------
+# ---- links
 
 
 @contextlib.asynccontextmanager

@@ -26,9 +26,7 @@ def entry(*comparisons, tables=(), machine="a machine"):
 
 
 def test_the_ratio_is_the_median_of_the_pairs_ratios_not_the_ratio_of_medians():
-    """The machine halves its speed for the second pair; both sides feel it, so every ratio stays
-    0.5 but for the outlier.
-    """
+    """The machine halves its speed for pair two; each ratio stays 0.5 but for the outlier."""
     comparison = compare((1, 2), (2, 4), (30, 6))
     assert comparison.ratios == [0.5, 0.5, 5.0]
     assert comparison.ratio == 0.5

@@ -69,9 +69,7 @@ def test_a_server_that_holds_nothing_is_an_error():
 def test_over_the_limit_by_no_more_than_late_clients_may_have_added_is_void(
     latency_s, num_missed, verdict
 ):
-    """The clients are late by 30 ms: what they find to take 150 ms may have taken 90; what takes
-    170 is over the limit.
-    """
+    """Clients are late by 30 ms: 150 ms may have been 90, and 170 is over the limit."""
     assert Trial(1, Timings([latency_s], [0.03], num_missed), 0.0, 0.0, 0.0).judge(0.1) == verdict
 
 
@@ -114,18 +112,14 @@ def test_every_session_steps_on_schedule_and_warming_up_is_left_out():
 
 
 def test_waiting_for_a_slow_server_counts_from_when_the_step_was_due():
-    """Each step takes 0.12 s where one is due every 0.1 s: the counted ones end 0.14, 0.16 and 0.18
-    s after they were due.
-    """
+    """Steps of 0.12 s, one due every 0.1 s: the counted ones end 0.14, 0.16 and 0.18 s late."""
     timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.12)])
     assert timings.latencies == pytest.approx([0.14, 0.16, 0.18])
     assert timings.latenesses == []
 
 
 def test_steps_that_come_too_late_to_be_sent_are_missed():
-    """Steps of 0.4 s: sent at 0, 0.4 and 0.5 at the latest, a period after the end; the others are
-    not.
-    """
+    """Steps of 0.4 s: sent at 0, 0.4 and 0.5, a period after the end; others are not."""
     timings = play_virtually(lambda clock: [lambda: asyncio.sleep(0.4)])
     assert (len(timings.latencies), timings.num_missed) == (1, 2)
 
@@ -138,9 +132,7 @@ def test_a_step_that_fails_is_missed_with_those_after_it():
 
 
 def test_clients_that_are_late_themselves_are_found_out():
-    """Due at 0, 25, 50 and 75 ms of each round; the first keeps the others from sending until 80
-    ms.
-    """
+    """Due at 0, 25, 50 and 75 ms of each round; the first delays the others until 80 ms."""
 
     async def step(clock, busy_s):
         clock.now_s += busy_s

@@ -91,9 +91,7 @@ async def test_the_instant_environment_plays_the_experts_game():
 
 
 def test_shares_are_taken_between_the_updates_that_count():
-    """Four updates are left out; the window is (4, 6]: one rollout record of two is inside, and two
-    learner records.
-    """
+    """Four updates are left out; the window (4, 6] holds one rollout and two learner records."""
     records = [
         {"service": "learner", "at_s": float(at_s), "values": {"wait_s": wait_s, "total_s": 1.0}}
         for at_s, wait_s in ((1, 9), (2, 9), (3, 9), (4, 9), (5, 0.2), (6, 0.4))

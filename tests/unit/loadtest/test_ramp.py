@@ -1,6 +1,4 @@
-"""The search for what a server holds, on servers that are plain functions; and the page that shows
-it.
-"""
+"""The search for what a server holds, on plain functions, and the page that shows it."""
 
 import dataclasses
 import json
@@ -111,8 +109,9 @@ def test_the_figures_of_the_page_are_those_that_were_measured():
 
 
 def test_a_stage_that_other_work_disturbed_is_played_again():
-    """Two of three are disturbed; the third is held, so nothing is lost. Where all are, that is
-    told with the limit.
+    """Two of three are disturbed; the third is held, so nothing is lost.
+
+    Where all are, that is told with the limit.
     """
     tries = []
 

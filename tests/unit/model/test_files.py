@@ -1,6 +1,4 @@
-"""A model directory is looked at before anything starts on it; who reads only the tokenizer needs
-no weights there.
-"""
+"""A model directory is checked before a start; readers of the tokenizer need no weights."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""A container asks itself: its probe port, or as the gateway its HTTP port, also where that demands
-a certificate.
-"""
+"""A container asks its probe port, or as gateway its HTTP port, even with certificates."""
 
 import asyncio
 

@@ -10,16 +10,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sdar.contracts.errors import CapacityError
-from sdar.process.telemetry import Health, LabelBound, ProbeServer, build_registry
+from sdar.process.telemetry import Health, ProbeServer, build_registry
 from sdar.wire.http_server import build_error_response
 
 HOSTILE = "ok\n2026-01-01 [info] forged \x1b[2J\x1b]0;owned\x07 \r\u2028\u202eevil\x85\x00"
 
 
 def log_in_a_process(format: str) -> list[str]:
-    """The lines that an event with odd values and a traceback become; in a process of its own, for
-    logging is global.
-    """
+    """Log lines of an event with odd values and a traceback, from a process of its own."""
     program = f"""
 import structlog
 from sdar.process.telemetry import configure_logging
@@ -82,17 +80,6 @@ def test_a_client_that_says_nothing_does_not_keep_the_next_probe_waiting():
             )
     finally:
         server.stop()
-
-
-def test_a_label_that_others_name_takes_a_bounded_number_of_values():
-    bound = LabelBound(2)
-    assert [bound(value) for value in ("heat", "cool", "clean", "heat", "other kinds")] == [
-        "heat",
-        "cool",
-        "other",
-        "heat",
-        "other",
-    ]
 
 
 def test_every_service_counts_its_answers_with_an_error_by_kind():

@@ -1,6 +1,4 @@
-"""Scripted parts of a rollout worker, a byte-level chat tokenizer and a tiny random model, all
-given by constructor.
-"""
+"""Fakes for a rollout worker: scripted parts, a byte-level tokenizer, a tiny random model."""
 
 from __future__ import annotations
 

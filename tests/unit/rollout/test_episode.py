@@ -61,7 +61,7 @@ async def test_every_turn_records_what_was_seen_sampled_and_earned(tokenizer):
     assert trajectory.trajectory_id == "group-1.0.a0"
 
 
-async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_history_and_possible_actions(
+async def test_with_a_window_every_turn_is_a_fresh_prompt_of_task_history_and_possible_actions(
     tokenizer,
 ):
     rules = dataclasses.replace(
@@ -82,9 +82,8 @@ async def test_with_a_window_of_history_every_turn_is_a_fresh_prompt_of_task_his
     assert [turn.extends_previous for turn in trajectory.turns] == [False, False]
     assert [message.content for message in trajectory.turns[1].messages] == [
         "Rules.",
-        "Task: clean the mug .\nActions taken: 1. The last 1:\nSeen: start\nDone: act\nSeen now: "
-        "two\n"
-        "Possible actions:\ngo\nstop",
+        "Task: clean the mug .\nActions taken: 1. The last 1:\nSeen: start\nDone: act\n"
+        "Seen now: two\nPossible actions:\ngo\nstop",
     ]
 
 

@@ -69,6 +69,43 @@ def test_time_without_a_group_in_hand_is_waiting_time(seen):
     seen.now_s = 14.0
     seen.metrics.observe_running(0)
     seen.now_s = 15.0
-    seen.metrics.collect_window(EngineStats(), EpisodeClock(), 6)
+    seen.metrics.collect_record(num_running_episodes=6, num_waiting_sessions=0)
     assert seen.get("waiting_seconds_total") == 11
     assert seen.get("running_episodes") == 6
+
+
+def test_a_record_holds_totals_and_the_rates_since_the_record_before(seen):
+    seen.metrics.observe_running(1)
+    seen.metrics.observe_group([episode("heat", True), episode("cool", False)])
+    seen.metrics.observe_engine(
+        EngineStats(num_generated_tokens=70, num_weight_updates=1, weight_pause_s=0.5),
+        EpisodeClock(engine_s=3.0, environment_s=1.0),
+        2,
+        3,
+    )
+    seen.now_s = 10.0
+    record = seen.metrics.collect_record(num_running_episodes=4, num_waiting_sessions=2)
+    assert record == {
+        "num_tokens_generated": 70,
+        "num_prompt_tokens": 0,
+        "num_cached_tokens": 0,
+        "tokens_per_s": 7,
+        "num_episodes": 2,
+        "num_successes": 1,
+        "num_failed_groups": 0,
+        "num_reclaimed_groups": 0,
+        "num_retried_groups": 0,
+        "num_late_results": 0,
+        "num_repeated_tokens": 0,
+        "running_episodes": 4,
+        "waiting_sessions": 2,
+        "waiting_share": 0,
+        "environment_share": 0.25,
+        "engine_share": 0.75,
+        "num_weight_updates": 1,
+        "weight_staging_s": 0,
+        "weight_pause_s": 0.5,
+    }
+    seen.now_s = 20.0
+    record = seen.metrics.collect_record(num_running_episodes=0, num_waiting_sessions=0)
+    assert (record["num_tokens_generated"], record["tokens_per_s"]) == (70, 0)

@@ -20,7 +20,7 @@ from sdar.model.chat import compute_model_identity
 from sdar.weights.pins import PinnedVersions
 from sdar.weights.store import WeightStore
 from services.rollout.metrics import RolloutMetrics
-from services.rollout.policy import PolicyFollower
+from services.rollout.policy import ServedPolicy
 from tests.support import until
 from tests.unit.rollout.fakes import RUN_ID, ScriptedEngine, make_manifest
 
@@ -34,7 +34,7 @@ async def publish(bus, *versions):
 
 def build_follower(bus, engine, *, metrics=None, **options):
     options = {"block_s": 0.01, "retry_delays_s": [0.0]} | options
-    return PolicyFollower(
+    return ServedPolicy(
         bus, engine, PinnedVersions(bus, "me"), metrics or RolloutMetrics(), **options
     )
 
@@ -189,7 +189,7 @@ async def test_a_first_load_that_outlasts_its_declaration_is_still_in_use():
 
     ttl_s, bus, engine = 0.2, MemoryBus({}), SlowEngine()
     await publish(bus, 1)
-    follower = PolicyFollower(bus, engine, PinnedVersions(bus, "me", ttl_s), RolloutMetrics())
+    follower = ServedPolicy(bus, engine, PinnedVersions(bus, "me", ttl_s), RolloutMetrics())
     await follower.catch_up()
     assert engine.policy_version == 1
 

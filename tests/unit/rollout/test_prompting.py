@@ -80,18 +80,22 @@ def user_text(prompt):
 def test_a_window_shows_the_task_the_last_turns_what_is_seen_now_and_what_is_possible(tokenizer):
     prompts = HistoryWindow(tokenizer, SETTING, 2, 10_000)
     first = prompts.begin("a room", ["go left", "go right"])
-    assert (
-        user_text(first)
-        == "Task: clean the mug\nSeen now: a room\nPossible actions:\ngo left\ngo right\nOne action."
-    )
+    assert user_text(first).splitlines() == [
+        "Task: clean the mug",
+        "Seen now: a room",
+        "Possible actions:",
+        "go left",
+        "go right",
+        "One action.",
+    ]
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "go left", "a mug")
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "", "nothing happens")
     fourth = prompts.extend(NOTHING, StopReason.END_OF_TURN, "take mug", "mug taken", ["clean mug"])
     assert user_text(fourth) == (
-        "Task: clean the mug\nActions taken: 3. The last 2:\nSeen: a mug\nDone: (no action that "
-        "could be read)\n"
-        "Seen: nothing happens\nDone: take mug\nSeen now: mug taken\nPossible actions:\nclean "
-        "mug\nOne action."
+        "Task: clean the mug\nActions taken: 3. The last 2:\n"
+        "Seen: a mug\nDone: (no action that could be read)\n"
+        "Seen: nothing happens\nDone: take mug\n"
+        "Seen now: mug taken\nPossible actions:\nclean mug\nOne action."
     )
 
 
@@ -104,9 +108,7 @@ def test_every_prompt_of_a_window_is_fresh_and_carries_all_its_messages(tokenize
 
 
 def test_a_window_that_does_not_fit_leaves_out_the_oldest_turns_and_says_how_many(tokenizer):
-    """One token is one byte: observation 0 is 300 bytes long, so that it has to go and observation
-    1 may stay.
-    """
+    """One token is one byte: observation 0 has 300 and has to go; observation 1 may stay."""
     prompts = HistoryWindow(tokenizer, SETTING, 2, 300)
     prompts.begin("x" * 300)
     prompts.extend(NOTHING, StopReason.END_OF_TURN, "one", "B")

@@ -121,9 +121,7 @@ async def test_temperature_zero_takes_the_most_probable_token_with_its_unscaled_
 
 
 async def test_sampling_follows_the_distribution(engine, model_path):
-    """2000 draws of one token against its distribution: a chi-square over the tokens expected at
-    least 10 times.
-    """
+    """2000 draws of one token: a chi-square over the tokens expected at least 10 times."""
     (prompt,) = prompts_of(6)
     one = SamplingParameters(1.0, 1.0, 1)
     generations = await asyncio.gather(*(engine.generate(prompt, one) for _ in range(2000)))

@@ -16,8 +16,15 @@ from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
-from services.rollout.metrics import RolloutMetrics
-from services.rollout.worker import RolloutWorker, WorkerLimits
+from services.rollout.metrics import (
+    EPISODES,
+    LATE_RESULTS,
+    RECLAIMED_GROUPS,
+    REPEATED_TOKENS,
+    RETRIED_GROUPS,
+    RolloutMetrics,
+)
+from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.support import until
 from tests.unit.rollout.fakes import (
     RUN_ID,
@@ -54,7 +61,7 @@ class Bench:
         self.limits = {
             "max_concurrent_episodes": 8,
             "read_block_s": 0.01,
-            "claim_idle_s": 0.2,
+            "lease_s": 0.2,
             "grace_s": 0.5,
             "retry_delay_s": 0.01,
         } | limits
@@ -70,7 +77,7 @@ class Bench:
             make_rules(self.tokenizer),
             run_id=RUN_ID,
             instance=instance,
-            limits=WorkerLimits(**self.limits),
+            limits=RolloutLimits(**self.limits),
             health=self.health,
             metrics=self.metrics,
             skills=skills,
@@ -174,14 +181,12 @@ async def test_a_group_whose_environment_failed_is_played_again_whole_as_another
     assert sorted(t.trajectory_id for t in trajectories) == ["g1.0.a1", "g1.1.a1", "g1.2.a1"]
     assert environment.closed == environment.opened
     num_kept = sum(trajectory.num_response_tokens for trajectory in trajectories)
-    assert bench.metrics.num_retried_groups == 1
-    assert bench.metrics.num_repeated_tokens == 3 * len(bench.engine.prompts) - num_kept > 0
+    assert bench.metrics.read(RETRIED_GROUPS) == 1
+    assert bench.metrics.read(REPEATED_TOKENS) == 3 * len(bench.engine.prompts) - num_kept > 0
 
 
 async def test_attempts_are_counted_across_workers(tokenizer):
-    """One attempt died with its worker, so of three two are left to an environment that keeps
-    failing.
-    """
+    """One attempt died with its worker, so two of three are left for a failing environment."""
     bench = Bench(tokenizer, ScriptedEnvironment(num_failures=99), max_attempts=3)
     await bench.issue(make_group("g1", size=1))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "dead", 1)
@@ -192,8 +197,9 @@ async def test_attempts_are_counted_across_workers(tokenizer):
 
 
 async def test_a_group_that_waits_for_its_next_attempt_holds_no_place_for_episodes(tokenizer):
-    """There is room for one group. The first one's environment fails and its next attempt is far
-    off; the second is played.
+    """There is room for one group.
+
+    The first one's environment fails and its next attempt is far off; the second is played.
     """
     bench = Bench(
         tokenizer,
@@ -218,7 +224,7 @@ async def test_an_environment_that_went_away_in_the_middle_costs_an_attempt_not_
     bench = Bench(tokenizer, environment, retry_delay_s=0.1)
     async with bench.running():
         await bench.issue(make_group("g1", size=1))
-        await until(lambda: bench.metrics.num_retried_groups == 1)
+        await until(lambda: bench.metrics.read(RETRIED_GROUPS) == 1)
         environment.script = (answer(over=True),)
         await bench.settled()
     assert [event.outcome for event in await bench.ledger()] == [GroupOutcome.GENERATED]
@@ -323,25 +329,23 @@ async def test_a_group_that_was_taken_over_is_dropped_by_the_worker_that_lost_it
 async def test_a_late_result_is_refused_counted_and_published_nowhere(tokenizer):
     """The claim is lost while the last step is played, long before the next renewal would tell."""
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, claim_idle_s=60.0)
+    bench = Bench(tokenizer, environment, lease_s=60.0)
     async with bench.running():
         await bench.issue(make_group("g1", size=2))
         await until(lambda: len(environment.opened) == 2)
         (taken,) = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "other", 0.0, 1)
         environment.gate.set()
-        await until(lambda: bench.metrics.num_late_results == 1)
+        await until(lambda: bench.metrics.read(LATE_RESULTS) == 1)
         assert await bench.bus.renew([taken]) == [taken]
         await bench.issue(make_group("g2", size=2))
-        await until(lambda: bench.metrics.num_episodes == 2)
+        await until(lambda: bench.metrics.read(EPISODES) == 2)
     assert [event.group_id for event in await bench.ledger()] == ["g2"]
     assert len(await bench.entries(Stream.TRAJECTORIES)) == 2
-    assert (bench.metrics.num_repeated_tokens, environment.closed) == (6, environment.opened)
+    assert (bench.metrics.read(REPEATED_TOKENS), environment.closed) == (6, environment.opened)
 
 
 async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(tokenizer):
-    """The bus has committed and its reply is on its way while the group is renewed, hence found not
-    held any more.
-    """
+    """The bus has committed, its reply is on its way, and a renewal finds the group not held."""
 
     class SlowToReply(MemoryBus):
         num_renewals = 0
@@ -357,28 +361,28 @@ async def test_a_renewal_that_crosses_a_commit_does_not_take_the_group_for_lost(
             self.num_renewals += 1
             return held
 
-    bench = Bench(tokenizer, claim_idle_s=0.04)
+    bench = Bench(tokenizer, lease_s=0.04)
     bench.bus = SlowToReply(CONSUMERS)
     async with bench.running():
         await bench.issue(make_group("g1", size=2))
-        await until(lambda: bench.metrics.num_episodes == 2)
-    assert (bench.metrics.num_repeated_tokens, bench.metrics.num_late_results) == (0, 0)
+        await until(lambda: bench.metrics.read(EPISODES) == 2)
+    assert (bench.metrics.read(REPEATED_TOKENS), bench.metrics.read(LATE_RESULTS)) == (0, 0)
 
 
-async def test_a_worker_plays_at_once_what_an_earlier_life_of_its_name_held_and_spares_a_silent_peer(
+async def test_a_worker_plays_at_once_what_its_earlier_life_held_and_spares_a_silent_peer(
     tokenizer,
 ):
-    bench = Bench(tokenizer, claim_idle_s=60.0)
+    bench = Bench(tokenizer, lease_s=60.0)
     await bench.issue(*(make_group(f"g{number}", size=1) for number in range(4)))
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-1", 2)
     await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "silent", 1)
     async with bench.running(instance="worker-1"):
-        await until(lambda: bench.metrics.num_episodes == 3)
+        await until(lambda: bench.metrics.read(EPISODES) == 3)
     trajectories = [
         codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
     ]
     assert [t.trajectory_id for t in trajectories] == ["g0.0.a1", "g1.0.a1", "g3.0.a0"]
-    assert bench.metrics.num_reclaimed_groups == 2
+    assert bench.metrics.read(RECLAIMED_GROUPS) == 2
     assert await bench.num_open_tasks() == 1
 
 
@@ -422,11 +426,11 @@ async def test_a_stop_finishes_what_is_in_hand_and_reads_no_more(tokenizer):
     assert await bench.num_open_tasks() == 1
 
 
-async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with_its_sessions_closed(
+async def test_what_is_unfinished_after_the_grace_is_handed_back_with_its_sessions_closed(
     tokenizer,
 ):
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, grace_s=0.05, claim_idle_s=60.0)
+    bench = Bench(tokenizer, environment, grace_s=0.05, lease_s=60.0)
     async with bench.running():
         await bench.issue(make_group("g1"))
         await until(lambda: len(environment.opened) == 2)
@@ -439,7 +443,7 @@ async def test_what_is_not_finished_within_the_grace_is_handed_back_at_once_with
 async def test_a_worker_that_is_leaving_takes_over_nothing_that_another_handed_back(tokenizer):
     """It could hardly end it either, and every attempt counts."""
     environment = ScriptedEnvironment(gate=asyncio.Event())
-    bench = Bench(tokenizer, environment, claim_idle_s=0.04, grace_s=0.5)
+    bench = Bench(tokenizer, environment, lease_s=0.04, grace_s=0.5)
     stopping = asyncio.Event()
     leaving = asyncio.create_task(bench.build().run(stopping))
     await bench.issue(make_group("g1", size=2))
@@ -469,7 +473,7 @@ async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer)
     assert environment.closed == environment.opened
 
 
-async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_is_left_for_nobody(
+async def test_when_all_groups_fail_with_the_engine_one_error_ends_the_worker_and_none_leaks(
     tokenizer,
 ):
     class DyingEngine(ScriptedEngine):

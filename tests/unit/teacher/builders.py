@@ -1,6 +1,4 @@
-"""A small real model with a chat template, episodes of the household rendered with it, and fakes
-for a teacher's parts.
-"""
+"""Fakes for a teacher's parts, a small real model, and episodes of the household."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from sdar.weights.pins import PinnedVersions
 from services.envs.household.game import HouseholdGame, list_household_tasks
 from services.teacher.context import PrivilegedContext
 from services.teacher.metrics import TeacherMetrics
-from services.teacher.policy import PolicyFollower
+from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retrieval
 from services.teacher.scorer import TurnLogProbs
 from services.teacher.skills import Skill, SkillLibrary
@@ -61,9 +59,7 @@ CLEAN = Task("household", "train", "t0", "clean", "clean the mug and put it in t
 
 
 def make_model_directory(path: Path, seed: int = 0) -> Path:
-    """A Qwen2 of a few thousand random weights and a byte-level tokenizer that knows the
-    household's words.
-    """
+    """A Qwen2 of a few thousand random weights with a byte-level household tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,8 +107,9 @@ def play(
     is_windowed: bool = False,
     seed: int = 0,
 ) -> Trajectory:
-    """An episode of random responses. `is_windowed`: every turn is a fresh prompt, as with a
-    history window.
+    """An episode of random responses.
+
+    `is_windowed`: every turn is a fresh prompt, as with a history window.
     """
     rng = random.Random(seed)
     turns: list[Turn] = []
@@ -195,8 +192,9 @@ class MemoryWeights:
 
 
 class FakeScorer:
-    """Scores every token as minus its teacher version. `poison` names trajectories that make it
-    raise.
+    """Scores every token as minus its teacher version.
+
+    `poison` names trajectories that make it raise.
     """
 
     name = "fake"
@@ -237,7 +235,7 @@ class FakeScorer:
         self.teacher_version = manifest.policy_version
 
 
-def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> PolicyFollower:
-    return PolicyFollower(
+def build_follower(bus, scorer, max_lag, *, metrics=None, **options) -> ScoringPolicy:
+    return ScoringPolicy(
         bus, scorer, PinnedVersions(bus, "me"), metrics or TeacherMetrics(), max_lag, **options
     )

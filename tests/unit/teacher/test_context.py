@@ -21,8 +21,9 @@ def make_builder(chat, library=ONE_LINE, kind="task_type", max_sequence_tokens=1
 
 
 def test_the_privileged_prompt_is_laid_out_exactly_like_this(chat):
-    """
-    <|im_start|>user\\n{skill} {observation}<|im_end|>\\n<|im_start|>assistant\\n   fresh prompt, one space between
+    """A fresh prompt, one space between skill and observation:
+
+    <|im_start|>user\\n{skill} {observation}<|im_end|>\\n<|im_start|>assistant\\n
     """
     trajectory = play(chat, num_turns=1)
     context = make_builder(chat).build(trajectory)
@@ -37,8 +38,8 @@ def test_longer_skills_are_set_apart_by_an_empty_line(chat):
     trajectory = play(chat, num_turns=1)
     context = make_builder(chat, LIBRARY).build(trajectory)
     assert chat.tokenizer.decode(context.fresh_prompts[0]).startswith(
-        "<|im_start|>user\nlook before you act .\n\nskill clean : first use sink . after sink put "
-        ".\n\ntask : clean"
+        "<|im_start|>user\nlook before you act .\n\n"
+        "skill clean : first use sink . after sink put .\n\ntask : clean"
     )
 
 
@@ -69,9 +70,7 @@ def test_an_empty_retrieval_leaves_the_students_prompt_as_it_is(chat):
 
 
 def test_the_same_tokens_are_scored_and_nothing_else(chat):
-    """Behind the privileged prompt come the student's own tokens: responses, and the deltas between
-    them.
-    """
+    """The privileged prompt precedes the student's own responses and the deltas between."""
     trajectory = play(chat, num_turns=3)
     last, (sequence,) = (
         trajectory.turns[-1],
@@ -96,9 +95,7 @@ def test_every_fresh_turn_gets_the_skill(chat):
 
 
 def play_windowed(chat, observations):
-    """An episode as the rollout service plays it with a window of one turn: every prompt fresh,
-    instructions before it.
-    """
+    """An episode with a window of one turn: every prompt fresh, instructions before it."""
     setting = EpisodeSetting("be brief .", "say use X .", CLEAN.description)
     style = HistoryWindow(chat, setting, num_turns=1, max_prompt_tokens=1000)
     trajectory = play(chat, num_turns=len(observations), is_windowed=True)
@@ -142,9 +139,7 @@ def test_in_a_window_of_history_every_turns_prompt_is_the_students_with_the_skil
 
 
 def test_in_a_window_of_history_one_turn_that_is_too_long_shortens_the_skills_of_all(chat):
-    """The length rule holds for the longest turn; every turn then sees the same skills, so that
-    their gaps compare.
-    """
+    """The longest turn decides; all turns see the same skills, so their gaps compare."""
     skills = SkillLibrary(
         tuple(Skill(f"s{i}", "S", f"number {i} " + "sink " * 30, ("clean",)) for i in range(2))
     )

@@ -69,8 +69,9 @@ def test_the_skill_nearest_in_meaning_is_the_one_that_helps(
 def test_over_alfworlds_sentences_the_right_skill_is_mostly_first_and_nearly_always_among_three(
     minilm, tmp_path
 ):
-    """Not always: "put a hot apple in fridge" is near to cooling. Where the environment gives a
-    type, task_type is better.
+    """Not always: "put a hot apple in fridge" is near to cooling.
+
+    Where the environment gives a type, task_type is better.
     """
     index = SkillIndex(
         load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific, minilm, tmp_path

@@ -1,6 +1,4 @@
-"""The shipped skill libraries: whole, short, for every task type, and true to what their
-environments understand.
-"""
+"""The shipped skill libraries: whole, short, for every task type, true to environments."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ def test_what_a_task_is_shown_costs_few_words(name):
 
 
 def test_alfworlds_commands_are_the_engines():
-    """Each command in backticks, X and Y being names, fits a template of the engine's own grammar."""
+    """Each command in backticks, X and Y being names, fits a template of the engine's grammar."""
     (package,) = importlib.util.find_spec("alfworld").submodule_search_locations
     templates = re.findall(
         r'template :: "([^"]+)"', (Path(package) / "data" / "alfred.twl2").read_text()

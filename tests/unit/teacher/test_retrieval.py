@@ -54,7 +54,7 @@ def test_keywords_find_the_right_skill_of_every_household_task():
 
 
 def test_retrieval_never_reads_observations(chat):
-    """The observations name sink and oven, the words of two skills; the sentence asks for neither."""
+    """Observations name sink and oven, words of two skills; the sentence asks for neither."""
     trajectory = play(chat, DANCE)
     assert "sink" in trajectory.turns[0].messages[0].content
     assert retrieve("keyword", trajectory.task).specific == ()

@@ -38,9 +38,7 @@ def make_scorer(model_directory, weights=None, batch_tokens=600):
 
 
 def score_independently(model, context, temperature=1.0):
-    """One plain forward of transformers per turn on the whole privileged prompt, no batching, no
-    shared code.
-    """
+    """One plain forward of transformers per turn on the whole prompt: no shared code."""
     turns, expected, offset = context.trajectory.turns, [], 0
     for turn in turns:
         if turn.turn_index in context.fresh_prompts:
@@ -67,9 +65,7 @@ def assert_close(scores, expected, tolerance=2e-5):
 async def test_scores_equal_an_independent_forward_of_transformers(
     scorer, builder, chat, model_directory
 ):
-    """Long and short, merged and windowed, hot and cold trajectories in one batch, against one
-    forward per turn.
-    """
+    """Long, short, merged, windowed, hot and cold in one batch, against a forward per turn."""
     model = Qwen2ForCausalLM.from_pretrained(model_directory).eval()
     trajectories = [
         play(chat, num_turns=1, seed=1),

@@ -1,6 +1,4 @@
-"""Retrieval by utility: teachers that share a bus share what they learned, over a memory bus and a
-real Redis alike.
-"""
+"""Retrieval by utility: teachers on one bus, in memory or Redis, share what they learned."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ async def test_what_was_never_tried_comes_first_in_the_order_given(buses):
 
 
 async def test_the_score_is_mean_utility_and_a_bonus_for_the_rarely_tried(buses):
-    """Two groups got a and b each, one group c alone; a succeeded in 1 of 4 episodes, b in 3 of 4,
-    c was not heard of.
-    """
+    """Two groups got a and b, one c: a succeeded in 1 of 4 episodes, b in 3 of 4, c unknown."""
     bus = buses()
     utility = SkillUtility(bus, 0.5)
     for key, skill_ids in (("g0", "ab"), ("g1", "ab"), ("g2", "c")):
@@ -159,9 +155,7 @@ async def test_a_trajectory_that_is_reported_again_counts_once(buses):
 
 
 async def test_only_the_newest_events_count_and_what_slides_out_leaves_no_trace(buses):
-    """Room for three events: what came of g0 slides out, so that a is untried again when g2
-    chooses.
-    """
+    """Room for three events: g0's result slides out, so a is untried when g2 chooses."""
     bus = buses()
     utility = SkillUtility(bus, 0.0, max_events=3)
     await choose(utility, "g0")

@@ -24,9 +24,7 @@ def store(root: Path) -> DirectoryStore:
 def test_an_object_is_on_the_disk_before_its_name_appears(
     root: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is flushed, and which names the directory has by then; nothing but the system call
-    tells.
-    """
+    """What is flushed, and which names exist by then, as the system call shows."""
     flushed: list[tuple[str, list[str]]] = []
     flush = os.fsync
 

@@ -36,7 +36,7 @@ async def test_a_version_stays_in_use_while_it_is_kept_and_no_longer():
     assert await bus.retire_versions([1])
 
 
-async def test_while_a_version_is_loaded_its_predecessor_is_in_use_and_stays_so_if_the_loading_fails():
+async def test_while_a_version_is_loaded_the_one_before_is_in_use_and_stays_so_if_loading_fails():
     bus = MemoryBus({})
     pins = PinnedVersions(bus, "me")
     async with pins.loading(1):
@@ -64,7 +64,7 @@ async def test_a_version_that_is_being_deleted_cannot_be_loaded():
             pass
 
 
-async def test_a_reader_whose_own_version_was_deleted_during_a_long_pause_loads_and_keeps_the_next():
+async def test_a_reader_whose_version_was_deleted_during_a_long_pause_loads_and_keeps_the_next():
     bus = MemoryBus({})
     pins = PinnedVersions(bus, "me", TTL_S)
     async with pins.loading(1):

@@ -1,6 +1,4 @@
-"""The guard before an HTTP application: roles by method, bodies in bounds, foreign pages kept out,
-headers on every answer.
-"""
+"""The guard of an HTTP application: roles by method, bounds, foreign pages, headers."""
 
 import asyncio
 
@@ -185,9 +183,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for():
     ],
 )
 async def test_a_foreign_page_in_a_local_browser_cannot_stop_an_open_run(headers, status):
-    """By a form or fetch from elsewhere (Origin), or by a name that was made to mean 127.0.0.1
-    (Host).
-    """
+    """By a form or fetch from elsewhere (Origin), or by a false name of 127.0.0.1 (Host)."""
     async with ask() as client:
         assert (await client.post("/v1/run/stop", headers=headers)).status_code == status
 
@@ -212,9 +208,7 @@ async def test_every_answer_forbids_frames_sniffing_and_caching(locked):
 
 
 def test_a_page_runs_its_own_script_and_style_and_no_other():
-    """The digests are of `echo -ne '\\nrun();\\n' | openssl dgst -sha256 -binary | base64` and the
-    same of `a{}`.
-    """
+    """The digests are of `echo -ne '\\nrun();\\n' | openssl dgst -sha256 -binary | base64`."""
     policy = build_page_policy(PAGE)
     assert "default-src 'none'" in policy
     assert "script-src 'sha256-8Nic6TNoKbU2fN/Yduzc28MgjFgcikm6fSU0x0dR3EU='" in policy

@@ -1,6 +1,4 @@
-"""gRPC as it is spoken here: errors keep their type over a real connection, retries are safe,
-health tells the truth.
-"""
+"""gRPC here: errors keep their type on the wire, retries are safe, health is true."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -380,9 +378,7 @@ def test_every_method_of_the_contract_says_whether_it_may_be_repeated():
 
 
 async def test_a_burst_of_thousands_of_calls_over_one_channel_is_answered_whole():
-    """gRPC's own default cancels at random what waits beyond a thousand: a worker that begins its
-    episodes at once.
-    """
+    """gRPC's default cancels at random beyond a thousand waiting calls of one worker."""
     num_calls = 3000
     async with (
         serving(answer_ok) as (server, servicer),

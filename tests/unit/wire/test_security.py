@@ -1,6 +1,4 @@
-"""The door: tokens and roles, what is loopback, rates by a clock of our own, certificates that
-change, nothing secret shown.
-"""
+"""The door: tokens, roles, loopback, rates, certificates that change, hidden secrets."""
 
 import datetime
 import hmac
@@ -174,7 +172,7 @@ def test_no_token_is_in_the_text_of_anything_that_holds_one(tokens_file):
         assert READ_TOKEN not in f"{held!r} {held!s}"
 
 
-def test_a_client_is_named_by_its_token_so_that_its_addresses_do_not_matter_and_the_name_tells_nothing(
+def test_a_client_is_named_by_its_token_whatever_its_address_and_the_name_reveals_nothing(
     security,
 ):
     door = Door(security)

@@ -1,0 +1,297 @@
+"""One attempt at a task group: played, then published, failed, set aside, or begun once more.
+
+However it ends, the group is acknowledged in the transaction that says so. What an attempt brings
+whose lease is another's by then is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from sdar.bus.leases import Leases, wait_for_room
+from sdar.bus.protocol import Bus, Delivery, Publications
+from sdar.contracts import codec
+from sdar.contracts.errors import (
+    BusUnavailableError,
+    EngineFailedError,
+    LeaseLostError,
+    SdarError,
+    UnavailableError,
+    WeightsUnavailableError,
+)
+from sdar.contracts.streams import Stream
+from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, TaskGroup, Trajectory
+from sdar.process import tracing
+from services.rollout.engine import Engine
+from services.rollout.environment_client import EnvironmentDirectory
+from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
+from services.rollout.metrics import (
+    DEAD_LETTERS,
+    FAILED_GROUPS,
+    LATE_RESULTS,
+    REPEATED_TOKENS,
+    RETRIED_GROUPS,
+    RolloutMetrics,
+)
+from services.rollout.policy import ServedPolicy
+from services.rollout.skill_client import SkillSource
+
+log = structlog.get_logger()
+
+_LONGEST_RETRY_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class AttemptInHand:
+    """An attempt at a group.
+
+    Attributes:
+        num_episodes: how many it plays.
+        is_waiting: it failed and the next attempt will replace it.
+        is_ending: its end is being committed; the commit finds out whether the lease was lost.
+    """
+
+    delivery: Delivery
+    num_episodes: int = 0
+    is_waiting: bool = False
+    is_ending: bool = False
+    task: asyncio.Task[None] = field(init=False)
+
+
+class GroupPlayer:
+    """Plays groups for one worker, and sees each attempt to its end.
+
+    Args:
+        environments: clients by the address a group names.
+        leases: the worker's, on `tasks`.
+        begin: starts on the next attempt at a group whose environment failed.
+        max_attempts: a group whose environment fails at the last of them is failed; one that is
+            delivered once more is set aside.
+        retry_delay_s: pause before the second attempt, see `RolloutLimits`.
+        skills: what the student sees of skills; none for all methods but skill_grpo.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        engine: Engine,
+        environments: EnvironmentDirectory,
+        rules: EpisodeRules,
+        *,
+        run_id: str,
+        leases: Leases,
+        policy: ServedPolicy,
+        slots: EpisodeSlots,
+        metrics: RolloutMetrics,
+        begin: Callable[[Delivery], None],
+        max_attempts: int,
+        retry_delay_s: float,
+        skills: SkillSource | None,
+    ) -> None:
+        self._bus = bus
+        self._engine = engine
+        self._environments = environments
+        self._rules = rules
+        self._run_id = run_id
+        self._leases = leases
+        self._policy = policy
+        self._slots = slots
+        self._metrics = metrics
+        self._begin = begin
+        self._max_attempts = max_attempts
+        self._retry_delay_s = retry_delay_s
+        self._skills = skills
+
+    async def play(self, group: TaskGroup, hand: AttemptInHand) -> None:
+        """One attempt. Whatever happens here ends in the ledger, in the next attempt, or with the
+        service.
+        """
+        attempt = Attempt(hand.delivery.num_deliveries - 1)
+        is_published = False
+        try:
+            if attempt.number >= self._max_attempts:
+                reason = (
+                    f"Delivered {attempt.number + 1} times without an end. "
+                    "Look for what kills its workers."
+                )
+                await self._set_aside(group, hand, reason)
+            elif trajectories := await self._try(group, hand, attempt):
+                await self._publish(group, trajectories, hand)
+                is_published = True
+        except LeaseLostError as error:
+            # Another attempt at the group is under way: nothing of this one may get in beside it.
+            log.warning(
+                "late_result_refused",
+                group_id=group.group_id,
+                attempt=attempt.number,
+                error=str(error),
+            )
+            self._metrics.count(LATE_RESULTS)
+        finally:
+            if not is_published:
+                self._metrics.count(REPEATED_TOKENS, attempt.num_sampled_tokens)
+
+    async def _try(
+        self, group: TaskGroup, hand: AttemptInHand, attempt: Attempt
+    ) -> list[Trajectory]:
+        """Play the group; empty if it failed and that has been dealt with."""
+        try:
+            with _trace(group, attempt):
+                return await self._play_episodes(group, attempt)
+        except (EngineFailedError, BusUnavailableError):
+            raise
+        except WeightsUnavailableError as error:
+            await self._give_up(group, hand, error.message)
+        except UnavailableError as error:
+            if not self._engine.is_alive:
+                raise
+            await self._try_again(group, hand, error)
+        except SdarError as error:
+            await self._give_up(group, hand, error.message)
+        except Exception as error:
+            # The worker's boundary: one group must not end the others.
+            log.exception("group_broke_worker", group_id=group.group_id)
+            await self._set_aside(
+                group, hand, f"Playing it raised {type(error).__name__}: {error}."
+            )
+        return []
+
+    async def _play_episodes(self, group: TaskGroup, attempt: Attempt) -> list[Trajectory]:
+        is_evaluation = group.purpose is Purpose.EVALUATION
+        skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
+        if not is_evaluation:
+            await self._policy.reached(group.admitted_version)
+        version = group.admitted_version
+        pinned = self._policy.pinned(version) if is_evaluation else contextlib.nullcontext()
+        async with pinned:
+            return await play_group(
+                group,
+                attempt,
+                engine=self._engine,
+                environment=self._environments.get(group.environment_address),
+                rules=self._rules,
+                skill_text=skill_text,
+                slots=self._slots,
+            )
+
+    async def _try_again(
+        self, group: TaskGroup, hand: AttemptInHand, error: UnavailableError
+    ) -> None:
+        """Begin the next attempt after a pause in which this one holds no slot; give the group up
+        if there is none left.
+        """
+        num_attempts = hand.delivery.num_deliveries
+        if num_attempts >= self._max_attempts:
+            return await self._give_up(
+                group, hand, f"Given up after {num_attempts} attempts: {error.message}"
+            )
+        longest_s = min(_LONGEST_RETRY_S, self._retry_delay_s * 2 ** (num_attempts - 1))
+        delay_s = longest_s * random.uniform(0.5, 1.5)
+        log.warning(
+            "group_retried",
+            group_id=group.group_id,
+            attempt=num_attempts - 1,
+            retry_in_s=round(delay_s, 2),
+            error=str(error),
+        )
+        self._metrics.count(RETRIED_GROUPS)
+        hand.is_waiting = True
+        await asyncio.sleep(delay_s)
+        if (again := await self._leases.begin_again(hand.delivery)) is not None:
+            self._begin(again)
+
+    async def _publish(
+        self, group: TaskGroup, trajectories: list[Trajectory], hand: AttemptInHand
+    ) -> None:
+        payloads = [codec.encode_trajectory(trajectory) for trajectory in trajectories]
+        version = max(trajectory.max_policy_version for trajectory in trajectories)
+        if group.purpose is Purpose.EVALUATION:
+            await self._commit({Stream.EVALUATIONS: payloads}, hand)
+        else:
+            turns = tuple(len(trajectory.turns) for trajectory in trajectories)
+            outcome = GroupOutcome.GENERATED
+            event = LedgerEvent(
+                self._run_id,
+                group.group_id,
+                outcome,
+                len(trajectories),
+                version,
+                episode_turns=turns,
+            )
+            await self._commit({Stream.TRAJECTORIES: payloads}, hand, event)
+        self._metrics.observe_group(trajectories)
+        log.info(
+            "group_played",
+            group_id=group.group_id,
+            attempt=hand.delivery.num_deliveries - 1,
+            purpose=group.purpose.value,
+            num_episodes=len(trajectories),
+            num_successes=sum(trajectory.is_success for trajectory in trajectories),
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
+            policy_version=version,
+        )
+
+    async def _give_up(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
+        """Close the group's account. An evaluation's too: its gateway must not wait for what will
+        never come.
+        """
+        log.error(
+            "group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason
+        )
+        await self._commit({}, hand, self._describe_failure(group, reason))
+        self._metrics.count(FAILED_GROUPS, purpose=group.purpose)
+
+    async def _set_aside(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
+        log.error(
+            "dead_letter", entry_id=hand.delivery.entry_id, group_id=group.group_id, reason=reason
+        )
+        hand.is_ending = True
+        await self._bus.dead_letter(hand.delivery, reason, [self._describe_failure(group, reason)])
+        self._metrics.count(DEAD_LETTERS)
+
+    async def refuse(self, hand: AttemptInHand, reason: str) -> None:
+        """Set aside what names no group."""
+        log.error("dead_letter", entry_id=hand.delivery.entry_id, reason=reason)
+        hand.is_ending = True
+        try:
+            await self._bus.dead_letter(hand.delivery, reason)
+        except LeaseLostError as error:
+            log.warning("late_result_refused", entry_id=hand.delivery.entry_id, error=str(error))
+        else:
+            self._metrics.count(DEAD_LETTERS)
+
+    def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
+        return LedgerEvent(
+            self._run_id,
+            group.group_id,
+            GroupOutcome.FAILED,
+            0,
+            self._engine.policy_version,
+            reason,
+        )
+
+    async def _commit(
+        self, publications: Publications, hand: AttemptInHand, *transitions: LedgerEvent
+    ) -> None:
+        """Publish, acknowledge and book in one transaction: a crash before it repeats work, it
+        never loses it.
+        """
+        hand.is_ending = True
+        await wait_for_room(
+            lambda: self._bus.commit(publications, [hand.delivery], transitions=transitions)
+        )
+
+
+def _trace(group: TaskGroup, attempt: Attempt) -> tracing.Span:
+    """Evaluations are no trajectory's way to an update."""
+    if group.purpose is Purpose.EVALUATION:
+        return tracing.NOTHING
+    return tracing.group_span(
+        "rollout.attempt", group.group_id, attempt=attempt.number, group_size=group.group_size
+    )

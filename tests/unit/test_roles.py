@@ -1,0 +1,378 @@
+"""The table of services and all that cannot import it: a role that lacks a part is told which.
+
+Code reads sdar/contracts/roles.py. Images, the compose file, the chart, dashboards and alerts are
+text, so each is held against the rows here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdar.bus.protocol import BusMemory, StreamLag
+from sdar.cli.run import list_services
+from sdar.cli.serve import find_library_environment
+from sdar.config import RunConfig, load_config
+from sdar.contracts.roles import (
+    CALLED,
+    REPORTING,
+    ROLES,
+    SCALABLE,
+    SLEEPING,
+    WORKERS,
+    ModelUse,
+    Port,
+    Role,
+    RoleSpec,
+    Signal,
+    find_role_name,
+)
+from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.process.settings import Settings
+from services.gateway.alarms import (
+    JUDGES,
+    SILENCE_S,
+    BusCondition,
+    BusState,
+    Situation,
+    find_worker_silent,
+)
+from services.gateway.state import RunPhase
+from tests.support import EXAMPLES
+from tools import chart_schema, image_requirements
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm"
+
+TOY = RoleSpec(
+    name="critic",
+    reads=(Stream.SCORED,),
+    reports=True,
+    listens=(Port.PROBE, Port.GRPC),
+    calls=(Role.TEACHER,),
+    signal=Signal.SCORES_WAIT,
+    model=ModelUse.WEIGHTS,
+    threads="critic.num_threads",
+    config_keys=("name", "critic"),
+)
+"""A service that somebody has only just written down."""
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def read_code(name: str) -> str:
+    return "\n".join(path.read_text() for path in (ROOT / "services" / name).rglob("*.py"))
+
+
+# --- parts: each function says whether a row has one
+
+
+def has_a_main(row: RoleSpec) -> bool:
+    path = ROOT / "services" / row.name / "service.py"
+    if not path.exists():
+        return False
+    found = ast.parse(path.read_text()).body
+    return any(isinstance(one, ast.AsyncFunctionDef) and one.name == "serve" for one in found)
+
+
+def has_keys_that_a_run_has(row: RoleSpec) -> bool:
+    named = [*row.config_keys, row.threads, row.copies]
+    return all(is_key(key) for key in named if key)
+
+
+def is_key(key: str) -> bool:
+    model: Any = RunConfig
+    for part in key.split("."):
+        if part not in getattr(model, "model_fields", {}):
+            return False
+        model = model.model_fields[part].annotation
+    return True
+
+
+def is_kept_apart_from_other_services(row: RoleSpec) -> bool:
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (independent,) = (one for one in contracts if one["type"] == "independence")
+    return f"services.{row.name}" in independent["modules"]
+
+
+def has_an_image(row: RoleSpec) -> bool:
+    stage = re.search(
+        rf"^FROM \S+ AS {row.name}$(.*?)(?=^FROM |\Z)", read("Dockerfile"), re.M | re.S
+    )
+    return stage is not None and f'CMD ["serve", "{row.name}"]' in stage[1]
+
+
+def has_a_list_of_packages(row: RoleSpec) -> bool:
+    listed = (ROOT / "deploy" / "requirements" / f"{row.name}.txt").exists()
+    return listed and row.name in image_requirements.ROLES
+
+
+def is_built_by_make(row: RoleSpec) -> bool:
+    (line,) = re.findall(r"^ROLES := (.*)$", read("Makefile"), re.M)
+    return row.name in line.split()
+
+
+def has_a_container(row: RoleSpec) -> bool:
+    service = yaml.safe_load(read("docker-compose.yml"))["services"].get(row.name)
+    if service is None:
+        return False
+    addresses = {f"SDAR_{callee.upper()}_ADDRESS" for callee in row.calls}
+    is_beside_redis = "redis" in service.get("networks", ())
+    return (
+        service["build"]["target"] == row.name
+        and service["image"].startswith(f"sdar-{row.name}:")
+        and is_beside_redis == row.uses_bus
+        and addresses <= service["environment"].keys()
+    )
+
+
+def has_a_folder_of_the_chart(row: RoleSpec) -> bool:
+    kinds = {path.stem for path in (CHART / "templates" / row.name).glob("*.yaml")}
+    return bool(kinds & {"deployment", "statefulset"}) and {"networkpolicy"} <= kinds
+
+
+def has_values_of_the_chart(row: RoleSpec) -> bool:
+    values = yaml.safe_load(read("helm/values.yaml")).get(row.name)
+    if values is None:
+        return False
+    is_sized = isinstance(values.get("replicas"), dict)
+    return is_sized == (row.signal is not Signal.NONE) and ("gpus" in values) == row.may_hold_gpus
+
+
+def has_a_schema_of_its_values(row: RoleSpec) -> bool:
+    return row.name in chart_schema.Values.model_fields
+
+
+def has_its_row_in_the_chart(row: RoleSpec) -> bool:
+    rows = yaml.safe_load(read("helm/files/roles.yaml"))
+    return bool(rows.get(row.name) == chart_schema.describe_role(row))
+
+
+def is_scraped_beside_compose(row: RoleSpec) -> bool:
+    jobs = yaml.safe_load(read("deploy/prometheus/compose.yml"))["scrape_configs"]
+    targets = [target for job in jobs for target in job["dns_sd_configs"]]
+    ports = {target["port"] for target in targets if row.name in target["names"]}
+    return ports == {chart_schema.find_port_number(row.probe_port)}
+
+
+def is_scraped_in_a_cluster(row: RoleSpec) -> bool:
+    (job,) = yaml.safe_load(read("deploy/prometheus/kubernetes.yml"))["scrape_configs"]
+    (rule,) = (rule for rule in job["relabel_configs"] if rule.get("action") == "keep")
+    named = (port for port in Port if re.fullmatch(rule["regex"], f"sdar;{row.name};{port}"))
+    return set(named) == {row.probe_port}
+
+
+def is_on_the_metrics_page(row: RoleSpec) -> bool:
+    return bool(list_metrics(row))
+
+
+def is_on_a_dashboard(row: RoleSpec) -> bool:
+    shown = "".join(path.read_text() for path in (CHART / "dashboards").glob("*.json"))
+    return any(re.search(rf"\b{metric}", shown) for metric in list_metrics(row))
+
+
+def list_metrics(row: RoleSpec) -> list[str]:
+    """Names of the role's own metrics, as docs/metrics.md lists them."""
+    section = read("docs/metrics.md").partition(f"\n## `{row.name}`\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(sdar_\w+)", section, re.M)
+
+
+def is_missed_by_an_alert(row: RoleSpec) -> bool:
+    return not row.reports or f"{row.name}_silent" in read("helm/alerts/sdar.yaml")
+
+
+def is_in_the_architecture(row: RoleSpec) -> bool:
+    return re.search(rf"^\| {row.name} \|", read("docs/architecture.md"), re.M) is not None
+
+
+PARTS: dict[str, Callable[[RoleSpec], bool]] = {
+    "services/{}/service.py with serve(config, settings)": has_a_main,
+    "sdar/config.py: the keys that its row names": has_keys_that_a_run_has,
+    "pyproject.toml: services.{} is independent of other services": (
+        is_kept_apart_from_other_services
+    ),
+    "Dockerfile: a stage {} that serves it": has_an_image,
+    "tools/image_requirements.py and deploy/requirements/{}.txt": has_a_list_of_packages,
+    "Makefile: ROLES": is_built_by_make,
+    "docker-compose.yml: a service {}, beside Redis if it reads streams": has_a_container,
+    "helm/templates/{}/: its workload and network policy": has_a_folder_of_the_chart,
+    "helm/values.yaml: {}, with replicas and GPUs as its row says": has_values_of_the_chart,
+    "tools/chart_schema.py: Values.{}": has_a_schema_of_its_values,
+    "helm/files/roles.yaml: run make docs": has_its_row_in_the_chart,
+    "deploy/prometheus/compose.yml: {} at its port": is_scraped_beside_compose,
+    "deploy/prometheus/kubernetes.yml: {} at its port": is_scraped_in_a_cluster,
+    "docs/metrics.md: metrics of {}": is_on_the_metrics_page,
+    "helm/dashboards: a panel of {}": is_on_a_dashboard,
+    "helm/alerts/sdar.yaml: {}_silent": is_missed_by_an_alert,
+    "docs/architecture.md: its line in the table of services": is_in_the_architecture,
+}
+
+
+def find_missing(row: RoleSpec) -> list[str]:
+    return [part.format(row.name) for part, has in PARTS.items() if not has(row)]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_has_all_its_parts(role: Role) -> None:
+    assert find_missing(ROLES[role]) == []
+
+
+def test_a_row_without_its_parts_is_told_each_of_them() -> None:
+    assert find_missing(TOY) == [part.format("critic") for part in PARTS]
+
+
+def test_nothing_stands_for_a_role_that_the_table_does_not_have() -> None:
+    services = {path.parent.name for path in (ROOT / "services").glob("*/service.py")}
+    assert services == set(image_requirements.ROLES) == set(Role) == set(ROLES)
+    assert set(yaml.safe_load(read("helm/files/roles.yaml"))) == set(ROLES)
+
+
+def test_the_chart_has_the_table_as_it_is() -> None:
+    assert read("helm/files/roles.yaml") == chart_schema.render_roles(), "run make docs"
+
+
+# --- a row says what the code does
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_row_says_what_its_service_does(role: Role) -> None:
+    row = ROLES[role]
+    code = read_code(role)
+    listens = set(re.findall(r"settings\.((?:http|grpc|probe)_port)\b", code))
+    assert listens == {port.setting for port in row.listens}
+    assert ("settings.drain_s" in code) == row.drains
+    assert ("claim_role(" in code) == row.is_sole
+    assert ("build_bus(" in code) == row.uses_bus
+    assert ("weights_url" in code or "build_weight_store(" in code) == row.may_hold_gpus
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_row_names_every_key_of_the_run_that_its_service_reads(role: Role) -> None:
+    sections = [name for name in RunConfig.model_fields if is_key(f"{name}.{first_key(name)}")]
+    code = read_code(role)
+    named = rf"\bconfig\.({'|'.join(sections)})\b(?:\.([a-z_]+))?"
+    keys = {".".join(filter(None, found)) for found in re.findall(named, code)}
+    keys |= set(re.findall(r"\bconfig\.(name|seed)\b", code))
+    read_keys = {find_key(key) for key in keys}
+    listed = ROLES[role].config_keys
+    unlisted = [
+        key
+        for key in sorted(read_keys)
+        if not any(key == one or key.startswith(f"{one}.") for one in listed)
+    ]
+    assert read_keys
+    assert unlisted == []
+
+
+def find_key(name: str) -> str:
+    """The key that an attribute of a section stands for: itself, or what it is worked out of."""
+    if name == "method.row":
+        return "method.name"
+    return name if is_key(name) else name.partition(".")[0]
+
+
+def first_key(section: str) -> str:
+    fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
+    return next(iter(fields), "")
+
+
+@pytest.mark.parametrize("method", ["sdar", "grpo", "skill_grpo"])
+def test_whoever_takes_entries_of_a_stream_has_it_in_its_row(method: str) -> None:
+    config = load_config(EXAMPLES / "household.yaml", {"method.name": method})
+    for stream, groups in config.stream_consumers.items():
+        for group in groups:
+            assert stream in ROLES[Role(group)].reads
+    assert {str(group) for group in ConsumerGroup} == {
+        row.name for row in ROLES.values() if row.uses_bus
+    }
+
+
+def test_ports_and_addresses_are_settings() -> None:
+    names = [port.setting for port in Port]
+    names += [f"{role}_address" for role in CALLED]
+    assert set(names) <= Settings.model_fields.keys()
+
+
+# --- what is derived from the rows
+
+
+def test_the_roles_of_each_kind() -> None:
+    assert REPORTING == (Role.ROLLOUT, Role.TEACHER, Role.LEARNER)
+    assert WORKERS == (Role.ROLLOUT, Role.TEACHER)
+    assert SLEEPING == (Role.ROLLOUT, Role.TEACHER, Role.LEARNER)
+    assert set(SCALABLE) == set(ROLES) - {Role.GATEWAY}
+    assert CALLED == (Role.TEACHER, Role.ENVS)
+
+
+def test_every_role_that_reports_is_missed_when_it_is_silent() -> None:
+    assert {f"{role}_silent" for role in REPORTING} <= JUDGES.keys()
+
+
+def test_a_further_worker_is_missed_without_a_line_of_its_own() -> None:
+    situation = Situation(
+        now_s=1000.0,
+        phase=RunPhase.RUNNING,
+        bus=BusCondition(BusState.OK, 0.0),
+        memory=BusMemory(used_bytes=1, max_bytes=100),
+        lags={Stream.SCORED: StreamLag(3, 0, 1.0)},
+        heard_at_s={"critic": 1000.0 - SILENCE_S - 1},
+        learner_busy_s=1.0,
+        learner_input=Stream.TRAJECTORIES,
+        num_dead_letters=0,
+        ledger_gap=0,
+        length_drift=0.0,
+        progress_at_s=1000.0,
+    )
+    assert "No critic process was heard from for 61 s" in find_worker_silent(TOY, situation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({}, set()),
+        ({"method.name": "grpo"}, {Role.TEACHER}),
+        ({"method.name": "skill_grpo"}, set()),
+        ({"environment.address": "127.0.0.1:50051"}, {Role.ENVS}),
+    ],
+)
+def test_a_run_starts_the_roles_that_it_has(changes: dict[str, str], absent: set[Role]) -> None:
+    config = load_config(EXAMPLES / "household.yaml", {"rollout.num_workers": 2, **changes})
+    services = list_services(config)
+    assert services.keys() == set(ROLES) - absent
+    assert services[Role.ROLLOUT] == ["rollout-0", "rollout-1"]
+    for role, names in services.items():
+        assert {find_role_name(name) for name in names} == {role}
+
+
+@pytest.mark.parametrize(
+    ("role", "scorer", "has_vllm"),
+    [
+        (Role.ROLLOUT, "transformers", True),
+        (Role.TEACHER, "transformers", False),
+        (Role.TEACHER, "vllm", True),
+        (Role.LEARNER, "vllm", False),
+        (Role.GATEWAY, "vllm", False),
+    ],
+)
+def test_vllms_switches_are_set_where_vllm_runs(role: Role, scorer: str, has_vllm: bool) -> None:
+    config = load_config(EXAMPLES / "household.yaml", {"teacher.scorer": scorer})
+    variables = find_library_environment(ROLES[role], config)
+    assert ("VLLM_LOGGING_LEVEL" in variables) == has_vllm
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_service_has_the_threads_that_its_row_names(role: Role) -> None:
+    wanted = {"rollout.num_threads": 3, "teacher.num_threads": 5, "training.num_threads": 7}
+    config = load_config(EXAMPLES / "household.yaml", wanted)
+    row = ROLES[role]
+    threads = find_library_environment(row, config)["OMP_NUM_THREADS"]
+    assert int(threads) == wanted.get(row.threads, 1)
