@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sdar.bus.ledger import CLOSING, LedgerAccount
+import structlog
+
+from sdar.bus.ledger import CLOSING, LedgerAccount, format_group_id
 from sdar.bus.protocol import Bus
 from sdar.contracts.errors import CorruptionError
 
+log = structlog.get_logger()
+
+_MAX_NAMED = 1000
+
 
 async def find_unaccounted(bus: Bus, ledger: LedgerAccount, num_issued: int) -> list[int]:
-    """Numbers of the groups that break the rule that each has exactly one outcome.
+    """Numbers of the groups that break the rule that each has exactly one outcome, logged as well.
 
-    Groups open in `ledger` may still have none; numbers from `num_issued` on must have none.
+    Groups open in `ledger` may still have none; numbers from `num_issued` on must have none. Of
+    many, the first 1000.
     """
     closed: Counter[int] = Counter()
     for outcome in CLOSING:
@@ -22,7 +29,12 @@ async def find_unaccounted(bus: Bus, ledger: LedgerAccount, num_issued: int) -> 
         is_open = closed[number] == 0 and number in ledger.open
         if closed[number] != 1 and not is_open:
             wrong.append(number)
-    return wrong + sorted(number for number in closed if number >= num_issued)
+    wrong += sorted(number for number in closed if number >= num_issued)
+    named = wrong[:_MAX_NAMED]
+    if wrong:
+        ids = [format_group_id(number) for number in named]
+        log.error("ledger_gap", num_groups=len(wrong), group_ids=ids, ledger=ledger.counts())
+    return named
 
 
 def build_mismatch_error(num_in_account: int, num_issued: int) -> CorruptionError:

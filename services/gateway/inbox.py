@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus, Delivery
+from sdar.bus.leases import Leases
+from sdar.bus.protocol import Bus, Delivery
 from sdar.contracts.streams import ConsumerGroup, Stream
 
 _CONSUMER = "gateway"
@@ -14,23 +15,17 @@ class Inbox:
     """Reads both streams for the run's only gateway."""
 
     def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+        self._ledger = Leases(bus, Stream.LEDGER, ConsumerGroup.GATEWAY, _CONSUMER)
+        self._evaluations = Leases(bus, Stream.EVALUATIONS, ConsumerGroup.GATEWAY, _CONSUMER)
         self._taken_over: list[Delivery] = []
 
     async def take_over(self) -> None:
         """Take what was read and never acknowledged, by this gateway or one before it, to be read
         again.
         """
-        pending: list[Delivery] = []
-        for stream in (Stream.LEDGER, Stream.EVALUATIONS):
-            after = BEFORE_FIRST
-            # There is one gateway, so nothing is too fresh to be taken.
-            while page := await self._bus.reclaim(
-                stream, ConsumerGroup.GATEWAY, _CONSUMER, 0.0, _MAX_EVENTS, after
-            ):
-                pending.extend(page)
-                after = page[-1].entry_id
-        self._taken_over = pending
+        events = await self._ledger.take_all(_MAX_EVENTS)
+        episodes = await self._evaluations.take_all(_MAX_EVENTS)
+        self._taken_over = [*events, *episodes]
 
     async def read(self) -> list[Delivery]:
         """What was taken over; else what is new, for which it waits a moment."""
@@ -38,10 +33,6 @@ class Inbox:
             taken_over = self._taken_over
             self._taken_over = []
             return taken_over
-        ledger = await self._bus.read(
-            Stream.LEDGER, ConsumerGroup.GATEWAY, _CONSUMER, _MAX_EVENTS, block_s=_POLL_S
-        )
-        evaluations = await self._bus.read(
-            Stream.EVALUATIONS, ConsumerGroup.GATEWAY, _CONSUMER, _MAX_EVENTS
-        )
-        return [*ledger, *evaluations]
+        events = await self._ledger.read(_MAX_EVENTS, _POLL_S)
+        episodes = await self._evaluations.read(_MAX_EVENTS)
+        return [*events, *episodes]

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import structlog
 
-from sdar.bus.ledger import LedgerAccount, format_group_id
+from sdar.bus.leases import wait_for_room
+from sdar.bus.ledger import LedgerAccount
 from sdar.bus.protocol import Bus, Delivery
 from sdar.config import RunConfig
-from sdar.contracts.errors import CapacityError, LeaseLostError, UnavailableError
+from sdar.contracts.errors import LeaseLostError, UnavailableError
 from sdar.contracts.streams import ConsumerGroup
 from sdar.process.lifecycle import wait_or_stop
 from sdar.process.telemetry import Health
@@ -41,8 +42,6 @@ log = structlog.get_logger()
 
 _POLL_S = 0.2
 _RETRY_S = 1.0
-MAX_SHOWN_GAP = 1000
-"""Groups of a gap that are named."""
 
 
 class Scheduler:
@@ -93,11 +92,12 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Raises SupersededError once another gateway of this run has started, CorruptionError when
-        Redis lost what it had.
+        """Go round until `stopping` is set.
 
-        A gateway that is superseded stays ended; the other is to be started again, and finds its
-        way from what Redis and the learner have.
+        Raises:
+            SupersededError: another gateway of this run has started; this one stays ended.
+            CorruptionError: Redis lost what it had. Start the gateway again: it finds its way from
+                what Redis and the learner have.
         """
         await self._bus.claim_role(ConsumerGroup.GATEWAY)
         await self._restore()
@@ -107,7 +107,7 @@ class Scheduler:
             except LeaseLostError as error:
                 # An event was given away, or a letter is gone: nothing of this round happened.
                 # Begin again from what is saved.
-                log.warning("turn_refused", error=str(error))
+                log.warning("commit_refused", error=str(error))
                 await self._retries.forget_gone(self._committer.draft.retried)
                 await self._load()
             self.health.beat()
@@ -156,18 +156,12 @@ class Scheduler:
         """
         if self.is_blank:
             await self._committer.confirm_uncommitted()
-            return
-        is_due = self._committer.draft.is_due
-        while is_due:
-            try:
-                written = await self._committer.commit()
-            except CapacityError as error:
-                log.warning("tasks_full", error=str(error))
-                self.health.beat()
-                is_due = not stopping.is_set()
-            else:
-                self._retries.settle(written.retried)
-                is_due = False
+        elif self._committer.draft.is_due:
+            await wait_for_room(self._commit, stopping, self.health.beat)
+
+    async def _commit(self) -> None:
+        written = await self._committer.commit()
+        self._retries.settle(written.retried)
 
     def _observe(self) -> None:
         self._metrics.observe_run(
@@ -271,12 +265,8 @@ class Scheduler:
         """End the run. Each group must have exactly one outcome; only after an early stop may some
         still be buffered.
         """
-        gap = await find_unaccounted(self._bus, self.ledger, self.state.next_group_number)
-        shown = gap[:MAX_SHOWN_GAP]
-        if gap:
-            ids = [format_group_id(number) for number in shown]
-            log.error("ledger_gap", num_groups=len(gap), group_ids=ids, ledger=self.ledger.counts())
-        self.control.finish(shown)
+        num_issued = self.state.next_group_number
+        self.control.finish(await find_unaccounted(self._bus, self.ledger, num_issued))
 
     # --- where it stands
     # ----------------------------------------------------------------------------------------------
@@ -303,9 +293,7 @@ class Scheduler:
 
     @property
     def is_blank(self) -> bool:
-        """Whether Redis knew nothing of this run when the gateway started, and still does: the
-        first start, or a lost disk.
-        """
+        """Whether Redis knew nothing of this run when this process started, and still does."""
         return self._standing is Standing.BLANK
 
     @property
@@ -328,10 +316,7 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------
 
     async def confirm_tenure(self) -> None:
-        """Return once the state as of now is written, so while no other gateway has the role.
-
-        In a gateway that is superseded, or whose Redis is away, it never returns: give up waiting.
-        """
+        """See `Committer.confirm_tenure`: give up waiting after a while."""
         await self._committer.confirm_tenure()
 
     async def retry_dead_letter(self, letter_id: str) -> str:
