@@ -214,13 +214,13 @@ class Scaler:
             return
         if is_first and scheduler.is_blank and sizes.get(Role.LEARNER) == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
-            scheduler.fall_asleep(
+            scheduler.control.fall_asleep(
                 "The run slept when this gateway started, and Redis has no memory of it. `sdar "
                 "resume` wakes it.",
                 {},
             )
         elif reason := self._find_idleness(look):
-            scheduler.fall_asleep(reason, sizes)
+            scheduler.control.fall_asleep(reason, sizes)
 
     def _find_idleness(self, look: _Look) -> str:
         scheduler, watch = self._scheduler, self._watch
