@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
+from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
 
@@ -282,45 +283,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        if self.rollout.max_concurrent_episodes < self.training.group_size:
-            raise ValueError(
-                f"rollout.max_concurrent_episodes {self.rollout.max_concurrent_episodes} is below "
-                "training.group_size "
-                f"{self.training.group_size}: a group would never fit. Raise the first or lower "
-                "the second."
-            )
-        if self.rollout.max_response_tokens >= self.model.max_sequence_tokens:
-            raise ValueError(
-                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room "
-                "for a prompt within "
-                f"model.max_sequence_tokens {self.model.max_sequence_tokens}. Lower the first or "
-                "raise the second."
-            )
-        if self.training.num_minibatches > self.training.groups_per_update:
-            raise ValueError(
-                f"training.num_minibatches {self.training.num_minibatches} exceeds "
-                "training.groups_per_update "
-                f"{self.training.groups_per_update}. Lower it."
-            )
-        method = self.method.row
-        if self.teacher.retrieval == "ucb" and method.runs_teacher and not method.needs_teacher:
-            raise ValueError(
-                "teacher.retrieval ucb learns from episodes that pass the teacher, and method.name "
-                f"{method.name} sends it none. Use another retrieval or another method."
-            )
-        if self.teacher.scorer == "vllm" and self.rollout.temperature != 1:
-            raise ValueError(
-                "teacher.scorer vllm scores at temperature 1 only, rollout.temperature is "
-                f"{self.rollout.temperature}. "
-                "Use the transformers scorer, or temperature 1."
-            )
-        if self.teacher.scorer == "transformers" and self.teacher.tensor_parallel_size > 1:
-            raise ValueError(
-                f"teacher.tensor_parallel_size {self.teacher.tensor_parallel_size} needs "
-                "teacher.scorer vllm; the transformers "
-                "scorer uses one GPU. Change one of them."
-            )
+        if broken := find_broken(self._read):
+            raise ValueError(" ".join(broken))
         return self
+
+    def _read(self, key: str) -> object:
+        value: object = self
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
 
     @property
     def needs_teacher(self) -> bool:
