@@ -1,5 +1,4 @@
-"""Owns one update of the policy on all ranks: groups to minibatches, reference and proximal
-log-probs, steps, metric sums.
+"""One update of the policy on all ranks: minibatches, their log-probs, optimizer steps, metrics.
 
 `Trainer` is the same object on every rank. Rank 0 calls its methods; each broadcasts its arguments
 (the trajectories as the bytes they arrived in) and then runs on all ranks alike, each taking its
@@ -25,9 +24,11 @@ from sdar.algorithms.batching import (
     build_sequences,
     count_response_tokens,
 )
-from sdar.algorithms.methods import LossSettings, Metrics, compute_loss, get_method, reduce_metrics
+from sdar.algorithms.loss import compute_loss, reduce_metrics
+from sdar.algorithms.terms import Metrics
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError
+from sdar.contracts.methods import needs_reference
 from sdar.contracts.types import ScoredTrajectory
 from services.learner.checkpoint import read_rank_shard, write_rank_shard
 from services.learner.ingest import compute_group_advantages, decode_item
@@ -54,11 +55,8 @@ class Trainer:
         self.config = config
         self.model = model
         self._ranks = ranks
-        self._method = get_method(config.method.name)
-        self._settings = build_loss_settings(config)
 
     # --- what rank 0 calls
-    # ----------------------------------------------------------------------------------------------
 
     def update(
         self,
@@ -109,7 +107,6 @@ class Trainer:
         self.model.close()
 
     # --- what the other ranks do
-    # -----------------------------------------------------------------------------------------
 
     def follow(
         self,
@@ -119,8 +116,8 @@ class Trainer:
         """Carry out what rank 0 says until it says stop.
 
         Args:
-            beat: called at every command. is_leaving: whether this rank is asked to leave; rank 0
-                is told and drains.
+            beat: called at every command.
+            is_leaving: whether this rank is asked to leave; rank 0 learns of it and drains.
         """
         while True:
             command, frames = self._ranks.broadcast_command(None)
@@ -131,18 +128,22 @@ class Trainer:
                 self._ranks.count_leaving(is_leaving())
                 continue
             if command["do"] == "update":
-                items = iter(
-                    [
-                        decode_item(frame, needs_teacher=self._method.needs_teacher)
-                        for frame in frames
-                    ]
-                )
-                groups = [[next(items) for _ in range(size)] for size in command["group_sizes"]]
+                groups = self._decode_groups(frames, command["group_sizes"])
                 self._update(groups, command["update_index"], command["policy_version"])
             elif command["do"] == "export":
                 self.model.export()
             else:
                 self._save_or_wait(Path(command["directory"]))
+
+    def _decode_groups(self, frames: Sequence[bytes], sizes: Sequence[int]) -> list[Items]:
+        needs_teacher = self.config.needs_teacher
+        items = [decode_item(frame, needs_teacher=needs_teacher) for frame in frames]
+        groups: list[Items] = []
+        start = 0
+        for size in sizes:
+            groups.append(items[start : start + size])
+            start += size
+        return groups
 
     def _save_or_wait(self, directory: Path) -> None:
         try:
@@ -152,7 +153,6 @@ class Trainer:
             log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
     # --- on every rank
-    # ----------------------------------------------------------------------------------------------
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
@@ -172,19 +172,14 @@ class Trainer:
         for minibatch, ref_logprobs, proximal_logprobs in zip(
             minibatches, references, proximal, strict=True
         ):
-            loss = _BatchLoss(
-                partial(
-                    compute_loss,
-                    self._method,
-                    num_tokens_global=minibatch.num_tokens_global,
-                    settings=self._settings,
-                    update_index=update_index,
-                    learner_version=policy_version,
-                ),
-                ref_logprobs,
-                proximal_logprobs,
-                totals,
+            compute = partial(
+                compute_loss,
+                num_tokens_global=minibatch.num_tokens_global,
+                settings=self.config.method,
+                update_index=update_index,
+                learner_version=policy_version,
             )
+            loss = _BatchLoss(compute, ref_logprobs, proximal_logprobs, totals)
             totals.gradient_norms.append(
                 self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
             )
@@ -229,24 +224,18 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
     from safetensors.torch import load_file
 
     torch.manual_seed(config.seed)
-    method, settings = get_method(config.method.name), build_loss_settings(config)
     model = PolicyModel(
         config.model.path,
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         training=config.training,
-        needs_reference=method.needs_reference(settings),
+        needs_reference=needs_reference(config.method),
         ranks=ranks,
         weights=None if checkpoint is None else load_file(checkpoint / "weights.safetensors"),
     )
     if checkpoint is not None:
         model.install_optimizer(*read_rank_shard(checkpoint, ranks, model.device))
     return Trainer(config, model, ranks)
-
-
-def build_loss_settings(config: RunConfig) -> LossSettings:
-    """The method section without its name, which is the loss settings' first block."""
-    return LossSettings(**config.method.model_dump(exclude={"name"}))
 
 
 def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:
@@ -272,13 +261,15 @@ class _BatchLoss:
             micro_batch,
             policy_logprobs=policy_logprobs,
             entropy=entropy,
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[place],
-            proximal_logprobs=None
-            if self.proximal_logprobs is None
-            else self.proximal_logprobs[place],
+            ref_logprobs=_pick(self.ref_logprobs, place),
+            proximal_logprobs=_pick(self.proximal_logprobs, place),
         )
         self.totals.add(loss, sums)
         return loss
+
+
+def _pick(values: Sequence[Tensor] | None, place: int) -> Tensor | None:
+    return None if values is None else values[place]
 
 
 class _Totals:
@@ -298,9 +289,8 @@ class _Totals:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        totals = ranks.sum(
-            torch.stack([self._sums[name].detach().double() for name in names]).cpu()
-        )
+        values = [self._sums[name].detach().double() for name in names]
+        totals = ranks.sum(torch.stack(values).cpu())
         sums = dict(zip(names, totals.tolist(), strict=True))
         num_steps = len(self.gradient_norms)
         loss = sums.pop("loss") / num_steps

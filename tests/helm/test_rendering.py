@@ -251,6 +251,7 @@ def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
         "values.schema.json",
         "README.md",
         "files/run-defaults.yaml",
+        "files/methods.yaml",
         "files/rules.yaml",
         "files/household.yaml",
     ):
@@ -264,6 +265,7 @@ def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
         "values.schema.json",
         "README.md",
         "files/run-defaults.yaml",
+        "files/methods.yaml",
         "files/rules.yaml",
         "files/household.yaml",
     ):
