@@ -60,7 +60,7 @@ from sdar.algorithms.batching import (  # noqa: E402
     count_response_tokens,
 )
 from sdar.algorithms.logprobs import TokenScorer  # noqa: E402
-from sdar.algorithms.methods import LossSettings, compute_loss, get_method  # noqa: E402
+from sdar.algorithms.loss import compute_loss  # noqa: E402
 
 SEED = 0
 METHODS = ("sdar", "grpo")
@@ -135,6 +135,25 @@ TINY_SHAPE = Shape(
     microbatch_tokens=96,
     chunk_tokens=32,
 )
+
+
+def build_settings(method: str) -> types.SimpleNamespace:
+    """A run's `method` section with its defaults. They are spelled out, since sdar.config needs
+    pydantic; a test compares.
+    """
+    return types.SimpleNamespace(
+        name=method,
+        distillation_weight=0.01,
+        gate="gap",
+        gate_sharpness=5.0,
+        kl_coefficient=0.01,
+        entropy_coefficient=0.0,
+        clip_low=0.2,
+        clip_high=0.2,
+        off_policy="decoupled",
+        off_policy_cap=5.0,
+        weigh_distillation=True,
+    )
 
 
 def main() -> None:
@@ -255,7 +274,6 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             self._masters, lr=LEARNING_RATE, weight_decay=0.01, fused=device.type == "cuda"
         )
-        self._settings = LossSettings()
         self.num_parameters = sum(weight.numel() for weight in self._weights)
 
     def place(self, sequences: Sequence[TokenSequence], *, has_teacher: bool) -> list[MicroBatch]:
@@ -280,14 +298,13 @@ class Learner:
         for micro_batch in micro_batches:
             logprobs, entropy = self._scorer(micro_batch.input_ids, micro_batch.response_mask)
             loss, _ = compute_loss(
-                get_method(method),
                 micro_batch,
                 policy_logprobs=logprobs,
                 entropy=entropy,
                 # any fixed values: the reference's forward pass is not measured
                 ref_logprobs=micro_batch.behavior_logprobs,
                 num_tokens_global=num_tokens,
-                settings=self._settings,
+                settings=build_settings(method),
                 update_index=0,
                 learner_version=0,
             )

@@ -188,12 +188,11 @@ def _list_notes(schedule: Schedule) -> tuple[str, ...]:
         "`max_concurrent_envs` raised from 1; it plays in the server's own process, on uvloop, "
         "where an environment that hangs or dies takes every session with it. "
         "Clients are on another core.",
-        "The last column: how late the clients were themselves. Where that, in sending and in "
-        "receiving, could be why a number is not held, the measurement is void and fails.",
-        (
-            "Memory of a session: what the server's processes have of their own, less what they "
-            "had with one session, per session."
-        ),
+        "The last column is the delay of the clients themselves. If it, in sending or in "
+        "receiving, could be the reason why a number is not held, the measurement is void and "
+        "fails.",
+        "Memory of a session: the growth of the server's private memory from one session to all of "
+        "them, divided by the number of sessions.",
     )
 
 

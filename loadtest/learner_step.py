@@ -75,8 +75,8 @@ def _list_notes(groups: Groups) -> tuple[str, ...]:
         "one thread, float32. The smallest model is the hardest case: the loss costs the same per "
         "token whatever the model's size.",
         (
-            "The teacher is another service and scores while the learner trains; its row adds the "
-            "time as if they took turns."
+            "The teacher is another service and scores while the learner trains. Its row adds both "
+            "times, as if they took turns."
         ),
     )
 

@@ -80,8 +80,8 @@ WORKLOADS = (
 NOTES = (
     f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
     "within a group) of household texts, examples/models/household-tiny in float32, "
-    "engine and service one thread each. So small a model leaves the engine next to "
-    "nothing to compute: with a larger one the service's share only falls.",
+    "engine and service one thread each. With so small a model the engine computes next to "
+    "nothing; with a larger one the service's share of the time is smaller.",
     "Both sides return the log-prob of every token.",
 )
 

@@ -60,11 +60,12 @@ def measure(say: Say) -> Measurement:
         ),
         notes=(
             f"examples/household.yaml, updates {NUM_LEFT_OUT + 1} to {NUM_UPDATES}: "
-            f"{window.duration_s:.0f} s, {window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} "
-            "s an update.",
-            "waits: rollout has no group in hand, the teacher nothing to score, the learner no "
-            "whole batch (by their own clocks); gateway and envs: one less the other column. "
-            "Processor time includes that of a service's own processes.",
+            f"{window.duration_s:.0f} s, "
+            f"{window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} s an update.",
+            "A service waits while it has nothing to do: rollout has no group in hand, the teacher "
+            "has nothing to score, the learner has no whole batch (all by their own clocks). For "
+            "gateway and envs the column is 100% less the share in which they keep a core busy. "
+            "Processor time includes that of the processes that a service starts.",
         ),
     )
 

@@ -1,9 +1,11 @@
-"""Owns what of the chart is written by a program: `make docs` runs it, and a test compares.
+"""What of the chart is written by a program: `make docs` runs it, and a test compares.
 
 - helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key
   with the words that stand over it in helm/values.yaml.
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
+- helm/files/rules.yaml: the rules between sections, which the chart judges as RunConfig does.
+- helm/files/methods.yaml: what of each method decides which objects the chart makes.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - helm/files/roles.yaml: what templates look up of each role in the table of services.
 - the table of helm/README.md.
@@ -11,6 +13,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -22,6 +25,8 @@ from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
 from sdar.contracts import roles
+from sdar.contracts.methods import METHODS
+from sdar.contracts.rules import RULES
 from sdar.process.settings import Settings
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
@@ -50,6 +55,8 @@ Object = dict[str, Any]
 Objects = list[Object]
 Count = Annotated[int, Field(ge=1, le=1000)]
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
+Grace = Annotated[int, Field(ge=31, le=86_400)]
+"""Seconds of which the last 30 are for handing back what is left."""
 Port = Annotated[int, Field(ge=1, le=65_535)]
 BucketUrl = Annotated[str, StringConstraints(pattern=r"^(s3://.+)?$")]
 RedisUrl = Annotated[str, StringConstraints(pattern=r"^(rediss?://.+)?$")]
@@ -89,8 +96,9 @@ class ServiceAccount(_Part):
     annotations: Labels
 
 
-class Placed(_Part):
-    resources: Resources
+class Placement(_Part):
+    """Where a pod runs, which can be said of every pod."""
+
     nodeSelector: Labels
     tolerations: Objects
     affinity: Object
@@ -98,19 +106,28 @@ class Placed(_Part):
     priorityClassName: str
 
 
-class Check(Placed):
+class Identity(_Part):
+    """What a pod is to others in the cluster: all but the check's, which lives for a minute."""
+
+    podAnnotations: Labels
+    serviceAccount: ServiceAccount
+
+
+class PodDefaults(Placement, Identity):
+    """What `podDefaults` says for all pods and a role's own section may say for its own."""
+
+    env: list[Variable]
+    startupSeconds: Annotated[int, Field(ge=30, le=86_400)]
+
+
+class Check(Placement):
+    resources: Resources
     timeoutSeconds: Seconds
 
 
-class Pod(Placed):
-    podAnnotations: Labels
-    serviceAccount: ServiceAccount
-    terminationGracePeriodSeconds: Annotated[int, Field(ge=31, le=86_400)]
-
-
-class Role(Pod):
-    env: list[Variable]
-    startupSeconds: Annotated[int, Field(ge=30, le=86_400)]
+class Role(PodDefaults):
+    resources: Resources
+    terminationGracePeriodSeconds: Grace
 
 
 class Gateway(Role):
@@ -148,7 +165,9 @@ class RedisStorage(_Part):
     size: Size
 
 
-class Redis(Pod):
+class Redis(Placement, Identity):
+    resources: Resources
+    terminationGracePeriodSeconds: Grace
     enabled: bool
     url: RedisUrl
     existingSecret: str
@@ -215,6 +234,7 @@ class Values(_Part):
     fullnameOverride: Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]{0,43})?$")]
     image: Image
     logLevel: Literal["debug", "info", "warning", "error"]
+    podDefaults: PodDefaults
     gateway: Gateway
     rollout: Engine
     teacher: Engine
@@ -256,18 +276,23 @@ def build_run_defaults() -> dict[str, Any]:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            known = {
-                key: part.default
-                for key, part in section.model_fields.items()
-                if part.default is not PydanticUndefined
-            }
-            defaults[name] = {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in known.items()
-            }
+            # A section that is built without its required keys dumps the others.
+            defaults[name] = section.model_construct().model_dump(mode="json")
         elif field.default is not PydanticUndefined:
             defaults[name] = field.default
     return defaults
+
+
+def build_methods() -> dict[str, dict[str, bool]]:
+    """What of each method decides which pods there are and who may call whom."""
+    methods = {}
+    for name, method in METHODS.items():
+        methods[name] = {
+            "needs_teacher": method.needs_teacher,
+            "student_sees_skills": method.student_sees_skills,
+            "runs_teacher": method.runs_teacher,
+        }
+    return methods
 
 
 def build_roles() -> dict[str, Any]:
@@ -298,6 +323,11 @@ def find_port_number(port: roles.Port) -> int:
 def render_roles() -> str:
     """The text of helm/files/roles.yaml."""
     return _ROLES_HEAD + yaml.safe_dump(build_roles(), sort_keys=False)
+
+
+def build_rules() -> list[dict[str, Any]]:
+    """The rules between sections as plain data."""
+    return [dataclasses.asdict(rule) for rule in RULES]
 
 
 def build_demo() -> str:
@@ -344,16 +374,24 @@ def read_words(text: str) -> dict[str, str]:
 def write() -> None:
     """Write everything anew."""
     (CHART / "values.schema.json").write_text(json.dumps(build_schema(), indent=2) + "\n")
-    head = "# Written by `make docs` from RunConfig: what a key has that `run` leaves out.\n"
-    (CHART / "files/run-defaults.yaml").write_text(
-        head + yaml.safe_dump(build_run_defaults(), sort_keys=False)
+    _write_data(
+        "run-defaults", "RunConfig: what a key has that `run` leaves out", build_run_defaults()
     )
+    _write_data("rules", "sdar/contracts/rules.py", build_rules())
+    _write_data("methods", "sdar/contracts/methods.py, a row for each method", build_methods())
     (CHART / "files/household.yaml").write_text(build_demo())
     (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()
     before, rest = page.split(_BEGIN)
     (CHART / "README.md").write_text(
         f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}"
+    )
+
+
+def _write_data(name: str, source: str, data: object) -> None:
+    head = f"# Written by `make docs` from {source}.\n"
+    (CHART / f"files/{name}.yaml").write_text(
+        head + yaml.safe_dump(data, sort_keys=False, width=96)
     )
 
 
@@ -383,8 +421,8 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
-    """Give each key of ours its words. A key that is left out has the file's default, or the
-    demo's, so nothing is required.
+    """Give each key of ours its words; a role's own has those of `podDefaults`. A key that is left
+    out has the file's default, or the demo's, so nothing is required.
     """
     schema.pop("required", None)
     if not path.startswith("run."):
@@ -392,8 +430,9 @@ def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
     for name, child in schema.get("properties", {}).items():
         key = f"{path}{name}"
         _describe(child, words, f"{key}.")
-        if key in words:
-            schema["properties"][name] = {"description": words[key]} | child
+        common = f"podDefaults.{key.partition('.')[2]}"
+        if found := words.get(key, words.get(common)):
+            schema["properties"][name] = {"description": found} | child
 
 
 if __name__ == "__main__":

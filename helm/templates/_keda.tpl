@@ -1,7 +1,7 @@
 {{/*
-KEDA in place of the gateway's autoscaler. Two triggers a role, of which the larger counts: entries that wait, and entries in hand,
-so that a role that is busy with the last ones is not taken for idle. Without
-work there are no pods but environments, which the gateway asks for tasks first.
+KEDA in place of the gateway's autoscaler. Two triggers a role, of which the larger counts: entries
+that wait, and entries in hand, so that a role that is busy with the last ones is not taken for
+idle. Without work there are no pods but environments, which the gateway asks for tasks first.
 Takes (dict "root" $ "role" "rollout" "stream" "tasks" "group" "rollout" "perPod" 16).
 */}}
 {{- define "sdar.scaledObject" -}}
@@ -39,12 +39,13 @@ spec:
     {{- end }}
 {{- end }}
 
-{{/* Whether KEDA sets a role's size: only a role that has a stream to go by. Takes (list $ "role"). */}}
+{{/* Whether KEDA sets a role's size: one that has a stream to go by. Takes (list $ "role"). */}}
 {{- define "sdar.isKedaScaled" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
 {{- if eq $root.Values.autoscaling.mode "keda" -}}
-{{- if or (eq $role "rollout") (and (eq $role "envs") (include "sdar.hasEnvs" $root)) (and (eq $role "teacher") (include "sdar.isScoring" $root)) -}}
-true
+{{- if eq $role "rollout" }}true
+{{- else if eq $role "envs" }}{{ include "sdar.hasEnvs" $root }}
+{{- else if eq $role "teacher" }}{{ include "sdar.isScoring" $root }}
 {{- end -}}
 {{- end -}}
 {{- end }}

@@ -1,11 +1,16 @@
 {{/*
-What things are called, and which of them a run has. Templates that are about one role take (list $ "role").
+What things are called, and which of them a run has. Templates that are about one role take
+(list $ "role").
 */}}
 
-{{/* Prefix of every object's name: with -learner behind it 52 characters, the most of which a StatefulSet's pods can be labelled. */}}
+{{/*
+Prefix of every object's name: with -learner behind it 52 characters, the most of which a
+StatefulSet's pods can be labelled.
+*/}}
 {{- define "sdar.fullname" -}}
 {{- $release := .Release.Name | replace "." "-" -}}
-{{- .Values.fullnameOverride | default (contains "sdar" $release | ternary $release (printf "%s-sdar" $release)) | trunc 44 | trimSuffix "-" -}}
+{{- $own := contains "sdar" $release | ternary $release (printf "%s-sdar" $release) -}}
+{{- .Values.fullnameOverride | default $own | trunc 44 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "sdar.name" -}}
@@ -34,10 +39,13 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Of pods: without the chart's version, since a new chart that changes nothing else restarts nothing. */}}
+{{/*
+Of pods: without the chart's version, since a new chart that changes nothing else restarts nothing.
+*/}}
 {{- define "sdar.podLabels" -}}
-app.kubernetes.io/version: {{ (index . 0).Values.image.tag | default (index . 0).Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+{{- $root := index . 0 -}}
+app.kubernetes.io/version: {{ $root.Values.image.tag | default $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{ include "sdar.selector" . }}
 {{- end }}
 
@@ -47,39 +55,93 @@ name: {{ include "sdar.name" . }}
 labels: {{- include "sdar.labels" . | nindent 2 }}
 {{- end }}
 
+{{/*
+What a role's pod has: `podDefaults` under what its own section says. Maps are merged; a list, a
+text or a number of the role's replaces the default, and an empty one does so too.
+*/}}
+{{- define "sdar.podValues" -}}
+{{- $values := (index . 0).Values -}}{{- $own := index $values (index . 1) -}}
+{{- mergeOverwrite (deepCopy $values.podDefaults) (deepCopy $own) | toYaml -}}
+{{- end }}
+
+{{/* The table of services, or its row of one role: files/roles.yaml says what each key means. */}}
+{{- define "sdar.roles" -}}
+{{- .Files.Get "files/roles.yaml" -}}
+{{- end }}
+
+{{- define "sdar.role" -}}
+{{- get (include "sdar.roles" (index . 0) | fromYaml) (index . 1) | toYaml -}}
+{{- end }}
+
+{{/* A port's number. Takes (list $ "role" "grpc"), or no name for the one that is probed. */}}
+{{- define "sdar.port" -}}
+{{- $role := include "sdar.role" . | fromYaml -}}
+{{- get $role.ports (rest . | rest | first | default $role.probePort) -}}
+{{- end }}
+
+{{/* Where a role is called: its gRPC, or the port that is named. Takes what sdar.port does. */}}
+{{- define "sdar.address" -}}
+{{- include "sdar.name" . }}:{{ include "sdar.port" (append . "grpc") -}}
+{{- end }}
+
+{{/* "true" if the release has pods of a role. Takes (list $ "role"). */}}
+{{- define "sdar.isPresent" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- if eq $role "teacher" }}{{ include "sdar.hasTeacher" $root }}
+{{- else if eq $role "envs" }}{{ include "sdar.hasEnvs" $root }}
+{{- else if eq $role "redis" }}{{ if $root.Values.redis.enabled }}true{{ end }}
+{{- else }}true{{ end -}}
+{{- end }}
+
 {{- define "sdar.image" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
 {{- $image := $root.Values.image -}}
 {{- $tag := $image.tag | default $root.Chart.AppVersion -}}
-{{- if (index $root.Values $role).gpus -}}{{- $tag = $image.gpuTag | default (printf "%s-cuda" $tag) -}}{{- end -}}
+{{- if (index $root.Values $role).gpus -}}
+{{- $tag = $image.gpuTag | default (printf "%s-cuda" $tag) -}}
+{{- end -}}
 {{- /* The teacher's own image has no vLLM; the rollout's holds all that the teacher needs. */ -}}
-{{- $name := and (eq $role "teacher") (eq (include "sdar.run" $root | fromYaml).teacher.scorer "vllm") | ternary "rollout" $role -}}
+{{- $scorer := (include "sdar.run" $root | fromYaml).teacher.scorer -}}
+{{- $name := and (eq $role "teacher") (eq $scorer "vllm") | ternary "rollout" $role -}}
 {{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end }}sdar-{{ $name }}:{{ $tag }}
 {{- end }}
 
 {{/*
-The run, as services read it. One that names its environment is all that `run` says and nothing else; otherwise it is the demo,
-with the keys that `run` has in place of the demo's.
+The run, as services read it. One that names its environment is all that `run` says and nothing
+else; otherwise it is the demo, with the keys that `run` has in place of the demo's.
 */}}
 {{- define "sdar.writtenRun" -}}
 {{- $standsAlone := dig "environment" "name" "" .Values.run | empty | not -}}
 {{- $base := ternary dict (.Files.Get "files/household.yaml" | fromYaml) $standsAlone -}}
-{{- mergeOverwrite $base (deepCopy .Values.run) (dict "name" (include "sdar.runName" .)) | toYaml -}}
+{{- $name := dict "name" (include "sdar.runName" .) -}}
+{{- mergeOverwrite $base (deepCopy .Values.run) $name | toYaml -}}
 {{- end }}
 
 {{/* The same over the defaults of RunConfig: for looking at, never handed to a service. */}}
 {{- define "sdar.run" -}}
-{{- mergeOverwrite (.Files.Get "files/run-defaults.yaml" | fromYaml) (include "sdar.writtenRun" . | fromYaml) | toYaml -}}
+{{- $defaults := .Files.Get "files/run-defaults.yaml" | fromYaml -}}
+{{- mergeOverwrite $defaults (include "sdar.writtenRun" . | fromYaml) | toYaml -}}
 {{- end }}
 
-{{/* "true" or "". Without scores of its own, skill_grpo still has the teacher hand out skills. */}}
+{{/* The row of the run's method in files/methods.yaml. */}}
+{{- define "sdar.method" -}}
+{{- $methods := .Files.Get "files/methods.yaml" | fromYaml -}}
+{{- get $methods (include "sdar.run" . | fromYaml).method.name | toYaml -}}
+{{- end }}
+
+{{/* "true" or "": whether a teacher runs, which scores trajectories or hands out skills. */}}
 {{- define "sdar.hasTeacher" -}}
-{{- if ne (include "sdar.run" . | fromYaml).method.name "grpo" }}true{{ end -}}
+{{- if (include "sdar.method" . | fromYaml).runs_teacher }}true{{ end -}}
 {{- end }}
 
-{{/* Whether trajectories pass the teacher: RunConfig.needs_teacher. */}}
+{{/* Whether trajectories pass the teacher. */}}
 {{- define "sdar.isScoring" -}}
-{{- if not (has (include "sdar.run" . | fromYaml).method.name (list "grpo" "skill_grpo")) }}true{{ end -}}
+{{- if (include "sdar.method" . | fromYaml).needs_teacher }}true{{ end -}}
+{{- end }}
+
+{{/* Whether rollouts ask the teacher for skills. */}}
+{{- define "sdar.showsSkills" -}}
+{{- if (include "sdar.method" . | fromYaml).student_sees_skills }}true{{ end -}}
 {{- end }}
 
 {{- define "sdar.hasEnvs" -}}
@@ -88,13 +150,19 @@ with the keys that `run` has in place of the demo's.
 
 {{/* A hub name is fetched when a pod starts; a directory is in the image or on a volume. */}}
 {{- define "sdar.isHubModel" -}}
-{{- if not (hasPrefix "/" ((include "sdar.run" . | fromYaml).model.path | default "/")) }}true{{ end -}}
+{{- $path := (include "sdar.run" . | fromYaml).model.path | default "/" -}}
+{{- if not (hasPrefix "/" $path) }}true{{ end -}}
 {{- end }}
 
-{{/* Whether pods of a role need the claim: all that read weights, unless these are in a bucket; the learner's checkpoints always are on it. */}}
+{{/*
+Whether pods of a role need the claim: all that read weights, unless these are in a bucket; the
+learner's checkpoints always are on it.
+*/}}
 {{- define "sdar.usesClaim" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
-{{- if or (eq $role "learner") (and (not $root.Values.storage.weightsUrl) (has $role (list "rollout" "teacher"))) }}true{{ end -}}
+{{- $readsWeights := (include "sdar.role" . | fromYaml).readsWeights -}}
+{{- $isBucket := $root.Values.storage.weightsUrl -}}
+{{- if or (eq $role "learner") (and $readsWeights (not $isBucket)) }}true{{ end -}}
 {{- end }}
 
 {{- define "sdar.claimName" -}}
@@ -111,16 +179,22 @@ with the keys that `run` has in place of the demo's.
 {{- div (int $run.training.num_ranks) (int .Values.learner.replicas) -}}
 {{- end }}
 
-{{/* The number of pods, where the chart decides it: not where the gateway or KEDA does. A dry run leaves it as it is. */}}
+{{/*
+The number of pods, where the chart decides it: not where the gateway or KEDA does. A dry run leaves
+it as it is.
+*/}}
 {{- define "sdar.replicas" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $scaling := $root.Values.autoscaling -}}
 {{- $isGatewayScaled := or (eq $scaling.mode "gateway") (eq $role "learner") -}}
-{{- if or (eq $scaling.mode "none") $scaling.dryRun (not (or $isGatewayScaled (include "sdar.isKedaScaled" .))) -}}
+{{- $isScaled := or $isGatewayScaled (include "sdar.isKedaScaled" .) -}}
+{{- if or (eq $scaling.mode "none") $scaling.dryRun (not $isScaled) -}}
 {{- $replicas := (index $root.Values $role).replicas -}}
 {{- if ne $role "learner" }}{{ $replicas = $replicas.min }}{{ end -}}
 {{- if $scaling.dryRun -}}
 {{- $kind := ternary "StatefulSet" "Deployment" (eq $role "learner") -}}
-{{- with lookup "apps/v1" $kind $root.Release.Namespace (include "sdar.name" .) }}{{ $replicas = .spec.replicas | default $replicas }}{{ end -}}
+{{- with lookup "apps/v1" $kind $root.Release.Namespace (include "sdar.name" .) -}}
+{{- $replicas = .spec.replicas | default $replicas -}}
+{{- end -}}
 {{- end -}}
 replicas: {{ $replicas }}
 {{- end -}}

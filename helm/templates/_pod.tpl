@@ -1,10 +1,11 @@
 {{/*
-The pod of a role: what all roles have in common is here once, what differs is decided by small tables at the top of each part.
-All take (list $ "role").
+The pod of a role: what all roles have in common is here once, what differs is in files/roles.yaml
+and podDefaults. All take (list $ "role").
 */}}
 
 {{- define "sdar.pod" -}}
-{{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := index $root.Values $role -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 metadata:
   labels: {{- include "sdar.podLabels" . | nindent 4 }}
   annotations:
@@ -12,7 +13,7 @@ metadata:
     {{- with $values.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
 spec:
   serviceAccountName: {{ include "sdar.name" . }}
-  automountServiceAccountToken: {{ and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+  automountServiceAccountToken: {{ include "sdar.isScaler" . | eq "true" }}
   # Kubernetes would set SDAR_..._PORT variables of its own for each Service.
   enableServiceLinks: false
   {{- if include "sdar.isTorchrun" . }}
@@ -41,7 +42,8 @@ spec:
 
 {{/* Where pods run, which the redis pod shares. */}}
 {{- define "sdar.podPlacement" -}}
-{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 1) -}}{{- $selector := include "sdar.selector" . -}}
+{{- $root := index . 0 -}}{{- $selector := include "sdar.selector" . -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -69,18 +71,29 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* Pods that share a claim which one node at a time can mount go to one node; elsewhere they would wait for it without end. */}}
+{{/*
+Pods that share a claim which one node at a time can mount go to one node; elsewhere they would wait
+for it without end.
+*/}}
 {{- define "sdar.claimAffinity" -}}
 {{- $root := index . 0 -}}{{- $storage := $root.Values.storage -}}
 {{- $isShared := and (include "sdar.usesClaim" .) (not $storage.weightsUrl) -}}
-{{- if and $isShared (not $storage.existingClaim) (not (has "ReadWriteMany" $storage.accessModes)) -}}
+{{- $isForSeveral := or $storage.existingClaim (has "ReadWriteMany" $storage.accessModes) -}}
+{{- if and $isShared (not $isForSeveral) -}}
 podAffinity:
   requiredDuringSchedulingIgnoredDuringExecution:
     - topologyKey: kubernetes.io/hostname
       labelSelector:
         matchLabels: {{- include "sdar.selector" (list $root "") | nindent 10 }}
         matchExpressions:
-          - {key: app.kubernetes.io/component, operator: In, values: [learner, rollout, teacher]}
+          - key: app.kubernetes.io/component
+            operator: In
+            values:
+              {{- range $role, $row := include "sdar.roles" $root | fromYaml }}
+              {{- if $row.readsWeights }}
+              - {{ $role }}
+              {{- end }}
+              {{- end }}
 {{- end }}
 {{- end }}
 
@@ -102,23 +115,32 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
+{{/* "true" for the one that changes sizes, by the API server and a file that says within what. */}}
+{{- define "sdar.isScaler" -}}
+{{- $mode := (index . 0).Values.autoscaling.mode -}}
+{{- if and (eq (index . 1) "gateway") (ne $mode "none") }}true{{ end -}}
+{{- end }}
+
 {{/* A learner of several pods is started by torchrun, and any pod's number is its place. */}}
 {{- define "sdar.isTorchrun" -}}
-{{- if and (eq (index . 1) "learner") (gt (int (index . 0).Values.learner.replicas) 1) }}true{{ end -}}
+{{- $learners := int (index . 0).Values.learner.replicas -}}
+{{- if and (eq (index . 1) "learner") (gt $learners 1) }}true{{ end -}}
 {{- end }}
 
 {{- define "sdar.command" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $values := include "sdar.podValues" . | fromYaml -}}
 {{- if include "sdar.isTorchrun" . -}}
 {{- $learner := include "sdar.name" . -}}
 command:
   - sh
   - -c
   - >-
-    exec torchrun --nnodes={{ $root.Values.learner.replicas }} --nproc-per-node={{ include "sdar.ranksPerPod" $root }}
+    exec torchrun --nnodes={{ $values.replicas }}
+    --nproc-per-node={{ include "sdar.ranksPerPod" $root }}
     --node-rank=${HOSTNAME##*-} --master-addr={{ $learner }}-0.{{ $learner }} --master-port=29500
-    --rdzv-conf=timeout={{ $root.Values.learner.startupSeconds }} --max-restarts=0
-    --shutdown-timeout={{ sub (int $root.Values.learner.terminationGracePeriodSeconds) 20 }}
+    --rdzv-conf=timeout={{ $values.startupSeconds }} --max-restarts=0
+    --shutdown-timeout={{ sub (int $values.terminationGracePeriodSeconds) 20 }}
     --no-python sdar serve learner
 {{- else -}}
 args: [serve, {{ $role }}]
@@ -126,30 +148,31 @@ args: [serve, {{ $role }}]
 {{- end }}
 
 {{- define "sdar.ports" -}}
-{{- $role := index . 1 -}}
-{{- if eq $role "gateway" }}
-- {name: http, containerPort: 8080, protocol: TCP}
-{{- else }}
-- {name: probe, containerPort: 9100, protocol: TCP}
+{{- $ports := (include "sdar.role" . | fromYaml).ports -}}
+{{- range $name := list "http" "probe" "grpc" }}
+{{- with get $ports $name }}
+- {name: {{ $name }}, containerPort: {{ . }}, protocol: TCP}
 {{- end }}
-{{- if ne $role "learner" }}
-- {name: grpc, containerPort: 9090, protocol: TCP}
 {{- end }}
 {{- end }}
 
 {{/*
-The startup probe covers the engine's start and the wait for a first policy, in which a main loop may rightly be silent. The
-gateway is up before the others are, and ready after them.
+The startup probe covers the engine's start and the wait for a first policy, in which a main loop
+may rightly be silent. The gateway is up before the others are, and ready after them.
 */}}
 {{- define "sdar.probes" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $isGateway := eq $role "gateway" -}}
-{{- $port := $isGateway | ternary "http" "probe" -}}
+{{- $startup := (include "sdar.podValues" . | fromYaml).startupSeconds -}}
+{{- $port := (include "sdar.role" . | fromYaml).probePort -}}
 {{- $scheme := and $isGateway $root.Values.tls.enabled | ternary "HTTPS" "HTTP" -}}
 startupProbe:
-  httpGet: {path: {{ $isGateway | ternary "/healthz" "/readyz" }}, port: {{ $port }}, scheme: {{ $scheme }}}
+  httpGet:
+    path: {{ $isGateway | ternary "/healthz" "/readyz" }}
+    port: {{ $port }}
+    scheme: {{ $scheme }}
   periodSeconds: 5
   timeoutSeconds: 5
-  failureThreshold: {{ div (int (index $root.Values $role "startupSeconds")) 5 }}
+  failureThreshold: {{ div (int $startup) 5 }}
 readinessProbe:
   httpGet: {path: /readyz, port: {{ $port }}, scheme: {{ $scheme }}}
   periodSeconds: 5
@@ -165,12 +188,16 @@ livenessProbe:
 {{- $values := index (index . 0).Values (index . 1) -}}
 {{- $resources := deepCopy $values.resources -}}
 {{- if $values.gpus -}}
-{{- $resources = mergeOverwrite $resources (dict "limits" (dict "nvidia.com/gpu" (int $values.gpus))) -}}
+{{- $gpus := dict "nvidia.com/gpu" (int $values.gpus) -}}
+{{- $resources = mergeOverwrite $resources (dict "limits" $gpus) -}}
 {{- end -}}
 {{- include "sdar.quantities" $resources -}}
 {{- end }}
 
-{{/* Requests and limits, all of them texts: older API servers take no number where a server-side apply, Helm 4's, has one. */}}
+{{/*
+Requests and limits, all of them texts: older API servers take no number where a server-side apply,
+Helm 4's, has one.
+*/}}
 {{- define "sdar.quantities" -}}
 {{- $texts := dict -}}
 {{- range $kind, $amounts := . -}}
@@ -193,6 +220,7 @@ livenessProbe:
 
 {{- define "sdar.env" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}{{- $values := $root.Values -}}
+{{- $row := include "sdar.role" . | fromYaml -}}
 - {name: SDAR_CONFIG, value: /etc/sdar/run.yaml}
 - name: SDAR_INSTANCE
   valueFrom:
@@ -202,38 +230,40 @@ livenessProbe:
 - {name: SDAR_LOG_LEVEL, value: {{ $values.logLevel }}}
 - {name: SDAR_CACHE, value: /var/cache/sdar}
 {{ include "sdar.authEnv" $root }}
-{{- if ne $role "envs" }}
+{{- if $row.usesRedis }}
 - name: SDAR_REDIS_URL
   valueFrom:
     secretKeyRef: {name: {{ include "sdar.redisSecret" $root }}, key: redis-url}
 {{- end }}
-{{- if has $role (list "gateway" "rollout") }}
-- {name: SDAR_ENVS_ADDRESS, value: "{{ include "sdar.name" (list $root "envs") }}:9090"}
+{{- range $row.calls }}
+{{- /* Environments elsewhere have their address in the run, which comes first. */}}
+{{- if or (eq . "envs") (include "sdar.isPresent" (list $root .)) }}
+- {name: SDAR_{{ upper . }}_ADDRESS, value: "{{ include "sdar.address" (list $root .) }}"}
 {{- end }}
-{{- if and (eq $role "rollout") (include "sdar.hasTeacher" $root) }}
-- {name: SDAR_TEACHER_ADDRESS, value: "{{ include "sdar.name" (list $root "teacher") }}:9090"}
 {{- end }}
-{{- if has $role (list "rollout" "teacher" "learner") }}
-- {name: SDAR_WEIGHTS_URL, value: {{ $values.storage.weightsUrl | default "/var/lib/sdar" | quote }}}
+{{- if $row.readsWeights }}
+- name: SDAR_WEIGHTS_URL
+  value: {{ $values.storage.weightsUrl | default "/var/lib/sdar" | quote }}
 {{- end }}
 {{- if eq $role "learner" }}
 - {name: SDAR_CHECKPOINTS, value: /var/lib/sdar/checkpoints/{{ include "sdar.runName" $root }}}
 {{- end }}
-{{- if and (eq $role "gateway") (ne $values.autoscaling.mode "none") }}
+{{- if include "sdar.isScaler" . }}
 - {name: SDAR_SCALING, value: /etc/sdar-scaling/scaling.yaml}
 {{- end }}
 {{- if not (include "sdar.isHubModel" $root) }}
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- end }}
-{{- if and $values.tracing.endpoint (ne $role "envs") }}
+{{- if and $values.tracing.endpoint $row.usesRedis }}
 - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ $values.tracing.endpoint | quote }}}
 - {name: SDAR_TRACE_SHARE, value: {{ $values.tracing.share | quote }}}
 {{- end }}
-{{- if has $role (list "rollout" "envs") }}
+{{- if $row.drains }}
 # The rest of the grace period is for handing back what is left.
-- {name: SDAR_DRAIN_S, value: {{ sub (int (index $values $role).terminationGracePeriodSeconds) 30 | quote }}}
+- name: SDAR_DRAIN_S
+  value: {{ sub (int (index $values $role).terminationGracePeriodSeconds) 30 | quote }}
 {{- end }}
-{{- with (index $values $role).env }}
+{{- with (include "sdar.podValues" . | fromYaml).env }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
@@ -250,7 +280,7 @@ livenessProbe:
 {{- if include "sdar.usesClaim" . }}
 - {name: data, mountPath: /var/lib/sdar{{ if ne $role "learner" }}, readOnly: true{{ end }}}
 {{- end }}
-{{- if and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+{{- if include "sdar.isScaler" . }}
 - {name: scaling, mountPath: /etc/sdar-scaling, readOnly: true}
 {{- end }}
 {{- with $root.Values.extraVolumeMounts }}
@@ -276,7 +306,7 @@ livenessProbe:
   persistentVolumeClaim:
     claimName: {{ include "sdar.claimName" $root }}
 {{- end }}
-{{- if and (eq $role "gateway") (ne $root.Values.autoscaling.mode "none") }}
+{{- if include "sdar.isScaler" . }}
 - name: scaling
   configMap: {name: {{ include "sdar.name" (list $root "scaling") }}}
 {{- end }}
@@ -297,33 +327,23 @@ livenessProbe:
       {{- if .Values.tls.enabled }}
       - secret:
           name: {{ .Values.tls.existingSecret | default (include "sdar.name" (list . "tls")) }}
-          items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
+          items:
+            {{- range list "tls.crt" "tls.key" "ca.crt" }}
+            - {key: {{ . }}, path: {{ . }}}
+            {{- end }}
       {{- end }}
 {{- end }}
 
 {{/*
-Which keys of the run a role reads: a changed one restarts its pods, and a test compares this with the code. `sdar.run` fills in
-the defaults, so that writing a default down restarts nothing.
+Of the keys of the run that a role reads: a changed one restarts its pods. `sdar.run` fills in the
+defaults, so that writing a default down restarts nothing.
 */}}
-{{- define "sdar.configKeys" -}}
-{{- $streams := "training.max_staleness training.checkpoint_every training.groups_per_update training.group_size" -}}
-{{- get (dict
-  "gateway" "name seed model environment method training evaluation rollout.max_concurrent_episodes rollout.max_response_tokens rollout.temperature rollout.num_workers"
-  "rollout" (printf "name seed model environment.invalid_action_penalty environment.step_timeout_s method.name method.advantage_level rollout %s" $streams)
-  "teacher" (printf "name model environment.name method.name teacher rollout.kv_cache_gib rollout.gpu_memory_utilization training.logprob_chunk_tokens %s" $streams)
-  "envs" "name model.path environment"
-  "learner" "name seed model environment.invalid_action_penalty method rollout.temperature teacher.max_lag training"
-) . -}}
-{{- end }}
-
 {{- define "sdar.configChecksum" -}}
 {{- $root := index . 0 -}}
 {{- $run := include "sdar.run" $root | fromYaml -}}
 {{- $read := list $root.Values.redis.url -}}
-{{- range splitList " " (include "sdar.configKeys" (index . 1)) -}}
-{{- $value := $run -}}
-{{- range splitList "." . -}}{{- $value = index $value . -}}{{- end -}}
-{{- $read = append $read (dict . $value) -}}
+{{- range $key := (include "sdar.role" . | fromYaml).configKeys -}}
+{{- $read = append $read (dict $key (include "sdar.readRun" (list $run $key) | fromJson).value) -}}
 {{- end -}}
 {{- toJson $read | sha256sum -}}
 {{- end }}

@@ -1,6 +1,6 @@
-"""The report of a chaos run: the table, and the same as JSON and Markdown.
+"""Makes the report of a chaos run: a table for the terminal, a JSON file and a Markdown page.
 
-Pure but for the two files it writes.
+Apart from writing those two files it is pure.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from loadtest.chaos.faults import FaultKind
 from loadtest.chaos.logs import LogEvent
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
 from loadtest.chaos.run import Evidence
-from loadtest.page import describe_machine
+from loadtest.page import describe_machine, wrap_prose
 from sdar.contracts.types import MetricRecord
 
+_INTRODUCTION = (
+    "Written by `make chaos`; do not edit. This is a real run of the household example with its "
+    "tiny model: gateway, rollout workers with vLLM, teacher, environments, learner and Redis. "
+    "Meanwhile processes are killed and paused, and connections are cut. A service is ready when "
+    "its readiness probe answers again, and has resumed when it does its part of the run again "
+    "(`loadtest/chaos/recovery.py`). Both times count from the end of the fault. All services "
+    "share the machine's cores."
+)
 LATE_RESULT_EVENTS = ("late_result_refused", "claim_lost")
 
 
@@ -152,15 +160,10 @@ def write_markdown(report: ChaosReport, path: Path) -> None:
     work = [[name, f"{value:g}"] for name, value in report.work.items()]
     parts = [
         "# Chaos\n",
-        "Written by `make chaos`; do not edit. A real run (gateway, rollout workers with vLLM, "
-        "teacher, environments, learner, Redis) of the household example with its tiny model, "
-        "while processes are killed and paused and connections cut. Ready: the readiness probe "
-        "answers again. Resumed: the service does its part of the run again "
-        "(`loadtest/chaos/recovery.py`). Both count from the end of the fault; all services share "
-        "the machine's cores.\n",
+        f"{wrap_prose(_INTRODUCTION)}\n",
         f"- Command: `{report.command}` (seed {report.seed}, {report.minutes:g} minutes of faults)",
         f"- Date: {report.date}",
-        f"- Machine: {report.machine}\n",
+        f"{wrap_prose(f'- Machine: {report.machine}', '  ')}\n",
         "## Promises\n",
         *_markdown_table(["kept", "promise", "evidence"], checks),
         "\n## Faults and recovery\n",

@@ -1,11 +1,13 @@
-"""Owns docs/configuration.md: every key of a run with its type, default, bounds and meaning,
-written from RunConfig itself.
+"""Writes docs/configuration.md: every key of a run with its type, default, bounds and meaning.
+
+RunConfig and Settings are the source: a field's docstring is its meaning on the page.
 """
 
 from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +15,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdar.config import RunConfig
+from sdar.config import OneOf, RunConfig
 from sdar.process.settings import Settings
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.md"
 
 _HEADER = """# Configuration
 
-Written by `make docs` from `sdar/config.py`; change it there. A run is one YAML file: [an example](../examples/household.yaml).
-Unknown keys and values out of range are errors that name the key. Paths are relative to the file.
+Written by `make docs` from `sdar/config.py` and `sdar/process/settings.py`; change it there.
+A run is one YAML file: [an example](../examples/household.yaml). Unknown keys and values out of
+range are errors that name the key. Paths are relative to the file.
 `sdar run FILE --set training.num_updates=20` replaces a value.
 """
 _SETTINGS_HEADER = """
 ## Environment variables
 
-Where a process listens and what it talks to is not part of a run. `sdar run` sets these for the processes it starts;
-containers set them for `sdar serve`.
+Where a process listens and what it connects to is not part of a run. `sdar run` sets these
+variables for the processes it starts; containers set them for `sdar serve`.
 
 | variable | default | meaning |
 |---|---|---|
@@ -51,18 +54,25 @@ def render_page() -> str:
 
 
 def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
+    head = f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+    # The sections of a run have tables of their own; a group within a section stands in its table.
+    return head + "\n".join(_render_rows(section, prefix, has_groups=prefix != ""))
+
+
+def _render_rows(section: type[BaseModel], prefix: str, *, has_groups: bool) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            if has_groups:
+                rows += _render_rows(group, f"{prefix}{name}.", has_groups=True)
             continue
-        kind = _format_type(field.annotation)
+        kind = _format_kind(field)
         bounds = _format_bounds(field)
         rows.append(
             f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {_describe(field)} |"
         )
-    return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(
-        rows
-    )
+    return rows
 
 
 def _describe(field: FieldInfo) -> str:
@@ -70,10 +80,21 @@ def _describe(field: FieldInfo) -> str:
     return " ".join((field.description or "").split())
 
 
+def _format_kind(field: FieldInfo) -> str:
+    for constraint in field.metadata:
+        if isinstance(constraint, OneOf):
+            return _format_names(constraint.names)
+    return _format_type(field.annotation)
+
+
+def _format_names(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
 def _format_type(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+        return _format_names(typing.get_args(annotation))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(
             _format_type(part) for part in typing.get_args(annotation) if part is not type(None)

@@ -57,7 +57,7 @@ def list_services(config: RunConfig) -> dict[Role, list[str]]:
     """
     is_there = {
         Presence.ALWAYS: True,
-        Presence.WITH_TEACHER: config.needs_teacher or config.method.name == "skill_grpo",
+        Presence.WITH_TEACHER: config.method.row.runs_teacher,
         Presence.WITH_OWN_ENVIRONMENT: config.environment.address is None,
     }
     names: dict[Role, list[str]] = {}
@@ -245,7 +245,7 @@ class _Session:
             self._redis.start()
 
     def _status(self) -> dict[str, Any] | None:
-        """The gateway's answer; None while it restarts and has not yet read where the run stands."""
+        """The gateway's answer; None while it restarts and cannot say where the run stands."""
         try:
             status = self._http.get("/v1/run").raise_for_status().json()
             self._metrics.extend(

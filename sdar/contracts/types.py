@@ -1,4 +1,4 @@
-"""Owns the domain types every service speaks: frozen dataclasses that check their own lengths.
+"""The domain types that every service uses: frozen dataclasses that check their own lengths.
 
 They never do I/O and know no wire format.
 
@@ -8,7 +8,6 @@ Axes: T response tokens of one turn, P prompt tokens of one turn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -168,7 +167,7 @@ class Turn(_ArrayEq):
     Attributes:
         prompt_token_ids: [P] the whole prompt the sampler saw, history included.
         messages: the chat messages this turn added to the prompt; with `extends_previous` they
-            follow the previous response, otherwise they are the whole prompt.
+            stand behind the previous response, otherwise they are the whole prompt.
         extends_previous: the prompt begins with the previous turn's prompt and response, token by
             token.
         response_token_ids, behavior_logprobs, policy_versions: [T] sampled tokens, the sampler's
@@ -317,9 +316,9 @@ class TeacherScore(_ArrayEq):
             for f in dataclasses.fields(self)
             if f.name != "turn_logprobs"
         )
-        return same and [a.tolist() for a in self.turn_logprobs] == [
-            a.tolist() for a in other.turn_logprobs
-        ]
+        mine = [values.tolist() for values in self.turn_logprobs]
+        theirs = [values.tolist() for values in other.turn_logprobs]
+        return same and mine == theirs
 
     __hash__ = None
 
@@ -362,8 +361,9 @@ class SkillChoice:
 
 @dataclass(frozen=True, slots=True)
 class SkillOutcome:
-    """How an episode ended whose teacher was shown these specific skills. A trajectory counts once,
-    however often told.
+    """How an episode ended whose teacher was shown these specific skills.
+
+    A trajectory counts once, even if its outcome is published several times.
     """
 
     trajectory_id: str
@@ -440,12 +440,3 @@ class MetricRecord:
     policy_version: int
     at_s: float
     values: dict[str, float]
-
-
-def compute_staleness(learner_version: int, trajectories: Sequence[Trajectory]) -> int:
-    """`learner_version - policy_version` of the oldest sampled token among `trajectories`; 0 if
-    there are none.
-    """
-    return max(
-        (learner_version - trajectory.min_policy_version for trajectory in trajectories), default=0
-    )

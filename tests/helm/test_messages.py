@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import yaml
 
 from sdar.config import RunConfig
-from sdar.contracts.errors import ConfigurationError
-from tests.helm.chart import CHART, ROOT, refuse
+from sdar.contracts import rules
+from sdar.contracts.rules import RULES
+from tests.helm.chart import CHART, ROOT, helm, refuse
 
 
 @pytest.mark.parametrize(
@@ -71,29 +74,65 @@ def test_a_value_that_cannot_work_is_refused_by_its_name(setting, said):
         assert words in message
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rollout": {"max_concurrent_episodes": 4}},
-        {"rollout": {"max_response_tokens": 512}},
-        {"training": {"num_minibatches": 20}},
-        {"teacher": {"retrieval": "ucb"}, "method": {"name": "skill_grpo"}},
-        {"teacher": {"scorer": "vllm"}, "rollout": {"temperature": 0.5}},
-        {"teacher": {"tensor_parallel_size": 2}},
-    ],
+BROKEN: tuple[dict[str, dict[str, Any]], ...] = (
+    {"rollout": {"max_concurrent_episodes": 4}},
+    {"rollout": {"max_response_tokens": 512}},
+    {"training": {"num_minibatches": 20}},
+    {"teacher": {"retrieval": "ucb"}, "method": {"name": "skill_grpo"}},
+    {"teacher": {"scorer": "vllm"}, "rollout": {"temperature": 0.5}},
+    {"teacher": {"tensor_parallel_size": 2}},
 )
-def test_rules_between_sections_are_refused_in_the_words_of_run_config(changes, tmp_path):
+"""What the demo must be changed by to break each of RULES, in their order."""
+
+
+def change_demo(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     demo = yaml.safe_load((ROOT / "examples/household.yaml").read_text())
     for section, keys in changes.items():
         demo[section] |= keys
+    return demo
+
+
+@pytest.mark.parametrize(("rule", "changes"), zip(RULES, BROKEN, strict=True))
+def test_a_rule_between_sections_is_refused_in_the_words_of_run_config(rule, changes, tmp_path):
     with pytest.raises(ValueError) as refusal:
-        RunConfig.model_validate(demo)
-    sentences = str(refusal.value.errors()[0]["ctx"]["error"])  # type: ignore[attr-defined]
+        RunConfig.model_validate(change_demo(changes))
+    sentence = str(refusal.value.errors()[0]["ctx"]["error"])  # type: ignore[attr-defined]
     (tmp_path / "values.yaml").write_text(yaml.safe_dump({"run": changes}))
 
     message = refuse("--values", str(tmp_path / "values.yaml"))
 
-    assert sentences in message.replace("run.", "")
+    for key in (rule.key, rule.other):
+        assert key in sentence
+        assert f"run.{key}" in message
+    assert sentence in message.replace("run.", "")
+
+
+def test_values_at_the_edge_of_every_rule_are_taken_by_both(tmp_path):
+    changes = {
+        "rollout": {"max_concurrent_episodes": 8, "max_response_tokens": 511, "temperature": 1},
+        "training": {"num_minibatches": 16},
+        "teacher": {"retrieval": "ucb", "scorer": "vllm", "tensor_parallel_size": 2},
+    }
+    values = {"run": changes, "teacher": {"gpus": 2}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+
+    assert RunConfig.model_validate(change_demo(changes))
+    assert helm("lint", str(CHART), "--values", str(tmp_path / "values.yaml")).returncode == 0
+
+
+@pytest.mark.parametrize("changes", BROKEN)
+def test_a_rule_between_sections_stands_nowhere_but_in_its_row(changes, monkeypatch):
+    monkeypatch.setattr(rules, "RULES", ())
+
+    assert RunConfig.model_validate(change_demo(changes))
+
+
+def test_run_config_checks_several_keys_at_once_in_no_other_place():
+    sections = [field.annotation for field in RunConfig.model_fields.values()]
+    models = [RunConfig, *(each for each in sections if hasattr(each, "model_fields"))]
+    validators = [name for each in models for name in each.__pydantic_decorators__.model_validators]
+
+    assert validators == ["_check_across_sections"]
 
 
 def test_several_mistakes_are_told_at_once():
@@ -103,18 +142,3 @@ def test_several_mistakes_are_told_at_once():
         words in message
         for words in ("rollout.gpus is 3", "learner.gpus is 2", "run.model.path is empty")
     )
-
-
-def test_run_config_has_no_rule_between_sections_that_the_chart_lacks():
-    import inspect
-
-    rules = inspect.getsource(RunConfig._check_across_sections).count("raise ValueError")
-    section = (
-        (CHART / "templates/_validate.tpl")
-        .read_text()
-        .partition("rules between sections")[2]
-        .partition("{{/* GPUs */}}")[0]
-    )
-
-    assert section.count("append $problems") == rules
-    assert issubclass(ConfigurationError, Exception)

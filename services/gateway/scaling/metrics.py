@@ -57,7 +57,7 @@ class ScalingMetrics(Meters):
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         super().__init__(SCALING, registry)
         # There at 0, so that the first one is seen as an increase.
-        for role in get_args(Role):
+        for role in SCALABLE:
             for direction in _DIRECTIONS:
                 self.count(CHANGES, 0, workload=role, direction=direction)
         for cause in _CAUSES:

@@ -12,12 +12,14 @@ from loadtest.bench_gpu import (
     SMALL,
     TINY_SHAPE,
     Shape,
+    build_settings,
     count_flops,
     draw_sequences,
     find_peak,
     format_table,
 )
 from loadtest.page import ROOT
+from sdar.config import MethodConfig
 
 # `None` in sys.modules makes the import fail, as on a machine that has only torch and transformers.
 WITHOUT_JAXTYPING = """
@@ -45,6 +47,13 @@ def test_the_script_runs_on_a_cpu_without_jaxtyping_and_writes_its_figures(tmp_p
     assert [row["gradient_checkpointing"] for row in results["rows"]] == [False, True]
     assert all(row["tokens_per_s"] > 0 and row["share_of_peak"] is None for row in results["rows"])
     assert done.stdout.strip() == results["table"]
+
+
+@pytest.mark.parametrize("method", ["sdar", "grpo"])
+def test_what_is_measured_has_the_defaults_of_a_run(method):
+    settings = vars(build_settings(method))
+    defaults = MethodConfig(name=method).model_dump(include=set(settings))
+    assert settings == defaults
 
 
 def test_episodes_sample_about_half_of_their_tokens_and_never_the_first():

@@ -159,7 +159,7 @@ async def test_by_utility_a_type_without_skills_is_a_miss_and_is_not_chosen_for(
 
 def test_swapping_is_refused_where_no_skill_is_the_wrong_one():
     with pytest.raises(
-        ConfigurationError, match=r"retrieval ucb .* Use task_type or keyword or embedding"
+        ConfigurationError, match=r"retrieval ucb .* Use embedding or keyword or task_type"
     ):
         Retriever(
             LIBRARY,
