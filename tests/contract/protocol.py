@@ -1,9 +1,10 @@
 """A model of the protocol between the services, on a real bus: test_protocol drives it by steps.
 
 Every role is a small process that makes the calls of its service in the service's order. What
-decides there decides here: the learner's `GroupSource` and `Progress`, the codec, the bus. A
-process moves one call at a time: the call takes effect, and its result waits for the next step. So
-it can be crashed or left behind between any two effects, the reply of the last one lost.
+decides there decides here: the learner's `GroupSource` and `Progress`, the keeper of leases, the
+codec, the bus. A process moves one call at a time: the call takes effect, and its result waits for
+the next step. So it can be crashed or left behind between any two effects, the reply of the last
+one lost.
 
     gateway    read events | read account | see policy | commit (issue, acknowledge, state)
     rollout    read or take over | play
@@ -27,6 +28,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from sdar.bus.leases import Leases
 from sdar.bus.ledger import CLOSING, format_group_id, parse_group_number
 from sdar.bus.protocol import Bus, Delivery
 from sdar.contracts import codec
@@ -225,9 +227,8 @@ class Gateway(Process):
 
     async def load(self) -> None:
         self.state = GatewayState.from_bytes(await self.bus.load_state(STATE))
-        self._in_hand = await self.bus.reclaim(
-            Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway", 0.0, 100
-        )
+        leases = Leases(self.bus, Stream.LEDGER, ConsumerGroup.GATEWAY, "gateway")
+        self._in_hand = await leases.take_all(100)
 
     async def adopt(self) -> None:
         await self.load()
@@ -268,7 +269,10 @@ class Gateway(Process):
 
 class Rollout(Process):
     async def main(self) -> None:
-        deliveries = await self._take_over(self.name)
+        leases = Leases(self.bus, Stream.TASKS, ConsumerGroup.ROLLOUT, self.name)
+        deliveries: list[Delivery] = []
+        while page := await leases.take_back(10):
+            deliveries += page
         while True:
             for delivery in deliveries:
                 await self._play(delivery)
@@ -317,7 +321,10 @@ class Rollout(Process):
 
 class Teacher(Process):
     async def main(self) -> None:
-        deliveries = await self._take_over(self.name)
+        leases = Leases(self.bus, Stream.TRAJECTORIES, ConsumerGroup.TEACHER, self.name)
+        deliveries: list[Delivery] = []
+        while page := await leases.take_back(10):
+            deliveries += page
         while True:
             if deliveries:
                 await self._score(deliveries)
