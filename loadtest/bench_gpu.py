@@ -60,7 +60,7 @@ from sdar.algorithms.batching import (  # noqa: E402
     count_response_tokens,
 )
 from sdar.algorithms.logprobs import TokenScorer  # noqa: E402
-from sdar.algorithms.methods import LossSettings, compute_loss, get_method  # noqa: E402
+from sdar.algorithms.loss import compute_loss  # noqa: E402
 
 SEED = 0
 METHODS = ("sdar", "grpo")
@@ -137,7 +137,45 @@ TINY_SHAPE = Shape(
 )
 
 
+def build_settings(method: str) -> types.SimpleNamespace:
+    """A run's `method` section with its defaults. They are spelled out, since sdar.config needs
+    pydantic; a test compares.
+    """
+    return types.SimpleNamespace(
+        name=method,
+        distillation_weight=0.01,
+        gate="gap",
+        gate_sharpness=5.0,
+        kl_coefficient=0.01,
+        entropy_coefficient=0.0,
+        clip_low=0.2,
+        clip_high=0.2,
+        off_policy="decoupled",
+        off_policy_cap=5.0,
+        weigh_distillation=True,
+    )
+
+
 def main() -> None:
+    arguments = _parse()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "error: torch sees no CUDA device. Run this on a machine with one, "
+            "or pass --device cpu --tiny."
+        )
+    rows = []
+    for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
+        for is_checkpointed in (False, True):
+            state = "on" if is_checkpointed else "off"
+            print(f"{shape.name}, gradient checkpointing {state} ...", file=sys.stderr, flush=True)
+            rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
+    results = describe_results(rows, device)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(results["table"])
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that it runs")
@@ -148,22 +186,11 @@ def main() -> None:
         help="steps of SDAR and GRPO in turn, after two pairs that don't count",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "error: torch sees no CUDA device. Run this on a machine with one, "
-            "or pass --device cpu --tiny."
-        )
-    rows = []
-    for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
-        for is_checkpointed in (False, True):
-            print(
-                f"{shape.name}, gradient checkpointing {'on' if is_checkpointed else 'off'} ...",
-                file=sys.stderr,
-                flush=True,
-            )
-            rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
+    return parser.parse_args()
+
+
+def describe_results(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The rows with where they come from, and their table."""
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python", "loadtest/bench_gpu.py", *sys.argv[1:]]),
@@ -174,8 +201,7 @@ def main() -> None:
         "rows": rows,
     }
     results["table"] = format_table(results)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(results["table"])
+    return results
 
 
 def measure(
@@ -203,11 +229,10 @@ def _measure(
     reset_peak_memory(device)
     pairs = []
     for index in range(2 + num_pairs):
-        pair = tuple(
-            learner.time_step(method, batches[method], num_response_tokens) for method in METHODS
-        )
+        sdar_s = learner.time_step("sdar", batches["sdar"], num_response_tokens)
+        grpo_s = learner.time_step("grpo", batches["grpo"], num_response_tokens)
         if index >= 2:
-            pairs.append(pair)
+            pairs.append((sdar_s, grpo_s))
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     sdar_s = statistics.median(sdar for sdar, _ in pairs)
     ratios = [sdar / grpo for sdar, grpo in pairs]
@@ -249,7 +274,6 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             self._masters, lr=LEARNING_RATE, weight_decay=0.01, fused=device.type == "cuda"
         )
-        self._settings = LossSettings()
         self.num_parameters = sum(weight.numel() for weight in self._weights)
 
     def place(self, sequences: Sequence[TokenSequence], *, has_teacher: bool) -> list[MicroBatch]:
@@ -274,14 +298,13 @@ class Learner:
         for micro_batch in micro_batches:
             logprobs, entropy = self._scorer(micro_batch.input_ids, micro_batch.response_mask)
             loss, _ = compute_loss(
-                get_method(method),
                 micro_batch,
                 policy_logprobs=logprobs,
                 entropy=entropy,
                 # any fixed values: the reference's forward pass is not measured
                 ref_logprobs=micro_batch.behavior_logprobs,
                 num_tokens_global=num_tokens,
-                settings=self._settings,
+                settings=build_settings(method),
                 update_index=0,
                 learner_version=0,
             )
@@ -359,10 +382,10 @@ def name_device(device: torch.device) -> str:
 
 def find_peak(name: str) -> float | None:
     """TFLOP/s of a device, None for one whose data sheet is not known here."""
-    return next(
-        (peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())),
-        None,
-    )
+    for part, peak in PEAK_TFLOPS.items():
+        if all(word in name for word in part.split()):
+            return peak
+    return None
 
 
 def reset_peak_memory(device: torch.device) -> None:

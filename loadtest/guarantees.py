@@ -63,7 +63,9 @@ from services.rollout.prompting import Conversation
 from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.certificates import Authority
 
-NUM_PAIRS, NUM_GROUPS, NUM_RESPONSE_TOKENS = 15, 32, 12
+NUM_PAIRS = 15
+NUM_GROUPS = 32
+NUM_RESPONSE_TOKENS = 12
 STEP_TIMEOUT_S = 30.0
 TARGET = Target("at_least", 0.95)
 SERVER = """
@@ -95,15 +97,27 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
         plain = await cleanup.enter_async_context(
             _side(PlainBus, redis, engine, "without", Settings(), OPEN)
         )
-        pairs = []
-        for index in range(1 + num_pairs):
-            # Who goes first changes with each pair: what the one leaves behind in the engine's
-            # cache is the other's gain.
-            sides = (guarded, plain) if index % 2 else (plain, guarded)
-            rates = {side: await side.play(engine, num_groups) for side in sides}
-            if index:
-                pairs.append((rates[guarded], rates[plain]))
-                say(describe_pair(index, num_pairs, pairs[-1]))
+        pairs = await _play_pairs(guarded, plain, engine, num_pairs, num_groups, say)
+    return _build_measurement(pairs)
+
+
+async def _play_pairs(
+    guarded: Side, plain: Side, engine: VllmEngine, num_pairs: int, num_groups: int, say: Say
+) -> list[tuple[float, float]]:
+    """Tokens per second of both sides, after a pair that warms up."""
+    pairs = []
+    for index in range(1 + num_pairs):
+        # Who goes first changes with each pair: what the one leaves behind in the engine's
+        # cache is the other's gain.
+        sides = (guarded, plain) if index % 2 else (plain, guarded)
+        rates = {side: await side.play(engine, num_groups) for side in sides}
+        if index:
+            pairs.append((rates[guarded], rates[plain]))
+            say(describe_pair(index, num_pairs, pairs[-1]))
+    return pairs
+
+
+def _build_measurement(pairs: Sequence[tuple[float, float]]) -> Measurement:
     what = f"throughput with leases, ledger, checksums, TLS and tokens, {NUM_CONCURRENT} episodes"
     return Measurement(
         (Comparison(what, "without", "tokens/s", tuple(pairs), TARGET),),
@@ -138,14 +152,7 @@ def _lock(directory: Path) -> tuple[Settings, Security]:
 @contextlib.contextmanager
 def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
     """Address of an environment server, a process of its own."""
-    names = ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file")
-    values = {
-        f"SDAR_{name.upper()}": str(getattr(settings, name))
-        for name in names
-        if getattr(settings, name)
-    }
-    # More calls a second than the door's usual rate: one client here does the work of a fleet's.
-    values |= {"SDAR_MAX_CALLS_PER_S": "1000000"}
+    values = _name_variables(settings)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVER],
@@ -165,6 +172,16 @@ def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _name_variables(settings: Settings) -> dict[str, str]:
+    """The settings of the door as environment variables."""
+    # More calls a second than the door's usual rate: one client here does the work of a fleet's.
+    variables = {"SDAR_MAX_CALLS_PER_S": "1000000"}
+    for name in ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file"):
+        if getattr(settings, name):
+            variables[f"SDAR_{name.upper()}"] = str(getattr(settings, name))
+    return variables
 
 
 class PlainBus(RedisBus):
@@ -261,20 +278,12 @@ async def _side(
 ) -> AsyncIterator[Side]:
     run_id = f"{RUN_ID}-{name}"
     bus = kind(redis.url, run_id, CONSUMERS)
-    tokenizer = ChatTokenizer(MODEL_PATH)
-    rules = EpisodeRules(
-        tokenizer=tokenizer,
-        build_prompts=lambda setting: Conversation(tokenizer, setting),
-        model=compute_model_identity(MODEL_PATH),
-        max_sequence_tokens=MAX_MODEL_LEN,
-        invalid_action_penalty=0.1,
-    )
     environments = GrpcEnvironmentDirectory(security, step_timeout_s=STEP_TIMEOUT_S)
     worker = RolloutWorker(
         bus,
         engine,
         environments,
-        rules,
+        _build_rules(),
         run_id=run_id,
         instance=name,
         limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
@@ -291,3 +300,14 @@ async def _side(
             await task
             await environments.close()
             await bus.close()
+
+
+def _build_rules() -> EpisodeRules:
+    tokenizer = ChatTokenizer(MODEL_PATH)
+    return EpisodeRules(
+        tokenizer=tokenizer,
+        build_prompts=lambda setting: Conversation(tokenizer, setting),
+        model=compute_model_identity(MODEL_PATH),
+        max_sequence_tokens=MAX_MODEL_LEN,
+        invalid_action_penalty=0.1,
+    )

@@ -28,7 +28,8 @@ from sdar.cli.metrics_log import read_metrics
 from sdar.contracts.errors import SdarError
 
 RUN_NAME = "bench"
-NUM_UPDATES, NUM_LEFT_OUT = 20, 4
+NUM_UPDATES = 20
+NUM_LEFT_OUT = 4
 OVERRIDES = {
     "name": RUN_NAME,
     "training.num_updates": NUM_UPDATES,
@@ -101,17 +102,15 @@ def compute_waiting(records: Sequence[Record], window: Window) -> dict[str, floa
     for record in records:
         if window.holds(record["at_s"]):
             values[record["service"]].append(record["values"])
-    shares = {
-        # Records come at even intervals, so their mean is the share of the window.
-        service: statistics.mean(value["waiting_share"] for value in values[service])
-        for service in ("rollout", "teacher")
-        if values[service]
-    }
-    updates = values["learner"]
-    return shares | {
-        "learner": sum(value["wait_s"] for value in updates)
-        / sum(value["total_s"] for value in updates)
-    }
+    shares = {}
+    for service in ("rollout", "teacher"):
+        if values[service]:
+            # Records come at even intervals, so their mean is the share of the window.
+            reported = [value["waiting_share"] for value in values[service]]
+            shares[service] = statistics.mean(reported)
+    waited_s = sum(value["wait_s"] for value in values["learner"])
+    shares["learner"] = waited_s / sum(value["total_s"] for value in values["learner"])
+    return shares
 
 
 @dataclass
@@ -145,17 +144,9 @@ class ProcessorTime:
 
 def _run(runs: Path, say: Say) -> ProcessorTime:
     """Run the demo to its end, looking at its processes every second."""
-    settings = [part for key, value in OVERRIDES.items() for part in ("--set", f"{key}={value}")]
-    command = [
-        sys.executable,
-        "-m",
-        "sdar.cli.main",
-        "run",
-        str(RUN_FILE),
-        "--runs-dir",
-        str(runs),
-        *settings,
-    ]
+    command = [sys.executable, "-m", "sdar.cli.main", "run", str(RUN_FILE), "--runs-dir", str(runs)]
+    for key, value in OVERRIDES.items():
+        command += ["--set", f"{key}={value}"]
     processor = ProcessorTime()
     say(f"sdar run, {NUM_UPDATES} updates")
     with (

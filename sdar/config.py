@@ -1,12 +1,13 @@
-"""Owns RunConfig, the one description of a run. The command line, compose and Helm all read it;
-nothing else configures a run.
+"""RunConfig, the one description of a run: the command line, compose and Helm all read it.
 
-Paths in a file are relative to that file. Where a process listens and which Redis it uses is not
-part of a run: that is `sdar.process.settings`.
+Nothing else configures a run. Paths in a file are relative to that file. Where a process listens
+and which Redis it uses is not part of a run: that is `sdar.process.settings`.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,19 +16,33 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     StringConstraints,
     ValidationError,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
+from sdar.contracts.registry import list_entries
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
 
-MethodName = Literal[
-    "grpo", "sdar", "opsd", "grpo_opsd", "constant_gate", "rlsd", "skill_sd", "skill_grpo"
-]
+
+class OneOf:
+    """Annotates a text that is one of `names`: a `Literal` would have to spell them once more."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -79,12 +94,21 @@ class EnvironmentConfig(Section):
     """Deadline of one call to the environment."""
 
 
+class RlsdConfig(Section):
+    mixing: float = Field(default=0.5, ge=0, le=1)
+    """Initial share of the teacher-shaped part of the advantage."""
+    decay_updates: int = Field(default=100, ge=1, le=1_000_000)
+    """Updates over which that share decays to 0."""
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """Clip of the teacher's multiplier around 1."""
+
+
 class MethodConfig(Section):
-    name: MethodName = "sdar"
+    name: Annotated[str, OneOf(METHODS)] = "sdar"
     """What is optimised: a composition of terms, see docs/method.md."""
     distillation_weight: float = Field(default=0.01, ge=0, le=100)
     """Lambda: weight of the distillation term next to the policy loss."""
-    gate: Literal["gap", "entropy", "soft_or"] = "gap"
+    gate: Annotated[str, OneOf(list_entries("sdar.algorithms.gates"))] = "gap"
     """What opens the gate of a token in sdar."""
     gate_sharpness: float = Field(default=5.0, ge=0, le=100)
     """Beta: slope of the sigmoid gate. 0 makes it a constant 0.5."""
@@ -96,13 +120,11 @@ class MethodConfig(Section):
     """PPO clips the ratio below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0, le=10)
     """PPO clips the ratio above 1 + clip_high."""
-    dual_clip: float = Field(default=3.0, gt=1, le=100)
-    """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
-    advantage_level: Literal["trajectory", "turn"] = "trajectory"
+    advantage_level: AdvantageLevel = "trajectory"
     """Mean and deviation of a group over its trajectories, or over its turn rows as the paper's
     code does.
     """
-    off_policy: Literal["none", "truncated_is", "decoupled", "icepop"] = "decoupled"
+    off_policy: Annotated[str, OneOf(list_entries("sdar.algorithms.corrections"))] = "decoupled"
     """How tokens sampled under an older policy are corrected for."""
     off_policy_cap: float = Field(default=5.0, ge=1, le=1000)
     """Upper bound of the behavior weight (decoupled, truncated_is) or upper edge of the icepop
@@ -110,12 +132,12 @@ class MethodConfig(Section):
     """
     weigh_distillation: bool = True
     """Apply the off-policy weight to the distillation term too; false is the published form."""
-    rlsd_mixing: float = Field(default=0.5, ge=0, le=1)
-    """rlsd: initial share of the teacher-shaped part of the advantage."""
-    rlsd_decay_updates: int = Field(default=100, ge=1, le=1_000_000)
-    """rlsd: updates over which that share decays to 0."""
-    rlsd_clip: float = Field(default=0.2, gt=0, lt=1)
-    """rlsd: clip of the teacher's multiplier around 1."""
+    rlsd: RlsdConfig = RlsdConfig()
+
+    @property
+    def row(self) -> Method:
+        """The method's row in the table, with what the run has to know of it."""
+        return get_method(self.name)
 
 
 class RolloutConfig(Section):
@@ -148,9 +170,7 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     skills: Path | None = None
     """Directory of the skill library; none means skills/<environment name> of this installation."""
-    retrieval: Literal["task_type", "keyword", "embedding", "ucb", "all", "random", "none"] = (
-        "task_type"
-    )
+    retrieval: Annotated[str, OneOf(list_entries("services.teacher.retrieval_kinds"))] = "task_type"
     """How skills are chosen for a task; only the task's own type and text are looked at."""
     num_skills: int = Field(default=3, ge=1, le=100)
     """Most specific skills put into one privileged prompt; retrieval all ignores it."""
@@ -276,7 +296,7 @@ class RunConfig(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether trajectories pass the teacher on their way to the learner."""
-        return self.method.name not in ("grpo", "skill_grpo")
+        return self.method.row.needs_teacher
 
     @property
     def stream_consumers(self) -> dict[Stream, tuple[ConsumerGroup, ...]]:
@@ -376,21 +396,31 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggest(loc: tuple[int | str, ...]) -> str:
-    import difflib
-
     section: type[BaseModel] = RunConfig
     for part in loc[:-1]:
-        annotation = (
-            section.model_fields[str(part)].annotation
-            if str(part) in section.model_fields
-            else None
-        )
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        field = section.model_fields.get(str(part))
+        group = None if field is None else _get_section(field.annotation)
+        if group is None:
             break
-        section = annotation
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+        section = group
+    keys = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), [*keys, *_list_grouped_keys(section)], n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(keys)}."
+
+
+def _list_grouped_keys(section: type[BaseModel]) -> list[str]:
+    """Dotted keys one level below: somebody may know a key and not its group."""
+    keys = []
+    for name, field in section.model_fields.items():
+        group = _get_section(field.annotation)
+        if group is not None:
+            keys += [f"{name}.{key}" for key in group.model_fields]
+    return keys
+
+
+def _get_section(annotation: Any) -> type[BaseModel] | None:
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_section else None
 
 
 def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:

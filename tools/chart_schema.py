@@ -5,6 +5,7 @@
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
 - helm/files/rules.yaml: the rules between sections, which the chart judges as RunConfig does.
+- helm/files/methods.yaml: what of each method decides which objects the chart makes.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - helm/files/roles.yaml: what templates look up of each role in the table of services.
 - the table of helm/README.md.
@@ -24,6 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from sdar.config import RunConfig
 from sdar.contracts import roles
+from sdar.contracts.methods import METHODS
 from sdar.contracts.rules import RULES
 from sdar.process.settings import Settings
 
@@ -274,18 +276,23 @@ def build_run_defaults() -> dict[str, Any]:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            known = {
-                key: part.default
-                for key, part in section.model_fields.items()
-                if part.default is not PydanticUndefined
-            }
-            defaults[name] = {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in known.items()
-            }
+            # A section that is built without its required keys dumps the others.
+            defaults[name] = section.model_construct().model_dump(mode="json")
         elif field.default is not PydanticUndefined:
             defaults[name] = field.default
     return defaults
+
+
+def build_methods() -> dict[str, dict[str, bool]]:
+    """What of each method decides which pods there are and who may call whom."""
+    methods = {}
+    for name, method in METHODS.items():
+        methods[name] = {
+            "needs_teacher": method.needs_teacher,
+            "student_sees_skills": method.student_sees_skills,
+            "runs_teacher": method.runs_teacher,
+        }
+    return methods
 
 
 def build_roles() -> dict[str, Any]:
@@ -371,6 +378,7 @@ def write() -> None:
         "run-defaults", "RunConfig: what a key has that `run` leaves out", build_run_defaults()
     )
     _write_data("rules", "sdar/contracts/rules.py", build_rules())
+    _write_data("methods", "sdar/contracts/methods.py, a row for each method", build_methods())
     (CHART / "files/household.yaml").write_text(build_demo())
     (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()

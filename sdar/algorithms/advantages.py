@@ -1,4 +1,4 @@
-"""Owns group-relative advantages: how much better an episode did than the others of its task.
+"""Group-relative advantages: how much better an episode did than the others of its task.
 
 Never mixes groups and never sees tokens; `batching` spreads a turn's advantage over its tokens.
 
@@ -8,16 +8,15 @@ Axes: G episodes of a group, R rows that are compared (episodes, or turns of all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
+from sdar.contracts.methods import AdvantageLevel
 from sdar.contracts.types import Trajectory
 
 Array = npt.NDArray[np.float64]
-AdvantageLevel = Literal["trajectory", "turn"]
 
 EPSILON = 1e-6
 """Added to the deviation (the paper's value). A spread below it is rounding, not signal."""
@@ -43,14 +42,11 @@ def compute_advantages(
 ) -> list[Float[Array, " turns"]]:
     """Advantage of every turn of every episode of one group.
 
-    trajectory (default): one row an episode, its return less the penalty once if any of its actions
-    was invalid; every turn
-        gets its episode's advantage.
-    turn: one row a turn, as the paper's code does: the episode's return, less the penalty if that
-    turn's own action was
-        invalid. Long episodes weigh more in mean and deviation.
-
     Args:
+        level: trajectory: one row an episode, its return less the penalty once if any of its
+            actions was invalid; every turn gets its episode's advantage.
+            turn: one row a turn, as the paper's code does: the episode's return, less the penalty
+            if that turn's own action was invalid. Long episodes weigh more in mean and deviation.
         invalid_action_penalty: in units of reward, not negative; 0 where the environment's rewards
             already hold it.
 
@@ -58,24 +54,27 @@ def compute_advantages(
         for each trajectory, one value per turn, in order.
     """
     num_turns = [len(trajectory.turns) for trajectory in group]
-    invalid = [
-        np.array([not turn.is_action_valid for turn in trajectory.turns]) for trajectory in group
-    ]
-    returns = [trajectory.episode_return for trajectory in group]
     if level == "trajectory":
-        scores = [
-            value - invalid_action_penalty * is_invalid.any()
-            for value, is_invalid in zip(returns, invalid, strict=True)
-        ]
+        scores = [_score_episode(trajectory, invalid_action_penalty) for trajectory in group]
         advantages = normalize_scores(np.array(scores, dtype=np.float64))
         return [np.full(turns, value) for turns, value in zip(num_turns, advantages, strict=True)]
-    rows = [
-        value - invalid_action_penalty * is_invalid
-        for value, is_invalid in zip(returns, invalid, strict=True)
-    ]
+    rows = [_score_turns(trajectory, invalid_action_penalty) for trajectory in group]
     return np.split(normalize_scores(np.concatenate(rows)), np.cumsum(num_turns)[:-1])
 
 
+def _find_invalid(trajectory: Trajectory) -> npt.NDArray[np.bool_]:
+    return np.array([not turn.is_action_valid for turn in trajectory.turns], dtype=np.bool_)
+
+
+def _score_episode(trajectory: Trajectory, penalty: float) -> float:
+    return trajectory.episode_return - penalty * bool(_find_invalid(trajectory).any())
+
+
+def _score_turns(trajectory: Trajectory, penalty: float) -> Float[Array, " turns"]:
+    is_invalid = _find_invalid(trajectory).astype(np.float64)
+    return trajectory.episode_return - penalty * is_invalid
+
+
 def has_signal(advantages: Sequence[Float[Array, " turns"]]) -> bool:
-    """Whether any turn of the group has an advantage: if not, its policy gradient is exactly zero."""
+    """Whether any turn of the group has an advantage; if none has, its policy gradient is zero."""
     return any(bool(values.any()) for values in advantages)

@@ -1,5 +1,4 @@
-"""Owns the log-probs of sampled tokens under a model, and their entropy, without ever holding
-[tokens, vocabulary] at once.
+"""Log-probs of sampled tokens under a model, and their entropy, a chunk of logits at a time.
 
 The learner, the reference and the teacher all score through `TokenScorer`, so no engine mismatch
 enters a gap between them. Never masks attention: sequences are right-padded, so the causal mask
@@ -70,9 +69,9 @@ def compute_logprobs(
             )
         else:
             parts.append(_score_chunk(*arguments))
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(
-        [entropy for _, entropy in parts]
-    )
+    logprobs = torch.cat([part for part, _ in parts])
+    entropy = torch.cat([part for _, part in parts])
+    return logprobs, entropy
 
 
 def _score_chunk(
@@ -97,7 +96,10 @@ class TokenScorer(nn.Module):
     """
 
     def __init__(self, causal_lm: nn.Module, *, temperature: float, chunk_size: int) -> None:
-        """Args: temperature: the sampler's. chunk_size: sampled tokens whose logits exist at once."""
+        """Args:
+        temperature: the sampler's.
+        chunk_size: sampled tokens whose logits exist at once.
+        """
         super().__init__()
         config: Any = causal_lm.config
         if getattr(config, "final_logit_softcapping", None) is not None:

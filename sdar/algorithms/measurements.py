@@ -73,7 +73,7 @@ TOKEN_MEASUREMENTS = (
     TokenMeasurement(
         "dual_clip_fraction",
         "0 to 1",
-        "Share of tokens whose loss is at the bound method.dual_clip.",
+        "Share of tokens with a negative advantage whose loss is at its bound, the dual clip.",
     ),
     TokenMeasurement("off_policy_weight_mean", "1", "Off-policy weight of the policy term."),
     TokenMeasurement(

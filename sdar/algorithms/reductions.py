@@ -1,4 +1,4 @@
-"""Owns how per-token values become one number: masked sums over a denominator that is always named.
+"""Per-token values become one number: masked sums over a denominator that is always named.
 
 Never averages over micro-batches: means of means weigh tokens by how they happened to be packed
 (rows [1, 1, 1, 1] and [3] give 2.0 instead of 1.4). A loss is therefore a masked sum over the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdar.config import RunConfig
+from sdar.config import OneOf, RunConfig
 from sdar.process.settings import Settings
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.md"
@@ -53,18 +54,25 @@ def render_page() -> str:
 
 
 def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
+    head = f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+    # The sections of a run have tables of their own; a group within a section stands in its table.
+    return head + "\n".join(_render_rows(section, prefix, has_groups=prefix != ""))
+
+
+def _render_rows(section: type[BaseModel], prefix: str, *, has_groups: bool) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            if has_groups:
+                rows += _render_rows(group, f"{prefix}{name}.", has_groups=True)
             continue
-        kind = _format_type(field.annotation)
+        kind = _format_kind(field)
         bounds = _format_bounds(field)
         rows.append(
             f"| `{prefix}{name}` | {kind}{bounds} | {_format_default(field)} | {_describe(field)} |"
         )
-    return f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(
-        rows
-    )
+    return rows
 
 
 def _describe(field: FieldInfo) -> str:
@@ -72,10 +80,21 @@ def _describe(field: FieldInfo) -> str:
     return " ".join((field.description or "").split())
 
 
+def _format_kind(field: FieldInfo) -> str:
+    for constraint in field.metadata:
+        if isinstance(constraint, OneOf):
+            return _format_names(constraint.names)
+    return _format_type(field.annotation)
+
+
+def _format_names(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
 def _format_type(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+        return _format_names(typing.get_args(annotation))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(
             _format_type(part) for part in typing.get_args(annotation) if part is not type(None)

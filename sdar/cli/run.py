@@ -57,7 +57,7 @@ def list_services(config: RunConfig) -> dict[Role, list[str]]:
     """
     is_there = {
         Presence.ALWAYS: True,
-        Presence.WITH_TEACHER: config.needs_teacher or config.method.name == "skill_grpo",
+        Presence.WITH_TEACHER: config.method.row.runs_teacher,
         Presence.WITH_OWN_ENVIRONMENT: config.environment.address is None,
     }
     names: dict[Role, list[str]] = {}

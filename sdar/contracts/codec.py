@@ -94,10 +94,6 @@ def stop_reason_to_proto(stop_reason: StopReason) -> trajectory_pb2.StopReason:
     return reason
 
 
-def stop_reason_from_proto(value: int) -> StopReason:
-    return _enum_from_wire(_STOP_REASON_BACK, value, "Response", "stop_reason")
-
-
 # ---- small helpers
 
 

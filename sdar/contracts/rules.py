@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from sdar.contracts.methods import METHODS
+
 Read = Callable[[str], object]
 """Gives the value of a dotted key of the run."""
 
@@ -49,6 +51,10 @@ class Combination:
 
 Rule = Comparison | Combination
 
+_SHOW_SKILLS_ONLY = tuple(
+    name for name, row in METHODS.items() if row.runs_teacher and not row.needs_teacher
+)
+
 RULES: tuple[Rule, ...] = (
     Comparison(
         "training.group_size",
@@ -75,7 +81,7 @@ RULES: tuple[Rule, ...] = (
         "ucb",
         "excludes",
         "method.name",
-        ("skill_grpo",),
+        _SHOW_SKILLS_ONLY,
         "{teacher.retrieval} learns from episodes that pass the teacher, and {method.name} sends "
         "it none. Use another retrieval or another method.",
     ),

@@ -8,7 +8,6 @@ Axes: T response tokens of one turn, P prompt tokens of one turn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -441,12 +440,3 @@ class MetricRecord:
     policy_version: int
     at_s: float
     values: dict[str, float]
-
-
-def compute_staleness(learner_version: int, trajectories: Sequence[Trajectory]) -> int:
-    """`learner_version - policy_version` of the oldest sampled token among `trajectories`; 0 if
-    there are none.
-    """
-    return max(
-        (learner_version - trajectory.min_policy_version for trajectory in trajectories), default=0
-    )

@@ -176,7 +176,7 @@ async def _build_rollout(
         health=Health(),
         metrics=RolloutMetrics(),
         skills=LocalSkills(build_retriever(config, settings, bus))
-        if config.method.name == "skill_grpo"
+        if config.method.row.student_sees_skills
         else None,
     )
     run: Main = worker.run

@@ -1,8 +1,7 @@
-"""Owns how old training data may be: how many groups may be admitted, and what is too old to train
-on.
+"""Admission: how many task groups may be issued now, so that training data stays young enough.
 
 Admission paces generation (AReaL, arXiv:2505.24298, section 5.1) but promises nothing about one
-slow group, so the learner also applies `is_stale` when it assembles a batch.
+slow group, so the learner checks again when it assembles a batch (`services/learner/ingest.py`).
 """
 
 from __future__ import annotations
@@ -35,8 +34,3 @@ def compute_capacity(
         num_accepted + num_running
     )
     return max(0, min(by_concurrency, by_staleness))
-
-
-def is_stale(*, learner_version: int, min_policy_version: int, max_staleness: int) -> bool:
-    """Whether a group whose oldest token was sampled under `min_policy_version` is past the bound."""
-    return learner_version - min_policy_version > max_staleness

@@ -26,7 +26,6 @@ import numpy.typing as npt
 import structlog
 
 from sdar.algorithms.advantages import compute_advantages, has_signal
-from sdar.algorithms.methods import get_method
 from sdar.bus.leases import Leases
 from sdar.bus.protocol import Bus, Delivery, parse_entry_id
 from sdar.config import RunConfig
@@ -238,7 +237,7 @@ class GroupSource:
         self._config = config
         self._bus = bus
         self._vocabulary_size = vocabulary_size
-        self._method = get_method(config.method.name)
+        self._method = config.method.row
         stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
         self._leases = Leases(bus, stream, ConsumerGroup.LEARNER, consumer)
         self._max_count = config.training.groups_per_update * config.training.group_size

@@ -25,9 +25,11 @@ from sdar.algorithms.batching import (
     build_sequences,
     count_response_tokens,
 )
-from sdar.algorithms.methods import LossSettings, Metrics, compute_loss, get_method, reduce_metrics
+from sdar.algorithms.loss import compute_loss, reduce_metrics
+from sdar.algorithms.terms import Metrics
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError
+from sdar.contracts.methods import needs_reference
 from sdar.contracts.types import ScoredTrajectory
 from services.learner.checkpoint import read_rank_shard, write_rank_shard
 from services.learner.ingest import compute_group_advantages, decode_item
@@ -54,8 +56,6 @@ class Trainer:
         self.config = config
         self.model = model
         self._ranks = ranks
-        self._method = get_method(config.method.name)
-        self._settings = build_loss_settings(config)
 
     # --- what rank 0 calls
     # ----------------------------------------------------------------------------------------------
@@ -131,18 +131,22 @@ class Trainer:
                 self._ranks.count_leaving(is_leaving())
                 continue
             if command["do"] == "update":
-                items = iter(
-                    [
-                        decode_item(frame, needs_teacher=self._method.needs_teacher)
-                        for frame in frames
-                    ]
-                )
-                groups = [[next(items) for _ in range(size)] for size in command["group_sizes"]]
+                groups = self._decode_groups(frames, command["group_sizes"])
                 self._update(groups, command["update_index"], command["policy_version"])
             elif command["do"] == "export":
                 self.model.export()
             else:
                 self._save_or_wait(Path(command["directory"]))
+
+    def _decode_groups(self, frames: Sequence[bytes], sizes: Sequence[int]) -> list[Items]:
+        needs_teacher = self.config.needs_teacher
+        items = [decode_item(frame, needs_teacher=needs_teacher) for frame in frames]
+        groups: list[Items] = []
+        start = 0
+        for size in sizes:
+            groups.append(items[start : start + size])
+            start += size
+        return groups
 
     def _save_or_wait(self, directory: Path) -> None:
         try:
@@ -175,9 +179,8 @@ class Trainer:
             loss = _BatchLoss(
                 partial(
                     compute_loss,
-                    self._method,
                     num_tokens_global=minibatch.num_tokens_global,
-                    settings=self._settings,
+                    settings=self.config.method,
                     update_index=update_index,
                     learner_version=policy_version,
                 ),
@@ -229,24 +232,18 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
     from safetensors.torch import load_file
 
     torch.manual_seed(config.seed)
-    method, settings = get_method(config.method.name), build_loss_settings(config)
     model = PolicyModel(
         config.model.path,
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         training=config.training,
-        needs_reference=method.needs_reference(settings),
+        needs_reference=needs_reference(config.method),
         ranks=ranks,
         weights=None if checkpoint is None else load_file(checkpoint / "weights.safetensors"),
     )
     if checkpoint is not None:
         model.install_optimizer(*read_rank_shard(checkpoint, ranks, model.device))
     return Trainer(config, model, ranks)
-
-
-def build_loss_settings(config: RunConfig) -> LossSettings:
-    """The method section without its name, which is the loss settings' first block."""
-    return LossSettings(**config.method.model_dump(exclude={"name"}))
 
 
 def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:

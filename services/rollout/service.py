@@ -53,7 +53,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         )
         cleanup.push_async_callback(environments.close)
         skills = None
-        if config.method.name == "skill_grpo":
+        if config.method.row.student_sees_skills:
             skills = GrpcSkillSource(settings.teacher_address, security)
             cleanup.push_async_callback(skills.close)
         engine = build_engine(config, settings)

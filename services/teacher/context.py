@@ -1,11 +1,10 @@
-"""Owns privileged prompts: what the student saw, with skills inside its first user message. Never
-cuts one, never scores.
+"""Privileged prompts: what the student saw, with skills inside its first user message.
 
 The student's first turn and the teacher's, for the skill `skill clean : first use sink . after sink
 put .`::
 
-    student   <|im_start|>user\\n                         task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
-    teacher   <|im_start|>user\\nskill clean : ... put . task : clean the mug ...<|im_end|>\\n<|im_start|>assistant\\n
+    student   <|im_start|>user\\n                         task : clean the mug ...<|im_end|>\\n
+    teacher   <|im_start|>user\\nskill clean : ... put . task : clean the mug ...<|im_end|>\\n
 
 A turn that extends the previous one has no prompt of its own: the tokens between two responses are
 the student's.

@@ -396,12 +396,12 @@ def test_decoded_arrays_cannot_be_written_to():
         assert not array.flags.writeable
 
 
-def test_message_prompts_and_stop_reasons_survive_for_servers():
+def test_message_prompts_survive_for_servers_and_stop_reasons_go_out_by_their_own_names():
     messages = (ChatMessage("system", "a"), ChatMessage("user", "b"))
     assert codec.chat_messages_from_proto(codec.chat_messages_to_proto(messages)) == messages
-    assert [
-        codec.stop_reason_from_proto(codec.stop_reason_to_proto(reason)) for reason in StopReason
-    ] == list(StopReason)
+    for reason in StopReason:
+        name = trajectory_pb2.StopReason.Name(codec.stop_reason_to_proto(reason))
+        assert name == f"STOP_REASON_{reason.name}"
 
 
 # ---- what must be refused
@@ -446,9 +446,8 @@ def test_the_evaluation_stream_is_named_when_it_is_the_one():
 
 @pytest.mark.parametrize("name", GOLDEN_VALUES)
 def test_fields_of_a_newer_writer_are_ignored(name):
-    newer = (
-        ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"
-    )  # Field 1023, three bytes.
+    # Field 1023, three bytes.
+    newer = ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"
     assert DECODE[name](newer) == GOLDEN_VALUES[name]
 
 

@@ -353,6 +353,8 @@ def _listed_keys(role):
 def _covers(listed, key):
     if key in ("method.model_dump",):
         return listed == "method"
+    if key == "method.row":
+        key = "method.name"  # by which the table of methods has it
     return key == listed or key.startswith(f"{listed}.")
 
 

@@ -117,11 +117,12 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
     files = json.loads((newest / "manifest.json").read_bytes())["files"]
     published = store.fetch_manifest()
     events = [(event.group_id, str(event.outcome)) for event in await read_journal(bus)]
+    tensors = {name: about for name, about in files.items() if name.endswith(".safetensors")}
+    checksums = {name: about["sha256"] for name, about in tensors.items()}
+    in_store = {entry.name: entry.sha256 for entry in published.tensors}
     return {
-        "sha256": {
-            name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")
-        },
-        "published": {entry.name: entry.sha256 for entry in published.tensors},
+        "sha256": checksums,
+        "published": in_store,
         "num_updates": published.num_updates,
         "trained": read_trained_groups(directory / "checkpoints"),
         "account": await read_account(bus),

@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from sdar.algorithms.batching import build_microbatches, build_sequences, count_response_tokens
-from sdar.algorithms.methods import compute_loss, get_method
+from sdar.algorithms.loss import compute_loss
 from sdar.weights.store import WeightStore
 from services.learner.followers import FollowerProcesses
 from services.learner.model import PolicyModel
 from services.learner.ranks import join_ranks
 from services.learner.service import open_learner
-from services.learner.update import build_loss_settings
 from tests.support import until
 from tests.unit.learner.builders import MODEL_PATH, make_bus, make_config, make_group, send
 
@@ -60,13 +59,12 @@ def make_step_config(zero_stage, **training):
 
 def compute_share(config, micro_batch, logprobs, entropy, ref_logprobs, num_tokens, step):
     return compute_loss(
-        get_method("sdar"),
         micro_batch,
         policy_logprobs=logprobs,
         entropy=entropy,
         ref_logprobs=ref_logprobs,
         num_tokens_global=num_tokens,
-        settings=build_loss_settings(config),
+        settings=config.method,
         update_index=step,
         learner_version=step,
     )[0]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from sdar.config import RunConfig, load_config, save_config
 from sdar.contracts.errors import ConfigurationError
@@ -30,7 +33,30 @@ def test_a_minimal_configuration_loads_with_defaults(tmp_path: Path) -> None:
             MINIMAL + "method: {gate_sharpnes: 2}\n",
             ["method.gate_sharpnes", "Did you mean gate_sharpness?"],
         ),
-        (MINIMAL + "learning_rate: 1\n", ["unknown key learning_rate", "Known keys here"]),
+        (MINIMAL + "xyz: 1\n", ["unknown key xyz", "Known keys here: name, seed, model"]),
+        (
+            MINIMAL + "learning_rate: 1\n",
+            ["unknown key learning_rate", "Did you mean training.learning_rate?"],
+        ),
+        (
+            MINIMAL + "method: {name: rlsd, rlsd_mixing: 0.5, rlsd_decay_updates: 9}\n",
+            [
+                "unknown key method.rlsd_mixing. Did you mean rlsd.mixing?",
+                "unknown key method.rlsd_decay_updates. Did you mean rlsd.decay_updates?",
+            ],
+        ),
+        (
+            MINIMAL + "method: {rlsd: {mixin: 0.5}}\n",
+            ["method.rlsd.mixin", "Did you mean mixing?"],
+        ),
+        (
+            MINIMAL + "method: {clip_low: 1.0}\n",
+            ["method.clip_low", "1.0", "less than 1"],
+        ),
+        (
+            MINIMAL + "method: {gate: hard}\n",
+            ["method.gate", "'hard'", "'entropy', 'gap' or 'soft_or'"],
+        ),
         (
             MINIMAL + "training: {max_staleness: -1}\n",
             ["training.max_staleness", "-1", "greater than or equal to 0"],
@@ -107,8 +133,22 @@ def test_the_method_wires_the_streams(tmp_path: Path, method: str, has_teacher: 
     assert (Stream.SCORED in consumers) is has_teacher
 
 
+def test_groups_of_a_section_are_read_and_overridden_like_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "method: {name: rlsd, rlsd: {mixing: 0.25}}\n")
+    config = load_config(path, {"method.rlsd.clip": 0.1})
+    assert (config.method.rlsd.mixing, config.method.rlsd.clip) == (0.25, 0.1)
+    assert config.method.rlsd.decay_updates == 100
+
+
+def list_fields(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from list_fields(field.annotation)
+        else:
+            yield name, field
+
+
 def test_every_field_has_bounds_or_a_closed_type() -> None:
-    for section in RunConfig.model_fields.values():
-        for name, field in getattr(section.annotation, "model_fields", {}).items():
-            if field.annotation in (int, float):
-                assert field.metadata, f"{name} is an unbounded number"
+    for name, field in list_fields(RunConfig):
+        if field.annotation in (int, float):
+            assert field.metadata, f"{name} is an unbounded number"

@@ -47,7 +47,6 @@ PAPER_EVERYWHERE = {
     "method.distillation_weight": 0.01,
     "method.clip_low": 0.2,
     "method.clip_high": 0.2,
-    "method.dual_clip": 3.0,
     "method.advantage_level": "turn",
     "training.group_size": 8,
     "training.learning_rate": 1e-6,

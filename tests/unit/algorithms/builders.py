@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from sdar.algorithms.corrections import compute_off_policy_weights
+from sdar.algorithms.inputs import TokenInputs
 from sdar.contracts.types import (
     EnvironmentIdentity,
     EpisodeEnd,
@@ -113,6 +115,28 @@ def make_random_batch(rng, num_trajectories, with_teacher=True):
         items.append(make_scored(trajectory, teacher))
         advantages.append(rng.normal(size=len(turns)))
     return items, advantages
+
+
+def make_inputs(teacher_gap, **changes):
+    """What a term reads of tokens with these gaps: fresh, all scored, advantage 0, entropy 1."""
+    gap = torch.as_tensor(teacher_gap)
+    logprobs = torch.full_like(gap, -1.0)
+    fields = {
+        "policy_logprobs": logprobs,
+        "entropy": torch.ones_like(gap),
+        "behavior_logprobs": logprobs,
+        "advantages": torch.zeros_like(gap),
+        "ref_logprobs": logprobs,
+        "teacher_gap": gap,
+        "is_scored": torch.ones_like(gap, dtype=torch.bool),
+        "turn_index": torch.zeros_like(gap, dtype=torch.int64),
+        "distillation_weight": torch.ones_like(gap),
+        "teacher_weight": 1.0,
+    } | changes
+    fields["off_policy"] = compute_off_policy_weights(
+        "decoupled", fields["policy_logprobs"], fields["behavior_logprobs"], None, cap=5.0
+    )
+    return TokenInputs(**fields)
 
 
 def make_model(seed=0, dtype=torch.float32, tied=False):

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from sdar.algorithms.loss import reduce_metrics
 from sdar.algorithms.measurements import DENOMINATORS, TOKEN_COUNTS
-from sdar.algorithms.methods import METHODS, reduce_metrics
+from sdar.contracts.methods import METHODS
 
-from .test_methods import SETTINGS, four_tokens, loss_of
+from .test_loss import SETTINGS, four_tokens, loss_of
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -12,7 +13,7 @@ def test_whatever_a_method_measures_is_declared(name):
     references = torch.tensor([-1.5, -1.5, -1.0, -2.0])
     batch, student = four_tokens(advantage=1.0), [-1.0, -2.0, -0.5, -3.0]
     means = reduce_metrics(loss_of(name, batch, student, SETTINGS, ref_logprobs=references)[2])
-    terms = {f"loss_{term.name}" for term in METHODS[name].terms}
+    terms = {f"loss_{term}" for term in METHODS[name].terms}
     assert means.keys() - terms <= DENOMINATORS.keys() | TOKEN_COUNTS.keys()
 
 

@@ -1,16 +1,18 @@
 import pytest
 import torch
 
-from sdar.algorithms.policy_loss import compute_policy_loss
+from sdar.algorithms.terms.policy import DUAL_CLIP, compute_policy_loss
 
 from .builders import central_difference
 
 
 def loss_of(ratio, advantages, weight=None):
     weight = torch.ones_like(ratio) if weight is None else weight
-    return compute_policy_loss(
-        ratio, advantages, weight, clip_low=0.2, clip_high=0.3, dual_clip=3.0
-    )
+    return compute_policy_loss(ratio, advantages, weight, clip_low=0.2, clip_high=0.3)
+
+
+def test_the_dual_clip_is_the_papers():
+    assert DUAL_CLIP == 3.0
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,10 @@ from sdar.contracts.errors import (
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 
-TASKS, LEDGER, ROLLOUT, GATEWAY = (
-    Stream.TASKS,
-    Stream.LEDGER,
-    ConsumerGroup.ROLLOUT,
-    ConsumerGroup.GATEWAY,
-)
+TASKS = Stream.TASKS
+LEDGER = Stream.LEDGER
+ROLLOUT = ConsumerGroup.ROLLOUT
+GATEWAY = ConsumerGroup.GATEWAY
 WIRING = {TASKS: (ROLLOUT,), LEDGER: (GATEWAY,)}
 LIMITS = BusLimits(
     max_entries=100, publish_timeout_s=0.2, trim_interval_s=0.0, outage_tolerance_s=10.0
@@ -299,9 +297,8 @@ async def test_entries_taken_over_by_a_call_whose_reply_was_lost_are_returned_by
         far = RedisBus(url, "run", WIRING, LIMITS)
         await far.publish(TASKS, [b"1", b"2"])
         first, _ = await far.read(TASKS, ROLLOUT, "dead", max_count=2)
-        assert (
-            len(await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 1)) == 1
-        )  # so that Redis knows the script
+        # So that Redis knows the script.
+        assert len(await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 1)) == 1
         proxy.is_armed = True
         taken = await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 9, after_id=first.entry_id)
         assert proxy.num_dropped == 1
@@ -553,11 +550,8 @@ async def test_entries_of_a_read_whose_reply_was_lost_are_returned_by_the_next(
         assert proxy.num_dropped == 1
         await far.publish(TASKS, [b"3"])
         held += await far.read(TASKS, ROLLOUT, "a", max_count=9)
-        assert [(delivery.payload, delivery.num_deliveries) for delivery in held] == [
-            (b"1", 1),
-            (b"2", 1),
-            (b"3", 1),
-        ]
+        found = [(delivery.payload, delivery.num_deliveries) for delivery in held]
+        assert found == [(b"1", 1), (b"2", 1), (b"3", 1)]
         assert await far.renew([zero, *held]) == [zero, *held]
         await far.close()
 
@@ -583,10 +577,8 @@ async def test_entries_of_a_lost_reply_are_found_behind_those_taken_over(
         held = await far.read(TASKS, ROLLOUT, "a", max_count=2)
         assert proxy.num_dropped == 1
         assert [delivery.payload for delivery in taken] == [b"0", b"1", b"2"]
-        assert [(delivery.payload, delivery.num_deliveries) for delivery in held] == [
-            (b"3", 1),
-            (b"4", 1),
-        ]
+        found = [(delivery.payload, delivery.num_deliveries) for delivery in held]
+        assert found == [(b"3", 1), (b"4", 1)]
         await far.close()
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.capacity import compute_capacity, is_stale
+from services.gateway.capacity import compute_capacity
 
 
 def capacity(**changes):
@@ -57,8 +57,3 @@ def test_admission_keeps_every_batch_within_the_bound_when_groups_finish_in_orde
             worst = max(worst, version - min(batch))
             num_trained, version = num_trained + groups_per_update, version + 1
     assert worst <= max_staleness
-
-
-def test_stale_is_one_past_the_bound():
-    assert not is_stale(learner_version=7, min_policy_version=5, max_staleness=2)
-    assert is_stale(learner_version=8, min_policy_version=5, max_staleness=2)

@@ -16,6 +16,7 @@ from sdar.process.measurements import (
     Gauge,
     Histogram,
     Label,
+    LabelBound,
     Meters,
     Window,
 )
@@ -120,6 +121,17 @@ def test_a_counter_is_named_as_prometheus_shows_it():
 def test_a_gauge_with_labels_has_no_key():
     with pytest.raises(ValueError, match="cannot hold it under one key"):
         Gauge("toy_weight", "grams", "Weight.", (Label("color"),), key="weight")
+
+
+def test_a_label_that_others_name_takes_a_bounded_number_of_values():
+    bound = LabelBound(2)
+    assert [bound(value) for value in ("heat", "cool", "clean", "heat", "other kinds")] == [
+        "heat",
+        "cool",
+        "other",
+        "heat",
+        "other",
+    ]
 
 
 def test_nobody_makes_a_metric_of_prometheus_past_the_declarations():

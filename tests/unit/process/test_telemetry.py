@@ -10,7 +10,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sdar.contracts.errors import CapacityError
-from sdar.process.measurements import LabelBound
 from sdar.process.telemetry import Health, ProbeServer, build_registry
 from sdar.wire.http_server import build_error_response
 
@@ -81,17 +80,6 @@ def test_a_client_that_says_nothing_does_not_keep_the_next_probe_waiting():
             )
     finally:
         server.stop()
-
-
-def test_a_label_that_others_name_takes_a_bounded_number_of_values():
-    bound = LabelBound(2)
-    assert [bound(value) for value in ("heat", "cool", "clean", "heat", "other kinds")] == [
-        "heat",
-        "cool",
-        "other",
-        "heat",
-        "other",
-    ]
 
 
 def test_every_service_counts_its_answers_with_an_error_by_kind():

@@ -1,5 +1,4 @@
-"""Owns the clipped policy-gradient loss, per token. Never normalises: `methods` sums it over the
-batch's token count.
+"""The clipped policy-gradient loss, per token.
 
 Axes: N sampled tokens.
 """
@@ -11,6 +10,14 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sdar.algorithms.inputs import TokenInputs
+from sdar.algorithms.shaping import shape_advantages
+from sdar.algorithms.terms import TERMS, Metrics
+from sdar.contracts.methods import LossSettings
+
+DUAL_CLIP = 3.0
+"""Bound on the loss of a token with a negative advantage, as a multiple of it; as published."""
 
 
 class PolicyLoss(NamedTuple):
@@ -28,9 +35,8 @@ def compute_policy_loss(
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float,
 ) -> PolicyLoss:
-    """weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), bounded by -A * dual_clip where
+    """weight * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), bounded by -A * DUAL_CLIP where
     A < 0.
 
     PPO (arXiv:1707.06347, eq. 7) with dual clip (arXiv:1912.09729, eq. 5): without the bound, a
@@ -44,7 +50,23 @@ def compute_policy_loss(
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     pessimistic = torch.maximum(plain, clipped)
-    ceiling = -advantages * dual_clip
+    ceiling = -advantages * DUAL_CLIP
     is_dual_clipped = (advantages < 0) & (pessimistic > ceiling)
     loss = torch.where(is_dual_clipped, ceiling, pessimistic)
     return PolicyLoss(weight * loss, (clipped > plain) & (advantages != 0), is_dual_clipped)
+
+
+@TERMS.register("policy")
+def policy(inputs: TokenInputs, settings: LossSettings) -> tuple[Float[Tensor, " N"], Metrics]:
+    """The policy loss on the advantages as the method shapes them."""
+    result = compute_policy_loss(
+        inputs.off_policy.ratio,
+        shape_advantages(inputs, settings),
+        inputs.off_policy.policy_weight,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+    )
+    return result.loss, {
+        "clip_fraction": result.is_clipped,
+        "dual_clip_fraction": result.is_dual_clipped,
+    }

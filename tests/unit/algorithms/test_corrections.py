@@ -3,17 +3,15 @@ import math
 import pytest
 import torch
 
-from sdar.algorithms.off_policy import compute_off_policy_weights
-from sdar.contracts.errors import ContractError
+from sdar.algorithms.corrections import CORRECTIONS, compute_off_policy_weights
+from sdar.contracts.errors import ConfigurationError, ContractError
 
 LOG = [math.log(x) for x in (0.25, 0.5, 1.0, 1.5, 8.0)]
 BEHAVIOR = torch.full((5,), -3.0)
 
 
 def weights_of(correction, current, proximal=None, behavior=BEHAVIOR, cap=5.0):
-    return compute_off_policy_weights(
-        correction, current, behavior, proximal, cap=cap, icepop_low=0.5, log_ratio_bound=20.0
-    )
+    return compute_off_policy_weights(correction, current, behavior, proximal, cap=cap)
 
 
 def from_behavior(log_ratios):
@@ -53,24 +51,45 @@ def test_icepop_drops_tokens_outside_its_band():
     assert weights.is_bounded.tolist() == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("correction", ["truncated_is", "decoupled", "icepop"])
+every_correction = pytest.mark.parametrize("correction", CORRECTIONS.names())
+
+
+@every_correction
 def test_fresh_tokens_are_not_corrected(correction):
     weights = weights_of(correction, BEHAVIOR.clone())
-    assert (
-        weights.ratio.tolist()
-        == weights.policy_weight.tolist()
-        == weights.distillation_weight.tolist()
-        == [1.0] * 5
-    )
+    assert weights.ratio.tolist() == [1.0] * 5
+    assert weights.policy_weight.tolist() == weights.distillation_weight.tolist() == [1.0] * 5
+    assert not weights.is_bounded.any()
 
 
-@pytest.mark.parametrize("correction", ["none", "truncated_is", "decoupled", "icepop"])
+@every_correction
 def test_only_the_ratio_has_a_gradient_and_it_survives_absurd_ratios(correction):
     current = torch.tensor([-1e4, -1.0, -1e4], requires_grad=True)
     weights = weights_of(correction, current, behavior=torch.tensor([-1.0, -1e4, -1e4]))
     assert not any(x.requires_grad for x in (weights.policy_weight, weights.distillation_weight))
     (weights.ratio * weights.policy_weight).sum().backward()
     assert torch.isfinite(current.grad).all()
+
+
+@every_correction
+@pytest.mark.parametrize("behavior", [-math.inf, -1e4, -1.0, 0.0])
+def test_weights_are_finite_never_negative_and_at_most_the_cap(correction, behavior):
+    current = torch.tensor([-50.0, -1.0, 0.0])
+    weights = weights_of(correction, current, behavior=torch.full((3,), behavior), cap=2.0)
+    for values in (weights.policy_weight, weights.distillation_weight):
+        assert values.shape == current.shape
+        assert ((values >= 0) & (values <= 2.0)).all()
+
+
+@every_correction
+def test_an_empty_micro_batch_has_no_weights(correction):
+    weights = weights_of(correction, torch.zeros(0), behavior=torch.zeros(0))
+    assert [len(values) for values in weights] == [0, 0, 0, 0]
+
+
+def test_an_unknown_correction_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigurationError, match=r"'v_trace'\. Known: decoupled, icepop, none"):
+        weights_of("v_trace", BEHAVIOR)
 
 
 def test_truncated_importance_sampling_is_unbiased_under_a_cap_that_never_binds():

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from collections import Counter
 
@@ -8,8 +7,10 @@ import torch
 
 from sdar.algorithms.batching import build_microbatches, build_sequences, count_response_tokens
 from sdar.algorithms.logprobs import TokenScorer
-from sdar.algorithms.methods import METHODS, LossSettings, compute_loss, get_method, reduce_metrics
-from sdar.contracts.errors import ConfigurationError, ContractError
+from sdar.algorithms.loss import compute_loss, reduce_metrics
+from sdar.config import MethodConfig
+from sdar.contracts.errors import ContractError
+from sdar.contracts.methods import METHODS
 
 from .builders import (
     central_difference,
@@ -22,8 +23,12 @@ from .builders import (
 
 VERSION = 2
 NO_TEACHER = {"grpo", "skill_grpo"}
-SETTINGS = LossSettings(distillation_weight=0.3, kl_coefficient=0.2, entropy_coefficient=0.1)
-LAMBDA_ONLY = LossSettings(distillation_weight=1.0, kl_coefficient=0.0, off_policy="none")
+SETTINGS = MethodConfig(distillation_weight=0.3, kl_coefficient=0.2, entropy_coefficient=0.1)
+LAMBDA_ONLY = MethodConfig(distillation_weight=1.0, kl_coefficient=0.0, off_policy="none")
+
+
+def change(settings, **update):
+    return settings.model_copy(update=update)
 
 
 def four_tokens(
@@ -52,7 +57,10 @@ def loss_of(name, batch, student, settings=LAMBDA_ONLY, num_tokens=4, **changes)
         "learner_version": VERSION,
     }
     loss, sums = compute_loss(
-        get_method(name), batch, policy_logprobs=student, settings=settings, **(arguments | changes)
+        batch,
+        policy_logprobs=student,
+        settings=change(settings, name=name),
+        **(arguments | changes),
     )
     loss.backward()
     return loss.item(), student.grad.tolist(), {key: value.item() for key, value in sums.items()}
@@ -87,8 +95,8 @@ def test_grpo_on_fresh_tokens_is_the_plain_policy_gradient():
 def test_stale_tokens_are_weighed_in_policy_and_distillation_unless_told_otherwise():
     """Every token is e^-1 times as likely now as when it was sampled."""
     student, weight = [-2.0, -3.0, -1.5, -4.0], math.exp(-1)
-    corrected = dataclasses.replace(LAMBDA_ONLY, off_policy="decoupled")
-    published = dataclasses.replace(corrected, weigh_distillation=False)
+    corrected = change(LAMBDA_ONLY, off_policy="decoupled")
+    published = change(corrected, weigh_distillation=False)
     batch = four_tokens(teacher=student, advantage=1.0)
     policy = -weight / 4
     assert loss_of("constant_gate", batch, student, corrected)[1] == pytest.approx(
@@ -103,7 +111,7 @@ def test_stale_tokens_are_weighed_in_policy_and_distillation_unless_told_otherwi
     ("name", "settings"),
     [
         ("constant_gate", LAMBDA_ONLY),
-        ("sdar", dataclasses.replace(LAMBDA_ONLY, gate_sharpness=0.0)),
+        ("sdar", change(LAMBDA_ONLY, gate_sharpness=0.0)),
     ],
 )
 def test_controls_have_a_gradient_that_no_teacher_changes(name, settings):
@@ -194,13 +202,12 @@ def train_once(name, sequences, token_budget, num_ranks, settings=SETTINGS):
                 ref_logprobs, _ = ref_scorer(*inputs)
             policy_logprobs, entropy = scorer(*inputs)
             loss, metrics = compute_loss(
-                METHODS[name],
                 batch,
                 policy_logprobs=policy_logprobs,
                 entropy=entropy,
                 ref_logprobs=ref_logprobs,
                 num_tokens_global=count_response_tokens(sequences),
-                settings=settings,
+                settings=change(settings, name=name),
                 update_index=10,
                 learner_version=VERSION,
             )
@@ -259,7 +266,7 @@ def test_entropy_gradient_arrives_only_with_a_coefficient():
             "sdar",
             batch,
             [-1.0] * 4,
-            dataclasses.replace(LAMBDA_ONLY, entropy_coefficient=coefficient),
+            change(LAMBDA_ONLY, entropy_coefficient=coefficient),
             entropy=entropy,
         )
         assert (
@@ -271,7 +278,6 @@ def test_empty_micro_batch_gives_zero_with_a_graph():
     batch = build_microbatches(make_case("sdar", 1)[:1], token_budget=100, num_ranks=2)[1][0]
     empty = torch.zeros(0, requires_grad=True)
     loss, sums = compute_loss(
-        METHODS["sdar"],
         batch,
         policy_logprobs=empty,
         entropy=torch.zeros(0),
@@ -294,21 +300,3 @@ def test_missing_inputs_are_named():
         loss_of("grpo", four_tokens(), student, SETTINGS)
     with pytest.raises(ContractError, match="num_tokens_global 3 for a micro-batch of 4"):
         loss_of("grpo", four_tokens(), student, num_tokens=3)
-    with pytest.raises(ConfigurationError, match="Unknown method 'ppg'"):
-        get_method("ppg")
-    with pytest.raises(ConfigurationError, match="dual_clip > 1"):
-        LossSettings(dual_clip=1.0)
-
-
-def test_methods_say_what_they_need():
-    assert {name for name, method in METHODS.items() if not method.needs_teacher} == NO_TEACHER
-    assert {
-        name for name, method in METHODS.items() if not method.learns_without_advantage
-    } == NO_TEACHER | {"rlsd"}
-    assert {name for name, method in METHODS.items() if method.student_sees_skills} == {
-        "skill_grpo"
-    }
-    assert all(
-        method.needs_reference(SETTINGS) and not method.needs_reference(LAMBDA_ONLY)
-        for method in METHODS.values()
-    )
