@@ -79,9 +79,10 @@ WORKLOADS = (
 
 NOTES = (
     f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-    "within a group) of household texts, examples/models/household-tiny in float32, "
-    "engine and service one thread each. So small a model leaves the engine next to "
-    "nothing to compute: with a larger one the service's share only falls.",
+    "within a group) of household "
+    "texts, examples/models/household-tiny in float32, engine and service one thread each. "
+    "With so small a model the engine computes next to nothing; with a larger one the "
+    "service's share of the time is smaller.",
     "Both sides return the log-prob of every token.",
 )
 
@@ -110,14 +111,7 @@ async def _measure(say: Say) -> Measurement:
             comparisons.append(await _compare(engine, bus, workload, say))
     return Measurement(
         tuple(comparisons),
-        notes=(
-            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-            "within a group) of household "
-            "texts, examples/models/household-tiny in float32, engine and service one thread each. "
-            "With so small a model the engine computes next to nothing; with a larger one the "
-            "service's share of the time is smaller.",
-            "Both sides return the log-prob of every token.",
-        ),
+        notes=NOTES,
     )
 
 
