@@ -46,9 +46,10 @@ from loadtest.workloads import MODEL_PATH, RUN_ID
 from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import Bus, Delivery, Publications
-from sdar.bus.redis import _PAYLOAD, RedisBus
+from sdar.bus.redis import RedisBus
+from sdar.bus.redis_session import PAYLOAD
 from sdar.contracts import codec
-from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, RunKeys, Stream
+from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, TaskGroup
 from sdar.engines.vllm_weights import vllm_environment
 from sdar.model.chat import ChatTokenizer, compute_model_identity
@@ -195,24 +196,24 @@ class PlainBus(RedisBus):
         transitions: Sequence[LedgerEvent] = (),
         retired_letters: Sequence[str] = (),
     ) -> None:
-        keys = RunKeys(self._run_id)
+        keys = self._session.keys
         events = [
             codec.encode_ledger_event(event)
             for event in transitions
             if event.outcome is not GroupOutcome.ISSUED
         ]
-        pipeline = self._redis.pipeline(transaction=True)
+        pipeline = self._session.client.pipeline(transaction=True)
         for stream, payloads in {**publications, Stream.LEDGER: events}.items():
             for payload in payloads:
                 pipeline.xadd(
                     keys.stream(stream),
-                    {_PAYLOAD: payload},
+                    {PAYLOAD: payload},
                     maxlen=BROADCAST_MAX_ENTRIES.get(stream),
                 )
         for delivery in acknowledgements:
             pipeline.xack(keys.stream(delivery.stream), delivery.group, delivery.entry_id)
         await pipeline.execute()
-        await self._trim_now_and_then({delivery.stream for delivery in acknowledgements})
+        await self._trimming.trim_now_and_then({delivery.stream for delivery in acknowledgements})
 
     async def pin_versions(self, reader: str, versions: Collection[int], ttl_s: float) -> bool:
         return True

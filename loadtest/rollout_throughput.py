@@ -79,10 +79,9 @@ WORKLOADS = (
 
 NOTES = (
     f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-    "within a group) of household "
-    "texts, examples/models/household-tiny in float32, engine and service one thread each. "
-    "With so small a model the engine computes next to nothing; with a larger one the "
-    "service's share of the time is smaller.",
+    "within a group) of household texts, examples/models/household-tiny in float32, "
+    "engine and service one thread each. With so small a model the engine computes next to "
+    "nothing; with a larger one the service's share of the time is smaller.",
     "Both sides return the log-prob of every token.",
 )
 
@@ -109,10 +108,7 @@ async def _measure(say: Say) -> Measurement:
         for workload in WORKLOADS:
             say(workload.name)
             comparisons.append(await _compare(engine, bus, workload, say))
-    return Measurement(
-        tuple(comparisons),
-        notes=NOTES,
-    )
+    return Measurement(tuple(comparisons), notes=NOTES)
 
 
 def log_to(file: TextIO) -> None:

@@ -1,5 +1,4 @@
-"""Owns the way from ragged turns to [B, T]: the only place where shapes are made. Never pads a
-per-token tensor.
+"""The way from ragged turns to [B, T]: the only place where shapes are made.
 
 One trajectory, two turns of which the second extends the first (p prompt, a response, d delta:
 template text and observation)::
@@ -207,17 +206,18 @@ def _join_turns(
         lengths = [len(turn.response_token_ids) for turn in turns]
         if not sum(lengths):
             continue
-        parts = [
-            part
-            for prompt, turn in zip(prompts, turns, strict=True)
-            for part in (prompt, turn.response_token_ids)
-        ]
+        parts = []
+        for prompt, turn in zip(prompts, turns, strict=True):
+            parts += [prompt, turn.response_token_ids]
+        part_lengths = [len(part) for part in parts]
+        behavior_logprobs = [turn.behavior_logprobs for turn in turns]
+        policy_versions = [turn.policy_versions for turn in turns]
         sequences.append(
             TokenSequence(
                 token_ids=np.concatenate(parts).astype(np.int64),
-                response_mask=np.repeat([False, True] * len(turns), [len(part) for part in parts]),
-                behavior_logprobs=np.concatenate([turn.behavior_logprobs for turn in turns]),
-                policy_versions=np.concatenate([turn.policy_versions for turn in turns]),
+                response_mask=np.repeat([False, True] * len(turns), part_lengths),
+                behavior_logprobs=np.concatenate(behavior_logprobs),
+                policy_versions=np.concatenate(policy_versions),
                 advantages=np.repeat(advantages[start:end], lengths).astype(np.float32),
                 teacher_logprobs=None
                 if teacher_logprobs is None
@@ -247,19 +247,17 @@ def build_microbatches(
         raise ContractError(
             f"token_budget {token_budget} and num_ranks {num_ranks} must be at least 1."
         )
-    bins = _fill_bins(
-        sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True), token_budget
-    )
+    ordered = sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True)
+    bins = _fill_bins(ordered, token_budget)
     _even_out(bins, num_ranks)
     bins.sort(key=lambda members: members[0].num_tokens, reverse=True)
+    # Ranks that have nothing at the last place get an empty micro-batch: collectives need them all.
     bins += [[] for _ in range(-len(bins) % num_ranks)]
     has_teacher = any(sequence.teacher_logprobs is not None for sequence in sequences)
     ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     for place in range(0, len(bins), num_ranks):
         row = bins[place : place + num_ranks]
-        max_rank_tokens = max(
-            sum(sequence.num_response_tokens for sequence in members) for members in row
-        )
+        max_rank_tokens = max(count_response_tokens(members) for members in row)
         for rank, members in enumerate(row):
             ranks[rank].append(_pad(members, max_rank_tokens, has_teacher))
     return ranks
@@ -298,6 +296,10 @@ def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bo
     def flat(values: Iterable[Any], dtype: type[np.generic]) -> Tensor:
         return torch.from_numpy(np.concatenate([np.empty(0, dtype), *values]).astype(dtype))
 
+    def flat_field(name: str, dtype: type[np.generic]) -> Tensor:
+        return flat((getattr(sequence, name) for sequence in members), dtype)
+
+    indices = (np.full(s.num_response_tokens, s.trajectory_index) for s in members)
     teacher = [sequence.teacher_logprobs for sequence in members]
     if has_teacher and any(values is None for values in teacher):
         raise ContractError(
@@ -307,14 +309,12 @@ def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bo
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         response_mask=torch.from_numpy(response_mask),
-        behavior_logprobs=flat((sequence.behavior_logprobs for sequence in members), np.float32),
-        policy_versions=flat((sequence.policy_versions for sequence in members), np.int64),
-        advantages=flat((sequence.advantages for sequence in members), np.float32),
+        behavior_logprobs=flat_field("behavior_logprobs", np.float32),
+        policy_versions=flat_field("policy_versions", np.int64),
+        advantages=flat_field("advantages", np.float32),
         teacher_logprobs=flat(teacher, np.float32) if has_teacher else None,
-        trajectory_index=flat(
-            (np.full(s.num_response_tokens, s.trajectory_index) for s in members), np.int64
-        ),
-        turn_index=flat((sequence.turn_index for sequence in members), np.int64),
+        trajectory_index=flat(indices, np.int64),
+        turn_index=flat_field("turn_index", np.int64),
         max_rank_tokens=max_rank_tokens,
     )
 

@@ -38,10 +38,10 @@ from sdar.process.lifecycle import run_until_stopped, wait_or_stop
 from sdar.process.settings import Settings
 from sdar.process.telemetry import Health
 from sdar.weights.store import WeightStore
-from services.gateway.app import describe_run
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import RunPhase
+from services.gateway.status import describe_run
 from services.gateway.watch import Watch
 from services.learner.checkpoint import CheckpointStore
 from services.learner.progress import Progress
@@ -121,7 +121,7 @@ async def play_run(
         raise UnavailableError(f"Run {config.name} gave up: {scheduler.detail}")
     if scheduler.state.phase is not RunPhase.FINISHED:
         raise UnavailableError(
-            f"Run {config.name} was stopped after {scheduler.num_updates} of "
+            f"Run {config.name} was stopped after {scheduler.policy.num_updates} of "
             f"{config.training.num_updates} updates. A run in "
             "one process cannot be resumed; start it again."
         )
@@ -224,7 +224,7 @@ def _watch(scheduler: Scheduler, on_updates: OnUpdates) -> Main:
 
     async def watch(stopping: asyncio.Event) -> None:
         while not await wait_or_stop(stopping, _LOOK_EVERY_S):
-            on_updates(scheduler.num_updates)
+            on_updates(scheduler.policy.num_updates)
             if scheduler.state.phase in (RunPhase.FINISHED, RunPhase.FAILED):
                 stopping.set()
 

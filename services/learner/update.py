@@ -1,5 +1,4 @@
-"""Owns one update of the policy on all ranks: groups to minibatches, reference and proximal
-log-probs, steps, metric sums.
+"""One update of the policy on all ranks: minibatches, their log-probs, optimizer steps, metrics.
 
 `Trainer` is the same object on every rank. Rank 0 calls its methods; each broadcasts its arguments
 (the trajectories as the bytes they arrived in) and then runs on all ranks alike, each taking its
@@ -58,7 +57,6 @@ class Trainer:
         self._ranks = ranks
 
     # --- what rank 0 calls
-    # ----------------------------------------------------------------------------------------------
 
     def update(
         self,
@@ -109,7 +107,6 @@ class Trainer:
         self.model.close()
 
     # --- what the other ranks do
-    # -----------------------------------------------------------------------------------------
 
     def follow(
         self,
@@ -119,8 +116,8 @@ class Trainer:
         """Carry out what rank 0 says until it says stop.
 
         Args:
-            beat: called at every command. is_leaving: whether this rank is asked to leave; rank 0
-                is told and drains.
+            beat: called at every command.
+            is_leaving: whether this rank is asked to leave; rank 0 learns of it and drains.
         """
         while True:
             command, frames = self._ranks.broadcast_command(None)
@@ -156,7 +153,6 @@ class Trainer:
             log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
     # --- on every rank
-    # ----------------------------------------------------------------------------------------------
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
@@ -176,18 +172,14 @@ class Trainer:
         for minibatch, ref_logprobs, proximal_logprobs in zip(
             minibatches, references, proximal, strict=True
         ):
-            loss = _BatchLoss(
-                partial(
-                    compute_loss,
-                    num_tokens_global=minibatch.num_tokens_global,
-                    settings=self.config.method,
-                    update_index=update_index,
-                    learner_version=policy_version,
-                ),
-                ref_logprobs,
-                proximal_logprobs,
-                totals,
+            compute = partial(
+                compute_loss,
+                num_tokens_global=minibatch.num_tokens_global,
+                settings=self.config.method,
+                update_index=update_index,
+                learner_version=policy_version,
             )
+            loss = _BatchLoss(compute, ref_logprobs, proximal_logprobs, totals)
             totals.gradient_norms.append(
                 self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
             )
@@ -269,13 +261,15 @@ class _BatchLoss:
             micro_batch,
             policy_logprobs=policy_logprobs,
             entropy=entropy,
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[place],
-            proximal_logprobs=None
-            if self.proximal_logprobs is None
-            else self.proximal_logprobs[place],
+            ref_logprobs=_pick(self.ref_logprobs, place),
+            proximal_logprobs=_pick(self.proximal_logprobs, place),
         )
         self.totals.add(loss, sums)
         return loss
+
+
+def _pick(values: Sequence[Tensor] | None, place: int) -> Tensor | None:
+    return None if values is None else values[place]
 
 
 class _Totals:
@@ -295,9 +289,8 @@ class _Totals:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        totals = ranks.sum(
-            torch.stack([self._sums[name].detach().double() for name in names]).cpu()
-        )
+        values = [self._sums[name].detach().double() for name in names]
+        totals = ranks.sum(torch.stack(values).cpu())
         sums = dict(zip(names, totals.tolist(), strict=True))
         num_steps = len(self.gradient_norms)
         loss = sums.pop("loss") / num_steps

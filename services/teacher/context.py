@@ -71,9 +71,8 @@ class ContextBuilder:
         num_retrieved = len(retrieval.specific)
         while True:
             prompts = self._render(trajectory, retrieval)
-            lengths = [
-                sequence.num_tokens for sequence in build_privileged_sequences(trajectory, prompts)
-            ]
+            sequences = build_privileged_sequences(trajectory, prompts)
+            lengths = [sequence.num_tokens for sequence in sequences]
             longest = max(lengths, default=0)
             if longest <= self._max_sequence_tokens:
                 num_dropped = num_retrieved - len(retrieval.specific)

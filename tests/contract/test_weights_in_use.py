@@ -133,7 +133,7 @@ def open_directory(path: Path) -> Place:
 def dies(work: Callable[[WeightStore], object], place: Place, num_changes: int) -> bool:
     """Do it with a store that dies after so many changes; tells whether it did."""
     store = place.open(max_shard_bytes=20)
-    store._store = Mortal(store._store, num_changes)
+    store._objects.store = Mortal(store._objects.store, num_changes)
     try:
         work(store)
     except KeyboardInterrupt:

@@ -31,14 +31,16 @@ import redis
 import structlog
 import torch
 
+from sdar.bus import leases
 from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.bus.redis import RedisBus
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.model.causal_lm import load_causal_lm
 from sdar.process.telemetry import Health
-from sdar.weights import store as weights
+from sdar.weights import garbage, manifests, shards, version_objects
+from sdar.weights import store as weight_store
 from sdar.weights.store import WeightStore
-from services.learner import checkpoint, ingest, progress, train
+from services.learner import checkpoint, ingest, progress, torch_thread, train
 from services.learner.checkpoint import read_trained_groups
 from services.learner.ranks import _import_deepspeed
 from services.learner.service import open_learner
@@ -54,7 +56,9 @@ from tests.unit.learner.builders import (
     read_journal,
 )
 
-FILES = tuple(str(module.__file__) for module in (train, ingest, checkpoint, progress, weights))
+LEARNER = (train, torch_thread, ingest, checkpoint, progress, leases)
+WEIGHTS = (weight_store, version_objects, shards, manifests, garbage)
+FILES = tuple(str(module.__file__) for module in (*LEARNER, *WEIGHTS))
 NUM_WORKERS = 3
 """More than there are cores: a life spends half its time waiting for its stream."""
 CONFIG = make_config(

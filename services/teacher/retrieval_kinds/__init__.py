@@ -56,7 +56,7 @@ class RetrievalKind(ABC):
 
     @abstractmethod
     def choose(self, task: Task, key: str) -> tuple[Skill, ...]:
-        """Specific skills, best first; none where nothing fits. `key` (the group id) seeds draws."""
+        """Specific skills, best first, if any fits. `key` (the group id) seeds draws."""
 
 
 RETRIEVAL_KINDS: Registry[type[RetrievalKind]] = Registry("retrieval kind", __name__)

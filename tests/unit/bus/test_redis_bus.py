@@ -13,12 +13,12 @@ from typing import Any, Literal
 import pytest
 import redis.asyncio as redis
 
-from sdar.bus import redis as redis_bus
-from sdar.bus import redis_connection
+from sdar.bus import redis_connection, redis_trimming
 from sdar.bus.embedded_redis import EmbeddedRedis, _find_executable
 from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import BEFORE_FIRST, SUSPECT_FACTOR, BusLimits
 from sdar.bus.redis import RedisBus
+from sdar.bus.redis_consuming import RedisConsuming
 from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import (
     BusUnavailableError,
@@ -327,7 +327,7 @@ async def test_consumers_that_hold_nothing_and_were_long_silent_are_forgotten(
     server: EmbeddedRedis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pods come under ever new names; what one of them still holds keeps its name."""
-    monkeypatch.setattr(redis_bus, "_FORGET_AFTER_S", 0.2)
+    monkeypatch.setattr(redis_trimming, "_FORGET_AFTER_S", 0.2)
     bus = RedisBus(server.url, "run", WIRING, replace(LIMITS, trim_interval_s=0.0))
     await bus.publish(TASKS, [b"1", b"2", b"3"])
     gone, _ = [
@@ -402,7 +402,7 @@ async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whol
 async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_is(
     server: EmbeddedRedis, bus: RedisBus
 ) -> None:
-    class Thief(RedisBus):
+    class Hesitant(RedisConsuming):
         num_found = 0
 
         async def _select_dead(
@@ -413,11 +413,12 @@ async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_i
             await bus.renew(held)
             return dead
 
-    thief = Thief(server.url, "run", WIRING, LIMITS)
+    thief = RedisBus(server.url, "run", WIRING, LIMITS)
+    thief._consuming = hesitant = Hesitant(thief._session)
     await bus.publish(TASKS, [b"1"])
     held = await bus.read(TASKS, ROLLOUT, "slow", max_count=1)
     async with asyncio.timeout(10.0):
-        while not thief.num_found:
+        while not hesitant.num_found:
             assert await thief.reclaim(TASKS, ROLLOUT, "thief", 0.3, 9) == []
     assert await bus.renew(held) == held
     await thief.close()
