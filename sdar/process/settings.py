@@ -18,9 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sdar.contracts.errors import ConfigurationError
 
 MAX_CALLS_PER_S = 10_000.0
-"""More than one of our server processes answers at all: a bound against floods. Who wants shares
-sets less.
-"""
+"""A bound against floods, above what one server process can answer. Set less to share it fairly."""
 
 
 class Settings(BaseSettings):
@@ -28,6 +26,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="SDAR_",
+        # A compose file sets a variable to an empty text where it has no value for it.
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -138,16 +137,17 @@ def read_variable(name: str) -> str:
 
 
 def apply_environment(variables: Mapping[str, str]) -> None:
-    """Set variables that libraries read at import (thread counts, vLLM's switches); a value the
-    user set wins.
-    """
+    """Set variables that libraries read at import; a value that the user has set stays."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """Variables that hold the math libraries to `num_threads`: two thread pools on one core run
-    three times slower.
+    """Variables that hold the math libraries to `num_threads`.
+
+    Left alone, each library takes all cores: two pools of threads on one core run three times
+    slower than one.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    # Tokenizers warn, and switch their threads off, in every process that forks after their use.
     return dict.fromkeys(names, str(num_threads)) | {"TOKENIZERS_PARALLELISM": "false"}
