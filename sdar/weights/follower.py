@@ -177,7 +177,10 @@ class PolicyFollower:
         self._on_refused()
 
     def _remember(self, page: Sequence[Entry]) -> None:
-        """Decode no more than is kept: a manifest names every tensor, and the stream is long."""
+        """Decode no more than is kept: a manifest names every tensor, and the stream is long.
+
+        The newest entries hold the newest versions, for a learner publishes them in order.
+        """
         found: list[WeightsManifest] = []
         for index in reversed(range(len(page))):
             may_be_base = index == 0 and self._cursor == BEFORE_FIRST
