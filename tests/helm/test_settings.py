@@ -351,8 +351,8 @@ def _listed_keys(role):
 
 
 def _covers(listed, key):
-    if key in ("method.model_dump",):
-        return listed == "method"
+    if key == "method.row":  # looked up by the method's name
+        return listed in ("method", "method.name")
     return key == listed or key.startswith(f"{listed}.")
 
 
