@@ -56,6 +56,31 @@ class Timing:
         return len(self.step_s) / sum(self.step_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What is compared of a game's timing on both sides."""
+
+    what: str
+    unit: str
+    read: Callable[[Timing], float]
+    target: Target | None = None
+
+
+FIGURES = (
+    Figure("a core's steps", "steps/s", lambda timing: timing.steps_per_s, TARGET),
+    Figure("loading a game for the first time", "ms", lambda timing: 1000 * timing.load_s),
+    Figure("loading a known game and resetting it", "ms", lambda timing: 1000 * timing.reload_s),
+)
+
+
+NOTES = (
+    "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; "
+    "one game of each task type. Transcripts of both sides were the same, line by line.",
+    "A game is translated when a process first loads it, and kept: the other members of "
+    "its group, and every reset, find it there.",
+)
+
+
 def measure(say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         say("generating games")
@@ -73,12 +98,7 @@ def measure(say: Say) -> Measurement:
     return Measurement(
         tuple(comparisons),
         tables=(Table("ALFWorld: memory of one more game in play", ("engine", "memory"), rows),),
-        notes=(
-            "Small rooms have 5 to 7 receptacles, large ones 16 to 22, as the public games do; "
-            "one game of each task type. Transcripts of both sides were the same, line by line.",
-            "A game is translated when a process first loads it, and kept: the other members of "
-            "its group, and every reset, find it there.",
-        ),
+        notes=NOTES,
     )
 
 
@@ -93,10 +113,10 @@ def _generate_games(directory: Path) -> dict[str, list[Game]]:
     for number, size in enumerate(SIZE_CYCLE):
         if size in by_size and not by_size[size]:
             by_size[size] = train[number * num_types : (number + 1) * num_types]
-    return {
-        size: [read_game(directory / entry.task_id / GAME_FILE) for entry in chosen]
-        for size, chosen in by_size.items()
-    }
+    games: dict[str, list[Game]] = {}
+    for size, chosen in by_size.items():
+        games[size] = [read_game(directory / entry.task_id / GAME_FILE) for entry in chosen]
+    return games
 
 
 def _compare(size: str, games: Sequence[Game], say: Say) -> list[Comparison]:
@@ -116,26 +136,12 @@ def _compare(size: str, games: Sequence[Game], say: Say) -> list[Comparison]:
             )
         timings.append(pair)
         say(describe_pair(number + 1, len(games), (pair[0].steps_per_s, pair[1].steps_per_s)))
-    columns: tuple[tuple[str, str, Callable[[Timing], float], Target | None], ...] = (
-        ("a core's steps", "steps/s", lambda timing: timing.steps_per_s, TARGET),
-        ("loading a game for the first time", "ms", lambda timing: 1000 * timing.load_s, None),
-        (
-            "loading a known game and resetting it",
-            "ms",
-            lambda timing: 1000 * timing.reload_s,
-            None,
-        ),
-    )
-    return [
-        Comparison(
-            f"ALFWorld, {what}, {size} rooms",
-            "stock TextWorld",
-            unit,
-            tuple((figure(one), figure(other)) for one, other in timings),
-            target,
-        )
-        for what, unit, figure, target in columns
-    ]
+    comparisons = []
+    for figure in FIGURES:
+        pairs = tuple((figure.read(one), figure.read(other)) for one, other in timings)
+        what = f"ALFWorld, {figure.what}, {size} rooms"
+        comparisons.append(Comparison(what, "stock TextWorld", figure.unit, pairs, figure.target))
+    return comparisons
 
 
 def _draw_commands(stack: AlfredInfos, game: Game) -> list[str]:

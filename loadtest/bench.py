@@ -43,6 +43,27 @@ GROUPS = {"environments": ("sessions", "alfworld", "webshop", "search")}
 
 
 def main() -> None:
+    arguments = _parse()
+    if arguments.child:
+        _measure_here(*arguments.child)
+        return
+    if arguments.page:
+        write_page()
+        return
+    names: list[str] = []
+    for name in arguments.only or MEASUREMENTS:
+        names += GROUPS.get(name, (name,))
+    failed = []
+    for number, name in enumerate(names, start=1):
+        if not _measure(name, f"{number}/{len(names)}", arguments.dry_run):
+            failed.append(name)
+    if failed:
+        sys.exit(
+            f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay."
+        )
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench", description="Measure against named peers."
     )
@@ -61,52 +82,17 @@ def main() -> None:
         help="measure nothing, write docs/benchmarks.md from what is kept",
     )
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        _measure_here(*arguments.child)
-        return
-    if arguments.page:
-        write_page()
-        return
-    names = [one for name in arguments.only or MEASUREMENTS for one in GROUPS.get(name, (name,))]
-    failed = [
-        name
-        for name in names
-        if not _measure(name, f"{names.index(name) + 1}/{len(names)}", arguments.dry_run)
-    ]
-    if failed:
-        sys.exit(
-            f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay."
-        )
+    return parser.parse_args()
 
 
 def _measure(name: str, place: str, is_dry_run: bool) -> bool:
-    """Run one measurement in a child and save it; tells whether that worked."""
+    """Run one measurement in a child and save it; returns whether that worked."""
     print(f"[{place}] {name}", flush=True)
     began = time.monotonic()
-    # One thread per process: two pools on one core are three times slower.
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ}
-    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
-        file = Path(directory) / "measurement.json"
-        child = subprocess.run(
-            [sys.executable, "-m", "loadtest.bench", "--child", name, str(file)],
-            cwd=ROOT,
-            env=environment,
-        )
-        if child.returncode or not file.exists():
-            return False
-        measurement = Measurement.from_json(json.loads(file.read_text(encoding="utf-8")))
-    for comparison in measurement.comparisons:
-        verdict = (
-            ""
-            if comparison.is_met is None
-            else f", {comparison.target}: {'met' if comparison.is_met else 'MISSED'}"
-        )
-        print(
-            f"  {comparison.what}: {comparison.ratio:.3g} of {comparison.peer}{verdict}", flush=True
-        )
-    for table in measurement.tables:
-        print("\n".join(f"  {' | '.join(row)}" for row in (table.columns, *table.rows)), flush=True)
+    measurement = _measure_in_a_child(name)
+    if measurement is None:
+        return False
+    show(measurement)
     if not is_dry_run:
         entry = {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -118,6 +104,35 @@ def _measure(name: str, place: str, is_dry_run: bool) -> bool:
         }
         save_result(name, entry, list(MEASUREMENTS))
     return True
+
+
+def _measure_in_a_child(name: str) -> Measurement | None:
+    """None where the child failed."""
+    # One thread per process: two pools on one core are three times slower.
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ}
+    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
+        file = Path(directory) / "measurement.json"
+        child = subprocess.run(
+            [sys.executable, "-m", "loadtest.bench", "--child", name, str(file)],
+            cwd=ROOT,
+            env=environment,
+        )
+        if child.returncode or not file.exists():
+            return None
+        return Measurement.from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def show(measurement: Measurement) -> None:
+    for comparison in measurement.comparisons:
+        verdict = ""
+        if comparison.is_met is not None:
+            verdict = f", {comparison.target}: {'met' if comparison.is_met else 'MISSED'}"
+        print(
+            f"  {comparison.what}: {comparison.ratio:.3g} of {comparison.peer}{verdict}", flush=True
+        )
+    for table in measurement.tables:
+        for row in (table.columns, *table.rows):
+            print(f"  {' | '.join(row)}", flush=True)
 
 
 def _measure_here(name: str, file: str) -> None:

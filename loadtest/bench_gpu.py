@@ -157,6 +157,25 @@ def build_settings(method: str) -> types.SimpleNamespace:
 
 
 def main() -> None:
+    arguments = _parse()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "error: torch sees no CUDA device. Run this on a machine with one, "
+            "or pass --device cpu --tiny."
+        )
+    rows = []
+    for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
+        for is_checkpointed in (False, True):
+            state = "on" if is_checkpointed else "off"
+            print(f"{shape.name}, gradient checkpointing {state} ...", file=sys.stderr, flush=True)
+            rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
+    results = describe_results(rows, device)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(results["table"])
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that it runs")
@@ -167,22 +186,11 @@ def main() -> None:
         help="steps of SDAR and GRPO in turn, after two pairs that don't count",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "error: torch sees no CUDA device. Run this on a machine with one, "
-            "or pass --device cpu --tiny."
-        )
-    rows = []
-    for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
-        for is_checkpointed in (False, True):
-            print(
-                f"{shape.name}, gradient checkpointing {'on' if is_checkpointed else 'off'} ...",
-                file=sys.stderr,
-                flush=True,
-            )
-            rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
+    return parser.parse_args()
+
+
+def describe_results(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The rows with where they come from, and their table."""
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python", "loadtest/bench_gpu.py", *sys.argv[1:]]),
@@ -193,8 +201,7 @@ def main() -> None:
         "rows": rows,
     }
     results["table"] = format_table(results)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(results["table"])
+    return results
 
 
 def measure(
@@ -222,11 +229,10 @@ def _measure(
     reset_peak_memory(device)
     pairs = []
     for index in range(2 + num_pairs):
-        pair = tuple(
-            learner.time_step(method, batches[method], num_response_tokens) for method in METHODS
-        )
+        sdar_s = learner.time_step("sdar", batches["sdar"], num_response_tokens)
+        grpo_s = learner.time_step("grpo", batches["grpo"], num_response_tokens)
         if index >= 2:
-            pairs.append(pair)
+            pairs.append((sdar_s, grpo_s))
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     sdar_s = statistics.median(sdar for sdar, _ in pairs)
     ratios = [sdar / grpo for sdar, grpo in pairs]
@@ -376,10 +382,10 @@ def name_device(device: torch.device) -> str:
 
 def find_peak(name: str) -> float | None:
     """TFLOP/s of a device, None for one whose data sheet is not known here."""
-    return next(
-        (peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())),
-        None,
-    )
+    for part, peak in PEAK_TFLOPS.items():
+        if all(word in name for word in part.split()):
+            return peak
+    return None
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -105,24 +105,15 @@ class Measurement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        comparisons = [
-            Comparison(
-                **{
-                    **fields,
-                    "pairs": tuple((ours, peer) for ours, peer in fields["pairs"]),
-                    "target": None if fields["target"] is None else Target(**fields["target"]),
-                }
-            )
-            for fields in value["comparisons"]
-        ]
-        tables = [
-            Table(
-                fields["title"],
-                tuple(fields["columns"]),
-                tuple(tuple(row) for row in fields["rows"]),
-            )
-            for fields in value["tables"]
-        ]
+        comparisons = []
+        for fields in value["comparisons"]:
+            pairs = tuple((ours, peer) for ours, peer in fields["pairs"])
+            target = None if fields["target"] is None else Target(**fields["target"])
+            comparisons.append(Comparison(**{**fields, "pairs": pairs, "target": target}))
+        tables = []
+        for fields in value["tables"]:
+            rows = tuple(map(tuple, fields["rows"]))
+            tables.append(Table(fields["title"], tuple(fields["columns"]), rows))
         return cls(tuple(comparisons), tuple(tables), tuple(value["notes"]))
 
 

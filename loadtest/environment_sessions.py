@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -128,23 +129,28 @@ def measure(say: Say) -> Measurement:
             "Sessions per core need two cores, one for the server and one for its clients; "
             "this machine has one."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     os.sched_setaffinity(0, cores[1:])
     schedule = Schedule()
-    trials: dict[str, list[Trial]] = {OURS.name: [], PEER.name: []}
+    ours: list[Trial] = []
+    theirs: list[Trial] = []
     for index in range(NUM_PAIRS):
-        for server in (OURS, PEER):
-            done = trials[server.name]
+        for server, done in ((OURS, ours), (PEER, theirs)):
             try_out = functools.partial(
                 run_trial, server, schedule=schedule, core=cores[0], say=say
             )
-            first, factor = (
-                (done[-1].num_sessions, NEXT_FACTOR) if done else (FIRST_NUM_SESSIONS, FIRST_FACTOR)
-            )
-            done.append(find_largest(try_out, schedule.limit_s, first, factor))
-        ours, theirs = (float(done[-1].num_sessions) for done in trials.values())
-        say(describe_pair(index + 1, NUM_PAIRS, (ours, theirs)))
-    return build_measurement(trials[OURS.name], trials[PEER.name], schedule)
+            done.append(_find_next(try_out, schedule.limit_s, done))
+        pair = (float(ours[-1].num_sessions), float(theirs[-1].num_sessions))
+        say(describe_pair(index + 1, NUM_PAIRS, pair))
+    return build_measurement(ours, theirs, schedule)
+
+
+def _find_next(try_out: Callable[[int], Trial], limit_s: float, done: Sequence[Trial]) -> Trial:
+    """The largest number held, searched from where the last search ended."""
+    if done:
+        return find_largest(try_out, limit_s, done[-1].num_sessions, NEXT_FACTOR)
+    return find_largest(try_out, limit_s, FIRST_NUM_SESSIONS, FIRST_FACTOR)
 
 
 def build_measurement(
@@ -167,7 +173,11 @@ def build_measurement(
         Comparison(what, "the number to reach", "sessions", goal, Target("at_least", 1)),
         Comparison("environment server, memory of a session", PEER.name, "KiB", memory),
     )
-    notes = (
+    return Measurement(comparisons, (_build_table(ours, theirs),), _list_notes(schedule))
+
+
+def _list_notes(schedule: Schedule) -> tuple[str, ...]:
+    return (
         "An environment that answers at once with 230 characters; the agent's texts have 110. "
         f"Every client has its own session and steps every {schedule.period_s:g} s, spread "
         f"evenly; latency counts from when the step was due. {schedule.num_rounds} steps a "
@@ -178,14 +188,12 @@ def build_measurement(
         "`max_concurrent_envs` raised from 1; it plays in the server's own process, on uvloop, "
         "where an environment that hangs or dies takes every session with it. "
         "Clients are on another core.",
-        "The last column: how late the clients were themselves. Where that, in sending and in "
-        "receiving, could be why a number is not held, the measurement is void and fails.",
-        (
-            "Memory of a session: what the server's processes have of their own, less what they "
-            "had with one session, per session."
-        ),
+        "The last column is the delay of the clients themselves. If it, in sending or in "
+        "receiving, could be the reason why a number is not held, the measurement is void and "
+        "fails.",
+        "Memory of a session: the growth of the server's private memory from one session to all of "
+        "them, divided by the number of sessions.",
     )
-    return Measurement(comparisons, (_build_table(ours, theirs),), notes)
 
 
 def _build_table(ours: Sequence[Trial], theirs: Sequence[Trial]) -> Table:
@@ -200,20 +208,20 @@ def _build_table(ours: Sequence[Trial], theirs: Sequence[Trial]) -> Table:
     )
     rows = []
     for server, trials in ((OURS, ours), (PEER, theirs)):
-        for trial in trials:
-            times = [compute_percentile(trial.timings.latencies, share) for share in (0.5, 0.95)]
-            figures = [format_figure(1000 * seconds) for seconds in times]
-            shares = (f"{trial.server_share:.0%}", f"{trial.client_share:.0%}")
-            rows.append(
-                (
-                    server.name,
-                    str(trial.num_sessions),
-                    *figures,
-                    *shares,
-                    format_figure(1000 * trial.lateness_s),
-                )
-            )
+        rows += [(server.name, *_format_trial(trial)) for trial in trials]
     return Table("At the largest number held", columns, tuple(rows))
+
+
+def _format_trial(trial: Trial) -> tuple[str, ...]:
+    latencies = trial.timings.latencies
+    return (
+        str(trial.num_sessions),
+        format_figure(1000 * compute_percentile(latencies, 0.5)),
+        format_figure(1000 * compute_percentile(latencies, 0.95)),
+        f"{trial.server_share:.0%}",
+        f"{trial.client_share:.0%}",
+        format_figure(1000 * trial.lateness_s),
+    )
 
 
 def find_largest(
@@ -224,7 +232,9 @@ def find_largest(
 
     Raises SdarError: not even one session is held.
     """
-    best, failed, number = None, math.inf, first
+    best: Trial | None = None
+    failed = math.inf
+    number = first
     while best is None or failed > best.num_sessions * LAST_RATIO:
         trial = try_out(number)
         if trial.judge(limit_s) == "held":
@@ -265,8 +275,8 @@ def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, 
             return trial
     raise SdarError(
         f"The clients of {num_sessions} sessions of {server.name} were themselves late by "
-        f"{late_ms:.0f} ms: this measures them, not the server, and is "
-        "void. Measure on a quieter machine."
+        f"{late_ms:.0f} ms: this measures them, not the server, and is void. "
+        "Measure on a quieter machine."
     )
 
 
@@ -278,16 +288,7 @@ def serve_on_core(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})  # inherited by what is started now
-    try:
-        environment = {**os.environ, "SDAR_LOG_LEVEL": "warning"}
-        started = subprocess.Popen(
-            server.command(port, num_sessions), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment
-        )
-    finally:
-        os.sched_setaffinity(0, own)
-    with started:
+    with _start_on_core(server.command(port, num_sessions), core) as started:
         process = psutil.Process(started.pid)
         try:
             yield process, port
@@ -298,6 +299,16 @@ def serve_on_core(
                     member.send_signal(signal.SIGKILL)
 
 
+def _start_on_core(command: list[str], core: int) -> subprocess.Popen[bytes]:
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})  # inherited by what is started now
+    try:
+        environment = {**os.environ, "SDAR_LOG_LEVEL": "warning"}
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    finally:
+        os.sched_setaffinity(0, own)
+
+
 async def _play_trial(
     server: Server, process: psutil.Process, port: int, num_sessions: int, schedule: Schedule
 ) -> Trial:
@@ -305,7 +316,9 @@ async def _play_trial(
         await _open_when_ready(open_session, process)
         memory_bytes = _measure_memory(process)
         steps = await _open_sessions(open_session, num_sessions)
-        began, server_s, client_s = time.monotonic(), _measure_cpu(process), time.process_time()
+        began = time.monotonic()
+        server_s = _measure_cpu(process)
+        client_s = time.process_time()
         timings = await play(steps, schedule)
         duration_s = time.monotonic() - began
         return Trial(
@@ -400,29 +413,22 @@ async def _connect_to_ours(port: int) -> AsyncIterator[Open]:
                 grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
             )
             stubs.append(environment_pb2_grpc.EnvironmentServiceStub(channel))
-        num_opened = 0
+        turns = itertools.cycle(stubs)
+        yield lambda: _open_on(next(turns))
 
-        async def open_session() -> Step:
-            nonlocal num_opened
-            stub = stubs[num_opened % NUM_CHANNELS]
-            num_opened += 1
-            request = environment_pb2.OpenSessionRequest(
-                environment=INSTANT, task_id="only", lease_s=3600
-            )
-            opened = await stub.OpenSession(request, timeout=CALL_TIMEOUT_S, wait_for_ready=True)
-            next_index = 0
 
-            async def step() -> object:
-                nonlocal next_index
-                request = environment_pb2.StepRequest(
-                    session_id=opened.session_id, step_index=next_index, text=ACTION
-                )
-                next_index += 1
-                return await stub.Step(request, timeout=CALL_TIMEOUT_S)
+async def _open_on(stub: environment_pb2_grpc.EnvironmentServiceStub) -> Step:
+    request = environment_pb2.OpenSessionRequest(environment=INSTANT, task_id="only", lease_s=3600)
+    opened = await stub.OpenSession(request, timeout=CALL_TIMEOUT_S, wait_for_ready=True)
+    indices = itertools.count()
 
-            return step
+    async def step() -> object:
+        request = environment_pb2.StepRequest(
+            session_id=opened.session_id, step_index=next(indices), text=ACTION
+        )
+        return await stub.Step(request, timeout=CALL_TIMEOUT_S)
 
-        yield open_session
+    return step
 
 
 @asynccontextmanager
@@ -452,34 +458,24 @@ async def _connect_to_openenv(port: int) -> AsyncIterator[Open]:
 
 
 INSTANT = "loadtest.instant:InstantEnvironment"
+
+
+def _serve_ours(port: int, num_sessions: int) -> list[str]:
+    command = [sys.executable, "-m", "sdar.cli.main", "env", "serve", INSTANT]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    return [*command, *address, "--capacity", str(num_sessions), "--workers", "1"]
+
+
+def _serve_openenv(port: int, num_sessions: int) -> list[str]:
+    return [sys.executable, "-m", "loadtest.instant_openenv", str(port), str(num_sessions)]
+
+
 OURS = Server(
     "ours",
-    lambda port, num_sessions: [
-        *(sys.executable, "-m", "sdar.cli.main", "env", "serve", INSTANT),
-        *(
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--capacity",
-            str(num_sessions),
-            "--workers",
-            "1",
-        ),
-    ],
+    _serve_ours,
     _connect_to_ours,
 )
-PEER = Server(
-    "OpenEnv's server",
-    lambda port, num_sessions: [
-        sys.executable,
-        "-m",
-        "loadtest.instant_openenv",
-        str(port),
-        str(num_sessions),
-    ],
-    _connect_to_openenv,
-)
+PEER = Server("OpenEnv's server", _serve_openenv, _connect_to_openenv)
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:

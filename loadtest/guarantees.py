@@ -46,9 +46,10 @@ from loadtest.workloads import MODEL_PATH, RUN_ID
 from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import Bus, Delivery, Publications
-from sdar.bus.redis import _PAYLOAD, RedisBus
+from sdar.bus.redis import RedisBus
+from sdar.bus.redis_session import PAYLOAD
 from sdar.contracts import codec
-from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, RunKeys, Stream
+from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, SamplingParameters, TaskGroup
 from sdar.engines.vllm_weights import vllm_environment
 from sdar.model.chat import ChatTokenizer, compute_model_identity
@@ -63,7 +64,9 @@ from services.rollout.prompting import Conversation
 from services.rollout.worker import RolloutLimits, RolloutWorker
 from tests.certificates import Authority
 
-NUM_PAIRS, NUM_GROUPS, NUM_RESPONSE_TOKENS = 15, 32, 12
+NUM_PAIRS = 15
+NUM_GROUPS = 32
+NUM_RESPONSE_TOKENS = 12
 STEP_TIMEOUT_S = 30.0
 TARGET = Target("at_least", 0.95)
 SERVER = """
@@ -95,25 +98,38 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
         plain = await cleanup.enter_async_context(
             _side(PlainBus, redis, engine, "without", Settings(), OPEN)
         )
-        pairs = []
-        for index in range(1 + num_pairs):
-            # Who goes first changes with each pair: what the one leaves behind in the engine's
-            # cache is the other's gain.
-            sides = (guarded, plain) if index % 2 else (plain, guarded)
-            rates = {side: await side.play(engine, num_groups) for side in sides}
-            if index:
-                pairs.append((rates[guarded], rates[plain]))
-                say(describe_pair(index, num_pairs, pairs[-1]))
+        pairs = await _play_pairs(guarded, plain, engine, num_pairs, num_groups, say)
+    return _build_measurement(pairs)
+
+
+async def _play_pairs(
+    guarded: Side, plain: Side, engine: VllmEngine, num_pairs: int, num_groups: int, say: Say
+) -> list[tuple[float, float]]:
+    """Tokens per second of both sides, after a pair that warms up."""
+    pairs = []
+    for index in range(1 + num_pairs):
+        # Who goes first changes with each pair: what the one leaves behind in the engine's
+        # cache is the other's gain.
+        sides = (guarded, plain) if index % 2 else (plain, guarded)
+        rates = {side: await side.play(engine, num_groups) for side in sides}
+        if index:
+            pairs.append((rates[guarded], rates[plain]))
+            say(describe_pair(index, num_pairs, pairs[-1]))
+    return pairs
+
+
+def _build_measurement(pairs: Sequence[tuple[float, float]]) -> Measurement:
     what = f"throughput with leases, ledger, checksums, TLS and tokens, {NUM_CONCURRENT} episodes"
     return Measurement(
         (Comparison(what, "without", "tokens/s", tuple(pairs), TARGET),),
         notes=(
             f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, "
-            f"{ShortEpisodes.num_turns} turns of {NUM_RESPONSE_TOKENS} tokens, "
-            "examples/models/household-tiny in float32: the largest share that the path around "
-            "the engine can have. Peer: the same workers with commits as one plain pipeline, no "
-            "account, no declared versions, no TLS, no tokens. Both have an environment server "
-            "process, and Redis with its append-only file.",
+            f"{ShortEpisodes.num_turns} turns of "
+            f"{NUM_RESPONSE_TOKENS} tokens, examples/models/household-tiny in float32. With so "
+            "small a model the work around the engine has the largest share that it can have. "
+            "Peer: the same workers with commits as one plain pipeline, no account, no declared "
+            "versions, no TLS, no tokens. Both have an environment server process, and Redis with "
+            "its append-only file.",
         ),
     )
 
@@ -137,14 +153,7 @@ def _lock(directory: Path) -> tuple[Settings, Security]:
 @contextlib.contextmanager
 def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
     """Address of an environment server, a process of its own."""
-    names = ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file")
-    values = {
-        f"SDAR_{name.upper()}": str(getattr(settings, name))
-        for name in names
-        if getattr(settings, name)
-    }
-    # More calls a second than the door's usual rate: one client here does the work of a fleet's.
-    values |= {"SDAR_MAX_CALLS_PER_S": "1000000"}
+    values = _name_variables(settings)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVER],
@@ -166,6 +175,16 @@ def _environment_server(settings: Settings, log: Path) -> Iterator[str]:
         process.wait()
 
 
+def _name_variables(settings: Settings) -> dict[str, str]:
+    """The settings of the door as environment variables."""
+    # More calls a second than the door's usual rate: one client here does the work of a fleet's.
+    variables = {"SDAR_MAX_CALLS_PER_S": "1000000"}
+    for name in ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file"):
+        if getattr(settings, name):
+            variables[f"SDAR_{name.upper()}"] = str(getattr(settings, name))
+    return variables
+
+
 class PlainBus(RedisBus):
     """A bus without the guarantees: one pipeline publishes and acknowledges, held or not."""
 
@@ -177,24 +196,24 @@ class PlainBus(RedisBus):
         transitions: Sequence[LedgerEvent] = (),
         retired_letters: Sequence[str] = (),
     ) -> None:
-        keys = RunKeys(self._run_id)
+        keys = self._session.keys
         events = [
             codec.encode_ledger_event(event)
             for event in transitions
             if event.outcome is not GroupOutcome.ISSUED
         ]
-        pipeline = self._redis.pipeline(transaction=True)
+        pipeline = self._session.client.pipeline(transaction=True)
         for stream, payloads in {**publications, Stream.LEDGER: events}.items():
             for payload in payloads:
                 pipeline.xadd(
                     keys.stream(stream),
-                    {_PAYLOAD: payload},
+                    {PAYLOAD: payload},
                     maxlen=BROADCAST_MAX_ENTRIES.get(stream),
                 )
         for delivery in acknowledgements:
             pipeline.xack(keys.stream(delivery.stream), delivery.group, delivery.entry_id)
         await pipeline.execute()
-        await self._trim_now_and_then({delivery.stream for delivery in acknowledgements})
+        await self._trimming.trim_now_and_then({delivery.stream for delivery in acknowledgements})
 
     async def pin_versions(self, reader: str, versions: Collection[int], ttl_s: float) -> bool:
         return True
@@ -260,20 +279,12 @@ async def _side(
 ) -> AsyncIterator[Side]:
     run_id = f"{RUN_ID}-{name}"
     bus = kind(redis.url, run_id, CONSUMERS)
-    tokenizer = ChatTokenizer(MODEL_PATH)
-    rules = EpisodeRules(
-        tokenizer=tokenizer,
-        build_prompts=lambda setting: Conversation(tokenizer, setting),
-        model=compute_model_identity(MODEL_PATH),
-        max_sequence_tokens=MAX_MODEL_LEN,
-        invalid_action_penalty=0.1,
-    )
     environments = GrpcEnvironmentDirectory(security, step_timeout_s=STEP_TIMEOUT_S)
     worker = RolloutWorker(
         bus,
         engine,
         environments,
-        rules,
+        _build_rules(),
         run_id=run_id,
         instance=name,
         limits=RolloutLimits(max_concurrent_episodes=NUM_CONCURRENT),
@@ -290,3 +301,14 @@ async def _side(
             await task
             await environments.close()
             await bus.close()
+
+
+def _build_rules() -> EpisodeRules:
+    tokenizer = ChatTokenizer(MODEL_PATH)
+    return EpisodeRules(
+        tokenizer=tokenizer,
+        build_prompts=lambda setting: Conversation(tokenizer, setting),
+        model=compute_model_identity(MODEL_PATH),
+        max_sequence_tokens=MAX_MODEL_LEN,
+        invalid_action_penalty=0.1,
+    )

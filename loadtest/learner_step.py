@@ -37,6 +37,8 @@ TARGET = Target("at_most", 1.05)
 
 Groups = Sequence[Sequence[Trajectory]]
 Items = Sequence[Sequence[ScoredTrajectory]]
+Pairs = tuple[tuple[float, float], ...]
+Comparisons = tuple[Comparison, ...]
 
 
 def measure(say: Say) -> Measurement:
@@ -45,11 +47,9 @@ def measure(say: Say) -> Measurement:
     groups = build_household_groups(config.training.groups_per_update, config.training.group_size)
     with _open_trainers(config) as (sdar, grpo), contextlib.closing(_Teacher(config)) as teacher:
         scored = teacher.score(groups)
-        bare = [[ScoredTrajectory(trajectory, None) for trajectory in group] for group in groups]
-        update_sdar, update_grpo = (
-            partial(_time_update, sdar, scored),
-            partial(_time_update, grpo, bare),
-        )
+        bare = [_leave_unscored(group) for group in groups]
+        update_sdar = partial(_time_update, sdar, scored)
+        update_grpo = partial(_time_update, grpo, bare)
         say("the update alone")
         alone = take_turns(update_sdar, update_grpo, NUM_PAIRS, say, num_warmups=2)
         say("with the teacher's scoring")
@@ -59,23 +59,33 @@ def measure(say: Say) -> Measurement:
             NUM_TEACHER_PAIRS,
             say,
         )
-    num_tokens = sum(trajectory.num_response_tokens for group in groups for trajectory in group)
-    what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
-    notes = (
+    comparisons = _compare(config, groups, alone, together)
+    return Measurement(comparisons, notes=_list_notes(groups))
+
+
+def _leave_unscored(group: Sequence[Trajectory]) -> list[ScoredTrajectory]:
+    return [ScoredTrajectory(trajectory, None) for trajectory in group]
+
+
+def _list_notes(groups: Groups) -> tuple[str, ...]:
+    trajectories = itertools.chain.from_iterable(groups)
+    num_tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    return (
         f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, "
         "one thread, float32. The smallest model is the hardest case: the loss costs the same per "
         "token whatever the model's size.",
         (
-            "The teacher is another service and scores while the learner trains; its row adds the "
-            "time as if they took turns."
+            "The teacher is another service and scores while the learner trains. Its row adds both "
+            "times, as if they took turns."
         ),
     )
-    return Measurement(
-        (
-            Comparison(f"{what}: SDAR", "GRPO", "CPU s", alone, TARGET),
-            Comparison(f"{what}: SDAR with the teacher's scoring", "GRPO", "CPU s", together),
-        ),
-        notes=notes,
+
+
+def _compare(config: RunConfig, groups: Groups, alone: Pairs, together: Pairs) -> Comparisons:
+    what = f"learner's update, {len(groups)} household groups of {config.training.group_size}"
+    return (
+        Comparison(f"{what}: SDAR", "GRPO", "CPU s", alone, TARGET),
+        Comparison(f"{what}: SDAR with the teacher's scoring", "GRPO", "CPU s", together),
     )
 
 
@@ -138,15 +148,14 @@ class _Teacher:
         trajectories = list(itertools.chain.from_iterable(groups))
         contexts = [self._contexts.build(trajectory) for trajectory in trajectories]
         logprobs = asyncio.run(self._scorer.score(contexts))
-        scores = iter(
+        scores = (
             TeacherScore(
                 trajectory.trajectory_id, 0, values, (), 1, "", "", "task_type", self._scorer.name
             )
             for trajectory, values in zip(trajectories, logprobs, strict=True)
         )
-        return [
-            [ScoredTrajectory(trajectory, next(scores)) for trajectory in group] for group in groups
-        ]
+        scored = map(ScoredTrajectory, trajectories, scores)
+        return [list(itertools.islice(scored, len(group))) for group in groups]
 
     def time_scoring(self, groups: Groups) -> float:
         began = time.process_time()

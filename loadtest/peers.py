@@ -17,7 +17,7 @@ from typing import Any
 
 import redis
 
-from sdar.contracts.types import Trajectory
+from sdar.contracts.types import Trajectory, Turn
 
 IGNORED_LABEL = -100
 
@@ -55,29 +55,32 @@ def count_pickled_bytes(content: Any) -> int:
 
 def to_training_texts(trajectory: Trajectory) -> list[dict[str, Any]]:
     """A trajectory as PipelineRL holds it: for each model call plain lists with all its prompt."""
-    return [
-        {
-            "text": "\n".join(message.content for message in turn.messages) + turn.response_text,
-            "n_predicted": len(turn.response_text),
-            "reward": trajectory.episode_return,
-            "logprobs": turn.behavior_logprobs.tolist(),
-            "ref_logprobs": [],
-            "input_ids": turn.prompt_token_ids.tolist() + turn.response_token_ids.tolist(),
-            "labels": [IGNORED_LABEL] * len(turn.prompt_token_ids)
-            + turn.response_token_ids.tolist(),
-            "group_id": trajectory.group_id,
-            "finished": True,
-            "prompt_tokens": len(turn.prompt_token_ids),
-            "output_tokens": len(turn.response_token_ids),
-            "visual_features": None,
-            "metadata": {
-                "model_version": trajectory.max_policy_version,
-                "rollout_index": trajectory.episode_index,
-                "step_index": turn.turn_index,
-            },
-        }
-        for turn in trajectory.turns
-    ]
+    return [_to_training_text(trajectory, turn) for turn in trajectory.turns]
+
+
+def _to_training_text(trajectory: Trajectory, turn: Turn) -> dict[str, Any]:
+    prompt = turn.prompt_token_ids.tolist()
+    response = turn.response_token_ids.tolist()
+    contents = [message.content for message in turn.messages]
+    return {
+        "text": "\n".join(contents) + turn.response_text,
+        "n_predicted": len(turn.response_text),
+        "reward": trajectory.episode_return,
+        "logprobs": turn.behavior_logprobs.tolist(),
+        "ref_logprobs": [],
+        "input_ids": prompt + response,
+        "labels": [IGNORED_LABEL] * len(prompt) + response,
+        "group_id": trajectory.group_id,
+        "finished": True,
+        "prompt_tokens": len(prompt),
+        "output_tokens": len(response),
+        "visual_features": None,
+        "metadata": {
+            "model_version": trajectory.max_policy_version,
+            "rollout_index": trajectory.episode_index,
+            "step_index": turn.turn_index,
+        },
+    }
 
 
 def copy_durably(source: Path, target: Path) -> None:

@@ -115,18 +115,14 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
     Raises ValueError: not even the first stage is held.
     """
     stages: list[Stage] = []
-    held, failed, limit, number, narrowings = -1, math.inf, "", first, 0
+    held = -1
+    failed = math.inf
+    limit = ""
+    number = first
+    narrowings = 0
     while True:
-        for _ in range(NUM_TRIES):
-            stage = try_out(number)
-            stages.append(stage)
-            reason = tell_limit(stage, stages[held] if held >= 0 else None)
-            if not reason or (stage.others_share or 0.0) <= OTHERS_DISTURB:
-                break
-        if reason and stage.generator_share > GENERATOR_IS_FULL:
-            reason += f", with the load generator at {stage.generator_share:.0%} of a core"
-        if reason and (stage.others_share or 0.0) > OTHERS_DISTURB:
-            reason += f", with other work on {stage.others_share:.1f} cores"
+        before = stages[held] if held >= 0 else None
+        reason = _try_until_undisturbed(try_out, number, stages, before)
         if reason:
             failed, limit = number, reason
         else:
@@ -139,9 +135,28 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
         if failed == math.inf and number < MAX_USERS:
             number = min(2 * number, MAX_USERS)
         elif failed < math.inf and narrowings < NUM_NARROWINGS:
-            number, narrowings = round(math.sqrt(stages[held].num_users * failed)), narrowings + 1
+            number = round(math.sqrt(stages[held].num_users * failed))
+            narrowings += 1
         else:
             return Ramp(what, unit, pace_s, tuple(stages), held, limit)
+
+
+def _try_until_undisturbed(
+    try_out: Callable[[int], Stage], number: int, stages: list[Stage], before: Stage | None
+) -> str:
+    """Append the stages that were played; returns why the last is not held, empty if it is."""
+    for _ in range(NUM_TRIES):
+        stage = try_out(number)
+        stages.append(stage)
+        reason = tell_limit(stage, before)
+        is_disturbed = (stage.others_share or 0.0) > OTHERS_DISTURB
+        if not reason or not is_disturbed:
+            break
+    if reason and stage.generator_share > GENERATOR_IS_FULL:
+        reason += f", with the load generator at {stage.generator_share:.0%} of a core"
+    if reason and is_disturbed:
+        reason += f", with other work on {stage.others_share:.1f} cores"
+    return reason
 
 
 def build_stages_table(ramp: Ramp) -> Table:
@@ -156,18 +171,25 @@ def build_stages_table(ramp: Ramp) -> Table:
         "generator",
         "others",
     )
-    rows = [
-        (
-            *(str(one.num_users), format_figure(one.requests_per_s), str(one.num_failed)),
-            *(format_figure(value) for value in (one.p50_ms, one.p95_ms, one.p99_ms)),
-            *(
-                "" if x is None else f"{x:.2f}"
-                for x in (one.server_share, one.generator_share, one.others_share)
-            ),
-        )
-        for one in ramp.stages
-    ]
-    return Table(ramp.what, columns, tuple(rows))
+    return Table(ramp.what, columns, tuple(_format_stage(stage) for stage in ramp.stages))
+
+
+def _format_stage(stage: Stage) -> tuple[str, ...]:
+    return (
+        str(stage.num_users),
+        format_figure(stage.requests_per_s),
+        str(stage.num_failed),
+        format_figure(stage.p50_ms),
+        format_figure(stage.p95_ms),
+        format_figure(stage.p99_ms),
+        _format_share(stage.server_share),
+        _format_share(stage.generator_share),
+        _format_share(stage.others_share),
+    )
+
+
+def _format_share(share: float | None) -> str:
+    return "" if share is None else f"{share:.2f}"
 
 
 def build_summary_table(ramps: Sequence[Ramp]) -> Table:
@@ -180,24 +202,22 @@ def build_summary_table(ramps: Sequence[Ramp]) -> Table:
         "MiB per 100",
         "then",
     )
-    rows = []
-    for ramp in ramps:
-        best = ramp.best
-        times = ", ".join(format_figure(value) for value in (best.p50_ms, best.p95_ms, best.p99_ms))
-        memory = ramp.memory_per_100_bytes
-        cells = (
-            *(
-                ramp.what,
-                f"{best.num_users} {ramp.unit}",
-                format_figure(best.requests_per_s),
-                times,
-            ),
-            "" if best.requests_per_cpu_s is None else format_figure(best.requests_per_cpu_s),
-            "" if memory is None else format_figure(max(0.0, memory) / 2**20),
-            ramp.limit,
-        )
-        rows.append(cells)
-    return Table("", columns, tuple(rows))
+    return Table("", columns, tuple(_format_ramp(ramp) for ramp in ramps))
+
+
+def _format_ramp(ramp: Ramp) -> tuple[str, ...]:
+    best = ramp.best
+    times = ", ".join(format_figure(value) for value in (best.p50_ms, best.p95_ms, best.p99_ms))
+    memory = ramp.memory_per_100_bytes
+    return (
+        ramp.what,
+        f"{best.num_users} {ramp.unit}",
+        format_figure(best.requests_per_s),
+        times,
+        "" if best.requests_per_cpu_s is None else format_figure(best.requests_per_cpu_s),
+        "" if memory is None else format_figure(max(0.0, memory) / 2**20),
+        ramp.limit,
+    )
 
 
 def format_block(results: dict[str, Any]) -> str:

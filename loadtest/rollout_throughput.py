@@ -77,6 +77,15 @@ WORKLOADS = (
 )
 
 
+NOTES = (
+    f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
+    "within a group) of household texts, examples/models/household-tiny in float32, "
+    "engine and service one thread each. With so small a model the engine computes next to "
+    "nothing; with a larger one the service's share of the time is smaller.",
+    "Both sides return the log-prob of every token.",
+)
+
+
 def measure(say: Say) -> Measurement:
     return asyncio.run(_measure(say))
 
@@ -99,16 +108,7 @@ async def _measure(say: Say) -> Measurement:
         for workload in WORKLOADS:
             say(workload.name)
             comparisons.append(await _compare(engine, bus, workload, say))
-    return Measurement(
-        tuple(comparisons),
-        notes=(
-            f"{NUM_CONCURRENT} episodes in flight, groups of {GROUP_SIZE}, 2 to 6 turns (the same "
-            "within a group) of household texts, examples/models/household-tiny in float32, "
-            "engine and service one thread each. So small a model leaves the engine next to "
-            "nothing to compute: with a larger one the service's share only falls.",
-            "Both sides return the log-prob of every token.",
-        ),
-    )
+    return Measurement(tuple(comparisons), notes=NOTES)
 
 
 def log_to(file: TextIO) -> None:
@@ -215,31 +215,20 @@ class Service:
     def __init__(
         self, bus: RedisBus, scripts: Sequence[Script], worker: asyncio.Task[None]
     ) -> None:
-        self._bus, self._scripts, self._worker = bus, scripts, worker
+        self._bus = bus
+        self._scripts = scripts
+        self._worker = worker
 
     async def play(self, workload: Workload, number: int) -> float:
         """Seconds from issuing all groups to the last ledger event.
 
         What was published is then read and acknowledged.
         """
-        sampling = SamplingParameters(1.0, 1.0, workload.num_response_tokens)
-        prefix = f"{number}-{workload.num_response_tokens}"
-        payloads = [
-            codec.encode_task_group(
-                TaskGroup(
-                    RUN_ID,
-                    f"{prefix}-{index}",
-                    script.task,
-                    GROUP_SIZE,
-                    Purpose.TRAIN,
-                    0,
-                    sampling,
-                    len(script.actions),
-                    "here",
-                )
-            )
+        groups = [
+            _build_group(workload, f"{number}-{workload.num_response_tokens}-{index}", script)
             for index, script in enumerate(self._scripts)
         ]
+        payloads = list(map(codec.encode_task_group, groups))
         began = time.perf_counter()
         await self._bus.publish(Stream.TASKS, payloads)
         await self._collect(Stream.LEDGER, ConsumerGroup.GATEWAY, len(payloads))
@@ -255,6 +244,20 @@ class Service:
             if self._worker.done():
                 self._worker.result()
                 raise RuntimeError("The rollout worker stopped before its groups were played.")
+
+
+def _build_group(workload: Workload, group_id: str, script: Script) -> TaskGroup:
+    return TaskGroup(
+        RUN_ID,
+        group_id,
+        script.task,
+        GROUP_SIZE,
+        Purpose.TRAIN,
+        admitted_version=0,
+        sampling=SamplingParameters(1.0, 1.0, workload.num_response_tokens),
+        max_turns=len(script.actions),
+        environment_address="here",
+    )
 
 
 @contextlib.asynccontextmanager

@@ -28,7 +28,8 @@ from sdar.cli.metrics_log import read_metrics
 from sdar.contracts.errors import SdarError
 
 RUN_NAME = "bench"
-NUM_UPDATES, NUM_LEFT_OUT = 20, 4
+NUM_UPDATES = 20
+NUM_LEFT_OUT = 4
 OVERRIDES = {
     "name": RUN_NAME,
     "training.num_updates": NUM_UPDATES,
@@ -59,11 +60,12 @@ def measure(say: Say) -> Measurement:
         ),
         notes=(
             f"examples/household.yaml, updates {NUM_LEFT_OUT + 1} to {NUM_UPDATES}: "
-            f"{window.duration_s:.0f} s, {window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} "
-            "s an update.",
-            "waits: rollout has no group in hand, the teacher nothing to score, the learner no "
-            "whole batch (by their own clocks); gateway and envs: one less the other column. "
-            "Processor time includes that of a service's own processes.",
+            f"{window.duration_s:.0f} s, "
+            f"{window.duration_s / (NUM_UPDATES - NUM_LEFT_OUT):.1f} s an update.",
+            "A service waits while it has nothing to do: rollout has no group in hand, the teacher "
+            "has nothing to score, the learner has no whole batch (all by their own clocks). For "
+            "gateway and envs the column is 100% less the share in which they keep a core busy. "
+            "Processor time includes that of the processes that a service starts.",
         ),
     )
 
@@ -100,17 +102,15 @@ def compute_waiting(records: Sequence[Record], window: Window) -> dict[str, floa
     for record in records:
         if window.holds(record["at_s"]):
             values[record["service"]].append(record["values"])
-    shares = {
-        # Records come at even intervals, so their mean is the share of the window.
-        service: statistics.mean(value["waiting_share"] for value in values[service])
-        for service in ("rollout", "teacher")
-        if values[service]
-    }
-    updates = values["learner"]
-    return shares | {
-        "learner": sum(value["wait_s"] for value in updates)
-        / sum(value["total_s"] for value in updates)
-    }
+    shares = {}
+    for service in ("rollout", "teacher"):
+        if values[service]:
+            # Records come at even intervals, so their mean is the share of the window.
+            reported = [value["waiting_share"] for value in values[service]]
+            shares[service] = statistics.mean(reported)
+    waited_s = sum(value["wait_s"] for value in values["learner"])
+    shares["learner"] = waited_s / sum(value["total_s"] for value in values["learner"])
+    return shares
 
 
 @dataclass
@@ -144,17 +144,9 @@ class ProcessorTime:
 
 def _run(runs: Path, say: Say) -> ProcessorTime:
     """Run the demo to its end, looking at its processes every second."""
-    settings = [part for key, value in OVERRIDES.items() for part in ("--set", f"{key}={value}")]
-    command = [
-        sys.executable,
-        "-m",
-        "sdar.cli.main",
-        "run",
-        str(RUN_FILE),
-        "--runs-dir",
-        str(runs),
-        *settings,
-    ]
+    command = [sys.executable, "-m", "sdar.cli.main", "run", str(RUN_FILE), "--runs-dir", str(runs)]
+    for key, value in OVERRIDES.items():
+        command += ["--set", f"{key}={value}"]
     processor = ProcessorTime()
     say(f"sdar run, {NUM_UPDATES} updates")
     with (

@@ -26,7 +26,9 @@ from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Trajectory
 
-NUM_GROUPS, GROUP_SIZE, PAGE = 16, 8, 64
+NUM_GROUPS = 16
+GROUP_SIZE = 8
+PAGE = 64
 NUM_PAIRS = 4
 CONSUMERS = {Stream.TRAJECTORIES: (ConsumerGroup.LEARNER,), Stream.LEDGER: (ConsumerGroup.GATEWAY,)}
 TARGET = Target("at_least", 5)
@@ -106,7 +108,7 @@ def _describe(groups: Groups) -> str:
 
 
 async def _compare(url: str, workload: Workload, say: Say) -> list[Comparison]:
-    trajectories = [trajectory for group in workload.groups for trajectory in group]
+    trajectories = list(itertools.chain.from_iterable(workload.groups))
     bus = RedisBus(url, RUN_ID, CONSUMERS)
     comparisons: list[Comparison] = []
     try:
@@ -124,6 +126,11 @@ async def _compare(url: str, workload: Workload, say: Say) -> list[Comparison]:
             comparisons.append(Comparison(what, peer, "samples/s", tuple(pairs), target))
     finally:
         await bus.close()
+    return comparisons + _compare_bytes(workload, trajectories)
+
+
+def _compare_bytes(workload: Workload, trajectories: Sequence[Trajectory]) -> list[Comparison]:
+    comparisons = []
     ours_bytes = statistics.mean(
         len(codec.encode_trajectory(trajectory)) for trajectory in trajectories
     )

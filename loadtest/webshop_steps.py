@@ -30,7 +30,8 @@ NUM_TASKS = 4000
 """Goals to train on; there are 500 more to test and 5 products for every 4 goals."""
 PUBLISHED_MS = 11.0
 TARGET = Target("at_most", 0.1)
-NUM_EPISODES, NUM_ROUNDS = 300, 5
+NUM_EPISODES = 300
+NUM_ROUNDS = 5
 NUM_QUERY_WORDS = 3
 SEARCH_SHARE = 0.2
 NUM_SESSIONS, NUM_TURNS_BEFORE = 1000, 3
@@ -53,20 +54,14 @@ def measure(say: Say) -> Measurement:
         players = {"a shopper": _build_shopper, "random clicks and searches": _build_random_player}
         comparisons = [_compare(environment, name, build, say) for name, build in players.items()]
         session_bytes = _measure_sessions(f"{directory}/data")
+    empty_mib = format_figure(empty_bytes / 2**20)
+    added_mib = format_figure(added_bytes / 2**20)
+    session_kib = format_figure(session_bytes / 2**10)
     rows = (
         ("prepare the catalogue, once per machine", f"{format_figure(seconds)} s"),
-        (
-            "memory of a process before it opens the catalogue",
-            f"{format_figure(empty_bytes / 2**20)} MiB",
-        ),
-        (
-            "memory that catalogue, index and goals add to it",
-            f"{format_figure(added_bytes / 2**20)} MiB",
-        ),
-        (
-            "memory of a session in the middle of an episode",
-            f"{format_figure(session_bytes / 2**10)} KiB",
-        ),
+        ("memory of a process before it opens the catalogue", f"{empty_mib} MiB"),
+        ("memory that catalogue, index and goals add to it", f"{added_mib} MiB"),
+        ("memory of a session in the middle of an episode", f"{session_kib} KiB"),
     )
     return Measurement(
         tuple(comparisons),
@@ -94,7 +89,9 @@ def _play_episodes(environment: WebShopEnvironment, build: Callable[[Task], Play
     """Milliseconds per step, the player's own time not counted."""
     num_steps, spent_s = 0, 0.0
     for task in environment.list_tasks("test")[:NUM_EPISODES]:
-        player, observation, is_over = build(task), environment.reset(task.task_id, SEED), False
+        player = build(task)
+        observation = environment.reset(task.task_id, SEED)
+        is_over = False
         while not is_over:
             text = player(observation)
             began = time.perf_counter()

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ from sdar.weights.store import WeightStore
 from services.rollout.engine import VllmEngine
 
 IDENTITY = ModelIdentity("bench", "0" * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one version: its size, and seconds to publish and to read it."""
+
+    mib: float
+    publish_s: float
+    read_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,17 @@ SIZES = (
 )
 
 
+NOTES = (
+    "float32 weights, engine idle, store and copy on the same disk, one thread each side. "
+    "Every tensor is hashed when it is published and again before it is installed; a copy "
+    "checks nothing and installs nothing.",
+    "Generation goes on while a version is read and verified; it is held only for the last column.",
+    f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 "
+    "master weights, published in bfloat16 after every update; the reader holds the "
+    "version before. Each side of a pair is the same update.",
+)
+
+
 def measure(say: Say) -> Measurement:
     return asyncio.run(_measure(say))
 
@@ -88,34 +108,21 @@ async def _measure(say: Say) -> Measurement:
     return Measurement(
         tuple(comparisons),
         (Table("Where our time goes (the last update of each size)", columns, tuple(rows)),),
-        (
-            "float32 weights, engine idle, store and copy on the same disk, one thread each side. "
-            "Every tensor is hashed when it is published and again before it is installed; a copy "
-            "checks nothing and installs nothing.",
-            (
-                "Generation goes on while a version is read and verified; "
-                "it is held only for the last column."
-            ),
-            f"Deltas: the 100M parameters under AdamW at a step size of {STEP_SIZE:g} on float32 "
-            "master weights, published in bfloat16 after every update; the reader holds the "
-            "version before. Each side of a pair is the same update.",
-        ),
+        NOTES,
     )
 
 
 async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
         directory = Path(name)
-        model_path = (
-            MODEL_PATH if size.shape is None else _write_model(directory / "model", size.shape)
-        )
+        model_path = MODEL_PATH
+        if size.shape is not None:
+            model_path = _write_model(directory / "model", size.shape)
         tensors = export_tensors(load_causal_lm(model_path, "float32"))
-        file = directory / "weights.safetensors"
-        safetensors.torch.save_file(
-            {name: tensor.clone() for name, tensor in tensors.items()}, file
-        )
+        file = _save(tensors, directory / "weights.safetensors")
         store = WeightStore(str(directory / "store"), RUN_ID)
-        pairs, publish_s = [], 0.0
+        pairs = []
+        publish_s = 0.0
         say(f"{size.name}: starting vLLM")
         async with _engine(model_path, directory / "store") as engine:
             for index in range(1 + size.num_pairs):
@@ -141,55 +148,60 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
     return comparison, (size.name, *map(format_figure, parts))
 
 
-def _compare_deltas(say: Say) -> list[Comparison]:
-    """Publish and read each update as a delta and whole.
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> Path:
+    # Tied tensors share memory, which safetensors refuses.
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(own, file)
+    return file
 
-    A store that has just been opened has no base, and publishes whole.
-    """
+
+def _compare_deltas(say: Say) -> list[Comparison]:
+    """Publish and read each update as a delta and whole."""
+    pairs: list[tuple[Cost, Cost]] = []
+    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
+        publisher, reader = WeightStore(name, "deltas"), WeightStore(name, "deltas")
+        for index, tensors in enumerate(_iterate_updates()):
+            delta = _publish_and_read(publisher, reader, index, tensors)
+            # A store that has just been opened has no base, and publishes whole.
+            opened = WeightStore(name, "whole"), WeightStore(name, "whole")
+            whole = _publish_and_read(*opened, index, tensors)
+            if index:
+                pairs.append((delta, whole))
+                say(f"delta {describe_pair(index, NUM_UPDATES, (delta.mib, whole.mib))}")
+    mebibytes = tuple((delta.mib, whole.mib) for delta, whole in pairs)
+    publish_s = tuple((delta.publish_s, whole.publish_s) for delta, whole in pairs)
+    read_s = tuple((delta.read_s, whole.read_s) for delta, whole in pairs)
+    what = "of an update, bfloat16, 100M parameters, as a delta"
+    return [
+        Comparison(f"size {what}", "the update whole", "MiB", mebibytes, Target("at_most", 0.5)),
+        Comparison(f"publishing {what}", "the update whole", "s", publish_s),
+        Comparison(f"reading and verifying {what}", "the update whole", "s", read_s),
+    ]
+
+
+def _iterate_updates() -> Iterator[dict[str, torch.Tensor]]:
+    """The weights before the first update, and after each of them."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(SEED)
     model = Qwen2ForCausalLM(Qwen2Config(**LARGE, tie_word_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=STEP_SIZE)
-    mebibytes, publish_s, read_s = [], [], []
-    with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
-        publisher, reader = WeightStore(name, "deltas"), WeightStore(name, "deltas")
-        for index in range(1 + NUM_UPDATES):
-            tensors = {
-                tensor_name: tensor.to(torch.bfloat16)
-                for tensor_name, tensor in export_tensors(model).items()
-            }
-            delta = _publish_and_read(publisher, reader, index, tensors)
-            whole = _publish_and_read(
-                WeightStore(name, "whole"), WeightStore(name, "whole"), index, tensors
-            )
-            if index:
-                for pairs, pair in zip(
-                    (mebibytes, publish_s, read_s), zip(delta, whole, strict=True), strict=True
-                ):
-                    pairs.append(pair)
-                say(f"delta {describe_pair(index, NUM_UPDATES, mebibytes[-1])}")
-            _update(model, optimizer)
-    what = "of an update, bfloat16, 100M parameters, as a delta"
-    return [
-        Comparison(
-            f"size {what}", "the update whole", "MiB", tuple(mebibytes), Target("at_most", 0.5)
-        ),
-        Comparison(f"publishing {what}", "the update whole", "s", tuple(publish_s)),
-        Comparison(f"reading and verifying {what}", "the update whole", "s", tuple(read_s)),
-    ]
+    for _ in range(1 + NUM_UPDATES):
+        tensors = export_tensors(model)
+        yield {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        _update(model, optimizer)
 
 
 def _publish_and_read(
     publisher: WeightStore, reader: WeightStore, version: int, tensors: dict[str, torch.Tensor]
-) -> tuple[float, float, float]:
-    """MiB, seconds to publish, seconds to read."""
+) -> Cost:
     began = time.perf_counter()
     manifest = publisher.publish(version, tensors, IDENTITY)
     published = time.perf_counter()
     for _ in reader.iter_tensors(manifest):
         pass
-    return manifest.size_bytes / 2**20, published - began, time.perf_counter() - published
+    read = time.perf_counter()
+    return Cost(manifest.size_bytes / 2**20, published - began, read - published)
 
 
 def _update(model: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -64,13 +64,11 @@ def build_household_groups(
     """Groups with the token counts of the demo's batches; a random half of episodes succeeds."""
     chat = ChatTokenizer(model_path)
     rng = np.random.default_rng(SEED)
-    return [
-        [
-            _play_script(chat, script, f"group-{number}", index, group_size, rng)
-            for index in range(group_size)
-        ]
-        for number, script in enumerate(record_scripts(num_groups))
-    ]
+    groups: list[list[Trajectory]] = [[] for _ in range(num_groups)]
+    for group, (number, script) in zip(groups, enumerate(record_scripts(num_groups)), strict=True):
+        for index in range(group_size):
+            group.append(_play_script(chat, script, f"group-{number}", index, group_size, rng))
+    return groups
 
 
 def _play_script(
@@ -122,13 +120,11 @@ def build_agent_groups(
 ) -> list[list[Trajectory]]:
     """Groups of episodes of a large model's lengths, of random tokens and text."""
     rng = np.random.default_rng(SEED)
-    return [
-        [
-            _draw_episode(f"group-{number}", index, group_size, shape, rng)
-            for index in range(group_size)
-        ]
-        for number in range(num_groups)
-    ]
+
+    def draw_group(group_id: str) -> list[Trajectory]:
+        return [_draw_episode(group_id, i, group_size, shape, rng) for i in range(group_size)]
+
+    return [draw_group(f"group-{number}") for number in range(num_groups)]
 
 
 def _draw_episode(

@@ -1,6 +1,4 @@
-"""Owns how a service gets at what its run shares: the bus and the weight store, built from
-configuration and settings.
-"""
+"""Builds what a run's services share: the bus, the weight store and the local model directory."""
 
 from __future__ import annotations
 
@@ -60,7 +58,7 @@ def build_bus(
     """The run's bus, bounded so that everything admission allows fits twice, with what waits for a
     checkpoint.
 
-    `on_blocked` is told when Redis holds this service up (`Health.report_blocked`).
+    `on_blocked` is called when Redis holds this service up (`Health.report_blocked`).
     """
     training = config.training
     num_batches = training.max_staleness + 1 + training.checkpoint_every
@@ -79,8 +77,7 @@ def build_bus(
 
 def build_weight_store(config: RunConfig, settings: Settings) -> WeightStore:
     """The run's weight store."""
-    from sdar.weights.store import (
-        WeightStore,  # torch, which the gateway and `sdar run` need not wait for
-    )
+    # Imported here because it imports torch, which the gateway and `sdar run` need not wait for.
+    from sdar.weights.store import WeightStore
 
     return WeightStore(settings.weights_url, config.name)

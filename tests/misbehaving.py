@@ -36,7 +36,10 @@ class Misbehaving(Environment):
         seed: of its tasks; a text is none.
     """
 
-    name, version, splits, max_turns = "misbehaving", "1", ("train",), 100
+    name = "misbehaving"
+    version = "1"
+    splits = ("train",)
+    max_turns = 100
 
     def __init__(self, trap: str = "", delay_s: float = 0.0, seed: int | str = 0) -> None:
         time.sleep(delay_s)
@@ -63,14 +66,16 @@ class Misbehaving(Environment):
         return Observation(f"process {os.getpid()}", ("stay",), {"seed": str(seed)})
 
     def step(self, text: str) -> StepResult:
-        here = Observation(str(os.getpid()), ("stay",))
+        self._misbehave(text)
+        return self._answer(text)
+
+    def _misbehave(self, text: str) -> None:
+        """What goes wrong before there is an answer."""
         match text.split():
             case ["hang"]:
                 time.sleep(3600)
-            case [
-                "hang",
-                "hard",
-            ]:  # holds the interpreter's lock: nothing in the process runs any more
+            case ["hang", "hard"]:
+                # It holds the interpreter's lock: nothing in the process runs any more.
                 ctypes.PyDLL(None).pause()
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
@@ -84,15 +89,19 @@ class Misbehaving(Environment):
                 raise Mute
             case ["raise", "enormous"]:
                 raise ValueError("x" * 1_000_000)
-            case [
-                "start",
-                "child",
-            ]:  # which inherits whatever its worker holds open, and outlives it
+            case ["start", "child"]:
+                # It inherits whatever its worker holds open, and outlives it.
                 subprocess.Popen(["sleep", "3600"], close_fds=False)
             case ["full"]:
                 raise CapacityError("no chair is free")
             case ["unknown"]:
                 raise self.unknown_task("chair")
+            case ["print"]:
+                print("a print is no answer")
+
+    def _answer(self, text: str) -> StepResult:
+        here = Observation(str(os.getpid()), ("stay",))
+        match text.split():
             case ["reward", reward]:
                 return StepResult(here, float(reward))
             case ["component", value]:
@@ -119,8 +128,6 @@ class Misbehaving(Environment):
                 return StepResult(Observation("x" * ENORMOUS_BYTES))
             case ["big"]:
                 return StepResult(Observation("é" * 1_000_000))
-            case ["print"]:
-                print("a print is no answer")
             case ["echo", *_]:
                 return StepResult(Observation(text))
         return StepResult(here, 1.0)

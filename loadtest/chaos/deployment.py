@@ -71,7 +71,6 @@ class Deployment:
 
     def start(self, marker: str) -> None:
         """Start Redis' clients. Call it from the thread that stays: the services end with it."""
-        grpc_ports = {ENVS: self._envs_port}
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
             "SDAR_WEIGHTS_URL": str(self.directory.weights.resolve()),
@@ -83,20 +82,21 @@ class Deployment:
         }
         for name in self.names:
             self._probe_ports[name] = choose_port(_HOST)
-            own = {
-                "SDAR_REDIS_URL": self.redis.url
-                if name == ENVS
-                else f"redis://{_HOST}:{self.links[name].port}/0",
-                "SDAR_GRPC_PORT": str(grpc_ports.get(name) or choose_port(_HOST)),
-                "SDAR_PROBE_PORT": str(self._probe_ports[name]),
-                "SDAR_HTTP_PORT": str(self._probe_ports[name]),
-                "SDAR_INSTANCE": name,
-            }
-            role = name.split("-")[0]
+            values = shared | self._name_own_variables(name)
+            command = ("serve", name.split("-")[0])
             log_path = self.directory.logs / f"{name}.log"
-            self.fleet.add(
-                ServiceProcess(name, ("serve", role), shared | own, log_path, self.probe_url(name))
-            )
+            self.fleet.add(ServiceProcess(name, command, values, log_path, self.probe_url(name)))
+
+    def _name_own_variables(self, name: str) -> dict[str, str]:
+        # The environments' clients are hurt on their way to it, so its own way to Redis is direct.
+        redis_url = f"redis://{_HOST}:{self.links[name].port}/0"
+        return {
+            "SDAR_REDIS_URL": self.redis.url if name == ENVS else redis_url,
+            "SDAR_GRPC_PORT": str(self._envs_port if name == ENVS else choose_port(_HOST)),
+            "SDAR_PROBE_PORT": str(self._probe_ports[name]),
+            "SDAR_HTTP_PORT": str(self._probe_ports[name]),
+            "SDAR_INSTANCE": name,
+        }
 
     def keep_up(self) -> list[str]:
         """Start again what died; returns the names."""

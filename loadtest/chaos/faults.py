@@ -6,7 +6,7 @@ Pure; it hurts nobody itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -76,6 +76,14 @@ class _Row:
 
 
 def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
+    rollouts = [f"rollout-{index}" for index in range(num_rollouts)]
+    yield from _kill_rows(rollouts)
+    yield from _pause_rows(rollouts, lease_s)
+    yield from _link_rows(rollouts)
+    yield _Row(FaultKind.OUTAGE, REDIS, 1, (OUTAGE_S, OUTAGE_S))
+
+
+def _kill_rows(rollouts: Sequence[str]) -> Iterable[_Row]:
     """Slow starters are killed less often: vLLM needs twenty seconds of a core each time."""
     yield _Row(FaultKind.KILL, GATEWAY, 10, least=1)
     yield _Row(FaultKind.KILL, ENVS, 9, least=1)
@@ -84,12 +92,14 @@ def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
     yield _Row(FaultKind.KILL, LEARNER, 9, least=1)
     for target in (GATEWAY, TEACHER, LEARNER, ENVS):
         yield _Row(FaultKind.KILL_TWICE, target, 1)
-    rollouts = [f"rollout-{index}" for index in range(num_rollouts)]
     for target in rollouts:
-        yield _Row(FaultKind.KILL, target, max(1, 8 // num_rollouts), least=1)
+        yield _Row(FaultKind.KILL, target, max(1, 8 // len(rollouts)), least=1)
         yield _Row(FaultKind.KILL_CHILD, target, 1)
         yield _Row(FaultKind.SEVER, target, 1)
     yield _Row(FaultKind.KILL_CHILD, ENVS, 3, least=1)
+
+
+def _pause_rows(rollouts: Sequence[str], lease_s: float) -> Iterable[_Row]:
     yield _Row(FaultKind.PAUSE, rollouts[0], 1, (2.0, 5.0))
     # Beyond its lease, and beyond what a silent worker is waited for: it is taken for dead, and its
     # late results are refused.
@@ -99,6 +109,9 @@ def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
     yield _Row(FaultKind.PAUSE, GATEWAY, 1, (2.0, 10.0))
     yield _Row(FaultKind.PAUSE, ENVS, 1, (2.0, 10.0))
     yield _Row(FaultKind.PAUSE, REDIS, 1, (2.0, 8.0))
+
+
+def _link_rows(rollouts: Sequence[str]) -> Iterable[_Row]:
     for target in (GATEWAY, TEACHER, LEARNER):
         yield _Row(FaultKind.SEVER, target, 1, least=int(target == LEARNER))
     yield _Row(FaultKind.SEVER, ENVS, 2, least=1)
@@ -107,7 +120,6 @@ def _rows(num_rollouts: int, lease_s: float) -> Iterable[_Row]:
     yield _Row(FaultKind.REFUSE, rollouts[0], 1, (2.0, 10.0))
     yield _Row(FaultKind.DELAY, ENVS, 1, (3.0, 6.0))
     yield _Row(FaultKind.DELAY, TEACHER, 1, (3.0, 6.0))
-    yield _Row(FaultKind.OUTAGE, REDIS, 1, (OUTAGE_S, OUTAGE_S))
 
 
 def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float) -> list[Fault]:
@@ -117,27 +129,20 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
         lease_s: silence after which a rollout worker is taken for dead although it is connected.
     """
     draw = random.Random(seed)
-    planned = []
+    planned: list[_Planned] = []
     for row in _rows(num_rollouts, lease_s):
         number = max(row.least, int(row.number * minutes / 10.0))
-        planned += [
-            (row.kind, row.target, round(draw.uniform(*row.times_s), 1)) for _ in range(number)
-        ]
+        durations_s = [round(draw.uniform(*row.times_s), 1) for _ in range(number)]
+        planned += [(row.kind, row.target, duration_s) for duration_s in durations_s]
     ordered = _spread(planned, draw)
     num_outages = sum(kind is FaultKind.OUTAGE for kind, _, _ in ordered)
     step_s = (_FAULT_SHARE * minutes * 60.0 - num_outages * OUTAGE_S) / len(ordered)
     faults = []
     for index, (kind, target, duration_s) in enumerate(ordered):
         place = index + draw.uniform(0.0, 0.9)
-        faults.append(
-            Fault(
-                round(place * step_s, 1),
-                round(_LAST_PROGRESS * place / len(ordered), 4),
-                kind,
-                target,
-                duration_s,
-            )
-        )
+        at_s = round(place * step_s, 1)
+        at_progress = round(_LAST_PROGRESS * place / len(ordered), 4)
+        faults.append(Fault(at_s, at_progress, kind, target, duration_s))
     return faults
 
 

@@ -1,16 +1,17 @@
-"""The report of a chaos run: the table, and the same as JSON and Markdown.
+"""Makes the report of a chaos run: a table for the terminal, a JSON file and a Markdown page.
 
-Pure but for the two files it writes.
+Apart from writing those two files it is pure.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +21,17 @@ from loadtest.chaos.faults import FaultKind
 from loadtest.chaos.logs import LogEvent
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
 from loadtest.chaos.run import Evidence
-from loadtest.page import describe_machine
+from loadtest.page import describe_machine, wrap_prose
 from sdar.contracts.types import MetricRecord
 
+_INTRODUCTION = (
+    "Written by `make chaos`; do not edit. This is a real run of the household example with its "
+    "tiny model: gateway, rollout workers with vLLM, teacher, environments, learner and Redis. "
+    "Meanwhile processes are killed and paused, and connections are cut. A service is ready when "
+    "its readiness probe answers again, and has resumed when it does its part of the run again "
+    "(`loadtest/chaos/recovery.py`). Both times count from the end of the fault. All services "
+    "share the machine's cores."
+)
 LATE_RESULT_EVENTS = ("late_result_refused", "claim_lost")
 
 
@@ -48,54 +57,52 @@ def summarize_recoveries(injuries: Sequence[Injury]) -> list[Recovery]:
     for service, own in sorted(by_service.items()):
         ready = [injury.ready_after_s for injury in own if injury.ready_after_s is not None]
         resumed = [injury.resumed_after_s for injury in own if injury.resumed_after_s is not None]
-        faults = {
-            kind.value: sum(injury.fault.kind is kind for injury in own) for kind in FaultKind
-        }
-        rows.append(
-            Recovery(
-                service,
-                {kind: number for kind, number in faults.items() if number},
-                *_spread(ready),
-                *_spread(resumed),
-            )
-        )
+        times = Counter(injury.fault.kind for injury in own)
+        faults = {kind.value: times[kind] for kind in FaultKind if times[kind]}
+        rows.append(Recovery(service, faults, *_spread(ready), *_spread(resumed)))
     return rows
 
 
 def summarize_work(evidence: Evidence) -> dict[str, float]:
     """What the faults cost, and what the run came to."""
     played = evidence.of("group_played")
-    updates = [
-        r.values for r in evidence.records if r.service == "learner" and "staleness_max" in r.values
-    ]
     num_updates = evidence.status.get("num_updates", 0)
-    beyond = [
-        injury.resumed_after_s - injury.engine_start_s
-        for injury in evidence.injuries
-        if injury.resumed_after_s is not None and injury.engine_start_s is not None
-    ]
+    beyond_s = _list_resumed_beyond_start(evidence)
+    closed = {f"groups {outcome.value}": len(groups) for outcome, groups in evidence.closed.items()}
+    num_again = sum(int(event.fields.get("attempt", 0)) > 0 for event in played)
+    num_refused = sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS)
     return {
         "updates": num_updates,
         "updates trained again": len(evidence.of("batch_trained")) - num_updates,
         "groups issued": evidence.account.num_issued,
-        **{f"groups {outcome.value}": len(numbers) for outcome, numbers in evidence.closed.items()},
-        "groups regenerated": sum(int(event.fields.get("attempt", 0)) > 0 for event in played),
+        **closed,
+        "groups regenerated": num_again,
         "groups taken over": len(evidence.of("group_reclaimed")),
         "groups begun again after an environment failed": len(evidence.of("group_retried")),
-        "tokens published": sum(count_tokens(event) for event in played),
+        "tokens published": sum(map(count_tokens, played)),
         "tokens repeated": count_repeated_tokens(evidence.records, played),
-        "late results refused": sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS),
+        "late results refused": num_refused,
         "dead letters": evidence.num_dead_letters,
-        "staleness max": max((values["staleness_max"] for values in updates), default=0.0),
-        "rollout resumed beyond engine start p50 (s)": round(median(beyond), 1)
-        if beyond
-        else float("nan"),
-        "rollout resumed beyond engine start max (s)": round(max(beyond), 1)
-        if beyond
-        else float("nan"),
+        "staleness max": _find_staleness_max(evidence.records),
+        "rollout resumed beyond engine start p50 (s)": round(median(beyond_s or [nan]), 1),
+        "rollout resumed beyond engine start max (s)": round(max(beyond_s or [nan]), 1),
         "ledger samples": len(evidence.samples),
         "duration (s)": round(evidence.duration_s),
     }
+
+
+def _find_staleness_max(records: Sequence[MetricRecord]) -> float:
+    learners = [record.values for record in records if record.service == "learner"]
+    return max((values.get("staleness_max", 0.0) for values in learners), default=0.0)
+
+
+def _list_resumed_beyond_start(evidence: Evidence) -> list[float]:
+    """Seconds in which killed rollout workers resumed, less their engines' starts."""
+    return [
+        injury.resumed_after_s - injury.engine_start_s
+        for injury in evidence.injuries
+        if injury.resumed_after_s is not None and injury.engine_start_s is not None
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,53 +155,45 @@ def format_table(report: ChaosReport) -> str:
 
 
 def write_markdown(report: ChaosReport, path: Path) -> None:
+    checks = [_check_cells(check) for check in report.checks]
+    recoveries = [_recovery_cells(row) for row in report.recoveries]
+    work = [[name, f"{value:g}"] for name, value in report.work.items()]
     parts = [
         "# Chaos\n",
-        "Written by `make chaos`; do not edit. A real run (gateway, rollout workers with vLLM, "
-        "teacher, environments, learner, Redis) of the household example with its tiny model, "
-        "while processes are killed and paused and connections cut. Ready: the readiness probe "
-        "answers again. Resumed: the service does its part of the run again "
-        "(`loadtest/chaos/recovery.py`). Both count from the end of the fault; all services share "
-        "the machine's cores.\n",
+        f"{wrap_prose(_INTRODUCTION)}\n",
         f"- Command: `{report.command}` (seed {report.seed}, {report.minutes:g} minutes of faults)",
         f"- Date: {report.date}",
-        f"- Machine: {report.machine}\n",
+        f"{wrap_prose(f'- Machine: {report.machine}', '  ')}\n",
         "## Promises\n",
-        *_markdown_table(
-            ["kept", "promise", "evidence"], [_check_cells(check) for check in report.checks]
-        ),
+        *_markdown_table(["kept", "promise", "evidence"], checks),
         "\n## Faults and recovery\n",
-        *_markdown_table(_RECOVERY_HEAD, [_recovery_cells(row) for row in report.recoveries]),
+        *_markdown_table(_RECOVERY_HEAD, recoveries),
         "\n## What it cost\n",
-        *_markdown_table(
-            ["what", "number"], [[name, f"{value:g}"] for name, value in report.work.items()]
-        ),
+        *_markdown_table(["what", "number"], work),
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def write_json(report: ChaosReport, evidence: Evidence, path: Path) -> None:
     """The report, and every fault with its times."""
-    faults = [
-        {
-            "kind": injury.fault.kind.value,
-            "target": injury.target,
-            "at_s": round(injury.began_s - evidence.injuries[0].began_s, 2),
-            "lasted_s": None if injury.over_s is None else round(injury.over_s - injury.began_s, 2),
-            "ready_after_s": _round(injury.ready_after_s),
-            "resumed_after_s": _round(injury.resumed_after_s),
-            "engine_start_s": injury.engine_start_s,
-            "is_overtaken": injury.is_overtaken,
-        }
-        for injury in evidence.injuries
-    ]
-    path.write_text(
-        json.dumps(
-            report.to_json() | {"faults": faults, "memory": _list_memory(evidence)}, indent=1
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    first_s = evidence.injuries[0].began_s if evidence.injuries else 0.0
+    content = report.to_json()
+    content["faults"] = [_describe(injury, first_s) for injury in evidence.injuries]
+    content["memory"] = _list_memory(evidence)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _describe(injury: Injury, first_s: float) -> dict[str, Any]:
+    return {
+        "kind": injury.fault.kind.value,
+        "target": injury.target,
+        "at_s": round(injury.began_s - first_s, 2),
+        "lasted_s": None if injury.over_s is None else round(injury.over_s - injury.began_s, 2),
+        "ready_after_s": _round(injury.ready_after_s),
+        "resumed_after_s": _round(injury.resumed_after_s),
+        "engine_start_s": injury.engine_start_s,
+        "is_overtaken": injury.is_overtaken,
+    }
 
 
 def _list_memory(evidence: Evidence) -> dict[str, list[tuple[float, int]]]:
@@ -241,31 +240,33 @@ def count_repeated_tokens(records: Sequence[MetricRecord], played: Sequence[LogE
     at its last record but not published by then. A worker records every two seconds; what it
     sampled after its last record nobody counts.
     """
+    own: dict[str, list[MetricRecord]] = defaultdict(list)
+    for record in records:
+        if _SAMPLED in record.values:
+            own[record.instance].append(record)
+    workers = {record.instance for record in records if record.service == "rollout"}
     total = 0.0
-    for instance in {record.instance for record in records if record.service == "rollout"}:
-        own = [
-            record
-            for record in records
-            if record.instance == instance and _SAMPLED in record.values
-        ]
+    for instance in workers:
         events = [event for event in played if event.service == instance]
-        began_s = 0.0
-        for record, following in itertools.zip_longest(own, own[1:]):
-            if following is None or following.values[_SAMPLED] < record.values[_SAMPLED]:
-                published = sum(
-                    count_tokens(event) for event in events if began_s < event.at_s <= record.at_s
-                )
-                total += max(0.0, record.values[_SAMPLED] - published)
-                began_s = record.at_s
+        total += _count_lost_tokens(own[instance], events)
+    return total
+
+
+def _count_lost_tokens(records: Sequence[MetricRecord], played: Sequence[LogEvent]) -> float:
+    """Of all lives of one worker; a counter that falls begins a life."""
+    total = 0.0
+    began_s = 0.0
+    for record, following in itertools.zip_longest(records, records[1:]):
+        if following is None or following.values[_SAMPLED] < record.values[_SAMPLED]:
+            inside = [event for event in played if began_s < event.at_s <= record.at_s]
+            total += max(0.0, record.values[_SAMPLED] - sum(map(count_tokens, inside)))
+            began_s = record.at_s
     return total
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -385,11 +385,9 @@ class ChaosRun:
         evidence.account = self._observer.read_account()
         evidence.closed = self._observer.list_closed()
         evidence.num_dead_letters = self._observer.catch_up()
-        evidence.samples, evidence.num_samples_missed, evidence.records = (
-            seen.samples,
-            seen.num_samples_missed,
-            seen.records,
-        )
+        evidence.samples = seen.samples
+        evidence.num_samples_missed = seen.num_samples_missed
+        evidence.records = seen.records
         evidence.not_drained = self._deployment.stop()
         self._take_in()
         evidence.num_restarts = dict(self._deployment.num_restarts)

@@ -1,11 +1,10 @@
-"""Owns a Redis server as a child process, for runs on one machine and for tests. It is never the
-store of a cluster.
+"""A Redis server as a child process, for runs on one machine and for tests, never for a cluster.
 
 The server keeps an append-only file in its directory; a restart there goes on from it. What
 survives the server's own death:
 
 - `stop`, and the death of the parent: everything.
-- A kill or a power cut with fsync "always": everything a client was told had happened; a commit
+- A kill or a power cut with fsync "always": everything that was confirmed to a client; a commit
   waits for the disk.
 - The same with "everysec": the last two seconds may be missing, always whole transactions from the
   end.

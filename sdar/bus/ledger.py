@@ -1,5 +1,6 @@
-"""Owns the account of training groups: its rules, its numbers, and the names of groups. Pure; the
-bus keeps it.
+"""The account of training groups: its rules, its numbers, and the names of groups. Pure.
+
+The bus keeps it.
 
     issued    = running + generated
     generated = trained + skipped + stale + failed + cancelled + buffered
@@ -38,7 +39,7 @@ def format_group_id(number: int) -> str:
 
 
 def parse_group_number(group_id: str) -> int | None:
-    """Inverse of `format_group_id`; None for any other id (an evaluation's groups have no account)."""
+    """Inverse of `format_group_id`; None for any other id, such as those of an evaluation."""
     match = _GROUP_ID.fullmatch(group_id)
     number = int(match[1]) if match else MAX_GROUP_NUMBER + 1
     return number if number <= MAX_GROUP_NUMBER and format_group_id(number) == group_id else None

@@ -1,4 +1,4 @@
-"""Owns the message bus as services see it: the `Bus` protocol and the records it deals in.
+"""The message bus as services see it: the `Bus` protocol and the records it deals in.
 
 Delivery is at least once and in order of publication; the effect of a commit is exactly once. What
 a service must know:
@@ -12,8 +12,8 @@ a service must know:
   taken for dead never get in.
 - A commit whose reply was lost is repeated under the same id and applied once.
 - A role that only one process may hold is claimed (`claim_role`); a process that another one has
-  followed is refused (`SupersededError`) from then on, so a learner or gateway that comes back from
-  a pause cannot write beside its successor.
+  superseded is refused (`SupersededError`) from then on, so a learner or gateway that comes back
+  from a pause cannot write beside its successor.
 - A full stream makes its producers wait, and so does a Redis that is away or out of memory. Nothing
   is dropped, except from the broadcast streams, which keep the newest entries.
 
@@ -92,7 +92,7 @@ class BusLimits:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One entry lent to one consumer. `num_deliveries` is 1 at first and grows with each reclaim."""
+    """One entry lent to one consumer; `num_deliveries` is 1 at first, and one more a reclaim."""
 
     stream: Stream
     group: ConsumerGroup
@@ -139,7 +139,7 @@ class StreamLag:
 
 @dataclass(frozen=True, slots=True)
 class BusMemory:
-    """What the server holds and may hold, bytes; `max_bytes` is 0 where it has no bound of its own."""
+    """What the server holds and may hold, bytes; `max_bytes` is 0 where it has no bound."""
 
     used_bytes: int
     max_bytes: int
@@ -284,7 +284,7 @@ class Bus(Protocol):
         """
 
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
-        """Put a snapshot into a server that has no account yet; tells whether it had none.
+        """Put a snapshot into a server that has no account yet; returns whether it had none.
 
         Groups that were open are closed: those in `trained` as TRAINED, all others as CANCELLED,
         for their entries are lost.
@@ -300,8 +300,8 @@ class Bus(Protocol):
         """
 
     async def retire_versions(self, versions: Collection[int]) -> bool:
-        """Mark all these versions as going to be deleted, unless a reader holds one of them; tells
-        whether they are marked.
+        """Mark all these versions as going to be deleted, unless a reader holds one of them;
+        returns whether they are marked.
         """
 
     async def memory(self) -> BusMemory:

@@ -1,15 +1,14 @@
-"""Owns one process's connections to a Redis: waiting out outages, saying so, and judging which
-other processes are connected.
+"""One process's connections to a Redis: outages waited out and reported; who else is connected.
 
 - An unreachable Redis (away, loading its file, silent) is retried for `outage_tolerance_s`. One
   that answers and refuses writes (out of memory or disk, read-only) is waited for without bound.
   redis-py's own retries are off: it nests one around connecting within one around the command, and
   together they have no deadline.
-- Who is asked to stop waits `LEAVE_S` more for either: a process that ends loses nothing that Redis
-  was not told.
+- Who is asked to stop waits `LEAVE_S` more for either: whatever a process that ends had not written
+  is done again after the next start.
 - Connections are named after run and process. A process without any at the server is dead, unless
   the server or the network was away: then the others may not be back yet. `fetch_witness` therefore
-  tells since when this process has been in touch with a server that has been up.
+  returns since when this process has been in touch with a server that has been up.
 
 It knows no stream and no key.
 """
@@ -40,7 +39,8 @@ OnBlocked = Callable[[str], None]
 
 _CONNECT_TIMEOUT_S = 10.0
 _REPLY_TIMEOUT_S = 20.0
-_FIRST_RETRY_S, _MAX_RETRY_S = 0.05, 1.0
+_FIRST_RETRY_S = 0.05
+_MAX_RETRY_S = 1.0
 _LOG_EVERY_S = 30.0
 LEAVE_S = 10.0
 """How long a process that is asked to stop goes on waiting in one call: a fraction of what its
@@ -62,7 +62,7 @@ class Witness:
     """What this process can say of the others.
 
     Attributes:
-        names: the names of all connections at the server, None where the server does not tell.
+        names: the names of all connections at the server, None where its ACL forbids to ask.
         settled_s: for how long the others have been able to be connected: no less than this.
     """
 
@@ -156,18 +156,18 @@ class RedisConnection:
     async def fetch_witness(self) -> Witness:
         """Who is connected now, and what that is worth."""
         clients = await self.run(lambda: _unless_forbidden(self.client.client_list()))
-        # After the list: if the server restarts in between, its age tells.
+        # After the list: if the server restarts in between, its age shows it.
         info = await self.run(lambda: _unless_forbidden(self.client.info("server")))
         in_touch_s = time.monotonic() - (self._in_touch_since or time.monotonic())
         # A server restarted between two operations of this process breaks no operation of it; its
-        # age tells.
+        # age shows it.
         up_s = in_touch_s if info is None else float(info["uptime_in_seconds"])
         names = None if clients is None else frozenset(client["name"] for client in clients)
         return Witness(names, min(in_touch_s, up_s))
 
     async def check_eviction(self) -> None:
-        """Raises ConfigurationError where the server makes room by throwing away what it was told
-        to keep.
+        """Raises ConfigurationError where the server makes room by throwing away what it was
+        given to keep.
         """
         info = await self.run(lambda: _unless_forbidden(self.client.info("memory"))) or {}
         policy = info.get("maxmemory_policy", "noeviction")

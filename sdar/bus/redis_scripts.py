@@ -1,5 +1,4 @@
-"""Owns the Lua that Redis runs for the bus. Redis runs a script alone and whole; it names no key
-that is not passed to it.
+"""The Lua that Redis runs for the bus: each script alone and whole, on keys that are passed to it.
 
 Redis checks for memory at a script's first write that needs some. Each script therefore checks
 everything before it writes, and writes first what needs memory: it is applied whole or not at all,
@@ -35,16 +34,24 @@ end
 
 CLAIM_ROLE = """
 local time = redis.call('TIME')
-local tenure = math.max(tonumber(redis.call('GET', KEYS[1]) or '0') + 1, time[1] * 1000000 + time[2])
+local last = tonumber(redis.call('GET', KEYS[1]) or '0')
+local tenure = math.max(last + 1, time[1] * 1000000 + time[2])
 redis.call('SET', KEYS[1], string.format('%.0f', tenure))
 return tenure
 """
 
 COMMIT = f"""
 {_TAKE}
-local MARK, STATES, LETTERS, LEDGER, OPEN, JOURNAL = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local MARK, STATES, LETTERS = KEYS[1], KEYS[2], KEYS[3]
+local LEDGER, OPEN, JOURNAL = KEYS[4], KEYS[5], KEYS[6]
 local FIRST_CLOSED, LAST_CLOSED = 7, 11
-local CLOSED = {{trained = KEYS[7], skipped = KEYS[8], stale = KEYS[9], failed = KEYS[10], cancelled = KEYS[11]}}
+local CLOSED = {{
+    trained = KEYS[7],
+    skipped = KEYS[8],
+    stale = KEYS[9],
+    failed = KEYS[10],
+    cancelled = KEYS[11],
+}}
 
 local measured = {{}}
 for index = 1, take_number() do measured[index] = KEYS[take_number()] end
@@ -60,7 +67,8 @@ if redis.call('EXISTS', MARK) == 1 then return finish() end
 {_ROLES}
 local has_effects, held = take() == '1', {{}}
 for index = 1, take_number() do
-    local key, group, consumer, id, num_deliveries = KEYS[take_number()], take(), take(), take(), take_number()
+    local key, group, consumer = KEYS[take_number()], take(), take()
+    local id, num_deliveries = take(), take_number()
     -- pcall: a group that is gone holds nothing.
     local row = redis.pcall('XPENDING', key, group, id, id, 1, consumer)[1]
     if row and row[4] == num_deliveries then
@@ -72,7 +80,8 @@ end
 local retired = {{}}
 for index = 1, take_number() do
     retired[index] = take()
-    if #redis.call('XRANGE', LETTERS, retired[index], retired[index]) == 0 then return {{'gone', retired[index]}} end
+    local letter = redis.call('XRANGE', LETTERS, retired[index], retired[index])
+    if #letter == 0 then return {{'gone', retired[index]}} end
 end
 
 -- Everything is checked. From here on nothing fails but this first write.
@@ -89,7 +98,7 @@ for _ = 1, take_number() do
 end
 for _ = 1, take_number() do redis.call('HSET', STATES, take(), take()) end
 
--- The same rules as `LedgerAccount.apply`. Tells whether the transition belongs into the journal.
+-- The same rules as `LedgerAccount.apply`. Returns whether the transition belongs into the journal.
 local function book(number, outcome)
     if number == '' then return true end
     local standing = redis.call('HGET', OPEN, number)
@@ -157,7 +166,9 @@ READ_IN_ROLE = f"""
 {_TAKE}
 {_ROLES}
 local stream, group, consumer, max_count = KEYS[1], take(), take(), take()
-local reply = redis.pcall('XREADGROUP', 'GROUP', group, consumer, 'COUNT', max_count, 'STREAMS', stream, '>')
+local reply = redis.pcall(
+    'XREADGROUP', 'GROUP', group, consumer, 'COUNT', max_count, 'STREAMS', stream, '>'
+)
 if reply and reply.err then return reply end
 if reply then return {{'done', reply[1][2]}} end
 for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do

@@ -1,5 +1,4 @@
-"""Owns the bytes of a bus's snapshot: a run's small states and its account of groups, as a
-checkpoint carries them.
+"""The bytes of a bus's snapshot: a run's small states and account, as a checkpoint carries them.
 
 JSON, with base64 for bytes. Closed groups are one bitmap per outcome, the first bit of the first
 byte being group 0. It never talks to a bus.

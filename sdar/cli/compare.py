@@ -1,5 +1,4 @@
-"""Owns `sdar compare`: variants of a run over seeds, several at a time, and the table of what they
-came to.
+"""`sdar compare`: variants of a run over seeds, several at a time, and a table of the results.
 
 A run is a process of its own (`sdar.cli.trial`), so that one that fails takes none along.
 Finished ones are kept and never run again. Success is pooled over seeds, with an interval; seeds
@@ -293,7 +292,9 @@ class _BarView:
         if trial.summary is None:
             end = f"failed: {trial.failure}"
         else:
-            end = f"success {trial.summary['success_before']:.3f} -> {trial.summary['success_after']:.3f}"
+            before = trial.summary["success_before"]
+            after = trial.summary["success_after"]
+            end = f"success {before:.3f} -> {after:.3f}"
         self.progress.console.print(f"{trial.name}: {end}", markup=False, highlight=False)
 
 
@@ -339,23 +340,27 @@ class Row:
             for summary in self.summaries
             for pair in summary["by_task_type"][when].values()
         ]
-        return sum(won for won, _ in counts), sum(played for _, played in counts)
+        num_won = sum(won for won, _ in counts)
+        return num_won, sum(played for _, played in counts)
 
     def to_json(self) -> dict[str, Any]:
         won, played = self.pool("after")
+        success_after = []
+        failures = {}
+        for trial in self.trials:
+            success_after.append(trial.summary["success_after"] if trial.summary else None)
+            if trial.failure:
+                failures[trial.seed] = trial.failure
         return {
             "variant": self.variant,
             "seeds": [trial.seed for trial in self.trials],
-            "success_after": [
-                None if trial.summary is None else trial.summary["success_after"]
-                for trial in self.trials
-            ],
+            "success_after": success_after,
             "pooled": {
                 "num_successes": won,
                 "num_episodes": played,
                 "interval": compute_wilson_interval(won, played),
             },
-            "failures": {trial.seed: trial.failure for trial in self.trials if trial.failure},
+            "failures": failures,
         }
 
 
@@ -373,10 +378,11 @@ _HEADER = (
 
 
 def _rows(comparison: Comparison, trials: Sequence[Trial]) -> list[Row]:
-    return [
-        Row(variant.name, tuple(trial for trial in trials if trial.variant == variant.name))
-        for variant in comparison.variants
-    ]
+    rows = []
+    for variant in comparison.variants:
+        own = tuple(trial for trial in trials if trial.variant == variant.name)
+        rows.append(Row(variant.name, own))
+    return rows
 
 
 def format_table(comparison: Comparison, trials: Sequence[Trial]) -> str:

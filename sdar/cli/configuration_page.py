@@ -1,5 +1,6 @@
-"""Owns docs/configuration.md: every key of a run with its type, default, bounds and meaning,
-written from RunConfig itself.
+"""Writes docs/configuration.md: every key of a run with its type, default, bounds and meaning.
+
+RunConfig and Settings are the source: a field's docstring is its meaning on the page.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "configuration.m
 
 _HEADER = """# Configuration
 
-Written by `make docs` from `sdar/config.py`; change it there. A run is one YAML file: [an example](../examples/household.yaml).
-Unknown keys and values out of range are errors that name the key. Paths are relative to the file.
+Written by `make docs` from `sdar/config.py` and `sdar/process/settings.py`; change it there.
+A run is one YAML file: [an example](../examples/household.yaml). Unknown keys and values out of
+range are errors that name the key. Paths are relative to the file.
 `sdar run FILE --set training.num_updates=20` replaces a value.
 """
 _SETTINGS_HEADER = """
 ## Environment variables
 
-Where a process listens and what it talks to is not part of a run. `sdar run` sets these for the processes it starts;
-containers set them for `sdar serve`.
+Where a process listens and what it connects to is not part of a run. `sdar run` sets these
+variables for the processes it starts; containers set them for `sdar serve`.
 
 | variable | default | meaning |
 |---|---|---|

@@ -65,7 +65,8 @@ def serve(
 ) -> None:
     """Serve an environment over gRPC until Ctrl-C or SIGTERM.
 
-    docs/environments.md lists the built-in ones. Examples: sdar env serve household; sdar env serve gymnasium --option id=CartPole-v1
+    docs/environments.md lists the built-in ones. Examples: sdar env serve household; sdar env serve
+    gymnasium --option id=CartPole-v1
     """
     from sdar.environments.registry import load_environment
     from sdar.environments.serving import serve_until_stopped

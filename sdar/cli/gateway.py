@@ -1,5 +1,4 @@
-"""Owns how the command line asks a run's gateway: which one is meant, with which token, and what
-its refusals mean.
+"""How the command line asks a run's gateway: at which address, with which token, and refusals.
 
 `python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container it runs in, which is how
 one that only the cluster reaches is asked from outside (`sdar.cli.places`): where the address, the
@@ -36,7 +35,10 @@ from sdar.wire.security import Security
 
 _TIMEOUT_S = 10.0
 _LEAST_ERROR = 300
-_HINT = "Start the run, give another address with --gateway, or correct SDAR_TLS_CA: both sides speak TLS, or neither does."
+_HINT = (
+    "Start the run, give another address with --gateway, or correct SDAR_TLS_CA: both sides speak "
+    "TLS, or neither does."
+)
 _ERRORS: dict[int, type[SdarError]] = {
     401: UnauthenticatedError,
     403: ForbiddenError,
@@ -180,10 +182,11 @@ def _find_running(runs_dir: Path) -> str:
     if len(running) == 1:
         return next(iter(running.values()))
     found = ", ".join(f"{name} (--gateway {address})" for name, address in sorted(running.items()))
+    if running:
+        raise ConfigurationError(f"Several runs are running under {runs_dir}: {found}. Say which.")
     raise ConfigurationError(
-        f"Several runs are running under {runs_dir}: {found}. Say which."
-        if running
-        else f"No run is running under {runs_dir}. Give its gateway with --gateway http://HOST:PORT or SDAR_GATEWAY_URL."
+        f"No run is running under {runs_dir}. Give its gateway with --gateway http://HOST:PORT or "
+        "SDAR_GATEWAY_URL."
     )
 
 

@@ -1,6 +1,4 @@
-"""Owns what a person or a program sees while a run goes on: a live table, plain lines, or JSON
-lines. Shows, never decides.
-"""
+"""What is shown while a run goes on: a live table, plain lines, or JSON lines. Decides nothing."""
 
 from __future__ import annotations
 
@@ -57,8 +55,10 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
             f"sampled {_format(rollout, 'tokens_per_s', 0)}, trained "
             f"{_format(learner, 'tokens_per_s', 0)}"
         ),
-        "staleness": f"mean {_format(learner, 'staleness_mean')}, max {_format(learner, 'staleness_max', 0)} "
-        f"of at most {status['max_staleness']}",
+        "staleness": (
+            f"mean {_format(learner, 'staleness_mean')}, max "
+            f"{_format(learner, 'staleness_max', 0)} of at most {status['max_staleness']}"
+        ),
         "gate": f"mean {_format(learner, 'gate_mean')}, gap {_format(learner, 'teacher_gap_mean')}",
         "queues": ", ".join(
             f"{name} {lag['num_undelivered'] + lag['num_pending']:.0f}"

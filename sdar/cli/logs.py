@@ -1,5 +1,4 @@
-"""Owns `sdar logs`: what a run's services log, wherever they run, as lines of one kind in the order
-of time. Changes nothing.
+"""`sdar logs`: what a run's services log, wherever they run, in the order of time.
 
 A source is one log: a file of `runs/<name>/logs`, a container of Compose, a pod. Services log JSON
 in containers and text on one machine; both are shown as text. A line that is not of ours (Redis,
@@ -127,7 +126,9 @@ class _Followers:
     def __init__(
         self, look: Callable[[], list[Source]], lines: queue.Queue[tuple[str, Line]], since_s: float
     ) -> None:
-        self._look, self._lines, self._since_s = look, lines, since_s
+        self._look = look
+        self._lines = lines
+        self._since_s = since_s
         self._threads: dict[str, threading.Thread] = {}
         self._seen_s: dict[str, float] = {}
 
@@ -158,12 +159,10 @@ class _Followers:
 
 class _Printer:
     def __init__(self, level: str, since_s: float, is_json: bool, width: int) -> None:
-        self._least, self._since_s, self._is_json, self._width = (
-            _LEVELS.index(level),
-            since_s,
-            is_json,
-            width,
-        )
+        self._least = _LEVELS.index(level)
+        self._since_s = since_s
+        self._is_json = is_json
+        self._width = width
         self._is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self._colours: dict[str, int] = {}
 
@@ -200,21 +199,22 @@ def _parse_age(text: str) -> float:
 
 def _parse(source: Source, since_s: float, is_following: bool) -> Iterator[Line]:
     """The lines of a source, from about `since_s` on: none is left out, some may be older."""
-    at_s, level = 0.0, "info"
+    at_s = 0.0
+    level = "info"
     for raw in source.read(since_s, is_following):
         text = raw.rstrip("\r\n")
         if source.is_stamped:
             stamp, _, rest = text.partition(" ")
             if (stamped_s := _read_time(stamp, -1.0)) >= 0:
-                at_s, text = stamped_s, rest
+                at_s = stamped_s
+                text = rest
         event = _read_event(text)
         if event is not None:
-            at_s, level = (
-                _read_time(str(event.get("timestamp", "")), at_s),
-                _read_level(str(event.get("level", level))),
-            )
+            at_s = _read_time(str(event.get("timestamp", "")), at_s)
+            level = _read_level(str(event.get("level", level)))
         elif (found := _OURS.match(text)) is not None:
-            at_s, level = _read_time(found[1], at_s), _read_level(found[2])
+            at_s = _read_time(found[1], at_s)
+            level = _read_level(found[2])
         elif (found := _OTHERS.match(text)) is not None:
             level = _read_level(found[1])
         elif text.startswith("Traceback"):
@@ -282,7 +282,7 @@ def _list_files(runs_dir: Path, run: str | None) -> list[Source]:
 
 
 def _find_run(runs_dir: Path, run: str | None) -> Path:
-    """The run of that name; without one the run that is running, or else the one that logged last."""
+    """The run of that name; without one the one that is running, or else that logged last."""
     known = {path.parent.name: path.stat().st_mtime for path in runs_dir.glob("*/logs")}
     if run is not None:
         if run not in known:

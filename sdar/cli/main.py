@@ -151,27 +151,27 @@ def status(is_json: JsonOption = False, *, place: Place) -> None:
 @takes_place
 def pause(is_json: JsonOption = False, *, place: Place) -> None:
     """Let a run issue no more groups until it is resumed. What is in flight is trained."""
-    from sdar.cli.status import tell_run
+    from sdar.cli.status import control_run
 
-    tell_run(place, "pause", is_json=is_json)
+    control_run(place, "pause", is_json=is_json)
 
 
 @app.command()
 @takes_place
 def resume(is_json: JsonOption = False, *, place: Place) -> None:
     """Let a paused run go on, and wake one that was put to sleep."""
-    from sdar.cli.status import tell_run
+    from sdar.cli.status import control_run
 
-    tell_run(place, "resume", is_json=is_json)
+    control_run(place, "resume", is_json=is_json)
 
 
 @app.command()
 @takes_place
 def stop(is_json: JsonOption = False, *, place: Place) -> None:
     """End a run early. No more groups, one last evaluation, then it is finished."""
-    from sdar.cli.status import tell_run
+    from sdar.cli.status import control_run
 
-    tell_run(place, "stop", is_json=is_json)
+    control_run(place, "stop", is_json=is_json)
 
 
 @app.command()
@@ -234,7 +234,8 @@ def compare(
 ) -> None:
     """Compare methods over seeds.
 
-    Every service's own code in one process a run; results as a table with intervals. Finished runs are kept: the same command again runs only what is missing.
+    Every service's own code in one process a run; results as a table with intervals. Finished runs
+    are kept: the same command again runs only what is missing.
     """
     from sdar.cli.compare import run_comparison
 
@@ -264,7 +265,7 @@ def report(
     """Draw a run's plots and report.html again. Those of a run elsewhere are fetched first."""
     from sdar.cli.report import fetch_run, write_report
 
-    if place.is_told:
+    if place.is_named:
         fetch_run(place, directory)
     typer.echo(f"Wrote {write_report(directory)}")
 
@@ -281,7 +282,8 @@ def create(
 ) -> None:
     """Make an environment's tiny model.
 
-    Qwen2 architecture, a short supervised warm start (minutes on one core). The result is cached by a hash of its recipe.
+    Qwen2 architecture, a short supervised warm start (minutes on one core). The result is cached by
+    a hash of its recipe.
     """
     from sdar.cli.model import create_tiny_model
 

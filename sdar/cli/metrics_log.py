@@ -1,6 +1,4 @@
-"""Owns metrics.jsonl: every service's measurements as the gateway lists them, appended once each,
-read back on resume.
-"""
+"""metrics.jsonl: every service's measurements, appended once each and read back on resume."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """docs/metrics.md: what every service measures, written from the declarations in the code.
 
-Dashboards and alerts are checked against `list_services`: what is not in it does not exist.
+Dashboards and alerts are checked against `list_services`: they may read no other metric.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def list_services() -> list[Service]:
         Service("Every service", "", of_process),
         build_service(
             "`gateway`",
-            "The run as a whole; what else is a matter of one service is below.",
+            "The run as a whole; the sections below are about single services.",
             GATEWAY,
             SCALING,
         ),

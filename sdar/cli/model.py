@@ -1,6 +1,4 @@
-"""Owns `sdar model create`: makes an environment's tiny model, or takes it from the cache, and puts
-it in its place.
-"""
+"""`sdar model create`: makes an environment's tiny model, or copies it from the cache."""
 
 from __future__ import annotations
 

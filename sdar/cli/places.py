@@ -1,5 +1,4 @@
-"""Owns where a run is that a verb of the command line is about: on this machine, in a compose
-project or in a cluster.
+"""Where the run of a verb is: on this machine, in a compose project or in a cluster.
 
 Only a gateway on this machine or at an address is called over HTTP. One in a container is asked by
 its own container (kubectl exec, docker-compose exec): there are the address, the token and the
@@ -87,7 +86,7 @@ class Place:
             )
 
     @property
-    def is_told(self) -> bool:
+    def is_named(self) -> bool:
         """Whether a place is named; otherwise it is this machine."""
         return bool(self.gateway or self.release or self.is_compose)
 

@@ -1,5 +1,4 @@
-"""Owns `sdar env play`: one episode of a running server, played by a person line by line, or by a
-program through a pipe.
+"""`sdar env play`: one episode of a running server, played by hand or through a pipe.
 
 Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at once and the session
 is still closed.
@@ -77,8 +76,11 @@ class _Game:
     """One server's environment and the screen."""
 
     def __init__(self, runner: asyncio.Runner, stub: Any, address: str, bench: Bench) -> None:
-        self._runner, self._stub, self._address = runner, stub, address
-        self._described, self._action_form = bench.described, bench.action_form
+        self._runner = runner
+        self._stub = stub
+        self._address = address
+        self._described = bench.described
+        self._action_form = bench.action_form
         self._first_split = bench.first_split
         # The texts are the environment's: never read as markup, never wrapped at a width that a
         # pipe does not have.
@@ -116,7 +118,8 @@ class _Game:
             )
 
     def _introduce(self, opened: environment_pb2.OpenSessionResponse) -> None:
-        told, task = self._described, opened.task
+        told = self._described
+        task = opened.task
         self._say(
             f"{told.name}, version {told.version}: {task.split} task {task.task_id}, seed "
             f"{task.seed}",
@@ -130,7 +133,9 @@ class _Game:
             self._say(f"A line without a < is sent as {self._action_form.write('...')}", "dim")
 
     def _take_turns(self, opened: environment_pb2.OpenSessionResponse) -> None:
-        observation, actions, total = opened.observation, list(opened.admissible_actions), 0.0
+        observation = opened.observation
+        actions = list(opened.admissible_actions)
+        total = 0.0
         for index in itertools.count():  # the server ends it; one that does not is left by Ctrl-D
             self._show(observation, actions)
             text = self._ask(actions)
@@ -142,7 +147,8 @@ class _Game:
             )
             answer: environment_pb2.StepResponse = self._call(self._stub.Step, request)
             total += answer.reward
-            observation, actions = answer.observation, list(answer.admissible_actions)
+            observation = answer.observation
+            actions = list(answer.admissible_actions)
             if not answer.is_action_valid:
                 self._say("This was no valid action; it used a turn.", "yellow")
             if answer.terminated or answer.truncated:

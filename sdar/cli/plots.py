@@ -1,5 +1,4 @@
-"""Owns the plots of a run: what its metrics and evaluations look like, as PNG files for light and
-for dark pages.
+"""The plots of a run's metrics and evaluations, as PNG files for light and for dark pages.
 
 Draws what it is given and computes nothing but smoothing.
 """
@@ -50,15 +49,18 @@ class RunData:
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(update number, value) of a learner metric, where it was reported."""
-        pairs = [
-            (i + 1.0, r["values"][name]) for i, r in enumerate(self.updates) if name in r["values"]
-        ]
-        return [x for x, _ in pairs], [y for _, y in pairs]
+        numbers = []
+        found = []
+        for index, record in enumerate(self.updates):
+            if name in record["values"]:
+                numbers.append(index + 1.0)
+                found.append(record["values"][name])
+        return numbers, found
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One drawn plot: file stem, what it shows, and one sentence that says it without the picture."""
+    """One drawn plot: file stem, what it shows, and a sentence that says it without the picture."""
 
     name: str
     title: str
@@ -258,9 +260,8 @@ def _compute_rates(counts: Sequence[tuple[float, float]]) -> tuple[list[float], 
     sums = [0.0] * num_stretches
     for at_s, number in counts:
         sums[min(int(at_s / stretch_s), num_stretches - 1)] += number
-    return [(i + 0.5) * stretch_s / 60 for i in range(num_stretches)], [
-        total / stretch_s for total in sums
-    ]
+    middles_min = [(index + 0.5) * stretch_s / 60 for index in range(num_stretches)]
+    return middles_min, [total / stretch_s for total in sums]
 
 
 def count_tokens_by_staleness(updates: Sequence[Record]) -> dict[int, float]:
@@ -278,12 +279,11 @@ def count_tokens_by_staleness(updates: Sequence[Record]) -> dict[int, float]:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Mean over the last updates, this one included: it never looks ahead."""
-    return [
-        sum(window) / len(window)
-        for window in (
-            values[max(0, i + 1 - _SMOOTHING_UPDATES) : i + 1] for i in range(len(values))
-        )
-    ]
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - _SMOOTHING_UPDATES) : end]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def _legend(axes: Any, theme: Theme, place: str) -> None:
@@ -302,10 +302,12 @@ def _figure(theme: Theme, path: Path) -> Iterator[Any]:
 
     style: dict[Any, object] = {
         "font.family": "DejaVu Sans", "font.size": 10, "text.color": theme.text,
-        "axes.facecolor": theme.background, "axes.edgecolor": theme.grid, "axes.labelcolor": theme.muted,
-        "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-        "grid.color": theme.grid, "grid.linewidth": 0.8, "xtick.color": theme.muted, "ytick.color": theme.muted,
-        "xtick.labelsize": 9, "ytick.labelsize": 9, "lines.solid_capstyle": "round",
+        "axes.facecolor": theme.background, "axes.edgecolor": theme.grid,
+        "axes.labelcolor": theme.muted, "axes.grid": True, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "grid.color": theme.grid, "grid.linewidth": 0.8,
+        "xtick.color": theme.muted, "xtick.labelsize": 9,
+        "ytick.color": theme.muted, "ytick.labelsize": 9, "lines.solid_capstyle": "round",
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(

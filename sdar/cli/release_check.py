@@ -1,5 +1,4 @@
-"""Owns what `helm test` runs: one episode played by the policy, and a policy version that moves.
-Keeps nothing.
+"""What `helm test` runs: an episode played by the policy, and a policy version that moves.
 
 python -m sdar.cli.release_check --policy HOST:PORT
 

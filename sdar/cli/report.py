@@ -1,6 +1,4 @@
-"""Owns what is left to read after a run: summary.json, the plots and report.html. Only reads what
-the run wrote.
-"""
+"""What is left to read after a run: summary.json, plots and report.html, from what it wrote."""
 
 from __future__ import annotations
 
@@ -215,7 +213,10 @@ def _compute_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[floa
 
 def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
     if not summary:
-        text = f"Not finished yet. Method {config.method.name}, seed {config.seed}, {config.training.num_updates} updates planned."
+        text = (
+            f"Not finished yet. Method {config.method.name}, seed {config.seed}, "
+            f"{config.training.num_updates} updates planned."
+        )
         return f"<p class=lead>{escape(text)}</p>"
     text = (
         f"{summary['num_updates']} updates in {_format_s(summary['wall_s'])}, seed "
@@ -314,9 +315,10 @@ def _render_configuration(directory: RunDirectory) -> str:
 
 def _render_table(title: str, header: list[str], rows: list[list[Any]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
     return (
         f"<section><h2>{escape(title)}</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div></section>"
@@ -337,19 +339,26 @@ def _format_s(seconds: float) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #f6f8fa; --card: #ffffff; --text: #1f2328; --muted: #656d76; --line: #e4e7eb; }
+:root {
+  color-scheme: light dark;
+  --page: #f6f8fa; --card: #ffffff; --text: #1f2328; --muted: #656d76; --line: #e4e7eb;
+}
 @media (prefers-color-scheme: dark) {
   :root { --page: #0d1117; --card: #161b22; --text: #e6edf3; --muted: #9198a1; --line: #2f363f; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.55 system-ui, sans-serif; }
+body {
+  margin: 0; background: var(--page); color: var(--text); font: 15px/1.55 system-ui, sans-serif;
+}
 main { max-width: 860px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 0 0 .75rem; }
 .lead { color: var(--muted); margin: 0 0 1.5rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: .75rem; }
 .tile, figure, section, details {
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.25rem; }
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1rem 1.25rem;
+}
 .tile { display: flex; flex-direction: column; gap: .15rem; }
 .tile span { color: var(--muted); font-size: .85rem; }
 .tile strong { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -358,7 +367,10 @@ img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td {
+  text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line);
+  white-space: nowrap;
+}
 th { color: var(--muted); font-weight: 500; font-size: .85rem; }
 tbody tr:last-child td { border-bottom: 0; }
 summary { cursor: pointer; font-weight: 600; }

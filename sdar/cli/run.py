@@ -245,7 +245,7 @@ class _Session:
             self._redis.start()
 
     def _status(self) -> dict[str, Any] | None:
-        """The gateway's answer; None while it restarts and has not yet read where the run stands."""
+        """The gateway's answer; None while it restarts and cannot say where the run stands."""
         try:
             status = self._http.get("/v1/run").raise_for_status().json()
             self._metrics.extend(

@@ -1,6 +1,4 @@
-"""Owns runs/<name>/: its layout, the lock that keeps a second run out, and the check that a
-repeated run is the same run.
-"""
+"""The directory runs/<name>/: its layout, its lock, and that a repeated run is the same run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process becomes a service: settings, logs, library switches, then the service's own main."""
+"""How a process becomes a service: settings, logs, library switches, then the service's main."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `sdar status`: where a run stands, as its gateway tells it. Shows, never decides."""
+"""`sdar status`: where a run stands, as its gateway says. Shows, never decides."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ CLOSING = ("trained", "skipped", "stale", "failed", "cancelled")
 def show_status(place: Place, *, is_json: bool) -> None:
     """Print the status of a run, for a person or as JSON."""
     with open_gateway_at(place) as gateway, ThreadPoolExecutor() as pool:
-        scaling = pool.submit(
-            _read_scaling, gateway
-        )  # beside the other: each way into a container takes a second
+        # Beside the other: each way into a container takes a second.
+        scaling = pool.submit(_read_scaling, gateway)
         status = gateway.get("/v1/run")
         if is_json:
             print(json.dumps(status), flush=True)
@@ -33,11 +32,14 @@ def show_status(place: Place, *, is_json: bool) -> None:
             Console(highlight=False).print(render_status(status, scaling.result()))
 
 
-def tell_run(place: Place, what: str, *, is_json: bool) -> None:
+def control_run(place: Place, what: str, *, is_json: bool) -> None:
     """Ask the gateway to pause, resume or stop the run, and say where it stands then."""
     with open_gateway_at(place) as gateway:
         status = gateway.post(f"/v1/run/{what}")
-    told = f"{status['run_id']} is {status['phase']}, update {status['num_updates']} of {status['target_updates']}."
+    told = (
+        f"{status['run_id']} is {status['phase']}, update {status['num_updates']} of "
+        f"{status['target_updates']}."
+    )
     print(json.dumps(status) if is_json else escape_controls(told), flush=True)
 
 

@@ -1,6 +1,4 @@
-"""Owns calling the tools that run containers: kubectl, docker, Compose. Their own words say what is
-wrong.
-"""
+"""Calls of the tools that run containers: kubectl, docker, Compose. Errors keep their words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns one run of a comparison: a process that plays it in itself and reports to its parent.
+"""One run of a comparison: a process that plays it in itself and reports to its parent.
 
 python -m sdar.cli.trial CONFIG RUN_DIRECTORY
 """

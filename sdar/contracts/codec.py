@@ -1,4 +1,4 @@
-"""Owns the translation between domain types and sdar.v1 protobuf; no other module knows both sides.
+"""Translates between domain types and sdar.v1 protobuf; no other module knows both sides.
 
 Three forms per type: `X_to_proto` / `X_from_proto` for servers and clients, and for what travels on
 a stream `encode_X` / `decode_X` (bytes). Encoding is deterministic: equal values give equal bytes.
@@ -117,7 +117,7 @@ def _checked(to_proto: Callable[[T], M]) -> Callable[[T], M]:
 def _in(
     where: str, error: ContractError | CorruptionError, **fields: object
 ) -> ContractError | CorruptionError:
-    """The same error, told from further out."""
+    """The same error, with the place where it was found in front of its message."""
     return type(error)(f"{where}: {error.message}", **{**error.fields, **fields})
 
 
@@ -302,13 +302,13 @@ def _versions_to_spans(versions: PolicyVersions) -> list[trajectory_pb2.PolicyVe
 
 
 def _versions_from_spans(spans: Any, num_tokens: int, turn_index: int) -> PolicyVersions:
-    versions, lengths = [span.policy_version for span in spans], [span.num_tokens for span in spans]
+    versions = [span.policy_version for span in spans]
+    lengths = [span.num_tokens for span in spans]
     # Counted before anything is allocated: a span's length is the sender's claim.
     if sum(lengths) != num_tokens or 0 in lengths:
         raise ContractError(
             f"Turn {turn_index}: policy version spans of {lengths} tokens for {num_tokens} sampled "
-            "tokens. "
-            "Spans hold at least one token each and sum to the response.",
+            "tokens. Spans hold at least one token each and sum to the response.",
             turn_index=turn_index,
         )
     if len(versions) == 1:
@@ -321,7 +321,7 @@ def _versions_from_spans(spans: Any, num_tokens: int, turn_index: int) -> Policy
 def _turn_to_proto(
     turn: Turn, prompt: bytes, response: bytes, history: bytes
 ) -> trajectory_pb2.Turn:
-    """`prompt` and `response` are the turn's own, packed; `history` is the previous turn's, joined."""
+    """`prompt` and `response` are this turn's, packed; `history` is the previous turn's, joined."""
     num_shared = _count_shared_prefix(history, prompt)
     _check_extension(turn.turn_index, turn.extends_previous, num_shared, len(history) // 4)
     return trajectory_pb2.Turn(

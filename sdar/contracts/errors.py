@@ -1,16 +1,17 @@
-"""Owns the tree of exceptions and their one map to gRPC status and HTTP code. Every message says
-what, where, got, fix.
+"""All exceptions of the project, each with its gRPC status and its HTTP code.
+
+Every message says what failed, where, what was found and what to do.
 
 SdarError
 ├── InvalidInputError            the caller sent something wrong; repeating it cannot help
 │   ├── ConfigurationError       a run configuration or setting
 │   ├── ContractError            a message or record that contradicts itself (lengths, ranges)
-│   └── UnknownResourceError     a task, session, run or environment nobody has
+│   └── UnknownResourceError     a task, session, run or environment that does not exist
 ├── RefusedError                 well-formed, but the state forbids it now
 │   ├── StaleError               older than the staleness bound
 │   ├── ConflictError            somebody else holds it (a run directory, a port, a step index)
-│   │   ├── LeaseLostError       an entry of the bus was given to another consumer, or to a later attempt
-│   │   └── SupersededError      another process has taken over a role that only one may hold
+│   │   ├── LeaseLostError       an entry went to another consumer or to a later attempt
+│   │   └── SupersededError      another process took a role that only one may hold
 │   ├── CapacityError            full; retry after a while
 │   ├── UnauthenticatedError     no token, or a wrong one
 │   └── ForbiddenError           a token whose role does not allow it

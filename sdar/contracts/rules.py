@@ -51,10 +51,9 @@ class Combination:
 
 Rule = Comparison | Combination
 
-_NEVER_SCORED = tuple(
+_SHOW_SKILLS_ONLY = tuple(
     name for name, row in METHODS.items() if row.runs_teacher and not row.needs_teacher
 )
-"""Methods whose teacher hands out skills and sees no episode."""
 
 RULES: tuple[Rule, ...] = (
     Comparison(
@@ -82,7 +81,7 @@ RULES: tuple[Rule, ...] = (
         "ucb",
         "excludes",
         "method.name",
-        _NEVER_SCORED,
+        _SHOW_SKILLS_ONLY,
         "{teacher.retrieval} learns from episodes that pass the teacher, and {method.name} sends "
         "it none. Use another retrieval or another method.",
     ),

@@ -1,4 +1,4 @@
-"""Owns every stream, consumer-group and key name. No other file spells one."""
+"""The names of all streams, consumer groups and Redis keys. No other file spells one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the domain types every service speaks: frozen dataclasses that check their own lengths.
+"""The domain types that every service uses: frozen dataclasses that check their own lengths.
 
 They never do I/O and know no wire format.
 
@@ -167,7 +167,7 @@ class Turn(_ArrayEq):
     Attributes:
         prompt_token_ids: [P] the whole prompt the sampler saw, history included.
         messages: the chat messages this turn added to the prompt; with `extends_previous` they
-            follow the previous response, otherwise they are the whole prompt.
+            stand behind the previous response, otherwise they are the whole prompt.
         extends_previous: the prompt begins with the previous turn's prompt and response, token by
             token.
         response_token_ids, behavior_logprobs, policy_versions: [T] sampled tokens, the sampler's
@@ -316,9 +316,9 @@ class TeacherScore(_ArrayEq):
             for f in dataclasses.fields(self)
             if f.name != "turn_logprobs"
         )
-        return same and [a.tolist() for a in self.turn_logprobs] == [
-            a.tolist() for a in other.turn_logprobs
-        ]
+        mine = [values.tolist() for values in self.turn_logprobs]
+        theirs = [values.tolist() for values in other.turn_logprobs]
+        return same and mine == theirs
 
     __hash__ = None
 
@@ -361,8 +361,9 @@ class SkillChoice:
 
 @dataclass(frozen=True, slots=True)
 class SkillOutcome:
-    """How an episode ended whose teacher was shown these specific skills. A trajectory counts once,
-    however often told.
+    """How an episode ended whose teacher was shown these specific skills.
+
+    A trajectory counts once, even if its outcome is published several times.
     """
 
     trajectory_id: str

@@ -1,5 +1,6 @@
-"""Owns how a published policy version gets into a running vLLM, seen from the process that runs it:
-sampler or teacher.
+"""Loads policy versions into a running vLLM, as seen from the process that runs vLLM.
+
+That process is a rollout worker or a teacher.
 
 The other half, `sdar.engines.vllm_worker`, runs inside vLLM's worker processes. It never decides
 when weights are due.
@@ -92,7 +93,7 @@ def close_llm(llm: Any) -> None:
 
 
 def memory_arguments(*, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
-    """How much memory an engine takes: an explicit cache on a CPU, a share of the device on a GPU."""
+    """Memory of an engine: a cache of this size on a CPU, a share of the device on a GPU."""
     from vllm.platforms import current_platform
 
     # An explicit cache size spares a CPU the profiling run, and its default is most of the machine.
@@ -129,7 +130,7 @@ class VllmWeights:
         self._layout: dict[str, tuple[int, ...]] = {}
 
     async def attach(self, llm: Any, policy_version: int) -> None:
-        """Tell the workers where weights come from, and which version they hold now."""
+        """Give vLLM's workers the weight store's address and the version that they hold now."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         # Takes a second or two of imports, which would stall running requests if left to the first

@@ -1,5 +1,4 @@
-"""Owns how a published policy version gets into a running vLLM worker. It runs inside vLLM's worker
-processes.
+"""Loads policy versions into a vLLM worker; this module runs inside vLLM's worker processes.
 
 Two steps, so that generation pauses only for the second: `stage` reads and verifies the tensors
 into host memory while tokens are still sampled; vLLM's own weight-transfer session then installs

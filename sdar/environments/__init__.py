@@ -31,7 +31,7 @@ def serve(
     """Serve environments over gRPC until SIGTERM or Ctrl-C.
 
     Sessions, leases, retries, worker processes, metrics, health and shutdown are the server's. One
-    line on stdout tells where it listens; logs go to stderr.
+    line on stdout says where it listens; logs go to stderr.
 
     Args:
         environments: classes, each served under its `name`.

@@ -1,5 +1,7 @@
-"""Owns the check of what an environment answers: nonsense must not reach training, nor break the
-server.
+"""Checks what an environment answers, so that nonsense reaches neither training nor the server.
+
+It turns plain JSON values, as `sdar.environments.player` makes them, into the records of
+`sdar.environments.base`.
 
 From plain JSON values, as `sdar.environments.player` makes them, to the records of
 `sdar.environments.base`.
@@ -16,7 +18,7 @@ from sdar.environments.base import EnvironmentDescription, Observation, StepResu
 
 
 class NonsenseError(ValueError):
-    """What was expected and what was found; whoever asked the environment says which one it was."""
+    """What was expected and what was found; the caller adds which environment answered it."""
 
 
 def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:

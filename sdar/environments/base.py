@@ -1,4 +1,4 @@
-"""Owns what an environment is: the base class to subclass and the two records it answers with.
+"""The base class of an environment, and the records that its methods take and return.
 
 Knows no wire format and no session; `sdar.environments.sessions` owns lifetimes,
 `sdar.environments.server` the wire.
@@ -6,6 +6,7 @@ Knows no wire format and no session; `sdar.environments.sessions` owns lifetimes
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from sdar.contracts.types import EnvironmentIdentity, Task
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the agent is told. `text` is the user message; `admissible_actions` are the valid
-    actions now, empty if unlisted.
+    """What the agent sees. `text` is the user message; `admissible_actions` are the actions that
+    are valid now, empty if the environment does not list them.
     """
 
     text: str
@@ -80,13 +81,18 @@ class Environment(ABC):
     be cheap: share heavy data between the instances of a process (a module-level cache).
 
     Attributes, on the class or set by the constructor:
-        name, version: the identity stamped on every trajectory. Raise the version whenever a reward could differ.
-        splits: names of disjoint task lists. Evaluation reads a list from its start, so any prefix should be balanced.
-        tasks: the tasks of every split, for environments that can name them all; others override `list_tasks`.
-        instructions: the system message, or "" for none. action_format: one sentence on how to write an action.
+        name, version: the identity stamped on every trajectory. Raise the version whenever a
+            reward could differ.
+        splits: names of disjoint task lists. Evaluation reads a list from its start, so any prefix
+            should be balanced.
+        tasks: the tasks of every split, for environments that can name them all; others override
+            `list_tasks`.
+        instructions: the system message, or "" for none.
+        action_format: one sentence on how to write an action.
         max_turns: the environment truncates an episode here.
-        is_blocking: calls wait for something outside the process (a server, a disk), so those of different episodes run at the
-            same time, in threads; otherwise a worker plays all its episodes in one thread, one call after another.
+        is_blocking: calls wait for something outside the process (a server, a disk), so those of
+            different episodes run at the same time, in threads. Otherwise a worker plays all its
+            episodes in one thread, one call after another.
     """
 
     name: str
@@ -125,7 +131,8 @@ class Environment(ABC):
 
     @cached_property
     def _tasks_by_id(self) -> dict[str, Task]:
-        return {task.task_id: task for split in self.splits for task in self.list_tasks(split)}
+        tasks = itertools.chain.from_iterable(map(self.list_tasks, self.splits))
+        return {task.task_id: task for task in tasks}
 
     @abstractmethod
     def reset(self, task_id: str, seed: int) -> Observation:

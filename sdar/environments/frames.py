@@ -1,5 +1,4 @@
-"""Owns how a server and its workers pack what they tell each other: one JSON object a frame, its
-length before it.
+"""The messages between an environment server and its workers: a length, then one JSON object.
 
 JSON and not pickle: an environment that was taken over must not be able to run code in the server.
 """

@@ -1,5 +1,4 @@
-"""Owns what the server asks of whatever plays its sessions, and the plainest answer to that: play
-them in this process.
+"""What plays the sessions of an environment server, and a host that does so in this process.
 
 A `Host` turns calls into requests, and answers into records or typed errors.
 `sdar.environments.workers` has the one for services.
@@ -42,15 +41,13 @@ _RAISED = {
 _EPISODE_IS_LOST = " The episode is lost; open another."
 
 OnLost = Callable[[Sequence[str], str], None]
-"""Told the ids of sessions that went down with what played them, and why."""
+"""Called with the ids of sessions that were lost with what played them, and the reason."""
 
 log = structlog.get_logger()
 
 
 def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
-    """The error that tells a caller that an episode is lost: `reason` goes on from "Environment
-    NAME".
-    """
+    """The error of a call whose episode is lost; its message begins "Environment NAME REASON"."""
     return EnvironmentFailedError(
         f"Environment {environment} {reason}.{_EPISODE_IS_LOST}", environment=environment
     )
@@ -170,8 +167,8 @@ class Host(ABC):
 
     @abstractmethod
     def close(self, session_id: str, environment: str) -> None:
-        """Begin to end a session; what is not there is none. Nobody waits for an environment that
-        takes long to close.
+        """Begin to end a session; an unknown id changes nothing. The call returns at once, however
+        long the environment takes to close.
         """
 
     @abstractmethod
@@ -188,9 +185,9 @@ class Host(ABC):
                 log.warning("environment_failed", environment=environment, reason=error.message)
             raise error
         if "failure" in answer:
-            told = {"exception": answer["traceback"]} if "traceback" in answer else {}
+            details = {"exception": answer["traceback"]} if "traceback" in answer else {}
             log.warning(
-                "environment_failed", environment=environment, reason=answer["failure"], **told
+                "environment_failed", environment=environment, reason=answer["failure"], **details
             )
             raise build_failure(environment, answer["failure"])
         try:

@@ -1,5 +1,4 @@
-"""Owns the instances of environments in one process and plays requests on them: the half of a
-session that may break.
+"""Plays requests on the environment instances of one process: the half of a session that may break.
 
 Requests and answers are what JSON can hold; what an environment raises becomes an answer. It knows
 no lease, no deadline and no wire, imports as little as it can, and checks nothing of what an
@@ -74,7 +73,8 @@ class Player:
         for catalogue in self._catalogues.values():
             try:
                 catalogue.close()
-            except Exception:  # noqa: BLE001 - the end: nothing depends on how an environment takes it, but the log tells
+            # Nothing depends on how an environment ends, but the log shows what it raised.
+            except Exception:  # noqa: BLE001
                 traceback.print_exc()
         self._threads.shutdown(wait=False)
 
@@ -89,19 +89,18 @@ class Player:
             }
         except KeyboardInterrupt:  # of a person, where episodes are played in the run's own process
             raise
-        # The boundary: an environment may break in any way, its worker must not. An exit is no
-        # other way to break: it would end all sessions here, or in a thread nothing, and nobody
-        # would be told.
+        # The boundary: an environment may break in any way, its worker must not. That includes
+        # SystemExit: it would end all sessions of this process, or in a thread have no effect at
+        # all, and no caller would learn of it.
         except BaseException as error:  # noqa: BLE001
-            told = traceback.TracebackException.from_exception(
-                error
-            )  # its text is there also where __str__ raises
+            # Its text is there even if the error's own __str__ raises.
+            caught = traceback.TracebackException.from_exception(error)
             reason = (
                 error.message
                 if isinstance(error, SdarError)
-                else f"raised {type(error).__name__}: {told}"
+                else f"raised {type(error).__name__}: {caught}"
             )
-            shown = "".join(told.format())[-_MAX_TRACEBACK_CHARACTERS:]
+            shown = "".join(caught.format())[-_MAX_TRACEBACK_CHARACTERS:]
             return {
                 "failure": f"{reason[:_MAX_REASON_CHARACTERS]} in {request['call']}",
                 "traceback": shown,

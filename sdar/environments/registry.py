@@ -1,5 +1,4 @@
-"""Owns which environments can be served by name: those shipped, and any class named by its module
-or its file.
+"""Finds an environment's class by name: a built-in one, `package.module:Class` or `file.py:Class`.
 
 An environment is known here by where its class is and by its options, so that a worker process can
 build it; the server's own process never imports it.
@@ -67,7 +66,7 @@ class EnvironmentSource:
         except SdarError as error:  # it says itself what is to be done
             raise ConfigurationError(error.message) from error
         except Exception as error:
-            # somebody else's constructor, and whoever started the server wants one sentence
+            # A user's constructor may raise anything; one sentence helps more than a traceback.
             raise ConfigurationError(
                 f"{self.path} cannot be built with options {dict(self.options)}: "
                 f"{type(error).__name__}: {error}. "
@@ -91,7 +90,7 @@ class EnvironmentSource:
         except ConfigurationError:
             raise
         except Exception as error:
-            # Somebody else's module, and whoever started the server wants one sentence.
+            # A user's module may raise anything; one sentence helps more than a traceback.
             raise ConfigurationError(
                 f"{self.path} cannot be imported: {type(error).__name__}: {error}. Correct its "
                 "module."
@@ -117,9 +116,8 @@ class EnvironmentSource:
             problem for parameter in parameters if (problem := self._find_type_error(parameter))
         ]
         if unknown or missing or mistyped:
-            problems = [f"no option {name!r}" for name in unknown] + [
-                f"option {name!r} is required" for name in missing
-            ]
+            problems = [f"no option {name!r}" for name in unknown]
+            problems += [f"option {name!r} is required" for name in missing]
             problems += mistyped
             raise ConfigurationError(
                 f"{self.path}: {', '.join(problems)}. Its options: {', '.join(known) or 'none'}."

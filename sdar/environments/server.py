@@ -1,6 +1,4 @@
-"""Owns the environment service on the wire: `EnvironmentService` over a SessionManager. Decides
-nothing about episodes.
-"""
+"""`EnvironmentService` over gRPC: calls and answers of a SessionManager, in the wire's types."""
 
 from __future__ import annotations
 
@@ -141,7 +139,7 @@ async def serve_environments(
 
     Args:
         sessions: not yet started; closed when this returns.
-        port: 0 takes a free one; `on_ready` is told which, once calls are answered.
+        port: 0 takes a free one; `on_ready` is called with it once calls are answered.
 
     Raises:
         ConflictError: the port is taken. ConfigurationError: an environment cannot be built, or no
@@ -178,9 +176,7 @@ async def serve_environments(
 
 
 async def _start(sessions: SessionManager, stopping: asyncio.Event, health: Health) -> None:
-    """Building an environment may take minutes: whoever stops the server meanwhile does not wait
-    for it.
-    """
+    """Start the sessions, or return early on a stop: building an environment may take minutes."""
     starting, stopped = asyncio.create_task(sessions.start()), asyncio.create_task(stopping.wait())
     try:
         while not (starting.done() or stopped.done()):

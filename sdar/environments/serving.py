@@ -1,6 +1,4 @@
-"""Owns the environment process: builds the server of the environments and its probes, and serves
-until told to stop.
-"""
+"""Runs an environment server with its probes in this process, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def serve_until_stopped(
     settings = load_settings()
     configure_logging("envs", settings.instance, settings.log_level, settings.log_format)
     apply_environment(thread_environment(1))  # each worker has one core
-    tell = functools.partial(_tell_address, list(environments), host)
+    print_address = functools.partial(_print_address, list(environments), host)
     asyncio.run(
         serve_sources(
             environments,
@@ -69,7 +67,7 @@ def serve_until_stopped(
             port=port,
             probe_port=probe_port,
             num_workers=num_workers,
-            on_ready=tell,
+            on_ready=print_address,
         )
     )
 
@@ -102,7 +100,7 @@ async def serve_sources(
         await run_until_stopped(serve)
 
 
-def _tell_address(names: list[str], host: str, port: int) -> None:
+def _print_address(names: list[str], host: str, port: int) -> None:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # What is bound to every address is called by one, and a certificate names that.
     called = f"localhost:{port}" if host in _EVERY_ADDRESS else address

@@ -1,5 +1,4 @@
-"""Owns the lives of episodes: sessions with leases in bounded number, and steps that can be
-retried.
+"""Sessions of an environment server: their number, leases, retries of steps, and ends.
 
 One event loop owns a `SessionManager`; nothing here is thread-safe. Its `Host` plays the episodes.
 It knows no wire format.
@@ -118,7 +117,7 @@ class _Keyed:
 
 @dataclass(frozen=True, slots=True)
 class _Lost:
-    """What became of a session that failed, told to whoever still asks for it."""
+    """A session that failed: the answer to later calls for it, until `forget_at`."""
 
     reason: str
     environment: str
@@ -128,7 +127,8 @@ class _Lost:
 @dataclass
 class SessionManager:
     """Opens, steps, closes and reaps sessions of the host's environments, at most
-    `limits.max_sessions` at once in all.
+    `limits.max_sessions` at once in all. One class because every call, the reaper and the host's
+    losses change the same table of sessions and places.
 
     Call `start` first.
 
@@ -167,7 +167,10 @@ class SessionManager:
     async def list_tasks(
         self, environment: str, split: str, start: int = 0, end: int | None = None
     ) -> Sequence[Task]:
-        """The tasks of a split from `start` to before `end`, or all. Raises UnknownResourceError."""
+        """The tasks of a split from `start` to before `end`, or all.
+
+        Raises UnknownResourceError.
+        """
         splits = self.host.describe(environment).splits
         if split not in splits:
             raise UnknownResourceError(
@@ -259,7 +262,7 @@ class SessionManager:
         return result
 
     def close(self, session_id: str) -> None:
-        """End a session and free its place; closing what is not there succeeds."""
+        """End a session and free its place; an unknown id changes nothing."""
         self._lost.pop(session_id, None)
         session = self._sessions.get(session_id)
         if session is not None:
@@ -399,8 +402,8 @@ class SessionManager:
         return result
 
     def _lose(self, session_ids: Sequence[str], reason: str) -> None:
-        """Those went down with the worker that played them. One that is being opened is told by its
-        failed opening.
+        """Forget sessions whose worker died. The caller of one that is still being opened learns it
+        from its failed call.
         """
         lost = [
             self._sessions[session_id] for session_id in session_ids if session_id in self._sessions

@@ -1,5 +1,6 @@
-"""Owns a worker process: reads requests from its server, has them played, writes the answers. The
-server starts it.
+"""The main program of an environment worker: reads requests, has them played, writes answers.
+
+The environment server starts it.
 
 It imports neither gRPC nor asyncio: what it spends its memory on is the environments. It ends when
 its server does.
@@ -88,7 +89,7 @@ class _Worker:
 def _end_with_server(connection: socket.socket) -> None:
     """End this process also if an environment hangs when the server goes away."""
     hang_up = select.poll()
-    hang_up.register(connection, 0)  # no events asked for: POLLHUP is always told
+    hang_up.register(connection, 0)  # no events asked for: POLLHUP is always reported
     hang_up.poll()
     time.sleep(_LAST_WORDS_S)
     os._exit(1)

@@ -1,5 +1,6 @@
-"""Owns the worker processes of a server: starts them, deals sessions out to them, kills one that
-hangs, replaces one that died.
+"""Starts an environment server's worker processes, and replaces those that hang or die.
+
+It assigns sessions to workers.
 
 Nobody else's session is touched by any of this. It knows no lease and no gRPC.
 """
@@ -51,11 +52,15 @@ _FULLER_FACTOR, _FULLER_SESSIONS = 1.25, 8
 """A worker may have this many more sessions than the emptiest and still get those of its tasks."""
 
 _DEATH = "lost its worker process"
-_PROGRAM = "import sys; fd = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; from sdar.environments.worker import main; main(fd)"
+_PROGRAM = (
+    "import sys; fd = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; "
+    "from sdar.environments.worker import main; main(fd)"
+)
+"""What a worker's interpreter runs: first of all it takes over the server's import path."""
 
 
 def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may run on, or fewer if its container is granted less time than they have."""
+    """Cores this process may run on, or fewer if its container may use less time than they have."""
     num_cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(
         OSError, ValueError
@@ -233,7 +238,7 @@ class _Worker(asyncio.Protocol):
                 call.answer.set_exception(
                     build_failure(call.request.get("environment", ""), reason)
                 )
-                call.answer.exception()  # a close has nobody who asks for it
+                call.answer.exception()  # no caller waits for a close; unread, asyncio would warn
         self._calls.clear()
         self.died.set()
         self._on_death(self, reason)

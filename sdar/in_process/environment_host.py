@@ -1,4 +1,4 @@
-"""Owns environments that are played in this process, without worker processes."""
+"""Serves environments to code of the same process, without worker processes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns what a single process puts in the place of gRPC: catalog and client of environments, and the
-student's skills.
+"""Environments and skills for a run in one process, called directly where services use gRPC.
 
 Sessions, idempotency, limits and checks of what an environment answers are the envs service's own;
 only the wire is missing.
@@ -43,7 +42,7 @@ class LocalEnvironmentCatalog:
 
 
 class LocalEnvironmentClient:
-    """The rollout worker's `EnvironmentClient`, and the `EnvironmentDirectory` that knows no other."""
+    """The rollout worker's `EnvironmentClient`, and an `EnvironmentDirectory` of it alone."""
 
     def __init__(self, sessions: SessionManager) -> None:
         self._sessions = sessions

@@ -1,9 +1,8 @@
-"""Owns the bus inside one process: the twin of `RedisBus` for tests and single-process use.
+"""A bus in the memory of one process: behaves like `RedisBus`, for tests and in-process runs.
 
-One instance is shared by everybody who would share a Redis; `close` therefore keeps it usable.
-Where several processes must be told apart (two learners, a consumer that dies), each gets a
-`view()` of its own. It lives on one event loop and holds everything in memory, so nothing survives
-the process.
+One instance is shared by all who would share a Redis; `close` therefore keeps it usable. To
+distinguish several processes (two learners, a consumer that dies), give each a `view()` of its own.
+It lives on one event loop and holds everything in memory, so nothing survives the process.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class _Store:
 
 
 class MemoryBus:
-    """`Bus` in memory.
+    """`Bus` in memory. One class because `Bus` is one protocol over one store.
 
     Args:
         consumers: the groups that consume each stream in this run.
@@ -124,10 +123,10 @@ class MemoryBus:
 
     def __init__(self, consumers: Consumers, limits: BusLimits | None = None) -> None:
         wiring = Wiring(consumers)
-        logs = {
-            stream: _Log(groups={g: _Group() for g in wiring.groups.get(stream, ())})
-            for stream in Stream
-        }
+        logs = {}
+        for stream in Stream:
+            groups = {group: _Group() for group in wiring.groups.get(stream, ())}
+            logs[stream] = _Log(groups=groups)
         self._limits = limits or BusLimits()
         self._store = _Store(wiring, logs)
         self._name = ""
@@ -255,7 +254,7 @@ class MemoryBus:
             del log.entries[entry_id]
 
     def _book(self, event: LedgerEvent) -> bool:
-        """Book a transition; tells whether it belongs into the journal."""
+        """Book a transition; returns whether it belongs into the journal."""
         number = parse_group_number(event.group_id)
         if number is None:
             return True
@@ -298,7 +297,9 @@ class MemoryBus:
     ) -> list[Delivery]:
         self._store.wiring.check_group(stream, group)
         self._check_role()
-        log, now, floor = self._store.logs[stream], time.monotonic(), parse_entry_id(after_id)
+        log = self._store.logs[stream]
+        now = time.monotonic()
+        floor = parse_entry_id(after_id)
         deliveries: list[Delivery] = []
         for entry_id, claim in log.groups[group].pending.items():
             if len(deliveries) == max_count:
@@ -444,10 +445,10 @@ class MemoryBus:
         return True
 
     async def memory(self) -> BusMemory:
-        sizes = (
-            len(payload) for log in self._store.logs.values() for payload in log.entries.values()
-        )
-        return BusMemory(used_bytes=sum(sizes), max_bytes=0)
+        num_bytes = 0
+        for log in self._store.logs.values():
+            num_bytes += sum(len(payload) for payload in log.entries.values())
+        return BusMemory(used_bytes=num_bytes, max_bytes=0)
 
     async def save_state(self, name: str, value: bytes) -> None:
         await self.commit({}, state={name: value})

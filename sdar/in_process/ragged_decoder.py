@@ -1,5 +1,4 @@
-"""Owns the forward pass of a Qwen2 decoder over sequences of different lengths that share one
-key-value cache.
+"""The forward pass of a Qwen2 decoder over sequences of different lengths in one key-value cache.
 
 Written for models so small that the calls into torch cost more than the arithmetic: projections are
 fused, prompts are packed without padding, and nothing is copied between two tokens. It never
@@ -11,6 +10,7 @@ layers, K key-value heads, Q query heads, D head dimension, H hidden, V vocabula
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ class RaggedDecoder:
         rows = torch.repeat_interleave(torch.arange(len(token_ids)), counts)
         ends = counts.cumsum(0)
         offsets = torch.arange(int(ends[-1])) - (ends - counts)[rows]
-        flat = torch.tensor([token for ids in token_ids for token in ids])
+        flat = torch.tensor(list(itertools.chain.from_iterable(token_ids)))
         hidden = self._forward(flat, rows, offsets + torch.tensor(starts)[rows], offsets, cache)
         return hidden[ends - 1]
 
@@ -196,10 +196,12 @@ def _fuse(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     has_bias = attention.q_proj.bias is not None
+    weights = [projection.weight for projection in projections]
+    biases = [projection.bias for projection in projections]
     return _Layer(
         input_norm=layer.input_layernorm.weight.clone(),
-        qkv=torch.cat([projection.weight for projection in projections]),
-        qkv_bias=torch.cat([projection.bias for projection in projections]) if has_bias else None,
+        qkv=torch.cat(weights),
+        qkv_bias=torch.cat(biases) if has_bias else None,
         output=attention.o_proj.weight.clone(),
         mlp_norm=layer.post_attention_layernorm.weight.clone(),
         gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),

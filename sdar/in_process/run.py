@@ -1,5 +1,6 @@
-"""Owns a run inside one process: every service's own main loop on the in-memory bus, without wire,
-Redis or vLLM.
+"""A whole run in one process: every service's main loop on the in-memory bus.
+
+There is no wire, no Redis and no vLLM.
 
 For experiments over many seeds and for tests. What differs from `sdar run` is chosen here: the bus,
 the sampler (`TransformersEngine`), environments without gRPC. Scheduling, episodes, scores, updates
@@ -37,10 +38,10 @@ from sdar.process.lifecycle import run_until_stopped, wait_or_stop
 from sdar.process.settings import Settings
 from sdar.process.telemetry import Health
 from sdar.weights.store import WeightStore
-from services.gateway.app import describe_run
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import RunPhase
+from services.gateway.status import describe_run
 from services.gateway.watch import Watch
 from services.learner.checkpoint import CheckpointStore
 from services.learner.progress import Progress
@@ -56,7 +57,7 @@ from services.teacher.worker import TeacherWorker
 
 Main = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 OnUpdates = Callable[[int], None]
-"""Told the number of updates done, now and then."""
+"""Called now and then with the number of updates done."""
 
 _LOOK_EVERY_S = 0.25
 
@@ -87,7 +88,7 @@ def run_in_process(config: RunConfig, on_updates: OnUpdates = lambda num_updates
 async def play_run(
     config: RunConfig, directory: Path, on_updates: OnUpdates = lambda num_updates: None
 ) -> Outcome:
-    """As `run_in_process`, on the running event loop, with weights and checkpoints in `directory`."""
+    """Like `run_in_process`, on the running event loop; weights and checkpoints in `directory`."""
     if config.training.num_ranks > 1:
         raise ConfigurationError(
             "training.num_ranks is over 1; a run in one process has one rank. Set it to 1."
@@ -120,7 +121,7 @@ async def play_run(
         raise UnavailableError(f"Run {config.name} gave up: {scheduler.detail}")
     if scheduler.state.phase is not RunPhase.FINISHED:
         raise UnavailableError(
-            f"Run {config.name} was stopped after {scheduler.num_updates} of "
+            f"Run {config.name} was stopped after {scheduler.policy.num_updates} of "
             f"{config.training.num_updates} updates. A run in "
             "one process cannot be resumed; start it again."
         )
@@ -219,11 +220,11 @@ def _build_learner(
 
 
 def _watch(scheduler: Scheduler, on_updates: OnUpdates) -> Main:
-    """Tell of progress, and stop everything once the run is over."""
+    """Report progress, and stop everything once the run is over."""
 
     async def watch(stopping: asyncio.Event) -> None:
         while not await wait_or_stop(stopping, _LOOK_EVERY_S):
-            on_updates(scheduler.num_updates)
+            on_updates(scheduler.policy.num_updates)
             if scheduler.state.phase in (RunPhase.FINISHED, RunPhase.FAILED):
                 stopping.set()
 

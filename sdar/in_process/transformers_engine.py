@@ -1,5 +1,4 @@
-"""Owns sampling without vLLM: one process, one thread, for models of at most a few million
-parameters.
+"""Samples without vLLM, in this process and one thread, for models of a few million parameters.
 
 Requests that wait at the same time are sampled together, as one wave, and a wave holds the event
 loop until it is done: that is what makes 128 episodes of a tiny model cost half a second. Weights
@@ -86,7 +85,9 @@ class TransformersEngine:
         self._arrived = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._num_tokens: Counter[str] = Counter()
-        self._num_updates, self._staging_s, self._pause_s = 0, 0.0, 0.0
+        self._num_updates = 0
+        self._staging_s = 0.0
+        self._pause_s = 0.0
         self._version = 0
 
     @property

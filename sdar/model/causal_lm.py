@@ -1,6 +1,4 @@
-"""Owns loading a causal language model and putting a published policy version into it. Never
-trains, never publishes.
-"""
+"""Loads a causal language model, and puts the weights of a policy version into it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the chat template: rendering fresh prompts, the tokens between a response and the next
-prompt, and template identity.
+"""The chat template: fresh prompts, the tokens between a response and the next prompt, identity.
 
 A multi-turn prompt is extended token by token, never rendered and tokenised anew: what the policy
 sampled is trained on.
@@ -64,7 +63,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def template_hash(self) -> str:
-        """Identity of the chat template: scores made under different templates are not comparable."""
+        """Identity of the chat template: scores under different templates cannot be compared."""
         return hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
 
     def check_size(self, messages: Sequence[ChatMessage], max_tokens: int) -> None:
@@ -147,9 +146,10 @@ def place_skills(messages: Sequence[ChatMessage], skill_text: str) -> tuple[Chat
 
     ::
 
-        <|im_start|>user\\n{skill_text} {content}<|im_end|>\\n          skills of one line: one space between
-        <|im_start|>user\\n{skill_text}\\n\\n{content}<|im_end|>\\n     longer ones: an empty line between
+        <|im_start|>user\\n{skill_text} {content}<|im_end|>\\n
+        <|im_start|>user\\n{skill_text}\\n\\n{content}<|im_end|>\\n
 
+    Skills of one line (above) are parted from the content by a space, longer ones by an empty line.
     Empty `skill_text` changes nothing: no header, no separator.
 
     Raises:

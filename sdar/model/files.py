@@ -1,6 +1,4 @@
-"""Owns the look at a model directory before anything is started on it. Reads headers, loads no
-weights and no torch.
-"""
+"""Checks a model directory before anything is started on it, without loading weights or torch."""
 
 from __future__ import annotations
 
@@ -17,12 +15,15 @@ def check_model_files(model_path: Path, *, with_weights: bool = True) -> None:
     no model at all.
 
     Args:
-        with_weights: false leaves the weights out, for who needs only the tokenizer.
+        with_weights: false does not check weights, for services that read only the tokenizer.
 
     Raises:
         ConfigurationError: names the file.
     """
-    hint = "Point model.path at a complete Hugging Face model directory, or make a tiny one with `sdar model create`."
+    hint = (
+        "Point model.path at a complete Hugging Face model directory, or make a tiny one with "
+        "`sdar model create`."
+    )
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         try:
             json.loads((model_path / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Owns the count of the GPUs that torch finds."""
+"""Counts the GPUs that torch finds."""
 
 from __future__ import annotations
 

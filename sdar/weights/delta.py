@@ -1,5 +1,4 @@
-"""Owns the difference between two versions of one tensor: where its elements changed, and what is
-there now.
+"""The difference between two versions of one tensor: which elements changed, and to what.
 
 Elements are compared and stored as bits, so that NaN, -0.0 and every other value come back exactly.
 Only types of 16 bits are worth it: at a reinforcement learner's step sizes most weights round to
@@ -54,8 +53,10 @@ def encode_delta(base: Tensor, tensor: Tensor) -> Delta | None:
 
     Both are on the CPU, contiguous, of one type with 16 bits and of one shape.
     """
-    before, after = _bits(base), _bits(tensor)
-    most_bytes, last = tensor.nbytes // 2, -1
+    before = _bits(base)
+    after = _bits(tensor)
+    most_bytes = tensor.nbytes // 2
+    last = -1
     if np.count_nonzero(before != after) * (after.itemsize + 1) > most_bytes:
         return None
     codes: dict[type[np.uint8 | np.uint16], list[npt.NDArray[Any]]] = {np.uint8: [], np.uint16: []}
@@ -97,13 +98,17 @@ def apply_delta(base: Tensor, delta: Delta) -> Tensor:
             f"{base.dtype}."
         )
     tensor = base.clone(memory_format=torch.contiguous_format)
-    bits, values, codes = _bits(tensor), _bits(delta.values), delta.gaps.reshape(-1).numpy()
-    num_changed, last = 0, -1
+    bits = _bits(tensor)
+    values = _bits(delta.values)
+    codes = delta.gaps.reshape(-1).numpy()
+    num_changed = 0
+    last = -1
     for start in range(0, len(codes), _BLOCK):
         block = codes[start : start + _BLOCK]
         is_change = block != np.iinfo(codes.dtype).max
         reached = np.cumsum(block + is_change.astype(np.int64)) + last
-        changed, last = reached[is_change], int(reached[-1])
+        changed = reached[is_change]
+        last = int(reached[-1])
         if last >= len(bits) or num_changed + len(changed) > len(values):
             break
         bits[changed] = values[num_changed : num_changed + len(changed)]
@@ -121,9 +126,8 @@ def _encode_gaps(
 ) -> npt.NDArray[Any]:
     limit = np.iinfo(width).max
     num_passes = gaps // limit
-    last = (
-        np.cumsum(num_passes + 1) - 1
-    )  # each change's own code comes after those that only pass over
+    # Each change's own code comes after those that only pass over.
+    last = np.cumsum(num_passes + 1) - 1
     codes = np.full(last[-1] + 1 if len(last) else 0, limit, dtype=width)
     codes[last] = gaps % limit
     return codes

@@ -1,5 +1,4 @@
-"""Owns bytes under names, in a directory or in an S3 bucket: durable once `create` has returned,
-and never outside the root.
+"""Bytes under names, in a directory or in an S3 bucket: durable, and never outside the root.
 
 It knows nothing of what the bytes mean. All calls block.
 """
@@ -45,8 +44,8 @@ class ObjectStore(Protocol):
         """
 
     def create(self, path: str, content: bytes) -> bool:
-        """As `put`, but only if there is none, and durable; tells whether there was none. Of
-        several callers one succeeds.
+        """As `put`, but only if there is none, and durable; returns whether there was none.
+        Of several callers one succeeds.
         """
 
     def get(self, path: str) -> bytes:

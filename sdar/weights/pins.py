@@ -1,6 +1,4 @@
-"""Owns which policy versions a reader of weights declares in use, so that none is deleted under it.
-Never reads weights.
-"""
+"""Which policy versions a reader of weights declares in use, so that none is deleted under it."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ class PinnedVersions:
     """
 
     def __init__(self, bus: Bus, reader: str, ttl_s: float = PIN_TTL_S) -> None:
-        self._bus, self._reader, self._ttl_s = bus, reader, ttl_s
+        self._bus = bus
+        self._reader = reader
+        self._ttl_s = ttl_s
         self._versions: frozenset[int] = frozenset()
         self._turnstile = asyncio.Lock()
 
@@ -61,7 +61,7 @@ class PinnedVersions:
         await self._declare(frozenset({version}))
 
     async def keep(self, stopping: asyncio.Event) -> None:
-        """Renew the declaration until told to stop."""
+        """Renew the declaration until stopped."""
         while not await wait_or_stop(stopping, self._ttl_s / 4):
             if self._versions and not await self._declare(self._versions):
                 log.warning("versions_retired_in_use", policy_versions=sorted(self._versions))

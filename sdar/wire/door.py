@@ -1,6 +1,4 @@
-"""Owns the decision over each call of one server: whose it is, whether its role suffices, how many
-a client may make.
-"""
+"""Decides over each call to a server: who makes it, with which role, and how many a second."""
 
 from __future__ import annotations
 
@@ -96,9 +94,9 @@ class Door:
         if needed is None:
             return bearer, None
         if token is None:
-            told = "has one that is not accepted" if authorizations else "has none"
+            found = "has one that is not accepted" if authorizations else "has none"
             return bearer, UnauthenticatedError(
-                f"This server asks for a token and the call {told}. Send `authorization: Bearer "
+                f"This server asks for a token and the call {found}. Send `authorization: Bearer "
                 "TOKEN`; commands and "
                 "services of sdar take it from SDAR_TOKEN."
             )

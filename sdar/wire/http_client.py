@@ -1,5 +1,4 @@
-"""Owns how our own HTTP servers are called: by their certificate, with this process's token, past
-every proxy.
+"""An HTTP client for our own servers: with their certificate and our token, and without proxies.
 
 with open_http("host:port", security) as http: http.get("/v1/run")
 """

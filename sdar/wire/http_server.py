@@ -1,11 +1,11 @@
-"""Owns how HTTP is served: a server beside other parts of a process, and the guard before its
-application.
+"""An HTTP server inside a service's process, and the guard that checks each request first.
 
-listener = bind_http(host, port); server = build_http_server(app, host, security); await
-server.serve([listener])
+    listener = bind_http(host, port)
+    server = build_http_server(app, host, security)
+    await server.serve([listener])
 
-It knows no route: the guard asks GET and HEAD for the role read, everything else for operate,
-except where it is told.
+It knows no route. The guard asks GET and HEAD for the role read and all other methods for operate,
+except for the paths that its caller names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ holds one for 30 s.
 """
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 """Open to whoever reaches the port: the page without its data, and what probes and Prometheus ask.
-None tells a text.
+None shows a text of an episode.
 """
 _READ_METHODS = frozenset({"GET", "HEAD"})
 _HEADERS = {
@@ -204,13 +204,13 @@ class Guard:
             )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        told = next(
+        announced = next(
             (value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0"
         )
         body = bytearray()
         async with asyncio.timeout(self._body_timeout_s):
             while True:
-                if max(len(body), int(told)) > self._max_body_bytes:
+                if max(len(body), int(announced)) > self._max_body_bytes:
                     raise TooLargeError(
                         f"A body of more than {self._max_body_bytes} bytes. Send less in one "
                         "request."
@@ -249,7 +249,7 @@ def _with_headers(send: Send) -> Send:
 
 
 def build_error_response(error: SdarError, status: int | None = None) -> JSONResponse:
-    """How every HTTP server of ours tells an error."""
+    """The answer of every HTTP server of ours to a call that fails."""
     status = int(error.http_status if status is None else status)
     PROCESS.count(ERROR_ANSWERS, protocol="http", reason=error.reason)
     headers = {}

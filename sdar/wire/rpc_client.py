@@ -1,5 +1,4 @@
-"""Owns how gRPC servers are called: channels with deadlines and retries that show this process's
-token.
+"""Calls to gRPC servers: channels with this process's token, deadlines and retries.
 
     channel = connect("host:port")
     response = await call(PolicyServiceStub(channel).Generate, request, timeout_s=30)
@@ -80,8 +79,8 @@ def connect(
         address: `host:port`, or any target gRPC resolves (`dns:///envs:9093`).
         security: what the server is verified against and shown. Certificates are read now, the
             token at each call.
-        host: the name that `address` was looked up from, by whoever calls this: what its
-            certificate has to show.
+        host: the name that the caller looked up to get `address`; the server's certificate has to
+            show it.
     """
     balancing: dict[str, Any] = (
         {"pick_first": {"shuffleAddressList": True}} if is_sticky else {"round_robin": {}}
@@ -99,8 +98,7 @@ def connect(
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        # How long one attempt to connect may take: an address behind which nobody is answers
-        # nothing.
+        # How long one attempt to connect may take: an address without a machine never answers.
         ("grpc.min_reconnect_backoff_ms", 5_000),
     ]
     if host:

@@ -1,6 +1,4 @@
-"""Owns errors on gRPC's wire: an SdarError becomes a status with typed details, and at the caller
-the same class again.
-"""
+"""Carries errors over gRPC: the caller gets the class of SdarError that the server raised."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def _walk(kind: type[SdarError]) -> Iterator[type[SdarError]]:
 
 
 def _error_kinds() -> dict[str, type[SdarError]]:
-    """Errors by the name they have on the wire; read at each use, for a service may define its own."""
+    """Errors by their name on the wire; listed at each use, since a service may define its own."""
     return {kind("").reason: kind for kind in _walk(SdarError)}
 
 
@@ -123,12 +121,13 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
     if detail is not None:
         kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
         # Not through kwargs: a peer may name a field "message".
-        told = kind(detail.message or f"Call{at} failed with {code.name}.")
-        if peer and isinstance(told, UnauthenticatedError | ForbiddenError):
-            # A door does not know by which name it was found; whoever mends the token must.
-            told = kind(f"Refused by {peer}: {told.message}")
-        told.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
-        return told
+        raised = kind(detail.message or f"Call{at} failed with {code.name}.")
+        if peer and isinstance(raised, UnauthenticatedError | ForbiddenError):
+            # The server does not know the name that it was called by, but whoever mends the token
+            # needs it.
+            raised = kind(f"Refused by {peer}: {raised.message}")
+        raised.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
+        return raised
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return InvalidInputError(
             f"Message{at} over the size limit: {text}. Send less in one call.",
@@ -144,10 +143,14 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
 
 
 _REMEDIES = {
-    grpc.StatusCode.UNAVAILABLE: " Check that the server runs, that the address is right, and that both sides speak TLS with "
-    "certificates the other accepts, or neither does (SDAR_TLS_CERT, SDAR_TLS_CA).",
+    grpc.StatusCode.UNAVAILABLE: (
+        " Check that the server runs, that the address is right, and that both sides speak TLS "
+        "with certificates the other accepts, or neither does (SDAR_TLS_CERT, SDAR_TLS_CA)."
+    ),
     grpc.StatusCode.DEADLINE_EXCEEDED: " Check the server's load, or allow more time.",
-    grpc.StatusCode.UNIMPLEMENTED: " Check that the address belongs to this service and that both sides have one version.",
+    grpc.StatusCode.UNIMPLEMENTED: (
+        " Check that the address belongs to this service and that both sides have one version."
+    ),
 }
 
 
@@ -186,7 +189,10 @@ async def abort_unimplemented(context: _Context, method: str) -> NoReturn:
 async def abort_unexpected(context: _Context, method: str, correlation_id: str) -> NoReturn:
     PROCESS.count(ERROR_ANSWERS, protocol="grpc", reason="INTERNAL")
     code = grpc.StatusCode.INTERNAL
-    message = f"{method} failed on an unexpected error. Look for correlation id {correlation_id} in the server's log."
+    message = (
+        f"{method} failed on an unexpected error. Look for correlation id {correlation_id} in the "
+        "server's log."
+    )
     await context.abort(
         code, message, _trailers(code, "INTERNAL", message, {"correlation_id": correlation_id})
     )

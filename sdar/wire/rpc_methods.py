@@ -1,12 +1,12 @@
-"""Owns what both ends read of the wire contract's methods: the role each needs, which may be
-repeated, how much a call carries.
-"""
+"""Facts of the wire contract's methods: the role each needs, which may be repeated, sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
@@ -19,15 +19,19 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_CONCURRENT_CALLS = 16_384
 """Calls a server holds at once; further ones are refused."""
 
-_SERVICES = [
-    service
-    for file in (environment_pb2, gateway_pb2, policy_pb2, teacher_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-]
+_FILES = (environment_pb2, gateway_pb2, policy_pb2, teacher_pb2)
+
+
+def _list_methods() -> Iterator[MethodDescriptor]:
+    """All methods of the wire contract."""
+    for file in _FILES:
+        for service in file.DESCRIPTOR.services_by_name.values():
+            yield from service.methods
+
+
 _READ_METHODS = {
-    f"/{service.full_name}/{method.name}"
-    for service in _SERVICES
-    for method in service.methods
+    f"/{method.containing_service.full_name}/{method.name}"
+    for method in _list_methods()
     if method.GetOptions().idempotency_level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
 }
 _OPEN_PREFIX = f"/{health.SERVICE_NAME}/"
@@ -50,9 +54,8 @@ def find_needed_role(method: str) -> Role | None:
 def build_method_configs() -> list[dict[str, Any]]:
     """Retry policy for each method that the contract declares safe to repeat."""
     safe = [
-        {"service": service.full_name, "method": method.name}
-        for service in _SERVICES
-        for method in service.methods
+        {"service": method.containing_service.full_name, "method": method.name}
+        for method in _list_methods()
         if method.GetOptions().idempotency_level != descriptor_pb2.MethodOptions.IDEMPOTENCY_UNKNOWN
     ]
     policy = {

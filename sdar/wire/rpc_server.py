@@ -1,8 +1,11 @@
-"""Owns how gRPC is served: health, reflection, the door before each call, and errors that keep
-their type.
+"""A gRPC server with health, reflection, a check of every call's token, and typed errors.
 
-    server = build_server(host, port, [RpcService("sdar.v1.PolicyService", add_PolicyServiceServicer_to_server, it)])
-    await server.start(); await server.set_ready(True); ...; await server.stop(grace_s)
+    service = RpcService("sdar.v1.PolicyService", add_PolicyServiceServicer_to_server, servicer)
+    server = build_server(host, port, [service])
+    await server.start()
+    await server.set_ready(True)
+    ...
+    await server.stop(grace_s)
 
 A handler raises SdarError. What it raises by mistake becomes INTERNAL with a correlation id that is
 in the server's log, and nothing of its text. The server asks each call for a token before it looks
@@ -50,11 +53,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        answer, parse, method = (
-            handler.unary_unary,
-            handler.request_deserializer,
-            handler_call_details.method,
-        )
+        answer = handler.unary_unary
+        parse = handler.request_deserializer
+        method = handler_call_details.method
 
         async def guarded(data: bytes, context: Any) -> Any:
             try:
@@ -114,7 +115,9 @@ class RpcServer:
         self, server: grpc.aio.Server, port: int, names: Sequence[str], health_servicer: Any
     ) -> None:
         self.port = port
-        self._server, self._names, self._health = server, names, health_servicer
+        self._server = server
+        self._names = names
+        self._health = health_servicer
 
     async def start(self) -> None:
         """Answer calls; health says NOT_SERVING until `set_ready`."""
@@ -202,7 +205,7 @@ class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
 
 def _address_of(peer: str) -> str:
-    """`127.0.0.1` of `ipv4:127.0.0.1:51234`, without the port: that is another for each connection."""
+    """`127.0.0.1` of `ipv4:127.0.0.1:51234`: without the port, which differs by connection."""
     kind, _, address = urllib.parse.unquote(peer).partition(":")
     return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
 

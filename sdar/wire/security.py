@@ -1,5 +1,6 @@
-"""Owns what a process's servers ask of callers, what its clients show, and what a bind beyond
-loopback demands.
+"""What a process's servers ask of callers, and what its clients show: tokens and certificates.
+
+It refuses a bind beyond loopback without tokens.
 """
 
 from __future__ import annotations

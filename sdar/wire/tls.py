@@ -1,6 +1,4 @@
-"""Owns the certificates of a process: read, checked, and made into contexts for HTTP servers and
-clients.
-"""
+"""Reads and checks a process's certificates, and makes TLS contexts of them."""
 
 from __future__ import annotations
 
@@ -43,12 +41,10 @@ class Tls:
         authority: Path | None,
         client_auth: Literal["none", "grpc", "all"] = "none",
     ) -> None:
-        self._chain, self._key, self._authority, self.client_auth = (
-            chain,
-            key,
-            authority,
-            client_auth,
-        )
+        self._chain = chain
+        self._key = key
+        self._authority = authority
+        self.client_auth = client_auth
         if (chain is None) != (key is None):
             raise ConfigurationError(
                 "SDAR_TLS_CERT and SDAR_TLS_KEY belong together. Set both or neither."

@@ -1,4 +1,4 @@
-"""Owns bearer tokens and their roles. It never shows a token, in no error, log or repr."""
+"""Bearer tokens and their roles. No error, log or repr shows a token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Token:
 
     @functools.cached_property
     def client(self) -> str:
-        """A name for its bearer that tells nothing of the token."""
+        """A name for its bearer, from which the token cannot be derived."""
         return f"token-{self.digest.hex()[:_CLIENT_NAME_DIGITS]}"
 
 
@@ -49,7 +49,8 @@ def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
     begin with # left out.
 
     Raises:
-        ConfigurationError: a line that is none; its number is told, never its text.
+        ConfigurationError: a line without a role or a good token; its number is named, and
+            never its text.
     """
     tokens: list[Token] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -93,10 +94,12 @@ def find_token(
     presented: str,
     compare: Callable[[bytes, bytes], bool] = hmac.compare_digest,
 ) -> Token | None:
-    """The accepted token that was presented, in a time that tells nothing: every one is compared,
-    as digests of one length.
+    """The accepted token that was presented, or None.
+
+    The time it takes reveals nothing: the digest is compared with that of every accepted token.
     """
-    digest, found = hashlib.sha256(presented.encode(errors="replace")).digest(), None
+    digest = hashlib.sha256(presented.encode(errors="replace")).digest()
+    found = None
     for token in tokens:
         if compare(token.digest, digest):
             found = token

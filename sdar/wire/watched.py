@@ -1,6 +1,4 @@
-"""Owns files that may change while a process runs: certificates and tokens, read again at their
-next use.
-"""
+"""Files that may change while a process runs (certificates, tokens), read again when next used."""
 
 from __future__ import annotations
 

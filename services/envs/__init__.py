@@ -1,3 +1,1 @@
-"""Owns the environment service: the Environment base, its sessions, its gRPC server, and the
-environments shipped.
-"""
+"""The environments that come with sdar, and the service that serves a run's environment."""

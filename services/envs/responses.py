@@ -1,4 +1,4 @@
-"""Owns how tags in an agent's raw text are read. Linear in the text, whatever the text is."""
+"""Reads tags in an agent's raw text, in time linear in the text's length."""
 
 from __future__ import annotations
 

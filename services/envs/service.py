@@ -1,6 +1,4 @@
-"""Owns the environment service of a run: the server of `sdar.environments` over the run's own
-environment.
-"""
+"""The environment service of a run: the server of `sdar.environments` for the run's environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The alarms: what is wrong with a run, as early as it can be known. Pure; a person acts on them."""
+"""The alarms: what is wrong with a run, as early as it can be known. Pure; a person acts on it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns how records of the wire are told as plain JSON. Texts in them are data: whoever shows them
-escapes them.
-"""
+"""Records of the wire as plain JSON. Texts in them are data: whoever shows them escapes them."""
 
 from __future__ import annotations
 
@@ -16,50 +14,41 @@ from sdar.bus.protocol import DeadLetter
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import Stream
-from sdar.contracts.types import ScoredTrajectory
+from sdar.contracts.types import ScoredTrajectory, Turn
+
+_DESCRIBED = (
+    "run_id",
+    "group_id",
+    "trajectory_id",
+    "attempt",
+    "episode_index",
+    "is_success",
+    "duration_s",
+)
+_DESCRIBED_OF_TEACHER = (
+    "teacher_version",
+    "skill_ids",
+    "num_specific_skills",
+    "skill_library_hash",
+    "template_hash",
+    "retrieval",
+    "scorer",
+)
 
 
 def describe_trajectory(
     scored: ScoredTrajectory, tokenizer: Tokenizer | None = None
 ) -> dict[str, Any]:
     """A trajectory with its score; with a tokenizer its tokens as text too."""
-    trajectory, score = scored.trajectory, scored.score
+    trajectory = scored.trajectory
+    score = scored.score
     turns = []
     for turn in trajectory.turns:
-        shown = {
-            "turn_index": turn.turn_index,
-            "messages": [dataclasses.asdict(message) for message in turn.messages],
-            "response_text": turn.response_text,
-            "action": turn.action,
-            "is_action_valid": turn.is_action_valid,
-            "reward": turn.reward,
-            "reward_components": turn.reward_components,
-            "stop_reason": str(turn.stop_reason),
-            "num_prompt_tokens": len(turn.prompt_token_ids),
-            "response_token_ids": turn.response_token_ids.tolist(),
-            "behavior_logprobs": turn.behavior_logprobs.tolist(),
-            "policy_versions": turn.policy_versions.tolist(),
-        }
-        if tokenizer is not None:
-            ids = turn.response_token_ids.tolist()
-            shown["response_tokens"] = [
-                tokenizer.decode([token], skip_special_tokens=False) for token in ids
-            ]
+        described_turn = _describe_turn(turn, tokenizer)
         if score is not None:
-            shown["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
-        turns.append(shown)
-    described = {
-        name: getattr(trajectory, name)
-        for name in (
-            "run_id",
-            "group_id",
-            "trajectory_id",
-            "attempt",
-            "episode_index",
-            "is_success",
-            "duration_s",
-        )
-    }
+            described_turn["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
+        turns.append(described_turn)
+    described = {name: getattr(trajectory, name) for name in _DESCRIBED}
     described |= {
         "task": dataclasses.asdict(trajectory.task),
         "environment": dataclasses.asdict(trajectory.environment),
@@ -70,16 +59,31 @@ def describe_trajectory(
         "turns": turns,
     }
     if score is not None:
-        described["teacher"] = {
-            "teacher_version": score.teacher_version,
-            "skill_ids": score.skill_ids,
-            "num_specific_skills": score.num_specific_skills,
-            "skill_library_hash": score.skill_library_hash,
-            "template_hash": score.template_hash,
-            "retrieval": score.retrieval,
-            "scorer": score.scorer,
-        }
+        described["teacher"] = {name: getattr(score, name) for name in _DESCRIBED_OF_TEACHER}
     return dict(replace_non_finite(described))
+
+
+def _describe_turn(turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    response_ids = turn.response_token_ids.tolist()
+    described = {
+        "turn_index": turn.turn_index,
+        "messages": [dataclasses.asdict(message) for message in turn.messages],
+        "response_text": turn.response_text,
+        "action": turn.action,
+        "is_action_valid": turn.is_action_valid,
+        "reward": turn.reward,
+        "reward_components": turn.reward_components,
+        "stop_reason": str(turn.stop_reason),
+        "num_prompt_tokens": len(turn.prompt_token_ids),
+        "response_token_ids": response_ids,
+        "behavior_logprobs": turn.behavior_logprobs.tolist(),
+        "policy_versions": turn.policy_versions.tolist(),
+    }
+    if tokenizer is not None:
+        described["response_tokens"] = [
+            tokenizer.decode([token], skip_special_tokens=False) for token in response_ids
+        ]
+    return described
 
 
 def describe_letter(letter: DeadLetter) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""Owns the registry of environments: names, addresses, descriptions and task lists, asked of their
-servers over gRPC.
-"""
+"""What environments offer: their descriptions and task lists, asked of their servers over gRPC."""
 
 from __future__ import annotations
 
 import random
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from sdar.contracts import codec
 from sdar.contracts.errors import ConfigurationError, InvalidInputError, UnknownResourceError
@@ -17,8 +15,8 @@ from sdar.wire.rpc_client import call, connect
 from sdar.wire.security import OPEN, Security
 
 ADDRESS_PATTERN = r"^[A-Za-z0-9._-]+:[0-9]{1,5}$"
-"""HOST:PORT and nothing else gRPC could take for a target: whoever registers an environment must
-not choose a local socket.
+"""HOST:PORT, and nothing else that gRPC takes for a target: who registers an environment must not
+be able to choose a local socket.
 """
 MAX_NAME_CHARACTERS = 128
 
@@ -28,6 +26,8 @@ _DEADLINE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class RegisteredEnvironment:
+    """An environment as its server describes it. `splits` has the number of tasks of each."""
+
     name: str
     address: str
     version: str
@@ -53,18 +53,16 @@ class GrpcEnvironmentCatalog:
         self._security = security
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
-        """Raises UnavailableError if nobody answers there, UnknownResourceError if that name isn't
-        served there.
+        """What the server at `address` says of environment `name`.
+
+        Raises:
+            UnavailableError: nobody answers there. UnknownResourceError: that name isn't served.
         """
+        request = environment_pb2.DescribeRequest(environment=name)
+        peer = f"environment {name} at {address}"
         async with connect(address, self._security) as channel:
-            stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
-            request = environment_pb2.DescribeRequest(environment=name)
-            answer = await call(
-                stub.Describe,
-                request,
-                timeout_s=_DEADLINE_S,
-                peer=f"environment {name} at {address}",
-            )
+            stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            answer = await call(stub.Describe, request, timeout_s=_DEADLINE_S, peer=peer)
         found = next((item for item in answer.environments if item.name == name), None)
         if found is None:
             raise UnknownResourceError(
@@ -80,23 +78,19 @@ class GrpcEnvironmentCatalog:
     ) -> list[Task]:
         """All tasks of a split in the server's fixed order, or its first `max_tasks`."""
         tasks: list[Task] = []
-        token = ""
+        peer = f"environment {name} at {address}"
+        request = environment_pb2.ListTasksRequest(
+            environment=name, split=split, page_size=_PAGE_SIZE
+        )
         async with connect(address, self._security) as channel:
-            stub: Any = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
             while True:
-                request = environment_pb2.ListTasksRequest(
-                    environment=name, split=split, page_size=_PAGE_SIZE, page_token=token
-                )
-                page = await call(
-                    stub.ListTasks,
-                    request,
-                    timeout_s=_DEADLINE_S,
-                    peer=f"environment {name} at {address}",
-                )
+                page = await call(stub.ListTasks, request, timeout_s=_DEADLINE_S, peer=peer)
                 tasks.extend(codec.task_from_proto(task) for task in page.tasks)
-                token = page.next_page_token
-                if not token or (max_tasks is not None and len(tasks) >= max_tasks):
+                is_enough = max_tasks is not None and len(tasks) >= max_tasks
+                if is_enough or not page.next_page_token:
                     return tasks[:max_tasks]
+                request.page_token = page.next_page_token
 
 
 def check_registration(name: str, address: str) -> None:
@@ -104,8 +98,7 @@ def check_registration(name: str, address: str) -> None:
     if not 0 < len(name) <= MAX_NAME_CHARACTERS or not re.fullmatch(ADDRESS_PATTERN, address):
         raise InvalidInputError(
             f"Cannot register environment {name!r} at {address!r}: a name of 1 to "
-            f"{MAX_NAME_CHARACTERS} characters and "
-            "HOST:PORT are needed."
+            f"{MAX_NAME_CHARACTERS} characters and HOST:PORT are needed."
         )
 
 

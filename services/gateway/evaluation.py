@@ -1,10 +1,12 @@
-"""Owns evaluations: fixed held-out tasks, pinned to one policy version, counts pooled over tasks,
-Wilson intervals. Pure.
+"""Evaluations on fixed held-out tasks: counts pooled over tasks, with their intervals. Pure.
+
+Each evaluation is pinned to one policy version.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sdar.contracts.types import Trajectory
@@ -96,16 +98,14 @@ class Evaluation:
         """The task index that ends the id of one of this evaluation's groups; None for any other
         text.
         """
-        is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_INDEX_DIGITS
-        index = int(text) if is_number else self.num_tasks
-        return (
-            index if index < self.num_tasks and self.group_id(index).endswith(f"-{text}") else None
-        )
+        if not (text.isascii() and text.isdigit() and len(text) <= _MAX_INDEX_DIGITS):
+            return None
+        index = int(text)
+        is_own = index < self.num_tasks and self.group_id(index).endswith(f"-{text}")
+        return index if is_own else None
 
     def add(self, task_index: int, trajectory: Trajectory) -> bool:
-        """Count one episode; a second result for the same task is ignored. Tells whether it
-        counted.
-        """
+        """Count one episode; False, and nothing changed, if its task has a result already."""
         if task_index not in self.pending:
             return False
         self._count(task_index, trajectory.task.task_type, trajectory.is_success)
@@ -124,7 +124,7 @@ class Evaluation:
         return True
 
     def reopen(self, task_index: int, task_type: str) -> bool:
-        """Wait again for an episode that could not be played; tells whether it is waited for now."""
+        """Wait again for an episode that could not be played; returns whether one is awaited."""
         if task_index in self.failed:
             self.failed.remove(task_index)
             self.successes[task_type][1] -= 1
@@ -174,3 +174,16 @@ class Evaluation:
         counts = self.successes.setdefault(task_type, [0, 0])
         counts[0] += is_success
         counts[1] += 1
+
+
+def find_evaluation(
+    evaluations: Sequence[Evaluation], group_id: str
+) -> tuple[Evaluation | None, int]:
+    """The evaluation to which a group belongs, and the index of its task; (None, -1) if to none."""
+    evaluation_id, _, text = group_id.rpartition("-")
+    for evaluation in evaluations:
+        if evaluation.evaluation_id == evaluation_id:
+            index = evaluation.find_index(text)
+            if index is not None:
+                return evaluation, index
+    return None, -1

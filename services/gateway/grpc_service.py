@@ -1,10 +1,9 @@
-"""Owns GatewayService over gRPC: the same registry and status as the HTTP API, for programs that
-already speak gRPC.
+"""GatewayService over gRPC: the same registry and status as the HTTP API.
+
+For programs that already speak gRPC.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from sdar.v1 import environment_pb2, gateway_pb2, gateway_pb2_grpc
 
@@ -29,25 +28,25 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._scheduler = scheduler
 
     async def RegisterEnvironment(
-        self, request: gateway_pb2.RegisterEnvironmentRequest, context: Any
+        self, request: gateway_pb2.RegisterEnvironmentRequest, context: object
     ) -> gateway_pb2.RegisterEnvironmentResponse:
         found = await self._scheduler.register_environment(request.name, request.address)
         return gateway_pb2.RegisterEnvironmentResponse(environment=_to_proto(found))
 
     async def ListEnvironments(
-        self, request: gateway_pb2.ListEnvironmentsRequest, context: Any
+        self, request: gateway_pb2.ListEnvironmentsRequest, context: object
     ) -> gateway_pb2.ListEnvironmentsResponse:
         environments = [_to_proto(found) for found in self._scheduler.environments.values()]
         return gateway_pb2.ListEnvironmentsResponse(environments=environments)
 
     async def GetRunStatus(
-        self, request: gateway_pb2.GetRunStatusRequest, context: Any
+        self, request: gateway_pb2.GetRunStatusRequest, context: object
     ) -> gateway_pb2.GetRunStatusResponse:
         scheduler = self._scheduler
         return gateway_pb2.GetRunStatusResponse(
             run_id=scheduler.config.name,
             state=_STATES[scheduler.state.phase],
-            policy_version=scheduler.policy_version,
+            policy_version=scheduler.policy.version,
             target_policy_version=scheduler.config.training.num_updates,
             num_groups=scheduler.ledger.counts(),
             reason=scheduler.detail,

@@ -1,4 +1,5 @@
-"""Owns what can be looked up afterwards: metrics of every service and the newest trajectories.
+"""What can be looked up afterwards: metrics of every service and the newest trajectories.
+
 Bounded; decides nothing.
 """
 
@@ -12,7 +13,7 @@ from itertools import islice
 
 import structlog
 
-from sdar.bus.protocol import BEFORE_FIRST, Bus, parse_entry_id
+from sdar.bus.protocol import BEFORE_FIRST, Bus, Entry, parse_entry_id
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError, UnknownResourceError
 from sdar.contracts.streams import Stream
@@ -39,8 +40,7 @@ class MetricEntry:
 
 
 class History:
-    """Follows the metrics and trajectory streams without a consumer group: it slows nobody down and
-    holds nothing back.
+    """Follows the metrics and trajectory streams, without a consumer group: it holds nothing back.
 
     A trajectory that was finished and trimmed before this process looked is missing here, which is
     fine for looking and no basis for counting.
@@ -64,8 +64,7 @@ class History:
 
     async def follow(self, bus: Bus) -> None:
         """Take in what is new."""
-        for entry in await bus.tail(Stream.METRICS, self._cursors[Stream.METRICS], _PAGE):
-            self._cursors[Stream.METRICS] = entry.entry_id
+        for entry in await self._read(bus, Stream.METRICS, _PAGE):
             try:
                 record = codec.decode_metric_record(entry.payload)
             except SdarError as error:
@@ -73,10 +72,7 @@ class History:
                 continue
             self.metrics.append(MetricEntry(entry.entry_id, record))
             self._last_seen[record.service, record.instance] = record.at_s
-        for entry in await bus.tail(
-            self._trajectory_stream, self._cursors[self._trajectory_stream], _TRAJECTORY_PAGE
-        ):
-            self._cursors[self._trajectory_stream] = entry.entry_id
+        for entry in await self._read(bus, self._trajectory_stream, _TRAJECTORY_PAGE):
             try:
                 scored = self._decode(entry.payload)
             except SdarError:
@@ -84,6 +80,12 @@ class History:
             self._trajectories[scored.trajectory.trajectory_id] = scored
             while len(self._trajectories) > self._max_trajectories:
                 self._trajectories.popitem(last=False)
+
+    async def _read(self, bus: Bus, stream: Stream, max_count: int) -> list[Entry]:
+        entries = await bus.tail(stream, self._cursors[stream], max_count)
+        if entries:
+            self._cursors[stream] = entries[-1].entry_id
+        return entries
 
     def count_instances(self, service: str) -> int:
         """Processes of a service heard from lately."""
@@ -100,16 +102,14 @@ class History:
 
     def last_heard_s(self, service: str) -> float | None:
         """Unix time of the newest record of a service; None before the first."""
-        return max(
-            (at_s for (name, _), at_s in self._last_seen.items() if name == service), default=None
-        )
+        heard = (at_s for (name, _), at_s in self._last_seen.items() if name == service)
+        return max(heard, default=None)
 
     def newest_values(self, service: str, count: int) -> list[dict[str, float]]:
         """Values of a service's newest records, newest first."""
         records = (entry.record for entry in reversed(self.metrics))
-        return list(
-            islice((record.values for record in records if record.service == service), count)
-        )
+        found = (record.values for record in records if record.service == service)
+        return list(islice(found, count))
 
     def values_since(self, service: str, since_s: float) -> dict[str, list[dict[str, float]]]:
         """Values of a service's records since a Unix time, newest first, by instance."""

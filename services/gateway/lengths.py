@@ -1,8 +1,7 @@
-"""Owns the comparison of how long episodes were played and how long those were that got trained. In
-memory; decides nothing.
+"""How long episodes were played, compared to how long those were that got trained.
 
 A system that is short of time throws long episodes away first, and trains on another distribution
-than it plays.
+than it plays. In memory; decides nothing.
 """
 
 from __future__ import annotations
@@ -47,11 +46,9 @@ class EpisodeLengths:
         trained = Counter(
             length for turns, is_trained in self._closed if is_trained for length in turns
         )
-        return (
-            compute_length_drift(played, trained)
-            if trained and len(self._closed) >= LEAST_GROUPS
-            else 0.0
-        )
+        if not trained or len(self._closed) < LEAST_GROUPS:
+            return 0.0
+        return compute_length_drift(played, trained)
 
 
 def compute_length_drift(played: Counter[int], trained: Counter[int]) -> float:

@@ -1,11 +1,12 @@
-"""Owns the gateway process: builds its parts from a run's configuration and serves HTTP and gRPC
-until told to stop.
-"""
+"""The gateway process: builds its parts from a run's configuration and serves HTTP and gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ from sdar.process.lifecycle import run_until_stopped
 from sdar.process.settings import Settings
 from sdar.process.telemetry import Health
 from sdar.v1 import gateway_pb2_grpc
-from sdar.wire.http_server import bind_http, build_http_server
+from sdar.wire.http_server import HttpServer, bind_http, build_http_server
 from sdar.wire.rpc_server import RpcService, build_server
 from sdar.wire.security import Security
 
@@ -33,6 +34,8 @@ from .scaling.scaler import Scaler
 from .scheduler import Scheduler
 from .watch import Watch
 
+Main = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+
 _MAX_SILENCE_S = 300.0
 """Longest healthy silence of the main loop: it may wait two minutes for room in a full stream."""
 
@@ -46,62 +49,79 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     watch_bus = build_bus(config, settings)
     await bus.ping()
     metrics = build_metrics()
-    history = History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES)
     scheduler = Scheduler(
         config,
         bus,
         GrpcEnvironmentCatalog(security),
-        history,
+        History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES),
         health,
         default_address=settings.envs_address,
         metrics=metrics,
         is_scaled=settings.scaling is not None,
     )
     watch = Watch(scheduler, watch_bus, metrics)
-    scaling_metrics, scaler = ScalingMetrics(REGISTRY), None
-    if settings.scaling is not None:
-        scaler = Scaler(
-            scheduler,
-            watch,
-            ScalingFileReader(settings.scaling),
-            KubernetesCluster(),
-            scaling_metrics,
-        )
-    # Without transformers, which the gateway's image does not have; loaded when the first
-    # trajectory is asked for.
-    load_tokenizer = functools.cache(
-        lambda: Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+    scaler = _build_scaler(settings, scheduler, watch)
+    app = build_app(
+        scheduler, watch, watch_bus, load_tokenizer=_defer_tokenizer(config), scaler=scaler
     )
-    app = build_app(scheduler, watch, watch_bus, load_tokenizer=load_tokenizer, scaler=scaler)
-    http_server = build_http_server(app, settings.host, security)
-    add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
-    grpc_service = RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
-    grpc_server = build_server(settings.host, settings.grpc_port, [grpc_service], security)
-
-    async def answer_http(stopping: asyncio.Event) -> None:
-        serving = asyncio.create_task(http_server.serve(sockets=[listener]))
-        waiting = asyncio.create_task(stopping.wait())
-        await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        http_server.should_exit = True
-        await serving
-
-    async def answer_grpc(stopping: asyncio.Event) -> None:
-        await grpc_server.start()
-        await grpc_server.set_ready(True)
-        await stopping.wait()
-        await grpc_server.stop(grace_s=2.0)
-
+    mains: list[Main] = [
+        scheduler.run,
+        watch.run,
+        _answer_http(build_http_server(app, settings.host, security), listener),
+        _answer_grpc(settings, scheduler, security),
+        bus.hurry,
+    ]
+    if scaler is not None:
+        mains.append(scaler.run)
     try:
-        mains = [
-            scheduler.run,
-            watch.run,
-            answer_http,
-            answer_grpc,
-            bus.hurry,
-            *([scaler.run] if scaler else []),
-        ]
         await run_until_stopped(*mains)
     finally:
         await bus.close()
         await watch_bus.close()
+
+
+def _build_scaler(settings: Settings, scheduler: Scheduler, watch: Watch) -> Scaler | None:
+    # Without a scaling file too, so that /metrics always has these series.
+    metrics = ScalingMetrics(REGISTRY)
+    if settings.scaling is None:
+        return None
+    reader = ScalingFileReader(settings.scaling)
+    return Scaler(scheduler, watch, reader, KubernetesCluster(), metrics)
+
+
+def _defer_tokenizer(config: RunConfig) -> Callable[[], Tokenizer]:
+    """Load it when the first trajectory is asked for, and without transformers, which the gateway's
+    image does not have.
+    """
+
+    @functools.cache
+    def load() -> Tokenizer:
+        return Tokenizer.from_file(str(config.model.path / "tokenizer.json"))
+
+    return load
+
+
+def _answer_http(server: HttpServer, listener: socket.socket) -> Main:
+    async def answer_http(stopping: asyncio.Event) -> None:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        waiting = asyncio.create_task(stopping.wait())
+        await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        server.should_exit = True
+        await serving
+
+    return answer_http
+
+
+def _answer_grpc(settings: Settings, scheduler: Scheduler, security: Security) -> Main:
+    add_to_server = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
+    service = RpcService("sdar.v1.GatewayService", add_to_server, GatewayServicer(scheduler))
+    server = build_server(settings.host, settings.grpc_port, [service], security)
+
+    async def answer_grpc(stopping: asyncio.Event) -> None:
+        await server.start()
+        await server.set_ready(True)
+        await stopping.wait()
+        await server.stop(grace_s=2.0)
+
+    return answer_grpc

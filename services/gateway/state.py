@@ -1,5 +1,4 @@
-"""Owns the gateway's durable memory: one small JSON record, saved in the same transaction as what
-it decided.
+"""The gateway's durable memory: one small JSON record, saved in the transaction of each decision.
 
 The account of groups isn't in it: the bus keeps that (`sdar.bus.ledger`). Here is what the
 account's journal adds to it.
@@ -11,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import CorruptionError
@@ -27,8 +26,11 @@ has them all.
 
 
 class RunPhase(StrEnum):
-    """STARTING waits for the first policy and the environment; STOPPING issues no more groups and
-    evaluates once more; FAILED gave up, since group after group failed."""
+    """Where the run is.
+
+    STARTING waits for the first policy and the environment; STOPPING issues no more groups and
+    evaluates once more; FAILED gave up, since group after group failed.
+    """
 
     STARTING = "starting"
     RUNNING = "running"
@@ -36,6 +38,23 @@ class RunPhase(StrEnum):
     STOPPING = "stopping"
     FINISHED = "finished"
     FAILED = "failed"
+
+
+UNDER_WAY = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
+"""The phases in which policies are evaluated and the run may end."""
+
+
+class Standing(Enum):
+    """What this process knows of where the run stands. Not saved: each process finds it out.
+
+    UNREAD: Redis was not read yet. BLANK: Redis knew nothing of this run, and still does; it is the
+    first start or a lost disk, and until the learner published a policy, before which it puts back
+    the snapshot that it may have, nothing is written. KNOWN: the state in hand is the run's.
+    """
+
+    UNREAD = auto()
+    BLANK = auto()
+    KNOWN = auto()
 
 
 @dataclass(frozen=True)
@@ -103,13 +122,13 @@ class GatewayState:
         try:
             raw = json.loads(payload)
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
-            phase, sleep = RunPhase(raw.pop("phase")), raw.pop("sleep", None)
+            phase = RunPhase(raw.pop("phase"))
+            sleep = raw.pop("sleep", None)
             return cls(phase=phase, evaluations=evaluations, sleep=sleep and Sleep(**sleep), **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(
                 f"The gateway's saved state can't be read ({error}). It was written by another "
-                "version of sdar; "
-                "start the run under a new name."
+                "version of sdar; start the run under a new name."
             ) from error
 
 

@@ -1,5 +1,6 @@
-"""Owns what is known of the bus and what is wrong with the run, looked up once a second so that no
-request waits for Redis.
+"""What is known of the bus, and what is wrong with the run, looked up once a second.
+
+So no request has to wait for Redis.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeVar
 from sdar.bus.protocol import Bus, BusMemory, StreamLag
 from sdar.contracts.errors import BusUnavailableError
 from sdar.contracts.roles import REPORTING, Role
-from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.streams import Stream
 from sdar.process.lifecycle import wait_or_stop
 
 from .alarms import AlarmBoard, BusCondition, BusState, Situation
@@ -61,11 +62,12 @@ class Watch:
         self._clock = clock
         self._answer_s = answer_s
         self._began_s = clock()
-        self._progress, self._progress_at_s = scheduler.progress, clock()
+        self._progress = scheduler.progress
+        self._progress_at_s = clock()
         self._was_blocked = False
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Look once a second, until told to stop."""
+        """Look once a second, until `stopping` is set."""
         while not stopping.is_set():
             await self.refresh()
             await wait_or_stop(stopping, _REFRESH_S)
@@ -89,15 +91,15 @@ class Watch:
         )
 
     def _describe_fullness(self) -> str:
-        """That Redis has no room, which a gateway with nothing to write would not meet; empty if it
-        has.
+        """That Redis has no room; empty if it has.
+
+        A gateway with nothing to write would not find out from a refused write.
         """
-        used, most = self.memory.used_bytes, self.memory.max_bytes
-        return (
-            f"Redis is full ({used} of {most} bytes). Raise its maxmemory."
-            if most and used >= most
-            else ""
-        )
+        used = self.memory.used_bytes
+        most = self.memory.max_bytes
+        if not most or used < most:
+            return ""
+        return f"Redis is full ({used} of {most} bytes). Raise its maxmemory."
 
     async def ask(self, question: Awaitable[T]) -> T:
         """The answer to a question to Redis, for somebody who waits.
@@ -109,27 +111,18 @@ class Watch:
             async with asyncio.timeout(self._answer_s):
                 return await question
         except TimeoutError as error:
-            reason = (
-                self._scheduler.health.blocked
-                or f"Redis gave no answer within {self._answer_s:g} s."
-            )
-            raise BusUnavailableError(reason) from error
+            silence = f"Redis gave no answer within {self._answer_s:g} s."
+            raise BusUnavailableError(self._scheduler.health.blocked or silence) from error
 
     async def _look(self) -> None:
-        lags = {
-            stream: await self._bus.stream_lag(stream, group) for stream, group in self._consumers()
-        }
+        lags: dict[Stream, StreamLag] = {}
+        for stream, groups in self._scheduler.config.stream_consumers.items():
+            for group in groups:  # one at most: one role reads a stream
+                lags[stream] = await self._bus.stream_lag(stream, group)
         memory = await self._bus.memory()
         self.num_dead_letters = await self._bus.count_dead_letters()
-        self.lags, self.memory = lags, memory
-
-    def _consumers(self) -> list[tuple[Stream, ConsumerGroup]]:
-        """Each consumed stream with its group; one role reads a stream."""
-        return [
-            (stream, group)
-            for stream, groups in self._scheduler.config.stream_consumers.items()
-            for group in groups
-        ]
+        self.lags = lags
+        self.memory = memory
 
     def _change(self, state: BusState, message: str) -> None:
         since_s = self.condition.since_s if state is self.condition.state else self._clock()
@@ -138,37 +131,33 @@ class Watch:
     @property
     def progress_at_s(self) -> float:
         """When the run last got on, Unix time; no earlier than when it was last woken."""
-        return max(self._progress_at_s, self._scheduler.woken_at_s)
+        return max(self._progress_at_s, self._scheduler.control.woken_at_s)
 
     def compute_learner_busy_s(self) -> float:
         """The slowest of the learner's newest updates, seconds without its waiting; 0 before the
         first.
         """
         updates = self._scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
-        return max(
-            (sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates), default=0.0
-        )
+        busy = [sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates]
+        return max(busy, default=0.0)
 
     def _note_progress(self) -> None:
         if self._scheduler.progress != self._progress:
-            self._progress, self._progress_at_s = self._scheduler.progress, self._clock()
+            self._progress = self._scheduler.progress
+            self._progress_at_s = self._clock()
 
     def _describe_situation(self) -> Situation:
-        scheduler, history = self._scheduler, self._scheduler.history
-        woken_s = scheduler.woken_at_s
+        scheduler = self._scheduler
+        woken_s = scheduler.control.woken_at_s
         # A service that never reported, or has slept, may take minutes to come up.
         expected_s = max(self._began_s, woken_s) + _STARTUP_S
-        heard = {role: history.last_heard_s(role) for role in REPORTING}
         return Situation(
             now_s=self._clock(),
             phase=scheduler.state.phase,
             bus=self.condition,
             memory=self.memory,
             lags=self.lags,
-            heard_at_s={
-                name: expected_s if at_s is None or at_s < woken_s else at_s
-                for name, at_s in heard.items()
-            },
+            heard_at_s=self._list_heard(expected_s),
             learner_busy_s=self.compute_learner_busy_s(),
             learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
             num_dead_letters=self.num_dead_letters,
@@ -179,3 +168,13 @@ class Watch:
             expected_at_s=expected_s if woken_s else 0.0,
             scaling_problem=self.scaling_problem,
         )
+
+    def _list_heard(self, expected_s: float) -> dict[str, float]:
+        """When each role reported last, Unix time; `expected_s` if not since the run awoke."""
+        heard: dict[str, float] = {}
+        for role in REPORTING:
+            at_s = self._scheduler.history.last_heard_s(role)
+            if at_s is None or at_s < self._scheduler.control.woken_at_s:
+                at_s = expected_s
+            heard[role] = at_s
+        return heard

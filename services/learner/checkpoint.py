@@ -1,15 +1,18 @@
-"""Owns checkpoints on disk: written whole or not at all, verified before use, old ones removed.
-Safetensors and JSON only.
+"""Checkpoints on disk: written whole or not at all, verified before use, old ones removed.
+
+Safetensors and JSON only:
 
     checkpoints/
-      update-00000020/                     appears under this name by one rename, when everything in it is on the disk
-        weights.safetensors                the policy, by Hugging Face names
-        optimizer-00000-of-00001.safetensors   each rank's shard: master weights, AdamW moments, random state
-        bus.snapshot                       states and account of the bus (the gateway's cursor is one), taken before
-        state.json                         progress, and what the shards were made for
-        manifest.json                      size and sha256 of every other file, and its own sha256; written last
-      update-00000030.partial/             being written; removed at the next start
-      update-00000030.replaced/            a damaged one of that name, until its successor is in place
+      update-00000020/             appears under this name by one rename, when all is on the disk
+        weights.safetensors        the policy, by Hugging Face names
+        optimizer-00000-of-00001.safetensors
+                                   each rank's shard: master weights, AdamW moments, random state
+        bus.snapshot               states and account of the bus, taken before; the gateway's
+                                   cursor is one of the states
+        state.json                 progress, and what the shards were made for
+        manifest.json              size and sha256 of every other file, and its own; written last
+      update-00000030.partial/     being written; removed at the next start
+      update-00000030.replaced/    a damaged one of that name, until its successor is in place
 
 The learning rate is a function of the update number (`Trainer`), so no scheduler has state to be
 held. It never decides when to write a checkpoint, and never acknowledges anything.
@@ -41,12 +44,10 @@ log = structlog.get_logger()
 
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
-_MANIFEST, _STATE, _SNAPSHOT, _WEIGHTS = (
-    "manifest.json",
-    "state.json",
-    "bus.snapshot",
-    "weights.safetensors",
-)
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_SNAPSHOT = "bus.snapshot"
+_WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

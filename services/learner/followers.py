@@ -1,5 +1,4 @@
-"""Owns the learner's other ranks on this machine when nobody else starts them: their processes, and
-what such a process runs.
+"""The learner's other ranks on this machine, where nobody else starts them: their processes.
 
 A follower reads the run's configuration from its standard input, which rank 0 holds open: when rank
 0 is gone, by whatever death, the input ends and the follower exits, so none is ever orphaned.

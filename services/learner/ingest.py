@@ -1,5 +1,4 @@
-"""Owns the way from stream entries to batches of whole groups: completion, duplicates, staleness,
-zero-signal groups.
+"""From stream entries to batches of whole groups: completion, duplicates, staleness, no signal.
 
 `GroupBuffer` decides and does no I/O; `GroupSource` reads the stream and writes what was decided.
 An entry of a group that will be trained stays unacknowledged: the main loop acknowledges it when a
@@ -63,16 +62,16 @@ class Group:
     @classmethod
     def of(cls, group_id: str, pairs: Iterable[tuple[ScoredTrajectory, Delivery]]) -> Self:
         items, deliveries = zip(*sorted(pairs, key=_by_episode), strict=True)
+        sampled_by = [item.trajectory.min_policy_version for item in items]
+        scored_by = [item.score.teacher_version for item in items if item.score is not None]
+        places = [parse_entry_id(delivery.entry_id) for delivery in deliveries]
         return cls(
             group_id,
             items,
             deliveries,
-            min(item.trajectory.min_policy_version for item in items),
-            min(
-                (item.score.teacher_version for item in items if item.score is not None),
-                default=None,
-            ),
-            max(parse_entry_id(delivery.entry_id) for delivery in deliveries),
+            policy_version=min(sampled_by),
+            teacher_version=min(scored_by, default=None),
+            arrived=max(places),
         )
 
     @property
@@ -122,7 +121,8 @@ class IngestCounts:
 
     def take(self) -> IngestCounts:
         """The counts so far; they begin again at nothing."""
-        taken, fresh = replace(self), IngestCounts()
+        taken = replace(self)
+        fresh = IngestCounts()
         for each in fields(self):
             setattr(self, each.name, getattr(fresh, each.name))
         return taken
@@ -244,7 +244,8 @@ class GroupSource:
         self._progress = Progress()
         # Apart, so that a run that skips most groups does not forget the few it trains.
         num_remembered = REMEMBERED_UPDATES * config.training.groups_per_update
-        self._trained, self._dropped = _Remembered(num_remembered), _Remembered(num_remembered)
+        self._trained = _Remembered(num_remembered)
+        self._dropped = _Remembered(num_remembered)
         self._versions_in_checkpoint: dict[str, int] = {}
 
     async def reclaim(self, progress: Progress) -> None:
@@ -302,7 +303,8 @@ class GroupSource:
         while num_read == self._max_count:
             page = await self._leases.read(self._max_count, block_s)
             await self._accept(page)
-            num_read, block_s = len(page), 0.0
+            num_read = len(page)
+            block_s = 0.0
 
     async def _accept(self, deliveries: Sequence[Delivery]) -> None:
         superfluous: list[Delivery] = []
@@ -371,7 +373,8 @@ class GroupSource:
 
     def _judge(self, group: Group, is_complete: bool) -> Verdict | None:
         """STALE or SKIPPED, or None for a group that may be trained (or completed) now."""
-        training, progress = self._config.training, self._progress
+        training = self._config.training
+        progress = self._progress
         if progress.num_updates > self._compute_deadline(group):
             staleness = progress.compute_staleness(group.policy_version)
             here = (
@@ -392,7 +395,8 @@ class GroupSource:
 
     def _compute_deadline(self, group: Group) -> int:
         """The last number of updates done at which the group may still be trained."""
-        progress, max_staleness = self._progress, self._config.training.max_staleness
+        progress = self._progress
+        max_staleness = self._config.training.max_staleness
         deadline = progress.count_updates(group.policy_version) + max_staleness
         if group.teacher_version is None:
             return deadline
@@ -416,9 +420,10 @@ class GroupSource:
             self._event(d.group_id, d.verdict.outcome, d.verdict.reason, len(d.deliveries))
             for d in dropped
         ]
-        await self._bus.commit(
-            {}, [delivery for group in dropped for delivery in group.deliveries], transitions=events
-        )
+        entries: list[Delivery] = []
+        for group in dropped:
+            entries += group.deliveries
+        await self._bus.commit({}, entries, transitions=events)
         self._dropped.add(group.group_id for group in dropped)
         for group in dropped:
             outcome = group.verdict.outcome

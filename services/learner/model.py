@@ -1,5 +1,4 @@
-"""Owns the policy on one rank: its DeepSpeed engine, the frozen reference, log-probs of both, and
-one optimizer step.
+"""The policy on one rank: its DeepSpeed engine, the frozen reference, and one optimizer step.
 
 Gradients are exact whatever the sharding: a loss share is a sum over tokens divided by the batch's
 token count, DeepSpeed averages over ranks, so shares are multiplied by the number of ranks before

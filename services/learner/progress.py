@@ -1,6 +1,4 @@
-"""Owns how far the learner has come: updates done, the policy version they led to, and the groups
-it is done with. Pure.
-"""
+"""How far the learner has come: updates, their policy version, groups it is done with. Pure."""
 
 from __future__ import annotations
 
@@ -74,11 +72,10 @@ class Progress:
         """Group id -> the version its update led to, for every group that is remembered."""
         first = self.num_updates - len(self.trained_groups) + 1
         versions = [self.version_after(number) for number in range(first, self.num_updates + 1)]
-        return {
-            group_id: v
-            for group_ids, v in zip(self.trained_groups, versions, strict=True)
-            for group_id in group_ids
-        }
+        trained: dict[str, int] = {}
+        for group_ids, version in zip(self.trained_groups, versions, strict=True):
+            trained |= dict.fromkeys(group_ids, version)
+        return trained
 
     def compute_staleness(self, policy_version: int) -> int:
         """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had

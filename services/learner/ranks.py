@@ -1,5 +1,4 @@
-"""Owns the learner's data-parallel ranks: how they meet, how rank 0 tells the others what to do,
-how numbers are summed.
+"""The learner's data-parallel ranks: how they meet, how rank 0 leads them, how numbers are summed.
 
 Rank 0 leads: it broadcasts a command, then all ranks carry it out together. A command is JSON plus
 raw byte frames; nothing is ever pickled. A rank that dies breaks the next collective of the others,
@@ -78,7 +77,7 @@ class Ranks:
         return json.loads(received[0]), received[1:]
 
     def send_checkpoint(self, path: Path | None) -> None:
-        """Rank 0: tell the others which checkpoint to begin from."""
+        """Rank 0: send the others the checkpoint to begin from."""
         self.broadcast_command({"checkpoint": None if path is None else str(path)})
 
     def receive_checkpoint(self) -> Path | None:
@@ -135,10 +134,8 @@ def join_ranks(
         ConfigurationError: more ranks than GPUs.
     """
     local_rank = rank if local_rank is None else local_rank
-    num_gpus, num_local = (
-        torch.cuda.device_count(),
-        local_rank + 1 if store_address is None else world_size,
-    )
+    num_gpus = torch.cuda.device_count()
+    num_local = local_rank + 1 if store_address is None else world_size
     if num_gpus and num_local > num_gpus:
         raise ConfigurationError(
             f"At least {num_local} of training.num_ranks {world_size} are on this machine, which "

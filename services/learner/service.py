@@ -1,5 +1,4 @@
-"""Owns the learner process: builds its parts from a run's configuration and serves until told to
-stop.
+"""The learner process: builds its parts from a run's configuration and serves until stopped.
 
 On one machine `sdar serve learner` starts the other ranks itself. Under torchrun (RANK and
 WORLD_SIZE are set) every rank is such a process. Only rank 0 has a bus and checkpoints to look
@@ -60,9 +59,8 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
-        registry.register(
-            GpuTime(count_gpus(config.training.num_ranks))
-        )  # of all ranks: the others have no /metrics
+        # Of all ranks: the others have no /metrics.
+        registry.register(GpuTime(count_gpus(config.training.num_ranks)))
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
         followers = (
@@ -106,7 +104,7 @@ async def open_learner(
     it stands alone.
 
     Args:
-        store_address: where the other ranks are told to meet; None for a lone rank or under
+        store_address: where the other ranks meet; None for a lone rank or under
             torchrun.
     """
     checkpoints = CheckpointStore(checkpoint_dir, config)
@@ -150,7 +148,8 @@ async def _serve_follower(config: RunConfig, settings: Settings) -> None:
     """A rank that does what rank 0 says. A signal asks it to leave: rank 0 hears of it, drains, and
     lets all ranks end.
     """
-    leaving, health = asyncio.Event(), Health(max_silence_s=_MAX_SILENCE_S)
+    leaving = asyncio.Event()
+    health = Health(max_silence_s=_MAX_SILENCE_S)
     loop = asyncio.get_running_loop()
 
     def take_signals() -> None:

@@ -1,5 +1,4 @@
-"""Owns the learner's main loop. MAIN LOOP: batch -> step -> publish -> report -> checkpoint ->
-acknowledge and book.
+"""The learner's MAIN LOOP: batch, step, publish, report, checkpoint, acknowledge and book.
 
 Everything asynchronous happens here, everything of torch in one thread of its own, so the event
 loop never waits for a step. The order is the promise: entries are acknowledged, and their groups
@@ -10,13 +9,10 @@ crash anywhere repeats work and loses none, and ends with the same weights.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import partial
-from typing import Any, TypeVar
 
 import structlog
 from torch import Tensor
@@ -25,7 +21,7 @@ from sdar.bus.ledger import parse_group_number
 from sdar.bus.protocol import Bus, Delivery
 from sdar.config import RunConfig
 from sdar.contracts import codec
-from sdar.contracts.errors import CapacityError, UnavailableError, WeightsUnavailableError
+from sdar.contracts.errors import UnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
 from sdar.model.chat import compute_model_identity
@@ -37,11 +33,10 @@ from services.learner.checkpoint import CheckpointStore
 from services.learner.ingest import Group, GroupSource, book_trained
 from services.learner.metrics import LearnerMetrics, Timing, build_record
 from services.learner.progress import Progress
+from services.learner.torch_thread import TorchThread
 from services.learner.update import Trainer
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 _KEPT_VERSIONS = 8
 """Published versions kept beyond the staleness bound: an evaluation pins one while newer ones
@@ -86,15 +81,15 @@ class Learner:
         self._weights = weights
         self._trainer = trainer
         self._checkpoints = checkpoints
-        self._torch_thread = torch_thread
         self._consumer = consumer
         self._snapshot = snapshot
-        self._storage_retry_s = storage_retry_s
         self._stopping = asyncio.Event()
         self._health = health or Health()
+        self._torch = TorchThread(torch_thread, self._health, storage_retry_s)
         self._metrics = metrics or LearnerMetrics()
         self._source = GroupSource(config, bus, consumer, trainer.model.vocabulary_size)
-        self._durable_updates, self._durable_version = progress.num_updates, progress.policy_version
+        self._durable_updates = progress.num_updates
+        self._durable_version = progress.policy_version
         self._unacknowledged: list[Delivery] = []
         self._unbooked: list[LedgerEvent] = []
         self._clock = _Clock()
@@ -145,7 +140,7 @@ class Learner:
         """
         while not await wait_or_stop(stopping, _BEAT_S):
             try:
-                num_leaving = await self._in_torch(self._trainer.beat)
+                num_leaving = await self._torch.run(self._trainer.beat)
             except RuntimeError as error:
                 log.error(
                     "rank_lost",
@@ -169,7 +164,7 @@ class Learner:
         announced = (
             -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
         )
-        stored = await self._in_torch(self._weights.list_versions)
+        stored = await self._torch.run(self._weights.list_versions)
         newest = max([announced, *stored[-1:]])
         if newest > self.progress.policy_version:
             # Updates after the checkpoint were lost, and their versions with them: a version never
@@ -179,7 +174,7 @@ class Learner:
                 "updates_lost", newest_version=newest, continuing_as=self.progress.policy_version
             )
         if announced != self.progress.policy_version:
-            await self._publish(await self._in_torch(self._trainer.export))
+            await self._publish(await self._torch.run(self._trainer.export))
         await self._source.reclaim(self.progress)
         await self._compare_account()
         self._health.mark_ready("training")
@@ -214,7 +209,10 @@ class Learner:
         """
         num_lost = (await self._bus.read_ledger()).num_trained - self.progress.num_groups
         if num_lost > 0:
-            hint = "they are booked as trained, and the weights have lost them: see checkpoint_skipped. Training goes on without"
+            hint = (
+                "they are booked as trained, and the weights have lost them: see "
+                "checkpoint_skipped. Training goes on without"
+            )
             log.error("trained_groups_lost", num_groups=num_lost, hint=hint)
 
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
@@ -222,8 +220,8 @@ class Learner:
             return await self._source.next_batch(self.progress, stopping, self._health.beat)
 
     async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        self._unacknowledged += [delivery for group in groups for delivery in group.deliveries]
         for group in groups:
+            self._unacknowledged += group.deliveries
             tracing.record(
                 "learner.buffer",
                 group.group_id,
@@ -235,7 +233,7 @@ class Learner:
             self._clock.measure("step"),
             tracing.span("learner.step", policy_version=self.progress.policy_version),
         ):
-            result = await self._in_torch(
+            result = await self._torch.run(
                 self._trainer.update,
                 [(group.items, group.payloads) for group in groups],
                 update_index=self.progress.num_updates,
@@ -265,12 +263,16 @@ class Learner:
             self._clock.measure("publish"),
             tracing.span("learner.publish", policy_version=self.progress.policy_version),
         ):
-            manifest = await self._insist(self._write_weights, tensors, self.progress)
+            manifest = await self._torch.insist(
+                self._stopping, self._write_weights, tensors, self.progress
+            )
             await self._bus.publish(
                 Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)]
             )
             if manifest.policy_version % _KEPT_VERSIONS == 0:
-                await self._insist(self._collect_garbage, asyncio.get_running_loop())
+                await self._torch.insist(
+                    self._stopping, self._collect_garbage, asyncio.get_running_loop()
+                )
 
     def _write_weights(self, tensors: dict[str, Tensor], progress: Progress) -> WeightsManifest:
         model = compute_model_identity(self.config.model.path)
@@ -290,7 +292,7 @@ class Learner:
     async def _report(
         self, groups: list[Group], before: Progress, measured: dict[str, float]
     ) -> None:
-        """Tell everyone what the update was like."""
+        """Publish what the update was like."""
         num_buffered = self._source.buffer.num_complete
         counts = self._source.counts.take()
         values = build_record(groups, before, measured, self._clock.take(), counts, num_buffered)
@@ -329,18 +331,17 @@ class Learner:
         """Write a checkpoint, then acknowledge what it contains and book it as trained."""
         snapshot = await self._bus.take_snapshot()
         with self._clock.measure("checkpoint"):
-            path = await self._insist(
-                self._checkpoints.write, self.progress, snapshot, self._trainer.save
+            path = await self._torch.insist(
+                self._stopping, self._checkpoints.write, self.progress, snapshot, self._trainer.save
             )
-        self._durable_updates, self._durable_version = (
-            self.progress.num_updates,
-            self.progress.policy_version,
-        )
-        # After the checkpoint: a crash between the two brings the entries back, and their ids tell
+        self._durable_updates = self.progress.num_updates
+        self._durable_version = self.progress.policy_version
+        # After the checkpoint: a crash between the two brings the entries back, and their ids show
         # that they are done.
         await self._bus.commit({}, self._unacknowledged, transitions=self._unbooked)
         log.info("checkpoint_written", path=str(path), num_acknowledged=len(self._unacknowledged))
-        self._unacknowledged, self._unbooked = [], []
+        self._unacknowledged = []
+        self._unbooked = []
 
     async def _close_accounts(self, stopping: asyncio.Event) -> None:
         """After the last update: groups that are still on their way are cancelled, so that the
@@ -354,32 +355,11 @@ class Learner:
                 policy_version=self.progress.policy_version,
             )
             await self._source.cancel_all(_RUN_FINISHED)
-            # Nothing is held any more: what is still pending was read by someone who never told.
+            # Nothing is held any more: what is still pending was read by a process that is gone.
             await self._source.reclaim(self.progress)
         while self.is_finished and not stopping.is_set():
             await self._source.cancel_all(_RUN_FINISHED)
             self._health.beat()
-
-    async def _insist(self, function: Callable[..., T], *args: Any) -> T:
-        """In the torch thread, again and again while a full disk or an absent store refuses: a
-        restart would meet the same.
-        """
-        while True:
-            try:
-                result = await self._in_torch(function, *args)
-            except (CapacityError, WeightsUnavailableError) as error:
-                log.error("storage_refused", error=error.message, retry_in_s=self._storage_retry_s)
-                self._health.report_blocked(error.message)
-                if await wait_or_stop(self._stopping, self._storage_retry_s):
-                    raise
-            else:
-                self._health.report_blocked("")
-                return result
-
-    async def _in_torch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        # With this context, in which a log line finds the service's name.
-        call = partial(contextvars.copy_context().run, function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, call)
 
 
 class _Clock:
@@ -395,17 +375,23 @@ class _Clock:
     def take(self) -> Timing:
         """What was measured since the last call."""
         now = time.perf_counter()
-        spent, total_s = self._spent, now - self._began
-        self._spent, self._began = {}, now
-        parts = {
-            f"{name}_s": spent.get(name, 0.0) for name in ("wait", "step", "publish", "checkpoint")
-        }
-        return Timing(**parts, total_s=total_s)
+        spent = self._spent
+        total_s = now - self._began
+        self._spent = {}
+        self._began = now
+        return Timing(
+            wait_s=spent.get("wait", 0.0),
+            step_s=spent.get("step", 0.0),
+            publish_s=spent.get("publish", 0.0),
+            checkpoint_s=spent.get("checkpoint", 0.0),
+            total_s=total_s,
+        )
 
 
 class _Stopwatch:
     def __init__(self, spent: dict[str, float], part: str) -> None:
-        self._spent, self._part = spent, part
+        self._spent = spent
+        self._part = part
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()

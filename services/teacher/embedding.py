@@ -1,5 +1,4 @@
-"""Owns nearness of meaning between a task's sentence and skills: a sentence model from disk, and
-its vectors kept on disk.
+"""Nearness of meaning of sentences: a sentence model from disk, and its vectors kept on disk.
 
 Never reaches a network, never runs a model's own code, never decides how many skills are shown.
 """

@@ -1,7 +1,6 @@
-"""Owns turning privileged contexts into log-probs of the sampled tokens, and the weights that do
-it.
+"""Privileged contexts to log-probs of the sampled tokens, and the weights that do it.
 
-It never chooses skills and never decides when weights are due.
+Which skills, and when weights are due, is decided elsewhere.
 
 Axes: N sampled tokens of a micro-batch, T sampled tokens of a turn.
 """
@@ -57,7 +56,7 @@ class Scorer(Protocol):
         """Safe to call twice."""
 
     def check(self, context: PrivilegedContext) -> None:
-        """Raises ContractError for a context that this scorer cannot score, whatever the weights."""
+        """Raises ContractError for a context that no weights let this scorer score."""
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
         """Log-probs of every context's sampled tokens, of the distribution they were drawn from

@@ -1,6 +1,4 @@
-"""Owns the teacher process: builds its parts from a run's configuration and serves until told to
-stop.
-"""
+"""The teacher process: builds its parts from a run's configuration and serves until stopped."""
 
 from __future__ import annotations
 
@@ -97,8 +95,10 @@ def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retrieve
         ConfigurationError: library or sentence model cannot be used, or options contradict each
             other.
     """
-    teacher, library = config.teacher, open_skill_library(config)
-    index = utility = None
+    teacher = config.teacher
+    library = open_skill_library(config)
+    index = None
+    utility = None
     if teacher.retrieval == "embedding":
         index = SkillIndex(
             library.specific, SentenceEncoder(teacher.embedding_model), settings.cache / "skills"

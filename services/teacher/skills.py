@@ -1,13 +1,13 @@
-"""Owns the skill library: reading it from its directory, checking it, and naming its content by a
-hash. Never chooses skills.
+"""The skill library: read from its directory, checked, its content named by a hash.
 
 A library is a directory with an `index.yaml`, a list of entries::
 
     - id: household-clean            unique in the library
       title: How to clean an object
-      kind: specific                 general: shown with every task; specific: shown with tasks of its types
+      kind: specific                 shown with tasks of its types; a general one with every task
       task_types: [clean]            none for a general skill, at least one for a specific skill
-      file: clean.md                 inside the directory; its text is the skill, less a first line `# heading`
+      file: clean.md                 inside the directory; the skill is its text, less a first line
+                                     `# heading`
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class SkillLibrary:
     @cached_property
     def task_types(self) -> tuple[str, ...]:
         """Every task type that some skill is for, sorted."""
-        return tuple(
-            sorted({task_type for skill in self.specific for task_type in skill.task_types})
-        )
+        found: set[str] = set()
+        for skill in self.specific:
+            found.update(skill.task_types)
+        return tuple(sorted(found))
 
 
 class _IndexEntry(BaseModel):

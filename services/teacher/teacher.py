@@ -1,6 +1,4 @@
-"""Owns one teacher: trajectories in, scored ones out, by the rules on skills, prompt length and
-lag. Never touches streams.
-"""
+"""One teacher: trajectories in, scored ones out, by the rules on skills, prompt length and lag."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ class Teacher:
             self.metrics.observe_version(self._scorer.teacher_version, self._policy.lag)
 
     async def keep_pins(self, stopping: asyncio.Event) -> None:
-        """Keep the version that scores from being deleted, until told to stop."""
+        """Keep the version that scores from being deleted, until stopped."""
         await self._policy.pins.keep(stopping)
 
     async def retrieve(self, task: Task, key: str) -> Retrieval:

@@ -1,6 +1,4 @@
-"""Owns TeacherService over gRPC: scores on demand, and the skills that hints are made of. Decides
-nothing.
-"""
+"""TeacherService over gRPC: scores on demand, and the skills that hints are made of."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def Score(
         self, request: teacher_pb2.ScoreRequest, context: Any
     ) -> teacher_pb2.ScoreResponse:
-        """A repeated request id gets the first one's answer, even while that is still being made."""
+        """A repeated request id gets the first one's answer, even while that is being made."""
         score = await asyncio.shield(self._start_or_join(request))
         return teacher_pb2.ScoreResponse(
             request_id=request.request_id, score=teacher_score_to_proto(score)

@@ -1,5 +1,4 @@
-"""Owns what retrieval kind ucb has learned: which skills each group got, and how the episodes
-behind them ended.
+"""What retrieval kind ucb has learned: which skills each group got, and how its episodes ended.
 
 All of it is one stream of events, `skill_events`, that every teacher reads from its beginning. The
 state is a fold over the newest of them, so teachers agree and a restart forgets nothing; older ones
@@ -50,7 +49,7 @@ class SkillUtility:
 
     For a task of type t, with N groups of that type so far of which n were given skill i::
 
-        score_i = successes_i / outcomes_i + exploration * sqrt(ln N / n)      never given: first of all
+        score_i = successes_i / outcomes_i + exploration * sqrt(ln N / n)  never given: first of all
 
     Utility is the success of an episode, 0 or 1: returns of different environments and penalties
     need no scale then. Groups are counted when they choose, episodes when they end, so a skill

@@ -1,5 +1,6 @@
-"""Owns scoring with vLLM, for models that span several GPUs. Its log-probs differ from the
-learner's as the engines differ.
+"""Scoring with vLLM, for models that span several GPUs.
+
+Its log-probs differ from the learner's as the engines differ.
 
 Axes: L tokens of a sequence, N sampled tokens of a sequence.
 """

@@ -1,7 +1,6 @@
-"""Owns the teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next.
-Never looks into a prompt.
+"""The teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next.
 
-A score gets in once: of a batch whose claims were lost in part, what is still held is published,
+A score gets in once: of a batch whose leases were lost in part, what is still held is published,
 and the rest belongs to the teacher that took it. An episode that cannot be scored fails its whole
 group, whose other scores the learner drops.
 """
@@ -9,6 +8,7 @@ group, whose other scores the learner drops.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class TeacherWorker:
         self._take_over_at = clock()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """MAIN LOOP: read, score, publish and acknowledge, until told to stop."""
+        """MAIN LOOP: read, score, publish and acknowledge, until a stop is asked for."""
         while not stopping.is_set():
             self._health.beat()
             deliveries = await self._receive()
@@ -231,7 +231,10 @@ class TeacherWorker:
             )
             return _Rejected(delivery, reason)
         if delivery.num_deliveries > self._limits.max_attempts:
-            reason = f"Delivered {delivery.num_deliveries} times and never finished: it may be what ends the teachers."
+            reason = (
+                f"Delivered {delivery.num_deliveries} times and never finished: it may be what "
+                "ends the teachers."
+            )
             return _Rejected(delivery, reason, trajectory)
         return trajectory
 
@@ -256,9 +259,8 @@ class TeacherWorker:
 
         try:
             if stopping.is_set():
-                await (
-                    attempt()
-                )  # A stop lets the batch in hand finish, without waiting for anything.
+                # A stop lets the batch in hand finish, without waiting for anything.
+                await attempt()
             else:
                 await retry_while_unavailable(attempt, stopping, what="policy weights")
         except SdarError:
@@ -268,9 +270,8 @@ class TeacherWorker:
             if len(wanted) == 1:
                 log.exception("scoring_failed", trajectory_id=wanted[0][1].trajectory_id)
                 return [(*wanted[0], error)]
-            return [
-                part for pair in wanted for part in await self._score_trajectories([pair], stopping)
-            ]
+            parts = [await self._score_trajectories([pair], stopping) for pair in wanted]
+            return list(itertools.chain.from_iterable(parts))
         return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
 
     async def _publish(self, accepted: Sequence[_Accepted], stopping: asyncio.Event) -> None:

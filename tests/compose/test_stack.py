@@ -41,7 +41,8 @@ def test_up_trains_the_household_agent_to_its_end_and_everything_is_as_it_should
     _check_end(stack, status)
     _check_dashboards(stack)
     assert {role: stack.inspect(role)["RestartCount"] for role in ROLES} == dict.fromkeys(ROLES, 0)
-    assert {role: stack.list_zombies(role) for role in ROLES} == {role: [] for role in ROLES}
+    zombies = {role: stack.list_zombies(role) for role in ROLES}
+    assert not any(zombies.values()), zombies
     stack.compose("stop")
     assert {role: stack.inspect(role)["State"]["ExitCode"] for role in ROLES} == dict.fromkeys(
         ROLES, 0
@@ -82,21 +83,12 @@ def _check_end(stack: Stack, status: dict[str, Any]) -> None:
     )
     check_account(stack.statuses)
     ledger = status["ledger"]
-    assert (ledger["running"], ledger["buffered"], ledger["failed"], status["dead_letters"]) == (
-        0,
-        0,
-        0,
-        0,
-    ), ledger
+    found = (ledger["running"], ledger["buffered"], ledger["failed"], status["dead_letters"])
+    assert found == (0, 0, 0, 0), ledger
     assert ledger["trained"] == CONFIG.training.num_updates * CONFIG.training.groups_per_update
-    first, last = (
-        next(
-            one
-            for one in status["evaluations"]
-            if one["num_updates"] == num_updates and not one["is_greedy"]
-        )
-        for num_updates in (0, CONFIG.training.num_updates)
-    )
+    sampled = {one["num_updates"]: one for one in status["evaluations"] if not one["is_greedy"]}
+    first = sampled[0]
+    last = sampled[CONFIG.training.num_updates]
     say(
         "held-out success, sampled: "
         f"{first['success']:.3f} -> {last['success']:.3f}; ledger {ledger}"

@@ -461,11 +461,9 @@ def _play(group: TaskGroup, index: int, attempt: int, version: int) -> Trajector
 
 
 def _score(trajectory: Trajectory) -> ScoredTrajectory:
-    index, version, attempt = (
-        trajectory.episode_index,
-        trajectory.min_policy_version,
-        trajectory.attempt,
-    )
+    index = trajectory.episode_index
+    version = trajectory.min_policy_version
+    attempt = trajectory.attempt
     score = make_item(
         trajectory.group_id, index, version=version, attempt=attempt, num_turns=1
     ).score

@@ -32,15 +32,19 @@ from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 from sdar.in_process.memory_bus import MemoryBus
 
-TASKS, TRAJECTORIES, LEDGER = Stream.TASKS, Stream.TRAJECTORIES, Stream.LEDGER
-ISSUED, GENERATED, TRAINED = GroupOutcome.ISSUED, GroupOutcome.GENERATED, GroupOutcome.TRAINED
-STALE, FAILED, CANCELLED = GroupOutcome.STALE, GroupOutcome.FAILED, GroupOutcome.CANCELLED
-ROLLOUT, TEACHER, LEARNER, GATEWAY = (
-    ConsumerGroup.ROLLOUT,
-    ConsumerGroup.TEACHER,
-    ConsumerGroup.LEARNER,
-    ConsumerGroup.GATEWAY,
-)
+TASKS = Stream.TASKS
+TRAJECTORIES = Stream.TRAJECTORIES
+LEDGER = Stream.LEDGER
+ISSUED = GroupOutcome.ISSUED
+GENERATED = GroupOutcome.GENERATED
+TRAINED = GroupOutcome.TRAINED
+STALE = GroupOutcome.STALE
+FAILED = GroupOutcome.FAILED
+CANCELLED = GroupOutcome.CANCELLED
+ROLLOUT = ConsumerGroup.ROLLOUT
+TEACHER = ConsumerGroup.TEACHER
+LEARNER = ConsumerGroup.LEARNER
+GATEWAY = ConsumerGroup.GATEWAY
 WIRING: Mapping[Stream, tuple[ConsumerGroup, ...]] = {
     TASKS: (ROLLOUT,),
     TRAJECTORIES: (TEACHER, LEARNER),
@@ -177,10 +181,8 @@ async def test_entries_of_a_dead_consumer_reach_another_with_a_higher_delivery_c
         while len(taken) < 2:
             taken += await survivor.reclaim(TASKS, ROLLOUT, "alive", min_idle_s=0.02, max_count=9)
             await asyncio.sleep(0.005)
-    assert [(d.payload, d.num_deliveries, d.consumer) for d in taken] == [
-        (b"1", 2, "alive"),
-        (b"2", 2, "alive"),
-    ]
+    found = [(d.payload, d.num_deliveries, d.consumer) for d in taken]
+    assert found == [(b"1", 2, "alive"), (b"2", 2, "alive")]
 
 
 async def test_entries_that_are_not_idle_long_enough_stay_with_their_consumer(bus: Bus) -> None:
@@ -219,9 +221,8 @@ async def test_what_is_handed_back_reaches_another_at_once_and_what_was_lost_is_
     lease_s = 1.0
     await leaving.publish(TASKS, [b"0"])
     await leaving.read(TASKS, ROLLOUT, "dead", max_count=1)
-    async with asyncio.timeout(
-        10 * lease_s
-    ):  # until the survivor has been in touch for long enough to judge others
+    # Until the survivor has been in touch for long enough to judge others.
+    async with asyncio.timeout(10 * lease_s):
         first: list[Delivery] = []
         while not first:
             first = await survivor.reclaim(TASKS, ROLLOUT, "survivor", lease_s, max_count=9)
@@ -345,11 +346,8 @@ async def test_trimming_never_removes_what_a_group_has_not_acknowledged(bus: Bus
     assert await bus.trim() == 0, "the learner still holds 0"
     await bus.acknowledge(learner[:1])
     await bus.trim()
-    assert [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)] == [
-        b"2",
-        b"3",
-        b"4",
-    ]
+    found = [entry.payload for entry in await bus.tail(TRAJECTORIES, BEFORE_FIRST, max_count=9)]
+    assert found == [b"2", b"3", b"4"]
     assert payloads(await bus.read(TRAJECTORIES, LEARNER, "l", max_count=9)) == [b"2", b"3", b"4"]
     assert payloads(await bus.reclaim(TRAJECTORIES, TEACHER, "u", min_idle_s=0.0, max_count=9)) == [
         b"3"
@@ -372,12 +370,8 @@ async def test_a_dead_letter_keeps_payload_and_reason_and_leaves_the_group(bus: 
     await bus.dead_letter(delivery, "cannot decode: byte 0", [failed])
     [letter] = await bus.list_dead_letters()
     assert (letter.payload, letter.reason) == (b"poison", "cannot decode: byte 0")
-    assert (letter.stream, letter.group, letter.entry_id, letter.num_deliveries) == (
-        TASKS,
-        ROLLOUT,
-        delivery.entry_id,
-        1,
-    )
+    found = (letter.stream, letter.group, letter.entry_id, letter.num_deliveries)
+    assert found == (TASKS, ROLLOUT, delivery.entry_id, 1)
     assert abs(letter.at_s - time.time()) < 60
     assert await bus.count_dead_letters() == 1
     assert await read_journal(bus) == [failed]
@@ -496,7 +490,9 @@ async def test_a_silent_consumer_is_spared_while_it_is_connected_until_its_silen
     """Entry 1 is held by a consumer that dies, 2 by a silent one; both need cleaning up."""
     min_idle_s = 0.2
     await buses().publish(TASKS, [b"1", b"2"])
-    dead, silent, survivor = buses("dead one"), buses("silent\nöne"), buses("survivor")
+    dead = buses("dead one")
+    silent = buses("silent\nöne")
+    survivor = buses("survivor")
     await survivor.ping()
     started = time.monotonic()
     await dead.read(TASKS, ROLLOUT, "dead one", max_count=1)
@@ -534,7 +530,9 @@ async def test_of_two_that_reclaim_at_once_one_gets_each_entry(buses: Maker) -> 
 
 
 async def test_who_is_followed_in_its_role_is_refused_from_then_on(buses: Maker) -> None:
-    before, after, gateway = buses(), buses(), buses()
+    before = buses()
+    after = buses()
+    gateway = buses()
     await before.claim_role(LEARNER)
     await gateway.claim_role(GATEWAY)
     await before.publish(TASKS, [b"1"])
@@ -558,11 +556,8 @@ async def test_who_is_followed_in_its_role_is_refused_from_then_on(buses: Maker)
             await write()
     await after.save_state("cursor", b"2")
     await gateway.publish(TASKS, [b"3"])
-    assert [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)] == [
-        b"1",
-        b"2",
-        b"3",
-    ]
+    found = [entry.payload for entry in await after.tail(TASKS, BEFORE_FIRST, max_count=9)]
+    assert found == [b"1", b"2", b"3"]
     assert await after.load_state("cursor") == b"2"
     assert await after.count_dead_letters() == 0
     assert await after.renew(held) == held
@@ -583,11 +578,8 @@ async def test_every_group_is_accounted_for_at_every_step(bus: Bus) -> None:
         "buffered": 1,
     }
     assert (await bus.read_ledger()).open == {1: True}
-    assert [await bus.list_closed(outcome) for outcome in (TRAINED, FAILED, STALE)] == [
-        [0],
-        [2],
-        [],
-    ]
+    found = [await bus.list_closed(outcome) for outcome in (TRAINED, FAILED, STALE)]
+    assert found == [[0], [2], []]
 
 
 async def test_a_transition_that_changes_nothing_is_neither_counted_nor_journaled(bus: Bus) -> None:
@@ -674,11 +666,8 @@ async def test_a_snapshot_brings_states_and_account_into_a_server_that_lost_them
         "stale": 1,
         "cancelled": 3,
     }
-    assert [await after.list_closed(outcome) for outcome in (TRAINED, STALE, CANCELLED)] == [
-        [1],
-        [70],
-        [0, 2, 3],
-    ]
+    found = [await after.list_closed(outcome) for outcome in (TRAINED, STALE, CANCELLED)]
+    assert found == [[1], [70], [0, 2, 3]]
     assert await after.load_state("cursor") == b"\x00\xff"
     assert await after.newest(TASKS) is None
     await after.commit({}, transitions=events(ISSUED, 1, 4))
@@ -772,9 +761,8 @@ async def test_a_broadcast_reaches_every_reader_and_keeps_the_newest_entries(bus
     await bus.publish(Stream.POLICY_UPDATES, [b"%d" % number for number in range(bound + 2)])
     for _ in range(2):
         entries = await bus.tail(Stream.POLICY_UPDATES, BEFORE_FIRST, max_count=bound + 2)
-        assert [entry.payload for entry in entries] == [
-            b"%d" % number for number in range(2, bound + 2)
-        ]
+        expected = [b"%d" % number for number in range(2, bound + 2)]
+        assert [entry.payload for entry in entries] == expected
     newest = await bus.newest(Stream.POLICY_UPDATES)
     assert newest == entries[-1]
     assert await bus.tail(Stream.POLICY_UPDATES, newest.entry_id, max_count=9, block_s=0.01) == []

@@ -446,9 +446,8 @@ def test_the_evaluation_stream_is_named_when_it_is_the_one():
 
 @pytest.mark.parametrize("name", GOLDEN_VALUES)
 def test_fields_of_a_newer_writer_are_ignored(name):
-    newer = (
-        ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"
-    )  # Field 1023, three bytes.
+    # Field 1023, three bytes.
+    newer = ENCODE[name](GOLDEN_VALUES[name]) + bytes([0xFA, 0x3F, 3]) + b"new"
     assert DECODE[name](newer) == GOLDEN_VALUES[name]
 
 

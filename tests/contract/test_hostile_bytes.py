@@ -21,7 +21,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import ContractError, CorruptionError
 from sdar.environments.frames import FrameReader, pack_frame
 from sdar.v1 import gateway_pb2, policy_pb2, task_pb2, teacher_pb2, trajectory_pb2
-from sdar.weights.store import manifest_from_json, manifest_to_json
+from sdar.weights.manifests import manifest_from_json, manifest_to_json
 from services.learner.progress import Progress
 from tests.fuzzing import Fuzzer, hostile_inputs, resident_bytes
 

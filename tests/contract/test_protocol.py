@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import random
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,7 +73,9 @@ COMMON = {
 }
 
 
-EXAMPLES, MUTANT_EXAMPLES, STEPS = 60, 1000, 25
+EXAMPLES = 60
+MUTANT_EXAMPLES = 1000
+STEPS = 25
 REDIS_SEEDS, REDIS_STEPS = 8, 40
 ROUNDS_TO_A_POINT = 60
 MAX_DISKS_LOST = 2
@@ -383,13 +386,12 @@ class BusThatBooksOnTheSide(MemoryBus):
 
 
 LEARNERS = [
-    *(
-        AcknowledgesBeforeTheCheckpoint,
-        BooksTrainedBeforeItIsDurable,
-        ForgetsWhatItTrained,
-        DropsDurableEntriesUnbooked,
-    ),
-    *(NeverRestores, KeepsItsFirstSnapshot),
+    AcknowledgesBeforeTheCheckpoint,
+    BooksTrainedBeforeItIsDurable,
+    ForgetsWhatItTrained,
+    DropsDurableEntriesUnbooked,
+    NeverRestores,
+    KeepsItsFirstSnapshot,
 ]
 GATEWAYS = [
     IssuesBeforeItSavesItsCursor,
@@ -398,19 +400,18 @@ GATEWAYS = [
     LoadsItsStateBeforeItLooksForOne,
 ]
 MUTANT_ROLES: list[tuple[str, type[Process]]] = [
-    *(("learner", kind) for kind in LEARNERS),
-    *(("gateway", kind) for kind in GATEWAYS),
-    *(("rollout", kind) for kind in [PublishesThenAcknowledges]),
-    *(("teacher", kind) for kind in [AcknowledgesThenPublishes, PublishesWhatWasTakenAway]),
+    *itertools.product(["learner"], LEARNERS),
+    *itertools.product(["gateway"], GATEWAYS),
+    ("rollout", PublishesThenAcknowledges),
+    ("teacher", AcknowledgesThenPublishes),
+    ("teacher", PublishesWhatWasTakenAway),
 ]
 MUTANT_BUSES = [
-    *(
-        UnfencedBus,
-        BusWithoutTenures,
-        BusThatLetsTheSupersededRead,
-        BusThatTrimsWhatWasDelivered,
-        BusThatBooksOnTheSide,
-    ),
+    UnfencedBus,
+    BusWithoutTenures,
+    BusThatLetsTheSupersededRead,
+    BusThatTrimsWhatWasDelivered,
+    BusThatBooksOnTheSide,
 ]
 
 
@@ -514,11 +515,9 @@ class RedisMachine(ProtocolMachine):
 
         Not hypothesis: what a server does depends on time, so no example could be replayed.
         """
-        name, worker, unique = (
-            rng.choice(sorted(ROLES)),
-            rng.choice(WORKER_NAMES),
-            rng.choice(World.UNIQUE),
-        )
+        name = rng.choice(sorted(ROLES))
+        worker = rng.choice(WORKER_NAMES)
+        unique = rng.choice(World.UNIQUE)
         faults: list[Callable[[], None]] = [
             lambda: self.crash(name),
             lambda: self.expire_leases(worker),

@@ -98,9 +98,8 @@ async def test_it_starts_as_version_zero(scorer):
 async def test_it_returns_one_value_for_each_sampled_token_and_none_for_others(bench, scorer):
     scores = await scorer.score(bench.contexts)
     for context, turns in zip(bench.contexts, scores, strict=True):
-        assert [len(values) for values in turns] == [
-            len(turn.response_token_ids) for turn in context.trajectory.turns
-        ]
+        expected = [len(turn.response_token_ids) for turn in context.trajectory.turns]
+        assert [len(values) for values in turns] == expected
     assert (flat(scores) < 0).all()
     assert flat(scores).dtype == np.float32
 

@@ -86,9 +86,8 @@ def test_twenty_versions_as_deltas_are_bit_for_bit_those_published_whole(place: 
         total["deltas"] += delta.size_bytes
         total["whole"] += whole.size_bytes
         assert whole.base_version is None
-        assert [(entry.name, entry.sha256) for entry in delta.tensors] == [
-            (entry.name, entry.sha256) for entry in whole.tensors
-        ]
+        expected = [(entry.name, entry.sha256) for entry in whole.tensors]
+        assert [(entry.name, entry.sha256) for entry in delta.tensors] == expected
         for got in (read(follower, delta), read(place.open(), delta), read(place.open(), whole)):
             assert_same_bits(got, tensors)
     assert total["deltas"] < total["whole"] / 4, (
@@ -100,11 +99,8 @@ def test_a_chain_ends_after_ten_versions_and_a_new_one_begins_whole(place: Place
     manifests = publish_all(place.open(), make_versions(FULL_PUBLISH_EVERY + 2))
     bases = [manifest.base_version for manifest in manifests]
     assert bases == [None, *range(FULL_PUBLISH_EVERY - 1), None, FULL_PUBLISH_EVERY]
-    assert [(entry.name, entry.is_delta) for entry in manifests[1].tensors] == [
-        ("embed", True),
-        ("norm", True),
-        ("scale", False),
-    ]
+    found = [(entry.name, entry.is_delta) for entry in manifests[1].tensors]
+    assert found == [("embed", True), ("norm", True), ("scale", False)]
     assert manifests[1].size_bytes == (1 + 2) + (1 + 2) + 2 * 4, (
         "a gap and a value each, and the float32 tensor"
     )
@@ -164,7 +160,9 @@ def test_a_version_that_changes_more_than_half_is_whole_and_begins_a_chain(place
 
 def test_half_is_of_the_whole_version(place: Place) -> None:
     """A float32 tensor that is as large as all the rest leaves nothing to save."""
-    store, small, large = place.open(), torch.zeros(100, dtype=torch.bfloat16), torch.zeros(50)
+    store = place.open()
+    small = torch.zeros(100, dtype=torch.bfloat16)
+    large = torch.zeros(50)
     store.publish(0, {"small": small, "large": large}, MODEL)
     assert store.publish(1, {"small": small, "large": large}, MODEL).base_version == 0, (
         "exactly half"

@@ -20,7 +20,8 @@ from sdar.contracts.errors import (
     WeightsUnavailableError,
 )
 from sdar.contracts.types import ModelIdentity, WeightsManifest
-from sdar.weights.store import WeightStore, manifest_from_json, manifest_to_json
+from sdar.weights.manifests import manifest_from_json, manifest_to_json
+from sdar.weights.store import WeightStore
 from tests.contract.weight_places import MODEL, Gathered, Place, assert_same, make_tensors
 
 

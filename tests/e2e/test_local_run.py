@@ -245,20 +245,14 @@ def test_the_ledger_closes(finished: Finished) -> None:
     closed = sum(ledger[name] for name in ("trained", "skipped", "stale", "failed", "cancelled"))
     assert ledger["gap"] == 0
     assert ledger["issued"] == closed
-    assert (
-        ledger["trained"]
-        == SETTINGS["training.num_updates"] * SETTINGS["training.groups_per_update"]
-    )
+    found = ledger["trained"]
+    assert found == SETTINGS["training.num_updates"] * SETTINGS["training.groups_per_update"]
 
 
 def test_both_evaluations_are_complete_and_pooled_over_the_fixed_list(finished: Finished) -> None:
     evaluations = finished.summary["evaluations"]
-    assert [(e["num_updates"], e["is_greedy"]) for e in evaluations] == [
-        (0, False),
-        (0, True),
-        (80, False),
-        (80, True),
-    ]
+    found = [(e["num_updates"], e["is_greedy"]) for e in evaluations]
+    assert found == [(0, False), (0, True), (80, False), (80, True)]
     assert {e["num_episodes"] for e in evaluations} == {24}
     assert {e["num_failed"] for e in evaluations} == {0}
 
@@ -298,11 +292,8 @@ def test_the_processes_of_a_run_trace_a_group_together(finished: Finished) -> No
     traces: defaultdict[bytes, list[Received]] = defaultdict(list)
     for span in finished.spans:
         traces[span.trace_id].append(span)
-    whole = [
-        trace
-        for trace in traces.values()
-        if {"gateway.issue", "teacher.score", "learner.trained"} <= {s.name for s in trace}
-    ]
+    wanted = {"gateway.issue", "teacher.score", "learner.trained"}
+    whole = [trace for trace in traces.values() if wanted.issubset(span.name for span in trace)]
     assert whole
     for trace in whole:
         ids = {span.span_id for span in trace}
@@ -333,10 +324,8 @@ def test_no_process_outlives_the_run(finished: Finished) -> None:
 def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(
     tmp_path: Path,
 ) -> None:
-    changes = {
-        "name": "resumed",
-        "training.num_updates": 40,
-    }  # more than the drain can finish: an update takes 0.1 s
+    # More updates than the drain can finish: one takes 0.1 s.
+    changes = {"name": "resumed", "training.num_updates": 40}
     with EmbeddedRedis(tmp_path / "redis") as redis:
         with start(tmp_path / "runs", redis.url, **changes) as first:
             before = first.read_until_update(2)
@@ -345,9 +334,8 @@ def test_an_interrupted_run_drains_and_resumes_without_training_anything_twice(
         with start(tmp_path / "runs", redis.url, **changes) as second:
             status = second.read_until("update")["status"]
             assert status["num_updates"] >= before["num_updates"]
-            assert (
-                status["policy_version"] >= before["policy_version"]
-            )  # equal if nothing was trained while draining
+            # Equal if nothing was trained while draining.
+            assert status["policy_version"] >= before["policy_version"]
             summary = second.read_until("finished")["summary"]
             assert second.end() == 0
     assert summary["num_updates"] == 40

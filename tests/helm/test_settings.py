@@ -351,8 +351,8 @@ def _listed_keys(role):
 
 
 def _covers(listed, key):
-    if key == "method.row":  # looked up by the method's name
-        return listed in ("method", "method.name")
+    if key == "method.row":
+        key = "method.name"  # by which the table of methods has it
     return key == listed or key.startswith(f"{listed}.")
 
 

@@ -31,14 +31,16 @@ import redis
 import structlog
 import torch
 
+from sdar.bus import leases
 from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.bus.redis import RedisBus
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.model.causal_lm import load_causal_lm
 from sdar.process.telemetry import Health
-from sdar.weights import store as weights
+from sdar.weights import garbage, manifests, shards, version_objects
+from sdar.weights import store as weight_store
 from sdar.weights.store import WeightStore
-from services.learner import checkpoint, ingest, progress, train
+from services.learner import checkpoint, ingest, progress, torch_thread, train
 from services.learner.checkpoint import read_trained_groups
 from services.learner.ranks import _import_deepspeed
 from services.learner.service import open_learner
@@ -54,7 +56,9 @@ from tests.unit.learner.builders import (
     read_journal,
 )
 
-FILES = tuple(str(module.__file__) for module in (train, ingest, checkpoint, progress, weights))
+LEARNER = (train, torch_thread, ingest, checkpoint, progress, leases)
+WEIGHTS = (weight_store, version_objects, shards, manifests, garbage)
+FILES = tuple(str(module.__file__) for module in (*LEARNER, *WEIGHTS))
 NUM_WORKERS = 3
 """More than there are cores: a life spends half its time waiting for its stream."""
 CONFIG = make_config(
@@ -117,11 +121,12 @@ async def examine(directory: Path, bus: RedisBus, store: WeightStore) -> dict[st
     files = json.loads((newest / "manifest.json").read_bytes())["files"]
     published = store.fetch_manifest()
     events = [(event.group_id, str(event.outcome)) for event in await read_journal(bus)]
+    tensors = {name: about for name, about in files.items() if name.endswith(".safetensors")}
+    checksums = {name: about["sha256"] for name, about in tensors.items()}
+    in_store = {entry.name: entry.sha256 for entry in published.tensors}
     return {
-        "sha256": {
-            name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")
-        },
-        "published": {entry.name: entry.sha256 for entry in published.tensors},
+        "sha256": checksums,
+        "published": in_store,
         "num_updates": published.num_updates,
         "trained": read_trained_groups(directory / "checkpoints"),
         "account": await read_account(bus),

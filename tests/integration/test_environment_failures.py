@@ -347,12 +347,11 @@ async def test_two_hundred_abandoned_sessions_are_reaped_and_their_memory_given_
             )
 
         async def abandon() -> None:
-            await asyncio.gather(
-                *(
-                    client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S)
-                    for _ in range(200)
-                )
-            )
+            opening = [
+                client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S)
+                for _ in range(200)
+            ]
+            await asyncio.gather(*opening)
             assert (await client.describe()).environments[0].capacity.num_open_sessions == 200
             async with asyncio.timeout(20):
                 while (await client.describe()).environments[0].capacity.num_open_sessions:  # noqa: ASYNC110

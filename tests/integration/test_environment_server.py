@@ -50,11 +50,8 @@ async def test_describe_tells_splits_limits_and_room(client):
         "train": 7246,
         "heldout": 818,
     }
-    assert (
-        household.version,
-        household.limits.max_turns,
-        household.capacity.num_open_sessions,
-    ) == ("1", 8, 0)
+    found = (household.version, household.limits.max_turns, household.capacity.num_open_sessions)
+    assert found == ("1", 8, 0)
     await client.open()
     assert (await client.describe("household")).environments[0].capacity.num_open_sessions == 1
 
@@ -85,12 +82,8 @@ async def test_a_strange_page_token_is_refused(client, token):
 async def test_an_expert_plays_to_the_reward(client):
     opened = await client.open(seed=3, lease_s=20)
     assert opened.observation.startswith("task : polish the apple")
-    assert (opened.task.task_id, opened.task.task_type, opened.task.seed, opened.lease_s) == (
-        TASK_ID,
-        "polish",
-        3,
-        20,
-    )
+    found = (opened.task.task_id, opened.task.task_type, opened.task.seed, opened.lease_s)
+    assert found == (TASK_ID, "polish", 3, 20)
     assert list(opened.admissible_actions) == ["open drawer"]
     task = parse_task_id(TASK_ID)
     steps = [
@@ -107,11 +100,8 @@ async def test_an_expert_plays_to_the_reward(client):
 async def test_an_invalid_action_is_reported_not_raised(client):
     opened = await client.open()
     step = await client.step(opened.session_id, 0, "fly")
-    assert (step.observation, step.action, step.is_action_valid) == (
-        "nothing happens .",
-        "fly",
-        False,
-    )
+    found = (step.observation, step.action, step.is_action_valid)
+    assert found == ("nothing happens .", "fly", False)
 
 
 async def test_errors_keep_their_class_and_fields_on_the_wire(client):

@@ -258,11 +258,8 @@ async def test_a_finished_learner_started_for_more_updates_goes_on_under_the_new
     run.config = make_config(num_updates=3, checkpoint_every=1, max_staleness=4, learning_rate=3e-4)
     await send(run.bus, *[item for name in NAMES[5:7] for item in make_group(name)])
     progress = await run.train(3)
-    assert progress.trained_groups == (
-        ("a", "b"),
-        ("c", "d"),
-        ("f", "g"),
-    )  # e came after what was then the last update
+    # e came after what was then the last update
+    assert progress.trained_groups == (("a", "b"), ("c", "d"), ("f", "g"))
     assert sorted(await read_ledger(run.bus)) == sorted(
         [(name, "trained") for name in "abcdfg"] + [("e", "cancelled")]
     )

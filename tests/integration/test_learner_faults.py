@@ -53,9 +53,8 @@ def try_points(directory, mode, timeout_s):
         "failed": 1,
         "cancelled": 1,
     }
-    assert [group_id for group_id, _ in expected["closed"]] == [
-        format_group_id(number) for number in range(9)
-    ]
+    wanted = [format_group_id(number) for number in range(9)]
+    assert [group_id for group_id, _ in expected["closed"]] == wanted
     assert expected["num_updates"] == 3
     assert expected["num_pending"] == 0
     assert len(expected["sha256"]) == 2

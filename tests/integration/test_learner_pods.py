@@ -45,22 +45,13 @@ class Pod:
             "SDAR_HOST": HOSTS[index],
             "SDAR_INSTANCE": f"learner-{index}",
         }
+        nodes = ("--nnodes=2", "--nproc-per-node=1", f"--node-rank={index}")
+        meeting = ("--master-addr=127.0.0.1", f"--master-port={master_port}")
+        bounds = ("--rdzv-conf=timeout=120", "--max-restarts=0", "--shutdown-timeout=60")
         self._command = (
-            *(
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nnodes=2",
-                "--nproc-per-node=1",
-                f"--node-rank={index}",
-            ),
-            *(
-                "--master-addr=127.0.0.1",
-                f"--master-port={master_port}",
-                "--rdzv-conf=timeout=120",
-                "--max-restarts=0",
-            ),
-            *("--shutdown-timeout=60", "-m", "sdar.cli.main", "serve", "learner"),
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(*nodes, *meeting, *bounds),
+            *("-m", "sdar.cli.main", "serve", "learner"),
         )
         self._is_deleted = False
         self._process: asyncio.subprocess.Process | None = None

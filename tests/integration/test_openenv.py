@@ -68,7 +68,9 @@ def game(url):
 
 def search(game):
     """Halve the interval until the number is found; all observations on the way."""
-    first, last, results = 1, 30, []
+    first = 1
+    last = 30
+    results = []
     while not results or not results[-1].is_over:
         middle = (first + last) // 2
         results.append(game.step(f"<think>halve</think><action>{middle}</action>"))
@@ -82,11 +84,8 @@ def test_an_episode_is_played_to_its_end_and_again_the_same(url, game):
     assert first.text == "I think of a number from 1 to 30. Which?"
     results = search(game)
     assert (results[-1].observation.text, results[-1].reward) == ("Yes!", 1.0)
-    assert (results[-1].terminated, results[-1].truncated, results[-1].is_success) == (
-        True,
-        False,
-        True,
-    )
+    found = (results[-1].terminated, results[-1].truncated, results[-1].is_success)
+    assert found == (True, False, True)
     assert {result.is_success for result in results[:-1]} == {False}
     game.reset("train-0", 0)
     assert search(game) == results
@@ -112,10 +111,8 @@ def test_a_whole_action_may_be_written_as_json(game):
     results = [game.step(text) for text in ('{"guess": "no"}', '{"gues": "1"}', '{"guess": 1}', "")]
     assert [result.is_action_valid for result in results] == [True, False, False, False]
     assert results[0].observation.text == "That is no number."
-    assert (
-        results[1].observation.text
-        == "That is no action here. The guess: any text, alone or in <action> tags."
-    )
+    found = results[1].observation.text
+    assert found == "That is no action here. The guess: any text, alone or in <action> tags."
 
 
 def test_long_and_strange_texts_come_through(game):

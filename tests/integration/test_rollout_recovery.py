@@ -131,12 +131,8 @@ class House:
     async def check_account(self) -> None:
         """Every group was generated exactly once, and nothing of the run is left anywhere."""
         counts = (await self.bus.read_ledger()).counts()
-        assert (counts["issued"], counts["generated"], counts["running"], counts["failed"]) == (
-            NUM_GROUPS,
-            NUM_GROUPS,
-            0,
-            0,
-        )
+        found = (counts["issued"], counts["generated"], counts["running"], counts["failed"])
+        assert found == (NUM_GROUPS, NUM_GROUPS, 0, 0)
         journal = [
             codec.decode_ledger_event(payload) for payload in await self.entries(Stream.LEDGER)
         ]
@@ -418,7 +414,8 @@ async def test_groups_of_a_killed_environment_worker_are_played_again_and_no_ses
         assert await count_sessions(client) == 0
     attempts = await bench.attempts()
     assert set(attempts.values()) == {3}
-    assert sorted(group_id for group_id, _ in attempts) == [f"g{number}" for number in range(8)]
+    expected = [f"g{number}" for number in range(8)]
+    assert sorted(group_id for group_id, _ in attempts) == expected
     assert sum(attempt for _, attempt in attempts) == bench.metrics.read(RETRIED_GROUPS) > 0
     assert {event.outcome for event in await bench.ledger()} == {GroupOutcome.GENERATED}
 

@@ -118,6 +118,14 @@ def expected_logprobs(model, turn) -> np.ndarray:
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].numpy()
 
 
+def check_tokens(trajectory, models):
+    """Each turn is of one version, whose plain forward gives its tokens the same log-probs."""
+    for turn in trajectory.turns:
+        (version,) = set(turn.policy_versions.tolist())
+        expected = expected_logprobs(models[version], turn)
+        np.testing.assert_allclose(turn.behavior_logprobs, expected, atol=1e-4)
+
+
 async def test_every_token_played_over_grpc_scores_under_the_version_it_is_stamped_with(
     tmp_path, tokenizer
 ):
@@ -171,20 +179,12 @@ async def test_every_token_played_over_grpc_scores_under_the_version_it_is_stamp
         for payload in await fetch(bus, Stream.EVALUATIONS)
     ]
     assert {trajectory.min_policy_version for trajectory in trained} == {0, 1}
-    assert {
-        version
-        for trajectory in evaluated
-        for turn in trajectory.turns
-        for version in turn.policy_versions
-    } == {0}
+    assert {trajectory.max_policy_version for trajectory in evaluated} == {0}
     for trajectory in trained + evaluated:
-        for turn in trajectory.turns:
-            (version,) = set(turn.policy_versions.tolist())
-            np.testing.assert_allclose(
-                turn.behavior_logprobs, expected_logprobs(models[version], turn), atol=1e-4
-            )
+        check_tokens(trajectory, models)
     ledger = [codec.decode_ledger_event(payload) for payload in await fetch(bus, Stream.LEDGER)]
-    assert sorted(event.group_id for event in ledger) == [f"group-{number}" for number in range(6)]
+    expected = [f"group-{number}" for number in range(6)]
+    assert sorted(event.group_id for event in ledger) == expected
     assert {event.outcome for event in ledger} == {GroupOutcome.GENERATED}
     assert sum(turn.is_action_valid for trajectory in trained for turn in trajectory.turns) > 40
 
@@ -374,10 +374,8 @@ def chat(text):
 
 async def test_a_chat_is_rendered_and_a_token_prompt_is_taken_as_it_is(outside, tokenizer):
     first = await outside.generate(chat=chat("task"))
-    assert (
-        tokenizer.tokenizer.decode(first.prompt_token_ids)
-        == "<|im_start|>user\ntask<|im_end|>\n<|im_start|>assistant\n"
-    )
+    found = tokenizer.tokenizer.decode(first.prompt_token_ids)
+    assert found == "<|im_start|>user\ntask<|im_end|>\n<|im_start|>assistant\n"
     again = await outside.generate(tokens={"token_ids": first.prompt_token_ids})
     assert again.prompt_token_ids == first.prompt_token_ids
     num_tokens = len(again.response_token_ids)

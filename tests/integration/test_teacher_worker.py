@@ -93,11 +93,9 @@ def score_plainly(model, chat, trajectory, skill):
 async def test_a_teacher_scores_with_the_newest_published_weights_and_drains_on_sigterm(
     config, settings, model_directory
 ):
-    chat, bus, store = (
-        ChatTokenizer(model_directory),
-        build_bus(config, settings),
-        build_weight_store(config, settings),
-    )
+    chat = ChatTokenizer(model_directory)
+    bus = build_bus(config, settings)
+    store = build_weight_store(config, settings)
     serving = asyncio.create_task(serve(config, settings))
     await until_ready(settings)
 

@@ -123,7 +123,8 @@ def test_an_update_points_to_the_groups_it_trained_and_they_to_it(collector: Col
             for span in collector.named("learner.trained")
             if span.links == [(update.trace_id, update.span_id)]
         ]
-        assert {span.trace_id for span in pointing} == {trace_id for trace_id, _ in update.links}
+        expected = {trace_id for trace_id, _ in update.links}
+        assert {span.trace_id for span in pointing} == expected
         for span in pointing:
             told = span.attributes
             assert (
@@ -160,10 +161,8 @@ def test_spans_hold_no_words_of_an_episode(collector: Collector) -> None:
 def test_spans_tell_whose_they_are(collector: Collector) -> None:
     for span in collector.spans:
         told = span.resource
-        assert (told["service.name"], told["service.instance.id"]) == (
-            "sdar-in-process",
-            "worker-7",
-        )
+        found = (told["service.name"], told["service.instance.id"])
+        assert found == ("sdar-in-process", "worker-7")
         assert told["sdar.run_id"] == "household"
 
 

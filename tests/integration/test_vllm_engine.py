@@ -215,9 +215,8 @@ async def test_response_ends_with_the_stop_token_and_its_logprob(
         (prompt, engine.generate(prompt, sampling)) for prompt in itertools.islice(prompts, 32)
     ]
     reasons = set()
-    for prompt, generation in zip(
-        [p for p, _ in pairs], await asyncio.gather(*(g for _, g in pairs)), strict=True
-    ):
+    prompts, generating = zip(*pairs, strict=True)
+    for prompt, generation in zip(prompts, await asyncio.gather(*generating), strict=True):
         response = generation.response_token_ids.tolist()
         has_ended = generation.stop_reason is StopReason.END_OF_TURN
         reasons.add(generation.stop_reason)
@@ -354,7 +353,9 @@ async def test_a_bad_publication_leaves_the_previous_weights_serving(
     engine: VllmEngine, policies: Policies, prompts: Any
 ) -> None:
     version, num_updates = engine.policy_version, engine.stats.num_weight_updates
-    corrupt, lost, partial = policies.publish(), policies.publish(), policies.publish()
+    corrupt = policies.publish()
+    lost = policies.publish()
+    partial = policies.publish()
     shard = policies.locate_shard(corrupt)
     *intact, last = shard.read_bytes()
     shard.write_bytes(bytes([*intact, last ^ 1]))

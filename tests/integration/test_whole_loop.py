@@ -20,7 +20,9 @@ from services.envs.household import HouseholdEnvironment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "household.yaml"
-NUM_UPDATES, NUM_GROUPS, NUM_TASKS = 3, 4, 8
+NUM_UPDATES = 3
+NUM_GROUPS = 4
+NUM_TASKS = 8
 
 
 class FragileEnvironment(HouseholdEnvironment):
@@ -65,11 +67,8 @@ async def test_a_run_trains_evaluates_before_and_after_and_its_ledger_adds_up(
     outcome = await play_run(config, tmp_path, seen.append)
 
     status = outcome.status
-    assert (status["phase"], status["num_updates"], status["policy_version"]) == (
-        "finished",
-        NUM_UPDATES,
-        NUM_UPDATES,
-    )
+    found = (status["phase"], status["num_updates"], status["policy_version"])
+    assert found == ("finished", NUM_UPDATES, NUM_UPDATES)
     assert status["ledger"]["trained"] == NUM_UPDATES * NUM_GROUPS
     assert (status["ledger_gap"], status["dead_letters"]) == (0, 0)
     ledger = status["ledger"]

@@ -128,11 +128,11 @@ def _check_surroundings(cluster: Cluster) -> None:
     if any(len(images) >= _MOST_IMAGES for images in nodes):
         return  # a node tells of its largest ones only
     images = {name for images in nodes for image in images for name in image["names"]}
-    missing = [
-        name
-        for name in (_image(role, cluster) for role in ROLES)
-        if not any(_is_same(name, other) for other in images)
-    ]
+
+    def is_there(name: str) -> bool:
+        return any(_is_same(name, other) for other in images)
+
+    missing = [name for role in ROLES if not is_there(name := _image(role, cluster))]
     if missing and not cluster.values:
         pytest.exit(
             f"No node has {', '.join(missing)}. Build them with `make images` and load them "

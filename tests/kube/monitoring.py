@@ -136,24 +136,13 @@ class Monitoring:
 
     def _list_targets(self) -> list[dict[str, Any]]:
         """What discovery would find: each container port of each pod, with its labels."""
+        pods = self._cluster.get("pods", "--selector", NAME)["items"]
         return [
-            {
-                "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
-                "labels": {
-                    "__meta_kubernetes_namespace": pod["metadata"]["namespace"],
-                    "__meta_kubernetes_pod_name": pod["metadata"]["name"],
-                    "__meta_kubernetes_pod_phase": pod["status"]["phase"],
-                    "__meta_kubernetes_pod_container_port_name": port["name"],
-                    **{
-                        f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}": value
-                        for name, value in pod["metadata"]["labels"].items()
-                    },
-                },
-            }
-            for pod in self._cluster.get("pods", "--selector", NAME)["items"]
+            _describe_target(pod, port)
+            for pod in pods
+            if "podIP" in pod["status"]
             for container in pod["spec"]["containers"]
             for port in container.get("ports", ())
-            if "podIP" in pod["status"]
         ]
 
     def _build_configs(self) -> dict[str, str]:
@@ -178,18 +167,7 @@ class Monitoring:
 
     def _describe(self) -> list[dict[str, Any]]:
         rules = (ROOT / "helm" / "alerts" / "sdar.yaml").read_text(encoding="utf-8")
-        start = (
-            "promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || "
-            f"config={_WITHOUT_DISCOVERY}; exec prometheus --config.file=/etc/sdar/$config "
-            "--storage.tsdb.path=/data"
-        )
         metadata = {"name": _NAME}
-        places = {
-            "prometheus.yml": "prometheus.yml",
-            _WITHOUT_DISCOVERY: _WITHOUT_DISCOVERY,
-            "rules": "alerts/sdar.yaml",
-        }
-        items = [{"key": key, "path": path} for key, path in places.items()]
         rule = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
         return [
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
@@ -218,35 +196,65 @@ class Monitoring:
                 "apiVersion": "v1",
                 "kind": "Pod",
                 "metadata": {**metadata, "labels": {"app.kubernetes.io/name": _NAME}},
-                "spec": {
-                    "serviceAccountName": _NAME,
-                    "securityContext": {
-                        "runAsNonRoot": True,
-                        "runAsUser": 65534,
-                        "seccompProfile": {"type": "RuntimeDefault"},
-                    },
-                    "containers": [
-                        {
-                            "name": _NAME,
-                            "image": IMAGE,
-                            "imagePullPolicy": "IfNotPresent",
-                            "command": ["sh", "-c", start],
-                            "ports": [{"containerPort": _PORT}],
-                            "readinessProbe": {"httpGet": {"path": "/-/ready", "port": _PORT}},
-                            "securityContext": {
-                                "allowPrivilegeEscalation": False,
-                                "capabilities": {"drop": ["ALL"]},
-                            },
-                            "volumeMounts": [
-                                {"name": "config", "mountPath": "/etc/sdar"},
-                                {"name": "data", "mountPath": "/data"},
-                            ],
-                        }
-                    ],
-                    "volumes": [
-                        {"name": "config", "configMap": {"name": _NAME, "items": items}},
-                        {"name": "data", "emptyDir": {}},
-                    ],
-                },
+                "spec": _describe_pod(),
             },
         ]
+
+
+def _describe_target(pod: dict[str, Any], port: dict[str, Any]) -> dict[str, Any]:
+    labels = {
+        "__meta_kubernetes_namespace": pod["metadata"]["namespace"],
+        "__meta_kubernetes_pod_name": pod["metadata"]["name"],
+        "__meta_kubernetes_pod_phase": pod["status"]["phase"],
+        "__meta_kubernetes_pod_container_port_name": port["name"],
+    }
+    for name, value in pod["metadata"]["labels"].items():
+        labels[f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}"] = value
+    return {"targets": [f"{pod['status']['podIP']}:{port['containerPort']}"], "labels": labels}
+
+
+def _describe_pod() -> dict[str, Any]:
+    """Its specification: Prometheus as nobody, with the configuration that it can read."""
+    places = {
+        "prometheus.yml": "prometheus.yml",
+        _WITHOUT_DISCOVERY: _WITHOUT_DISCOVERY,
+        "rules": "alerts/sdar.yaml",
+    }
+    items = [{"key": key, "path": path} for key, path in places.items()]
+    return {
+        "serviceAccountName": _NAME,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 65534,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_describe_container()],
+        "volumes": [
+            {"name": "config", "configMap": {"name": _NAME, "items": items}},
+            {"name": "data", "emptyDir": {}},
+        ],
+    }
+
+
+def _describe_container() -> dict[str, Any]:
+    start = (
+        "promtool check config /etc/sdar/prometheus.yml && config=prometheus.yml || "
+        f"config={_WITHOUT_DISCOVERY}; exec prometheus --config.file=/etc/sdar/$config "
+        "--storage.tsdb.path=/data"
+    )
+    return {
+        "name": _NAME,
+        "image": IMAGE,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["sh", "-c", start],
+        "ports": [{"containerPort": _PORT}],
+        "readinessProbe": {"httpGet": {"path": "/-/ready", "port": _PORT}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "config", "mountPath": "/etc/sdar"},
+            {"name": "data", "mountPath": "/data"},
+        ],
+    }

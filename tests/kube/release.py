@@ -242,11 +242,11 @@ class Release:
 
         def is_ready() -> bool:
             pods = self.pods()
-            own = {role: [pod for pod in pods if pod.role == role] for role in counts}
-            return all(
-                len(own[role]) == number and all(_is_up(pod) for pod in own[role])
-                for role, number in counts.items()
-            )
+            for role, number in counts.items():
+                own = [pod for pod in pods if pod.role == role]
+                if len(own) != number or not all(map(_is_up, own)):
+                    return False
+            return True
 
         try:
             wait(f"ready pods ({_join(counts)})", is_ready, timeout_s, tell=self._tell_pods)
@@ -325,12 +325,9 @@ print(urlopen({url!r}, timeout=5).read().decode())
         """The account as Redis keeps it, and the numbers of all closed groups by outcome."""
         raw = json.loads(self._run_inside(f"deployment/{self.fullname}-gateway", "account.py"))
         closed = {GroupOutcome(name): numbers for name, numbers in raw["closed"].items()}
-        account = LedgerAccount(
-            raw["issued"],
-            raw["generated"],
-            {outcome: raw["counts"][outcome.value] for outcome in closed},
-            {int(number): is_generated for number, is_generated in raw["open"].items()},
-        )
+        counts = {outcome: raw["counts"][outcome.value] for outcome in closed}
+        still_open = {int(number): is_generated for number, is_generated in raw["open"].items()}
+        account = LedgerAccount(raw["issued"], raw["generated"], counts, still_open)
         return account, closed
 
     def read_trained_groups(self) -> list[list[str]]:

@@ -1,12 +1,13 @@
 """The report of a cluster test: a row per claim with its evidence, between two marks of a page.
 
-A claim that was not put to the test this time keeps the row it had, so that a page can be made in
-several goes.
+A claim that was not tested this time keeps its earlier row, so that a page can be made in several
+runs.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,7 +61,7 @@ def format_claims(claims: Sequence[Claim], kept: str, *, where: str) -> str:
     rows |= {claim.text: claim.format() for claim in claims if claim.outcome}
     held = sum(row.startswith("| yes |") for row in rows.values())
     head = [
-        f"{held} of {len(rows)} claims held. {where}",
+        textwrap.fill(f"{held} of {len(rows)} claims held. {where}", 120, break_on_hyphens=False),
         "",
         "| held | claim | evidence | s | UTC |",
         "|---|---|---|---|---|",

@@ -84,7 +84,9 @@ class Volumes:
                 say(f"volumes: {error}")
 
     def _make(self, claim: dict[str, Any]) -> None:
-        name, uid, spec = claim["metadata"]["name"], claim["metadata"]["uid"], claim["spec"]
+        name = claim["metadata"]["name"]
+        uid = claim["metadata"]["uid"]
+        spec = claim["spec"]
         directory = f"{self._cluster.namespace}/{name}-{uid[:8]}"
         self._keeper.kubectl(
             "exec",

@@ -73,10 +73,10 @@ def applied(tested: list[dict[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
     states = {
         m["@testrun"]: m["test_state"]["outputs"] for m in tested if m["type"] == "test_state"
     }
-    return {
-        run: {name: output["value"] for name, output in outputs.items()}
-        for run, outputs in states.items()
-    }
+    values = {}
+    for run, outputs in states.items():
+        values[run] = {name: output["value"] for name, output in outputs.items()}
+    return values
 
 
 @pytest.fixture(scope="session")

@@ -48,10 +48,8 @@ def test_the_limits_on_the_page_are_those_of_the_code():
     assert rows["gRPC calls at once"] == str(rpc_methods.MAX_CONCURRENT_CALLS)
     assert rows["HTTP connections and requests at once"] == str(http_server.MAX_CONNECTIONS)
     texts = f"{sessions.SessionLimits().max_text_bytes >> 20} MiB, {sessions.MAX_KEY_CHARACTERS}"
-    assert (
-        rows["a text of an episode, a session key, a task id"]
-        == f"{texts} and {sessions.MAX_TASK_ID_CHARACTERS} characters"
-    )
+    found = rows["a text of an episode, a session key, a task id"]
+    assert found == f"{texts} and {sessions.MAX_TASK_ID_CHARACTERS} characters"
     assert f"{tokens.MIN_TOKEN_CHARACTERS} to {tokens.MAX_TOKEN_CHARACTERS} letters" in PAGE
 
 

@@ -124,11 +124,9 @@ def test_the_first_demonstrations_are_those_of_the_shipped_model():
 
     The hash was taken when the model was shipped.
     """
-    demonstrator, chat, rng = (
-        HouseholdRecipe().open_demonstrator(),
-        ChatTokenizer(SHIPPED),
-        random.Random(1),
-    )
+    demonstrator = HouseholdRecipe().open_demonstrator()
+    chat = ChatTokenizer(SHIPPED)
+    rng = random.Random(1)
     examples = [demonstrator.write(chat, rng, 0.85) for _ in range(32)]
     assert hashlib.sha256(repr(examples).encode()).hexdigest().startswith("0fe0978b0442a6c0")
 

@@ -1,5 +1,4 @@
-"""Owns `sdar env check`: what every environment server must do, tried over the wire alone, whatever
-language it is written in.
+"""`sdar env check`: what every environment server must do, tried over the wire alone.
 
 `runner` tries the checks, `report` shows the verdicts; `discovery`, `sessions`, `steps`, `episodes`
 and `aftermath` hold the checks, `bench` is what they reach the server with, `actions` how they

@@ -1,6 +1,4 @@
-"""Owns how an action is written for an environment that nobody here knows: from what it lists and
-its action_format.
-"""
+"""How a check writes an action for an environment it doesn't know: from what the server lists."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns the checks of what the other checks left behind: their errors, and open sessions. They run
-last.
-"""
+"""The checks that run last: errors and open sessions that the other checks left behind."""
 
 from __future__ import annotations
 

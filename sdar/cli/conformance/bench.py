@@ -1,5 +1,4 @@
-"""Owns how checks reach a server: the wire's calls with their refusals, and episodes played from
-fixed seeds.
+"""How checks reach a server: calls with their refusals, and episodes from fixed seeds.
 
 Knows the wire and no environment: actions are those the server lists, written in the first form
 that it finds valid.
@@ -329,7 +328,10 @@ class Bench:
     def compare(self, script: Script, index: int, answer: environment_pb2.StepResponse) -> None:
         told = difference(script.answers[index], answer)
         if told:
-            what = f"step {index} of task {script.task.task_id!r}, seed {script.seed}, as in an undisturbed episode"
+            what = (
+                f"step {index} of task {script.task.task_id!r}, seed {script.seed}, as in an "
+                "undisturbed episode"
+            )
             raise FailedCheck(f"{what}: {told[0]}", told[1])
 
 

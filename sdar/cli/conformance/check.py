@@ -1,6 +1,4 @@
-"""Owns what a check is: a claim about every environment server, the code that tries it, and how a
-failure is mended.
-"""
+"""A check: a claim about every environment server, the code that tries it, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns the checks of what a server tells about itself: description, health, reflection, tasks,
-unknown names.
-"""
+"""The checks of what a server says of itself: description, health, reflection, tasks, names."""
 
 from __future__ import annotations
 

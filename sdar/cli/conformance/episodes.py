@@ -1,6 +1,4 @@
-"""Owns the checks of whole episodes: the same again from the same seed, untouched by others,
-ending, with usable numbers.
-"""
+"""The checks of whole episodes: repeatable by seed, untouched by others, ending, finite numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how a check says that its claim does not hold, or that it cannot be tried."""
+"""How a check says that its claim does not hold, or that it cannot be tried."""
 
 from __future__ import annotations
 

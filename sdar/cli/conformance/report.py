@@ -1,6 +1,4 @@
-"""Owns how verdicts are shown: a table for people with the remedy of each failure, one JSON object
-for programs.
-"""
+"""How verdicts are shown: a table with remedies for people, one JSON object for programs."""
 
 from __future__ import annotations
 

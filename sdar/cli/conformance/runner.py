@@ -1,6 +1,4 @@
-"""Owns the order of the checks and what becomes of each: passed, failed with its reason, or not
-run.
-"""
+"""The order of the checks and the verdict of each: passed, failed with its reason, or not run."""
 
 from __future__ import annotations
 
@@ -137,19 +135,20 @@ async def find_environment(
 
 async def _try(check: Check, bench: Bench) -> Outcome:
     began_s = time.monotonic()
-    verdict, expected, got = Verdict.PASS, "", ""
+    found = (Verdict.PASS, "", "")  # the verdict, what was expected, what came
     try:
         async with asyncio.timeout(_CHECK_TIMEOUT_S):
             await check.run(bench)
     except FailedCheck as failed:
-        verdict, expected, got = Verdict.FAIL, failed.expected, failed.got
+        found = (Verdict.FAIL, failed.expected, failed.got)
     except Refusal as refusal:
-        verdict, expected, got = Verdict.FAIL, "an answer", str(refusal)
+        found = (Verdict.FAIL, "an answer", str(refusal))
     except TimeoutError:
-        verdict, expected, got = Verdict.FAIL, f"an end within {_CHECK_TIMEOUT_S:g} s", "none"
+        found = (Verdict.FAIL, f"an end within {_CHECK_TIMEOUT_S:g} s", "none")
     except CheckNotRun as reason:
-        verdict, got = Verdict.NOT_RUN, str(reason)
+        found = (Verdict.NOT_RUN, "", str(reason))
     await bench.close_opened()
+    verdict, expected, got = found
     return Outcome(check, verdict, time.monotonic() - began_s, expected, got)
 
 

@@ -1,4 +1,4 @@
-"""Owns the checks of a session's life: opening, retries by key, leases, capacity, closing."""
+"""The checks of a session's life: opening, retries by key, leases, capacity, closing."""
 
 from __future__ import annotations
 

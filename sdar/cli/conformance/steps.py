@@ -1,4 +1,4 @@
-"""Owns the checks of Step: retries, order, deadlines, strange texts."""
+"""The checks of Step: retries, order, deadlines, strange texts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the making of tiny models: a tokenizer and a small Qwen2, supervised into a poor player of
-one environment.
+"""Makes tiny models: a tokenizer and a small Qwen2, supervised into a poor player.
 
 `recipe` says what decides a model, `making` makes it, and one module per environment writes its
 demonstrations. What comes out plays badly, and better with a skill in sight, which is what

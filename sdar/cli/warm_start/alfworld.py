@@ -1,5 +1,4 @@
-"""Owns ALFWorld's demonstrations: a player who looks for things at random, fumbles, and often
-forgets to treat an object.
+"""ALFWorld's demonstrations: a player who searches at random, fumbles, and often forgets a step.
 
 It learns in small rooms of its own making, with one object to carry, so that no shipped game is
 ever seen.
@@ -40,13 +39,13 @@ from services.envs.alfworld.rooms import (
 )
 
 _ACT, _END = "<think></think><action>", "</action>"
-_GO, _OPEN, _MOVE = "go to ", "open ", "move "
+_GO = "go to "
+_OPEN = "open "
+_MOVE = "move "
 _PLACE = re.compile(r"You arrive at (\w+ \d+)")
 _CAN_TAKE = re.compile(r"take (\w+) \d+ from ")
-_TAKEN, _TREATED = (
-    re.compile(r"You pick up the (\w+ \d+)"),
-    re.compile(r"You (?:clean|heat|cool) the "),
-)
+_TAKEN = re.compile(r"You pick up the (\w+ \d+)")
+_TREATED = re.compile(r"You (?:clean|heat|cool) the ")
 _WORDS = (
     *(
         _ACT,
@@ -210,7 +209,9 @@ class _Housekeeper:
         self._task_type, self._aim = task.task_type, read_aim(task.description)
         self._station = STATIONS.get(task.task_type)
         self._forgetful_share = forgetful_share
-        self._place, self._holding, self._is_treated = "", "", False
+        self._place = ""
+        self._holding = ""
+        self._is_treated = False
         self._visited: set[str] = set()
 
     def __call__(self, observation: Observation, rng: random.Random) -> Choice:

@@ -1,5 +1,4 @@
-"""Owns the household's demonstrations: episodes of one growing conversation, played by a
-demonstrator who is often wrong.
+"""The household's demonstrations: one growing conversation, by a player who is often wrong.
 
 A hinted episode follows a random procedure, so that the model learns to obey the text instead of
 the task type.

@@ -1,5 +1,4 @@
-"""Owns how a recipe becomes a model directory: tokenizer, Qwen2, supervised training, and the cache
-of what was made.
+"""Makes a model directory of a recipe: tokenizer, Qwen2, supervised training, and a cache.
 
 Knows no environment: what is imitated comes from the recipe's demonstrator.
 """

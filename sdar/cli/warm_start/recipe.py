@@ -1,5 +1,4 @@
-"""Owns what decides a tiny model: its recipe, the recipe's digest, and what an environment adds:
-sentences and examples.
+"""What decides a tiny model: its recipe with sentences and examples, and the recipe's digest.
 
 Never trains; `sdar.cli.warm_start.making` does.
 """

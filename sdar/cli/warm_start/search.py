@@ -1,5 +1,4 @@
-"""Owns Search-QA's demonstrations: a player who reads, and often stops one search too early or
-takes the wrong name.
+"""Search-QA's demonstrations: a player who reads, and often stops too early or takes a wrong name.
 
 It learns from an invented world of its own, so that no question of a shipped data set, and no name
 in one, is ever seen: what remains to be learnt is to copy names out of questions and passages.

@@ -1,6 +1,4 @@
-"""Owns WebShop's demonstrations on the shipped catalogue: a shopper who searches vaguely, opens
-anything, forgets options.
-"""
+"""WebShop's demonstrations: a shopper who searches vaguely, opens anything, forgets options."""
 
 from __future__ import annotations
 
@@ -32,11 +30,9 @@ from services.envs.webshop.pages import SEPARATOR
 SHIPPED_CATALOGUE = (
     Path(services.__file__).resolve().parent.parent / "examples" / "data" / "webshop"
 )
-_SEARCH, _CLICK, _END = (
-    "<think></think><action>search[",
-    "<think></think><action>click[",
-    "]</action>",
-)
+_SEARCH = "<think></think><action>search["
+_CLICK = "<think></think><action>click["
+_END = "]</action>"
 _BUTTONS = ("Back to Search", "< Prev", "Next >", "Description", "Features", "Reviews", "Buy Now")
 _PAGE_WORDS = (
     *(SEPARATOR, *_BUTTONS, *(f"click[{name.lower()}]" for name in _BUTTONS), "click[", "]\n"),
@@ -88,9 +84,8 @@ class WebshopDemonstrator(WindowDemonstrator):
         """Whatever is copied as a whole: ids, and names of wares, attributes and options as they
         are asked for and shown.
         """
-        names = {ware.noun for ware in wares.WARES} | {
-            name for ware in wares.WARES for name in ware.attributes
-        }
+        names = {ware.noun for ware in wares.WARES}
+        names |= {name for ware in wares.WARES for name in ware.attributes}
         values = {
             value
             for values in wares.OPTION_VALUES.values()

@@ -1,5 +1,4 @@
-"""Owns demonstrations for environments that are played through prompts with a window of history:
-one example per turn.
+"""Demonstrations for prompts with a window of history: one example per turn.
 
 Episodes are played on the real environment by a player who errs, since that is where a policy in
 training finds itself. What is imitated depends on the prompt: the expert's next action where a

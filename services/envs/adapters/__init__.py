@@ -1,3 +1,1 @@
-"""Owns environments that people already have, served without code: anything Gymnasium makes, any
-OpenEnv server.
-"""
+"""Environments that exist elsewhere, served without code: Gymnasium's, and OpenEnv servers."""

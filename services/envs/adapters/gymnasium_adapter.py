@@ -1,6 +1,4 @@
-"""Owns Gymnasium environments as Environments: numbers become text and text becomes actions. The
-rules stay the game's own.
-"""
+"""Any Gymnasium environment as a text environment: numbers become text, text becomes actions."""
 
 from __future__ import annotations
 
@@ -113,7 +111,8 @@ class GymnasiumEnvironment(SeededEnvironment):
         return self._env
 
     def _refuse(self, written: str) -> StepResult:
-        text = f"That is no action here. Answer with {self.action_format[0].lower()}{self.action_format[1:]}"
+        wanted = f"{self.action_format[0].lower()}{self.action_format[1:]}"
+        text = f"That is no action here. Answer with {wanted}"
         return StepResult(
             Observation(text, self._admissible_actions), action=written, is_action_valid=False
         )
@@ -193,7 +192,7 @@ def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
     if not (has_text_rendering or is_observation_written):
         raise ConfigurationError(
             f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most "
-            f"{MAX_NUMBERS:,} can be told as text. "
+            f"{MAX_NUMBERS:,} can be written as text. "
             "Give it an ansi rendering or a wrapper with a smaller observation."
         )
     return _Facts(
@@ -228,7 +227,8 @@ def describe_space(space: spaces.Space[Any]) -> str:
             kind = "integers" if np.issubdtype(space.dtype, np.integer) else "numbers"
             return f"A JSON list of {kind} of shape {list(space.shape)}{_describe_bounds(space)}"
         case spaces.Dict():
-            return f"A JSON object ({'; '.join(f'{key}: {describe_space(part)}' for key, part in space.items())})"
+            parts = [f"{key}: {describe_space(part)}" for key, part in space.items()]
+            return f"A JSON object ({'; '.join(parts)})"
         case spaces.Tuple():
             return f"A JSON list ({'; '.join(map(describe_space, space))})"
     raise ConfigurationError(
@@ -241,7 +241,8 @@ def describe_space(space: spaces.Space[Any]) -> str:
 def _describe_bounds(space: spaces.Space[Any]) -> str:
     match space:
         case spaces.Box():
-            return f", {_describe_bound('at least', space.low)}, {_describe_bound('at most', space.high)}"
+            least = _describe_bound("at least", space.low)
+            return f", {least}, {_describe_bound('at most', space.high)}"
         case spaces.MultiDiscrete():
             last = space.start + space.nvec - 1
             return (
@@ -252,7 +253,8 @@ def _describe_bounds(space: spaces.Space[Any]) -> str:
 
 def _describe_bound(what: str, bound: np.ndarray) -> str:
     """One number where the bound is the same everywhere."""
-    return f"{what} {to_plain(bound.flat[0] if bound.size and np.all(bound == bound.flat[0]) else bound)}"
+    is_one = bound.size > 0 and np.all(bound == bound.flat[0])
+    return f"{what} {to_plain(bound.flat[0] if is_one else bound)}"
 
 
 def parse_action(space: spaces.Space[Any], written: str) -> Any:

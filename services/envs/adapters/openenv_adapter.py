@@ -1,6 +1,4 @@
-"""Owns OpenEnv servers as Environments: one WebSocket connection is one session there. The rules
-stay that server's own.
-"""
+"""Any OpenEnv server as an environment: one WebSocket connection there is one session."""
 
 from __future__ import annotations
 
@@ -54,8 +52,8 @@ class OpenEnvEnvironment(SeededEnvironment):
         action_field: of the action, where the text goes; "" for the only text that the action
             requires.
         num_tasks: of the train split.
-        max_turns: turns after which an episode is truncated; an OpenEnv server does not tell its
-            own limit.
+        max_turns: turns after which an episode is truncated; an OpenEnv server does not publish
+            its own limit.
         timeout_s: for one answer of the server; keep it below the step timeout of this server,
             which kills the worker.
     """
@@ -126,9 +124,9 @@ class OpenEnvEnvironment(SeededEnvironment):
         """
         self._is_closed = True
         connection = self._connection
-        # An OpenEnv server that is told so frees the session's place first and closes the
-        # connection then. A call that hangs in another thread holds the receiving end: then there
-        # is nothing to wait for.
+        # On this message an OpenEnv server first frees the session's place and then closes the
+        # connection. If a call hangs in another thread, that thread holds the receiving end, and
+        # there is nothing to wait for.
         with contextlib.suppress(WebSocketException, TimeoutError):
             if connection is not None:
                 connection.send(json.dumps({"type": "close"}))
@@ -258,11 +256,13 @@ class _Server:
 
     def describe_action(self, field: str) -> str:
         if field:
-            return f"The {field}: {self.fields[field].get('description') or 'any text'}, alone or in <action> tags."
+            description = self.fields[field].get("description") or "any text"
+            return f"The {field}: {description}, alone or in <action> tags."
         described = ", ".join(
             f"{name}: {fact.get('type', 'any')}" for name, fact in self.fields.items()
         )
-        return f"A JSON object with {described} (needed: {', '.join(self.required) or 'none'}), alone or in <action> tags."
+        needed = ", ".join(self.required) or "none"
+        return f"A JSON object with {described} (needed: {needed}), alone or in <action> tags."
 
 
 @lru_cache

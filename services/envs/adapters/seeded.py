@@ -1,5 +1,4 @@
-"""Owns what the adapters share: tasks that are nothing but seeds, and finding the action in the
-agent's text.
+"""What the adapters share: tasks that are only seeds, and finding the action in a text.
 
 Knows neither Gymnasium nor OpenEnv.
 """

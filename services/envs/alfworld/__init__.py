@@ -1,5 +1,6 @@
-"""Owns ALFWorld: household tasks in text, played by the real TextWorld engine on generated or
-public games.
+"""ALFWorld: household tasks in text, played by the real TextWorld engine.
+
+Its games are generated or public.
 """
 
 from services.envs.alfworld.environment import AlfworldEnvironment

@@ -1,5 +1,4 @@
-"""Owns how ALFWorld is shown to a learner: the expert who knows a game's walkthrough, and a player
-who has to look for things.
+"""Players of ALFWorld to learn from: an expert with the walkthrough, and one who has to search.
 
 Never used while playing: no rule depends on it. Both speak as an agent must,
 `<think>...</think><action>...</action>`.
@@ -78,12 +77,12 @@ def read_aim(description: str) -> Aim:
 
 
 class ExploringPlayer:
-    """Plays one episode, knowing what it has been told and no more.
+    """Plays one episode, knowing what it has seen and no more.
 
     Visits the receptacles one after the other, in the order in which the admissible actions list
     them and on from where it stands; opens what is closed; takes what the task is about; then does
     the task's procedure. Except for the places where it saw things (`remembers`), each choice
-    follows from the last few turns alone: what a model with a short window can learn.
+    depends on the last few turns alone: what a model with a short window can learn.
     """
 
     def __init__(self, *, remembers: bool = True) -> None:

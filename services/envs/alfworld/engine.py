@@ -1,5 +1,4 @@
-"""Owns the engine that plays ALFWorld: TextWorld's PddlEnv under ALFWorld's own wrappers, with what
-never changes kept.
+"""The engine that plays ALFWorld: TextWorld's own, with what never changes cached.
 
 The stack is the public one (PddlEnv, AlfredDemangler without shuffling, AlfredInfos) and the
 transitions are Fast Downward's. Stock, nearly all time goes into parsing the same grammar and
@@ -106,25 +105,30 @@ def translate(domain: str, problem: str) -> Translation:
         )
     types_by_name = {thing.name: thing.type_name for thing in task.objects}
     atoms = (atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "=")
+    propositions = tuple(_to_proposition(atom, types_by_name) for atom in atoms)
+    parameters = {action.name: _list_placeholders(action) for action in task.actions}
+    types = tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types)
     return Translation(
         sas=sas.encode(),
-        parameters={
-            action.name: tuple(
-                Placeholder(parameter.name.strip("?"), parameter.type_name)
-                for parameter in action.parameters
-            )
-            for action in task.actions
-        },
-        types=tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types),
+        parameters=parameters,
+        types=types,
         types_by_name=types_by_name,
-        propositions=tuple(
-            Proposition(
-                atom.predicate,
-                [Variable(argument, types_by_name[argument]) for argument in atom.args],
-            )
-            for atom in atoms
-        ),
+        propositions=propositions,
     )
+
+
+def _list_placeholders(action: Any) -> tuple[Placeholder, ...]:
+    """The parameters of one of Fast Downward's actions, in TextWorld's type."""
+    return tuple(
+        Placeholder(parameter.name.strip("?"), parameter.type_name)
+        for parameter in action.parameters
+    )
+
+
+def _to_proposition(atom: InitialAtom, types_by_name: Mapping[str, str]) -> Proposition:
+    """One of Fast Downward's facts, in TextWorld's type."""
+    variables = [Variable(argument, types_by_name[argument]) for argument in atom.args]
+    return Proposition(atom.predicate, variables)
 
 
 @contextmanager
@@ -160,9 +164,11 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
     """
 
     def __init__(self, downward_lib: Any, pddl_problem: str, logic: GameLogic) -> None:
-        # Not super().__init__: it translates twice, the second time for a planner that nobody asks
-        # for.
-        self.pddl_problem, self.downward_lib, self._logic = pddl_problem, downward_lib, logic
+        # Not super().__init__: it translates twice, the second time for a planner that we never
+        # use.
+        self.pddl_problem = pddl_problem
+        self.downward_lib = downward_lib
+        self._logic = logic
         self._translation = translate(logic.domain, pddl_problem)
         self._revisions: Counter[str] = Counter()
         self._readings: dict[str, int] = {}
@@ -249,15 +255,16 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
         return action
 
 
+def _copy_sets(sets: Mapping[Any, set[Any]]) -> defaultdict[Any, set[Any]]:
+    """A copy whose sets are copies, too."""
+    return defaultdict(set, {key: set(members) for key, members in sets.items()})
+
+
 def _copy_facts(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The four fields in which TextWorld keeps a state's facts."""
     return {
-        "_facts": defaultdict(
-            set, {signature: set(facts) for signature, facts in fields["_facts"].items()}
-        ),
-        "_vars_by_type": defaultdict(
-            set, {name: set(variables) for name, variables in fields["_vars_by_type"].items()}
-        ),
+        "_facts": _copy_sets(fields["_facts"]),
+        "_vars_by_type": _copy_sets(fields["_vars_by_type"]),
         "_vars_by_name": dict(fields["_vars_by_name"]),
         "_var_counts": Counter(fields["_var_counts"]),
     }
@@ -296,7 +303,7 @@ def _read_loadable_part(path: str) -> bytes:
 
 @contextmanager
 def _smaller_library() -> Iterator[None]:
-    """Fast Downward copies its library for each of its instances: let it copy only what is loaded."""
+    """Fast Downward copies its library for every instance: let it copy only what is loaded."""
     interface = fast_downward.interface
     whole = interface.DOWNWARD_LIB_PATH
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
@@ -333,7 +340,10 @@ class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
         self._pddl_state = KeptState(
             self.downward_lib, self._game_data["pddl_problem"], self._logic
         )
-        self.prev_state, self.state, self._last_action, self._moves = None, GameState(), None, 0
+        self.prev_state = None
+        self.state = GameState()
+        self._last_action = None
+        self._moves = 0
         context = {
             "state": self._pddl_state,
             "variables": {},
@@ -390,7 +400,7 @@ class AlfredGame:
             return _to_view(self._stack.reset())
 
     def step(self, command: str) -> View:
-        """Play a command, matched exactly; one that does not apply is answered `Nothing happens.`"""
+        """Play a command, matched exactly; the answer to an unfit one is `Nothing happens.`"""
         with _explain(self._path):
             return _to_view(self._stack.step(command)[0])
 

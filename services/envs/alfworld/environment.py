@@ -1,4 +1,4 @@
-"""Owns ALFWorld as an Environment: what the agent may write, what it is told, what it earns.
+"""ALFWorld as an environment: valid actions, observations, rewards.
 
 The games are `games`' to find and `engine`'s to play; the engine is imported where the first
 episode starts, nowhere else.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TURNS = 50
 WIN_REWARD = 10.0
-# The engine knows it, but it tells nothing that the agent does not have: not offered, and so not
-# valid.
+# The engine knows this command, but its answer holds nothing that the agent does not see anyway.
+# It is therefore not offered, and so not valid.
 _HELP = "help"
 _WELCOME, _TASK_MARK = "-= Welcome to TextWorld, ALFRED! =-\n\n", "\n\nYour task is to: "
 
@@ -40,7 +40,8 @@ class AlfworldEnvironment(Environment):
     lower-cased before it is matched, since every name in a game is.
 
     Options:
-        data_dir: directory that holds train/, valid_seen/ and valid_unseen/; $ALFWORLD_DATA/json_2.1.1 without it.
+        data_dir: directory that holds train/, valid_seen/ and valid_unseen/, by default
+            $ALFWORLD_DATA/json_2.1.1.
     """
 
     name = "alfworld"
@@ -48,10 +49,12 @@ class AlfworldEnvironment(Environment):
     splits = SPLITS
     instructions = (
         "You are an expert agent in a household, which you know through text alone. Each turn, "
-        "reason about what to do next, "
-        "then choose one admissible action."
+        "reason about what to do next, then choose one admissible action."
     )
-    action_format = "Reason inside <think> </think>, then write one admissible action inside <action> </action>."
+    action_format = (
+        "Reason inside <think> </think>, then write one admissible action inside <action> "
+        "</action>."
+    )
     max_turns = MAX_TURNS
 
     def __init__(self, data_dir: str = "") -> None:
@@ -170,4 +173,7 @@ def _list_tasks(directory: Path, split: str) -> tuple[Task, ...]:
 
 @lru_cache(maxsize=8)
 def _index_tasks(directory: Path) -> Mapping[str, Task]:
-    return {task.task_id: task for split in SPLITS for task in _list_tasks(directory, split)}
+    tasks: dict[str, Task] = {}
+    for split in SPLITS:
+        tasks.update((task.task_id, task) for task in _list_tasks(directory, split))
+    return tasks

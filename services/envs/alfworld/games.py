@@ -1,5 +1,4 @@
-"""Owns what lies in a directory of ALFWorld games: the layout, which games count, their index and
-their order.
+"""Finds the games in a directory of ALFWorld games: its layout, which count, index and order.
 
 The layout is json_2.1.1's: SPLIT/TASK FOLDER/TRIAL FOLDER/{traj_data.json, game.tw-pddl}. A task's
 id is the path of its trial folder from the directory. Generated games come with an index; for
@@ -31,7 +30,9 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
-GAME_FILE, TRAJECTORY_FILE, INDEX_FILE = "game.tw-pddl", "traj_data.json", "index.json"
+GAME_FILE = "game.tw-pddl"
+TRAJECTORY_FILE = "traj_data.json"
+INDEX_FILE = "index.json"
 # Part of the cached index's name: raise it when the rules for what counts, or the fields of an
 # entry, change.
 _INDEX_VERSION = 1
@@ -122,7 +123,7 @@ def replace_goal_template(grammar: str, template: str) -> str:
 
 
 def describe_goal(grammar: str, path: Path) -> str:
-    """The task as the engine tells it, less `Your task is to: `."""
+    """The task in the engine's words, without `Your task is to: `."""
     try:
         return find_goal_template(grammar).removeprefix(_GOAL_PREFIX)
     except ValueError as error:
@@ -148,9 +149,10 @@ def load_entries(directory: Path) -> Mapping[str, tuple[GameEntry, ...]]:
         )
     index = directory / INDEX_FILE
     entries = read_index(index) if index.exists() else _load_cached_index(directory)
-    return {
-        split: order_by_type(entry for entry in entries if entry.split == split) for split in SPLITS
-    }
+    ordered = {}
+    for split in SPLITS:
+        ordered[split] = order_by_type(entry for entry in entries if entry.split == split)
+    return ordered
 
 
 def order_by_type(entries: Iterable[GameEntry]) -> tuple[GameEntry, ...]:
@@ -158,10 +160,12 @@ def order_by_type(entries: Iterable[GameEntry]) -> tuple[GameEntry, ...]:
     would not be balanced.
     """
     by_hash = sorted(entries, key=lambda entry: hashlib.sha256(entry.task_id.encode()).digest())
-    rounds = itertools.zip_longest(
-        *([entry for entry in by_hash if entry.task_type == kind] for kind in TASK_TYPES)
-    )
-    return tuple(entry for one_round in rounds for entry in one_round if entry is not None)
+    by_type: dict[str, list[GameEntry]] = {kind: [] for kind in TASK_TYPES}
+    for entry in by_hash:
+        if entry.task_type in by_type:
+            by_type[entry.task_type].append(entry)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_type.values()))
+    return tuple(entry for entry in in_turn if entry is not None)
 
 
 def write_index(path: Path, entries: Sequence[GameEntry]) -> None:
@@ -197,7 +201,8 @@ def _load_cached_index(directory: Path) -> list[GameEntry]:
     """
     games = sorted(_find_games(directory))
     state = hashlib.sha256(f"{_INDEX_VERSION} {directory.resolve()}".encode())
-    for file in (game.with_name(name) for game in games for name in (GAME_FILE, TRAJECTORY_FILE)):
+    for game, name in itertools.product(games, (GAME_FILE, TRAJECTORY_FILE)):
+        file = game.with_name(name)
         status = file.stat()
         state.update(
             f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode()
@@ -205,9 +210,7 @@ def _load_cached_index(directory: Path) -> list[GameEntry]:
     path = load_settings().cache.expanduser() / "alfworld" / f"{state.hexdigest()[:32]}.json"
     if path.exists():
         return read_index(path)
-    entries = [
-        entry for entry in (_read_entry(directory, game) for game in games) if entry is not None
-    ]
+    entries = [entry for game in games if (entry := _read_entry(directory, game)) is not None]
     write_index(path, entries)
     return entries
 

@@ -1,5 +1,4 @@
-"""Owns how ALFWorld games are made without ALFRED's data: draw rooms and goals, walk each through,
-write those that are won.
+"""Makes ALFWorld games without ALFRED's data: draws rooms and goals, keeps those that can be won.
 
 Each game's walkthrough is found by knowing where everything lies and proven by playing it on the
 real engine. The same arguments give the same bytes.
@@ -7,6 +6,7 @@ real engine. The same arguments give the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -85,7 +85,10 @@ def generate(
         )
         report(len(entries), total)
     write_index(directory / INDEX_FILE, entries)
-    return f"{num_tasks} ALFWorld games to train on and {num_validation} in each of valid_seen and valid_unseen"
+    return (
+        f"{num_tasks} ALFWorld games to train on and {num_validation} in each of valid_seen and "
+        "valid_unseen"
+    )
 
 
 def draw_tasks(num_tasks: int, num_validation: int, seed: int) -> Iterator[tuple[str, RoomTask]]:
@@ -120,10 +123,9 @@ def list_scenes(index: int, seed: int, *, is_unseen: bool) -> list[Scene]:
     """
     size = SIZE_CYCLE[index // len(TASK_TYPES) % len(SIZE_CYCLE)]
     numbers = ROOM_SIZES[size].unseen_scenes if is_unseen else ROOM_SIZES[size].train_scenes
+    kinds = list_room_kinds(_find_type(index))
     return [
-        build_scene(kind, size, number, seed)
-        for kind in list_room_kinds(_find_type(index))
-        for number in numbers
+        build_scene(kind, size, number, seed) for kind, number in itertools.product(kinds, numbers)
     ]
 
 
@@ -134,19 +136,14 @@ def draw_task(
     taken: Set[tuple[int, Goal]] = frozenset(),
 ) -> RoomTask:
     """A room with a goal of the index's type that is not taken, and its objects laid out."""
-    goals_by_scene = [
-        (
-            scene,
-            [
-                goal
-                for goal in list_goals(scene, _find_type(index))
-                if (scene.number, goal) not in taken
-            ],
-        )
-        for scene in scenes
-        if scene.kind in list_room_kinds(_find_type(index))
-    ]
-    possible = [(scene, goals) for scene, goals in goals_by_scene if goals]
+    possible: list[tuple[Scene, list[Goal]]] = []
+    for scene in scenes:
+        if scene.kind not in list_room_kinds(_find_type(index)):
+            continue
+        every = list_goals(scene, _find_type(index))
+        goals = [goal for goal in every if (scene.number, goal) not in taken]
+        if goals:
+            possible.append((scene, goals))
     if not possible:
         raise ConfigurationError(
             f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. "

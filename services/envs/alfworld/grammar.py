@@ -1,5 +1,4 @@
-"""Owns how a game's sentences are written: TextWorld's context-sensitive grammar, parsed once and
-derived without copies.
+"""Writes a game's sentences: TextWorld's context-sensitive grammar, parsed once and cached.
 
 Says exactly what `ContextSensitiveGrammar.derive` says. The stock one parses every template and
 every query again on every derivation and deep-copies the context for every symbol; here a parse is
@@ -127,12 +126,12 @@ class SentenceGrammar:
 
     @classmethod
     def from_parsed(cls, grammar: ContextSensitiveGrammar) -> SentenceGrammar:
-        return cls(
-            {
-                name: tuple(Production(rule.condition or "", tuple(rule.rhs)) for rule in rules)
-                for name, rules in grammar._rules.items()
-            }
-        )
+        productions = {}
+        for name, rules in grammar._rules.items():
+            productions[name] = tuple(
+                Production(rule.condition or "", tuple(rule.rhs)) for rule in rules
+            )
+        return cls(productions)
 
     def replace_production(self, name: str, template: str) -> SentenceGrammar:
         """This grammar with one symbol written in one way only."""

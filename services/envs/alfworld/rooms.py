@@ -1,5 +1,4 @@
-"""Owns what generated rooms are made of: receptacles, objects, sizes, and how a room and its task
-become a PDDL problem.
+"""The rooms of generated games: receptacles, objects, sizes, and the PDDL problem of a task.
 
 What fits where, what opens and what can be cleaned, heated or cooled is ALFWorld's own table; which
 rooms there are is ours. Knows no engine and writes no file.
@@ -7,7 +6,9 @@ rooms there are is ours. Knows no engine and writes no file.
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -278,13 +279,12 @@ def build_scene(kind: str, size: str, index: int, seed: int) -> Scene:
     """The room of a number: the same furniture for the same seed."""
     room, number = ROOM_KINDS[kind], ROOM_KINDS[kind].first_scene + index
     rng = random.Random(f"{seed} scene {number}")
-    more = [name for name, count in room.at_most.items() for _ in range(count)]
+    more = list(Counter(room.at_most).elements())
     num_more = rng.randint(*ROOM_SIZES[size].num_receptacles) - len(room.always)
     kinds = [*room.always, *sorted(rng.sample(more, num_more))]
     # The player starts at the origin: no receptacle stands there, and no two stand in one place.
-    spots = rng.sample(
-        [(x, z) for x in range(-12, 13) for z in range(-12, 13) if (x, z) != (0, 0)], len(kinds)
-    )
+    squares = itertools.product(range(-12, 13), repeat=2)
+    spots = rng.sample([square for square in squares if square != (0, 0)], len(kinds))
     receptacles = tuple(
         Receptacle(
             name,
@@ -328,14 +328,17 @@ def list_goals(scene: Scene, task_type: str) -> list[Goal]:
     }
     return [
         Goal(task_type, name, destination, "")
-        for name in sorted(able)
-        for destination in sorted(destinations)
+        for name, destination in itertools.product(sorted(able), sorted(destinations))
         if name in constants.VAL_RECEPTACLE_OBJECTS[destination]
-        and any(
-            receptacle.fits(name) and receptacle.kind != destination
-            for receptacle in scene.receptacles
-        )
+        and _fits_elsewhere(scene, name, destination)
     ]
+
+
+def _fits_elsewhere(scene: Scene, name: str, destination: str) -> bool:
+    """Whether an object fits into some receptacle that is not of the destination's kind."""
+    return any(
+        receptacle.fits(name) and receptacle.kind != destination for receptacle in scene.receptacles
+    )
 
 
 def map_fits(scene: Scene, name: str) -> Iterator[bool]:
@@ -343,7 +346,9 @@ def map_fits(scene: Scene, name: str) -> Iterator[bool]:
 
 
 def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
-    """Put the goal's objects, its lamp and some others into a room. Nothing lies where it must go."""
+    """Put the goal's objects, its lamp and some others into a room; no target lies where it must
+    go.
+    """
     room, size = ROOM_KINDS[scene.kind], ROOM_SIZES[scene.size]
     num_targets = rng.randint(2, 3) if goal.task_type == TWO_OBJECTS_TASK else rng.randint(1, 2)
     things = [
@@ -417,11 +422,10 @@ _START = "loc|0|0|0|30"
 
 def _list_objects(task: RoomTask) -> Iterator[str]:
     yield "agent1 - agent"
-    yield from (f"{kind}Type - otype" for kind in sorted({thing.kind for thing in task.things}))
-    yield from (
-        f"{kind}Type - rtype"
-        for kind in sorted({receptacle.kind for receptacle in task.scene.receptacles})
-    )
+    object_kinds = {thing.kind for thing in task.things}
+    yield from (f"{kind}Type - otype" for kind in sorted(object_kinds))
+    receptacle_kinds = {receptacle.kind for receptacle in task.scene.receptacles}
+    yield from (f"{kind}Type - rtype" for kind in sorted(receptacle_kinds))
     yield from (f"{encode_key(thing.key)} - object" for thing in task.things)
     yield from (
         f"{encode_key(receptacle.key)} - receptacle" for receptacle in task.scene.receptacles

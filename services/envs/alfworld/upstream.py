@@ -1,6 +1,4 @@
-"""Owns the import of alfworld, which creates a directory as it happens: whatever is used of it
-comes from here.
-"""
+"""Imports alfworld, which creates a directory when it is imported; others import it from here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns the household: a small text game whose task types each hide a procedure that only the skill
-library tells.
-"""
+"""The household: a small text game whose procedures stand only in the skill library."""
 
 from services.envs.household.environment import HouseholdEnvironment
 

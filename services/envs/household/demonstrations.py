@@ -1,5 +1,6 @@
-"""Owns how the household is shown to a learner: the wording of a skill, the expert, and a
-demonstrator who is often wrong.
+"""Players of the household to learn from: an expert, and one who is often wrong.
+
+Also the wording of a skill.
 
 Never used while playing: the game does not know it exists.
 """

@@ -1,6 +1,4 @@
-"""Owns the household as an Environment. The rules are in `game`; this file only speaks the base
-class's language.
-"""
+"""The household game as an environment; its rules are in `game`."""
 
 from __future__ import annotations
 

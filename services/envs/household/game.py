@@ -1,5 +1,6 @@
-"""Owns the household game's rules: tasks, procedures, splits, and one game in play. Pure Python,
-draws no random number.
+"""The rules of the household game: tasks, procedures, splits, and one game in play.
+
+Pure Python, without random numbers.
 
 A task asks to bring an object through its task type's procedure, an ordered list of stations that
 no observation ever mentions, and then to put it in its place:
@@ -95,16 +96,13 @@ class HouseholdTask:
 
 @lru_cache
 def list_household_tasks(split: str) -> tuple[HouseholdTask, ...]:
-    """All tasks of a split, interleaved by type so that every prefix is as balanced as it can be."""
-    by_type = [
-        sorted(
-            (task for task in _tasks_of_type(task_type) if task.split == split),
-            key=lambda task: task.draw,
-        )
-        for task_type in TASK_TYPES
-    ]
-    rounds = itertools.zip_longest(*by_type)
-    return tuple(task for one_round in rounds for task in one_round if task is not None)
+    """All tasks of a split, interleaved by type: every prefix is as balanced as possible."""
+    by_type = []
+    for task_type in TASK_TYPES:
+        tasks = [task for task in _tasks_of_type(task_type) if task.split == split]
+        by_type.append(sorted(tasks, key=lambda task: task.draw))
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_type))
+    return tuple(task for task in in_turn if task is not None)
 
 
 def parse_task_id(task_id: str) -> HouseholdTask | None:
@@ -122,10 +120,10 @@ def parse_task_id(task_id: str) -> HouseholdTask | None:
 
 
 def _tasks_of_type(task_type: str) -> list[HouseholdTask]:
+    ways = itertools.permutations(PLACES, 2)
     return [
         HouseholdTask(task_type, thing, source, destination)
-        for thing in OBJECTS
-        for source, destination in itertools.permutations(PLACES, 2)
+        for thing, (source, destination) in itertools.product(OBJECTS, ways)
     ]
 
 
@@ -143,7 +141,10 @@ class HouseholdGame:
     @property
     def first_observation(self) -> str:
         task = self.task
-        return f"task : {task.description} the {task.object} is in the {task.source} . you see {' '.join(STATIONS)} ."
+        return (
+            f"task : {task.description} the {task.object} is in the {task.source} . "
+            f"you see {' '.join(STATIONS)} ."
+        )
 
     @property
     def is_solved(self) -> bool:

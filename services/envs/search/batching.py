@@ -1,10 +1,9 @@
-"""Owns how requests that come at the same time share the retriever's work: bounded waiting, one
-batch after the other.
-"""
+"""Collects simultaneous queries into batches for the retriever, with a bound on the wait."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -118,7 +117,7 @@ class Batcher:
         return sum(len(request.queries) for request in self._waiting)
 
     async def _answer(self, batch: Sequence[_Request]) -> None:
-        queries = [query for request in batch for query in request.queries]
+        queries = list(itertools.chain.from_iterable(request.queries for request in batch))
         topk = max(request.topk for request in batch)
         began_s = time.perf_counter()
         try:

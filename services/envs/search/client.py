@@ -1,6 +1,4 @@
-"""Owns calls to a retriever service: one HTTP client per service and process, retries within a
-bound, and typed failure.
-"""
+"""Calls a retriever service over HTTP, with bounded retries and typed errors."""
 
 from __future__ import annotations
 
@@ -132,7 +130,7 @@ def parse_answer(body: bytes, num_queries: int) -> list[list[Hit]]:
     """
     try:
         result = json.loads(body)["result"]
-        hits = [[_parse_hit(entry) for entry in entries] for entries in result]
+        hits = [list(map(_parse_hit, entries)) for entries in result]
     except (ValueError, TypeError, KeyError) as error:
         shown = body[:200].decode(errors="replace")
         raise AttemptFailedError(

@@ -1,5 +1,4 @@
-"""Owns a corpus on disk: JSON lines as Search-R1 publishes them, checked once, then read in place,
-one passage at a time.
+"""A corpus on disk: JSON lines as Search-R1 publishes them, checked once, then mapped.
 
 A corpus of millions of passages takes no memory of its own: the file is mapped, and so is the table
 of where its lines begin.

@@ -1,5 +1,4 @@
-"""Owns how Search-QA on the generated world is shown to a learner: an expert who sees only what an
-agent sees.
+"""An expert of Search-QA on the generated world to learn from; it sees only what an agent sees.
 
 Never used while playing: the environment does not know it exists.
 """
@@ -11,17 +10,18 @@ import re
 from services.envs.search.world import QUESTIONS, STATEMENTS
 
 _PASSAGE = re.compile(r'^Doc \d+ \(Title: "(?P<title>.*?)"\) (?P<text>.*)$', re.MULTILINE)
-_ASKED = [
-    (chain, re.compile(re.escape(wording).replace(r"\{\}", "(.+)")))
-    for chain, wordings in QUESTIONS.items()
-    for wording in wordings
-]
+_ASKED: list[tuple[tuple[str, ...], re.Pattern[str]]] = []
+"""Every wording of a question as a pattern, with the chain of relations that it asks for."""
+for _chain, _wordings in QUESTIONS.items():
+    for _wording in _wordings:
+        _pattern = re.compile(re.escape(_wording).replace(r"\{\}", "(.+)"))
+        _ASKED.append((_chain, _pattern))
 UNKNOWN = "unknown"
 
 
 class SearchExpert:
-    """Follows a question's relations one search at a time, reading the passage of each thing on the
-    way. One per episode.
+    """Looks up a question's relations one search at a time, and reads the passage of each thing on
+    the way. One per episode.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SearchExpert:
         self._thing = ""
 
     def next_action(self, description: str, task_type: str, observation: str) -> str:
-        """The response to what is seen now; `task_type` changes nothing, the question says it all."""
+        """The response to this observation; `task_type` changes nothing, the question suffices."""
         if not self._thing:
             self._thing, self._chain = parse_question(description)
         else:
@@ -44,8 +44,9 @@ class SearchExpert:
 
 
 def parse_question(question: str) -> tuple[str, list[str]]:
-    """The thing named and the relations to follow from it. Raises ValueError: no question of the
-    generated world.
+    """The thing named and the chain of relations to look up from it.
+
+    Raises ValueError for a question that is not of the generated world.
     """
     for chain, wording in _ASKED:
         asked = wording.fullmatch(question)

@@ -1,5 +1,4 @@
-"""Owns search by meaning: an encoder of queries, and a faiss index that its user built over the
-same corpus.
+"""Search by meaning: an encoder of queries, and a faiss index that the user built of the corpus.
 
 Follows the conventions of e5: "query: " before a query ("passage: " before what was indexed), the
 mean of the last layer over the text's tokens, length one.

@@ -1,5 +1,6 @@
-"""Owns Search-QA as an Environment: searches and an answer in four turns. Ranking passages is the
-retriever's.
+"""Search-QA as an environment: searches and one answer, in four turns.
+
+The retriever ranks the passages.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ MAX_QUERY_CHARACTERS = 500
 MAX_TOPK = 100
 
 RETRIEVER_ERROR = "retriever_error"
-"""Of a step's info, with the reason, and of its reward components, where evaluations count it."""
+"""A key of a step's info, with the reason, and of its reward components, which evaluations count.
+"""
 
 FIRST_OBSERVATION = "You have searched nothing yet."
-NO_ACTION = "That was neither a search nor an answer. Write <search>words to look for</search> or <answer>answer</answer>."
+NO_ACTION = (
+    "That was neither a search nor an answer. Write <search>words to look for</search> or "
+    "<answer>answer</answer>."
+)
 SEARCH_FAILED = "The search failed for a technical reason."
 NO_TURN_LEFT = "No turn is left to answer in."
 
@@ -41,12 +46,14 @@ class SearchEnvironment(Environment):
     nothing else.
 
     Options:
-        data_dir: holds train.parquet and test.parquet (either may be missing), as Search-R1 publishes them; empty: the
-            directory that $SDAR_SEARCH_DATA names.
-        retriever_url: a retriever service, such as http://127.0.0.1:8000; without it this process searches `corpus` itself.
+        data_dir: holds train.parquet and test.parquet (either may be missing), as Search-R1
+            publishes them; by default the directory that $SDAR_SEARCH_DATA names.
+        retriever_url: a retriever service, such as http://127.0.0.1:8000; without it this process
+            searches `corpus` itself.
         corpus: JSON lines with id and contents; data_dir/corpus.jsonl by default.
         topk: passages shown for a search.
-        retriever_timeout_s: a search, retries included, takes no longer; keep it below the server's step timeout.
+        retriever_timeout_s: the longest that a search may take, retries included; keep it below the
+            server's step timeout.
     """
 
     name = "search"
@@ -185,7 +192,8 @@ def _show_passage(number: int, passage: Passage) -> str:
     shown = f"Doc {number} (Title: {passage.title}) {' '.join(passage.text.split())}"
     if len(shown) <= MAX_PASSAGE_CHARACTERS:
         return shown
-    return f"{shown[:MAX_PASSAGE_CHARACTERS]} [cut: {MAX_PASSAGE_CHARACTERS} of {len(shown)} characters are shown]"
+    note = f"[cut: {MAX_PASSAGE_CHARACTERS} of {len(shown)} characters are shown]"
+    return f"{shown[:MAX_PASSAGE_CHARACTERS]} {note}"
 
 
 def _resolve_directory(data_dir: str) -> Path:

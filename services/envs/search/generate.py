@@ -1,5 +1,7 @@
-"""Owns `sdar env generate search`: a corpus of an invented world and questions on it, in the form
-in which Search-R1 publishes both. The same arguments write the same bytes."""
+"""`sdar env generate search`: writes a corpus of an invented world, and questions on it.
+
+The files have the form in which Search-R1 publishes both. The same arguments write the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ TEST_SHARE = 0.3
 """Test questions for one training question."""
 MIN_TASKS, MAX_TASKS = 10, int(MAX_WORKS / THINGS_PER_TASK["work"])
 DATA_SOURCES = {1: "one_hop", 2: "two_hop"}
-"""By the number of relations to follow."""
+"""By the length of the chain of relations."""
 
 _PROMPT = "Answer the given question. You can search. Question: {}"
 _SCHEMA = pa.schema(
@@ -66,7 +68,7 @@ _SCHEMA = pa.schema(
 )
 
 Asked = tuple[str, tuple[str, ...]]
-"""A question without its wording: the thing named, and the chain of relations to follow from it."""
+"""A question without its wording: the thing named, and the chain of relations to look up."""
 
 
 def generate(
@@ -107,7 +109,10 @@ def generate(
     _write_corpus(directory / "corpus.jsonl", passages)
     _write_questions(directory / "train.parquet", rows[:num_tasks])
     _write_questions(directory / "test.parquet", rows[num_tasks:])
-    return f"{len(passages)} passages, {num_tasks} questions to train on and {num_test} to test, half of them of two hops."
+    return (
+        f"{len(passages)} passages, {num_tasks} questions to train on and {num_test} to test, half "
+        "of them of two hops."
+    )
 
 
 def check_world(world: World) -> None:
@@ -117,7 +122,8 @@ def check_world(world: World) -> None:
     Raises:
         ConfigurationError: it is not so; another seed helps.
     """
-    counts = Counter(normalize_answer(name) for names in world.things.values() for name in names)
+    names = itertools.chain.from_iterable(world.things.values())
+    counts = Counter(map(normalize_answer, names))
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise ConfigurationError(
@@ -140,25 +146,21 @@ def draw_questions(rng: random.Random, world: World, num_questions: int) -> list
 
 
 def _list_askable(rng: random.Random, world: World, chain: tuple[str, ...]) -> list[Asked]:
-    things = [
-        thing
-        for names in world.things.values()
-        for thing in names
-        if world.follow(thing, chain) is not None
-    ]
+    every = itertools.chain.from_iterable(world.things.values())
+    things = [thing for thing in every if world.look_up(thing, chain) is not None]
     return [(thing, chain) for thing in rng.sample(things, len(things))]
 
 
 def _take_turns(lists: Iterable[list[Asked]]) -> list[Asked]:
-    rounds = itertools.zip_longest(*lists)
-    return [asked for one_round in rounds for asked in one_round if asked is not None]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*lists))
+    return [asked for asked in in_turn if asked is not None]
 
 
 def _write_row(
     rng: random.Random, world: World, thing: str, chain: tuple[str, ...], split: str, index: int
 ) -> dict[str, Any]:
     question = rng.choice(QUESTIONS[chain]).format(thing)
-    answers = [world.follow(thing, chain)]
+    answers = [world.look_up(thing, chain)]
     return {
         "id": f"{split}_{index}",
         "question": question,

@@ -1,6 +1,4 @@
-"""Owns search by words: a BM25 index of a corpus, built once, kept on disk and mapped into every
-process that searches it.
-"""
+"""Search by words: a BM25 index of a corpus, built once and mapped by every process."""
 
 from __future__ import annotations
 
@@ -116,8 +114,8 @@ def _open(corpus_path: Path, cache: Path, size_bytes: int, modified_ns: int) -> 
 
 
 def _build(corpus_path: Path, directory: Path) -> None:
-    """Write the index beside its place, then move it there whole: whoever builds it at the same
-    time builds the same.
+    """Write the index beside its place, then move it there whole. Another process may do so at the
+    same time; both write the same.
     """
     offsets: list[int] = []
     documents: list[list[int]] = []

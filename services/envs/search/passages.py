@@ -1,6 +1,4 @@
-"""Owns what a retriever is: passages in, the best of them out. Knows neither how they are ranked
-nor who asks.
-"""
+"""The interface of a retriever: queries in, the best passages out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the question sets: Parquet files as Search-R1 and its relatives publish them, read by
-column, kept as columns.
+"""Question sets in Parquet files, as Search-R1 and its relatives publish them.
 
 Read of each row: `data_source`, `reward_model.ground_truth.target`, and the question, from the
 first of `env_kwargs.question`, `extra_info.question`, `question`, or the last user message of
@@ -143,7 +142,7 @@ def _open(
 
 
 def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Rows in rounds of one row per source, sources by name, rows of a source in their own order."""
+    """Row numbers in rounds of one row per source: sources by name, each in its own order."""
     seen: dict[str, int] = defaultdict(int)
     places = {name: place for place, name in enumerate(sorted(set(sources)))}
     rounds = np.empty(len(sources), dtype=np.int64)

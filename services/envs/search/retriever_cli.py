@@ -1,11 +1,14 @@
-"""Owns `sdar retriever`: its options. Imports what it needs only when it runs."""
+"""The command `sdar retriever`: its options. Imports what it needs only when it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from services.envs.search.passages import Retriever
 
 
 def retriever(
@@ -40,7 +43,6 @@ def retriever(
     from sdar.process.settings import load_settings
     from sdar.process.telemetry import configure_logging
     from sdar.wire.security import Security
-    from services.envs.search.passages import Retriever
     from services.envs.search.retriever_service import serve_retriever
 
     if (index is None) != (encoder is None):
@@ -49,26 +51,28 @@ def retriever(
             "BM25."
         )
 
-    def open_retriever() -> Retriever:
-        if index is not None and encoder is not None:
-            from services.envs.search.dense import open_dense_retriever
-
-            return open_dense_retriever(corpus, index, encoder)
-        from services.envs.search.lexical import open_lexical_retriever
-
-        return open_lexical_retriever(corpus)
-
-    def tell(bound_port: int) -> None:
+    def print_address(bound_port: int) -> None:
         typer.echo(f"Retriever of {corpus} answers on http://{host}:{bound_port}")
 
     settings = load_settings()
     configure_logging("retriever", settings.instance, settings.log_level, settings.log_format)
     serve = functools.partial(
         serve_retriever,
-        open_retriever=open_retriever,
+        open_retriever=functools.partial(_open_retriever, corpus, index, encoder),
         host=host,
         port=port,
         security=Security.from_settings(settings),
-        on_ready=tell,
+        on_ready=print_address,
     )
     asyncio.run(run_until_stopped(serve))
+
+
+def _open_retriever(corpus: Path, index: Path | None, encoder: Path | None) -> Retriever:
+    """A dense retriever where an index and its encoder are given, BM25 otherwise."""
+    if index is not None and encoder is not None:
+        from services.envs.search.dense import open_dense_retriever
+
+        return open_dense_retriever(corpus, index, encoder)
+    from services.envs.search.lexical import open_lexical_retriever
+
+    return open_lexical_retriever(corpus)

@@ -1,11 +1,10 @@
-"""Owns the retriever as a service: Search-R1's POST /retrieve over HTTP, probes and metrics. Ranks
-nothing itself.
-"""
+"""The retriever as a service: Search-R1's POST /retrieve over HTTP, probes and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,9 +72,8 @@ def build_app(state: RetrieverState) -> FastAPI:
             )
         queries = [asked.query] if asked.query is not None else asked.queries or []
         found = await state.batcher.retrieve(queries, asked.topk or DEFAULT_TOPK)
-        return JSONResponse(
-            {"result": [[_hit_to_json(hit, asked.return_scores) for hit in hits] for hits in found]}
-        )
+        to_json = functools.partial(_hit_to_json, has_score=asked.return_scores)
+        return JSONResponse({"result": [list(map(to_json, hits)) for hits in found]})
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -126,7 +124,7 @@ async def serve_retriever(
 
     Args:
         open_retriever: loads the retriever, in a thread.
-        port: 0 takes a free one; `on_ready` is told which, once queries are answered.
+        port: 0 takes a free one; `on_ready` is called with it once queries are answered.
 
     Raises:
         ConflictError: the port is taken. ConfigurationError: no token guards a port beyond

@@ -1,6 +1,4 @@
-"""Owns the rules of Search-QA on text: what an agent's response means, and whether an answer is
-right. Pure functions.
-"""
+"""The rules of Search-QA: what an agent's response means, and whether an answer is right. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the invented world: its kinds of things, what can be said about them, and in which words it
-is said and asked.
+"""The invented world of Search-QA: its things, their relations, and the words for them.
 
 Every statement names its subject in full and ends with its object, so a passage can be understood
 one sentence at a time. A subject has one object of each relation: every question has one answer.
@@ -64,8 +63,8 @@ QUESTIONS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
         ("source",): ("On which mountain does the {} rise?", "Where does the {} rise?"),
     }
 )
-"""What is asked: a chain of relations to follow from the thing named. Longer chains first: their
-wordings are the narrower.
+"""What is asked: a chain of relations, looked up one after the other from the thing named. Longer
+chains stand first, because their wordings are narrower.
 """
 
 ASIDES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -142,7 +141,7 @@ class World:
     things: dict[str, list[str]]
     facts: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def follow(self, thing: str, chain: tuple[str, ...]) -> str | None:
+    def look_up(self, thing: str, chain: tuple[str, ...]) -> str | None:
         """Where a chain of relations leads from a thing, None if nowhere."""
         for relation in chain:
             found = self.facts.get((thing, relation))
@@ -157,20 +156,24 @@ def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
     every other.
     """
     coined = _coin_words(rng)
+    # In this order, since every name is drawn: another order would be another world.
+    towns = [next(coined) + rng.choice(_TOWN_ENDINGS) for _ in range(num_things["town"])]
+    rivers = _take(coined, num_things["river"])
+    mountains = [f"Mount {name}" for name in _take(coined, num_things["mountain"])]
+    companies = [
+        f"{next(coined)} {rng.choice(_COMPANY_FORMS)}" for _ in range(num_things["company"])
+    ]
+    first_names = _take(coined, num_things["person"])
+    last_names = _take(coined, num_things["person"])
+    persons = _pair(rng, num_things["person"], first_names, last_names)
+    works = [f"The {name}" for name in _pair(rng, num_things["work"], _ADJECTIVES, _NOUNS)]
     names = {
-        "town": [next(coined) + rng.choice(_TOWN_ENDINGS) for _ in range(num_things["town"])],
-        "river": _take(coined, num_things["river"]),
-        "mountain": [f"Mount {next(coined)}" for _ in range(num_things["mountain"])],
-        "company": [
-            f"{next(coined)} {rng.choice(_COMPANY_FORMS)}" for _ in range(num_things["company"])
-        ],
-        "person": _pair(
-            rng,
-            num_things["person"],
-            _take(coined, num_things["person"]),
-            _take(coined, num_things["person"]),
-        ),
-        "work": [f"The {name}" for name in _pair(rng, num_things["work"], _ADJECTIVES, _NOUNS)],
+        "town": towns,
+        "river": rivers,
+        "mountain": mountains,
+        "company": companies,
+        "person": persons,
+        "work": works,
     }
     world = World(names)
     for subject_kind, relation, object_kind in (

@@ -1,5 +1,6 @@
-"""Owns WebShop: shopping by instruction in a text shop, scored by the benchmark's own formula.
-Needs the environments extra.
+"""WebShop: shopping by instruction in a text shop, scored by the benchmark's own formula.
+
+It needs the environments extra.
 """
 
 from services.envs.webshop.environment import WebShopEnvironment

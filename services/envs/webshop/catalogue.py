@@ -1,5 +1,4 @@
-"""Owns how the published product files become products: which files, which fields, options, prices.
-Knows no goal and no page.
+"""Reads the published product files: which files, which fields, options, prices.
 
 The files are read as published: items_shuffle*.json (a list of products), items_ins_v2*.json
 (attributes by product), and where they exist items_human_ins.json (instructions people wrote) and
@@ -311,7 +310,9 @@ def _read_reviews(entry: Entry) -> tuple[Review, ...]:
     reviews = entry.get("reviews") or []
     if not (isinstance(reviews, list) and all(isinstance(review, dict) for review in reviews)):
         raise entry.wrong("reviews", "a list of objects")
-    return tuple(
-        Review(*(str(review.get(name) or "") for name in ("title", "stars", "review")))
-        for review in ({"stars": review.get("score"), **review} for review in reviews)
-    )
+    read = []
+    for review in reviews:
+        stars = review.get("stars", review.get("score"))
+        texts = (review.get("title"), stars, review.get("review"))
+        read.append(Review(*(str(text or "") for text in texts)))
+    return tuple(read)

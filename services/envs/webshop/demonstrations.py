@@ -1,5 +1,4 @@
-"""Owns how WebShop is shown to a learner: a shopper who sees only what an agent sees, and an expert
-who knows the goal.
+"""Shoppers of WebShop to learn from: one sees only what an agent sees, one knows the goal.
 
 Never used while playing: the shop does not know it exists.
 """
@@ -19,7 +18,10 @@ _BOUND = re.compile(r",? and price lower than ([\d.]+) dollars")
 _PRICE = re.compile(r"\$([\d.]+)")
 _WORD = re.compile(r"[\w.'-]*\w")
 # What instructions say that no product says.
-_PHRASES_TEXT = "i am looking need needs find me please show should have has would like buy my friend wants want you"
+_PHRASES_TEXT = (
+    "i am looking need needs find me please show should have has would like buy my friend wants "
+    "want you"
+)
 _PHRASES = frozenset(_PHRASES_TEXT.split())
 _ITEM_BUTTONS = frozenset(
     {"back to search", "< prev", "description", "features", "reviews", "buy now"}
@@ -42,9 +44,7 @@ class Shopper:
     def next_action(
         self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]
     ) -> str:
-        """The next response, from what an agent is told in this turn; what was clicked before is
-        remembered.
-        """
+        """The next response, from what an agent sees in this turn and earlier clicks."""
         clickables = [action.removeprefix("click[")[:-1] for action in admissible_actions]
         if "buy now" in clickables:
             return self._choose_or_buy(description, clickables)
@@ -101,7 +101,7 @@ def pick_result(description: str, results: Sequence[tuple[str, str, float]]) -> 
 
 
 def _names(description: str, value: str) -> bool:
-    """Whether the instruction names the value: as a whole, not as a part of a longer word or size."""
+    """Whether the instruction names the value as a whole, not as part of a longer word or size."""
     return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", description.lower()) is not None
 
 

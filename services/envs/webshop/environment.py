@@ -1,6 +1,4 @@
-"""Owns WebShop as an Environment: tasks out of goals, the agent's text, turns, reward. Pages and
-score are elsewhere.
-"""
+"""WebShop as an environment: tasks out of goals, the agent's text, turns, reward."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ class WebShopEnvironment(Environment):
 
     Options:
         data_dir: directory of the catalogue's files; empty: the one that $WEBSHOP_DATA names.
-        goals: `human` or `synthetic` instructions; `auto` takes the former where the full catalogue has them, and the latter
-            for the 1,000 products, of which about ten have a human one.
+        goals: `human` or `synthetic` instructions; `auto` takes human ones where the full catalogue
+            has them, and synthetic ones for the 1,000 products, where about ten are human.
         small: prefer the published files of 1,000 products where the full ones are there, too.
     """
 
@@ -177,8 +175,7 @@ def _list_tasks(
             seed=0,
         )
         found[task.task_id] = (task, goal)
-    tasks = {
-        split: tuple(task for task, _ in found.values() if task.split == split)
-        for split in (TRAIN, TEST)
-    }
-    return tasks, found
+    every = [task for task, _ in found.values()]
+    train = tuple(task for task in every if task.split == TRAIN)
+    test = tuple(task for task in every if task.split == TEST)
+    return {TRAIN: train, TEST: test}, found

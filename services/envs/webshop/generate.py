@@ -1,5 +1,4 @@
-"""Owns generated catalogues: products and instructions in the published files' shape, of our own
-invention.
+"""Generates catalogues: invented products and instructions in the form of the published files.
 
 Products come in families of one kind and maker that differ in attributes, options and price, so
 that a search finds several that almost fit. The same arguments give the same bytes.
@@ -99,7 +98,7 @@ def _count_goals(num_tasks: int) -> int:
 def _draft_catalogue(
     rng: random.Random, num_goals: int, report: Callable[[int, int], None]
 ) -> list[_Draft]:
-    """Families, kind by kind in turn, until there are enough goals; the products in shuffled order."""
+    """Families, kind by kind in turn, until there are enough goals; products in shuffled order."""
     drafts: list[_Draft] = []
     asins: set[str] = set()
     makers = MAKERS.split()
@@ -183,12 +182,14 @@ def _describe_product(
         ),
         "images": [f"https://shop.example/{asin.lower()}.jpg"],
         "customization_options": {
-            name: [
-                {"value": value, "image": None, "price_string": "", "price": 0} for value in values
-            ]
-            for name, values in options.items()
+            name: list(map(_write_option, values)) for name, values in options.items()
         },
     }
+
+
+def _write_option(value: str) -> dict[str, Any]:
+    """A value of an option, without a price of its own."""
+    return {"value": value, "image": None, "price_string": "", "price": 0}
 
 
 def _draw_pricing(rng: random.Random, ware: Ware) -> str:

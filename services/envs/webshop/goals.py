@@ -1,5 +1,4 @@
-"""Owns what shoppers are asked for: goals from instructions, their price bounds, their fixed order
-and their split.
+"""What shoppers are asked to buy: goals with price bounds, in a fixed order and split.
 
 The same files give the same goals in the same order in every process and every run: nothing is
 drawn from a process's state.

@@ -1,5 +1,4 @@
-"""Owns which words of a product's title count as nouns: by spaCy's tags where a model is installed,
-else by a rule of thumb.
+"""Finds the nouns in a product's title: by spaCy where a model is installed, else by a rule.
 
 The score depends on it, so the finder's name is part of the environment's version: scores under
 different finders never mix.
@@ -64,14 +63,15 @@ _WORD = re.compile(r"(?<![\w])[^\W\d_]{2,}(?![\w])")
 _ADJECTIVE = re.compile(r"\w{2,}(?:able|ible|ful|less|ous)|\w{4,}ed")
 # Function words, adjectives that shops like, units.
 _OTHER_WORDS_TEXT = """
-a about above after all also an and any are as at be by can do each every for from get has have if in into is it its more most
-no not of off on only or other our out over own per so such than that the their this to under up very via when which while who
-will with without you your
+a about above after all also an and any are as at be by can do each every for from get has have if
+in into is it its more most no not of off on only or other our out over own per so such than that
+the their this to under up very via when which while who will with without you your
 
-adult best big bright casual classic clean clear cold comfy compact cool cute dark deep digital double dry dual elegant extra
-fast fine flat free fresh full good great handmade hard heavy high hot ideal large light long loose low mini modern natural
-new nice old organic perfect plain portable premium pure quick real regular rich round safe sharp short simple slim small
-smart soft solid special square strong super sweet tall thick thin tight tiny top true ultra unique warm wet wide
+adult best big bright casual classic clean clear cold comfy compact cool cute dark deep digital
+double dry dual elegant extra fast fine flat free fresh full good great handmade hard heavy high hot
+ideal large light long loose low mini modern natural new nice old organic perfect plain portable
+premium pure quick real regular rich round safe sharp short simple slim small smart soft solid
+special square strong super sweet tall thick thin tight tiny top true ultra unique warm wet wide
 
 cm count fl ft gram grams inch inches kg lb lbs mm ml oz ounce ounces pcs piece pieces
 """

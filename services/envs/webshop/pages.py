@@ -1,6 +1,4 @@
-"""Owns the shop's pages as a machine: what is shown, what can be clicked, where a click leads.
-Knows no goal and no score.
-"""
+"""The shop's pages as a state machine: what is shown, what can be clicked, where a click leads."""
 
 from __future__ import annotations
 
@@ -12,8 +10,13 @@ from services.envs.webshop.store import PreparedCatalogue
 
 SEPARATOR = " [SEP] "
 NUM_RESULTS, PAGE_SIZE = 50, 10
-BACK_TO_SEARCH, NEXT, PREVIOUS, BUY_NOW = "Back to Search", "Next >", "< Prev", "Buy Now"
-DESCRIPTION, FEATURES, REVIEWS = "Description", "Features", "Reviews"
+BACK_TO_SEARCH = "Back to Search"
+NEXT = "Next >"
+PREVIOUS = "< Prev"
+BUY_NOW = "Buy Now"
+DESCRIPTION = "Description"
+FEATURES = "Features"
+REVIEWS = "Reviews"
 
 Links = dict[str, Callable[[], None]]
 
@@ -46,7 +49,7 @@ class PageMachine:
         self._show_results(0)
 
     def click(self, name: str) -> bool:
-        """Follow a link; False, and nothing changes, where the page has no such link."""
+        """Use a link; False, and nothing changes, where the page has no such link."""
         link = self._links.get(name)
         if link is not None:
             link()
@@ -60,7 +63,9 @@ class PageMachine:
         self._show(["WebShop", "Search"], {})
 
     def _show_results(self, page: int) -> None:
-        self.product, self.chosen, self._page = None, {}, page
+        self.product = None
+        self.chosen = {}
+        self._page = page
         total = len(self._results)
         buttons: Links = {BACK_TO_SEARCH: self._show_start}
         if page > 0:
@@ -89,15 +94,15 @@ class PageMachine:
             BACK_TO_SEARCH: self._show_start,
             PREVIOUS: partial(self._show_results, self._page),
         }
-        options = [part for name, values in product.options.items() for part in (name, *values)]
+        options: list[str] = []
+        for name, values in product.options.items():
+            options += [name, *values]
         facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
         # Of two options with a value in common, the value belongs to the later one; a button keeps
         # its own name. As published.
-        choices: Links = {
-            value: partial(self._choose, name, value)
-            for name, values in product.options.items()
-            for value in values
-        }
+        choices: Links = {}
+        for name, values in product.options.items():
+            choices.update((value, partial(self._choose, name, value)) for value in values)
         links = _in_lower_case(navigation | pages)
         self._show(
             [*navigation, *options, *facts, *pages],
@@ -128,9 +133,7 @@ def _in_lower_case(links: Links) -> Links:
 
 
 def _list_reviews(product: Product) -> tuple[str, ...]:
-    parts = (
-        part
-        for review in product.reviews
-        for part in (f'"{review.title}"', review.stars, review.body)
-    )
+    parts: list[str] = []
+    for review in product.reviews:
+        parts += [f'"{review.title}"', review.stars, review.body]
     return tuple(part for part in parts if part) or ("No Reviews",)

@@ -1,5 +1,4 @@
-"""Owns the native score of a purchase: WebShop's formula (arXiv:2207.01206, section 3) as its
-published code computes it.
+"""Scores a purchase by WebShop's formula (arXiv:2207.01206, section 3), as its code computes it.
 
 score = r_type * (matched attributes + matched options + price within bound) / (attributes + options
 + 1)
@@ -28,12 +27,14 @@ CATEGORY_SEPARATOR, NUM_SHARED_CATEGORIES = "\u203a", 2  # as in "Clothing \u203
 # blue" are both "blue", and so is "bluetooth". Part of the score's definition: another list, or
 # another order, is another score.
 _COLOURS_TEXT = """
-alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
-champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim eggplant
-elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon
-leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard natural navy nude olive
-orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver skull slate steel stone
-stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow
+alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown
+burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac
+copper coral cranberry cream crystal dark denim eggplant elephant espresso fuchsia gold granite
+grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon leopard light
+lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard natural navy
+nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
+silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut
+wheat white wine yellow
 """
 COLOURS = tuple(_COLOURS_TEXT.split())
 
@@ -119,9 +120,10 @@ def has_attribute(product: Product, attribute: str) -> bool:
 
 def count_met_options(chosen: Iterable[str], wanted: Iterable[str]) -> int:
     colours = [normalise_colour(value) for value in chosen]
-    return sum(
-        any(is_fuzzy_match(value, normalise_colour(wish)) for value in colours) for wish in wanted
-    )
+    num_met = 0
+    for wish in map(normalise_colour, wanted):
+        num_met += any(is_fuzzy_match(value, wish) for value in colours)
+    return num_met
 
 
 def normalise_colour(value: str) -> str:

@@ -1,5 +1,6 @@
-"""Owns the shop's search: BM25 with the constants and text analysis of the published Lucene index,
-memory-mapped.
+"""The shop's search: BM25 with the constants and text analysis of the published Lucene index.
+
+The index is memory-mapped.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ MAX_QUERY_TERMS = 1024
 """Lucene refuses longer queries; here the rest is left out."""
 # What Lucene's English analysis drops.
 _STOP_WORDS_TEXT = """
-a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will
-with
+a an and are as at be but by for if in into is it no not of on or such that the their then there
+these they this to was will with
 """
 STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 # Letters and digits, joined by an apostrophe or a point between them ("6.76", "l'eau"): close to
@@ -49,7 +50,7 @@ class TextAnalysis:
 
 
 def describe_for_search(product: Product) -> str:
-    """The text a product is found by: title, description, first bullet and options, as published."""
+    """The text that is searched: title, description, first bullet and options, as published."""
     options = ", and ".join(
         f"{name}: {', '.join(values)}" for name, values in product.options.items()
     )
@@ -90,7 +91,7 @@ class _TermNumbers(dict[str, int]):
 
 
 class SearchIndex:
-    """An index on disk. Its arrays are memory-mapped: the worker processes of a machine share them."""
+    """An index on disk. Its arrays are memory-mapped: a machine's worker processes share them."""
 
     def __init__(self, directory: Path) -> None:
         self._analysis = TextAnalysis()

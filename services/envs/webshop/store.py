@@ -1,5 +1,6 @@
-"""Owns the prepared catalogue: products, goals and search index on disk, built once per content and
-shared by all processes.
+"""The prepared catalogue on disk: products, goals and search index, shared by all processes.
+
+It is built once for each content.
 
 It lies in the user's cache directory under the hash of what it was made of. Products are decoded
 when a page shows them, the search index is memory-mapped: a worker holds little beside the goals.

@@ -1,6 +1,4 @@
-"""Owns the vocabulary of generated catalogues: kinds of wares with attributes, options and prices,
-all invented.
-"""
+"""The vocabulary of generated catalogues: invented kinds of wares, attributes, options, prices."""
 
 from __future__ import annotations
 
@@ -432,8 +430,14 @@ REVIEW_TITLES = {
     1: "Went back the same day",
 }
 REVIEW_BODIES = {
-    5: "I bought this {noun} for my sister and ordered a second one for myself. The {attribute} part is exactly as described.",
-    4: "Arrived on time and does its job. I like the {attribute} side of it; the packaging could be better.",
+    5: (
+        "I bought this {noun} for my sister and ordered a second one for myself. The {attribute} "
+        "part is exactly as described."
+    ),
+    4: (
+        "Arrived on time and does its job. I like the {attribute} side of it; the packaging could "
+        "be better."
+    ),
     3: "An ordinary {noun}. Neither better nor worse than the one I had before.",
     2: "The {noun} looks nicer in the pictures. It took two weeks to arrive.",
     1: "Mine was damaged, and nobody answered my questions about this {noun}.",

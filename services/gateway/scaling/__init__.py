@@ -1,3 +1,1 @@
-"""How many replicas a run's workloads have: signals, hysteresis, the idle guard, and the one door
-to Kubernetes.
-"""
+"""The sizes of a run's workloads: signals, hysteresis, idle guard, and the door to Kubernetes."""

@@ -1,4 +1,4 @@
-"""Owns the door to Kubernetes: the scale of a workload, and events. Never decides a size.
+"""The door to Kubernetes: the scale of a workload, and events. Never decides a size.
 
 A size is replaced only where nothing has changed since it was read (`resourceVersion`): of two who
 act at the same time one is refused. Needs get and update on `deployments/scale` and

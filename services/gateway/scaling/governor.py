@@ -1,5 +1,4 @@
-"""Owns the hysteresis between what a signal asks for and what is done. Pure; one governor a
-workload.
+"""The hysteresis between what a signal asks for and what is done. Pure; one for each workload.
 
 Bounds are kept at once. Within them a size changes only after several looks in a row have agreed on
 the direction, some time after the last change, and not upwards while replicas that were asked for

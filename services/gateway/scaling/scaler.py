@@ -1,8 +1,7 @@
-"""Owns the scaler: every few seconds look at the run, decide sizes, carry them out, as long as this
-is its only gateway.
+"""The scaler: every few seconds look at the run, decide sizes, carry them out.
 
-Whatever fails here (the file, the API server, Redis) is told and tried again at the next look; the
-run goes on as it is. Before a change the scheduler commits: a gateway that was followed never gets
+Whatever fails here (the file, the API server, Redis) is logged and tried again at the next look;
+the run goes on as it is. Before a change the scheduler commits: a superseded gateway never gets
 beyond that, and what the change rests on is saved.
 """
 
@@ -13,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import median
 
 import structlog
@@ -113,14 +113,13 @@ class Scaler:
         self.workloads: dict[Role, WorkloadStatus] = {}
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self.problem = ""
-        self._scheduler, self._watch, self._reader, self._cluster = (
-            scheduler,
-            watch,
-            reader,
-            cluster,
-        )
+        self._scheduler = scheduler
+        self._watch = watch
+        self._reader = reader
+        self._cluster = cluster
         self._metrics = metrics or ScalingMetrics()
-        self._clock, self._look_s = clock, look_s
+        self._clock = clock
+        self._look_s = look_s
         self._governors: dict[Role, Governor] = {}
         self._num_failed_looks = 0
         self._has_looked = False
@@ -215,13 +214,13 @@ class Scaler:
             return
         if is_first and scheduler.is_blank and sizes.get(Role.LEARNER) == 0:
             # Only a sleep takes the learner away, and Redis has lost what was noted of it.
-            scheduler.fall_asleep(
+            scheduler.control.fall_asleep(
                 "The run slept when this gateway started, and Redis has no memory of it. `sdar "
                 "resume` wakes it.",
                 {},
             )
         elif reason := self._find_idleness(look):
-            scheduler.fall_asleep(reason, sizes)
+            scheduler.control.fall_asleep(reason, sizes)
 
     def _find_idleness(self, look: _Look) -> str:
         scheduler, watch = self._scheduler, self._watch
@@ -275,22 +274,22 @@ class Scaler:
         """What was reported since the workload's size last changed, within a window of some
         updates.
         """
-        scheduler, training = self._scheduler, self._scheduler.config.training
+        scheduler = self._scheduler
+        training = scheduler.config.training
         newest = scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
         update_s = median(values.get("total_s", 0.0) for values in newest) if newest else 0.0
-        window_s, steady_s = (
-            max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s),
-            look.now_s - governor.steady_since_s,
-        )
+        window_s = max(_LEAST_WINDOW_S, _UPDATES_IN_WINDOW * update_s)
+        steady_s = look.now_s - governor.steady_since_s
         # A learner that is away says nothing; what it said before it went is no signal.
-        updates = scheduler.history.values_since(
-            Role.LEARNER, look.now_s - min(window_s, steady_s)
-        ).values()
+        updates = scheduler.history.values_since(Role.LEARNER, look.now_s - min(window_s, steady_s))
         workers_since_s = look.now_s - min(window_s, steady_s, _MAX_WINDOW_S)
         lag = self._watch.lags.get(Stream.TRAJECTORIES) if scheduler.config.needs_teacher else None
+        workers: dict[str, Mapping[str, Sequence[Values]]] = {}
+        for role in WORKERS:
+            workers[role] = self._find_workers(role, workers_since_s)
         return Load(
-            updates=[values for of_one in updates for values in of_one][:_NEWEST_UPDATES],
-            workers={role: self._find_workers(role, workers_since_s) for role in WORKERS},
+            updates=list(chain.from_iterable(updates.values()))[:_NEWEST_UPDATES],
+            workers=workers,
             num_lagging=lag.num_undelivered + lag.num_pending if lag else 0,
             lag_age_s=min(lag.oldest_age_s, steady_s) if lag else 0.0,
             num_admitted=(training.max_staleness + 1)
@@ -359,19 +358,18 @@ class Scaler:
         log.info(
             "workload_scaled", workload=role, before=before, after=after, reason=decision.reason
         )
-        what = (
-            "Asleep"
-            if after == 0
-            else "Awake"
-            if before == 0
-            else "ScaledUp"
-            if after > before
-            else "ScaledDown"
-        )
+        change = f"{before} to {after} replicas. {decision.reason}"
         try:
-            await self._cluster.tell(
-                workload, size, what, f"{before} to {after} replicas. {decision.reason}"
-            )
+            await self._cluster.tell(workload, size, _name_change(before, after), change)
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
             self._metrics.count(ERRORS, cause="cluster")
+
+
+def _name_change(before: int, after: int) -> str:
+    """One CamelCase word, as events have for their reason."""
+    if after == 0:
+        return "Asleep"
+    if before == 0:
+        return "Awake"
+    return "ScaledUp" if after > before else "ScaledDown"

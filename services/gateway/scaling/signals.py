@@ -74,10 +74,11 @@ class Load:
         """The sum over a service's workers of each one's mean; a value that a record lacks counts
         as 0.
         """
-        workers = self.workers.get(service, {}).values()
-        return sum(
-            fmean(values.get(name, 0.0) for values in records) for records in workers if records
-        )
+        total = 0.0
+        for records in self.workers.get(service, {}).values():
+            if records:
+                total += fmean(values.get(name, 0.0) for values in records)
+        return total
 
     def compute_idle_share(self, service: str) -> float:
         return self.sum_means(service, "waiting_share") / max(1, self.count_workers(service))
@@ -144,7 +145,7 @@ def _follow_learner(load: Load, replicas: int) -> Advice:
 
 
 def _find_narrower_place(load: Load, idle_share: float) -> str:
-    """What else than the number of rollout workers keeps data from the learner; empty if nothing."""
+    """What keeps data from the learner, if not too few rollout workers; empty if nothing."""
     if load.is_teacher_narrow:
         return f"{load.num_lagging} trajectories wait for the teacher, which is the narrow place."
     if load.num_waiting_sessions > LEAST_WAITING_SESSIONS:

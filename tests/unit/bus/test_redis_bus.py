@@ -13,12 +13,12 @@ from typing import Any, Literal
 import pytest
 import redis.asyncio as redis
 
-from sdar.bus import redis as redis_bus
-from sdar.bus import redis_connection
+from sdar.bus import redis_connection, redis_trimming
 from sdar.bus.embedded_redis import EmbeddedRedis, _find_executable
 from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import BEFORE_FIRST, SUSPECT_FACTOR, BusLimits
 from sdar.bus.redis import RedisBus
+from sdar.bus.redis_consuming import RedisConsuming
 from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import (
     BusUnavailableError,
@@ -29,12 +29,10 @@ from sdar.contracts.errors import (
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.contracts.types import GroupOutcome, LedgerEvent
 
-TASKS, LEDGER, ROLLOUT, GATEWAY = (
-    Stream.TASKS,
-    Stream.LEDGER,
-    ConsumerGroup.ROLLOUT,
-    ConsumerGroup.GATEWAY,
-)
+TASKS = Stream.TASKS
+LEDGER = Stream.LEDGER
+ROLLOUT = ConsumerGroup.ROLLOUT
+GATEWAY = ConsumerGroup.GATEWAY
 WIRING = {TASKS: (ROLLOUT,), LEDGER: (GATEWAY,)}
 LIMITS = BusLimits(
     max_entries=100, publish_timeout_s=0.2, trim_interval_s=0.0, outage_tolerance_s=10.0
@@ -299,9 +297,8 @@ async def test_entries_taken_over_by_a_call_whose_reply_was_lost_are_returned_by
         far = RedisBus(url, "run", WIRING, LIMITS)
         await far.publish(TASKS, [b"1", b"2"])
         first, _ = await far.read(TASKS, ROLLOUT, "dead", max_count=2)
-        assert (
-            len(await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 1)) == 1
-        )  # so that Redis knows the script
+        # So that Redis knows the script.
+        assert len(await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 1)) == 1
         proxy.is_armed = True
         taken = await far.reclaim(TASKS, ROLLOUT, "a", 0.0, 9, after_id=first.entry_id)
         assert proxy.num_dropped == 1
@@ -330,7 +327,7 @@ async def test_consumers_that_hold_nothing_and_were_long_silent_are_forgotten(
     server: EmbeddedRedis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pods come under ever new names; what one of them still holds keeps its name."""
-    monkeypatch.setattr(redis_bus, "_FORGET_AFTER_S", 0.2)
+    monkeypatch.setattr(redis_trimming, "_FORGET_AFTER_S", 0.2)
     bus = RedisBus(server.url, "run", WIRING, replace(LIMITS, trim_interval_s=0.0))
     await bus.publish(TASKS, [b"1", b"2", b"3"])
     gone, _ = [
@@ -405,7 +402,7 @@ async def test_redis_comes_back_with_a_torn_file_and_a_transaction_is_there_whol
 async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_is(
     server: EmbeddedRedis, bus: RedisBus
 ) -> None:
-    class Thief(RedisBus):
+    class Hesitant(RedisConsuming):
         num_found = 0
 
         async def _select_dead(
@@ -416,11 +413,12 @@ async def test_an_entry_renewed_while_another_makes_up_its_mind_stays_where_it_i
             await bus.renew(held)
             return dead
 
-    thief = Thief(server.url, "run", WIRING, LIMITS)
+    thief = RedisBus(server.url, "run", WIRING, LIMITS)
+    thief._consuming = hesitant = Hesitant(thief._session)
     await bus.publish(TASKS, [b"1"])
     held = await bus.read(TASKS, ROLLOUT, "slow", max_count=1)
     async with asyncio.timeout(10.0):
-        while not thief.num_found:
+        while not hesitant.num_found:
             assert await thief.reclaim(TASKS, ROLLOUT, "thief", 0.3, 9) == []
     assert await bus.renew(held) == held
     await thief.close()
@@ -553,11 +551,8 @@ async def test_entries_of_a_read_whose_reply_was_lost_are_returned_by_the_next(
         assert proxy.num_dropped == 1
         await far.publish(TASKS, [b"3"])
         held += await far.read(TASKS, ROLLOUT, "a", max_count=9)
-        assert [(delivery.payload, delivery.num_deliveries) for delivery in held] == [
-            (b"1", 1),
-            (b"2", 1),
-            (b"3", 1),
-        ]
+        found = [(delivery.payload, delivery.num_deliveries) for delivery in held]
+        assert found == [(b"1", 1), (b"2", 1), (b"3", 1)]
         assert await far.renew([zero, *held]) == [zero, *held]
         await far.close()
 
@@ -583,10 +578,8 @@ async def test_entries_of_a_lost_reply_are_found_behind_those_taken_over(
         held = await far.read(TASKS, ROLLOUT, "a", max_count=2)
         assert proxy.num_dropped == 1
         assert [delivery.payload for delivery in taken] == [b"0", b"1", b"2"]
-        assert [(delivery.payload, delivery.num_deliveries) for delivery in held] == [
-            (b"3", 1),
-            (b"4", 1),
-        ]
+        found = [(delivery.payload, delivery.num_deliveries) for delivery in held]
+        assert found == [(b"3", 1), (b"4", 1)]
         await far.close()
 
 

@@ -1,8 +1,11 @@
 """The conformance suite against a small correct server, and against servers that have one defect
 each.
 
-0 -- 1 -- 2 -- ... -- 9      `walk`: reach the goal on a line by "left" and "right" in six turns; a die of the episode's
-start by seed, goal by task   own generator says what the weather is, so that a lost or doubled step shows
+    0 -- 1 -- 2 -- ... -- 9
+    start by seed, goal by task
+
+`walk`: reach the goal on a line by "left" and "right" in six turns. A die of the episode's own
+generator says what the weather is, so that a lost or doubled step shows.
 """
 
 from __future__ import annotations

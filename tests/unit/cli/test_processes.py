@@ -69,7 +69,10 @@ def test_a_service_that_refuses_is_not_started_again(tmp_path: Path) -> None:
 
 def test_stopping_kills_what_ignores_the_request_and_says_so(tmp_path: Path) -> None:
     fleet = Fleet()
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('deaf', flush=True); signal.pause()"
+    )
     service = script(tmp_path, code)
     fleet.add(service)
     while b"deaf" not in service.log_path.read_bytes():
@@ -80,7 +83,10 @@ def test_stopping_kills_what_ignores_the_request_and_says_so(tmp_path: Path) -> 
 
 def test_what_a_service_started_ends_with_it(tmp_path: Path) -> None:
     fleet = Fleet()
-    code = "import subprocess, sys, signal; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); signal.pause()"
+    code = (
+        "import subprocess, sys, signal; p = subprocess.Popen(['sleep', '600']); "
+        "print(p.pid, flush=True); signal.pause()"
+    )
     service = script(tmp_path, code)
     fleet.add(service)
     while not service.log_path.read_text().endswith("\n"):

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[3]
 class Walled(Environment):
     """A garden of `size`; other sizes than positive ones it refuses, and 13 it cannot bear."""
 
-    name, version, splits, max_turns = "walled", "1", ("train",), 3
+    name = "walled"
+    version = "1"
+    splits = ("train",)
+    max_turns = 3
 
     def __init__(self, size: int, wall: str = "stone") -> None:
         self.size, self.wall = size, wall

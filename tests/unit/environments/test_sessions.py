@@ -33,7 +33,10 @@ class Clock:
 class Counting(Environment):
     """Answers the number of steps taken; each text is a command to misbehave."""
 
-    name, version, splits, max_turns = "counting", "7", ("train",), 3
+    name = "counting"
+    version = "7"
+    splits = ("train",)
+    max_turns = 3
 
     def __init__(self) -> None:
         self.num_steps = 0

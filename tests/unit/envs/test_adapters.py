@@ -41,7 +41,9 @@ class Scripted(gymnasium.Env):
     made: list[Scripted] = []  # noqa: RUF012 - shared on purpose
 
     def __init__(self, render_mode=None, outcome=(1.0, True, False, {})):
-        self.outcome, self.asked, self.is_closed = outcome, [], False
+        self.outcome = outcome
+        self.asked = []
+        self.is_closed = False
         self.made.append(self)
 
     def reset(self, *, seed=None, options=None):
@@ -110,12 +112,8 @@ def test_cartpole_is_won_by_reaching_its_threshold_not_by_falling():
     while not results[-1].is_over:
         results.append(environment.step("1"))
     last = results[-1]
-    assert (last.terminated, last.truncated, last.is_success, last.reward) == (
-        True,
-        False,
-        False,
-        1.0,
-    )
+    found = (last.terminated, last.truncated, last.is_success, last.reward)
+    assert found == (True, False, False, 1.0)
     assert last.reward_components == {"return": float(len(results))}
 
 
@@ -126,12 +124,8 @@ def test_a_time_limit_truncates(register):
     )
     assert environment.max_turns == 2
     _, (first, second) = play(environment, "[0, 0]", "[0, 0]")
-    assert (first.is_over, second.terminated, second.truncated, second.is_success) == (
-        False,
-        False,
-        True,
-        False,
-    )
+    found = (first.is_over, second.terminated, second.truncated, second.is_success)
+    assert found == (False, False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -243,15 +237,10 @@ def test_every_kind_of_action_can_be_written(space, written, action):
         (spaces.Box(-1, 1, (2, 2)), "[[0], [0, 0]]"),
         (spaces.Text(5), "too long"),
         (spaces.Text(5), "hé"),
-        *[
-            (WIDE, text)
-            for text in (
-                "{}",
-                '{"move": 0, "say": "a"}',
-                '{"move": 1, "say": 1}',
-                '{"move": 1, "say": "a", "x": 1}',
-            )
-        ],
+        (WIDE, "{}"),
+        (WIDE, '{"move": 0, "say": "a"}'),
+        (WIDE, '{"move": 1, "say": 1}'),
+        (WIDE, '{"move": 1, "say": "a", "x": 1}'),
         (spaces.Tuple([spaces.Discrete(2)]), "[1, 1]"),
     ],
 )
@@ -263,10 +252,8 @@ def test_a_space_says_what_to_write():
     assert describe_space(WIDE).startswith(
         "A JSON object (move: An integer of 1 to 3; say: A text of 1 to 5 of the characters 0"
     )
-    assert (
-        describe_space(spaces.Box(-1, 1, (3,)))
-        == "A JSON list of numbers of shape [3], at least -1.0, at most 1.0"
-    )
+    found = describe_space(spaces.Box(-1, 1, (3)))
+    assert found == "A JSON list of numbers of shape [3], at least -1.0, at most 1.0"
 
 
 @pytest.mark.parametrize(

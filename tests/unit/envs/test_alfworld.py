@@ -60,11 +60,8 @@ def test_the_first_observation_is_the_scene_and_the_task_is_described_apart(envi
     )
     assert observation.admissible_actions == AT_THE_START
     task = environment.get_task(TASK_ID)
-    assert (task.description, task.task_type, task.split) == (
-        "put a mug in microwave.",
-        "pick_and_place_simple",
-        "train",
-    )
+    found = (task.description, task.task_type, task.split)
+    assert found == ("put a mug in microwave.", "pick_and_place_simple", "train")
 
 
 def test_the_expert_wins_ten_points_and_every_turn_tells_only_what_is_new(environment):
@@ -120,12 +117,8 @@ def test_admissible_actions_follow_the_game_and_never_offer_help(environment):
 )
 def test_an_invalid_response_changes_nothing_but_costs_a_turn(environment, text, action):
     wrong, *rest = play(environment, [text, *map(say, EXPERT)])
-    assert (wrong.observation.text, wrong.is_action_valid, wrong.action, wrong.reward) == (
-        "Nothing happens.",
-        False,
-        action,
-        0.0,
-    )
+    found = (wrong.observation.text, wrong.is_action_valid, wrong.action, wrong.reward)
+    assert found == ("Nothing happens.", False, action, 0.0)
     assert wrong.observation.admissible_actions == AT_THE_START
     assert rest[-1].is_success
 

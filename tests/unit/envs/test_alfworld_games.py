@@ -51,11 +51,8 @@ def test_public_games_are_listed_without_an_index(public):
     assert sorted(list_ids(public)) == list(NAMES)
     first = load_entries(DATA)["train"][0]
     found = {entry.task_id: entry for entry in load_entries(public)["train"]}[NAMES[0]]
-    assert (found.task_type, found.description, found.num_receptacles) == (
-        first.task_type,
-        first.description,
-        0,
-    )
+    seen = (found.task_type, found.description, found.num_receptacles)
+    assert seen == (first.task_type, first.description, 0)
 
 
 def test_the_index_of_public_games_is_kept_until_a_game_changes(public, tmp_path):

@@ -112,10 +112,10 @@ def test_validation_plays_other_goals_in_seen_rooms_and_any_goals_in_unseen_room
     tasks = {split: [] for split in SPLITS}
     for split, task in draw_tasks(num_tasks=96, num_validation=24, seed=7):
         tasks[split].append(task)
-    scenes = {split: {task.scene.number for task in drawn} for split, drawn in tasks.items()}
-    goals = {
-        split: {(task.scene.number, task.goal) for task in drawn} for split, drawn in tasks.items()
-    }
+    scenes, goals = {}, {}
+    for split, drawn in tasks.items():
+        scenes[split] = {task.scene.number for task in drawn}
+        goals[split] = {(task.scene.number, task.goal) for task in drawn}
     assert scenes["valid_seen"] <= scenes["train"]
     assert not scenes["valid_unseen"] & scenes["train"]
     assert not goals["valid_seen"] & goals["train"]

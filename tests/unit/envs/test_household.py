@@ -67,12 +67,8 @@ def test_the_expert_wins_and_every_turn_is_answered_in_words():
     assert [result.reward for result in results] == [0, 0, 0, 0, 1]
     assert all(result.is_action_valid for result in results)
     last = results[-1]
-    assert (last.terminated, last.truncated, last.is_success, last.reward_components) == (
-        True,
-        False,
-        True,
-        {"success": 1.0},
-    )
+    found = (last.terminated, last.truncated, last.is_success, last.reward_components)
+    assert found == (True, False, True, {"success": 1.0})
 
 
 def test_the_expert_wins_every_task_of_both_splits_in_two_to_six_turns():
@@ -109,11 +105,8 @@ def test_any_other_procedure_loses(stations):
 )
 def test_an_inadmissible_action_changes_nothing_but_costs_a_turn(action):
     wrong, *rest = play([action, *EXPERT])
-    assert (wrong.observation.text, wrong.is_action_valid, wrong.reward) == (
-        NOTHING_HAPPENS,
-        False,
-        0.0,
-    )
+    found = (wrong.observation.text, wrong.is_action_valid, wrong.reward)
+    assert found == (NOTHING_HAPPENS, False, 0.0)
     assert rest[-1].is_success
 
 
@@ -163,11 +156,8 @@ def test_the_heldout_list_never_changes():
     """Evaluations are compared task by task: the list is part of the version."""
     tasks = HouseholdEnvironment().list_tasks("heldout")
     assert len(tasks) == 818
-    assert [task.task_id for task in tasks[:3]] == [
-        "place-pan-chest-rack",
-        "clean-knife-table-cabinet",
-        "heat-book-chest-desk",
-    ]
+    found = [task.task_id for task in tasks[:3]]
+    assert found == ["place-pan-chest-rack", "clean-knife-table-cabinet", "heat-book-chest-desk"]
 
 
 @pytest.mark.parametrize("num_tasks", [12, 100, 192])

@@ -101,9 +101,8 @@ def test_every_prefix_is_as_balanced_as_it_can_be(tmp_path):
     questions = load(tmp_path, [row(index, source) for index, source in enumerate(sources)])
     assert [task.task_type for task in questions] == [*"abcababaa"]
     assert [task.task_id for task in questions[:4]] == ["train-0", "train-5", "train-8", "train-1"]
-    assert Counter(task.task_id for task in questions) == Counter(
-        f"train-{index}" for index in range(9)
-    )
+    expected = Counter(f"train-{index}" for index in range(9))
+    assert Counter(task.task_id for task in questions) == expected
     assert (len(questions), questions[-1].task_id) == (9, "train-4")
 
 

@@ -74,11 +74,8 @@ def test_an_episode_is_searches_and_an_answer(data_dir):
         searched.observation.text
         == '<information>\nDoc 1 (Title: "River") The river of Ghent is broad.\n</information>'
     )
-    assert (searched.action, searched.is_action_valid, searched.is_over) == (
-        "<search>river</search>",
-        True,
-        False,
-    )
+    found = (searched.action, searched.is_action_valid, searched.is_over)
+    assert found == ("<search>river</search>", True, False)
     assert searched.observation.info == {"num_results": "1"}
     answered = environment.step("<answer>paris france!</answer>")
     assert (answered.reward, answered.is_success, answered.terminated) == (1.0, True, True)
@@ -87,12 +84,8 @@ def test_an_episode_is_searches_and_an_answer(data_dir):
 
 def test_a_wrong_answer_ends_the_episode_without_reward(data_dir):
     (answered,) = play(data_dir, "<answer>Lyon</answer>")
-    assert (answered.reward, answered.is_success, answered.terminated, answered.truncated) == (
-        0.0,
-        False,
-        True,
-        False,
-    )
+    found = (answered.reward, answered.is_success, answered.terminated, answered.truncated)
+    assert found == (0.0, False, True, False)
 
 
 def test_the_fourth_turn_truncates_and_searches_for_nobody(data_dir):
@@ -134,11 +127,8 @@ def test_an_answer_behind_a_search_is_not_scored(data_dir):
 )
 def test_a_response_without_an_action_only_uses_a_turn(data_dir, text):
     result, answered = play(data_dir, text, "<answer>Paris</answer>")
-    assert (result.observation.text, result.is_action_valid, result.is_over) == (
-        NO_ACTION,
-        False,
-        False,
-    )
+    found = (result.observation.text, result.is_action_valid, result.is_over)
+    assert found == (NO_ACTION, False, False)
     assert answered.is_success
 
 

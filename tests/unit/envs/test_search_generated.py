@@ -45,7 +45,9 @@ def own_home(tmp_path, monkeypatch):
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
-    first, second, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=4)
+    first = make(tmp_path / "a")
+    second = make(tmp_path / "b")
+    other = make(tmp_path / "c", seed=4)
     assert sorted(path.name for path in first.iterdir()) == list(FILES)
     for name in FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -191,9 +193,7 @@ def test_the_expert_reads_only_the_passage_of_the_thing_itself():
 def test_every_wording_of_a_question_is_understood_as_what_it_asks():
     for chain, wordings in QUESTIONS.items():
         for wording in wordings:
-            assert parse_question(wording.format("The Quiet Harbor")) == (
-                "The Quiet Harbor",
-                list(chain),
-            )
+            found = parse_question(wording.format("The Quiet Harbor"))
+            assert found == ("The Quiet Harbor", list(chain))
     with pytest.raises(ValueError, match="no question of the generated world"):
         parse_question("How many?")

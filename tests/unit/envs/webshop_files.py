@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SHOES, TRAIL, JACKET, LOTION, CABLE = (
-    "B07AAAAAA1",
-    "B07AAAAAA2",
-    "B07BBBBBB1",
-    "B07CCCCCC1",
-    "B07DDDDDD1",
-)
+SHOES = "B07AAAAAA1"
+TRAIL = "B07AAAAAA2"
+JACKET = "B07BBBBBB1"
+LOTION = "B07CCCCCC1"
+CABLE = "B07DDDDDD1"
 
 
 def build_entry(asin, name, **fields):

@@ -118,7 +118,7 @@ def play(
 
 
 class Clock:
-    """A time that passes when it is told to."""
+    """A time that passes when a test sets it."""
 
     def __init__(self, now_s: float = 1_000_000.0) -> None:
         self.now_s = now_s

@@ -2,7 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.capacity import compute_capacity
+from sdar.bus.ledger import LedgerAccount
+from sdar.config import TrainingConfig
+from sdar.contracts.types import GroupOutcome
+from services.gateway.capacity import compute_capacity, count_due_groups
 
 
 def capacity(**changes):
@@ -57,3 +60,27 @@ def test_admission_keeps_every_batch_within_the_bound_when_groups_finish_in_orde
             worst = max(worst, version - min(batch))
             num_trained, version = num_trained + groups_per_update, version + 1
     assert worst <= max_staleness
+
+
+def account(*, trained=0, buffered=0, running=0):
+    ledger = LedgerAccount(num_issued=trained + buffered + running)
+    ledger.closed[GroupOutcome.TRAINED] = trained
+    ledger.open = {number: number < buffered for number in range(buffered + running)}
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("ledger", "num_updates", "want"),
+    [
+        (account(), 0, 8),  # what staleness allows: (1 + 0 + 1) * 4
+        (account(running=8), 0, 0),
+        (account(trained=4, buffered=4), 1, 4),  # what the run still needs: 3 * 4 in all
+        (account(trained=8), 1, 8),  # the effect of 4 is lost, so others replace them
+        (account(trained=12), 3, 0),  # the run is complete
+        (account(trained=2, buffered=2), 3, 0),
+    ],
+)
+def test_due_are_the_groups_that_capacity_allows_and_the_run_still_needs(ledger, num_updates, want):
+    training = TrainingConfig(num_updates=3, groups_per_update=4, group_size=2, max_staleness=1)
+    due = count_due_groups(training, ledger, num_updates=num_updates, max_concurrent_groups=100)
+    assert due == want

@@ -143,7 +143,7 @@ async def start(bench: Bench) -> list[TaskGroup]:
 
 async def fall_asleep_paused(bench: Bench) -> None:
     await start(bench)
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look(1 + int(60 / LOOK_S))
     assert bench.cluster.sizes == ASLEEP
 
@@ -198,7 +198,7 @@ async def test_a_dry_run_explains_itself_and_touches_nothing(bench: Bench) -> No
     rollout = (await bench.status("/v1/scaling"))["workloads"]["rollout"]
     assert (rollout["current"], rollout["wanted"]) == (1, 2)
     assert "more of them are needed" in rollout["reason"]
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look(20)
     rollout = (await bench.status("/v1/scaling"))["workloads"]["rollout"]
     assert (rollout["wanted"], "paused" in rollout["reason"]) == (0, True)
@@ -245,7 +245,7 @@ async def test_beside_keda_only_the_learner_is_touched(bench: Bench) -> None:
 
 async def fall_asleep_learner_only(bench: Bench) -> None:
     await start(bench)
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look(1 + int(60 / LOOK_S))
 
 
@@ -288,7 +288,7 @@ async def test_a_defect_of_the_scaler_is_an_alarm_and_not_the_end_of_the_run(ben
 async def test_a_workload_that_is_not_there_keeps_the_others_from_nothing(bench: Bench) -> None:
     del bench.cluster.sizes["teacher"]
     await start(bench)
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look(14)
     assert bench.cluster.sizes == {"rollout": 0, "envs": 1, "learner": 0}
 
@@ -355,7 +355,7 @@ async def test_a_paused_run_sleeps_tells_of_it_and_wakes_to_its_former_sizes(ben
     assert bench.sample("sdar_idle") == 1
     await bench.look(400)
     assert (bench.cluster.sizes, (await bench.status("/v1/run"))["alarms"]) == (ASLEEP, [])
-    bench.scheduler.resume()
+    bench.scheduler.control.resume()
     await bench.look()
     assert bench.cluster.sizes == AWAKE | {"rollout": 3}
     assert {reason for _, reason, _ in bench.cluster.events[3:]} == {"Awake"}
@@ -368,7 +368,7 @@ async def test_a_woken_run_has_as_long_as_a_new_one_until_it_is_missed_or_stuck(
 ) -> None:
     await fall_asleep_paused(bench)
     await bench.look(500)
-    bench.scheduler.resume()
+    bench.scheduler.control.resume()
     await bench.look(int(300 / LOOK_S))
     assert (await bench.status("/v1/run"))["alarms"] == []
     assert bench.cluster.sizes == AWAKE
@@ -385,7 +385,7 @@ async def test_a_finished_run_sleeps_and_cannot_be_woken_for_nothing(
     await short.look(14)
     assert short.cluster.sizes == ASLEEP
     with pytest.raises(RefusedError, match="finished"):
-        short.scheduler.resume()
+        short.scheduler.control.resume()
     again = await short.restart()
     await again.look(20)
     assert (again.cluster.sizes, again.scheduler.state.phase) == (ASLEEP, RunPhase.FINISHED)
@@ -407,7 +407,7 @@ async def test_a_run_that_sleeps_because_it_was_paused_outlives_its_gateway_asle
     await again.look(3)
     await again.run.reach(RunPhase.PAUSED)
     assert again.cluster.sizes == ASLEEP
-    again.scheduler.resume()
+    again.scheduler.control.resume()
     await again.look()
     assert again.cluster.sizes == AWAKE | {"rollout": 2}
     await again.stop()
@@ -441,9 +441,9 @@ async def test_a_gateway_that_was_suspended_itself_takes_no_run_for_stuck(bench:
 async def test_nothing_is_issued_lost_or_failed_by_sleeping(bench: Bench) -> None:
     training = await start(bench)
     before = bench.scheduler.ledger.counts()
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look(30)
-    bench.scheduler.resume()
+    bench.scheduler.control.resume()
     await bench.look(3)
     assert bench.scheduler.ledger.counts() == before
     assert await bench.run.num_waiting() == 0
@@ -452,7 +452,7 @@ async def test_nothing_is_issued_lost_or_failed_by_sleeping(bench: Bench) -> Non
 
 async def test_a_stop_wakes_a_sleeping_run_for_its_last_evaluation(bench: Bench) -> None:
     await fall_asleep_paused(bench)
-    bench.scheduler.stop()
+    bench.scheduler.control.stop()
     await bench.look()
     assert bench.cluster.sizes == AWAKE
     assert bench.scheduler.state.phase is RunPhase.STOPPING
@@ -466,7 +466,7 @@ async def test_a_sleeping_run_that_lost_its_redis_sleeps_on_until_somebody_wakes
     await again.look(5)
     assert again.cluster.sizes == ASLEEP
     assert "no memory" in (await again.status("/v1/run"))["sleep"]["reason"]
-    again.scheduler.resume()
+    again.scheduler.control.resume()
     await again.look()
     assert again.cluster.sizes == AWAKE
     await again.stop()
@@ -497,9 +497,9 @@ async def test_a_gateway_that_died_between_its_decision_and_its_deed_puts_to_sle
     bench: Bench,
 ) -> None:
     await start(bench)
-    bench.scheduler.pause()
+    bench.scheduler.control.pause()
     await bench.look()
-    bench.scheduler.fall_asleep("The run is paused.", {"rollout": 1})
+    bench.scheduler.control.fall_asleep("The run is paused.", {"rollout": 1})
     await bench.scheduler.confirm_tenure()
     again = await bench.restart()
     await again.look()

@@ -114,7 +114,7 @@ class Run:
     async def publish_policy(self, version: int, num_updates: int | None = None) -> None:
         manifest = build_manifest(version, num_updates)
         await self.bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
-        await until(lambda: self.scheduler.policy_version == version)
+        await until(lambda: self.scheduler.policy.version == version)
 
     async def report(
         self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0, reason: str = "because"
@@ -245,10 +245,10 @@ async def test_an_evaluation_episode_sampled_under_another_version_is_played_aga
 
 async def test_pause_stops_the_issue_and_resume_takes_it_up(run: Run) -> None:
     _, training = await begin(run)
-    run.scheduler.pause()
+    run.scheduler.control.pause()
     await run.report(GroupOutcome.FAILED, training[0])
     assert await run.num_waiting() == 0
-    run.scheduler.resume()
+    run.scheduler.control.resume()
     assert len(await run.take(1)) == 1
 
 
@@ -259,17 +259,17 @@ async def test_stop_ends_the_run_early_with_an_evaluation(run: Run) -> None:
     await run.publish_policy(1)
     await run.report(GroupOutcome.TRAINED, *training[:2], version=1)
     await run.settle()
-    run.scheduler.stop()
+    run.scheduler.control.stop()
     await run.report(GroupOutcome.FAILED, *training[2:])
     after = await run.take(6)
     await run.answer_evaluations(after, 1)
     await run.reach(RunPhase.FINISHED)
 
 
-async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
+async def test_a_stop_outlives_its_gateway() -> None:
     first = Run(build_config())
     _, training = await begin(first)
-    first.scheduler.stop()
+    first.scheduler.control.stop()
     await first.report(GroupOutcome.FAILED, training[0])
     await first.settle()
     await first.stop()
@@ -279,17 +279,17 @@ async def test_a_stop_outlives_the_gateway_that_was_told() -> None:
     await second.stop()
 
 
-async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes() -> None:
+async def test_a_pause_outlives_its_gateway_until_somebody_resumes() -> None:
     first = Run(build_config())
     _, training = await begin(first)
-    first.scheduler.pause()
+    first.scheduler.control.pause()
     await first.report(GroupOutcome.FAILED, training[0])
     await first.settle()
     await first.stop()
     second = Run(build_config(), first.bus)
     await second.reach(RunPhase.PAUSED)
     assert await second.num_waiting() == 0
-    second.scheduler.resume()
+    second.scheduler.control.resume()
     assert len(await second.take(1)) == 1
     await second.settle()
     await second.stop()
@@ -298,18 +298,18 @@ async def test_a_pause_outlives_the_gateway_that_was_told_until_somebody_resumes
     await third.stop()
 
 
-async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was_asked_for_in_force() -> (
+async def test_a_pause_for_a_drain_ends_with_the_gateway_and_spares_one_that_was_asked_for() -> (
     None
 ):
     first = Run(build_config())
     await begin(first)
-    first.scheduler.pause(until_restart=True)
+    first.scheduler.control.pause(until_restart=True)
     await first.settle()
     await first.stop()
     second = Run(build_config(), first.bus)
     await second.reach(RunPhase.RUNNING)
-    second.scheduler.pause()
-    second.scheduler.pause(until_restart=True)
+    second.scheduler.control.pause()
+    second.scheduler.control.pause(until_restart=True)
     await second.settle()
     await second.scheduler.confirm_tenure()
     await second.stop()
@@ -318,23 +318,46 @@ async def test_a_pause_for_a_drain_ends_with_the_gateway_and_leaves_one_that_was
     await third.stop()
 
 
-async def test_a_run_that_gave_up_tries_again_when_it_is_told_to(run: Run) -> None:
+async def test_a_run_that_gave_up_tries_again_when_it_is_resumed(run: Run) -> None:
     _, training = await begin(run)
     await run.report(GroupOutcome.FAILED, *training)
     await run.report(GroupOutcome.FAILED, *await run.take(4))
     await run.reach(RunPhase.FAILED)
-    run.scheduler.resume()
+    run.scheduler.control.resume()
     assert len(await run.take(4)) == 4
     assert (run.scheduler.state.phase, run.scheduler.detail) == (RunPhase.RUNNING, "")
+
+
+async def test_a_failed_run_that_sleeps_reads_no_results_until_it_is_resumed_with_its_tasks() -> (
+    None
+):
+    first = Run(build_config())
+    evaluations, training = await begin(first)
+    await first.report(GroupOutcome.FAILED, *training)
+    await first.report(GroupOutcome.FAILED, *await first.take(4))
+    await first.reach(RunPhase.FAILED)
+    first.scheduler.control.fall_asleep("idle", {})
+    await first.scheduler.confirm_tenure()
+    await first.stop()
+    second = Run(build_config(), first.bus)
+    await until(lambda: second.scheduler.is_restored)
+    await second.report(GroupOutcome.FAILED, evaluations[0])
+    async with asyncio.timeout(5):
+        await second.scheduler.confirm_tenure()
+    assert second.scheduler.state.phase is RunPhase.FAILED
+    second.scheduler.control.resume()
+    await second.settle()
+    assert second.scheduler.state.evaluations[0].failed == [0]
+    await second.stop()
 
 
 async def test_a_finished_run_refuses_to_be_resumed_and_says_what_would_help(run: Run) -> None:
     await finish(run)
     with pytest.raises(RefusedError, match=r"Raise training\.num_updates"):
-        run.scheduler.resume()
+        run.scheduler.control.resume()
 
 
-async def test_a_finished_run_goes_on_when_more_updates_are_wanted_and_ends_with_an_evaluation_of_its_own() -> (
+async def test_a_finished_run_goes_on_when_more_is_wanted_and_ends_with_its_own_evaluation() -> (
     None
 ):
     first = Run(build_config(num_updates=2))
@@ -375,7 +398,7 @@ async def test_a_run_that_was_stopped_early_goes_on_only_when_more_than_before_i
     first = Run(build_config(num_updates=5))
     before, training = await begin(first)
     await first.answer_evaluations(before, 0)
-    first.scheduler.stop()
+    first.scheduler.control.stop()
     await first.publish_policy(1)
     await first.report(GroupOutcome.TRAINED, *training[:2], version=1)
     await first.report(GroupOutcome.FAILED, *training[2:])
@@ -405,7 +428,7 @@ async def test_a_changed_setting_in_the_middle_is_taken_up_by_the_next_gateway()
 
 async def test_a_run_that_has_not_started_cannot_be_paused(run: Run) -> None:
     with pytest.raises(RefusedError, match="starting"):
-        run.scheduler.pause()
+        run.scheduler.control.pause()
 
 
 async def test_a_restarted_gateway_goes_on_where_it_was_and_issues_nothing_twice() -> None:
@@ -481,7 +504,7 @@ async def test_an_unreadable_event_is_set_aside_and_does_not_stop_the_scheduler(
     "group_id",
     ["sampled-000000-v000000-99999", "sampled-000000-v000000-²", "group-99999999", "-", ""],
 )
-async def test_what_is_told_of_a_group_that_nobody_issued_changes_nothing(
+async def test_what_is_reported_of_a_group_that_nobody_issued_changes_nothing(
     run: Run, group_id: str
 ) -> None:
     evaluations, training = await begin(run)
@@ -511,7 +534,7 @@ async def test_after_a_crash_that_lost_updates_no_more_is_issued_than_they_leave
         3, num_updates=0
     )  # the learner died before its first checkpoint and begins again from nothing
     await run.report(GroupOutcome.STALE, training[0])
-    assert run.scheduler.num_updates == 0
+    assert run.scheduler.policy.num_updates == 0
     assert await run.num_waiting() == 0  # 7 groups are out, updates 0 and 1 need 4
     await run.publish_policy(4, num_updates=1)
     await run.publish_policy(5, num_updates=2)
@@ -544,7 +567,7 @@ async def test_the_last_evaluation_is_of_the_policy_that_is_durable(run: Run) ->
     assert {group.admitted_version for group in await run.take(6)} == {5}
 
 
-async def test_a_gateway_that_another_one_has_followed_ends_without_writing() -> None:
+async def test_a_superseded_gateway_ends_without_writing() -> None:
     first = Run(build_config())
     _, training = await begin(first)
     second = Run(build_config(), first.bus)
@@ -552,7 +575,7 @@ async def test_a_gateway_that_another_one_has_followed_ends_without_writing() ->
     await second.report(GroupOutcome.FAILED, training[0])
     assert len(await second.take(1)) == 1
     await second.settle()
-    first.scheduler.pause()
+    first.scheduler.control.pause()
     with pytest.raises(SupersededError, match="gateway"):
         await first.task
     assert (
@@ -590,15 +613,13 @@ async def test_a_gateway_whose_redis_came_back_empty_ends_so_that_it_is_started_
     await begin(run)
     run.bus._store.account = LedgerAccount()
     run.bus._store.tenures.clear()
-    run.scheduler.pause()
+    run.scheduler.control.pause()
     with pytest.raises(CorruptionError, match="came back without this run"):
         await run.task
     run.task = asyncio.create_task(asyncio.sleep(0))
 
 
-async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_that_the_learner_puts_back() -> (
-    None
-):
+async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_of_the_learner() -> None:
     first = Run(build_config())
     evaluations, training = await begin(first)
     await first.answer_evaluations(evaluations[:5], 0)
@@ -641,7 +662,7 @@ async def test_groups_still_buffered_after_an_early_stop_are_no_gap(run: Run) ->
     await run.answer_evaluations(before, 0)
     await run.report(GroupOutcome.GENERATED, *training)
     await run.settle()
-    run.scheduler.stop()
+    run.scheduler.control.stop()
     await run.reach(RunPhase.FINISHED)
     assert run.scheduler.ledger.num_buffered == 4
     assert run.scheduler.ledger_gap == 0
@@ -676,7 +697,7 @@ async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refu
     await until(
         lambda: run.scheduler.state.next_group_number == 5
     )  # decided; the commit waits for room
-    run.scheduler.pause()
+    run.scheduler.control.pause()
     await run.scheduler.register_environment("other", "there:1")
     assert (
         len(await run.bus.reclaim(Stream.LEDGER, ConsumerGroup.GATEWAY, "somebody", 0.0, 10)) == 1
@@ -688,12 +709,12 @@ async def test_what_was_asked_for_while_a_commit_was_under_way_outlives_its_refu
     second = Run(config, run.bus)
     await second.reach(RunPhase.PAUSED)
     assert second.scheduler.state.environments["other"] == "there:1"
-    second.scheduler.resume()
+    second.scheduler.control.resume()
     assert [group.group_id for group in await second.take(1)] == ["group-00000004"]
     await second.stop()
 
 
-async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with_the_same_transaction(
+async def test_a_dead_letter_of_training_is_retried_as_a_new_group_in_one_transaction(
     run: Run,
 ) -> None:
     _, training = await begin(run)
@@ -711,7 +732,7 @@ async def test_a_dead_letter_of_training_is_retried_as_a_new_group_and_goes_with
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_failure_no_longer_counts(
+async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_counts_as_no_failure(
     run: Run,
 ) -> None:
     evaluations, _ = await begin(run)
@@ -734,7 +755,7 @@ async def test_a_dead_letter_of_an_evaluation_is_published_as_it_was_and_its_fai
         await run.scheduler.retry_dead_letter(letter_id)
 
 
-async def test_a_letter_that_tells_of_no_work_is_refused(run: Run) -> None:
+async def test_a_letter_that_holds_no_work_is_refused(run: Run) -> None:
     await begin(run)
     letter_id = await run.set_aside(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, b"\xff nonsense")
     with pytest.raises(RefusedError, match="cannot be read"):

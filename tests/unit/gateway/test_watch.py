@@ -118,7 +118,7 @@ async def test_the_watch_sees_lags_memory_and_dead_letters(
     }
 
 
-async def test_while_redis_hangs_the_status_is_told_at_once_and_questions_are_put_off(
+async def test_while_redis_hangs_the_status_is_shown_at_once_and_questions_are_put_off(
     watch: Watch, bus: RedisBus, server: EmbeddedRedis, client: httpx.AsyncClient
 ) -> None:
     await bus.publish(Stream.TASKS, [b"one"])
@@ -151,7 +151,7 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
 ) -> None:
     await set_max_memory(server, 1)
     health.mark_ready()
-    health.report_blocked("Redis refuses writes: OOM")  # as the scheduler's bus tells at every try
+    health.report_blocked("Redis refuses writes: OOM")  # as the scheduler's bus does at every try
     await watch.refresh()
     assert watch.condition.state is BusState.OK  # one look may meet what is over the next moment
     await watch.refresh()
@@ -169,7 +169,7 @@ async def test_a_redis_that_refuses_writes_is_full_and_not_absent(
     assert watch.condition.state is BusState.OK
 
 
-async def test_a_full_redis_is_told_of_by_a_gateway_that_has_nothing_to_write(
+async def test_a_full_redis_is_shown_by_a_gateway_that_has_nothing_to_write(
     watch: Watch, server: EmbeddedRedis
 ) -> None:
     await set_max_memory(server, 1)
@@ -210,6 +210,6 @@ async def test_progress_is_whatever_moves_the_account_the_policy_or_an_evaluatio
     now[0] += 601
     await watch.refresh()
     assert [alarm.name for alarm in watch.board.alarms] == ["no_progress"]
-    scheduler.policy_version = 1
+    scheduler.policy.version = 1
     await watch.refresh()
     assert watch.board.alarms == []

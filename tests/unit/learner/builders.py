@@ -72,27 +72,7 @@ def make_item(
 ):
     """An episode of random tokens; its second and later turns extend the one before."""
     rng = np.random.default_rng([index, attempt, *group_id.encode()] if seed is None else seed)
-    turns, context = [], []
-    for turn_index in range(num_turns):
-        prompt = context + rng.integers(3, largest_token, 6).tolist()
-        response = rng.integers(3, largest_token, int(rng.integers(2, 6))).tolist()
-        context = prompt + response
-        turns.append(
-            Turn(
-                turn_index=turn_index,
-                prompt_token_ids=prompt,
-                messages=(),
-                extends_previous=turn_index > 0,
-                response_token_ids=response,
-                behavior_logprobs=-rng.exponential(2.0, len(response)),
-                policy_versions=[version] * len(response),
-                response_text="",
-                stop_reason=StopReason.END_OF_TURN,
-                action="",
-                is_action_valid=True,
-                reward=reward if turn_index == num_turns - 1 else 0.0,
-            )
-        )
+    turns = make_turns(rng, num_turns, reward, version, largest_token)
     trajectory = Trajectory(
         run_id=run_id,
         group_id=group_id,
@@ -119,6 +99,30 @@ def make_item(
             trajectory.trajectory_id, lag, logprobs, ("s",), 1, "h", "t", "task_type", "x"
         ),
     )
+
+
+def make_turns(rng, num_turns, reward, version, largest_token):
+    turns, context = [], []
+    for turn_index in range(num_turns):
+        prompt = context + rng.integers(3, largest_token, 6).tolist()
+        response = rng.integers(3, largest_token, int(rng.integers(2, 6))).tolist()
+        context = prompt + response
+        turn = Turn(
+            turn_index=turn_index,
+            prompt_token_ids=prompt,
+            messages=(),
+            extends_previous=turn_index > 0,
+            response_token_ids=response,
+            behavior_logprobs=-rng.exponential(2.0, len(response)),
+            policy_versions=[version] * len(response),
+            response_text="",
+            stop_reason=StopReason.END_OF_TURN,
+            action="",
+            is_action_valid=True,
+            reward=reward if turn_index == num_turns - 1 else 0.0,
+        )
+        turns.append(turn)
+    return turns
 
 
 def make_group(group_id, rewards=(0.0, 1.0), **item):

@@ -36,7 +36,9 @@ SNAPSHOT = b"what the bus was"
 
 
 class OneRank:
-    rank, world_size, is_leader = 0, 1, True
+    rank = 0
+    world_size = 1
+    is_leader = True
 
 
 def write_shards(value):
@@ -89,10 +91,8 @@ def test_a_shard_comes_back_with_the_random_state(store):
 
 def test_only_the_newest_are_kept(store, tmp_path):
     write(store, 1, 2, 3)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("update*")) == [
-        "update-00000002",
-        "update-00000003",
-    ]
+    found = sorted(p.name for p in (tmp_path / "checkpoints").glob("update*"))
+    assert found == ["update-00000002", "update-00000003"]
 
 
 FILES = [
@@ -281,9 +281,8 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_the_manifest_comes_last(
     final = write(store, 1)
     partial = directory / "update-00000001.partial"
     *files, last, in_partial, renamed, in_directory = done
-    assert {path.name for _, path in files} | {"manifest.json"} == {
-        path.name for path in final.iterdir()
-    }
+    expected = {path.name for path in final.iterdir()}
+    assert {path.name for _, path in files} | {"manifest.json"} == expected
     assert last == ("sync", partial / "manifest.json")
     assert in_partial == ("sync", partial)
     assert renamed == ("rename", partial, final)
@@ -300,11 +299,9 @@ def write_and_die(directory, config, progress, place):
 
 def test_a_kill_between_any_two_lines_of_a_write_leaves_no_fewer_intact_checkpoints(tmp_path):
     """Of three, two are kept from now on; the new one takes the name of an intact one."""
-    wider, config, prepared = (
-        make_config(keep_checkpoints=3),
-        make_config(keep_checkpoints=2),
-        tmp_path / "prepared",
-    )
+    wider = make_config(keep_checkpoints=3)
+    config = make_config(keep_checkpoints=2)
+    prepared = tmp_path / "prepared"
     store = CheckpointStore(prepared, wider)
     write(store, 1, 2, 3)
     store.close()

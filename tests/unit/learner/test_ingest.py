@@ -68,7 +68,9 @@ def rig():
 
 
 async def test_among_equally_urgent_groups_those_complete_first_are_served(rig):
-    a, b, c = make_group("a"), make_group("b"), make_group("c")
+    a = make_group("a")
+    b = make_group("b")
+    c = make_group("c")
     await send(rig.bus, a[0], b[0], b[1], c[0], c[1], a[1])
     assert await rig.next_ids() == ["b", "c"]
     assert await rig.next_ids() is None
@@ -241,11 +243,8 @@ async def test_after_a_restart_groups_in_the_checkpoint_are_booked_as_trained_an
     trained = [
         event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED
     ]
-    assert [(event.group_id, event.policy_version) for event in trained] == [
-        (ids[0], 1),
-        (ids[1], 1),
-        (ids[3], 2),
-    ]
+    found = [(event.group_id, event.policy_version) for event in trained]
+    assert found == [(ids[0], 1), (ids[1], 1), (ids[3], 2)]
     assert {event.episode_turns for event in trained} == {(3, 3)}
     assert rig.source.buffer.num_complete == 3
 
@@ -309,7 +308,9 @@ async def test_batches_are_the_same_however_often_the_learner_starts_anew(page):
     """A batch depends on arrivals and checkpoint, not on pages nor on an earlier life."""
 
     async def play(restarts):
-        rig, progress, batches = Rig(groups_per_update=2, max_staleness=6), Progress(), []
+        rig = Rig(groups_per_update=2, max_staleness=6)
+        progress = Progress()
+        batches = []
         rig.source._max_count = page
         versions = np.random.default_rng(5).integers(0, 4, 12).tolist()
         for index, version in enumerate(versions):
@@ -344,12 +345,10 @@ def test_under_pressure_earliest_deadline_first_loses_fewer_groups_than_first_co
 
 def play_pressure(seed, is_by_deadline):
     """Number of groups that went stale in 40 updates."""
-    rng, buffer, arrivals, num_stale = (
-        np.random.default_rng(seed),
-        GroupBuffer(),
-        itertools.count(),
-        0,
-    )
+    rng = np.random.default_rng(seed)
+    buffer = GroupBuffer()
+    arrivals = itertools.count()
+    num_stale = 0
     stale = Verdict(GroupOutcome.STALE, "")
     for num_updates in range(4, 44):
         for _ in range(rng.poisson(1.2)):

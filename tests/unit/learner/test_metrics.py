@@ -31,13 +31,10 @@ class Seen:
         self.metrics, self.progress = LearnerMetrics(self.registry), Progress()
 
     def update(self, *episodes, trained=TRAINED, checkpoint_s=0.0, stale_turns=()):
-        groups = [
-            Group.of(
-                items[0].trajectory.group_id,
-                [(item, read_as(index)) for index, item in enumerate(items)],
-            )
-            for items in episodes
-        ]
+        groups = []
+        for items in episodes:
+            read = [(item, read_as(index)) for index, item in enumerate(items)]
+            groups.append(Group.of(items[0].trajectory.group_id, read))
         timing = Timing(
             wait_s=1.0, step_s=2.0, publish_s=0.5, checkpoint_s=checkpoint_s, total_s=4.0
         )

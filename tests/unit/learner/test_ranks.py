@@ -12,7 +12,9 @@ from tests.unit.learner.builders import make_config
 class OtherDiskIsFull:
     """Rank 1 of 2: rank 0 says to save twice, then to stop; the first time its disk is full."""
 
-    rank, world_size, is_leader = 1, 2, False
+    rank = 1
+    world_size = 2
+    is_leader = False
 
     def __init__(self, directory):
         self.commands = iter([{"do": "save", "directory": str(directory)}] * 2 + [{"do": "stop"}])

@@ -93,9 +93,8 @@ async def test_entries_are_acknowledged_and_groups_booked_as_trained_only_with_a
     trained = [
         event for event in await read_journal(rig.bus) if event.outcome is GroupOutcome.TRAINED
     ]
-    assert [(event.group_id, event.policy_version) for event in trained] == [
-        (format_group_id(number), 1 + number // 2) for number in range(4)
-    ]
+    expected = [(format_group_id(number), 1 + number // 2) for number in range(4)]
+    assert [(event.group_id, event.policy_version) for event in trained] == expected
     assert {(event.num_trajectories, event.episode_turns) for event in trained} == {(2, (2, 2))}
     await rig.stop()
 

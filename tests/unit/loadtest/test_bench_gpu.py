@@ -58,7 +58,8 @@ def test_what_is_measured_has_the_defaults_of_a_run(method):
 
 def test_episodes_sample_about_half_of_their_tokens_and_never_the_first():
     sequences = draw_sequences(TINY_SHAPE)
-    share = sum(s.num_response_tokens for s in sequences) / sum(s.num_tokens for s in sequences)
+    num_sampled = sum(sequence.num_response_tokens for sequence in sequences)
+    share = num_sampled / sum(sequence.num_tokens for sequence in sequences)
     assert 0.35 < share < 0.65
     assert not any(s.response_mask[0] for s in sequences)
     assert all(len(s.behavior_logprobs) == s.num_response_tokens for s in sequences)
@@ -81,7 +82,9 @@ def test_flops_are_six_per_weight_and_token_plus_attention():
     shape = Shape("by hand", config, 1, 10, 10, 100, 10)
     (sequence,) = draw_sequences(shape)
     assert (sequence.num_tokens, sequence.num_response_tokens) == (10, 5)
-    body, head, attention = 6 * 3 * 144 * 10, 6 * 7 * 4 * 5, 6 * 3 * 4 * 10 * 10
+    body = 6 * 3 * 144 * 10
+    head = 6 * 7 * 4 * 5
+    attention = 6 * 3 * 4 * 10 * 10
     assert count_flops(shape, [sequence]) == body + head + attention
 
 

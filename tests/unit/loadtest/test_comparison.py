@@ -121,7 +121,9 @@ def test_measuring_again_replaces_only_its_own_rows(tmp_path):
 
 
 def test_the_page_says_whether_a_gpu_was_measured(tmp_path):
-    results, page, gpu = tmp_path / "results.json", tmp_path / "page.md", tmp_path / "gpu.json"
+    results = tmp_path / "results.json"
+    page = tmp_path / "page.md"
+    gpu = tmp_path / "gpu.json"
     write_page(results, page, gpu)
     assert "Not measured: no CUDA device was at hand." in page.read_text()
     gpu.write_text(json.dumps({"command": "python loadtest/bench_gpu.py", "table": "| model |"}))

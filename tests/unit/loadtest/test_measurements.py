@@ -72,8 +72,11 @@ def test_a_durable_copy_has_the_same_bytes(tmp_path):
 )
 def test_workloads_are_whole_groups_and_the_same_each_time(build):
     groups = build()
-    assert [[t.episode_index for t in group] for group in groups] == [[0, 1, 2]] * 2
-    assert all(turn.extends_previous for group in groups for t in group for turn in t.turns[1:])
+    assert len(groups) == 2
+    for group in groups:
+        assert [trajectory.episode_index for trajectory in group] == [0, 1, 2]
+        for trajectory in group:
+            assert all(turn.extends_previous for turn in trajectory.turns[1:])
     assert groups == build()
 
 

@@ -20,7 +20,10 @@ from tests.unit.rollout.fakes import (
     make_rules,
 )
 
-A, B, C, EOS = 70, 71, 72, 2
+A = 70
+B = 71
+C = 72
+EOS = 2
 
 
 async def play(tokenizer, environment, engine=None, *, group=None, skill_text="", **rules):
@@ -44,20 +47,13 @@ async def test_every_turn_records_what_was_seen_sampled_and_earned(tokenizer):
     first, second = trajectory.turns
     assert [turn.prompt_token_ids.tolist() for turn in trajectory.turns] == engine.prompts
     assert first.response_token_ids.tolist() == [A, B, EOS]
-    assert second.prompt_token_ids.tolist()[: len(engine.prompts[0]) + 3] == [
-        *engine.prompts[0],
-        A,
-        B,
-        EOS,
-    ]
+    found = second.prompt_token_ids.tolist()[: len(engine.prompts[0]) + 3]
+    assert found == [*engine.prompts[0], A, B, EOS]
     assert first.behavior_logprobs.tolist() == [-1.0, -0.75, -0.5]
     assert [turn.reward for turn in trajectory.turns] == [0.25, 1.0]
     assert (first.extends_previous, second.extends_previous) == (False, True)
-    assert (first.stop_reason, trajectory.end, trajectory.is_success) == (
-        StopReason.END_OF_TURN,
-        EpisodeEnd.TERMINATED,
-        True,
-    )
+    found = (first.stop_reason, trajectory.end, trajectory.is_success)
+    assert found == (StopReason.END_OF_TURN, EpisodeEnd.TERMINATED, True)
     assert trajectory.trajectory_id == "group-1.0.a0"
 
 
@@ -99,10 +95,8 @@ async def test_the_environment_gets_the_response_without_special_tokens(tokenize
 async def test_tokens_carry_the_version_that_sampled_them_across_an_update(tokenizer):
     environment = ScriptedEnvironment(answer("two"), answer(over=True))
     trajectory = await play(tokenizer, environment, ScriptedEngine([A, B, C, EOS], switch_after=2))
-    assert [turn.policy_versions.tolist() for turn in trajectory.turns] == [
-        [0, 0, 1, 1],
-        [1, 1, 2, 2],
-    ]
+    found = [turn.policy_versions.tolist() for turn in trajectory.turns]
+    assert found == [[0, 0, 1, 1], [1, 1, 2, 2]]
     assert (trajectory.min_policy_version, trajectory.max_policy_version) == (0, 2)
 
 
@@ -209,17 +203,16 @@ async def test_episodes_of_all_groups_share_the_slots(tokenizer):
     environment = ScriptedEnvironment(answer(), answer(over=True))
     slots, rules = EpisodeSlots(3), make_rules(tokenizer)
     groups = [make_group(f"g{index}", size=4) for index in range(3)]
-    await asyncio.gather(
-        *(
-            play_group(
-                g,
-                Attempt(0),
-                engine=ScriptedEngine(),
-                environment=environment,
-                rules=rules,
-                slots=slots,
-            )
-            for g in groups
+    played = [
+        play_group(
+            group,
+            Attempt(0),
+            engine=ScriptedEngine(),
+            environment=environment,
+            rules=rules,
+            slots=slots,
         )
-    )
+        for group in groups
+    ]
+    await asyncio.gather(*played)
     assert (environment.max_open, len(environment.opened), slots.num_running) == (3, 12, 0)

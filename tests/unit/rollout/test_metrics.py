@@ -56,11 +56,8 @@ def test_tokens_are_counted_while_they_are_sampled_not_when_their_episode_ends(s
         0,
         0,
     )
-    assert [seen.get(f"{kind}_tokens_total") for kind in ("generated", "prompt", "cached")] == [
-        90,
-        600,
-        320,
-    ]
+    found = [seen.get(f"{kind}_tokens_total") for kind in ("generated", "prompt", "cached")]
+    assert found == [90, 600, 320]
 
 
 def test_time_without_a_group_in_hand_is_waiting_time(seen):

@@ -187,7 +187,9 @@ async def test_a_first_load_that_outlasts_its_declaration_is_still_in_use():
             assert not await bus.retire_versions([manifest.policy_version])
             await super().update_weights(manifest)
 
-    ttl_s, bus, engine = 0.2, MemoryBus({}), SlowEngine()
+    ttl_s = 0.2
+    bus = MemoryBus({})
+    engine = SlowEngine()
     await publish(bus, 1)
     follower = ServedPolicy(bus, engine, PinnedVersions(bus, "me", ttl_s), RolloutMetrics())
     await follower.catch_up()
@@ -288,7 +290,9 @@ async def test_a_broken_publication_leaves_the_last_good_version_serving_and_the
         stop_token_ids=[tokenizer.eos_token_id],
         store=store,
     )
-    bus, metrics, stopping = MemoryBus({}), RolloutMetrics(), asyncio.Event()
+    bus = MemoryBus({})
+    metrics = RolloutMetrics()
+    stopping = asyncio.Event()
     await engine.start()
     follower = build_follower(bus, engine, metrics=metrics)
     running = asyncio.create_task(follower.run(stopping))

@@ -122,10 +122,8 @@ def test_a_window_of_no_turns_still_counts_the_actions(tokenizer):
     prompts = HistoryWindow(tokenizer, SETTING, 0, 10_000)
     prompts.begin("A")
     second = prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")
-    assert (user_text(second), second.num_missing_turns) == (
-        "Task: clean the mug\nActions taken: 1.\nSeen now: B\nOne action.",
-        0,
-    )
+    found = (user_text(second), second.num_missing_turns)
+    assert found == ("Task: clean the mug\nActions taken: 1.\nSeen now: B\nOne action.", 0)
 
 
 def test_skills_stand_in_every_fresh_prompt_of_a_window(tokenizer):

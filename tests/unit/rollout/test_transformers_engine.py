@@ -170,12 +170,9 @@ async def test_the_same_seed_gives_the_same_responses(model_path):
 
 
 async def test_a_response_ends_with_the_stop_token_or_at_its_length(engine):
-    generations = await asyncio.gather(
-        *(
-            engine.generate(prompt, SamplingParameters(2.0, 1.0, 60))
-            for prompt in prompts_of(*[5] * 40)
-        )
-    )
+    sampling = SamplingParameters(2.0, 1.0, 60)
+    generating = [engine.generate(prompt, sampling) for prompt in prompts_of(*[5] * 40)]
+    generations = await asyncio.gather(*generating)
     reasons = {generation.stop_reason for generation in generations}
     assert reasons == {StopReason.END_OF_TURN, StopReason.LENGTH}
     for generation in generations:
@@ -187,10 +184,8 @@ async def test_a_response_ends_with_the_stop_token_or_at_its_length(engine):
 
 async def test_responses_stop_at_the_end_of_the_context(engine):
     (prompt,) = prompts_of(120)
-    assert (
-        len((await engine.generate(prompt, SamplingParameters(0.0, 1.0, 60))).response_token_ids)
-        <= 8
-    )
+    generation = await engine.generate(prompt, SamplingParameters(0.0, 1.0, 60))
+    assert len(generation.response_token_ids) <= 8
 
 
 async def test_new_weights_change_the_version_the_tokens_and_drop_the_cache(tmp_path, model_path):
@@ -204,11 +199,8 @@ async def test_new_weights_change_the_version_the_tokens_and_drop_the_cache(tmp_
     after = await engine.generate(longer, SAMPLING)
     assert set(before.policy_versions) == {0}
     assert set(after.policy_versions) == {5}
-    assert (engine.policy_version, engine.stats.num_weight_updates, after.num_cached_tokens) == (
-        5,
-        1,
-        0,
-    )
+    found = (engine.policy_version, engine.stats.num_weight_updates, after.num_cached_tokens)
+    assert found == (5, 1, 0)
     np.testing.assert_allclose(
         after.logprobs,
         expected_logprobs(other, longer, after.response_token_ids.tolist()),

@@ -121,13 +121,8 @@ async def test_a_group_is_published_whole_booked_and_acknowledged(tokenizer):
     trajectories = [
         codec.decode_trajectory(payload) for payload in await bench.entries(Stream.TRAJECTORIES)
     ]
-    assert sorted(t.trajectory_id for t in trajectories) == [
-        "g1.0.a0",
-        "g1.1.a0",
-        "g1.2.a0",
-        "g2.0.a0",
-        "g2.1.a0",
-    ]
+    found = sorted(t.trajectory_id for t in trajectories)
+    assert found == ["g1.0.a0", "g1.1.a0", "g1.2.a0", "g2.0.a0", "g2.1.a0"]
     events = {event.group_id: event for event in await bench.ledger()}
     assert {key: (event.outcome, event.num_trajectories) for key, event in events.items()} == {
         "g1": (GroupOutcome.GENERATED, 3),
@@ -262,10 +257,8 @@ async def test_a_defect_sets_one_group_aside_and_the_others_go_on(tokenizer):
         await bench.settled()
     (letter,) = await bench.bus.list_dead_letters()
     assert "ZeroDivisionError: oops" in letter.reason
-    assert [event.outcome for event in await bench.ledger()] == [
-        GroupOutcome.FAILED,
-        GroupOutcome.GENERATED,
-    ]
+    found = [event.outcome for event in await bench.ledger()]
+    assert found == [GroupOutcome.FAILED, GroupOutcome.GENERATED]
 
 
 async def test_no_more_episodes_run_than_allowed(tokenizer):
@@ -523,10 +516,8 @@ async def test_the_student_of_skill_grpo_sees_the_skills(tokenizer):
         await bench.issue(make_group("g1", size=1))
         await bench.settled()
     (payload,) = await bench.entries(Stream.TRAJECTORIES)
-    assert (
-        codec.decode_trajectory(payload).turns[0].messages[0].content
-        == "skill for clean . Task: clean the mug .\nstart"
-    )
+    found = codec.decode_trajectory(payload).turns[0].messages[0].content
+    assert found == "skill for clean . Task: clean the mug .\nstart"
 
 
 async def test_records_tell_what_the_worker_did_and_waited_for(tokenizer):

@@ -115,35 +115,30 @@ def play(
     turns: list[Turn] = []
     context = np.array([], np.int32)
     for index in range(num_turns):
-        messages: Sequence[ChatMessage] = (
-            ChatMessage("user", f"task : {task.description} turn {index} you see sink oven ."),
-        )
+        seen = f"task : {task.description} turn {index} you see sink oven ."
+        messages: Sequence[ChatMessage] = (ChatMessage("user", seen),)
         extends = bool(index) and not is_windowed
-        prompt = (
-            np.concatenate([context, chat.render_delta(messages, is_closed=True)])
-            if extends
-            else chat.render_fresh(messages)
-        )
-        words = chat.tokenizer.encode(
-            rng.choice(["use sink", "use oven", "put mug in desk"]), add_special_tokens=False
-        )
+        prompt = chat.render_fresh(messages)
+        if extends:
+            prompt = np.concatenate([context, chat.render_delta(messages, is_closed=True)])
+        said = rng.choice(["use sink", "use oven", "put mug in desk"])
+        words = chat.tokenizer.encode(said, add_special_tokens=False)
         response = [*words, chat.eos_token_id]
-        turns.append(
-            Turn(
-                turn_index=index,
-                prompt_token_ids=prompt,
-                messages=messages,
-                extends_previous=extends,
-                response_token_ids=response,
-                behavior_logprobs=[-1.0] * len(response),
-                policy_versions=[policy_version] * len(response),
-                response_text=chat.decode_response(response),
-                stop_reason=StopReason.END_OF_TURN,
-                action="",
-                is_action_valid=True,
-                reward=0.0,
-            )
+        turn = Turn(
+            turn_index=index,
+            prompt_token_ids=prompt,
+            messages=messages,
+            extends_previous=extends,
+            response_token_ids=response,
+            behavior_logprobs=[-1.0] * len(response),
+            policy_versions=[policy_version] * len(response),
+            response_text=chat.decode_response(response),
+            stop_reason=StopReason.END_OF_TURN,
+            action="",
+            is_action_valid=True,
+            reward=0.0,
         )
+        turns.append(turn)
         context = np.concatenate([prompt, np.array(response, np.int32)])
     return Trajectory(
         run_id=RUN_ID,
@@ -218,13 +213,11 @@ class FakeScorer:
         if self._poison & {context.trajectory.trajectory_id for context in contexts}:
             raise RuntimeError("kernel panic")
         value = -float(self.teacher_version)
-        return [
-            tuple(
-                np.full(len(turn.response_token_ids), value, np.float32)
-                for turn in context.trajectory.turns
-            )
-            for context in contexts
-        ]
+        scores = []
+        for context in contexts:
+            lengths = [len(turn.response_token_ids) for turn in context.trajectory.turns]
+            scores.append(tuple(np.full(length, value, np.float32) for length in lengths))
+        return scores
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
         if manifest.policy_version in self.missing:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -76,15 +77,13 @@ def test_over_alfworlds_sentences_the_right_skill_is_mostly_first_and_nearly_alw
     index = SkillIndex(
         load_skill_library(SHIPPED_LIBRARIES / "alfworld").specific, minilm, tmp_path
     )
-    ranks = [
-        [skill.task_types for skill in index.find_nearest(pattern.format(thing, place), 6)].index(
-            (task_type,)
-        )
-        for task_type, patterns in SENTENCES.items()
-        for pattern in patterns
-        for thing in ("apple", "mug", "book")
-        for place in ("fridge", "desk", "garbagecan")
-    ]
+    things = ("apple", "mug", "book")
+    places = ("fridge", "desk", "garbagecan")
+    ranks = []
+    for task_type, patterns in SENTENCES.items():
+        for pattern, thing, place in itertools.product(patterns, things, places):
+            nearest = index.find_nearest(pattern.format(thing, place), 6)
+            ranks.append([skill.task_types for skill in nearest].index((task_type,)))
     assert np.mean(np.array(ranks) < 1) > 0.6
     assert np.mean(np.array(ranks) < 3) > 0.95
 

@@ -121,7 +121,9 @@ async def test_a_version_that_cannot_be_read_is_an_error_only_when_it_is_due():
 
 
 async def test_of_two_versions_within_the_lag_bound_the_one_that_can_be_read_is_taken():
-    bus, scorer, metrics = MemoryBus({}), FakeScorer(), TeacherMetrics()
+    bus = MemoryBus({})
+    scorer = FakeScorer()
+    metrics = TeacherMetrics()
     scorer.corrupt, scorer.missing = {5}, {4}
     await publish(bus, 1, 2, 3, 4, 5)
     await build_follower(bus, scorer, max_lag=2, metrics=metrics).catch_up()

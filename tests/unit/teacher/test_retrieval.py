@@ -38,10 +38,8 @@ def test_an_unknown_task_type_is_a_miss_with_general_skills_only():
 
 def test_keywords_find_the_skill_by_the_tasks_sentence():
     # The type is never looked at: it may be unknown where tasks come from outside.
-    assert (
-        retrieve("keyword", dataclasses.replace(CLEAN, task_type="?")).specific[0].skill_id
-        == "clean"
-    )
+    found = retrieve("keyword", dataclasses.replace(CLEAN, task_type="?")).specific[0].skill_id
+    assert found == "clean"
     assert retrieve("keyword", DANCE).is_miss
 
 

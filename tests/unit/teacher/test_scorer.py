@@ -39,7 +39,9 @@ def make_scorer(model_directory, weights=None, batch_tokens=600):
 
 def score_independently(model, context, temperature=1.0):
     """One plain forward of transformers per turn on the whole prompt: no shared code."""
-    turns, expected, offset = context.trajectory.turns, [], 0
+    turns = context.trajectory.turns
+    expected = []
+    offset = 0
     for turn in turns:
         if turn.turn_index in context.fresh_prompts:
             prompt = context.fresh_prompts[turn.turn_index]
@@ -57,7 +59,8 @@ def score_independently(model, context, temperature=1.0):
 
 
 def assert_close(scores, expected, tolerance=2e-5):
-    assert [len(values) for values in scores] == [len(values) for values in expected]
+    should_be = [len(values) for values in expected]
+    assert [len(values) for values in scores] == should_be
     for values, wanted in zip(scores, expected, strict=True):
         np.testing.assert_allclose(values, wanted, atol=tolerance, rtol=0)
 
@@ -85,11 +88,9 @@ async def test_the_privileged_context_changes_the_scores_and_not_the_tokens(scor
     privileged, plain = await scorer.score(
         [builder.build(trajectory), plain_context(trajectory, chat)]
     )
-    assert (
-        [len(a) for a in privileged]
-        == [len(b) for b in plain]
-        == [len(t.response_token_ids) for t in trajectory.turns]
-    )
+    sampled = [len(turn.response_token_ids) for turn in trajectory.turns]
+    assert list(map(len, privileged)) == sampled
+    assert list(map(len, plain)) == sampled
     assert np.abs(np.concatenate(privileged) - np.concatenate(plain)).max() > 0.01
 
 

@@ -42,10 +42,8 @@ def make_config(**teacher) -> RunConfig:
 
 def test_a_skill_is_its_file_without_the_heading(tmp_path):
     library = load_skill_library(write_library(tmp_path))
-    assert [(skill.skill_id, skill.text) for skill in library.skills] == [
-        ("always", "Look first."),
-        ("cleaning", "Use the sink."),
-    ]
+    found = [(skill.skill_id, skill.text) for skill in library.skills]
+    assert found == [("always", "Look first."), ("cleaning", "Use the sink.")]
     assert [skill.skill_id for skill in library.general] == ["always"]
     assert library.task_types == ("clean",)
 
@@ -103,7 +101,8 @@ def test_a_missing_library_is_refused_unless_nothing_is_retrieved(tmp_path):
 def test_the_shipped_household_library_teaches_every_procedure_word_for_word():
     library = open_skill_library(make_config())
     assert library == load_skill_library(SHIPPED_LIBRARIES / "household")
-    assert {skill.task_types: skill.text for skill in library.skills} == {
+    expected = {
         (task_type,): skill_wording(task_type, procedure)
         for task_type, procedure in PROCEDURES.items()
     }
+    assert {skill.task_types: skill.text for skill in library.skills} == expected

@@ -67,9 +67,8 @@ async def test_a_trajectory_is_scored_on_demand(stub, chat):
     response = await score(stub, trajectory, request_id="r1")
     result = codec.teacher_score_from_proto(response.score)
     assert (response.request_id, result.trajectory_id) == ("r1", trajectory.trajectory_id)
-    assert [len(values) for values in result.turn_logprobs] == [
-        len(turn.response_token_ids) for turn in trajectory.turns
-    ]
+    expected = [len(turn.response_token_ids) for turn in trajectory.turns]
+    assert [len(values) for values in result.turn_logprobs] == expected
     assert result.skill_ids == ("general", "clean")
 
 
@@ -119,10 +118,8 @@ async def test_skills_are_handed_out_ready_for_a_prompt(stub, chat):
     assert (
         response.text == "look before you act .\n\nskill clean : first use sink . after sink put ."
     )
-    assert (response.skill_library_hash, response.template_hash) == (
-        LIBRARY.content_hash,
-        chat.template_hash,
-    )
+    found = (response.skill_library_hash, response.template_hash)
+    assert found == (LIBRARY.content_hash, chat.template_hash)
     assert response.retrieval == "task_type"
 
 

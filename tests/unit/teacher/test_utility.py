@@ -57,10 +57,8 @@ async def choose(utility, key, count=1, task_type="clean", skills=SKILLS):
 
 async def test_what_was_never_tried_comes_first_in_the_order_given(buses):
     utility = SkillUtility(buses(), 0.5)
-    assert [await choose(utility, f"g{number}", count=2) for number in range(2)] == [
-        ("a", "b"),
-        ("c", "d"),
-    ]
+    found = [await choose(utility, f"g{number}", count=2) for number in range(2)]
+    assert found == [("a", "b"), ("c", "d")]
 
 
 async def test_the_score_is_mean_utility_and_a_bonus_for_the_rarely_tried(buses):
@@ -103,18 +101,16 @@ async def test_teachers_that_choose_for_one_group_at_once_agree_and_count_it_onc
     teachers = [SkillUtility(buses(), 0.5) for _ in range(4)]
     orders = list(itertools.permutations(SKILLS))[:: len(teachers) + 1]
     for number in range(10):
-        choices = await asyncio.gather(
-            *(
-                choose(teacher, f"g{number}", skills=order)
-                for teacher, order in zip(teachers, orders, strict=False)
-            )
-        )
+        choosing = [
+            choose(teacher, f"g{number}", skills=order)
+            for teacher, order in zip(teachers, orders, strict=False)
+        ]
+        choices = await asyncio.gather(*choosing)
         assert len(set(choices)) == 1
     for teacher in teachers:
         await choose(teacher, "g0")
-        assert [teacher.compute_score("clean", skill_id) for skill_id in SKILLS] == [
-            teachers[0].compute_score("clean", skill_id) for skill_id in SKILLS
-        ]
+        expected = [teachers[0].compute_score("clean", skill_id) for skill_id in SKILLS]
+        assert [teacher.compute_score("clean", skill_id) for skill_id in SKILLS] == expected
 
 
 async def test_calls_that_overlap_in_one_teacher_count_every_event_once(buses):
@@ -137,9 +133,8 @@ async def test_a_restarted_teacher_keeps_every_choice_and_all_it_learned(buses):
     await choose(before, "g0")
     after = SkillUtility(buses(), 0.5)
     assert {key: await choose(after, key, count=2) for key in choices} == choices
-    assert [after.compute_score("clean", s) for s in SKILLS] == [
-        before.compute_score("clean", s) for s in SKILLS
-    ]
+    expected = [before.compute_score("clean", s) for s in SKILLS]
+    assert [after.compute_score("clean", s) for s in SKILLS] == expected
 
 
 async def test_a_trajectory_that_is_reported_again_counts_once(buses):
@@ -163,12 +158,8 @@ async def test_only_the_newest_events_count_and_what_slides_out_leaves_no_trace(
     await choose(utility, "g1")
     await report(bus, "g1.0", "b", False)
     await choose(utility, "g2")
-    assert [utility.compute_score("clean", skill_id) for skill_id in SKILLS] == [
-        0.0,
-        0.0,
-        math.inf,
-        math.inf,
-    ]
+    found = [utility.compute_score("clean", skill_id) for skill_id in SKILLS]
+    assert found == [0.0, 0.0, math.inf, math.inf]
     assert await choose(utility, "g0") == ("c",)
 
 

@@ -147,9 +147,8 @@ async def test_every_trajectory_comes_out_scored_with_what_the_teacher_saw(chat)
     scored = await house.scored()
     assert [item.trajectory for item in scored] == episodes
     for item in scored:
-        assert [len(values) for values in item.score.turn_logprobs] == [
-            len(t.response_token_ids) for t in item.trajectory.turns
-        ]
+        expected = [len(t.response_token_ids) for t in item.trajectory.turns]
+        assert [len(values) for values in item.score.turn_logprobs] == expected
         assert item.score.teacher_version == 7
         assert item.score.skill_ids == ("general", "clean")
         assert item.score.num_specific_skills == 1
@@ -189,11 +188,8 @@ async def test_a_group_that_loses_an_episode_is_reported_failed(chat):
     async with house.running():
         await house.until_finished(1)
     (event,) = await house.ledger()
-    assert (event.group_id, event.outcome, event.num_trajectories) == (
-        "long",
-        GroupOutcome.FAILED,
-        4,
-    )
+    found = (event.group_id, event.outcome, event.num_trajectories)
+    assert found == ("long", GroupOutcome.FAILED, 4)
     assert "exceed model.max_sequence_tokens 64" in event.reason
 
 
@@ -288,12 +284,8 @@ async def test_a_full_stream_delays_scores_and_loses_none(chat):
 
 async def test_a_task_without_a_specific_skill_is_counted_and_warned_of_once(chat, log_events):
     house = House(chat)
-    await house.publish(
-        *(
-            play(chat, dataclasses.replace(CLEAN, task_type="dance"), episode_index=i)
-            for i in range(2)
-        )
-    )
+    dance = dataclasses.replace(CLEAN, task_type="dance")
+    await house.publish(*(play(chat, dance, episode_index=index) for index in range(2)))
     async with house.running():
         await house.until_finished(2)
     assert house.metrics.read(RETRIEVAL_MISSES) == 2
@@ -315,10 +307,8 @@ async def test_the_metrics_stream_tells_what_was_done(chat):
         await reporting
     record = codec.decode_metric_record(entry.payload)
     assert (record.service, record.instance, record.policy_version) == ("teacher", "me", 0)
-    assert (
-        record.values["num_tokens_scored"]
-        == (await house.scored())[0].trajectory.num_response_tokens
-    )
+    found = record.values["num_tokens_scored"]
+    assert found == (await house.scored())[0].trajectory.num_response_tokens
     assert record.values["tokens_per_s"] > 0
     assert 0 <= record.values["waiting_share"] <= 1
 
@@ -513,8 +503,5 @@ async def test_skills_left_out_for_length_are_counted_warned_about_and_missing_f
     assert (scored.score.skill_ids, scored.score.num_specific_skills) == (("s0", "s1"), 2)
     assert house.metrics.read(DROPPED_SKILLS) == 1
     (warning,) = [event for event in log_events if event["event"] == "skills_dropped"]
-    assert (warning["log_level"], warning["trajectory_id"], warning["num_dropped"]) == (
-        "warning",
-        trajectory.trajectory_id,
-        1,
-    )
+    found = (warning["log_level"], warning["trajectory_id"], warning["num_dropped"])
+    assert found == ("warning", trajectory.trajectory_id, 1)

@@ -186,10 +186,8 @@ def test_a_client_is_named_by_its_token_whatever_its_address_and_the_name_reveal
 
 def test_a_process_shows_its_own_token_or_the_first_operate_token_it_would_accept(tokens_file):
     assert Security().token_to_present() == ""
-    assert (
-        Security.from_settings(Settings(tokens_file=tokens_file)).token_to_present()
-        == OPERATE_TOKEN
-    )
+    found = Security.from_settings(Settings(tokens_file=tokens_file)).token_to_present()
+    assert found == OPERATE_TOKEN
     own = Settings(tokens_file=tokens_file, token=SecretStr(READ_TOKEN))
     assert Security.from_settings(own).token_to_present() == READ_TOKEN
 

@@ -1,0 +1,121 @@
+"""Manifests of policy versions: their JSON, sealed by a checksum, and the paths they may name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+from sdar.contracts.codec import weights_manifest_to_proto
+from sdar.contracts.errors import ContractError, CorruptionError
+from sdar.contracts.types import ModelIdentity, TensorEntry, WeightsManifest
+from sdar.weights.objects import PATH_SEGMENT
+
+MANIFEST = "manifest.json"
+VERSION_PATH = re.compile(rf"{PATH_SEGMENT}/v(\d{{8,}})")
+SHARD_NAME = re.compile(r"shard-\d{5,}-([0-9a-f]{64})\.safetensors")
+REMEDY = "Fetch it again; if it stays, publish a new version."
+
+
+def manifest_to_json(manifest: WeightsManifest) -> str:
+    """Readable JSON, one line a field."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1)
+
+
+def manifest_from_json(text: str) -> WeightsManifest:
+    """Inverse of `manifest_to_json`.
+
+    Raises:
+        CorruptionError: not a manifest.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        tensors = tuple(
+            TensorEntry(**{**entry, "shape": tuple(entry["shape"])})
+            for entry in fields.pop("tensors")
+        )
+        manifest = WeightsManifest(
+            **{**fields, "tensors": tensors, "model": ModelIdentity(**fields.pop("model"))}
+        )
+        # What cannot be announced is no manifest either: JSON puts any type into any field.
+        weights_manifest_to_proto(manifest)
+        check_manifest(manifest)
+        return manifest
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        ContractError,
+    ) as error:
+        raise CorruptionError(
+            f"A weights manifest of {len(text)} characters cannot be decoded: {error}. {REMEDY}"
+        ) from error
+
+
+def seal_manifest(json_object: str) -> bytes:
+    """A JSON object with the SHA-256 of all that comes before it as its last field."""
+    body = json_object.removesuffix("\n}").encode()
+    return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def unseal_manifest(content: bytes, path: str) -> str:
+    """Undo `_seal`. Raises CorruptionError if a byte is not as it was written."""
+    json_object = content.rpartition(b',\n "sha256": "')[0] + b"\n}"
+    text = json_object.decode(errors="replace")
+    if seal_manifest(text) != content:
+        raise CorruptionError(
+            f"{path}, {len(content)} bytes, does not match the checksum at its end. {REMEDY}"
+        )
+    return text
+
+
+def check_manifest(manifest: WeightsManifest) -> None:
+    """A manifest may have come over the wire; nothing in it may lead out of its version's
+    directory, or to itself.
+    """
+    is_named = VERSION_PATH.fullmatch(manifest.path) and manifest.path == format_version_path(
+        manifest.run_id, manifest.policy_version
+    )
+    wrong = [] if is_named else [manifest.path]
+    wrong += [entry.shard for entry in manifest.tensors if not SHARD_NAME.fullmatch(entry.shard)]
+    if wrong:
+        raise CorruptionError(
+            f"Weights manifest of version {manifest.policy_version} names {wrong[0]!r}, which is "
+            "no path this store makes. "
+            "Use manifests as `publish` returns them."
+        )
+    if (
+        manifest.base_version is not None
+        and not 0 <= manifest.base_version < manifest.policy_version
+    ):
+        raise CorruptionError(
+            f"Weights manifest of version {manifest.policy_version} has base version "
+            f"{manifest.base_version}; a base is older. "
+            "Use manifests as `publish` returns them."
+        )
+
+
+def describe_content(manifest: WeightsManifest) -> tuple[object, ...]:
+    """What makes two publications of a version the same, however each was encoded."""
+    return (
+        list_layout(manifest),
+        [entry.sha256 for entry in manifest.tensors],
+        manifest.model,
+        manifest.num_updates,
+    )
+
+
+def list_layout(manifest: WeightsManifest) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(entry.name, entry.dtype, entry.shape) for entry in manifest.tensors]
+
+
+def locate(manifest: WeightsManifest, entry: TensorEntry) -> str:
+    return f"Tensor {entry.name} of version {manifest.policy_version} ({manifest.path})"
+
+
+def format_version_path(run_id: str, policy_version: int) -> str:
+    return f"{run_id}/v{policy_version:08d}"

@@ -1,0 +1,224 @@
+"""The run's phases, its sleep, and what moves it from one to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from sdar.config import RunConfig
+from sdar.contracts.errors import RefusedError
+
+from .commit import Committer
+from .state import GatewayState, RunPhase, Sleep, compute_digest
+
+log = structlog.get_logger()
+
+_LEAST_HOPELESS_FAILURES = 8
+
+
+class RunControl:
+    """Changes the phase and the sleep of the state in hand.
+
+    Args:
+        is_scaled: whether a scaler keeps a sleeping run asleep; without one nobody does, and the
+            run is awake.
+
+    Attributes:
+        detail: what a starting run waits for, or why a failed one gave up; empty otherwise.
+        woken_at_s: Unix time when the run was last woken by this process; 0 before.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        committer: Committer,
+        clock: Callable[[], float],
+        *,
+        is_scaled: bool,
+    ) -> None:
+        self.detail = "reading where the run stands"
+        self.woken_at_s = 0.0
+        self._config = config
+        self._committer = committer
+        self._clock = clock
+        self._is_scaled = is_scaled
+
+    # --- what somebody asks for
+    # ----------------------------------------------------------------------------------------------
+
+    def pause(self, *, until_restart: bool = False) -> None:
+        """Issue no more groups until somebody resumes, or this gateway ends; what runs goes on.
+
+        Raises RefusedError unless the run is running.
+        """
+
+        def change(state: GatewayState) -> None:
+            self._require(state, RunPhase.PAUSED, RunPhase.RUNNING, RunPhase.PAUSED)
+            self._enter(state, RunPhase.PAUSED)
+            if not until_restart:
+                state.paused_at_s = state.paused_at_s or self._clock()
+
+        self._committer.ask(change)
+
+    def resume(self) -> None:
+        """Issue groups again, also after giving up, and wake a run that sleeps.
+
+        Raises RefusedError if nothing can go on.
+        """
+        self._committer.ask(self._resume)
+
+    def stop(self) -> None:
+        """End the run early: issue no more groups, evaluate the newest policy, finish.
+
+        Raises RefusedError before the run has started.
+        """
+
+        def change(state: GatewayState) -> None:
+            allowed = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
+            self._require(state, RunPhase.STOPPING, *allowed)
+            self._enter(state, RunPhase.STOPPING)
+            state.is_stop_asked = True
+            state.paused_at_s = 0.0
+            self._wake(state)  # the last evaluation has to be played
+
+        self._committer.ask(change)
+
+    def fall_asleep(self, reason: str, sizes: Mapping[str, int]) -> None:
+        """Note that the run's workloads are going to be held at zero.
+
+        Args:
+            sizes: replicas by workload, to which they come back.
+        """
+
+        def change(state: GatewayState) -> None:
+            state.sleep = Sleep(reason, self._clock(), compute_digest(self._config))
+            state.sizes = dict(sizes)
+
+        self._committer.ask(change)
+        log.warning("run_asleep", reason=reason, phase=self._state.phase)
+
+    # --- what the scheduler finds
+    # ----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Find the phase in which to go on with a state that was just loaded.
+
+        A finished run stays finished, and a failed one that sleeps stays failed until somebody
+        resumes it. Any other starts again: the task lists and the policy are asked for again. A
+        pause or a stop outlives the process that took it.
+        """
+        state = self._state
+        self._take_up_configuration(state)
+        if state.phase is RunPhase.FINISHED:
+            self.detail = ""
+        elif state.phase is RunPhase.FAILED and state.sleep:
+            self.detail = state.sleep.reason
+        else:
+            state.phase = RunPhase.STARTING
+            state.num_failed_in_a_row = 0
+
+    def start(self) -> None:
+        """Leave STARTING for what was asked for last."""
+        state = self._state
+        self.detail = ""
+        state.started_at_s = state.started_at_s or self._clock()
+        if state.is_stop_asked:
+            self._change_phase(RunPhase.STOPPING)
+        elif state.paused_at_s:
+            self._change_phase(RunPhase.PAUSED)
+        else:
+            self._change_phase(RunPhase.RUNNING)
+
+    def give_up_if_hopeless(self) -> None:
+        """A broken environment fails every group: fail, rather than issue them for ever."""
+        state = self._state
+        num_failed = state.num_failed_in_a_row
+        most = max(_LEAST_HOPELESS_FAILURES, 2 * self._config.training.groups_per_update)
+        if num_failed >= most:
+            reason = next(reversed(state.failure_reasons.values()), "")
+            self.detail = f"{num_failed} groups failed in a row, the last one because: {reason}"
+            log.error("run_failed", detail=self.detail)
+            self._change_phase(RunPhase.FAILED)
+
+    def finish(self, unaccounted: list[int]) -> None:
+        """End the run, with the numbers of the groups that its last check found wanting."""
+        state = self._state
+        state.unaccounted = unaccounted
+        state.finished_at_s = self._clock()
+        state.finished_target = self._config.training.num_updates
+        self._change_phase(RunPhase.FINISHED)
+
+    # --- how
+    # ----------------------------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> GatewayState:
+        return self._committer.draft.state
+
+    def _take_up_configuration(self, state: GatewayState) -> None:
+        """A finished run of which more updates are wanted now goes on; one that sleeps as stuck or
+        failed is tried again under another configuration; one that nothing scales any more is
+        awake.
+        """
+        target = self._config.training.num_updates
+        digest = compute_digest(self._config)
+        if state.sleep and not self._is_scaled:
+            self._wake_in_draft()
+        if state.phase is RunPhase.FINISHED:
+            if 0 < state.finished_target < target:
+                log.info("run_extended", before=state.finished_target, after=target)
+                state.phase = RunPhase.STARTING
+                state.is_stop_asked = False
+                state.finished_at_s = 0.0
+                self._wake_in_draft()
+        elif state.sleep and not state.paused_at_s and state.sleep.configuration != digest:
+            self._wake_in_draft()
+
+    def _resume(self, state: GatewayState) -> None:
+        name = self._config.name
+        if state.phase is RunPhase.FINISHED:
+            raise RefusedError(
+                f"Run {name} is finished. Raise training.num_updates to go on with it."
+            )
+        is_held = bool(state.sleep or state.paused_at_s)
+        if state.phase in (RunPhase.STARTING, RunPhase.STOPPING) and not is_held:
+            raise RefusedError(
+                f"Run {name} is {state.phase}: nothing holds it that could be resumed."
+            )
+        state.paused_at_s = 0.0
+        if state.phase is RunPhase.FAILED:
+            self.detail = ""
+            state.num_failed_in_a_row = 0
+            # A gateway that found the run failed has no tasks yet.
+            self._enter(state, RunPhase.STARTING)
+        elif state.phase is RunPhase.PAUSED:
+            self._enter(state, RunPhase.RUNNING)
+        self._wake(state)
+
+    def _wake_in_draft(self) -> None:
+        self._wake(self._state)
+        self._committer.draft.is_changed = True
+
+    def _wake(self, state: GatewayState) -> None:
+        if state.sleep:
+            slept_s = round(self._clock() - state.sleep.since_s)
+            log.info("run_awake", phase=state.phase, slept_s=slept_s)
+        state.sleep = None
+        self.woken_at_s = self._clock()
+
+    def _require(self, state: GatewayState, wanted: RunPhase, *allowed: RunPhase) -> None:
+        if state.phase not in allowed:
+            raise RefusedError(
+                f"Run {self._config.name} is {state.phase}; it can become {wanted} only from "
+                f"{' or '.join(allowed)}."
+            )
+
+    def _change_phase(self, phase: RunPhase) -> None:
+        self._enter(self._state, phase)
+        self._committer.draft.is_changed = True
+
+    def _enter(self, state: GatewayState, phase: RunPhase) -> None:
+        if phase is not state.phase:
+            log.info("run_phase_changed", before=state.phase, after=phase)
+        state.phase = phase
