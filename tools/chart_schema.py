@@ -4,8 +4,8 @@
   with the words that stand over it in helm/values.yaml.
 - helm/files/run-defaults.yaml: the defaults of RunConfig, which the chart's checks across sections
   look at.
-- helm/files/rules.yaml: the rules between sections, which the chart judges as RunConfig does.
 - helm/files/methods.yaml: what of each method decides which objects the chart makes.
+- helm/files/rules.yaml: the rules between sections, which the chart judges as RunConfig does.
 - helm/files/household.yaml: examples/household.yaml, its model where the images have it.
 - helm/files/roles.yaml: what templates look up of each role in the table of services.
 - the table of helm/README.md.
@@ -377,8 +377,8 @@ def write() -> None:
     _write_data(
         "run-defaults", "RunConfig: what a key has that `run` leaves out", build_run_defaults()
     )
+    _write_data("methods", "sdar/contracts/methods.py", build_methods())
     _write_data("rules", "sdar/contracts/rules.py", build_rules())
-    _write_data("methods", "sdar/contracts/methods.py, a row for each method", build_methods())
     (CHART / "files/household.yaml").write_text(build_demo())
     (CHART / "files/roles.yaml").write_text(render_roles())
     page = (CHART / "README.md").read_text()

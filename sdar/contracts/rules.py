@@ -51,9 +51,10 @@ class Combination:
 
 Rule = Comparison | Combination
 
-_SHOW_SKILLS_ONLY = tuple(
+_NEVER_SCORED = tuple(
     name for name, row in METHODS.items() if row.runs_teacher and not row.needs_teacher
 )
+"""Methods whose teacher hands out skills and sees no episode."""
 
 RULES: tuple[Rule, ...] = (
     Comparison(
@@ -81,7 +82,7 @@ RULES: tuple[Rule, ...] = (
         "ucb",
         "excludes",
         "method.name",
-        _SHOW_SKILLS_ONLY,
+        _NEVER_SCORED,
         "{teacher.retrieval} learns from episodes that pass the teacher, and {method.name} sends "
         "it none. Use another retrieval or another method.",
     ),

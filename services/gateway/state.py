@@ -47,9 +47,11 @@ UNDER_WAY = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
 class Standing(Enum):
     """What this process knows of where the run stands. Not saved: each process finds it out.
 
-    UNREAD: Redis was not read yet. BLANK: Redis knew nothing of this run, and still does; it is the
-    first start or a lost disk, and until the learner published a policy, before which it puts back
-    the snapshot that it may have, nothing is written. KNOWN: the state in hand is the run's.
+    Attributes:
+        UNREAD: Redis was not read yet.
+        BLANK: Redis knew nothing of this run and still does: a first start, or a lost disk. Nothing
+            is written until the learner publishes a policy, since it may put a snapshot back first.
+        KNOWN: the state in hand is the run's.
     """
 
     UNREAD = auto()

@@ -251,8 +251,8 @@ def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
         "values.schema.json",
         "README.md",
         "files/run-defaults.yaml",
-        "files/rules.yaml",
         "files/methods.yaml",
+        "files/rules.yaml",
         "files/household.yaml",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -265,8 +265,8 @@ def test_the_generated_files_are_up_to_date(tmp_path, monkeypatch):
         "values.schema.json",
         "README.md",
         "files/run-defaults.yaml",
-        "files/rules.yaml",
         "files/methods.yaml",
+        "files/rules.yaml",
         "files/household.yaml",
     ):
         assert (tmp_path / name).read_text() == (CHART / name).read_text(), (

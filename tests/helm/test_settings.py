@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import re
 import shlex
 import ssl
 import tomllib
@@ -16,11 +15,10 @@ import yaml
 from cryptography import x509
 
 from sdar.cli.release_check import build_parser
-from sdar.config import RunConfig
 from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.process.settings import Settings
-from tests.helm.chart import CHART, ROOT, VALUES_FILES, containers, find, of_kind, pods, render
+from tests.helm.chart import ROOT, VALUES_FILES, containers, find, of_kind, pods, render
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
 OF_LIBRARIES = {
@@ -324,36 +322,6 @@ def test_openssl_accepts_the_generated_certificate_too(tmp_path):
 
     assert client.version() == "TLSv1.3"
     assert client.getpeercert()["subjectAltName"]
-
-
-@pytest.mark.parametrize("role", ["gateway", "rollout", "teacher", "envs", "learner"])
-def test_a_role_restarts_for_every_key_of_the_run_that_its_code_reads(role):
-    listed = _listed_keys(role)
-    code = "\n".join(path.read_text() for path in (ROOT / "services" / role).rglob("*.py"))
-    sections = "|".join(
-        name
-        for name, field in RunConfig.model_fields.items()
-        if hasattr(field.annotation, "model_fields")
-    )
-    read = {
-        ".".join(part for part in found if part)
-        for found in re.findall(rf"\bconfig\.({sections})\b(?:\.([a-z_]+))?", code)
-    }
-    read |= set(re.findall(r"\bconfig\.(name|seed)\b", code))
-    missing = {key for key in read if not any(_covers(one, key) for one in listed)}
-
-    assert read
-    assert not missing, f"add to the row of {role} in sdar/contracts/roles.py: {sorted(missing)}"
-
-
-def _listed_keys(role):
-    return yaml.safe_load((CHART / "files/roles.yaml").read_text())[role]["configKeys"]
-
-
-def _covers(listed, key):
-    if key == "method.row":
-        key = "method.name"  # by which the table of methods has it
-    return key == listed or key.startswith(f"{listed}.")
 
 
 @pytest.mark.parametrize(
