@@ -270,7 +270,7 @@ def _find_gateway(run: psutil.Process) -> psutil.Process:
     return gateway
 
 
-def _stop(run: subprocess.Popen) -> None:
+def _stop(run: subprocess.Popen[bytes]) -> None:
     """A second SIGTERM ends at once a run that doesn't end after the first."""
     run.terminate()
     try:
@@ -280,7 +280,7 @@ def _stop(run: subprocess.Popen) -> None:
         run.wait(STOP_TIMEOUT_S)
 
 
-def _wait_for_run(started: subprocess.Popen, log: Path) -> str:
+def _wait_for_run(started: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(trust_env=False, timeout=10.0) as http:
         url, is_paused = "", False

@@ -5,7 +5,6 @@ MAIN LOOP: keep everything up, hurt what is due, look, until finished.
 
 from __future__ import annotations
 
-import signal
 import time
 import uuid
 from collections import Counter
@@ -17,10 +16,10 @@ from typing import Any
 import structlog
 
 from loadtest.chaos.deployment import Deployment
-from loadtest.chaos.faults import LEARNER, REDIS, TEACHER, Fault, FaultKind
+from loadtest.chaos.faults import LEARNER, TEACHER, Fault
+from loadtest.chaos.injector import Injector
 from loadtest.chaos.logs import LogEvent, LogFollower
 from loadtest.chaos.observer import Observer, Sample
-from loadtest.chaos.proxy import Link
 from loadtest.chaos.recovery import ROLLOUT_PREFIX, Injury
 from sdar.bus.ledger import LedgerAccount
 from sdar.cli.run_directory import RunDirectory
@@ -40,10 +39,6 @@ _MAX_HURT = 3
 """Targets that may be down at once: on a slow machine faults come later."""
 _WAIT_FOR_RECOVERY_S = 60.0
 """A target that has not recovered is left alone for so long, then hit all the same."""
-_LATE_DELIVERY_S = 2.0
-"""Less than any service takes to start: its name's entries by then are the killed life's."""
-_KILL_AGAIN_AFTER_S = 1.5
-_DELAY_S = 0.2
 _MEMORY_EVERY_S = 2.0
 _TELL_EVERY_S = 30.0
 _SESSIONS_END_TIMEOUT_S = SessionLimits().default_lease_s + 30.0
@@ -105,11 +100,9 @@ class ChaosRun:
         self._say = say
         self._marker = uuid.uuid4().hex
         self.evidence = Evidence(config, root, num_planned=len(schedule))
-        self._endings: list[tuple[float, Callable[[], None]]] = []
         self._next_memory_s = self._next_told_s = 0.0
         self._began_s = 0.0
         self._num_signs: Counter[str] = Counter()
-        self._away_s = 0.0  # of Redis: no fault comes then, and what is left comes later
 
     def run(self) -> Evidence:
         """To the run's end. Raises UnavailableError: it did not start, or did not end in time."""
@@ -122,6 +115,7 @@ class ChaosRun:
                 self._deployment.redis,
                 Observer(config, self._deployment.redis.url) as self._observer,
             ):
+                self._injector = Injector(self._deployment, self._observer, self.evidence.injuries)
                 try:
                     self._start()
                     self._disturb()
@@ -157,11 +151,12 @@ class ChaosRun:
 
     def _disturb(self) -> None:
         moved_at, stand = time.monotonic(), (0, 0)
-        while self._observer.seen.status.get("phase") != "finished" or self._endings:
+        while self._observer.seen.status.get("phase") != "finished" or not self._injector.is_quiet:
             self._turn()
             if (fault := self._choose_due()) is not None:
                 self._schedule.remove(fault)
-                self._inject(fault)
+                self._say(self._describe(fault))
+                self._injector.inject(fault)
             if stand != (
                 now := (
                     self._observer.seen.status.get("num_updates", 0),
@@ -190,7 +185,9 @@ class ChaosRun:
     def _is_due(self, fault: Fault) -> bool:
         status = self._observer.seen.status
         progress = status.get("num_updates", 0) / self.evidence.config.training.num_updates
-        return self._elapsed_s - self._away_s >= fault.at_s or progress >= fault.at_progress
+        # No fault comes while Redis is away, and what is left comes later.
+        elapsed_s = self._elapsed_s - self._injector.away_s
+        return elapsed_s >= fault.at_s or progress >= fault.at_progress
 
     def _can_take(self, fault: Fault) -> bool:
         if not self._deployment.is_running(fault.target):
@@ -207,121 +204,17 @@ class ChaosRun:
             return False
         return injury.over_s is None or time.time() - injury.over_s <= _WAIT_FOR_RECOVERY_S
 
-    def _inject(self, fault: Fault) -> None:
-        for injury in self.evidence.injuries:
-            if injury.target == fault.target and not injury.is_closed:
-                injury.is_overtaken = True
-        injury = Injury(fault, time.time())
-        self._say(self._describe(fault))
-        {
-            FaultKind.KILL: self._kill,
-            FaultKind.KILL_TWICE: self._kill_twice,
-            FaultKind.KILL_CHILD: self._kill_child,
-            FaultKind.PAUSE: self._pause,
-            FaultKind.SEVER: self._sever,
-            FaultKind.REFUSE: self._refuse,
-            FaultKind.DELAY: self._delay,
-            FaultKind.OUTAGE: self._hold_down,
-        }[fault.kind](injury)
-        self.evidence.injuries.append(injury)
-
-    def _kill(self, injury: Injury) -> None:
-        self._deployment.kill(injury.target)
-        injury.over_s = time.time()
-        self._note_held(injury)
-        # A read that was waiting when its process died may still be handed an entry, until Redis
-        # sees the connection end.
-        self._later(_LATE_DELIVERY_S, lambda: self._note_held(injury))
-
-    def _kill_twice(self, injury: Injury) -> None:
-        self._deployment.kill(injury.target)
-
-        def again() -> None:
-            if self._deployment.is_running(injury.target):
-                self._deployment.kill(injury.target)
-            injury.over_s = time.time()
-
-        self._later(_KILL_AGAIN_AFTER_S, again)
-
-    def _kill_child(self, injury: Injury) -> None:
-        self._deployment.kill_child(injury.target, which=len(self.evidence.injuries))
-        injury.over_s = time.time()
-        self._note_held(injury)
-
-    def _pause(self, injury: Injury) -> None:
-        self._deployment.signal_all(injury.target, signal.SIGSTOP)
-        self._note_held(injury)
-
-        def go_on() -> None:
-            self._deployment.signal_all(injury.target, signal.SIGCONT)
-            injury.over_s = time.time()
-
-        self._later(injury.fault.duration_s, go_on)
-
-    def _sever(self, injury: Injury) -> None:
-        self._observer.call(self._link(injury).sever)
-        injury.over_s = time.time()
-
-    def _refuse(self, injury: Injury) -> None:
-        link = self._link(injury)
-        self._observer.call(link.close)
-
-        def let_through() -> None:
-            self._observer.call(link.open)
-            injury.over_s = time.time()
-
-        self._later(injury.fault.duration_s, let_through)
-
-    def _delay(self, injury: Injury) -> None:
-        link = self._link(injury)
-        link.delay_s = _DELAY_S
-
-        def let_through() -> None:
-            link.delay_s = 0.0
-            injury.over_s = time.time()
-
-        self._later(injury.fault.duration_s, let_through)
-
-    def _hold_down(self, injury: Injury) -> None:
-        self._deployment.is_redis_held_down = True
-        self._deployment.kill(REDIS)
-
-        def bring_back() -> None:
-            self._deployment.is_redis_held_down = False
-            self._deployment.keep_up()
-            injury.over_s = time.time()
-            self._away_s += injury.over_s - injury.began_s
-
-        self._later(injury.fault.duration_s, bring_back)
-
-    def _link(self, injury: Injury) -> Link:
-        return self._deployment.links[injury.target]
-
-    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
-        self._endings.append((time.monotonic() + delay_s, action))
-
-    def _note_held(self, injury: Injury) -> None:
-        if injury.target.startswith(ROLLOUT_PREFIX):
-
-            def note(found: tuple[str, ...]) -> None:
-                injury.held_entries = tuple({*injury.held_entries, *found})
-
-            self._observer.find_held(injury.target, note)
-
     # ---- one turn
 
     def _turn(self) -> None:
         """Keep everything up, end what has lasted long enough, take in what there is to see."""
         for name in self._deployment.keep_up():
             self._say(f"{name} was started again.")
-        now = time.monotonic()
-        due = [ending for ending in self._endings if ending[0] <= now]
-        self._endings = [ending for ending in self._endings if ending[0] > now]
-        for _, action in due:
-            action()
+        self._injector.end_due()
         self._take_in()
         if self._observer.failure is not None:
             raise self._observer.failure
+        now = time.monotonic()
         if now >= self._next_memory_s:
             self._next_memory_s = now + _MEMORY_EVERY_S
             self._weigh()
@@ -362,7 +255,7 @@ class ChaosRun:
                 )
 
     def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
-        """Turn until it is true; tells whether it became so in time."""
+        """Turn until it is true; returns whether it became so in time."""
         deadline_s = time.monotonic() + timeout_s
         while not is_true():
             if time.monotonic() > deadline_s:
@@ -403,7 +296,7 @@ class ChaosRun:
         for process in left:
             process.kill()
 
-    # ---- telling
+    # ---- progress
 
     @property
     def _elapsed_s(self) -> float:
@@ -427,7 +320,7 @@ _SIGNS = {ROLLOUT_PREFIX: "group_played", TEACHER: "batch_scored", LEARNER: "bat
 
 
 def is_sign(event: LogEvent) -> bool:
-    """Whether a log line tells that its service did its part of the run."""
+    """Whether a log line shows that its service did its part of the run."""
     return any(
         event.service.startswith(service) and event.name == name for service, name in _SIGNS.items()
     )

@@ -72,7 +72,8 @@ def open_object_store(url: str, s3_options: Mapping[str, str | bool]) -> ObjectS
     if "://" not in url and url:
         return DirectoryStore(Path(url).absolute())
     raise ConfigurationError(
-        f"Weight store {url!r} is not usable. Give a directory, file:///directory or s3://bucket/prefix."
+        f"Weight store {url!r} is not usable. Give a directory, file:///directory or "
+        "s3://bucket/prefix."
     )
 
 

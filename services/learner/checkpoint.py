@@ -255,7 +255,8 @@ def read_rank_shard(
     from safetensors import safe_open
 
     with safe_open(directory / _shard_name(ranks), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
         num_steps = int(file.metadata()["num_steps"])
     torch.set_rng_state(tensors.pop("random.cpu"))
     if (cuda_state := tensors.pop("random.cuda", None)) is not None and device.type == "cuda":

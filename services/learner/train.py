@@ -222,12 +222,7 @@ class Learner:
     async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
         for group in groups:
             self._unacknowledged += group.deliveries
-            tracing.record(
-                "learner.buffer",
-                group.group_id,
-                group.arrived[0] / 1000,
-                num_episodes=len(group.items),
-            )
+            _trace_buffered(group)
         began_s = time.time()
         with (
             self._clock.measure("step"),
@@ -239,24 +234,8 @@ class Learner:
                 update_index=self.progress.num_updates,
                 policy_version=self.progress.policy_version,
             )
-        self._trace_trained(groups, began_s)
+        _trace_trained(groups, self.progress, began_s)
         return result
-
-    def _trace_trained(self, groups: Sequence[Group], began_s: float) -> None:
-        """Where each group's trace ends: the step that learned from it, with a link to the update's
-        own trace.
-        """
-        for group in groups:
-            tracing.record(
-                "learner.trained",
-                group.group_id,
-                began_s,
-                is_linked=True,
-                update=self.progress.num_updates + 1,
-                policy_version=self.progress.policy_version,
-                sampled_version=group.policy_version,
-                staleness=self.progress.compute_staleness(group.policy_version),
-            )
 
     async def _publish(self, tensors: dict[str, Tensor]) -> None:
         with (
@@ -399,4 +378,27 @@ class _Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._spent[self._part] = (
             self._spent.get(self._part, 0.0) + time.perf_counter() - self._began
+        )
+
+
+def _trace_buffered(group: Group) -> None:
+    """The time since a group's last entry came into the stream."""
+    arrived_s = group.arrived[0] / 1000
+    tracing.record("learner.buffer", group.group_id, arrived_s, num_episodes=len(group.items))
+
+
+def _trace_trained(groups: Sequence[Group], progress: Progress, began_s: float) -> None:
+    """Where each group's trace ends: the step that learned from it, with a link to the update's
+    own trace. `progress` is from before the update.
+    """
+    for group in groups:
+        tracing.record(
+            "learner.trained",
+            group.group_id,
+            began_s,
+            is_linked=True,
+            update=progress.num_updates + 1,
+            policy_version=progress.policy_version,
+            sampled_version=group.policy_version,
+            staleness=progress.compute_staleness(group.policy_version),
         )

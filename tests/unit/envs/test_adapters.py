@@ -252,7 +252,7 @@ def test_a_space_says_what_to_write():
     assert describe_space(WIDE).startswith(
         "A JSON object (move: An integer of 1 to 3; say: A text of 1 to 5 of the characters 0"
     )
-    found = describe_space(spaces.Box(-1, 1, (3)))
+    found = describe_space(spaces.Box(-1, 1, (3,)))
     assert found == "A JSON list of numbers of shape [3], at least -1.0, at most 1.0"
 
 

@@ -83,7 +83,7 @@ def test_missing_texts_reviews_and_attributes_have_the_published_defaults(tmp_pa
     assert products[CABLE].attributes == ("DUMMY_ATTR",)
     assert products[CABLE].rating == "N.A."
     found = (products[SHOES].rating, products[SHOES].reviews)
-    assert found == ("4.5", (("Nice", "5", "They fit.")))
+    assert found == ("4.5", (("Nice", "5", "They fit."),))
     assert products[TRAIL].reviews == (("Hm", "2", ""),)
     assert products[JACKET].query == "rain jacket"
 
