@@ -40,7 +40,15 @@ from sdar.process.telemetry import Health
 from sdar.weights import garbage, manifests, shards, version_objects
 from sdar.weights import store as weight_store
 from sdar.weights.store import WeightStore
-from services.learner import checkpoint, ingest, progress, torch_thread, train
+from services.learner import (
+    checkpoint,
+    durability,
+    ingest,
+    progress,
+    publishing,
+    torch_thread,
+    train,
+)
 from services.learner.checkpoint import read_trained_groups
 from services.learner.ranks import _import_deepspeed
 from services.learner.service import open_learner
@@ -56,7 +64,7 @@ from tests.unit.learner.builders import (
     read_journal,
 )
 
-LEARNER = (train, torch_thread, ingest, checkpoint, progress, leases)
+LEARNER = (train, publishing, durability, torch_thread, ingest, checkpoint, progress, leases)
 WEIGHTS = (weight_store, version_objects, shards, manifests, garbage)
 FILES = tuple(str(module.__file__) for module in (*LEARNER, *WEIGHTS))
 NUM_WORKERS = 3
