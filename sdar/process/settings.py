@@ -45,10 +45,6 @@ class Settings(BaseSettings):
     """Directory of what can be made again at any time, such as the vectors of skills. Processes may
     share it.
     """
-    webshop_data: str = Field(default="", validation_alias="WEBSHOP_DATA")
-    """Directory of WebShop's catalogue, where an environment is given no data_dir."""
-    search_data: str = ""
-    """Directory of Search-QA's questions, where an environment is given no data_dir."""
     host: str = "127.0.0.1"
     """Address that servers bind to. Beyond loopback they ask for tokens (docs/security.md)."""
     http_port: int = Field(default=8080, ge=0, le=65535)
@@ -108,10 +104,6 @@ class Settings(BaseSettings):
     """This process's place among the learner's ranks on its machine, hence its GPU; torchrun sets
     it. 0 answers probes.
     """
-    alfworld_data: str = Field(default="", validation_alias="ALFWORLD_DATA")
-    """ALFWorld's own variable: the directory that holds json_2.1.1, where an environment is given
-    no data_dir.
-    """
     trace_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     """Where traces go by OTLP over gRPC, http://HOST:4317; empty for none. The exporter's other
     OTEL_ variables count too.
@@ -137,6 +129,11 @@ def load_settings() -> Settings:
             f"SDAR_{'_'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors()
         )
         raise ConfigurationError(f"Bad environment variable. {problems}.") from error
+
+
+def read_variable(name: str) -> str:
+    """A variable that one environment or library has of its own; "" where it is not set."""
+    return os.environ.get(name, "")
 
 
 def apply_environment(variables: Mapping[str, str]) -> None:
