@@ -45,7 +45,7 @@ from services.rollout.skill_client import SkillSource
 log = structlog.get_logger()
 
 _LONGEST_RETRY_S = 10.0
-"""Bound of the doubling pause, before chance: an environment restarts well within it."""
+"""Bound of the doubling pause, before it is varied by chance."""
 
 
 @dataclass(slots=True, eq=False)
@@ -300,7 +300,7 @@ class GroupPlayer:
         self, publications: Publications, hand: AttemptInHand, *transitions: LedgerEvent
     ) -> None:
         """Publish, acknowledge and book in one transaction: a crash before it only repeats work."""
-        # From here on a lease that looks lost may only be acknowledged: the commit decides.
+        # From here on a lease that looks lost may be one that this commit has just ended.
         hand.is_ending = True
         await wait_for_room(
             lambda: self._bus.commit(publications, [hand.delivery], transitions=transitions)
