@@ -178,7 +178,10 @@ class PolicyFollower:
         self._on_refused()
 
     def _remember(self, page: Sequence[Entry]) -> None:
-        """Decode no more than is kept: a manifest names every tensor, and the stream is long."""
+        """Decode no more than is kept: a manifest names every tensor, and the stream is long.
+
+        The newest entries hold the newest versions, for a learner publishes them in order.
+        """
         found: list[WeightsManifest] = []
         # From the end of the page, where the newest are. The stream's first entry is decoded all
         # the same: it is the base of the run, which an evaluation may ask for at any time.

@@ -130,6 +130,8 @@ class ScoringPolicy:
             reasons.append(str(self._published.get_refusal(version)))
             # Loading takes long: a version that was published meanwhile is newer still.
             await self._published.read()
+            # What was published meanwhile may put the next candidate past the bound.
+            least = max(least, self.newest_version - self._max_lag)
         raise WeightsUnavailableError(
             f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}"
         )

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import read_variable
 from services.envs.alfworld.games import GAME_FILE, SPLITS, load_entries, read_game
 from services.envs.responses import find_between
 
 if TYPE_CHECKING:
     from services.envs.alfworld.engine import AlfredGame, View
 
+DATA_VARIABLE = "ALFWORLD_DATA"
+"""ALFWorld's own: the directory that holds json_2.1.1, read where the option data_dir is empty."""
 MAX_TURNS = 50
 WIN_REWARD = 10.0
 # The engine knows this command, but its answer holds nothing that the agent does not see anyway.
@@ -144,14 +146,13 @@ def _resolve_directory(data_dir: str) -> Path:
     """The directory of the games, from the option or from ALFWorld's own variable."""
     if data_dir:
         return Path(data_dir).expanduser()
-    home = load_settings().alfworld_data
+    home = read_variable(DATA_VARIABLE)
     if not home:
         raise ConfigurationError(
-            "ALFWorld has no games: the option data_dir is empty and ALFWORLD_DATA is not set. "
-            "Make games with `sdar env "
-            "generate alfworld DIRECTORY`, or fetch the public ones with `alfworld-download`, and "
-            "name the directory that "
-            "holds train/, valid_seen/ and valid_unseen/ in data_dir."
+            f"ALFWorld has no games: the option data_dir is empty and {DATA_VARIABLE} is not set. "
+            "Make games with `sdar env generate alfworld DIRECTORY`, or fetch the public ones with "
+            "`alfworld-download`, and name the directory that holds train/, valid_seen/ and "
+            "valid_unseen/ in data_dir."
         )
     return Path(home).expanduser() / "json_2.1.1"
 

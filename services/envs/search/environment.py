@@ -11,13 +11,15 @@ from pathlib import Path
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import read_variable
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.lexical import LexicalRetriever, open_lexical_retriever
 from services.envs.search.passages import Hit, Passage
 from services.envs.search.questions import QuestionSet, open_questions
 from services.envs.search.scoring import Action, ActionKind, is_exact_match, parse_action
 
+DATA_VARIABLE = "SDAR_SEARCH_DATA"
+"""Directory of the questions, where the option data_dir is empty."""
 MAX_PASSAGE_CHARACTERS = 1500
 """Published passages have about 600; a longer one is cut where everybody can see it."""
 MAX_QUERY_CHARACTERS = 500
@@ -197,13 +199,12 @@ def _show_passage(number: int, passage: Passage) -> str:
 
 
 def _resolve_directory(data_dir: str) -> Path:
-    directory = data_dir or load_settings().search_data
+    directory = data_dir or read_variable(DATA_VARIABLE)
     if not directory:
         raise ConfigurationError(
-            "Search has no questions: the option data_dir is empty and SDAR_SEARCH_DATA is not "
-            "set. Make some with `sdar env "
-            "generate search DIRECTORY`, or fetch Search-R1's parquet files, and name their "
-            "directory in data_dir."
+            f"Search has no questions: the option data_dir is empty and {DATA_VARIABLE} is not "
+            "set. Make some with `sdar env generate search DIRECTORY`, or fetch Search-R1's "
+            "parquet files, and name their directory in data_dir."
         )
     return Path(directory).expanduser()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import load_settings, read_variable
 from services.envs.responses import find_between
 from services.envs.webshop.goals import TEST, TRAIN, Goal, count_test_goals
 from services.envs.webshop.nouns import load_noun_finder
@@ -18,6 +18,8 @@ from services.envs.webshop.pages import PageMachine
 from services.envs.webshop.reward import compute_score
 from services.envs.webshop.store import PreparedCatalogue, open_catalogue
 
+DATA_VARIABLE = "WEBSHOP_DATA"
+"""Directory of the catalogue, where the option data_dir is empty."""
 MAX_TURNS = 15
 REWARD_OF_SUCCESS = 10.0
 GOAL_KINDS = {"auto": None, "human": True, "synthetic": False}
@@ -61,18 +63,16 @@ class WebShopEnvironment(Environment):
             raise ConfigurationError(
                 f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}."
             )
-        settings = load_settings()
-        directory = data_dir or settings.webshop_data
+        directory = data_dir or read_variable(DATA_VARIABLE)
         if not directory:
             raise ConfigurationError(
                 "WebShop does not know where its catalogue is. Set the option data_dir or the "
-                "variable WEBSHOP_DATA to a "
-                "directory with the published files, or make one: sdar env generate webshop "
-                "DIRECTORY"
+                f"variable {DATA_VARIABLE} to a directory with the published files, or make one: "
+                "sdar env generate webshop DIRECTORY"
             )
         self.catalogue = open_catalogue(
             Path(directory).expanduser().resolve(),
-            settings.cache.expanduser().resolve(),
+            load_settings().cache.expanduser().resolve(),
             small,
             GOAL_KINDS[goals],
         )
