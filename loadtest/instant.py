@@ -25,7 +25,8 @@ class InstantEnvironment(Environment):
     name = "instant"
     version = "1"
     splits = ("train",)
-    tasks = {"train": (Task("instant", "train", "only", "instant", "Look around.", 0),)}  # noqa: RUF012 - declared, never changed
+    # Declared, never changed.
+    tasks = {"train": (Task("instant", "train", "only", "instant", "Look around.", 0),)}  # noqa: RUF012
     max_turns = MAX_TURNS
 
     def reset(self, task_id: str, seed: int) -> Observation:
