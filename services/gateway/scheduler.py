@@ -200,34 +200,45 @@ class Scheduler:
 
     async def _try_start(self, stopping: asyncio.Event) -> None:
         """Start once the environment lists its tasks and a first policy is published."""
-        if self._tasks.training is None:
-            try:
-                await self._tasks.load(self.state)
-            except UnavailableError as error:
-                self.control.detail = f"waiting for the environment: {error}"
-                log.warning("environment_unavailable", error=str(error))
-                await wait_or_stop(stopping, _RETRY_S)
-                return
+        if self._tasks.training is None and not await self._load_tasks(stopping):
+            return
         if self.policy.version < 0:
             self.control.detail = "waiting for the learner to publish the first policy"
             await wait_or_stop(stopping, _POLL_S)
             return
-        if self.is_blank:
-            await self._adopt()
+        if self.is_blank and not await self._adopt(stopping):
+            return
         if self.state.phase is RunPhase.STARTING:
             self.control.start()
             await self._check_account()
             self.health.mark_ready("running")
 
-    async def _adopt(self) -> None:
+    async def _load_tasks(self, stopping: asyncio.Event) -> bool:
+        """Load the task lists; False, after a moment, while the environment does not answer."""
+        try:
+            await self._tasks.load(self.state)
+        except UnavailableError as error:
+            self.control.detail = f"waiting for the environment: {error}"
+            log.warning("environment_unavailable", error=str(error))
+            await wait_or_stop(stopping, _RETRY_S)
+            return False
+        return True
+
+    async def _adopt(self, stopping: asyncio.Event) -> bool:
         """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in
-        its streams were lost.
+        its streams were lost. False while the environment does not answer.
         """
         await self._restore()
+        # Still blank, so that nothing is written before the lost tasks are among it. The lists were
+        # loaded without the snapshot, whose evaluations may be of more tasks.
+        self._standing = Standing.BLANK
+        if not await self._load_tasks(stopping):
+            return False
         self._standing = Standing.KNOWN
         self.control.detail = ""
         self.state.sleep = None  # as of the snapshot; whoever put it back is awake
         self._evaluator.resend_pending(self._committer.draft)
+        return True
 
     # --- deciding
     # ----------------------------------------------------------------------------------------------
