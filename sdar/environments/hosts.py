@@ -17,6 +17,7 @@ from sdar.contracts.errors import (
     CapacityError,
     ConfigurationError,
     EnvironmentFailedError,
+    SdarError,
     UnavailableError,
     UnknownResourceError,
 )
@@ -51,6 +52,15 @@ def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
     return EnvironmentFailedError(
         f"Environment {environment} {reason}.{_EPISODE_IS_LOST}", environment=environment
     )
+
+
+def _rebuild_error(environment: str, answer: Answer) -> SdarError:
+    """What the environment raised on purpose, as it crossed the process's border."""
+    error = _RAISED[answer["raised"]](answer["message"])
+    error.fields = answer["fields"]
+    if isinstance(error, EnvironmentFailedError):
+        log.warning("environment_failed", environment=environment, reason=error.message)
+    return error
 
 
 class Host(ABC):
@@ -191,11 +201,7 @@ class Host(ABC):
         what `read` finds to be nonsense.
         """
         if "raised" in answer:
-            error = _RAISED[answer["raised"]](answer["message"])
-            error.fields = answer["fields"]
-            if isinstance(error, EnvironmentFailedError):
-                log.warning("environment_failed", environment=environment, reason=error.message)
-            raise error
+            raise _rebuild_error(environment, answer)
         if "failure" in answer:
             details = {"exception": answer["traceback"]} if "traceback" in answer else {}
             log.warning(

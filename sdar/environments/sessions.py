@@ -236,16 +236,15 @@ class SessionManager:
         """
         session = self._live(session_id)
         last = session.last_step
-        if last is not None and step_index == last.index:
-            if text != last.text:
-                raise self._conflict(
-                    session,
-                    f"step {step_index} was taken with another text. Retry with the same text.",
-                )
-        else:
+        if last is None or step_index != last.index:
             self._check_next(session, step_index, text)
             last = _Step(step_index, text, _spawn(self._play(session, step_index, text)))
             session.last_step = last
+        elif text != last.text:
+            raise self._conflict(
+                session,
+                f"step {step_index} was taken with another text. Retry with the same text.",
+            )
         # Shielded: a caller that gives up must not leave half a step behind.
         result = await asyncio.shield(last.answer)
         self._renew(session_id)
@@ -488,6 +487,9 @@ class SessionManager:
                 session,
                 f"step {step_index} comes after the end of the episode. Close it and open another.",
             )
+        self._check_size(session, step_index, text)
+
+    def _check_size(self, session: _Session, step_index: int, text: str) -> None:
         size_bytes = len(text.encode())
         if size_bytes > self.limits.max_text_bytes:
             raise InvalidInputError(

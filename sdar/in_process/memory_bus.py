@@ -58,6 +58,12 @@ class _Claim:
     claimed_at_s: float
     num_deliveries: int
 
+    def take(self, consumer: str, now_s: float) -> None:
+        self.consumer = consumer
+        self.claimed_at_s = now_s
+        # A new attempt: what the earlier holder commits for its own is refused from now on.
+        self.num_deliveries += 1
+
 
 @dataclass(slots=True)
 class _Group:
@@ -314,13 +320,10 @@ class MemoryBus:
                 break
             is_wanted = entry_id > floor and held_by in (None, claim.consumer)
             if is_wanted and self._is_reclaimable(claim, now - claim.claimed_at_s, min_idle_s):
-                claim.consumer, claim.claimed_at_s = consumer, now
-                claim.num_deliveries += 1
-                payload = log.entries[entry_id]
+                claim.take(consumer, now)
+                number, payload = claim.num_deliveries, log.entries[entry_id]
                 deliveries.append(
-                    Delivery(
-                        stream, group, consumer, _format(entry_id), payload, claim.num_deliveries
-                    )
+                    Delivery(stream, group, consumer, _format(entry_id), payload, number)
                 )
         return deliveries
 

@@ -275,13 +275,9 @@ class TransformersEngine:
         """
         # One request of each prompt.
         unique = list({request.key: request for request in wave}.values())
-        found = [self._cache.find(request.key) for request in unique]
-        starts = [0 if entry is None else entry.shape[3] for entry in found]
         num_positions = max(len(request.prompt) for request in unique) + max_response
         cache = self._decoder.allocate(len(unique), num_positions)
-        for row, entry in enumerate(found):
-            if entry is not None:
-                cache[:, :, row, :, : entry.shape[3]] = entry
+        starts = self._load_cached([request.key for request in unique], cache)
         new = [request.prompt[start:] for request, start in zip(unique, starts, strict=True)]
         hidden = self._decoder.prefill(new, starts, cache)
         if len(unique) == len(wave):
@@ -292,6 +288,17 @@ class TransformersEngine:
         rows = [row_of[request.key] for request in wave]
         index = torch.tensor(rows)
         return cache.index_select(2, index), hidden[index], [starts[row] for row in rows]
+
+    def _load_cached(self, keys: Sequence[bytes], cache: KeyValues) -> list[int]:
+        """Fill each row with the cached start of its prompt; returns how many tokens that was."""
+        starts: list[int] = []
+        for row, key in enumerate(keys):
+            entry = self._cache.find(key)
+            start = 0 if entry is None else entry.shape[3]
+            if entry is not None:
+                cache[:, :, row, :, :start] = entry
+            starts.append(start)
+        return starts
 
     def _append(
         self, wave: list[_Request], is_open: list[bool], token_ids: list[int], logprobs: list[float]

@@ -1,7 +1,7 @@
 """ALFWorld as an environment: valid actions, observations, rewards.
 
-The games are `games`' to find and `engine`'s to play; the engine is imported where the first
-episode starts, nowhere else.
+`games` finds the games and `engine` plays them. The engine is imported where the first episode
+starts and nowhere else, since that takes a second.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _WELCOME, _TASK_MARK = "-= Welcome to TextWorld, ALFRED! =-\n\n", "\n\nYour task
 
 
 class AlfworldEnvironment(Environment):
-    """Reward 10 for a won game, 0 otherwise. The seed changes nothing: a game's rooms are in its
-    file.
+    """Reward 10 for a won game, 0 otherwise.
+
+    The seed changes nothing: a game's rooms are in its file.
 
     A response is valid if it has one `<think>...</think>` and one `<action>...</action>` that holds
     an admissible command. A command without its reasoning is played, but counts as invalid; two
@@ -87,6 +88,7 @@ class AlfworldEnvironment(Environment):
         """The scene, without the task's sentence: that is the task's description."""
         from services.envs.alfworld.engine import AlfredGame
 
+        # An unknown task is refused before its path is looked for on the disk.
         self.get_task(task_id)
         self.close()
         path = self._directory / task_id / GAME_FILE
@@ -128,9 +130,7 @@ class AlfworldEnvironment(Environment):
 
 
 def read_response(text: str) -> tuple[str, bool]:
-    """The command in an agent's text, "" for none or several, and whether the text has the form
-    that is asked for.
-    """
+    """The command in an agent's text ("" for none or several), and whether its form is as asked."""
     command = (find_between(text, "<action>", "</action>") or "").strip().lower()
     is_reasoned = find_between(text, "<think>", "</think>") is not None
     return command, is_reasoned and bool(command)

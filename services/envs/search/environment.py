@@ -1,7 +1,4 @@
-"""Search-QA as an environment: searches and one answer, in four turns.
-
-The retriever ranks the passages.
-"""
+"""Search-QA as an environment: a question, searches whose passages are shown, and one answer."""
 
 from __future__ import annotations
 
@@ -39,8 +36,9 @@ NO_TURN_LEFT = "No turn is left to answer in."
 
 
 class SearchEnvironment(Environment):
-    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise. The seed
-    changes nothing.
+    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise.
+
+    The seed changes nothing.
 
     A response's first search or answer is played. A response with several of the tags is invalid
     but still played; one with none, with an empty search or with an overlong one only uses a turn.
@@ -104,6 +102,7 @@ class SearchEnvironment(Environment):
             self._retriever = open_lexical_retriever(
                 Path(corpus) if corpus else directory / "corpus.jsonl"
             )
+        # A call to a service waits; a search in this process computes.
         self.is_blocking = bool(retriever_url)
         self._targets: tuple[str, ...] = ()
         self._num_turns = 0
@@ -218,7 +217,6 @@ def _open_splits(data_dir: Path) -> dict[str, QuestionSet]:
     if not found:
         raise ConfigurationError(
             f"{data_dir} holds neither train.parquet nor test.parquet. Set data_dir to a question "
-            "set, or make one: "
-            "sdar env generate search DIRECTORY."
+            "set, or make one: sdar env generate search DIRECTORY."
         )
     return found
