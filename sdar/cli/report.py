@@ -247,8 +247,8 @@ def _render_tiles(summary: dict[str, Any]) -> str:
         ),
     ]
     cells = [
-        "<div "
-        f"class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
+        f"<div class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong>"
+        f"<span>{escape(note)}</span></div>"
         for label, value, note in tiles
     ]
     return f"<div class=tiles>{''.join(cells)}</div>"
