@@ -56,7 +56,8 @@ class RedisConsuming:
         deadline = time.monotonic() + block_s
         entries: list[_Row] = []
         while not entries:
-            # Redis is asked in several shorter reads, and at least once, without blocking.
+            # A long wait is several shorter reads; without one there is a single read, which does
+            # not block.
             block_ms = to_block_ms(deadline - time.monotonic())
             read_once = partial(self._read_once, reader, max_count, block_ms)
             entries = await self._with_group(stream, group, read_once)

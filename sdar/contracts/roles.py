@@ -89,6 +89,8 @@ class RoleSpec:
         name: of its folder in services/, its image, its workload and its consumer group; no dash.
         presence: which runs have it.
         reads: streams from which it takes entries, as the consumer group of its name.
+        reads_unscored: the same in runs whose method scores no trajectories; None for no
+            difference.
         reports: its processes publish MetricRecords, so the gateway knows which of them live.
         listens: servers it has; the first of HTTP and PROBE is where it is probed and scraped.
         calls: roles whose gRPC it calls; their address is the setting `<role>_address`.
@@ -105,6 +107,7 @@ class RoleSpec:
     name: str
     presence: Presence = Presence.ALWAYS
     reads: tuple[Stream, ...] = ()
+    reads_unscored: tuple[Stream, ...] | None = None
     reports: bool = False
     listens: tuple[Port, ...] = (Port.PROBE, Port.GRPC)
     calls: tuple[Role, ...] = ()
@@ -126,6 +129,12 @@ class RoleSpec:
     def uses_bus(self) -> bool:
         """Whether it connects to Redis. A role without Redis sees no task group and traces none."""
         return bool(self.reads)
+
+    def list_inputs(self, *, is_scored: bool) -> tuple[Stream, ...]:
+        """Streams that it takes entries from in a run whose trajectories are scored, or not."""
+        if is_scored or self.reads_unscored is None:
+            return self.reads
+        return self.reads_unscored
 
     @property
     def may_hold_gpus(self) -> bool:
@@ -203,6 +212,7 @@ _ROWS = (
         name=Role.TEACHER,
         presence=Presence.WITH_TEACHER,
         reads=(Stream.TRAJECTORIES,),
+        reads_unscored=(),
         reports=True,
         signal=Signal.SCORES_WAIT,
         model=ModelUse.WEIGHTS,
@@ -230,8 +240,9 @@ _ROWS = (
     ),
     RoleSpec(
         name=Role.LEARNER,
-        # Where no teacher scores trajectories, the learner reads them itself.
-        reads=(Stream.SCORED, Stream.TRAJECTORIES),
+        reads=(Stream.SCORED,),
+        # Nobody stands between it and the rollout then.
+        reads_unscored=(Stream.TRAJECTORIES,),
         reports=True,
         listens=(Port.PROBE,),
         is_sole=True,

@@ -80,8 +80,8 @@ def _iter_changes(
     before: npt.NDArray[np.int16], after: npt.NDArray[np.int16]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """By block: the gap before each change, and the change's position in the whole tensor."""
-    # A gap may span blocks, so it is counted from the last change of the blocks before. Of the
-    # first change, the gap is its position: hence one before the tensor's beginning.
+    # A gap may span blocks, so it is counted from the last change of the blocks before. The first
+    # change is counted from one before the tensor's beginning: its gap is its position.
     last = -1
     for start in range(0, len(after), _BLOCK):
         block = slice(start, start + _BLOCK)

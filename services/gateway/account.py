@@ -13,6 +13,7 @@ from sdar.contracts.errors import CorruptionError
 log = structlog.get_logger()
 
 _MAX_NAMED = 1000
+"""Enough to see what they have in common; the saved state and the log line stay small."""
 
 
 async def find_unaccounted(bus: Bus, ledger: LedgerAccount, num_issued: int) -> list[int]:
@@ -29,6 +30,7 @@ async def find_unaccounted(bus: Bus, ledger: LedgerAccount, num_issued: int) -> 
         is_open = closed[number] == 0 and number in ledger.open
         if closed[number] != 1 and not is_open:
             wrong.append(number)
+    # Nobody issued these, so nobody may have closed them.
     wrong += sorted(number for number in closed if number >= num_issued)
     named = wrong[:_MAX_NAMED]
     if wrong:

@@ -15,6 +15,7 @@ from .state import GatewayState, RunPhase, Sleep, compute_digest
 log = structlog.get_logger()
 
 _LEAST_HOPELESS_FAILURES = 8
+"""Groups failed in a row, below which a run with small updates may just have had bad luck."""
 
 
 class RunControl:
@@ -157,9 +158,10 @@ class RunControl:
         return self._committer.draft.state
 
     def _take_up_configuration(self, state: GatewayState) -> None:
-        """A finished run of which more updates are wanted now goes on; one that sleeps as stuck or
-        failed is tried again under another configuration; one that nothing scales any more is
-        awake.
+        """Let a changed configuration take effect on the state that the run was left in.
+
+        A finished run of which more updates are wanted now goes on. One that sleeps as stuck or
+        failed is tried again under another configuration. One that nothing scales any more wakes.
         """
         target = self._config.training.num_updates
         digest = compute_digest(self._config)
@@ -175,6 +177,8 @@ class RunControl:
         elif state.sleep and not state.paused_at_s and state.sleep.configuration != digest:
             self._wake_in_draft()
 
+    # Requests change the state that they are given: a refused commit has them done again on
+    # another.
     def _resume(self, state: GatewayState) -> None:
         name = self._config.name
         if state.phase is RunPhase.FINISHED:

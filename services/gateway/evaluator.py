@@ -94,8 +94,10 @@ class Evaluator:
         draft.tasks.append(payload)
 
     def _is_begun(self, evaluations: list[Evaluation], *, is_greedy: bool) -> bool:
-        """Whether an evaluation of the newest policy was begun. By version: a crash may have lost
-        what others had trained.
+        """Whether an evaluation of the newest policy was begun.
+
+        Asked by version and not by updates: after a crash that lost updates, another policy may
+        have seen as many.
         """
         version = self._policy.version
         return any(e.policy_version == version and e.is_greedy is is_greedy for e in evaluations)

@@ -42,7 +42,7 @@ class Retry:
 
 
 def read_letter(letter: DeadLetter) -> Retry:
-    """Raises RefusedError if nothing can be issued again for it."""
+    """What a letter was about. Raises RefusedError if nothing can be issued again for it."""
     if letter.stream in (Stream.LEDGER, Stream.EVALUATIONS):
         raise RefusedError(
             f"Dead letter {letter.letter_id} is a report on {letter.stream}, no work that could be "
@@ -101,7 +101,9 @@ class Retries:
             letter = await self._bus.find_dead_letter(letter_id)
             if letter is None:
                 raise _gone(letter_id)
+            # Somebody else may have asked for the same while this one waited for the letter.
             retry = self._waiting.setdefault(letter_id, read_letter(letter))
+        # Shielded: others may wait for the same, and the draft may already hold it.
         return await asyncio.shield(retry.issued)
 
     def issue_waiting(self, draft: Draft) -> None:

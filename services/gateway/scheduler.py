@@ -41,7 +41,9 @@ from .tasks import TaskSource
 log = structlog.get_logger()
 
 _POLL_S = 0.2
+"""Between two looks while there is nothing to wait for on the bus."""
 _RETRY_S = 1.0
+"""Between two calls to an environment that does not answer."""
 
 
 class Scheduler:
@@ -121,6 +123,7 @@ class Scheduler:
         await self._bookkeeper.book(self._committer.draft, events)
         await self.policy.follow()
         await self.history.follow(self._bus)
+        # What follows only changes the draft, until it is written.
         if self.state.phase is RunPhase.STARTING:
             await self._try_start(stopping)
         self._decide()
@@ -130,8 +133,10 @@ class Scheduler:
         self._observe()
 
     async def _read(self, stopping: asyncio.Event) -> list[Delivery]:
-        """Events, unless none can be understood yet: those of evaluations name tasks, and an empty
-        Redis may still be given the state that they belong to.
+        """Events, unless none can be understood yet.
+
+        Those of evaluations need the task lists, and an empty Redis may still be given the state
+        that events belong to.
         """
         has_tasks = self._tasks.training is not None
         if not self.is_blank and (has_tasks or self.state.phase is RunPhase.FINISHED):
@@ -141,8 +146,9 @@ class Scheduler:
         return []
 
     async def _check_account(self) -> None:
-        """The account and the cursor change together: a difference means a successor, or a Redis
-        that lost writes.
+        """Raise if the account and the cursor differ, which only ever change together.
+
+        SupersededError if another gateway wrote, else CorruptionError: Redis lost writes.
         """
         num_in_account = self.ledger.num_issued
         num_issued = self.state.next_group_number
@@ -151,8 +157,9 @@ class Scheduler:
             raise build_mismatch_error(num_in_account, num_issued)
 
     async def _write(self, stopping: asyncio.Event) -> None:
-        """Commit the draft if it is due; while the tasks nobody plays leave no room, wait: a
-        restart of this process would make none.
+        """Commit the draft if it is due.
+
+        While tasks that nobody plays leave no room it waits: a restart would make no room either.
         """
         if self.is_blank:
             await self._committer.confirm_uncommitted()
@@ -225,8 +232,10 @@ class Scheduler:
         return True
 
     async def _adopt(self, stopping: asyncio.Event) -> bool:
-        """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in
-        its streams were lost. False while the environment does not answer.
+        """Begin from the snapshot that the learner may have put into an empty Redis.
+
+        Tasks in its streams were lost and are sent again. False while the environment does not
+        answer.
         """
         await self._restore()
         # Still blank, so that nothing is written before the lost tasks are among it. The lists were
@@ -256,11 +265,10 @@ class Scheduler:
 
     @property
     def _is_drained(self) -> bool:
-        """Whether no policy comes any more: the last update is durable, or a stopped run has no
-        group out.
+        """Whether no policy comes any more.
 
-        The learner closes a group only when its update is durable, and cancels what it needs no
-        more.
+        Either the last update is durable: the learner closes a group only then, and cancels what it
+        needs no more. Or the run was stopped and has no group out.
         """
         if self.state.phase is RunPhase.STOPPING and self.ledger.num_running == 0:
             return True

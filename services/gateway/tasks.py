@@ -130,8 +130,9 @@ class TaskSource:
         )
 
     async def _list(self, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
-        """Tasks under the name the environment is served by: a class given by its path may call
-        itself otherwise.
+        """Tasks of a split, under the name that the environment is served by.
+
+        A class that is given by its path may call itself otherwise in them.
         """
         name = self._config.environment.name
         tasks = await self._catalog.list_tasks(name, address, split, max_tasks)

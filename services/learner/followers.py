@@ -63,6 +63,7 @@ class FollowerProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # All first, so that they end side by side.
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
@@ -93,13 +94,14 @@ class FollowerProcesses:
 
 
 def build_follower(config: RunConfig, ranks: Ranks) -> Trainer:
-    """What a rank other than 0 is; its `follow` is what it does with its life."""
+    """The trainer of a rank other than 0, from rank 0's checkpoint; run its `follow`."""
     torch.set_num_threads(config.training.num_threads)
     return build_trainer(config, ranks, ranks.receive_checkpoint())
 
 
 def _exit_when_input_ends(stream: Any) -> None:
     stream.read()
+    # Not sys.exit: the main thread may wait in a collective that nothing interrupts.
     os._exit(1)
 
 

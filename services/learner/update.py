@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -97,7 +98,7 @@ class Trainer:
         self._save(directory)
 
     def beat(self) -> int:
-        """Tell the other ranks that this one lives; returns how many of them are asked to leave."""
+        """Show the other ranks that this one lives; returns how many of them are asked to leave."""
         self._ranks.broadcast_command({"do": "beat"})
         return self._ranks.count_leaving(False)
 
@@ -126,14 +127,17 @@ class Trainer:
                 return self.model.close()
             if command["do"] == "beat":
                 self._ranks.count_leaving(is_leaving())
-                continue
-            if command["do"] == "update":
-                groups = self._decode_groups(frames, command["group_sizes"])
-                self._update(groups, command["update_index"], command["policy_version"])
-            elif command["do"] == "export":
-                self.model.export()
             else:
-                self._save_or_wait(Path(command["directory"]))
+                self._carry_out(command, frames)
+
+    def _carry_out(self, command: dict[str, Any], frames: Sequence[bytes]) -> None:
+        if command["do"] == "update":
+            groups = self._decode_groups(frames, command["group_sizes"])
+            self._update(groups, command["update_index"], command["policy_version"])
+        elif command["do"] == "export":
+            self.model.export()
+        else:
+            self._save_or_wait(Path(command["directory"]))
 
     def _decode_groups(self, frames: Sequence[bytes], sizes: Sequence[int]) -> list[Items]:
         needs_teacher = self.config.needs_teacher
@@ -157,16 +161,9 @@ class Trainer:
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """What every rank does alike: score everything with the weights as they are, then step."""
         minibatches = list(self._build_minibatches(groups))
-        references = [
-            self.model.compute_ref_logprobs(minibatch.micro_batches) for minibatch in minibatches
-        ]
-        # The first step starts from the proximal policy itself, so only later ones need it scored.
-        scored = [
-            self.model.compute_policy_logprobs(minibatch.micro_batches)
-            for minibatch in minibatches[1:]
-        ]
-        proximal = [None, *scored][: len(minibatches)]
+        references, proximal = self._score(minibatches)
         learning_rate = self._learning_rate(update_index)
         totals = _Totals()
         for minibatch, ref_logprobs, proximal_logprobs in zip(
@@ -185,6 +182,17 @@ class Trainer:
             )
         metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
         return metrics, self.model.export()
+
+    def _score(
+        self, minibatches: Sequence[_Minibatch]
+    ) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
+        """Reference and proximal log-probs of each minibatch; None where they aren't needed."""
+        references = [self.model.compute_ref_logprobs(each.micro_batches) for each in minibatches]
+        # The first step starts from the proximal policy itself, so only later ones need it scored.
+        proximal: list[list[Tensor] | None] = [None for _ in minibatches[:1]]
+        later = minibatches[1:]
+        proximal += [self.model.compute_policy_logprobs(each.micro_batches) for each in later]
+        return references, proximal
 
     def _build_minibatches(self, groups: Sequence[Items]) -> Iterator[_Minibatch]:
         """Split the groups over the optimizer steps; a step without a sampled token is left out."""
@@ -210,6 +218,7 @@ class Trainer:
 
     def _save(self, directory: Path) -> None:
         error: CapacityError | None = None
+        # Collective under ZeRO-3, so outside what may fail on one rank alone.
         weights = self.model.export()
         try:
             tensors, num_steps = self.model.export_optimizer()
@@ -245,8 +254,10 @@ def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[
 
 @dataclass(frozen=True, slots=True)
 class _BatchLoss:
-    """The loss of one optimizer step: what differs between its micro-batches is looked up by their
-    place.
+    """The loss of one optimizer step.
+
+    Attributes:
+        ref_logprobs, proximal_logprobs: by a micro-batch's place in the step.
     """
 
     compute: Callable[..., tuple[Tensor, Metrics]]

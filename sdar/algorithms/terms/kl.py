@@ -21,8 +21,9 @@ K3_BOUND = 10.0
 def compute_k3_kl(
     policy_logprobs: Float[Tensor, " N"], ref_logprobs: Float[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """k3 = exp(x) - x - 1 with x = ref - policy: a KL estimate that is never negative (Schulman,
-    2020), at most K3_BOUND.
+    """k3 = exp(x) - x - 1 with x = ref - policy, at most K3_BOUND.
+
+    An estimate of the KL that is never negative (Schulman, 2020, "Approximating KL divergence").
 
     x is clamped *before* the exponential: an overflow clamped after it gives a gradient of 0 * inf
     = NaN. A clamped token has no gradient.

@@ -135,8 +135,8 @@ def _follow_learner(load: Load, replicas: int) -> Advice:
     if wait > MOST_WAIT_SHARE:
         if narrow := _find_narrower_place(load, idle_share):
             return Advice(replicas, f"{found}; {narrow}")
-        # Data come at (1 - wait) of the rate at which the learner would take them. Twice as many at
-        # most: a guess it is.
+        # Data come at (1 - wait) of the rate at which the learner would take them. At most twice as
+        # many, since the wait is a rough guess of what is missing.
         wanted = min(2 * replicas, math.ceil(round(replicas / (1.0 - min(wait, 0.99)), 6)))
         return Advice(max(replicas + 1, wanted), f"{found}: more of them are needed.")
     if wait < LEAST_WAIT_SHARE and idle >= SPARE_WORKERS and replicas > 1:
@@ -203,7 +203,7 @@ _JUDGES: Mapping[Signal, Callable[[Load, int], Advice]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stillness:
-    """What tells whether a run is idle. Times are Unix times.
+    """From what it is judged whether a run is idle. Times are Unix times.
 
     Attributes:
         detail: why a failed run gave up.
@@ -245,6 +245,7 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
         case _:
             if still.bus is not BusState.OK:
                 return ""
+            # While Redis was away nothing could move, and a slow update moves nothing either.
             since_s = max(since_s, still.bus_since_s)
             patience_s = max(
                 patience_s, NO_PROGRESS_S, LEARNER_SILENCE_FACTOR * still.learner_busy_s
