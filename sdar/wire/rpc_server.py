@@ -92,8 +92,9 @@ def _catch_errors(handler: Any, method: str) -> Callable[[bytes, Any], Awaitable
 def _is_left_out(error: Exception, context: Any) -> bool:
     # The generated base class sets this code where a servicer leaves a method out; the same
     # exception from inside a handler is a defect like any other.
-    is_unimplemented = context.code() == grpc.StatusCode.UNIMPLEMENTED
-    return isinstance(error, NotImplementedError) and bool(is_unimplemented)
+    if not isinstance(error, NotImplementedError):
+        return False
+    return bool(context.code() == grpc.StatusCode.UNIMPLEMENTED)
 
 
 def _parse_request(parse: Callable[[bytes], Any] | None, data: bytes, method: str) -> Any:
