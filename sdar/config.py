@@ -44,6 +44,7 @@ class OneOf:
         return core_schema.literal_schema(list(self.names))
 
 
+# In the form of a DNS label, since it names objects of Kubernetes.
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -284,6 +285,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
+        # The rules stand in sdar.contracts.rules, since the chart checks the same ones.
         if broken := find_broken(self._read):
             raise ValueError(" ".join(broken))
         return self
@@ -335,6 +337,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     raw = _read_mapping(path)
     for dotted, value in (overrides or {}).items():
         _assign(raw, dotted, value)
+    # Checked only with the overrides in place, which may mend what the file alone would break.
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -410,13 +413,14 @@ def _suggest(loc: tuple[int | str, ...]) -> str:
         if group is None:
             break
         section = group
+    # Keys of groups too: somebody may know a key and not that it has moved into a group.
     keys = list(section.model_fields)
     near = difflib.get_close_matches(str(loc[-1]), [*keys, *_list_grouped_keys(section)], n=1)
     return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(keys)}."
 
 
 def _list_grouped_keys(section: type[BaseModel]) -> list[str]:
-    """Dotted keys one level below: somebody may know a key and not its group."""
+    """Dotted keys one level below."""
     keys = []
     for name, field in section.model_fields.items():
         group = _get_section(field.annotation)

@@ -28,6 +28,7 @@ def normalize_scores(scores: Float[Array, " R"], epsilon: float = EPSILON) -> Fl
     Exactly zero for one row, and for rows that differ by rounding only: rewards that differ in the
     last float32 bit would come out at up to 0.7 otherwise.
     """
+    # Relative to the scores' size, as rounding is; absolute for small ones.
     if len(scores) < 2 or np.ptp(scores) <= epsilon * max(1.0, float(np.abs(scores).max())):
         return np.zeros(len(scores))
     normalized: Array = (scores - scores.mean()) / (scores.std(ddof=1) + epsilon)

@@ -209,6 +209,7 @@ def _join_turns(
                 "predicts its first token. Begin every prompt with at least one token."
             )
         lengths = [len(turn.response_token_ids) for turn in turns]
+        # Nothing was sampled in it, so there is nothing to score or to train on.
         if not sum(lengths):
             continue
         token_ids, response_mask = _interleave(prompts, turns)
@@ -265,6 +266,7 @@ def build_microbatches(
     ordered = sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True)
     bins = _fill_bins(ordered, token_budget)
     _even_out(bins, num_ranks)
+    # Again, since halves were added at the end.
     bins.sort(key=lambda members: members[0].num_tokens, reverse=True)
     # Ranks that have nothing at the last place get an empty micro-batch: collectives need them all.
     bins += [[] for _ in range(-len(bins) % num_ranks)]
@@ -301,6 +303,7 @@ def _even_out(bins: list[list[TokenSequence]], num_ranks: int) -> None:
 
     Half a micro-batch on each rank takes less time than a whole one on a single rank.
     """
+    # Bins of one sequence can't be halved; where only such are left, some ranks stay empty.
     while bins and len(bins) % num_ranks and max(map(len, bins)) > 1:
         fullest = max(
             bins,

@@ -64,6 +64,7 @@ def compute_logprobs(
     for index in range(num_chunks or needed):
         rows = slice(index * chunk_size, (index + 1) * chunk_size)
         arguments = (hidden[rows], lm_head, targets[rows], temperature)
+        # Made again in the backward pass instead of kept: logits are what would fill the memory.
         if torch.is_grad_enabled():
             parts.append(
                 checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -104,6 +105,7 @@ class TokenScorer(nn.Module):
         """
         super().__init__()
         config: Any = causal_lm.config
+        # Such a cap is in the model's forward, which is left out here.
         if getattr(config, "final_logit_softcapping", None) is not None:
             raise ConfigurationError(
                 f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not "

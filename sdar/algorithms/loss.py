@@ -76,6 +76,7 @@ def compute_loss(
         settings,
         update_index,
     )
+    # On the first step of a batch the policy still is the proximal one.
     proximal = policy_logprobs if proximal_logprobs is None else proximal_logprobs
     metrics = _measure(inputs, micro_batch, proximal, learner_version)
     loss, of_terms = _add_terms(inputs, settings, num_tokens_global)
@@ -154,6 +155,7 @@ def _add_terms(
     metrics: Metrics = {}
     for name in get_method(settings.name).terms:
         facts = TERM_FACTS[name]
+        # The schedule is the teacher's: it fades what is distilled and nothing else.
         coefficient = facts.coefficient(settings)
         if facts.is_distillation:
             coefficient *= inputs.teacher_weight
@@ -163,6 +165,7 @@ def _add_terms(
         mask = inputs.is_scored if facts.is_distillation else every_token
         share = masked_mean(values, mask, denominator=num_tokens_global)
         loss = loss + coefficient * share
+        # Without its coefficient, so that terms can be compared between runs.
         metrics[f"loss_{name}"] = masked_sum(values.detach(), mask)
         for key, value in measured.items():
             metrics[key] = masked_sum(value.detach().to(values.dtype), mask)

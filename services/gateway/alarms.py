@@ -104,6 +104,7 @@ class Situation:
 
     def silence_s(self, service: str) -> float:
         """How long nothing was heard of a service over a bus that could have carried it."""
+        # What nobody could have sent, or nobody was there to send, is no silence.
         if self.bus.state is not BusState.OK or self.phase not in _ACTIVE or self.is_asleep:
             return 0.0
         return self.now_s - max(self.heard_at_s.get(service, self.now_s), self.bus.since_s)
@@ -126,6 +127,7 @@ def find_redis_full(situation: Situation) -> str:
 
 def find_redis_memory(situation: Situation) -> str:
     memory = situation.memory
+    # 0: this Redis has no bound of its own.
     if not memory.max_bytes or memory.used_bytes <= MEMORY_SHARE * memory.max_bytes:
         return ""
     used_mib = memory.used_bytes / 2**20
@@ -138,6 +140,7 @@ def find_redis_memory(situation: Situation) -> str:
 
 def find_worker_silent(row: RoleSpec, situation: Situation) -> str:
     """The alarm `<role>_silent` of a role that any number of processes may hold."""
+    # Silent and idle may be scaled down; silent with work at hand is dead or stuck.
     silence_s = situation.silence_s(row.name)
     if silence_s <= SILENCE_S:
         return ""

@@ -158,6 +158,10 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry)
         reason = health.blocked or scheduler.detail or health.detail
         return PlainTextResponse(f"{reason}\n", 200 if is_ready else 503)
 
+    _add_prometheus(app, registry)
+
+
+def _add_prometheus(app: FastAPI, registry: CollectorRegistry) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, tags=["probes"])
     async def metrics() -> Response:
         """Prometheus metrics of this process."""

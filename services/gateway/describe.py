@@ -93,6 +93,7 @@ def _describe_turn(turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def describe_letter(letter: DeadLetter) -> dict[str, Any]:
     """A dead letter with its payload, as a record where it can be read, else as base64."""
+    # A letter was set aside for a reason: often nobody can read it.
     try:
         payload = replace_non_finite(PAYLOADS[letter.stream](letter.payload))
     except SdarError as error:

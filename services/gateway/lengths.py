@@ -34,6 +34,7 @@ class EpisodeLengths:
         if event.outcome is GroupOutcome.GENERATED:
             self._open[event.group_id] = event.episode_turns
             return
+        # Without turns it was closed before it was played, or played before this process began.
         turns = self._open.pop(event.group_id, ())
         if turns and event.outcome is not GroupOutcome.SKIPPED:
             self._closed.append((turns, event.outcome is GroupOutcome.TRAINED))

@@ -228,6 +228,9 @@ class GatewayMetrics(Meters):
         self.set(DEAD_LETTERS, num_dead_letters)
         for other in BusState:
             self.set(BUS_STATE, other is state, state=other)
+        self._observe_alarms(alarms)
+
+    def _observe_alarms(self, alarms: Sequence[Alarm]) -> None:
         up = {alarm.name for alarm in alarms}
         for name in JUDGES:
             self.set(ALARM, name in up, name=name)

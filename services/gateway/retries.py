@@ -49,14 +49,7 @@ def read_letter(letter: DeadLetter) -> Retry:
             "done again.",
             letter_id=letter.letter_id,
         )
-    try:
-        retry = _decode(letter)
-    except SdarError as error:
-        raise RefusedError(
-            f"Dead letter {letter.letter_id} of {letter.stream} cannot be read, so nobody knows "
-            f"what to do again: {error}",
-            letter_id=letter.letter_id,
-        ) from error
+    retry = _decode(letter)
     if letter.stream is not Stream.TASKS and retry.purpose is not Purpose.TRAIN:
         raise RefusedError(
             f"Dead letter {letter.letter_id} holds an evaluation episode on {letter.stream}, where "
@@ -67,6 +60,17 @@ def read_letter(letter: DeadLetter) -> Retry:
 
 
 def _decode(letter: DeadLetter) -> Retry:
+    try:
+        return _decode_work(letter)
+    except SdarError as error:
+        raise RefusedError(
+            f"Dead letter {letter.letter_id} of {letter.stream} cannot be read, so nobody knows "
+            f"what to do again: {error}",
+            letter_id=letter.letter_id,
+        ) from error
+
+
+def _decode_work(letter: DeadLetter) -> Retry:
     if letter.stream is Stream.TASKS:
         group = codec.decode_task_group(letter.payload)
         return Retry(letter.letter_id, group.group_id, group.task, group.purpose, letter.payload)
@@ -109,6 +113,7 @@ class Retries:
     def issue_waiting(self, draft: Draft) -> None:
         """Send the work of each letter out once more in the draft, which removes the letter."""
         for retry in list(self._waiting.values()):
+            # Issued before, in this draft whose commit still waits for room.
             if retry.letter_id in draft.retried:
                 continue
             try:

@@ -47,7 +47,9 @@ _RETRY_S = 1.0
 
 
 class Scheduler:
-    """Turns tasks into groups, and drives the run from its first evaluation to its last.
+    """Turns tasks into groups, and drives the run from its first evaluation to its last. One class
+    because what is decided, in `control`, `admission`, `evaluator` and `retries`, goes into one
+    commit, and this is the loop around it and what the gateway's servers ask of it.
 
     Args:
         default_address: where the run's environment listens, unless the configuration says it.

@@ -124,6 +124,7 @@ class GatewayState:
         """Raises CorruptionError if the record can't be read."""
         try:
             raw = json.loads(payload)
+            # What is no plain value is built first; all else are the fields by their names.
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
             phase = RunPhase(raw.pop("phase"))
             sleep = raw.pop("sleep", None)

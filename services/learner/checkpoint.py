@@ -98,14 +98,8 @@ class CheckpointStore:
                 log.error("checkpoint_skipped", path=str(path), reason=str(error))
                 skipped[path] = str(error)
                 continue
+            # Those that are newer than what the run goes on from.
             self._damaged = set(skipped)
-            progress = found.progress
-            log.info(
-                "checkpoint_found",
-                path=str(path),
-                num_updates=progress.num_updates,
-                version=progress.policy_version,
-            )
             return found
         # Beginning again from the model would throw the run away: a person has to decide that.
         if skipped:
@@ -117,6 +111,12 @@ class CheckpointStore:
         progress = Progress.from_json(state["progress"])
         snapshot = (path / _SNAPSHOT).read_bytes()
         self._check_fits(path, state["made_for"])
+        log.info(
+            "checkpoint_found",
+            path=str(path),
+            num_updates=progress.num_updates,
+            version=progress.policy_version,
+        )
         return Checkpoint(path, progress, snapshot)
 
     def write(

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 _HOST = "127.0.0.1"
 _WATCH_S = 0.5
 _STOP_TIMEOUT_S = 20.0
+"""For a follower to leave the command that it is in; after an error none is waited for."""
 
 
 class FollowerProcesses:

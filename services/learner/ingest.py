@@ -153,6 +153,7 @@ class _Remembered:
 
     def add(self, group_ids: Iterable[str]) -> None:
         for group_id in group_ids:
+            # One that is there keeps its place: added again it would be forgotten twice.
             if group_id not in self._ids:
                 self._ids.add(group_id)
                 self._order.append(group_id)
@@ -294,6 +295,7 @@ class GroupSource:
         count = self._config.training.groups_per_update
         while not stopping.is_set():
             beat()
+            # With enough at hand it only takes in what is there: among it may be a nearer deadline.
             await self._read(_BLOCK_S if self.buffer.num_complete < count else 0.0)
             await self._settle(self.buffer.drop_where(self._judge))
             if groups := self.buffer.take(count, self._compute_deadline):
@@ -333,6 +335,7 @@ class GroupSource:
                 durable.setdefault(group_id, {})[item.trajectory.episode_index] = (item, delivery)
             if group_id in self._trained or group_id in self._dropped:
                 superfluous.append(delivery)
+            # After the look at the ids: an entry of a closed group is no reason to fail it.
             elif reason := self._find_fault(item):
                 await self._refuse(item, delivery, reason)
             else:
@@ -388,6 +391,7 @@ class GroupSource:
         group_id = item.trajectory.group_id
         others = self.buffer.drop(group_id)
         self._dropped.add([group_id])
+        # The letter and the outcome of its group in one transaction; the others may come again.
         event = self._event(
             group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0
         )
@@ -401,6 +405,7 @@ class GroupSource:
         training = self._config.training
         if self._progress.num_updates > self._compute_deadline(group):
             return Verdict(GroupOutcome.STALE, self._explain_staleness(group, is_complete))
+        # Only of a whole group is it known whether all episodes scored the same.
         is_skipping = training.skip_zero_signal and not self._method.learns_without_advantage
         if is_complete and is_skipping and not self._has_signal(group):
             return Verdict(GroupOutcome.SKIPPED, "every episode scored the same")
@@ -445,8 +450,7 @@ class GroupSource:
         # After the commit: until it is written these entries are still to be judged.
         self._dropped.add(group.group_id for group in dropped)
         for group in dropped:
-            outcome = group.verdict.outcome
-            tracing.record("learner.drop", group.group_id, time.time(), outcome=outcome.value)
+            _trace_dropped(group)
             self.counts.add(group)
         log.info(
             "groups_dropped",
@@ -459,6 +463,11 @@ class GroupSource:
     ) -> LedgerEvent:
         version = self._progress.policy_version
         return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
+
+
+def _trace_dropped(group: Dropped) -> None:
+    outcome = group.verdict.outcome.value
+    tracing.record("learner.drop", group.group_id, time.time(), outcome=outcome)
 
 
 def book_trained(config: RunConfig, group: Group, policy_version: int) -> LedgerEvent:

@@ -247,6 +247,7 @@ class LearnerMetrics(Meters):
         self.set(UNACKNOWLEDGED_ENTRIES, num_unacknowledged)
         for outcome in _OUTCOMES:
             self.count(GROUPS, record[f"num_groups_{outcome}"], outcome=outcome)
+        # A checkpoint only where there was one: its histogram would fill with zeros.
         for part in ("wait", "step", "publish"):
             self.observe(SECONDS, record[f"{part}_s"], part=part)
         if record["checkpoint_s"]:
@@ -259,6 +260,7 @@ class LearnerMetrics(Meters):
         """The episodes of one update, and the lengths of those that came too late for it."""
         rewards: dict[str, list[float]] = {}
         for trajectory in (item.trajectory for group in groups for item in group.items):
+            # Of an environment with any number of types only the first ones get series.
             task_type = self._bound(trajectory.task.task_type)
             rewards.setdefault(task_type, []).append(trajectory.episode_return)
             self.count(TRAINED_EPISODES, task_type=task_type)
@@ -353,14 +355,20 @@ def _measure_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return values
 
 
-def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> dict[str, float]:
-    """Over sampled tokens, in updates; `staleness_tokens_<n>` is the histogram."""
-    # By version first: tokens are many, versions few, and staleness is a function of the version.
+def _count_tokens(items: Sequence[ScoredTrajectory]) -> collections.Counter[int]:
+    """Sampled tokens by policy version: tokens are many, versions are few."""
     tokens: collections.Counter[int] = collections.Counter()
     for item in items:
         for turn in item.trajectory.turns:
             versions, counts = np.unique(turn.policy_versions, return_counts=True)
             tokens.update(dict(zip(versions.tolist(), counts.tolist(), strict=True)))
+    return tokens
+
+
+def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> dict[str, float]:
+    """Over sampled tokens, in updates; `staleness_tokens_<n>` is the histogram."""
+    tokens = _count_tokens(items)
+    # Several versions may be as stale: those of a life that was lost, and their successors.
     by_staleness: collections.Counter[int] = collections.Counter()
     for version, count in tokens.items():
         by_staleness[before.compute_staleness(version)] += count

@@ -52,13 +52,15 @@ class PolicyModel:
         ranks: Ranks,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Args: weights: a checkpoint's, put in place of those in `model_path`; the reference
-        always is `model_path`.
+        """Args:
+        weights: a checkpoint's, put in place of those in `model_path`; the reference always is
+            `model_path`.
         """
         self._ranks = ranks
         self._training = training
         self._is_sharded = training.zero_stage == 3
         causal_lm = load_causal_lm(model_path, dtype)
+        # Before the engine is built, which copies its master weights from them.
         if weights is not None:
             install_tensors(causal_lm, weights.items())
         self._causal_lm = _prepare_for_training(causal_lm, training)
@@ -111,6 +113,7 @@ class PolicyModel:
         Returns:
             the global gradient norm before clipping.
         """
+        # DeepSpeed would take it from a scheduler, and that would be state to save.
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         for place, micro_batch in enumerate(micro_batches):

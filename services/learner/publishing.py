@@ -55,11 +55,8 @@ class Publisher:
     ) -> None:
         """Store the weights of `progress` under its version and announce it.
 
-        Args:
-            durable_version: of the newest checkpoint, which is never removed.
-
-        Raises WeightsUnavailableError or CapacityError if the store still refuses when `stopping`
-        is set.
+        `durable_version`, the newest checkpoint's, is never removed. Raises WeightsUnavailableError
+        or CapacityError if the store still refuses when `stopping` is set.
         """
         # The store first: a version that is announced can be read.
         manifest = await self._torch.insist(stopping, self._write_weights, tensors, progress)

@@ -124,6 +124,7 @@ async def open_learner(
         trainer, found = await loop.run_in_executor(
             torch_thread, contextvars.copy_context().run, _build, config, checkpoints, store_address
         )
+        # Whatever ends the learner, the other ranks have to be let go.
         try:
             yield Learner(
                 config,

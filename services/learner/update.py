@@ -83,6 +83,7 @@ class Trainer:
                 "update_index": update_index,
                 "policy_version": policy_version,
             },
+            # Alone, nobody would decode them.
             frames if self._ranks.world_size > 1 else (),
         )
         return self._update([items for items, _ in groups], update_index, policy_version)
@@ -203,6 +204,7 @@ class Trainer:
                 sequences += build_sequences(items, compute_group_advantages(self.config, items))
             if not sequences:
                 continue
+            # Every rank builds all of them alike and takes its own: nothing else has to be sent.
             ranks = build_microbatches(
                 sequences, training.microbatch_tokens, self._ranks.world_size
             )
@@ -248,6 +250,7 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
 
 
 def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:
+    # Rounded bounds of equal parts: sizes differ by one at most, and every group is in one part.
     bounds = [round(index * len(groups) / num_parts) for index in range(num_parts + 1)]
     return [groups[start:end] for start, end in itertools.pairwise(bounds)]
 
@@ -299,6 +302,7 @@ class _Totals:
         """Means over the batch's tokens on all ranks. Empty if nothing was trained."""
         if not self._sums:
             return {}
+        # In one order on every rank, since only the numbers are added up.
         names = sorted(self._sums)
         values = [self._sums[name].detach().double() for name in names]
         totals = ranks.sum(torch.stack(values).cpu())

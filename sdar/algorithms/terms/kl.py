@@ -25,9 +25,10 @@ def compute_k3_kl(
 
     An estimate of the KL that is never negative (Schulman, 2020, "Approximating KL divergence").
 
-    x is clamped *before* the exponential: an overflow clamped after it gives a gradient of 0 * inf
-    = NaN. A clamped token has no gradient.
+    A clamped token has no gradient.
     """
+    # Clamped before the exponential: an overflow that is clamped after it has a gradient of
+    # 0 * inf = NaN.
     log_ratio = (ref_logprobs - policy_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return (log_ratio.exp() - log_ratio - 1).clamp(max=K3_BOUND)
 

@@ -92,6 +92,7 @@ class KubernetesCluster:
 
     def _resize(self, workload: Workload, size: Size, replicas: int) -> None:
         with self._explained(workload) as (client, namespace):
+            # Both make the API server refuse if the object has changed, or is another of that name.
             metadata = {
                 "name": workload.name,
                 "namespace": namespace,

@@ -66,6 +66,7 @@ class Governor:
 
     def decide(self, now_s: float, workload: Workload, replicas: int, advice: Advice) -> Decision:
         """What to do at this look; to be called once a look."""
+        # Bounds are a person's decision and wait for nothing.
         if replicas != workload.clamp(replicas):
             wanted = workload.clamp(replicas)
             reason = f"{replicas} replicas are outside the bounds {workload.min} to {workload.max}."
@@ -82,6 +83,7 @@ class Governor:
             return Decision(replicas, advice.replicas, advice.reason + at_bound)
         if hindrance := self._find_hindrance(now_s, direction):
             return Decision(replicas, advice.replicas, f"{advice.reason} Not yet: {hindrance}.")
+        # Down one at a time, so that each step is measured before the next.
         return Decision(wanted if direction > 0 else replicas - 1, advice.replicas, advice.reason)
 
     def _find_hindrance(self, now_s: float, direction: int) -> str:

@@ -327,15 +327,9 @@ class Scaler:
         )
         self._metrics.set(REPLICAS, current, workload=role, kind="current")
         self._metrics.set(REPLICAS, decision.replicas, workload=role, kind="wanted")
+        # Once for each new advice, and not at every look.
         if look.file.dry_run and not is_same and current != decision.replicas:
-            log.info(
-                "scaling_advised",
-                workload=role,
-                current=current,
-                wanted=decision.replicas,
-                reason=decision.reason,
-                dry_run=True,
-            )
+            _log_advice(role, current, decision)
 
     async def _change(self, role: Role, workload: Workload, size: Size, decision: Decision) -> None:
         before, after = size.replicas, decision.replicas
@@ -366,6 +360,17 @@ class Scaler:
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
             self._metrics.count(ERRORS, cause="cluster")
+
+
+def _log_advice(role: Role, current: int, decision: Decision) -> None:
+    log.info(
+        "scaling_advised",
+        workload=role,
+        current=current,
+        wanted=decision.replicas,
+        reason=decision.reason,
+        dry_run=True,
+    )
 
 
 def _name_change(before: int, after: int) -> str:

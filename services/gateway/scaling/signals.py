@@ -133,6 +133,7 @@ def _follow_learner(load: Load, replicas: int) -> Advice:
         f"{idle_share:.0%} of theirs"
     )
     if wait > MOST_WAIT_SHARE:
+        # More rollout workers help only if nothing behind or before them is the narrow place.
         if narrow := _find_narrower_place(load, idle_share):
             return Advice(replicas, f"{found}; {narrow}")
         # Data come at (1 - wait) of the rate at which the learner would take them. At most twice as
@@ -166,6 +167,7 @@ def _follow_scores(load: Load, replicas: int) -> Advice:
         f"{idle_share:.0%} of their time"
     )
     if load.is_teacher_narrow:
+        # Idle although work waits: one more would idle as well.
         if idle_share > HELD_BACK_SHARE:
             return Advice(replicas, f"{found}: it isn't their number that holds them back.")
         return Advice(replicas + 1, f"{found}: one more is needed.")

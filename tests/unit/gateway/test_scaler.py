@@ -314,7 +314,7 @@ async def test_a_status_that_changed_meanwhile_is_nobodys_decision(bench: Bench)
     assert bench.sample("sdar_scaling_errors_total", cause="conflict") == 0
 
 
-async def test_a_gateway_that_was_followed_changes_nothing(
+async def test_a_superseded_gateway_changes_no_size(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaler_module, "_CONFIRM_S", 0.5)

@@ -376,7 +376,7 @@ def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
         ("", "file"),
     ],
 )
-def test_a_broken_file_is_told_of_once_and_the_last_good_one_stays(
+def test_a_broken_file_is_reported_once_and_the_last_good_one_stays(
     tmp_path: Path, contents: str, named: str
 ) -> None:
     path = tmp_path / "scaling.yaml"
