@@ -185,8 +185,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-# --- the page
-# --------------------------------------------------------------------------------------------------
+# ---- the page
 
 
 def _render(

@@ -45,8 +45,7 @@ class RunControl:
         self._clock = clock
         self._is_scaled = is_scaled
 
-    # --- what somebody asks for
-    # ----------------------------------------------------------------------------------------------
+    # ---- what somebody asks for
 
     def pause(self, *, until_restart: bool = False) -> None:
         """Issue no more groups until somebody resumes, or this gateway ends; what runs goes on.
@@ -99,8 +98,7 @@ class RunControl:
         self._committer.ask(change)
         log.warning("run_asleep", reason=reason, phase=self._state.phase)
 
-    # --- what the scheduler finds
-    # ----------------------------------------------------------------------------------------------
+    # ---- what the scheduler finds
 
     def begin(self) -> None:
         """Find the phase in which to go on with a state that was just loaded.
@@ -150,8 +148,7 @@ class RunControl:
         state.finished_target = self._config.training.num_updates
         self._change_phase(RunPhase.FINISHED)
 
-    # --- how
-    # ----------------------------------------------------------------------------------------------
+    # ---- how
 
     @property
     def _state(self) -> GatewayState:

@@ -92,8 +92,7 @@ class Scheduler:
         self._bookkeeper = Bookkeeper(bus, self._evaluator, self.lengths, self._metrics)
         self.control = RunControl(config, self._committer, clock, is_scaled=is_scaled)
 
-    # --- main loop
-    # ----------------------------------------------------------------------------------------------
+    # ---- main loop
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until `stopping` is set.
@@ -184,8 +183,7 @@ class Scheduler:
             length_drift=self.lengths.compute_drift(),
         )
 
-    # --- starting
-    # ----------------------------------------------------------------------------------------------
+    # ---- starting
 
     async def _restore(self) -> None:
         # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back
@@ -251,8 +249,7 @@ class Scheduler:
         self._evaluator.resend_pending(self._committer.draft)
         return True
 
-    # --- deciding
-    # ----------------------------------------------------------------------------------------------
+    # ---- deciding
 
     def _decide(self) -> None:
         draft = self._committer.draft
@@ -289,8 +286,7 @@ class Scheduler:
         num_issued = self.state.next_group_number
         self.control.finish(await find_unaccounted(self._bus, self.ledger, num_issued))
 
-    # --- where it stands
-    # ----------------------------------------------------------------------------------------------
+    # ---- where it stands
 
     @property
     def state(self) -> GatewayState:
@@ -333,8 +329,7 @@ class Scheduler:
             sum(evaluation.num_episodes for evaluation in self.state.evaluations),
         )
 
-    # --- what others ask for
-    # ----------------------------------------------------------------------------------------------
+    # ---- what others ask for
 
     async def confirm_tenure(self) -> None:
         """See `Committer.confirm_tenure`: give up waiting after a while."""

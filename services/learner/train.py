@@ -150,8 +150,7 @@ class Learner:
             )
             os._exit(1)
 
-    # --- beginning
-    # ----------------------------------------------------------------------------------------------
+    # ---- beginning
 
     async def _resume(self) -> None:
         """Let the others have a policy, and take back what was read before."""
@@ -214,8 +213,7 @@ class Learner:
             )
             log.error("trained_groups_lost", num_groups=num_lost, hint=hint)
 
-    # --- one update
-    # ----------------------------------------------------------------------------------------------
+    # ---- one update
 
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
         with self._clock.measure("wait"):
@@ -278,8 +276,7 @@ class Learner:
         shown = {name: round(values[name], 4) for name in _LOGGED if name in values}
         log.info("batch_trained", policy_version=version, **shown)
 
-    # --- ending
-    # ----------------------------------------------------------------------------------------------
+    # ---- ending
 
     @property
     def _is_checkpoint_due(self) -> bool:

@@ -57,7 +57,7 @@ class Trainer:
         self.model = model
         self._ranks = ranks
 
-    # --- what rank 0 calls
+    # ---- what rank 0 calls
 
     def update(
         self,
@@ -108,7 +108,7 @@ class Trainer:
         self._ranks.broadcast_command({"do": "stop"})
         self.model.close()
 
-    # --- what the other ranks do
+    # ---- what the other ranks do
 
     def follow(
         self,
@@ -157,7 +157,7 @@ class Trainer:
             # Rank 0 has got the error, too, and says when to try again.
             log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
-    # --- on every rank
+    # ---- on every rank
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int

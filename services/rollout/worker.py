@@ -188,6 +188,8 @@ class RolloutWorker:
                 task.add_done_callback(self._note_failure)
             yield
         finally:
+            # Also when a loop died: what is taken over from here on would be handed back by nobody.
+            self._is_leaving = True
             over.set()
             # The loop that renews leases goes first: a renewal after the hand-back would undo it.
             await self._end_unfinished(keeping=tasks[:1])

@@ -54,7 +54,7 @@ def project(tmp_path: Path) -> ProjectCopy:
     return ProjectCopy(tmp_path / "project")
 
 
-# --- one file in a folder of its kind
+# ---- one file in a folder of its kind
 
 GATE = """
 from sdar.algorithms.gates import GATES
@@ -115,7 +115,7 @@ def test_a_gate_a_correction_and_a_retrieval_kind_are_a_file_each(project: Proje
     assert project.touched == read_files("gate", "correction", "retrieval kind")
 
 
-# --- what the row of a method names
+# ---- what the row of a method names
 
 TERM = """
 from sdar.algorithms.distillation import compute_live_gap
@@ -218,7 +218,7 @@ def test_what_the_table_of_methods_names_is_a_file_each_and_its_lines_there(
     assert project.touched == read_files("loss term", *OF_A_ROW)
 
 
-# --- metric
+# ---- metric
 
 METRIC = """
 TOYS = ROLLOUT.declare(
@@ -260,7 +260,7 @@ def test_a_metric_is_declared_once(project: ProjectCopy) -> None:
     assert project.touched == read_files("metric")
 
 
-# --- environment
+# ---- environment
 
 ENVIRONMENT = """
 from sdar.environments import Environment, Observation, StepResult, Task, serve
@@ -336,7 +336,7 @@ def test_an_environment_that_is_built_in_is_its_file_its_name_and_its_line_on_th
     assert project.touched == read_files(change)
 
 
-# --- stream
+# ---- stream
 
 USE_STREAM = """
 import pytest
@@ -411,7 +411,7 @@ def test_a_stream_is_a_name_a_reader_in_the_table_and_how_its_entries_are_shown(
     assert project.touched == read_files("stream")
 
 
-# --- service
+# ---- service
 
 SERVICE = """
 from sdar.process.lifecycle import run_until_stopped

@@ -75,7 +75,7 @@ def read_code(name: str) -> str:
     return "\n".join(path.read_text() for path in (ROOT / "services" / name).rglob("*.py"))
 
 
-# --- parts: each function says whether a row has one
+# ---- parts: each function says whether a row has one
 
 
 def has_a_main(row: RoleSpec) -> bool:
@@ -237,7 +237,7 @@ def test_the_chart_has_the_table_as_it_is() -> None:
     assert read("helm/files/roles.yaml") == chart_schema.render_roles(), "run make docs"
 
 
-# --- a row says what the code does
+# ---- a row says what the code does
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -323,7 +323,7 @@ def test_ports_and_addresses_are_settings() -> None:
     assert set(names) <= Settings.model_fields.keys()
 
 
-# --- what is derived from the rows
+# ---- what is derived from the rows
 
 
 def test_the_roles_of_each_kind() -> None:

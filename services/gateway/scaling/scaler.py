@@ -205,8 +205,7 @@ class Scaler:
             log.warning("scaling_failed", cause=cause, error=problem)
         return problem
 
-    # --- the idle guard
-    # ----------------------------------------------------------------------------------------------
+    # ---- the idle guard
 
     def _guard(self, look: _Look) -> None:
         """Put an idle run to sleep. Nothing is asked of the workloads yet."""
@@ -241,8 +240,7 @@ class Scaler:
         )
         return find_idleness(still, look.file.idle_after_s)
 
-    # --- deciding
-    # ----------------------------------------------------------------------------------------------
+    # ---- deciding
 
     def _decide(self, look: _Look, role: Role, workload: Workload, size: Size) -> Decision:
         governor = self._governors.setdefault(role, Governor(look.now_s))
@@ -311,8 +309,7 @@ class Scaler:
             if name in living
         }
 
-    # --- acting
-    # ----------------------------------------------------------------------------------------------
+    # ---- acting
 
     def _note(
         self, look: _Look, role: Role, workload: Workload, current: int, decision: Decision
