@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
+from sdar.contracts.roles import ROLES
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
@@ -302,16 +303,12 @@ class RunConfig(Section):
 
     @property
     def stream_consumers(self) -> dict[Stream, tuple[ConsumerGroup, ...]]:
-        """Who reads which stream: without a teacher the learner reads trajectories itself."""
-        learner_input = Stream.SCORED if self.needs_teacher else Stream.TRAJECTORIES
-        return {
-            Stream.TASKS: (ConsumerGroup.ROLLOUT,),
-            Stream.EVALUATIONS: (ConsumerGroup.GATEWAY,),
-            Stream.LEDGER: (ConsumerGroup.GATEWAY,),
-            # Without a teacher this key is the next one's, and the learner reads it instead.
-            **({Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,)} if self.needs_teacher else {}),
-            learner_input: (ConsumerGroup.LEARNER,),
-        }
+        """Who reads which stream, as the table of services says."""
+        consumers: dict[Stream, tuple[ConsumerGroup, ...]] = {}
+        for row in ROLES.values():
+            for stream in row.list_inputs(is_scored=self.needs_teacher):
+                consumers[stream] = (*consumers.get(stream, ()), ConsumerGroup(row.name))
+        return consumers
 
     @property
     def train_sampling(self) -> SamplingParameters:

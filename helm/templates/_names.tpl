@@ -61,7 +61,7 @@ text or a number of the role's replaces the default, and an empty one does so to
 */}}
 {{- define "sdar.podValues" -}}
 {{- $values := (index . 0).Values -}}{{- $own := index $values (index . 1) -}}
-{{- mergeOverwrite (deepCopy $values.podDefaults) (deepCopy $own) | toYaml -}}
+{{- mergeOverwrite (deepCopy ($values.podDefaults | default dict)) (deepCopy $own) | toYaml -}}
 {{- end }}
 
 {{/* The table of services, or its row of one role: files/roles.yaml says what each key means. */}}

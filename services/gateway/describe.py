@@ -95,7 +95,7 @@ def describe_letter(letter: DeadLetter) -> dict[str, Any]:
     """A dead letter with its payload, as a record where it can be read, else as base64."""
     # A letter was set aside for a reason: often nobody can read it.
     try:
-        payload = replace_non_finite(_PAYLOADS[letter.stream](letter.payload))
+        payload = replace_non_finite(PAYLOADS[letter.stream](letter.payload))
     except SdarError as error:
         return {
             "payload": None,
@@ -116,7 +116,7 @@ def replace_non_finite(value: Any) -> Any:
     return value
 
 
-_PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
+PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
     Stream.TASKS: lambda payload: dataclasses.asdict(codec.decode_task_group(payload)),
     Stream.TRAJECTORIES: lambda payload: describe_trajectory(
         ScoredTrajectory(codec.decode_trajectory(payload), None)
@@ -127,3 +127,4 @@ _PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
     ),
     Stream.LEDGER: lambda payload: dataclasses.asdict(codec.decode_ledger_event(payload)),
 }
+"""How an entry of each stream is shown; what is only followed makes no dead letters."""

@@ -47,7 +47,9 @@ _RETRY_S = 1.0
 
 
 class Scheduler:
-    """Turns tasks into groups, and drives the run from its first evaluation to its last.
+    """Turns tasks into groups, and drives the run from its first evaluation to its last. One class
+    because a round's order is its promise: reading, starting, deciding and writing all work on the
+    draft in hand, and on what this process knows of where the run stands.
 
     Args:
         default_address: where the run's environment listens, unless the configuration says it.

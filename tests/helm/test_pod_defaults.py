@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from tests.helm.chart import Object, component, find, of_kind, pods, render
+import pytest
+import yaml
+
+from tests.helm.chart import CHART, Object, component, find, helm, of_kind, pods, render
 from tools import chart_schema
 
 SERVICES = ("gateway", "rollout", "teacher", "envs", "learner")
@@ -118,3 +121,25 @@ def test_the_schema_describes_a_default_at_each_role_that_may_name_its_own(role:
     expected = {"redis": {"env", "startupSeconds"}}
     expected["check"] = expected["redis"] | {"podAnnotations", "serviceAccount"}
     assert missing == expected.get(role, set())
+
+
+def test_values_of_a_chart_without_defaults_make_the_same_pods(tmp_path: Path) -> None:
+    """What `helm upgrade --reuse-values` gives a release of an older chart: every key of a pod
+    stands at its role, and `podDefaults` nowhere.
+    """
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    defaults = values["podDefaults"]
+    older = {role: defaults | values[role] for role in ALL}
+    for role, key in [("redis", "env"), ("check", "env"), ("check", "podAnnotations")]:
+        del older[role][key]
+    for role, key in [("redis", "startupSeconds"), ("check", "startupSeconds")]:
+        del older[role][key]
+    del older["check"]["serviceAccount"]
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(older | {"podDefaults": None}))
+
+    done = helm("template", "sdar", str(CHART), "--namespace", "runs", "--values", str(file))
+
+    assert done.returncode == 0, done.stderr
+    made = [thing for thing in yaml.safe_load_all(done.stdout) if thing]
+    assert dict(pods(made)) == dict(pods(render(apis=())))

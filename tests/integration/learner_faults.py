@@ -230,15 +230,20 @@ def record(world: World) -> list[tuple[Point, str]]:
     ]
 
 
+def find_line(function: Callable[..., object], text: str) -> int:
+    """The number, in its file, of the first line of a function that holds `text`."""
+    source, first = inspect.getsourcelines(function)
+    return first + next(i for i, line in enumerate(source) if text in line)
+
+
 def prepare(world: World, directory: Path) -> dict[str, Saved]:
     """Beginnings: of the run; of a life with an open checkpoint; of one that lost an update."""
     assert run_forked(lambda: asyncio.run(fill(world.url))) == 0
     beginnings = {"new": world.save(directory / "new")}
-    source, first = inspect.getsourcelines(Learner._make_durable)
-    commit_line = first + next(i for i, line in enumerate(source) if "_bus.commit" in line)
+    commit_line = find_line(Learner._make_durable, "_bus.commit")
     assert world.live(lambda line: die() if line == (FILES[0], commit_line) else None) == KILLED
     beginnings["unacknowledged"] = world.save(directory / "unacknowledged")
-    report_line = inspect.getsourcelines(Learner._report)[1] + 2
+    report_line = find_line(Learner._report, "num_buffered =")
     assert world.live(lambda line: die() if line == (FILES[0], report_line) else None) == KILLED
     beginnings["update lost"] = world.save(directory / "update-lost")
     return beginnings
