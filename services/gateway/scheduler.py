@@ -48,8 +48,8 @@ _RETRY_S = 1.0
 
 class Scheduler:
     """Turns tasks into groups, and drives the run from its first evaluation to its last. One class
-    because what is decided, in `control`, `admission`, `evaluator` and `retries`, goes into one
-    commit, and this is the loop around it and what the gateway's servers ask of it.
+    because a round's order is its promise: reading, starting, deciding and writing all work on the
+    draft in hand, and on what this process knows of where the run stands.
 
     Args:
         default_address: where the run's environment listens, unless the configuration says it.
