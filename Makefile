@@ -5,8 +5,8 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-# What `make images` builds.
-ROLES := gateway envs teacher learner rollout
+# What `make images` builds: the services.
+ROLES := $(patsubst services/%/service.py,%,$(wildcard services/*/service.py))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 BASE_IMAGE ?= python:3.11-slim-bookworm

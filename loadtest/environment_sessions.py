@@ -417,7 +417,7 @@ async def _connect_to_ours(port: int) -> AsyncIterator[Open]:
         yield lambda: _open_on(next(turns))
 
 
-async def _open_on(stub: environment_pb2_grpc.EnvironmentServiceStub) -> Step:
+async def _open_on(stub: environment_pb2_grpc.EnvironmentServiceAsyncStub) -> Step:
     request = environment_pb2.OpenSessionRequest(environment=INSTANT, task_id="only", lease_s=3600)
     opened = await stub.OpenSession(request, timeout=CALL_TIMEOUT_S, wait_for_ready=True)
     indices = itertools.count()

@@ -5,6 +5,8 @@ Imports no more than a worker needs.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
 
@@ -25,7 +27,7 @@ class InstantEnvironment(Environment):
     name = "instant"
     version = "1"
     splits = ("train",)
-    tasks = {"train": (Task("instant", "train", "only", "instant", "Look around.", 0),)}  # noqa: RUF012 - declared, never changed
+    tasks: ClassVar = {"train": (Task("instant", "train", "only", "instant", "Look around.", 0),)}
     max_turns = MAX_TURNS
 
     def reset(self, task_id: str, seed: int) -> Observation:

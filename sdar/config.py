@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
+from sdar.contracts.roles import ROLES
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
@@ -43,6 +44,7 @@ class OneOf:
         return core_schema.literal_schema(list(self.names))
 
 
+# In the form of a DNS label, since it names objects of Kubernetes.
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -283,6 +285,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
+        # The rules stand in sdar.contracts.rules, since the chart checks the same ones.
         if broken := find_broken(self._read):
             raise ValueError(" ".join(broken))
         return self
@@ -300,15 +303,12 @@ class RunConfig(Section):
 
     @property
     def stream_consumers(self) -> dict[Stream, tuple[ConsumerGroup, ...]]:
-        """Who reads which stream: without a teacher the learner reads trajectories itself."""
-        learner_input = Stream.SCORED if self.needs_teacher else Stream.TRAJECTORIES
-        return {
-            Stream.TASKS: (ConsumerGroup.ROLLOUT,),
-            Stream.EVALUATIONS: (ConsumerGroup.GATEWAY,),
-            Stream.LEDGER: (ConsumerGroup.GATEWAY,),
-            **({Stream.TRAJECTORIES: (ConsumerGroup.TEACHER,)} if self.needs_teacher else {}),
-            learner_input: (ConsumerGroup.LEARNER,),
-        }
+        """Who reads which stream, as the table of services says."""
+        consumers: dict[Stream, tuple[ConsumerGroup, ...]] = {}
+        for row in ROLES.values():
+            for stream in row.list_inputs(is_scored=self.needs_teacher):
+                consumers[stream] = (*consumers.get(stream, ()), ConsumerGroup(row.name))
+        return consumers
 
     @property
     def train_sampling(self) -> SamplingParameters:
@@ -334,6 +334,18 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         ConfigurationError: missing file, malformed YAML, unknown or out-of-range keys; names each
             key, what was found and what fits.
     """
+    raw = _read_mapping(path)
+    for dotted, value in (overrides or {}).items():
+        _assign(raw, dotted, value)
+    # Checked only with the overrides in place, which may mend what the file alone would break.
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {_describe(error)}") from error
+    return _resolve_paths(config, path.resolve().parent)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -347,13 +359,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
             f"{path} holds {type(raw).__name__}, expected a mapping with name, model and "
             "environment."
         )
-    for dotted, value in (overrides or {}).items():
-        _assign(raw, dotted, value)
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigurationError(f"{path}: {_describe(error)}") from error
-    return _resolve_paths(config, path.resolve().parent)
+    return raw
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -365,6 +371,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `raw[a][b] = value` for "a.b", with the sections that are missing on the way."""
     *parents, leaf = dotted.split(".")
     node = raw
     for parent in parents:
@@ -378,8 +385,9 @@ def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _describe(error: ValidationError) -> str:
-    """One sentence per problem: key, what is wrong, what was got, and the nearest known key for a
-    misspelt one.
+    """One sentence for each problem: the key, what is wrong, and what was found.
+
+    A misspelt key is answered with the nearest known one.
     """
     sentences = []
     for problem in error.errors():
@@ -396,20 +404,23 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggest(loc: tuple[int | str, ...]) -> str:
+    """The nearest known key; all keys of the section if none is near."""
     section: type[BaseModel] = RunConfig
+    # Down to the section that was to hold the key.
     for part in loc[:-1]:
         field = section.model_fields.get(str(part))
         group = None if field is None else _get_section(field.annotation)
         if group is None:
             break
         section = group
+    # Keys of groups too: somebody may know a key and not that it has moved into a group.
     keys = list(section.model_fields)
     near = difflib.get_close_matches(str(loc[-1]), [*keys, *_list_grouped_keys(section)], n=1)
     return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(keys)}."
 
 
 def _list_grouped_keys(section: type[BaseModel]) -> list[str]:
-    """Dotted keys one level below: somebody may know a key and not its group."""
+    """Dotted keys one level below."""
     keys = []
     for name, field in section.model_fields.items():
         group = _get_section(field.annotation)
@@ -424,21 +435,15 @@ def _get_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _resolve_paths(config: RunConfig, base: Path) -> RunConfig:
-    """Make paths absolute; a model path that is no directory here is left as it is, since it may be
-    a hub name.
-    """
-    model_path = base / config.model.path
-    model = (
-        config.model.model_copy(update={"path": model_path.resolve()})
-        if model_path.is_dir()
-        else config.model
-    )
-    options = {
-        name: str((base / value).resolve())
-        if isinstance(value, str) and value.startswith(("./", "../"))
-        else value
-        for name, value in config.environment.options.items()
-    }
+    """Make paths absolute. `base` is the directory of the configuration's file."""
+    model = config.model
+    # What is no directory here may be a hub name, and stays as it is.
+    if (base / model.path).is_dir():
+        model = model.model_copy(update={"path": (base / model.path).resolve()})
+    options: dict[str, bool | int | float | str] = {}
+    for name, value in config.environment.options.items():
+        is_path = isinstance(value, str) and value.startswith(("./", "../"))
+        options[name] = str((base / str(value)).resolve()) if is_path else value
     environment = config.environment.model_copy(update={"options": options})
     paths = {"skills": config.teacher.skills, "embedding_model": config.teacher.embedding_model}
     resolved = {

@@ -20,11 +20,12 @@ _LEAST_ENTRIES = 10_000
 
 
 def locate_model(config: RunConfig, *, with_weights: bool = True) -> RunConfig:
-    """The run with a model.path that is a complete local directory; a hub name is fetched into the
-    hub's cache first.
+    """The run with a model.path that is a complete local directory.
+
+    A hub name is fetched into the hub's cache first.
 
     Args:
-        with_weights: false for who reads the tokenizer only: the gateway does not fetch gigabytes.
+        with_weights: false where only the tokenizer is read: the gateway fetches no gigabytes.
 
     Raises:
         ConfigurationError: neither a model directory nor a hub name that can be fetched.
@@ -46,21 +47,21 @@ def _fetch_from_hub(path: Path, *, with_weights: bool) -> Path:
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigurationError(
             f"model.path {path} is no directory here, and fetching it as a hub name failed: "
-            f"{type(error).__name__}. "
-            "Point it at a Hugging Face model directory, or make a tiny one with `sdar model "
-            "create`."
+            f"{type(error).__name__}. Point it at a Hugging Face model directory, or make a tiny "
+            "one with `sdar model create`."
         ) from error
 
 
 def build_bus(
     config: RunConfig, settings: Settings, *, on_blocked: OnBlocked | None = None
 ) -> RedisBus:
-    """The run's bus, bounded so that everything admission allows fits twice, with what waits for a
-    checkpoint.
+    """The run's bus, with room for twice what admission allows and what waits for a checkpoint.
 
     `on_blocked` is called when Redis holds this service up (`Health.report_blocked`).
     """
     training = config.training
+    # Batches within the staleness bound, the one that is being played, and those trained on since
+    # the last checkpoint, whose entries are acknowledged with the next one.
     num_batches = training.max_staleness + 1 + training.checkpoint_every
     num_entries = 2 * num_batches * training.groups_per_update * training.group_size
     limits = BusLimits(max_entries=max(_LEAST_ENTRIES, num_entries))

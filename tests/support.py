@@ -16,5 +16,6 @@ SHIPPED_SEARCH_DATA = EXAMPLES / "data" / "search"
 async def until(is_reached: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Return once `is_reached()`; raises TimeoutError after `timeout_s`."""
     async with asyncio.timeout(timeout_s):
-        while not is_reached():  # noqa: ASYNC110  the condition belongs to code that offers no event for it
+        # The condition belongs to code that offers no event for it.
+        while not is_reached():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -23,12 +23,12 @@ EPSILON = 1e-6
 
 
 def normalize_scores(scores: Float[Array, " R"], epsilon: float = EPSILON) -> Float[Array, " R"]:
-    """(score - mean) / (std + epsilon) with ddof 1; exactly zero for one row, or rows that differ
-    by rounding only.
+    """(score - mean) / (std + epsilon) with ddof 1: GRPO (arXiv:2402.03300, section 4.1.2).
 
-    Without the second rule, rewards that differ in the last float32 bit would come out at up to
-    0.7.
+    Exactly zero for one row, and for rows that differ by rounding only: rewards that differ in the
+    last float32 bit would come out at up to 0.7 otherwise.
     """
+    # Relative to the scores' size, as rounding is; absolute for small ones.
     if len(scores) < 2 or np.ptp(scores) <= epsilon * max(1.0, float(np.abs(scores).max())):
         return np.zeros(len(scores))
     normalized: Array = (scores - scores.mean()) / (scores.std(ddof=1) + epsilon)
@@ -53,13 +53,23 @@ def compute_advantages(
     Returns:
         for each trajectory, one value per turn, in order.
     """
-    num_turns = [len(trajectory.turns) for trajectory in group]
     if level == "trajectory":
-        scores = [_score_episode(trajectory, invalid_action_penalty) for trajectory in group]
-        advantages = normalize_scores(np.array(scores, dtype=np.float64))
-        return [np.full(turns, value) for turns, value in zip(num_turns, advantages, strict=True)]
-    rows = [_score_turns(trajectory, invalid_action_penalty) for trajectory in group]
-    return np.split(normalize_scores(np.concatenate(rows)), np.cumsum(num_turns)[:-1])
+        return _compare_episodes(group, invalid_action_penalty)
+    return _compare_turns(group, invalid_action_penalty)
+
+
+def _compare_episodes(group: Sequence[Trajectory], penalty: float) -> list[Float[Array, " turns"]]:
+    scores = [_score_episode(trajectory, penalty) for trajectory in group]
+    advantages = normalize_scores(np.array(scores, dtype=np.float64))
+    pairs = zip(group, advantages, strict=True)
+    return [np.full(len(trajectory.turns), value) for trajectory, value in pairs]
+
+
+def _compare_turns(group: Sequence[Trajectory], penalty: float) -> list[Float[Array, " turns"]]:
+    rows = [_score_turns(trajectory, penalty) for trajectory in group]
+    # One long list of rows for the statistics, then cut into trajectories again.
+    ends = np.cumsum([len(row) for row in rows])
+    return np.split(normalize_scores(np.concatenate(rows)), ends[:-1])
 
 
 def _find_invalid(trajectory: Trajectory) -> npt.NDArray[np.bool_]:

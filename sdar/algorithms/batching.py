@@ -22,7 +22,7 @@ Axes: L tokens of a sequence, B sequences of a micro-batch, T its longest, N sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -64,8 +64,9 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """One forward and backward of one rank. Empty ones (N = 0) keep ranks in step: one row of one
-    token, nothing sampled.
+    """One forward and backward of one rank.
+
+    Empty ones (N = 0: one row of one token, nothing sampled) keep ranks in step.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -115,13 +116,12 @@ def build_sequences(
         )
     sequences: list[TokenSequence] = []
     for index, item in enumerate(items):
-        turns = item.trajectory.turns
-        values = np.zeros(len(turns)) if advantages is None else advantages[index]
-        if len(values) != len(turns):
+        num_turns = len(item.trajectory.turns)
+        values = np.zeros(num_turns) if advantages is None else advantages[index]
+        if len(values) != num_turns:
             raise ContractError(
                 f"Trajectory {item.trajectory.trajectory_id}: {len(values)} advantages for "
-                f"{len(turns)} turns. "
-                "Pass one per turn."
+                f"{num_turns} turns. Pass one per turn."
             )
         teacher = None if item.score is None else item.score.turn_logprobs
         pieces = _split_prompts(item.trajectory)
@@ -154,12 +154,14 @@ def build_privileged_sequences(
         (is_fresh, fresh_prompts[i] if is_fresh else tokens)
         for i, (is_fresh, tokens) in enumerate(pieces)
     ]
+    # The tokens are scored, not trained on: they have no advantage.
     return _join_turns(trajectory, trajectory_index, replaced, np.zeros(len(pieces)), None)
 
 
 def _split_prompts(trajectory: Trajectory) -> list[tuple[bool, TokenIds]]:
-    """For each turn whether it begins a sequence, and what it adds before its response: the whole
-    prompt, or the delta.
+    """For each turn whether it begins a sequence, and its prompt without what is there already.
+
+    Of a turn that begins a sequence that is the whole prompt, of any other the delta.
     """
     pieces: list[tuple[bool, TokenIds]] = []
     previous: Turn | None = None
@@ -168,20 +170,23 @@ def _split_prompts(trajectory: Trajectory) -> list[tuple[bool, TokenIds]]:
         context = np.array([], np.int32)
         if previous is not None and not is_fresh:
             context = np.concatenate([previous.prompt_token_ids, previous.response_token_ids])
+        # Compared, not believed: a wrong flag would train tokens behind a prompt nobody sampled at.
         if not np.array_equal(turn.prompt_token_ids[: len(context)], context):
-            raise ContractError(
-                f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: extends_previous "
-                "is set, but its prompt of "
-                f"{len(turn.prompt_token_ids)} tokens does not begin with the {len(context)} "
-                "tokens of the previous turn. "
-                "Append tokens to the previous prompt and response; never tokenize the "
-                "conversation again.",
-                trajectory_id=trajectory.trajectory_id,
-                turn_index=turn.turn_index,
-            )
+            raise _build_extension_error(trajectory.trajectory_id, turn, len(context))
         pieces.append((is_fresh, turn.prompt_token_ids[len(context) :]))
         previous = turn
     return pieces
+
+
+def _build_extension_error(trajectory_id: str, turn: Turn, num_context: int) -> ContractError:
+    return ContractError(
+        f"Trajectory {trajectory_id} turn {turn.turn_index}: extends_previous is set, but its "
+        f"prompt of {len(turn.prompt_token_ids)} tokens does not begin with the {num_context} "
+        "tokens of the previous turn. Append tokens to the previous prompt and response; never "
+        "tokenize the conversation again.",
+        trajectory_id=trajectory_id,
+        turn_index=turn.turn_index,
+    )
 
 
 def _join_turns(
@@ -195,33 +200,31 @@ def _join_turns(
     starts = [index for index, (is_fresh, _) in enumerate(pieces) if is_fresh]
     sequences = []
     for start, end in zip(starts, [*starts[1:], len(pieces)], strict=True):
-        turns = trajectory.turns[start:end]
-        prompts = [tokens for _, tokens in pieces[start:end]]
+        run = slice(start, end)
+        turns = trajectory.turns[run]
+        prompts = [tokens for _, tokens in pieces[run]]
         if len(prompts[0]) == 0:
             raise ContractError(
                 f"Trajectory {trajectory.trajectory_id} turn {start} has an empty prompt: nothing "
-                "predicts its first token. "
-                "Begin every prompt with at least one token."
+                "predicts its first token. Begin every prompt with at least one token."
             )
         lengths = [len(turn.response_token_ids) for turn in turns]
+        # Nothing was sampled in it, so there is nothing to score or to train on.
         if not sum(lengths):
             continue
-        parts = []
-        for prompt, turn in zip(prompts, turns, strict=True):
-            parts += [prompt, turn.response_token_ids]
-        part_lengths = [len(part) for part in parts]
-        behavior_logprobs = [turn.behavior_logprobs for turn in turns]
-        policy_versions = [turn.policy_versions for turn in turns]
+        token_ids, response_mask = _interleave(prompts, turns)
+        behavior = [turn.behavior_logprobs for turn in turns]
+        versions = [turn.policy_versions for turn in turns]
+        teacher = None if teacher_logprobs is None else np.concatenate(teacher_logprobs[run])
         sequences.append(
             TokenSequence(
-                token_ids=np.concatenate(parts).astype(np.int64),
-                response_mask=np.repeat([False, True] * len(turns), part_lengths),
-                behavior_logprobs=np.concatenate(behavior_logprobs),
-                policy_versions=np.concatenate(policy_versions),
-                advantages=np.repeat(advantages[start:end], lengths).astype(np.float32),
-                teacher_logprobs=None
-                if teacher_logprobs is None
-                else np.concatenate(list(teacher_logprobs[start:end])),
+                token_ids=token_ids,
+                response_mask=response_mask,
+                behavior_logprobs=np.concatenate(behavior),
+                policy_versions=np.concatenate(versions),
+                # One value for each turn becomes one for each of its sampled tokens.
+                advantages=np.repeat(advantages[run], lengths).astype(np.float32),
+                teacher_logprobs=teacher,
                 turn_index=np.repeat(np.arange(start, end), lengths),
                 trajectory_index=trajectory_index,
             )
@@ -229,11 +232,24 @@ def _join_turns(
     return sequences
 
 
+def _interleave(
+    prompts: Sequence[TokenIds], turns: Sequence[Turn]
+) -> tuple[Int[Array, " L"], Bool[Array, " L"]]:
+    """Prompt, response, delta, response, ... as one sequence, and which of it was sampled."""
+    parts = []
+    for prompt, turn in zip(prompts, turns, strict=True):
+        parts += [prompt, turn.response_token_ids]
+    lengths = [len(part) for part in parts]
+    is_response = [False, True] * len(turns)
+    return np.concatenate(parts).astype(np.int64), np.repeat(is_response, lengths)
+
+
 def build_microbatches(
     sequences: Sequence[TokenSequence], token_budget: int, num_ranks: int = 1
 ) -> list[list[MicroBatch]]:
-    """Micro-batches of every rank, `result[rank][place]`, the same number on each; together they
-    hold every sequence once.
+    """Micro-batches of every rank, `result[rank][place]`: together they hold every sequence once.
+
+    Every rank gets the same number of them, since each is a collective where weights are sharded.
 
     Sequences are sorted by length, longest first, so little is padding and the first micro-batch
     shows whether memory is enough. Neighbours in size go to the same place of different ranks, so
@@ -250,10 +266,18 @@ def build_microbatches(
     ordered = sorted(sequences, key=lambda sequence: sequence.num_tokens, reverse=True)
     bins = _fill_bins(ordered, token_budget)
     _even_out(bins, num_ranks)
+    # Again, since halves were added at the end.
     bins.sort(key=lambda members: members[0].num_tokens, reverse=True)
     # Ranks that have nothing at the last place get an empty micro-batch: collectives need them all.
     bins += [[] for _ in range(-len(bins) % num_ranks)]
     has_teacher = any(sequence.teacher_logprobs is not None for sequence in sequences)
+    return _deal(bins, num_ranks, has_teacher)
+
+
+def _deal(
+    bins: Sequence[Sequence[TokenSequence]], num_ranks: int, has_teacher: bool
+) -> list[list[MicroBatch]]:
+    """The bins as micro-batches, `num_ranks` neighbours to each place."""
     ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     for place in range(0, len(bins), num_ranks):
         row = bins[place : place + num_ranks]
@@ -264,6 +288,7 @@ def build_microbatches(
 
 
 def _fill_bins(ordered: Sequence[TokenSequence], token_budget: int) -> list[list[TokenSequence]]:
+    """Longest first, so the first of a bin is what all of it is padded to."""
     bins: list[list[TokenSequence]] = []
     for sequence in ordered:
         if bins and (len(bins[-1]) + 1) * bins[-1][0].num_tokens <= token_budget:
@@ -274,9 +299,11 @@ def _fill_bins(ordered: Sequence[TokenSequence], token_budget: int) -> list[list
 
 
 def _even_out(bins: list[list[TokenSequence]], num_ranks: int) -> None:
-    """Halve the fullest bins until every rank has as many: half a micro-batch on each rank beats a
-    whole one on one.
+    """Halve the fullest bins until every rank has as many.
+
+    Half a micro-batch on each rank takes less time than a whole one on a single rank.
     """
+    # Bins of one sequence can't be halved; where only such are left, some ranks stay empty.
     while bins and len(bins) % num_ranks and max(map(len, bins)) > 1:
         fullest = max(
             bins,
@@ -287,17 +314,8 @@ def _even_out(bins: list[list[TokenSequence]], num_ranks: int) -> None:
 
 
 def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bool) -> MicroBatch:
-    shape = (max(1, len(members)), max((sequence.num_tokens for sequence in members), default=1))
-    input_ids, response_mask = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
-    for row, sequence in enumerate(members):
-        input_ids[row, : sequence.num_tokens] = sequence.token_ids
-        response_mask[row, : sequence.num_tokens] = sequence.response_mask
-
-    def flat(values: Iterable[Any], dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *values]).astype(dtype))
-
     def flat_field(name: str, dtype: type[np.generic]) -> Tensor:
-        return flat((getattr(sequence, name) for sequence in members), dtype)
+        return _flatten((getattr(sequence, name) for sequence in members), dtype)
 
     indices = (np.full(s.num_response_tokens, s.trajectory_index) for s in members)
     teacher = [sequence.teacher_logprobs for sequence in members]
@@ -306,17 +324,36 @@ def _pad(members: Sequence[TokenSequence], max_rank_tokens: int, has_teacher: bo
             "Some sequences of a batch have teacher log-probs and some have none. Score all or "
             "none."
         )
+    input_ids, response_mask = _pad_right(members)
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        response_mask=torch.from_numpy(response_mask),
+        input_ids=input_ids,
+        response_mask=response_mask,
         behavior_logprobs=flat_field("behavior_logprobs", np.float32),
         policy_versions=flat_field("policy_versions", np.int64),
         advantages=flat_field("advantages", np.float32),
-        teacher_logprobs=flat(teacher, np.float32) if has_teacher else None,
-        trajectory_index=flat(indices, np.int64),
+        teacher_logprobs=_flatten(teacher, np.float32) if has_teacher else None,
+        trajectory_index=_flatten(indices, np.int64),
         turn_index=flat_field("turn_index", np.int64),
         max_rank_tokens=max_rank_tokens,
     )
+
+
+def _pad_right(
+    members: Sequence[TokenSequence],
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    num_rows = max(1, len(members))
+    longest = max((sequence.num_tokens for sequence in members), default=1)
+    input_ids = np.zeros((num_rows, longest), np.int64)
+    response_mask = np.zeros((num_rows, longest), np.bool_)
+    for row, sequence in enumerate(members):
+        input_ids[row, : sequence.num_tokens] = sequence.token_ids
+        response_mask[row, : sequence.num_tokens] = sequence.response_mask
+    return torch.from_numpy(input_ids), torch.from_numpy(response_mask)
+
+
+def _flatten(values: Iterable[Any], dtype: type[np.generic]) -> Tensor:
+    """One after another; the empty array in front makes it work, with its type, for none."""
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *values]).astype(dtype))
 
 
 def count_response_tokens(sequences: Iterable[TokenSequence]) -> int:
@@ -329,12 +366,14 @@ def split_by_turn(
     values: Sequence[Float[Array, " N"]],
     num_turns: Sequence[int],
 ) -> list[tuple[Float[Array, " T"], ...]]:
-    """Undo the batching of per-token values: for each trajectory one float32 array per turn, empty
-    where nothing was sampled.
+    """Undo the batching of per-token values: for each trajectory one float32 array per turn.
 
     Args:
         values: for each micro-batch, its N values (a scorer's output).
         num_turns: turns of each trajectory, in the order the sequences were built from.
+
+    Returns:
+        arrays that are empty where nothing was sampled.
     """
     turns = [[np.empty(0, np.float32)] * count for count in num_turns]
     for micro_batch, flat in zip(micro_batches, values, strict=True):
@@ -343,14 +382,22 @@ def split_by_turn(
                 f"{len(flat)} values for {micro_batch.num_response_tokens} sampled tokens of a "
                 "micro-batch."
             )
-        if not len(flat):
-            continue
-        keys = np.stack(
-            [micro_batch.trajectory_index.cpu().numpy(), micro_batch.turn_index.cpu().numpy()]
-        )
-        starts = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
-        for part, start in zip(
-            np.split(np.asarray(flat, np.float32), starts), [0, *starts], strict=True
-        ):
-            turns[keys[0, start]][keys[1, start]] = part
+        for trajectory_index, turn_index, part in _cut_by_turn(micro_batch, flat):
+            turns[trajectory_index][turn_index] = part
     return [tuple(arrays) for arrays in turns]
+
+
+def _cut_by_turn(
+    micro_batch: MicroBatch, flat: Float[Array, " N"]
+) -> Iterator[tuple[int, int, Float[Array, " T"]]]:
+    """(trajectory index, turn index, values) of each turn of a micro-batch."""
+    if not len(flat):
+        return
+    keys = np.stack(
+        [micro_batch.trajectory_index.cpu().numpy(), micro_batch.turn_index.cpu().numpy()]
+    )
+    # A turn is wholly in one sequence, so its values stand together: cut where the key changes.
+    starts = np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
+    parts = np.split(np.asarray(flat, np.float32), starts)
+    for part, start in zip(parts, [0, *starts], strict=True):
+        yield keys[0, start], keys[1, start], part

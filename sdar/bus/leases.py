@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 LEASE_S = 10.0
 _RENEWALS_PER_LEASE = 4
+"""A renewal may be late, or be lost, twice in a row before the lease lapses."""
 _HAND_BACK_S = 5.0
 """Longest wait for the bus to take entries back: a stop must not hang on a Redis that is away."""
 _LARGEST_SEQUENCE = 2**64 - 1
@@ -62,7 +63,7 @@ class Leases:
 
     Args:
         consumer: unique name; a process that starts again under it takes back what it held.
-        lease_s: see `WorkerLimits`. Of no account for a role that only one process may hold.
+        lease_s: see `WorkerLimits`. A role that only one process may hold does not need it.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Leases:
 
     async def begin_again(self, delivery: Delivery) -> Delivery | None:
         """Take an entry back from oneself as the next attempt; None if it is not held any more."""
+        # Renewed first, which shows that it is held: the page below begins with whatever this
+        # consumer holds after the id before.
         if not await self._bus.renew([delivery]):
             return None
         page = await self._take_own(1, _precede(delivery.entry_id))
@@ -154,8 +157,8 @@ class Leases:
             yield
         finally:
             renewing.cancel()
-            # A renewal that failed is no reason to throw finished work away: at worst a peer does
-            # it again.
+            # Awaited, so that no renewal is under way when the caller goes on. One that failed is
+            # no reason to throw finished work away: at worst a peer does it again.
             with contextlib.suppress(asyncio.CancelledError, UnavailableError):
                 await renewing
 
@@ -168,6 +171,7 @@ class Leases:
         if not deliveries:
             return
         try:
+            # Bounded here as well: the bus itself waits out an outage for minutes.
             async with asyncio.timeout(_HAND_BACK_S):
                 await self._bus.hand_back(deliveries)
         except (SdarError, TimeoutError) as error:
@@ -227,6 +231,7 @@ async def wait_for_room(
 def _precede(entry_id: str) -> str:
     """The id right before an entry's: what comes after it begins with that entry."""
     milliseconds, sequence = parse_entry_id(entry_id)
+    # Redis takes only what comes after an id, so the entry itself is reached from the one before.
     if sequence:
         return f"{milliseconds}-{sequence - 1}"
     return f"{milliseconds - 1}-{_LARGEST_SEQUENCE}"

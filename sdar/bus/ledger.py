@@ -42,6 +42,7 @@ def parse_group_number(group_id: str) -> int | None:
     """Inverse of `format_group_id`; None for any other id, such as those of an evaluation."""
     match = _GROUP_ID.fullmatch(group_id)
     number = int(match[1]) if match else MAX_GROUP_NUMBER + 1
+    # Formatted again: a number with more zeros than the run writes is another id, not this group.
     return number if number <= MAX_GROUP_NUMBER and format_group_id(number) == group_id else None
 
 
@@ -52,7 +53,7 @@ class LedgerAccount:
     Attributes:
         num_issued, num_generated: see the module.
         closed: groups by the outcome that closed them.
-        open: group number -> whether its playing is over (buffered) or not (running).
+        open: group number -> whether its playing is over: True is buffered, False running.
         ended: the closed groups and what closed them. `Bus.read_ledger` leaves it out.
     """
 
@@ -63,20 +64,17 @@ class LedgerAccount:
     ended: dict[int, GroupOutcome] = field(default_factory=dict, compare=False, repr=False)
 
     def apply(self, number: int, outcome: GroupOutcome) -> bool:
-        """Book one transition; False, and nothing changed, if it is a repeat, comes after the
-        group's end or before ISSUED.
+        """Book one transition; returns whether it changed anything.
 
-        Whatever closes a running group ends its playing too.
+        A repeat changes nothing, nor does what comes before ISSUED or after the group's end.
+        `redis_scripts.COMMIT` has the same rules in Lua.
         """
-        is_generated = self.open.get(number)
         if outcome is GroupOutcome.ISSUED:
-            if is_generated is not None or number in self.ended:
-                return False
-            self.num_issued += 1
-            self.open[number] = False
-            return True
+            return self._issue(number)
+        is_generated = self.open.get(number)
         if is_generated is None or (is_generated and outcome is GroupOutcome.GENERATED):
             return False
+        # Whatever closes a group that is still running ends its playing too.
         self.num_generated += not is_generated
         if outcome is GroupOutcome.GENERATED:
             self.open[number] = True
@@ -84,6 +82,13 @@ class LedgerAccount:
             del self.open[number]
             self.closed[outcome] += 1
             self.ended[number] = outcome
+        return True
+
+    def _issue(self, number: int) -> bool:
+        if number in self.open or number in self.ended:
+            return False
+        self.num_issued += 1
+        self.open[number] = False
         return True
 
     @property
@@ -109,9 +114,11 @@ class LedgerAccount:
         }
 
     def find_gap(self) -> int:
-        """Groups that one of the two equations misses; 0 unless something wrote to the account past
-        the bus.
+        """Groups that one of the two equations misses.
+
+        It is 0 unless something wrote to the account without the bus.
         """
+        # Absolute values: two errors of opposite sign must not look like none.
         missing_issued = self.num_issued - self.num_running - self.num_generated
         missing_generated = self.num_generated - sum(self.closed.values()) - self.num_buffered
         return abs(missing_issued) + abs(missing_generated)

@@ -47,15 +47,15 @@ BEFORE_FIRST = "0-0"
 """The entry id that every entry comes after."""
 
 SUSPECT_FACTOR = 3
-"""How many times `min_idle_s` a silent consumer that is still connected is waited for: paused is
-not dead.
+"""How many times `min_idle_s` a silent consumer is waited for that is still connected.
+
+It may only be paused, and would come back to find its work given away.
 """
 
 DEAD_LETTERS_MAX_ENTRIES = 10_000
-"""The newest dead letters kept. Each is also an error in the log, so an older one is not the only
-trace of its entry.
-"""
+"""The newest dead letters kept. Older ones go; each was also an error in the log."""
 
+# Redis' ids are two unsigned numbers of 64 bits; any 19 digits fit.
 _ENTRY_ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
 
 
@@ -81,10 +81,8 @@ class BusLimits:
     outage_tolerance_s: float = 180.0
 
     def __post_init__(self) -> None:
-        if (
-            self.max_entries < 1
-            or min(self.publish_timeout_s, self.trim_interval_s, self.outage_tolerance_s) < 0
-        ):
+        times = (self.publish_timeout_s, self.trim_interval_s, self.outage_tolerance_s)
+        if self.max_entries < 1 or min(times) < 0:
             raise ConfigurationError(
                 f"Bus limits {self}: max_entries must be at least 1 and no time negative."
             )
@@ -104,7 +102,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry read without a group."""
+    """One entry read without a consumer group."""
 
     entry_id: str
     payload: bytes
@@ -112,8 +110,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An entry that a group gave up on, with the reason. `letter_id` names it and orders them;
-    `at_s` is Unix time.
+    """An entry that a consumer group gave up on, with the reason.
+
+    Attributes:
+        letter_id: names the letter, and orders letters by age.
+        at_s: Unix time at which it was set aside.
     """
 
     letter_id: str
@@ -128,8 +129,12 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class StreamLag:
-    """How far a group is behind: entries never delivered, entries delivered but not acknowledged,
-    age of the oldest of both.
+    """How far a consumer group is behind.
+
+    Attributes:
+        num_undelivered: entries that no consumer was given.
+        num_pending: entries that were delivered and are not acknowledged.
+        oldest_age_s: age of the oldest of both; 0 without any.
     """
 
     num_undelivered: int
@@ -183,8 +188,9 @@ class Bus(Protocol):
         """
 
     async def claim_role(self, role: ConsumerGroup) -> None:
-        """Be the only process that writes as `role` (learner, gateway) through this bus, until the
-        next one claims it.
+        """Be the only process that writes as `role` (learner, gateway) through this bus.
+
+        That holds until another process claims it, which supersedes this one.
         """
 
     async def read(
@@ -195,8 +201,9 @@ class Bus(Protocol):
         max_count: int,
         block_s: float = 0.0,
     ) -> list[Delivery]:
-        """Up to `max_count` entries new to the group, oldest first; waits up to `block_s` for the
-        first.
+        """Up to `max_count` entries new to the consumer group, oldest first.
+
+        Waits up to `block_s` for the first.
         """
 
     async def reclaim(
@@ -209,8 +216,9 @@ class Bus(Protocol):
         after_id: str = BEFORE_FIRST,
         held_by: str | None = None,
     ) -> list[Delivery]:
-        """Take over pending entries of consumers confirmed dead, oldest first, as another attempt;
-        page with `after_id`.
+        """Take over pending entries of consumers confirmed dead, oldest first, as another attempt.
+
+        `after_id` begins the next page: the id of the last entry of the page before.
 
         An entry that nobody renewed for `min_idle_s` makes its consumer suspect. It is confirmed
         dead when no connection of its name is left at the server, and taken for dead, connected or
@@ -220,24 +228,27 @@ class Bus(Protocol):
         """
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Restart the idle clock of deliveries still being worked on; returns those that this
-        consumer still holds.
+        """Restart the idle clock of deliveries still being worked on.
+
+        Returns those that this consumer still holds.
         """
 
     async def hand_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Give up what this consumer still holds of these: whoever reclaims next gets it, at once,
-        as another attempt.
+        """Give up what this consumer still holds of these.
+
+        Whoever reclaims next gets it, at once, as another attempt.
         """
 
     async def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
-        """The group is done with these entries. Harmless for those that this consumer does not hold
-        any more.
+        """The consumer group is done with these entries.
+
+        Harmless for those that this consumer does not hold any more.
         """
 
     async def dead_letter(
         self, delivery: Delivery, reason: str, transitions: Sequence[LedgerEvent] = ()
     ) -> None:
-        """Set an entry aside with its reason, acknowledge it and book what that means for its
+        """Set an entry aside with its reason, acknowledge it and book what that means for its task
         group, in one transaction.
 
         Raises LeaseLostError if the entry is not held any more.
@@ -257,26 +268,28 @@ class Bus(Protocol):
     async def tail(
         self, stream: Stream, after_id: str, max_count: int, block_s: float = 0.0
     ) -> list[Entry]:
-        """Entries after `after_id` (at first `BEFORE_FIRST` or `newest`), without a group; waits up
-        to `block_s` for one.
+        """Entries after `after_id` (at first `BEFORE_FIRST` or `newest`), to follow a stream.
+
+        Without a consumer group; waits up to `block_s` for one entry.
         """
 
     async def newest(self, stream: Stream) -> Entry | None:
         """The last entry of a stream, None if it is empty."""
 
     async def trim(self) -> int:
-        """Remove entries that every group of their stream has acknowledged; returns how many.
-        Commits do this now and then.
+        """Remove entries that every consumer group of their stream has acknowledged.
+
+        Returns how many. Commits do this now and then.
         """
 
     async def stream_lag(self, stream: Stream, group: ConsumerGroup) -> StreamLag:
-        """How far the group is behind on the stream."""
+        """How far the consumer group is behind on the stream."""
 
     async def read_ledger(self) -> LedgerAccount:
-        """The account of training groups as of one moment."""
+        """The account of training task groups as of one moment."""
 
     async def list_closed(self, outcome: GroupOutcome) -> list[int]:
-        """Numbers of all groups that this outcome closed, ascending."""
+        """Numbers of all task groups that this outcome closed, ascending."""
 
     async def take_snapshot(self) -> bytes:
         """States and account as of one moment, for a checkpoint that must survive the loss of the
@@ -286,8 +299,8 @@ class Bus(Protocol):
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
         """Put a snapshot into a server that has no account yet; returns whether it had none.
 
-        Groups that were open are closed: those in `trained` as TRAINED, all others as CANCELLED,
-        for their entries are lost.
+        Task groups that were open are closed: those in `trained` as TRAINED, all others as
+        CANCELLED, for their entries are lost.
 
         Raises CorruptionError if it cannot be read.
         """
@@ -300,8 +313,9 @@ class Bus(Protocol):
         """
 
     async def retire_versions(self, versions: Collection[int]) -> bool:
-        """Mark all these versions as going to be deleted, unless a reader holds one of them;
-        returns whether they are marked.
+        """Mark all these versions as going to be deleted, unless a reader holds one of them.
+
+        Returns whether they are marked: all of them, or none.
         """
 
     async def memory(self) -> BusMemory:
@@ -317,8 +331,9 @@ class Bus(Protocol):
         """Returns if the server answers."""
 
     async def hurry(self, stopping: asyncio.Event) -> None:
-        """Beside a service's mains: once that is asked to stop, no call waits for long for a server
-        that is away or full.
+        """To be run beside a service's main loops, until `stopping` is set.
+
+        From then on no call waits for long for a server that is away or full.
         """
 
     async def close(self) -> None:
@@ -326,8 +341,9 @@ class Bus(Protocol):
 
 
 class Wiring:
-    """Which groups consume which stream in this run; refuses calls that contradict it. Shared by
-    the implementations.
+    """Which consumer groups read which stream in this run; refuses calls that contradict it.
+
+    The implementations share it.
     """
 
     def __init__(self, consumers: Consumers) -> None:
@@ -335,6 +351,7 @@ class Wiring:
             s: tuple(groups) for s, groups in consumers.items() if groups
         }
         for stream in self.groups:
+            # A broadcast stream keeps its newest entries, whoever has read them or not.
             if stream in BROADCAST_MAX_ENTRIES:
                 raise ConfigurationError(
                     f"Stream {stream} is broadcast and takes no consumer groups, got "
@@ -346,8 +363,8 @@ class Wiring:
             if payloads and stream not in self.groups and stream not in BROADCAST_MAX_ENTRIES:
                 raise ConfigurationError(
                     f"Publishing to {stream}: no group consumes it in this run, so its entries "
-                    "would never leave. "
-                    "Declare its consumers when the bus is built, or do not publish.",
+                    "would never leave. Declare its consumers when the bus is built, or do not "
+                    "publish.",
                     stream=stream,
                 )
 
@@ -355,8 +372,7 @@ class Wiring:
         if transitions and Stream.LEDGER not in self.groups:
             raise ConfigurationError(
                 f"Booking transitions of groups: no group consumes {Stream.LEDGER} in this run, so "
-                "its entries would never "
-                "leave. Declare its consumer when the bus is built.",
+                "its entries would never leave. Declare its consumer when the bus is built.",
                 stream=Stream.LEDGER,
             )
 
@@ -364,9 +380,8 @@ class Wiring:
         if group not in self.groups.get(stream, ()):
             raise ConfigurationError(
                 f"Group {group} does not consume stream {stream} in this run (declared: "
-                f"{self.groups.get(stream, ())}). "
-                "Declare it when the bus is built; undeclared groups are not protected from "
-                "trimming.",
+                f"{self.groups.get(stream, ())}). Declare it when the bus is built; undeclared "
+                "groups are not protected from trimming.",
                 stream=stream,
                 group=group,
             )
@@ -405,8 +420,10 @@ def has_effects(
     transitions: Sequence[LedgerEvent],
     retired_letters: Sequence[str],
 ) -> bool:
-    """Whether a commit does more than acknowledge: then it needs the leases of what it
-    acknowledges.
+    """Whether a commit does more than acknowledge.
+
+    Then it needs the leases of what it acknowledges: an attempt that lost its lease may still say
+    that it is done, but it may bring nothing in.
     """
     return bool(any(publications.values()) or state or transitions or retired_letters)
 
@@ -414,9 +431,8 @@ def has_effects(
 def build_lease_error(delivery: Delivery) -> LeaseLostError:
     return LeaseLostError(
         f"Entry {delivery.entry_id} of {delivery.stream} is no longer lent to {delivery.consumer} "
-        "as attempt "
-        f"{delivery.num_deliveries}: it was given to another one, or finished. Nothing was "
-        "written; drop this work.",
+        f"as attempt {delivery.num_deliveries}: it was given to another one, or finished. Nothing "
+        "was written; drop this work.",
         stream=delivery.stream,
         entry_id=delivery.entry_id,
     )
@@ -438,9 +454,8 @@ def build_role_error(role: ConsumerGroup) -> SupersededError:
 def build_emptied_error(role: ConsumerGroup) -> CorruptionError:
     return CorruptionError(
         f"Redis came back without this run's data: nobody holds the role of {role} there, and this "
-        "process did. Start it "
-        "again: the run goes on from the newest checkpoint. Give Redis a disk and an append-only "
-        "file to keep more.",
+        "process did. Start it again: the run goes on from the newest checkpoint. Give Redis a "
+        "disk and an append-only file to keep more.",
         role=role,
     )
 
@@ -448,7 +463,6 @@ def build_emptied_error(role: ConsumerGroup) -> CorruptionError:
 def format_capacity_message(stream: Stream, num_entries: int, limits: BusLimits) -> str:
     return (
         f"Stream {stream} holds {num_entries} entries its consumers have not finished (max_entries "
-        f"{limits.max_entries}) and "
-        f"made no room in {limits.publish_timeout_s:g} s. Check that its consumers run and keep "
-        "up, or raise the bound."
+        f"{limits.max_entries}) and made no room in {limits.publish_timeout_s:g} s. Check that its "
+        "consumers run and keep up, or raise the bound."
     )

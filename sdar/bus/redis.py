@@ -1,5 +1,4 @@
-"""The bus over Redis Streams, on one Redis (6.2 or newer); it looks into no payload but the
-account's.
+"""The bus over Redis Streams, on one Redis of version 6.2 or newer.
 
 `RedisBus` is the `Bus` of its parts, each of which says how it keeps the protocol's promises:
 `redis_committing`, `redis_consuming`, `redis_trimming` and `redis_account`. They share a
@@ -11,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 from sdar.bus import redis_scripts
 from sdar.bus.ledger import LedgerAccount
@@ -39,7 +38,7 @@ from sdar.contracts.types import GroupOutcome, LedgerEvent
 
 
 class RedisBus:
-    """`Bus` over Redis Streams. Connects at the first call.
+    """`Bus` over Redis Streams. Connects at the first call, and looks into no payload.
 
     Args:
         url: redis://, rediss:// or unix:// address.
@@ -106,9 +105,11 @@ class RedisBus:
         self._session.wiring.check_transitions(transitions)
         letter = (delivery, reason)
         commit = Commit(acknowledgements=[delivery], transitions=transitions, dead_letters=[letter])
+        # Applied without waiting for room: it publishes nothing, and letters have their own bound.
         await self._committing.apply(commit)
 
     async def claim_role(self, role: ConsumerGroup) -> None:
+        # Checked here, for every run has processes that claim a role, once, as they start.
         await self._session.connection.check_eviction()
         request = Request([self._keys.tenure(role)])
         tenure = await self._session.run_script(redis_scripts.CLAIM_ROLE, request)
@@ -150,11 +151,9 @@ class RedisBus:
         key = self._keys.stream(stream)
         deadline = time.monotonic() + block_s
         while True:
+            # One blocking read is shorter than `block_s` may be, see `redis_consuming`.
             block_ms = to_block_ms(deadline - time.monotonic())
-
-            async def read_once(block_ms: int | None = block_ms) -> Any:
-                return await self._client.xread({key: after_id}, count=max_count, block=block_ms)
-
+            read_once = partial(self._client.xread, {key: after_id}, max_count, block_ms)
             reply = await self._run(read_once)
             if reply or time.monotonic() >= deadline:
                 return [
@@ -174,12 +173,14 @@ class RedisBus:
     async def list_dead_letters(
         self, max_count: int = 100, before_id: str | None = None
     ) -> list[DeadLetter]:
+        # The parenthesis excludes that id itself: it ended the page before.
         newest = "+" if before_id is None else f"({check_letter_id(before_id)}"
         key = self._keys.dead_letters()
         reply = await self._run(lambda: self._client.xrevrange(key, max=newest, count=max_count))
         return [parse_dead_letter(letter_id, fields) for letter_id, fields in reply]
 
     async def find_dead_letter(self, letter_id: str) -> DeadLetter | None:
+        # It may come from a user: Redis would answer an id of another form with an error.
         if not is_entry_id(letter_id):
             return None
         key = self._keys.dead_letters()
@@ -222,6 +223,7 @@ class RedisBus:
 
     async def retire_versions(self, versions: Collection[int]) -> bool:
         request = Request([self._keys.versions_in_use(), self._keys.versions_retired()])
+        # In role: a superseded learner must not delete versions of its successor's run.
         self._session.add_roles(request)
         request.add_list([version] for version in versions)
         status, *_ = await self._session.run_in_role(redis_scripts.RETIRE_VERSIONS, request)
@@ -235,9 +237,6 @@ class RedisBus:
         await self._run(lambda: self._client.ping())
 
     async def hurry(self, stopping: asyncio.Event) -> None:
-        """Beside a service's mains: once that is asked to stop, no call waits long for a Redis that
-        is away or full.
-        """
         await self._session.connection.hurry(stopping)
 
     async def close(self) -> None:

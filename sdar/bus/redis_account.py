@@ -40,6 +40,8 @@ class RedisAccount:
         return unpack_numbers(bitmap or b"")
 
     async def take_snapshot(self) -> bytes:
+        # In one script, and in role: a superseded learner must not put its successor's account
+        # into a checkpoint of its own.
         reads = [*self._account_reads(), ("HGETALL", self._session.keys.states())]
         reads += [("GET", self._session.keys.closed_groups(outcome)) for outcome in CLOSING]
         numbers, open_groups, states, *closed = await self._read_together(reads, in_role=True)
@@ -56,6 +58,7 @@ class RedisAccount:
 
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
         restored = decode_snapshot(snapshot)
+        # What was on its way is lost with the server's streams, so nothing is open afterwards.
         restored.close_open_groups(trained)
         account = restored.account
         totals: dict[str, int] = {"issued": account.num_issued, "generated": account.num_generated}
@@ -81,6 +84,7 @@ class RedisAccount:
     async def _read_together(self, reads: Sequence[tuple[str, str]], *, in_role: bool) -> list[Any]:
         """The replies to reading commands of one key each, as of one moment."""
         request = Request([])
+        # The script reads a list of roles in any case.
         if in_role:
             self._session.add_roles(request)
         else:

@@ -33,6 +33,8 @@ from sdar.contracts.errors import CapacityError
 from sdar.contracts.streams import BROADCAST_MAX_ENTRIES, ConsumerGroup, Stream
 from sdar.contracts.types import LedgerEvent
 
+# A stream that is only just full has room again soon; one whose consumers are slow is not asked
+# more than four times a second.
 _FIRST_POLL_S = 0.01
 _MAX_POLL_S = 0.25
 _LEAST_MARK_S = 600.0
@@ -41,8 +43,10 @@ _LEAST_MARK_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What one transaction does, see `Bus.commit`. `dead_letters` are entries with their reasons,
-    and are among the acknowledgements.
+    """What one transaction does, see `Bus.commit`.
+
+    Attributes:
+        dead_letters: entries with their reasons; they are among the acknowledgements.
     """
 
     publications: Publications = field(default_factory=dict)
@@ -85,6 +89,7 @@ class RedisCommitting:
 
     async def apply(self, commit: Commit) -> None:
         """Apply a commit at once, whether there is room or not."""
+        # Redis would refuse an id of another form in the middle of the script.
         for letter_id in commit.retired_letters:
             if not is_entry_id(letter_id):
                 raise build_letter_error(letter_id)
@@ -95,10 +100,12 @@ class RedisCommitting:
             raise build_lease_error(commit.acknowledgements[details[0]])
         if status == b"gone":
             raise build_letter_error(details[0].decode())
+        # Lengths come back with the commit: the next one knows whether there is room.
         self._known_length.update(zip(bounded, details, strict=True))
 
     def _build_request(self, commit: Commit, measured: Sequence[Stream]) -> Request:
         """Keys and arguments in the order of `redis_scripts.COMMIT`, under a new commit's id."""
+        # A retry comes at most one outage later; its mark must still be there.
         mark_s = max(_LEAST_MARK_S, 2 * self._session.limits.outage_tolerance_s)
         request = Request(self._name_keys())
         request.add_list([self._index(request, stream)] for stream in measured)
@@ -118,6 +125,7 @@ class RedisCommitting:
 
     def _name_keys(self) -> list[str]:
         names = self._session.keys
+        # The id of this commit. Retries send the same request, hence the same mark.
         mark = names.commit(secrets.token_hex(8))
         closed = [names.closed_groups(outcome) for outcome in CLOSING]
         account = [names.ledger(), names.open_groups(), names.stream(Stream.LEDGER)]
@@ -137,13 +145,16 @@ class RedisCommitting:
         return [self._index(request, stream), bound, len(payloads), *payloads]
 
     async def _wait_for_room(self, stream: Stream) -> None:
-        """Return when the stream is below its bound; trim it while waiting, for its consumers trim
-        only now and then.
+        """Return when the stream is below its bound.
+
+        Raises:
+            CapacityError: it is still full after `publish_timeout_s`.
         """
         limits = self._session.limits
         poll_s = _FIRST_POLL_S
         deadline = time.monotonic() + limits.publish_timeout_s
         while self._known_length.get(stream, 0) >= limits.max_entries:
+            # Its consumers trim only now and then, so what looks full may only be untrimmed.
             await self._trimming.trim_streams([stream])
             length = await self._measure(stream)
             if length < limits.max_entries:

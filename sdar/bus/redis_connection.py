@@ -4,7 +4,7 @@
   that answers and refuses writes (out of memory or disk, read-only) is waited for without bound.
   redis-py's own retries are off: it nests one around connecting within one around the command, and
   together they have no deadline.
-- Who is asked to stop waits `LEAVE_S` more for either: whatever a process that ends had not written
+- A process that is asked to stop waits `LEAVE_S` more for either. What it had not written by then
   is done again after the next start.
 - Connections are named after run and process. A process without any at the server is dead, unless
   the server or the network was away: then the others may not be back yet. `fetch_witness` therefore
@@ -34,11 +34,17 @@ from sdar.process.text import hide_credentials
 
 log = structlog.get_logger()
 
+_AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, TimeoutError, OSError)
+"""Errors of a server that is not there, or does not answer."""
+
 Command = tuple[Any, ...]
 OnBlocked = Callable[[str], None]
 
 _CONNECT_TIMEOUT_S = 10.0
 _REPLY_TIMEOUT_S = 20.0
+"""Longest silence of a server that is there. It is well above the longest blocking read."""
+# The first retry comes soon, for most interruptions are short; in a lasting one each process asks
+# once a second.
 _FIRST_RETRY_S = 0.05
 _MAX_RETRY_S = 1.0
 _LOG_EVERY_S = 30.0
@@ -97,33 +103,38 @@ class RedisConnection:
         self._next_log_at = 0.0
         self._in_touch_since: float | None = None
         self._leaves_at: float | None = None
+        self.client = self._build_client()
+
+    def _build_client(self) -> redis.Redis:
         try:
-            self.client = redis.Redis.from_url(
-                url,
+            return redis.Redis.from_url(
+                self._url,
+                # Replies as Redis 6 gives them; with protocol 3 redis-py returns other types.
                 protocol=2,
                 redis_connect_func=self._introduce,
                 # redis-py would wait with asyncio.wait_for, which before Python 3.12 can swallow a
                 # cancellation. See run.
                 socket_timeout=None,
                 socket_connect_timeout=_CONNECT_TIMEOUT_S,
-                **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+                # A Unix socket's connection takes no such option.
+                **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError:
             # Without the reason's text: it may quote a password that was taken for a port.
-            place = hide_credentials(url)
             raise ConfigurationError(
-                f"Redis address {place!r} is not usable. Use redis://host:port/0, special "
+                f"Redis address {self._place!r} is not usable. Use redis://host:port/0, special "
                 "characters of a password as %XX."
             ) from None
 
     async def run(self, operation: Callable[[], Awaitable[Any]]) -> Any:
-        """The result of `operation`, repeated until Redis does it. It must be one that may be
-        repeated after a lost reply.
+        """The result of `operation`, which is repeated until Redis does it.
+
+        A reply may be lost after Redis has done it: each must be one that may be repeated.
 
         Raises:
             BusUnavailableError: unreachable for too long, or held up while this process is to end.
-                ConfigurationError: credentials or rights are missing.
+            ConfigurationError: credentials or rights are missing.
         """
         waiting = _Waiting(self._outage_tolerance_s)
         try:
@@ -159,23 +170,20 @@ class RedisConnection:
         # After the list: if the server restarts in between, its age shows it.
         info = await self.run(lambda: _unless_forbidden(self.client.info("server")))
         in_touch_s = time.monotonic() - (self._in_touch_since or time.monotonic())
-        # A server restarted between two operations of this process breaks no operation of it; its
-        # age shows it.
+        # A server that restarts between two operations of this process breaks neither: only its age
+        # shows that the others have had to come back.
         up_s = in_touch_s if info is None else float(info["uptime_in_seconds"])
         names = None if clients is None else frozenset(client["name"] for client in clients)
         return Witness(names, min(in_touch_s, up_s))
 
     async def check_eviction(self) -> None:
-        """Raises ConfigurationError where the server makes room by throwing away what it was
-        given to keep.
-        """
+        """Raises ConfigurationError where the server would throw entries away to make room."""
         info = await self.run(lambda: _unless_forbidden(self.client.info("memory"))) or {}
         policy = info.get("maxmemory_policy", "noeviction")
         if info.get("maxmemory") and policy != "noeviction":
             raise ConfigurationError(
                 f"Redis at {self._place} evicts keys when it is full (maxmemory-policy {policy}): "
-                "a run would lose its groups "
-                "without a word. Set it to noeviction."
+                "a run would lose its groups without a word. Set it to noeviction."
             )
 
     async def hurry(self, stopping: asyncio.Event) -> None:
@@ -194,6 +202,22 @@ class RedisConnection:
 
     def _judge(self, error: Exception, waiting: _Waiting) -> str:
         """Why the operation has to wait; raises where waiting is no help."""
+        # Before outages: redis-py's error for wrong credentials is a ConnectionError too.
+        self._check_rights(error)
+        # No Redis talks like that: something else answers at its address, as a network does that is
+        # still being set up.
+        if isinstance(error, redis_errors.InvalidResponse):
+            error = redis_errors.ConnectionError(f"what answers there is no Redis: {error}")
+        if isinstance(error, _AWAY):
+            return self._judge_outage(error, waiting)
+        if refusal := describe_write_refusal(error):
+            # It answers, so the time of the outage before does not count any more.
+            waiting.end_outage()
+            return f"Redis at {self._place} {refusal}"
+        raise error
+
+    def _check_rights(self, error: Exception) -> None:
+        """Raises ConfigurationError for an error that only another URL or ACL can end."""
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.AuthorizationError):
             raise ConfigurationError(
                 f"Redis refuses the credentials of {self._place}: {error}. Fix its URL."
@@ -202,37 +226,27 @@ class RedisConnection:
             raise ConfigurationError(
                 f"Redis at {self._place} denies its user a command: {error}. Fix its ACL."
             ) from error
-        # No Redis talks like that: something else answers at its address, as a network does that is
-        # still being set up.
-        if isinstance(error, redis_errors.InvalidResponse):
-            error = redis_errors.ConnectionError(f"what answers there is no Redis: {error}")
-        if isinstance(
-            error, redis_errors.ConnectionError | redis_errors.TimeoutError | TimeoutError | OSError
-        ):
-            self._in_touch_since = None
-            problem = (
-                f"{type(error).__name__}: {error}"
-                if str(error)
-                else f"no reply in {_REPLY_TIMEOUT_S:g} s"
-            )
-            if waiting.is_outage_over_tolerance():
-                raise BusUnavailableError(
-                    f"Redis at {self._place} did not answer for {self._outage_tolerance_s:g} s "
-                    f"({problem}). "
-                    "Check that it runs and that SDAR_REDIS_URL names it; nothing acknowledged is "
-                    "lost.",
-                    address=self._place,
-                ) from error
-            return f"Redis at {self._place} does not answer ({problem})."
-        if refusal := describe_write_refusal(error):
-            waiting.end_outage()
-            return f"Redis at {self._place} {refusal}"
-        raise error
+
+    def _judge_outage(self, error: Exception, waiting: _Waiting) -> str:
+        self._in_touch_since = None
+        # asyncio's own timeout says nothing.
+        silence = f"no reply in {_REPLY_TIMEOUT_S:g} s"
+        problem = f"{type(error).__name__}: {error}" if str(error) else silence
+        if waiting.is_outage_over_tolerance():
+            raise BusUnavailableError(
+                f"Redis at {self._place} did not answer for {self._outage_tolerance_s:g} s "
+                f"({problem}). Check that it runs and that SDAR_REDIS_URL names it; nothing "
+                "acknowledged is lost.",
+                address=self._place,
+            ) from error
+        return f"Redis at {self._place} does not answer ({problem})."
 
     def _check_leaving(self, reason: str, waiting: _Waiting) -> None:
-        if self._leaves_at is not None and time.monotonic() >= max(
-            self._leaves_at, waiting.began_at + LEAVE_S
-        ):
+        if self._leaves_at is None:
+            return
+        # A call that begins after the request to stop has the whole time as well: it may be the
+        # commit of what was finished last.
+        if time.monotonic() >= max(self._leaves_at, waiting.began_at + LEAVE_S):
             raise BusUnavailableError(
                 f"{reason} Asked to stop meanwhile; what was not written is done again after the "
                 "next start.",
@@ -240,6 +254,7 @@ class RedisConnection:
             )
 
     def _report(self, waiting: _Waiting, reason: str) -> None:
+        # Several operations may be held up at once; "" is reported when the last one is not.
         was_blocked = bool(self._blocked)
         if reason:
             self._blocked[waiting] = reason
@@ -262,8 +277,9 @@ class RedisConnection:
 
 
 class _Waiting:
-    """One operation that is being repeated: how long Redis has been away for it, and when it tries
-    next.
+    """One operation that is being repeated.
+
+    It knows since when Redis has been away for the operation, and when the next try is due.
     """
 
     def __init__(self, outage_tolerance_s: float) -> None:
@@ -282,6 +298,7 @@ class _Waiting:
         self._give_up_at = None
 
     def next_delay_s(self) -> float:
+        # By chance, so that the processes of a run do not all come back at the same moment.
         delay_s = self._delay_s * random.uniform(0.5, 1.0)
         self._delay_s = min(2 * self._delay_s, _MAX_RETRY_S)
         return delay_s
@@ -299,8 +316,9 @@ def describe_write_refusal(error: Exception) -> str:
 
 
 async def _unless_forbidden(reply: Awaitable[Any]) -> Any:
-    """The reply, None where the server's ACL forbids the command: managed Redis often forbids its
-    administrative ones.
+    """The reply, None where the server's ACL forbids the command.
+
+    Managed Redis often forbids administrative ones.
     """
     try:
         return await reply

@@ -1,4 +1,4 @@
-"""The Lua that Redis runs for the bus: each script alone and whole, on keys that are passed to it.
+"""The Lua scripts that Redis runs for the bus, each of them alone and whole.
 
 Redis checks for memory at a script's first write that needs some. Each script therefore checks
 everything before it writes, and writes first what needs memory: it is applied whole or not at all,
@@ -21,8 +21,9 @@ local function take_number()
 end
 """
 
-# A tenure is the time when the role was claimed, or one more than the last: no two are the same,
-# also when Redis lost its disk in between, and with it the last one.
+# Part of each script that a process with a role runs. A tenure is the time when the role was
+# claimed, or one more than the last: no two are the same, also when Redis lost its disk in between,
+# and with it the last one.
 _ROLES = """
 for _ = 1, take_number() do
     local key, role, tenure = KEYS[take_number()], take(), take()
@@ -32,6 +33,7 @@ for _ = 1, take_number() do
 end
 """
 
+# %.0f: Lua would write so large a number with an exponent, and tenures are compared as text.
 CLAIM_ROLE = """
 local time = redis.call('TIME')
 local last = tonumber(redis.call('GET', KEYS[1]) or '0')
@@ -175,8 +177,8 @@ for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     if info[2] == group then return {{'done', {{}}, info[8]}} end
 end
 """
-"""New entries for the holder of a role; if there are none, the id of the last one that the group
-was given.
+"""New entries for the holder of a role. If there are none, the reply has the id of the last one
+that the consumer group was given.
 """
 
 LIST_UNSEEN = f"""
@@ -211,8 +213,8 @@ for index = 1, take_number() do
 end
 return held
 """
-"""Sets the idle time of entries that are held as the caller says: 0 renews them, a long one hands
-them back.
+"""Sets the idle time of the entries that are still held as the caller describes them: 0 renews
+them, a long one hands them back. Replies with their indices.
 """
 
 FORGET_CONSUMERS = """
@@ -227,10 +229,11 @@ for _, group in ipairs(groups) do
     end
 end
 """
-"""Forgets consumers that hold nothing and have been silent; one that was alive all the same is made
+"""Forgets consumers that hold nothing and have been silent. One that was alive all the same is made
 again by its next read.
 """
 
+# The check and the writes are one script: of two processes that restore, one does.
 RESTORE = f"""
 {_TAKE}
 {_ROLES}
@@ -242,6 +245,8 @@ for _ = 1, take_number() do redis.call('HSET', STATES, take(), take()) end
 return {{'done'}}
 """
 
+# A pin is "expiry version version ...". Pins and retirements are decided in one place, Redis, so a
+# version is either declared in use or deleted, never both.
 PIN_VERSIONS = f"""
 {_TAKE}
 local PINS, RETIRED = KEYS[1], KEYS[2]
@@ -283,7 +288,7 @@ for _, reader in ipairs(expired) do redis.call('HDEL', PINS, reader) end
 return {{'done'}}
 """
 
-# Not a transaction: Redis refuses even the reads of one while it is full.
+# A script instead of MULTI: Redis refuses even the reads of a transaction while it is full.
 READ_TOGETHER = f"""
 {_TAKE}
 {_ROLES}
@@ -293,8 +298,8 @@ return replies
 """
 """The replies to commands of one key each, as of one moment."""
 
-# Redis before 7.0 does not report a group's lag. Counting by pages keeps the server's copy small;
-# the stream is bounded.
+# Redis before 7.0 does not report a consumer group's lag. Counting by pages keeps the server's copy
+# small; the stream is bounded.
 COUNT_AFTER = """
 local start, count = '(' .. ARGV[1], 0
 while true do

@@ -65,16 +65,17 @@ class RedisSession:
 
     async def call_script(self, script: str, request: Request) -> Any:
         """The reply of a script at the first try."""
-        # A registered script is sent by its digest, and whole to a server that does not know it
-        # (any more).
+        # A registered script is sent by its digest; whole only to a server that does not know it,
+        # such as one that was restarted.
         if script not in self._scripts:
             self._scripts[script] = self.client.register_script(script)
         return await self._scripts[script](request.keys, request.arguments)
 
 
 class Request:
-    """Keys and arguments of one script, as its `take` reads them: a list is its length and then its
-    items' arguments.
+    """Keys and arguments of one script, in the order in which its `take` reads them.
+
+    A list is written as its length, and then its items' arguments.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -86,6 +87,7 @@ class Request:
         """The key's index in Lua's KEYS; it is added if it is not there."""
         if key not in self._indices:
             self.keys.append(key)
+            # After the append: Lua counts from 1.
             self._indices[key] = len(self.keys)
         return self._indices[key]
 
@@ -93,6 +95,7 @@ class Request:
         self.arguments += arguments
 
     def add_list(self, items: Iterable[Iterable[Argument]]) -> None:
+        # The length is filled in afterwards: `items` may be a generator.
         at = len(self.arguments)
         num_items = 0
         self.arguments.append(0)
@@ -103,7 +106,11 @@ class Request:
 
 
 def check_roles(reply: list[Any]) -> list[Any]:
-    """The reply, if it is not that a role is lost."""
+    """The reply of a script that checks roles; raises what it says when a role is lost.
+
+    Raises:
+        SupersededError, CorruptionError: see `RedisSession.run_in_role`.
+    """
     if reply[0] == b"superseded":
         raise build_role_error(ConsumerGroup(reply[1].decode()))
     if reply[0] == b"emptied":

@@ -1,13 +1,14 @@
-"""Redis streams kept short: entries that every group has acknowledged go, consumers long gone too.
+"""Keeps Redis streams short: removes entries that every consumer group has acknowledged.
 
-Trimming goes up to the oldest entry that some group has not acknowledged, declared or merely
-existing in Redis. A group that does not exist yet has acknowledged nothing.
+Trimming goes up to the oldest entry that some consumer group has not acknowledged. Groups that this
+run declares count, and so do others that exist in Redis. One that is declared and does not exist
+yet has acknowledged nothing. Consumers that have long been gone are forgotten.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from redis import exceptions as redis_errors
@@ -19,13 +20,14 @@ from sdar.bus.redis_session import RedisSession, Request, decode
 from sdar.contracts.streams import ConsumerGroup, Stream
 
 _FORGET_AFTER_S = 3600.0
-"""Pods come and go under ever new names. A name that holds nothing and was silent for so long is
-forgotten.
+"""A consumer that holds nothing and was silent for so long is forgotten.
+
+Pods come and go under ever new names, and Redis would keep them all.
 """
 
 
 class RedisTrimming:
-    """What a `RedisBus` knows of how far the groups of a stream are."""
+    """What a `RedisBus` knows of how far the consumer groups of a stream are."""
 
     def __init__(self, session: RedisSession) -> None:
         self._session = session
@@ -40,6 +42,7 @@ class RedisTrimming:
             for stream in streams
             if now >= self._next_trim_at.get(stream, 0.0) and stream in self._session.wiring.groups
         ]
+        # Before the trim: commits that come while it is under way need not trim as well.
         for stream in due:
             self._next_trim_at[stream] = now + self._session.limits.trim_interval_s
         await self.trim_streams(due)
@@ -51,7 +54,7 @@ class RedisTrimming:
                 await self._session.run_script(redis_scripts.FORGET_CONSUMERS, request)
 
     async def trim_streams(self, streams: Sequence[Stream]) -> int:
-        """Remove what every group has acknowledged; returns the number of entries."""
+        """Remove what every consumer group has acknowledged; returns the number of entries."""
         floors = {stream: await self._fetch_floor(stream) for stream in streams}
         commands: list[Command] = [
             ("XTRIM", self._session.keys.stream(stream), "MINID", "=", floor)
@@ -61,34 +64,43 @@ class RedisTrimming:
         return sum(await self._session.send(commands))
 
     async def _fetch_floor(self, stream: Stream) -> str | None:
-        """The oldest entry id that some group still needs, None if nothing can be said to be
-        finished.
+        """The oldest entry id that some consumer group still needs.
+
+        None where a declared group does not exist yet: then nothing can be said to be finished.
         """
+        # Groups are read before their pending entries. Whatever is delivered in between only makes
+        # the floor too low.
         groups = await self._fetch_groups(stream)
         if not set(self._session.wiring.groups[stream]) <= groups.keys():
             return None
-        names = [name for name, info in groups.items() if info["pending"]]
-        summaries = await self._session.send(
-            [("XPENDING", self._session.keys.stream(stream), name) for name in names]
-        )
-        # Groups are read before their pending entries. Whatever is delivered in between only makes
-        # the floor too low.
-        oldest_pending = {
-            name: summary["min"]
-            for name, summary in zip(names, summaries, strict=True)
-            if summary["min"]
-        }
+        oldest_pending = await self._fetch_oldest_pending(stream, groups)
         floors = []
         for name, info in groups.items():
-            milliseconds, sequence = parse_entry_id(
-                decode(oldest_pending.get(name, info["last-delivered-id"]))
-            )
-            floors.append((milliseconds, sequence + (name not in oldest_pending)))
+            if name in oldest_pending:
+                floors.append(parse_entry_id(oldest_pending[name]))
+            else:
+                # Everything it was given is acknowledged: it needs what comes after the last.
+                milliseconds, sequence = parse_entry_id(decode(info["last-delivered-id"]))
+                floors.append((milliseconds, sequence + 1))
         milliseconds, sequence = min(floors)
         return f"{milliseconds}-{sequence}"
 
+    async def _fetch_oldest_pending(
+        self, stream: Stream, groups: Mapping[str, dict[str, Any]]
+    ) -> dict[str, str]:
+        """The id of the oldest pending entry, by the name of each consumer group that has any."""
+        names = [name for name, info in groups.items() if info["pending"]]
+        key = self._session.keys.stream(stream)
+        summaries = await self._session.send([("XPENDING", key, name) for name in names])
+        return {
+            name: decode(summary["min"])
+            for name, summary in zip(names, summaries, strict=True)
+            # Acknowledged since the groups were read.
+            if summary["min"]
+        }
+
     async def _fetch_groups(self, stream: Stream) -> dict[str, dict[str, Any]]:
-        """Redis' record of each group of a stream by name; empty if there is no such stream."""
+        """Redis' record of each consumer group of a stream by name; empty without the stream."""
         try:
             reply = await self._session.run(
                 lambda: self._session.client.xinfo_groups(self._session.keys.stream(stream))
@@ -100,17 +112,19 @@ class RedisTrimming:
         return {decode(info["name"]): info for info in reply}
 
     async def stream_lag(self, stream: Stream, group: ConsumerGroup) -> StreamLag:
-        """How far a group is behind, see `Bus.stream_lag`."""
+        """How far a consumer group is behind, see `Bus.stream_lag`."""
         self._session.wiring.check_group(stream, group)
         key = self._session.keys.stream(stream)
         groups = await self._fetch_groups(stream)
         info = groups.get(group, {"last-delivered-id": BEFORE_FIRST, "pending": 0})
         last_delivered = decode(info["last-delivered-id"])
         first_undelivered = ("XRANGE", key, f"({last_delivered}", "+", "COUNT", 1)
+        # Redis' clock, for it gave the entries the times that stand in their ids.
         commands: list[Command] = [("TIME",), first_undelivered]
         commands += [("XPENDING", key, group)] if info["pending"] else []
         (seconds, microseconds), undelivered, *pending = await self._session.send(commands)
         num_undelivered = info.get("lag") if undelivered else 0
+        # Redis before 7.0 has no lag, and later ones do not know it after some deletions.
         if num_undelivered is None:
             request = Request([key])
             request.add(last_delivered)

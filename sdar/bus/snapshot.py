@@ -21,6 +21,16 @@ from sdar.contracts.types import GroupOutcome
 
 _FORMAT = 1
 _MAX_BYTES = 256 << 20
+"""Far beyond any run's snapshot: it holds one bit a closed group and outcome, and small states."""
+_NO_SNAPSHOT = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    binascii.Error,
+)
+"""What decoding raises for bytes that are no snapshot: JSON may nest too deep or hold any type."""
 
 
 def pack_numbers(numbers: Iterable[int]) -> bytes:
@@ -77,18 +87,22 @@ def encode_snapshot(snapshot: BusSnapshot) -> bytes:
     account = snapshot.account
     document = {
         "format": _FORMAT,
-        "states": {
-            name: base64.b64encode(value).decode() for name, value in snapshot.states.items()
-        },
+        "states": _encode_values(snapshot.states.items()),
         "issued": account.num_issued,
         "generated": account.num_generated,
         "open": {str(number): is_generated for number, is_generated in account.open.items()},
-        "closed": {
-            outcome: base64.b64encode(bitmap).decode()
-            for outcome, bitmap in snapshot.pack_closed().items()
-        },
+        "closed": _encode_values(snapshot.pack_closed().items()),
     }
+    # Sorted: the same snapshot has the same bytes, whatever it was built from.
     return json.dumps(document, sort_keys=True).encode()
+
+
+def _encode_values(values: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    return {name: base64.b64encode(value).decode() for name, value in values}
+
+
+def _decode_values(values: dict[str, str]) -> dict[str, bytes]:
+    return {name: base64.b64decode(value, validate=True) for name, value in values.items()}
 
 
 def decode_snapshot(data: bytes) -> BusSnapshot:
@@ -104,14 +118,7 @@ def decode_snapshot(data: bytes) -> BusSnapshot:
         )
     try:
         snapshot = _parse(json.loads(data))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        binascii.Error,
-    ) as error:
+    except _NO_SNAPSHOT as error:
         raise CorruptionError(
             f"Bus snapshot cannot be read: {error!r}. Use another checkpoint."
         ) from error
@@ -125,38 +132,34 @@ def decode_snapshot(data: bytes) -> BusSnapshot:
 def _parse(document: dict[str, Any]) -> BusSnapshot:
     if document["format"] != _FORMAT:
         raise ValueError(f"format {document['format']!r}, expected {_FORMAT}")
-    states = {
-        name: base64.b64decode(value, validate=True) for name, value in document["states"].items()
-    }
+    num_issued = _parse_count(document["issued"])
+    num_generated = _parse_count(document["generated"])
     open_groups = {
         _parse_number(number): is_generated is True
         for number, is_generated in document["open"].items()
     }
-    closed = {
-        GroupOutcome(name): base64.b64decode(value, validate=True)
-        for name, value in document["closed"].items()
-    }
+    closed = _decode_values(document["closed"])
     if closed.keys() != set(CLOSING):
         raise ValueError(f"closed groups by {sorted(closed)}, expected {sorted(CLOSING)}")
-    account = build_account(
-        _parse_count(document["issued"]), _parse_count(document["generated"]), open_groups, closed
-    )
-    if (
-        len(account.ended) != sum(account.closed.values())
-        or account.ended.keys() & open_groups.keys()
-    ):
+    bitmaps = {GroupOutcome(name): bitmap for name, bitmap in closed.items()}
+    account = build_account(num_issued, num_generated, open_groups, bitmaps)
+    # `closed` counts bits, `ended` has each number once: they differ where two bitmaps share one.
+    num_closed = sum(account.closed.values())
+    if len(account.ended) != num_closed or account.ended.keys() & open_groups.keys():
         raise ValueError("a group stands in two places")
-    return BusSnapshot(states, account)
+    return BusSnapshot(_decode_values(document["states"]), account)
 
 
 def _parse_number(text: str) -> int:
     number = int(text)
+    # Beyond it `pack_numbers` would allocate whatever a damaged snapshot asks for.
     if not 0 <= number <= MAX_GROUP_NUMBER:
         raise ValueError(f"group number {text}")
     return number
 
 
 def _parse_count(value: object) -> int:
+    # The type itself: True is an int too.
     if type(value) is not int or value < 0:
         raise ValueError(f"count {value!r}")
     return value

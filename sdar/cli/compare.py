@@ -181,8 +181,7 @@ def _read_summary(trial: Trial) -> dict[str, Any] | None:
     return summary
 
 
-# --- running
-# --------------------------------------------------------------------------------------------------
+# ---- running
 
 
 async def _run_all(trials: Sequence[Trial], jobs: int, view: View) -> None:
@@ -247,8 +246,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-# --- showing
-# --------------------------------------------------------------------------------------------------
+# ---- showing
 
 
 @contextlib.contextmanager
@@ -315,8 +313,7 @@ def _print_json(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
-# --- the table
-# --------------------------------------------------------------------------------------------------
+# ---- the table
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ _SETTINGS_HEADER = """
 ## Environment variables
 
 Where a process listens and what it connects to is not part of a run. `sdar run` sets these
-variables for the processes it starts; containers set them for `sdar serve`.
+variables for the processes it starts; containers set them for `sdar serve`. An environment may have
+a variable of its own, such as the directory of its data ([environments.md](environments.md)).
 
 | variable | default | meaning |
 |---|---|---|

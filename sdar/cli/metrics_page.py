@@ -5,17 +5,21 @@ Dashboards and alerts are checked against `list_services`: they may read no othe
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
+from sdar.contracts.roles import ROLES, Role, RoleSpec
 from sdar.process.gpu_time import GPUS
 from sdar.process.measurements import Counter, Declarations, Figure, Gauge, Measurement
 from sdar.process.telemetry import EVERY_SERVICE
 
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
+_ROOT = Path(__file__).resolve().parents[2]
+_SERVICES = _ROOT / "services"
+PAGE = _ROOT / "docs" / "metrics.md"
 
 _HEADER = """# Metrics
 
@@ -30,6 +34,15 @@ value of a counter there is the total since the process began.
 """
 
 
+_REMARKS: dict[str, str] = {
+    Role.GATEWAY: "The run as a whole; the sections below are about single services.",
+    Role.LEARNER: (
+        "Of rank 0. A value that was not measured yet, or that the method has not, is NaN."
+    ),
+    Role.ENVS: "Of any environment server, `sdar env serve` included.",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """One part of the page: what a service measures, in the order of its declaration."""
@@ -42,37 +55,27 @@ class Service:
 
 def list_services() -> list[Service]:
     """What each service measures; the first is what all of them do."""
-    # Here, so that nobody else who imports this module waits for the services.
-    from sdar.environments.measurements import ENVIRONMENTS
+    # Here, so that nobody else who imports this module waits for it.
     from services.envs.search.batching import RETRIEVER
-    from services.gateway.metrics import GATEWAY
-    from services.gateway.scaling.metrics import SCALING
-    from services.learner.metrics import LEARNER
-    from services.rollout.metrics import ROLLOUT
-    from services.teacher.metrics import TEACHER
 
     of_process = (*_list_process_metrics(), *EVERY_SERVICE.measurements)
     return [
         Service("Every service", "", of_process),
-        build_service(
-            "`gateway`",
-            "The run as a whole; the sections below are about single services.",
-            GATEWAY,
-            SCALING,
-        ),
-        build_service("`rollout`", "", ROLLOUT, GPUS),
-        build_service("`teacher`", "", TEACHER, GPUS),
-        build_service(
-            "`learner`",
-            "Of rank 0. A value that was not measured yet, or that the method has not, is NaN.",
-            LEARNER,
-            GPUS,
-        ),
-        build_service(
-            "`envs`", "Of any environment server, `sdar env serve` included.", ENVIRONMENTS
-        ),
+        *map(_build_role, ROLES.values()),
         build_service("`retriever`", "Of `sdar retriever`, where Search-QA has one.", RETRIEVER),
     ]
+
+
+def _build_role(row: RoleSpec) -> Service:
+    """The part of the page about a service: what the modules `metrics` of its folder declare."""
+    declared: list[Declarations] = []
+    for path in sorted((_SERVICES / row.name).rglob("metrics.py")):
+        name = ".".join(path.relative_to(_SERVICES.parent).with_suffix("").parts)
+        found = vars(importlib.import_module(name)).values()
+        declared += [value for value in found if isinstance(value, Declarations)]
+    if row.may_hold_gpus:
+        declared.append(GPUS)
+    return build_service(f"`{row.name}`", _REMARKS.get(row.name, ""), *declared)
 
 
 def build_service(title: str, text: str, *declarations: Declarations) -> Service:

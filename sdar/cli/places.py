@@ -122,7 +122,8 @@ def takes_place(verb: Callable[..., None]) -> Callable[..., None]:
         for name, (kind, default) in _OPTIONS.items()
     ]
     keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    call.__signature__ = signature.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
+    shown = signature.replace(parameters=[*keyword_only, *added])
+    call.__signature__ = shown  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
     return call
 

@@ -185,8 +185,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-# --- the page
-# --------------------------------------------------------------------------------------------------
+# ---- the page
 
 
 def _render(
@@ -247,8 +246,8 @@ def _render_tiles(summary: dict[str, Any]) -> str:
         ),
     ]
     cells = [
-        "<div "
-        f"class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
+        f"<div class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong>"
+        f"<span>{escape(note)}</span></div>"
         for label, value, note in tiles
     ]
     return f"<div class=tiles>{''.join(cells)}</div>"

@@ -166,8 +166,7 @@ class _Session:
     def wall_s(self) -> float:
         return self._earlier_s + time.monotonic() - self._began
 
-    # --- up
-    # ----------------------------------------------------------------------------------------------
+    # ---- up
 
     def _start(self) -> None:
         self.directory.write_json(self.directory.gateway, {"address": self.address})
@@ -213,8 +212,7 @@ class _Session:
         service.security = self._security if is_probed_by_http else OPEN
         self.fleet.add(service)
 
-    # --- watching
-    # ----------------------------------------------------------------------------------------------
+    # ---- watching
 
     def _watch(self) -> dict[str, Any]:
         """Keep everything up until the run is over; returns its status then."""
@@ -257,8 +255,7 @@ class _Session:
             return None
         return dict(status) if status["policy_version"] >= 0 else None
 
-    # --- down
-    # ----------------------------------------------------------------------------------------------
+    # ---- down
 
     def _drain(self) -> dict[str, Any] | None:
         """Stop issuing, let running episodes end, then stop the services in the order of the data's

@@ -14,10 +14,11 @@ own bytes, bit for bit. It never does I/O.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -69,6 +70,7 @@ MAX_PROMPT_TOKENS = 1 << 26
 
 
 def _wire_enum(members: type[E], wire: Any, prefix: str) -> tuple[dict[E, Any], dict[int, E]]:
+    # On the wire a value's name begins with its enumeration's: PURPOSE_TRAIN for Purpose.TRAIN.
     to_wire = {member: int(wire.Value(f"{prefix}_{member.name}")) for member in members}
     return to_wire, {value: member for member, value in to_wire.items()}
 
@@ -107,18 +109,19 @@ def _checked(to_proto: Callable[[T], M]) -> Callable[[T], M]:
         except (ValueError, TypeError, OverflowError) as error:
             raise ContractError(
                 f"{type(value).__name__} cannot be written: {error}. Pass valid Unicode text and "
-                "numbers in the range that "
-                "proto/sdar/v1 gives."
+                "numbers in the range that proto/sdar/v1 gives."
             ) from error
 
     return checked
 
 
-def _in(
-    where: str, error: ContractError | CorruptionError, **fields: object
-) -> ContractError | CorruptionError:
-    """The same error, with the place where it was found in front of its message."""
-    return type(error)(f"{where}: {error.message}", **{**error.fields, **fields})
+@contextlib.contextmanager
+def _name_place(where: str, **fields: object) -> Iterator[None]:
+    """Raise what the block raises with the place in front of its message."""
+    try:
+        yield
+    except (ContractError, CorruptionError) as error:
+        raise type(error)(f"{where}: {error.message}", **{**error.fields, **fields}) from error
 
 
 def _require(message: Any, kind: str, *fields: str) -> None:
@@ -134,6 +137,7 @@ def _pack(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> bytes:
 
 def _unpack(data: bytes, dtype: np.dtype[Any], where: str, field: str) -> Any:
     """Map packed bytes as an array, without a copy."""
+    # Token ids and log-probs alike take four bytes each.
     if len(data) % 4:
         raise CorruptionError(
             f"{where}: {field} holds {len(data)} bytes, not a multiple of 4. The entry was cut or "
@@ -259,8 +263,10 @@ def chat_messages_from_proto(
 
 def _count_shared_prefix(history: bytes, prompt: bytes) -> int:
     """Number of leading tokens that two packed sequences have in common."""
+    # The usual case: the prompt goes on where the previous turn ended.
     if prompt.startswith(history):
         return len(history) // 4
+    # As numbers, not bytes: the first byte that differs may lie within a token.
     size = min(len(history), len(prompt))
     differs = np.frombuffer(history[:size], _WIRE_INT32) != np.frombuffer(
         prompt[:size], _WIRE_INT32
@@ -274,9 +280,8 @@ def _check_extension(
     if extends_previous and (turn_index == 0 or num_shared != num_history):
         raise ContractError(
             f"Turn {turn_index} says that it extends the previous one, but shares {num_shared} of "
-            f"its {num_history} tokens. "
-            "Set extends_previous only if the prompt begins with the previous prompt and response, "
-            "token by token.",
+            f"its {num_history} tokens. Set extends_previous only if the prompt begins with the "
+            "previous prompt and response, token by token.",
             turn_index=turn_index,
         )
 
@@ -286,12 +291,14 @@ def _versions_to_spans(versions: PolicyVersions) -> list[trajectory_pb2.PolicyVe
     if not len(versions):
         return []
     packed = versions.tobytes()
+    # One version: its four bytes again and again.
     if packed == packed[:4] * len(versions):
         return [
             trajectory_pb2.PolicyVersionSpan(
                 policy_version=versions.item(0), num_tokens=len(versions)
             )
         ]
+    # A span begins at 0 and wherever a version differs from the one before it.
     bounds = [0, *(np.flatnonzero(versions[1:] != versions[:-1]) + 1).tolist(), len(versions)]
     return [
         trajectory_pb2.PolicyVersionSpan(
@@ -311,6 +318,7 @@ def _versions_from_spans(spans: Any, num_tokens: int, turn_index: int) -> Policy
             "tokens. Spans hold at least one token each and sum to the response.",
             turn_index=turn_index,
         )
+    # Bytes make a read-only array at once, which is what a Turn keeps.
     if len(versions) == 1:
         return np.frombuffer(
             versions[0].to_bytes(4, sys.byteorder, signed=True) * num_tokens, np.int32
@@ -343,12 +351,11 @@ def _turn_to_proto(
 
 
 def _turns_to_proto(turns: Iterable[Turn]) -> list[trajectory_pb2.Turn]:
-    messages, history = [], b""
+    messages: list[trajectory_pb2.Turn] = []
+    history = b""
     for turn in turns:
-        prompt, response = (
-            _pack(turn.prompt_token_ids, _WIRE_INT32),
-            _pack(turn.response_token_ids, _WIRE_INT32),
-        )
+        prompt = _pack(turn.prompt_token_ids, _WIRE_INT32)
+        response = _pack(turn.response_token_ids, _WIRE_INT32)
         messages.append(_turn_to_proto(turn, prompt, response, history))
         history = prompt + response
     return messages
@@ -356,12 +363,12 @@ def _turns_to_proto(turns: Iterable[Turn]) -> list[trajectory_pb2.Turn]:
 
 def _prompt_from_proto(message: trajectory_pb2.Turn, history: bytes, turn_index: int) -> bytes:
     """Undo the delta code; packed."""
-    num_shared, num_history = message.num_prefix_tokens, len(history) // 4
+    num_shared = message.num_prefix_tokens
+    num_history = len(history) // 4
     if num_shared > num_history:
         raise ContractError(
             f"Turn {turn_index}: num_prefix_tokens {num_shared} with {num_history} tokens before "
-            "it. "
-            "A prompt can share no more than the previous turn's prompt and response.",
+            "it. A prompt can share no more than the previous turn's prompt and response.",
             turn_index=turn_index,
         )
     _check_extension(turn_index, message.extends_previous, num_shared, num_history)
@@ -393,12 +400,11 @@ def _turn_from_proto(
 def _turns_from_proto(messages: Iterable[trajectory_pb2.Turn]) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     new_tokens: list[bytes] = []
-    history, num_prompt_bytes = b"", 0
+    history = b""
+    num_prompt_bytes = 0
     for index, message in enumerate(messages):
-        prompt, response = (
-            _prompt_from_proto(message, history, index),
-            message.packed_response_token_ids,
-        )
+        prompt = _prompt_from_proto(message, history, index)
+        response = message.packed_response_token_ids
         num_prompt_bytes += len(prompt)
         if num_prompt_bytes > 4 * MAX_PROMPT_TOKENS:
             raise ContractError(
@@ -408,11 +414,17 @@ def _turns_from_proto(messages: Iterable[trajectory_pb2.Turn]) -> tuple[Turn, ..
         turns.append(_turn_from_proto(message, prompt, response, index))
         new_tokens += (message.packed_prompt_suffix, response)
         history = prompt + response
-    if (np.frombuffer(b"".join(new_tokens), _WIRE_INT32) < 0).any():
+    # Once over what each turn added: the prompts repeat the earlier tokens.
+    _check_token_ids(b"".join(new_tokens))
+    return tuple(turns)
+
+
+def _check_token_ids(packed: bytes) -> None:
+    # The domain reads the wire's uint32 as int32, where an id of 2^31 or more is negative.
+    if (np.frombuffer(packed, _WIRE_INT32) < 0).any():
         raise ContractError(
             "A turn holds a token id of 2^31 or more. Token ids index the model's vocabulary."
         )
-    return tuple(turns)
 
 
 # ---- trajectories
@@ -427,28 +439,27 @@ def model_from_proto(message: trajectory_pb2.ModelIdentity) -> ModelIdentity:
     return ModelIdentity(message.name, message.fingerprint)
 
 
+def _environment_to_proto(
+    environment: EnvironmentIdentity,
+) -> trajectory_pb2.EnvironmentIdentity:
+    return trajectory_pb2.EnvironmentIdentity(name=environment.name, version=environment.version)
+
+
 @_checked
 def trajectory_to_proto(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
-    try:
+    trajectory_id = trajectory.trajectory_id
+    with _name_place(f"Trajectory {trajectory_id!r}", trajectory_id=trajectory_id):
         turns = _turns_to_proto(trajectory.turns)
-    except ContractError as error:
-        raise _in(
-            f"Trajectory {trajectory.trajectory_id!r}",
-            error,
-            trajectory_id=trajectory.trajectory_id,
-        ) from error
     return trajectory_pb2.Trajectory(
         run_id=trajectory.run_id,
         group_id=trajectory.group_id,
-        trajectory_id=trajectory.trajectory_id,
+        trajectory_id=trajectory_id,
         attempt=trajectory.attempt,
         episode_index=trajectory.episode_index,
         group_size=trajectory.group_size,
         task=task_to_proto(trajectory.task),
         purpose=_PURPOSE[trajectory.purpose],
-        environment=trajectory_pb2.EnvironmentIdentity(
-            name=trajectory.environment.name, version=trajectory.environment.version
-        ),
+        environment=_environment_to_proto(trajectory.environment),
         model=model_to_proto(trajectory.model),
         sampling=sampling_to_proto(trajectory.sampling),
         turns=turns,
@@ -462,10 +473,8 @@ def trajectory_to_proto(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
 def trajectory_from_proto(message: trajectory_pb2.Trajectory) -> Trajectory:
     kind = f"Trajectory {message.trajectory_id!r}"
     _require(message, kind, "task", "environment", "model", "sampling")
-    try:
+    with _name_place(kind, trajectory_id=message.trajectory_id):
         turns = _turns_from_proto(message.turns)
-    except (ContractError, CorruptionError) as error:
-        raise _in(kind, error, trajectory_id=message.trajectory_id) from error
     return Trajectory(
         run_id=message.run_id,
         group_id=message.group_id,
@@ -507,10 +516,8 @@ def teacher_score_from_proto(message: trajectory_pb2.TeacherScore) -> TeacherSco
         trajectory_id=message.trajectory_id,
         teacher_version=message.teacher_version,
         turn_logprobs=tuple(
-            [
-                _unpack(packed, _WIRE_FLOAT32, where, "packed_turn_logprobs")
-                for packed in message.packed_turn_logprobs
-            ]
+            _unpack(packed, _WIRE_FLOAT32, where, "packed_turn_logprobs")
+            for packed in message.packed_turn_logprobs
         ),
         skill_ids=tuple(message.skill_ids),
         num_specific_skills=message.num_specific_skills,
@@ -539,23 +546,35 @@ def scored_trajectory_from_proto(message: trajectory_pb2.ScoredTrajectory) -> Sc
 # ---- weights, metrics
 
 
+def _tensor_to_proto(entry: TensorEntry) -> policy_pb2.TensorEntry:
+    return policy_pb2.TensorEntry(
+        name=entry.name,
+        dtype=entry.dtype,
+        shape=entry.shape,
+        shard=entry.shard,
+        sha256=entry.sha256,
+        is_delta=entry.is_delta,
+    )
+
+
+def _tensor_from_proto(message: policy_pb2.TensorEntry) -> TensorEntry:
+    return TensorEntry(
+        name=message.name,
+        dtype=message.dtype,
+        shape=tuple(message.shape),
+        shard=message.shard,
+        sha256=message.sha256,
+        is_delta=message.is_delta,
+    )
+
+
 @_checked
 def weights_manifest_to_proto(manifest: WeightsManifest) -> policy_pb2.WeightsManifest:
     return policy_pb2.WeightsManifest(
         run_id=manifest.run_id,
         policy_version=manifest.policy_version,
         path=manifest.path,
-        tensors=[
-            policy_pb2.TensorEntry(
-                name=entry.name,
-                dtype=entry.dtype,
-                shape=entry.shape,
-                shard=entry.shard,
-                sha256=entry.sha256,
-                is_delta=entry.is_delta,
-            )
-            for entry in manifest.tensors
-        ],
+        tensors=[_tensor_to_proto(entry) for entry in manifest.tensors],
         size_bytes=manifest.size_bytes,
         model=model_to_proto(manifest.model),
         created_at_s=manifest.created_at_s,
@@ -570,21 +589,12 @@ def weights_manifest_from_proto(message: policy_pb2.WeightsManifest) -> WeightsM
         run_id=message.run_id,
         policy_version=message.policy_version,
         path=message.path,
-        tensors=tuple(
-            TensorEntry(
-                entry.name,
-                entry.dtype,
-                tuple(entry.shape),
-                entry.shard,
-                entry.sha256,
-                entry.is_delta,
-            )
-            for entry in message.tensors
-        ),
+        tensors=tuple(map(_tensor_from_proto, message.tensors)),
         size_bytes=message.size_bytes,
         model=model_from_proto(message.model),
         created_at_s=message.created_at_s,
         num_updates=message.num_updates,
+        # Unset is not 0, which is a version like any other.
         base_version=message.base_version if message.HasField("base_version") else None,
     )
 
@@ -649,6 +659,7 @@ def skill_event_from_proto(message: teacher_pb2.SkillEvent) -> SkillChoice | Ski
 
 def _encode(message: Any) -> bytes:
     try:
+        # Deterministic, since a map's fields are otherwise written in any order.
         data: bytes = message.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:  # Over protobuf's 2 GiB, mostly.
         raise ContractError(
@@ -658,18 +669,17 @@ def _encode(message: Any) -> bytes:
 
 
 def _decode(data: bytes, kind: Any, from_proto: Callable[[Any], T], stream: Stream) -> T:
+    name = kind.DESCRIPTOR.name
     try:
-        return from_proto(kind.FromString(data))
+        message = kind.FromString(data)
     except DecodeError as error:
         raise CorruptionError(
-            f"Stream {stream.value}: {len(data)} bytes are no {kind.DESCRIPTOR.name} ({error}). "
+            f"Stream {stream.value}: {len(data)} bytes are no {name} ({error}). "
             "Find what else writes to this stream, or which version of it.",
             stream=stream.value,
         ) from error
-    except (ContractError, CorruptionError) as error:
-        raise _in(
-            f"Stream {stream.value}, {kind.DESCRIPTOR.name}", error, stream=stream.value
-        ) from error
+    with _name_place(f"Stream {stream.value}, {name}", stream=stream.value):
+        return from_proto(message)
 
 
 def encode_task_group(group: TaskGroup) -> bytes:

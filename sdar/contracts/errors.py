@@ -42,14 +42,14 @@ class SdarError(Exception):
     def __init__(self, message: str, **fields: object) -> None:
         super().__init__(message)
         self.message = message
+        # As texts: what a caller in another process gets is what one in this process gets.
         self.fields = {name: str(value) for name, value in fields.items()}
 
     @property
     def reason(self) -> str:
-        """Stable upper-snake name of the error's class, as sent on the wire (`StaleError` ->
-        `STALE`).
-        """
+        """Name of the error's class on the wire: `LEASE_LOST` for `LeaseLostError`."""
         name = type(self).__name__.removesuffix("Error")
+        # An underscore before each capital but the first.
         return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
 
 
@@ -85,9 +85,7 @@ class ConflictError(RefusedError):
 
 
 class LeaseLostError(ConflictError):
-    """Work that was given to somebody else meanwhile; nothing of it was published. Drop it and go
-    on.
-    """
+    """Another consumer has the work now, and nothing of ours was published. Drop it and go on."""
 
 
 class SupersededError(ConflictError):
@@ -131,6 +129,7 @@ class CorruptionError(SdarError):
 
 
 class EngineFailedError(SdarError):
-    """The sampler died or holds weights of no version. Not UnavailableError: repeating the call
-    cannot help.
+    """The sampler died or holds weights of no version.
+
+    It is no UnavailableError, since repeating the call cannot help.
     """

@@ -102,8 +102,9 @@ class Method:
 
     @property
     def learns_without_advantage(self) -> bool:
-        """Whether a group whose episodes all scored the same still teaches something; if not it may
-        be skipped.
+        """Whether a task group whose episodes all scored the same still teaches something.
+
+        Where it does not, the learner may skip the group.
         """
         return any(TERM_FACTS[term].is_distillation for term in self.terms)
 
@@ -118,6 +119,7 @@ class Method:
         return self.needs_teacher or self.student_sees_skills
 
 
+# What the methods share that train by advantages. OPSD has no policy term: it distils alone.
 _GRPO = ("policy", "kl", "entropy")
 
 METHODS: dict[str, Method] = {
@@ -144,5 +146,6 @@ def get_method(name: str) -> Method:
 
 def needs_reference(settings: LossSettings) -> bool:
     """Whether a term is evaluated that reads the frozen reference."""
+    # A term of coefficient 0 is not evaluated, so the learner need not load a second model for it.
     terms = [TERM_FACTS[name] for name in get_method(settings.name).terms]
     return any(term.reads_reference and term.coefficient(settings) > 0 for term in terms)

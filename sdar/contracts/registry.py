@@ -31,6 +31,7 @@ def list_entries(package: str) -> tuple[str, ...]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ContractError(f"There is no package {package} to list. Check the installation.")
+    # Reads the folder and imports no entry: some need torch.
     modules = pkgutil.iter_modules(spec.submodule_search_locations)
     return tuple(sorted(module.name for module in modules))
 
@@ -91,4 +92,5 @@ class Registry(Generic[Entry]):
                     f"{self._package}.{name} registers no {self._kind} named {name!r}. "
                     "Register it there under the module's own name."
                 )
+        # Last: after a module that could not be imported, the next look-up fails in the same way.
         self._is_loaded = True

@@ -7,6 +7,7 @@ rows by tests/unit/test_roles.py, which names each part that a role lacks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -68,7 +69,7 @@ class Libraries(StrEnum):
 
 
 class Signal(StrEnum):
-    """What the number of a role's replicas follows."""
+    """What the number of a role's replicas is derived from."""
 
     NONE = "none"
     """Nothing: the number is fixed."""
@@ -88,12 +89,14 @@ class RoleSpec:
         name: of its folder in services/, its image, its workload and its consumer group; no dash.
         presence: which runs have it.
         reads: streams from which it takes entries, as the consumer group of its name.
+        reads_unscored: the same in runs whose method scores no trajectories; None for no
+            difference.
         reports: its processes publish MetricRecords, so the gateway knows which of them live.
         listens: servers it has; the first of HTTP and PROBE is where it is probed and scraped.
         calls: roles whose gRPC it calls; their address is the setting `<role>_address`.
         is_sole: only one process at a time may hold the role.
         drains: it lets episodes end after SIGTERM, for the setting drain_s.
-        signal: what its number of replicas follows.
+        signal: what its number of replicas is derived from.
         copies: key of the run that says how many processes `sdar run` starts; empty for one.
         model: what of the model it reads.
         libraries: whose switches its process needs.
@@ -104,6 +107,7 @@ class RoleSpec:
     name: str
     presence: Presence = Presence.ALWAYS
     reads: tuple[Stream, ...] = ()
+    reads_unscored: tuple[Stream, ...] | None = None
     reports: bool = False
     listens: tuple[Port, ...] = (Port.PROBE, Port.GRPC)
     calls: tuple[Role, ...] = ()
@@ -123,8 +127,14 @@ class RoleSpec:
 
     @property
     def uses_bus(self) -> bool:
-        """Whether it talks to Redis; who does not never sees a group, so it traces none either."""
+        """Whether it connects to Redis. A role without Redis sees no task group and traces none."""
         return bool(self.reads)
+
+    def list_inputs(self, *, is_scored: bool) -> tuple[Stream, ...]:
+        """Streams that it takes entries from in a run whose trajectories are scored, or not."""
+        if is_scored or self.reads_unscored is None:
+            return self.reads
+        return self.reads_unscored
 
     @property
     def may_hold_gpus(self) -> bool:
@@ -133,7 +143,7 @@ class RoleSpec:
 
     @property
     def sleeps(self) -> bool:
-        """Whether the idle guard takes its replicas to zero: what may hold a GPU costs the most."""
+        """Whether the idle guard takes its replicas to zero, since an idle GPU costs the most."""
         return self.may_hold_gpus
 
     @property
@@ -150,6 +160,8 @@ _BOUNDS = (
     "training.group_size",
 )
 
+# `config_keys` decide which pods an upgrade restarts: a service that reads a key which its row
+# lacks goes on with the old value.
 _ROWS = (
     RoleSpec(
         name=Role.GATEWAY,
@@ -166,6 +178,7 @@ _ROWS = (
             "method",
             "training",
             "evaluation",
+            # It issues no more groups than workers can play, each stamped with its sampling.
             "rollout.max_concurrent_episodes",
             "rollout.max_response_tokens",
             "rollout.temperature",
@@ -199,6 +212,7 @@ _ROWS = (
         name=Role.TEACHER,
         presence=Presence.WITH_TEACHER,
         reads=(Stream.TRAJECTORIES,),
+        reads_unscored=(),
         reports=True,
         signal=Signal.SCORES_WAIT,
         model=ModelUse.WEIGHTS,
@@ -210,6 +224,7 @@ _ROWS = (
             "environment.name",
             "method.name",
             "teacher",
+            # A teacher that scores by vLLM sizes its engine as a rollout does.
             "rollout.kv_cache_gib",
             "rollout.gpu_memory_utilization",
             "training.logprob_chunk_tokens",
@@ -225,8 +240,9 @@ _ROWS = (
     ),
     RoleSpec(
         name=Role.LEARNER,
-        # Where no teacher scores trajectories, the learner reads them itself.
-        reads=(Stream.SCORED, Stream.TRAJECTORIES),
+        reads=(Stream.SCORED,),
+        # Nobody stands between it and the rollout then.
+        reads_unscored=(Stream.TRAJECTORIES,),
         reports=True,
         listens=(Port.PROBE,),
         is_sole=True,
@@ -260,7 +276,9 @@ SLEEPING = tuple(role for role, row in ROLES.items() if row.sleeps)
 SCALABLE = tuple(role for role, row in ROLES.items() if row.is_scalable)
 """What a scaling file may name."""
 
-CALLED = tuple(role for role in ROLES if any(role in row.calls for row in ROLES.values()))
+_CALLED = frozenset(itertools.chain.from_iterable(row.calls for row in _ROWS))
+
+CALLED = tuple(role for role in ROLES if role in _CALLED)
 """Roles whose gRPC others call, so that their address has to be known before they start."""
 
 

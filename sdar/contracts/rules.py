@@ -46,6 +46,7 @@ class Combination:
     def holds(self, read: Read) -> bool:
         if read(self.key) != self.value:
             return True
+        # "requires" holds where the value is one of those, "excludes" where it is not.
         return (read(self.other) in self.values) == (self.relation == "requires")
 
 
@@ -114,6 +115,7 @@ def find_broken(read: Read) -> list[str]:
 
 def _describe(rule: Rule, read: Read) -> str:
     sentence = rule.sentence
+    # Not by str.format, which takes the point in a key for an attribute.
     for key in (rule.key, rule.other):
         sentence = sentence.replace(f"{{{key}}}", f"{key} {read(key)}")
     return sentence

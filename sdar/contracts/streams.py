@@ -42,6 +42,7 @@ BROADCAST_MAX_ENTRIES: dict[Stream, int] = {
 class RunKeys:
     """All Redis keys of one run."""
 
+    # In every key, so that runs can share a Redis and one of them can be deleted by its prefix.
     run_id: str
 
     def stream(self, stream: Stream) -> str:
@@ -51,9 +52,7 @@ class RunKeys:
         return f"sdar:{self.run_id}:dead_letters"
 
     def states(self) -> str:
-        """Hash of the services' small durable states by name (the gateway's scheduler cursor, for
-        one).
-        """
+        """Hash of the services' small durable states by name, such as the scheduler's cursor."""
         return f"sdar:{self.run_id}:states"
 
     def ledger(self) -> str:

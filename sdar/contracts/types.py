@@ -29,13 +29,15 @@ def _as_array(value: Any, dtype: type[np.generic]) -> npt.NDArray[Any]:
             f"Expected a flat array of {np.dtype(dtype).name}, got shape {array.shape}. Flatten it "
             "first."
         )
+    # Records are shared between tasks and threads, so nobody may write into one.
     array.setflags(write=False)
     return array
 
 
 class _ArrayEq:
-    """Equality by value for dataclasses that hold arrays (the generated one would ask an array for
-    its truth).
+    """Equality by value for dataclasses that hold arrays.
+
+    The generated method would ask an array whether it is true, which numpy refuses.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -44,6 +46,7 @@ class _ArrayEq:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, np.ndarray):
+                # A NaN equals a NaN here: what was encoded and decoded again must compare equal.
                 if not np.array_equal(mine, theirs, equal_nan=mine.dtype.kind == "f"):
                     return False
             elif mine != theirs:
@@ -75,8 +78,10 @@ class EpisodeEnd(StrEnum):
 
 
 class GroupOutcome(StrEnum):
-    """What became of a task group. `ISSUED` opens its account, `GENERATED` ends its playing, all
-    others close it, once.
+    """What became of a task group.
+
+    `ISSUED` opens its account and `GENERATED` ends its playing. Each of the others closes the
+    account, which happens once.
     """
 
     ISSUED = "issued"
@@ -114,8 +119,9 @@ class EnvironmentIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model sampled: its name and a hash over its configuration and tokenizer (not its
-    weights, which have versions).
+    """Which model sampled: its name and a hash over its configuration and tokenizer files.
+
+    The weights are not part of it, since they have versions.
     """
 
     name: str
@@ -124,8 +130,9 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem of an environment. `description` is the task's own sentence; skill retrieval
-    reads nothing else.
+    """One problem of an environment.
+
+    `description` is the task's own sentence, and all that skill retrieval reads of a task.
     """
 
     environment: str
@@ -138,8 +145,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskGroup:
-    """One task played `group_size` times. `admitted_version` is the newest policy version when it
-    was issued; an evaluation group is pinned to it."""
+    """One task played `group_size` times.
+
+    `admitted_version` is the newest policy version when the group was issued. An evaluation group
+    is pinned to it.
+    """
 
     run_id: str
     group_id: str
@@ -158,6 +168,14 @@ class TaskGroup:
                 f"Task group {self.group_id}: group_size {self.group_size} and max_turns "
                 f"{self.max_turns} must be at least 1."
             )
+
+
+_TURN_ARRAYS = (
+    ("prompt_token_ids", np.int32),
+    ("response_token_ids", np.int32),
+    ("behavior_logprobs", np.float32),
+    ("policy_versions", np.int32),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,23 +209,24 @@ class Turn(_ArrayEq):
     reward_components: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype in (
-            ("prompt_token_ids", np.int32),
-            ("response_token_ids", np.int32),
-            ("behavior_logprobs", np.float32),
-            ("policy_versions", np.int32),
-        ):
+        for name, dtype in _TURN_ARRAYS:
+            # The one way to set a field of a frozen dataclass.
             object.__setattr__(self, name, _as_array(getattr(self, name), dtype))
+        self._check_lengths()
+        self._check_numbers()
+
+    def _check_lengths(self) -> None:
         num_tokens = len(self.response_token_ids)
         for name in ("behavior_logprobs", "policy_versions"):
             if len(getattr(self, name)) != num_tokens:
                 raise ContractError(
                     f"Turn {self.turn_index}: {len(getattr(self, name))} {name} for {num_tokens} "
-                    "sampled tokens. "
-                    f"Return one value per token from the sampler.",
+                    "sampled tokens. Return one value per token from the sampler.",
                     turn_index=self.turn_index,
                 )
-        if num_tokens and not np.isfinite(self.behavior_logprobs).all():
+
+    def _check_numbers(self) -> None:
+        if not np.isfinite(self.behavior_logprobs).all():
             raise ContractError(
                 f"Turn {self.turn_index}: behavior_logprobs hold a value that is not finite. "
                 "A sampled token has a finite log-prob; check the sampler's temperature and top_p."
@@ -270,6 +289,7 @@ class Trajectory:
     @property
     def min_policy_version(self) -> int:
         """The oldest policy version among the sampled tokens: what staleness is measured from."""
+        # A turn whose response is empty has no version.
         return min(
             (int(turn.policy_versions.min()) for turn in self.turns if len(turn.policy_versions)),
             default=0,
@@ -285,8 +305,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherScore(_ArrayEq):
-    """Log-probs of a trajectory's sampled tokens under the privileged context, and what that
-    context was.
+    """Log-probs of a trajectory's sampled tokens under the privileged context, and that context.
 
     `turn_logprobs[i]` is [T_i], aligned with turn i's response tokens.
     """
@@ -316,6 +335,7 @@ class TeacherScore(_ArrayEq):
             for f in dataclasses.fields(self)
             if f.name != "turn_logprobs"
         )
+        # As lists: turns have different lengths, so they are no one array.
         mine = [values.tolist() for values in self.turn_logprobs]
         theirs = [values.tolist() for values in other.turn_logprobs]
         return same and mine == theirs
@@ -343,15 +363,15 @@ class ScoredTrajectory:
         if want != got:
             raise ContractError(
                 f"Trajectory {self.trajectory.trajectory_id}: teacher log-probs per turn {got} for "
-                f"sampled tokens {want}. "
-                "Score exactly the sampled tokens."
+                f"sampled tokens {want}. Score exactly the sampled tokens."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class SkillChoice:
-    """Skills that retrieval by utility chose for all episodes of one group; `key` is its id. The
-    first one for a key stands.
+    """Skills that retrieval by utility chose for all episodes of one task group.
+
+    `key` is the group's id. Of several choices with one key the first stands.
     """
 
     key: str
@@ -374,9 +394,12 @@ class SkillOutcome:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a published model. sha256 is over its raw little-endian bytes, of the whole
-    tensor also where `is_delta`: then the shard holds only the elements that differ from the
-    manifest's base version."""
+    """One tensor of a published model.
+
+    `sha256` is over the raw little-endian bytes of the whole tensor. With `is_delta` the shard
+    holds only the elements that differ from the manifest's base version; the hash is still of the
+    whole tensor.
+    """
 
     name: str
     dtype: str
@@ -415,8 +438,9 @@ class WeightsManifest:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEvent:
-    """One step of a group's account (`sdar.bus.ledger`). `episode_turns` counts each episode's:
-    GENERATED and TRAINED.
+    """One step of a task group's account (`sdar.bus.ledger`).
+
+    `episode_turns` is the number of turns of each episode, with GENERATED and TRAINED only.
     """
 
     run_id: str
@@ -430,8 +454,9 @@ class LedgerEvent:
 
 @dataclass(frozen=True, slots=True)
 class MetricRecord:
-    """A service's measurements at one moment. `policy_version` is the version they belong to, -1 if
-    none.
+    """A service's measurements at one moment.
+
+    `policy_version` is the version they belong to, or -1 for none.
     """
 
     run_id: str

@@ -1,9 +1,7 @@
-"""Loads policy versions into a running vLLM, as seen from the process that runs vLLM.
+"""Loads policy versions into a running vLLM, from the rollout worker or teacher that runs it.
 
-That process is a rollout worker or a teacher.
-
-The other half, `sdar.engines.vllm_worker`, runs inside vLLM's worker processes. It never decides
-when weights are due.
+The other half, `sdar.engines.vllm_worker`, runs inside vLLM's worker processes. Neither decides
+when weights are due: their caller does.
 """
 
 from __future__ import annotations
@@ -23,17 +21,15 @@ _LONGEST_STAGING_POLL_S = 0.25
 
 
 def vllm_environment(num_threads: int) -> dict[str, str]:
-    """Variables vLLM reads when it is imported; set them before the first engine of a process is
-    started.
-    """
+    """Variables that vLLM reads when it is imported: set them before a process's first engine."""
     variables = {
-        # its own binding claims all cores but one, whoever else needs them
+        # vLLM's own binding claims all cores but one, whoever else needs them
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # lets a CPU engine run its one worker in the engine process: 7 s less to start
+        # A CPU engine runs its one worker in the engine process: it starts 7 s faster.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_PLUGINS": "",
-        # it warns of every tied head and rotary buffer at each weight update
+        # vLLM warns of every tied head and rotary buffer at each weight update
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         # Of the engine's processes: what a killed one leaves behind is collected, and vLLM's own
@@ -41,15 +37,16 @@ def vllm_environment(num_threads: int) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning,ignore::FutureWarning",
     }
     if shutil.which("g++") is None:
-        # Eager as it runs, vLLM compiles a small function of its sampler, and without a compiler,
-        # as in our images, would end.
+        # Even without compiled models, vLLM compiles a small function of its sampler. Without a
+        # compiler, as in our images, it would end.
         variables["TORCHDYNAMO_DISABLE"] = "1"
     return thread_environment(num_threads) | variables
 
 
 def build_llm(model_path: str, **arguments: Any) -> Any:
-    """Start an AsyncLLM whose weights can be replaced from the weight store. Blocks: some 15 s for
-    the smallest model.
+    """Start an AsyncLLM whose weights can be replaced from the weight store.
+
+    Blocks the caller, for some 15 s with the smallest model.
 
     Args:
         arguments: of vLLM's AsyncEngineArgs.
@@ -66,8 +63,10 @@ def build_llm(model_path: str, **arguments: Any) -> Any:
         load_format="safetensors",
         trust_remote_code=False,
         weight_transfer_config=WeightTransferConfig(backend="sdar_weight_store"),
+        # Its import in each worker registers the backend named above.
         worker_extension_cls="sdar.engines.vllm_worker.StagingWorker",
         enforce_eager=True,
+        # Prompts and responses travel as token ids; the tokenizer is ours.
         skip_tokenizer_init=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
@@ -83,8 +82,9 @@ def build_llm(model_path: str, **arguments: Any) -> Any:
 
 
 def close_llm(llm: Any) -> None:
-    """End an engine and its processes at once. Nothing they hold outlives them, and asked to leave
-    they take 5 s.
+    """End an engine and its processes at once.
+
+    They hold nothing that outlives them; asked to end by themselves they take 5 s.
     """
     context = llm.engine_core.resources.ctx
     llm.shutdown(timeout=0)
@@ -133,8 +133,8 @@ class VllmWeights:
         """Give vLLM's workers the weight store's address and the version that they hold now."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        # Takes a second or two of imports, which would stall running requests if left to the first
-        # update.
+        # Imports for a second or two. In a thread and now, since at the first update running
+        # requests would wait for it.
         self._layout = await asyncio.to_thread(_compute_layout, self._model_path)
         await _draw_one_token(llm)
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._store))
@@ -167,10 +167,12 @@ class VllmWeights:
     async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
         self._check_layout(manifest)
         await llm.collective_rpc("stage_weights", args=(codec.encode_weights_manifest(manifest),))
+        # Asked again and again: vLLM has no call that would wait in a worker and let it sample.
         poll_s = 0.005
         while "reading" in (results := await llm.collective_rpc("weight_staging_result")):
             await asyncio.sleep(poll_s)
             poll_s = min(2 * poll_s, _LONGEST_STAGING_POLL_S)
+        # The worker's error by its class's name: an exception itself would reach us as a text.
         for result in results:
             if result != "ready":
                 name, message = result
@@ -180,6 +182,7 @@ class VllmWeights:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await llm.pause_generation(mode="keep", clear_cache=True)
+        # From here on an error leaves it paused: better no tokens than tokens of no version.
         try:
             await llm.start_weight_update()
             await llm.update_weights(
@@ -189,30 +192,30 @@ class VllmWeights:
         except Exception as error:
             raise EngineFailedError(
                 f"Installing version {policy_version} failed halfway: {error}. The engine holds "
-                "weights of no version; "
-                "restart the service."
+                "weights of no version; restart the service."
             ) from error
         await llm.resume_generation()
 
     def _check_layout(self, manifest: WeightsManifest) -> None:
-        """Refuse weights that are not of this model before a worker reads them: vLLM would load the
-        names it knows.
+        """Refuse weights of another model before a worker reads them.
+
+        vLLM would load the names that it knows and leave the rest as it is.
         """
         published = {tensor.name: tensor.shape for tensor in manifest.tensors}
         if published != self._layout:
+            # Of a tensor in another shape both sides differ; its name then stands twice.
             different = sorted(name for name, _ in published.items() ^ self._layout.items())
             raise CorruptionError(
                 f"Version {manifest.policy_version} of {manifest.run_id} is not of the model "
-                f"{self._model_path}: "
-                f"{len(different)} tensors are missing, unknown or of another shape, first "
-                f"{different[0]}. "
-                "Publish from the same model.path."
+                f"{self._model_path}: {len(different)} tensors are missing, unknown or of another "
+                f"shape, first {different[0]}. Publish from the same model.path."
             )
 
 
 async def _draw_one_token(llm: Any) -> None:
-    """Have vLLM load what it loads at the first request, 2 s of it, and start its reader of the
-    engine's outputs.
+    """Have vLLM load for 2 s what it loads at the first request.
+
+    The request also starts vLLM's reader of the engine's outputs, which `_while_alive` watches.
     """
     from vllm import SamplingParams
 
@@ -223,7 +226,7 @@ async def _draw_one_token(llm: Any) -> None:
 
 
 async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
-    """Await calls to the engine's process: vLLM leaves them unanswered for ever once that is gone.
+    """Await calls to the engine's process, which vLLM never answers once that process is gone.
 
     Raises:
         EngineFailedError: the engine died or was closed before the calls were through.
@@ -240,14 +243,16 @@ async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
 
 
 def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that make a policy version of this model; reads its
-    configuration, no weights.
+    """Names and shapes of the tensors that make a policy version of this model.
+
+    Read from its configuration alone, without weights.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sdar.model.causal_lm import export_tensors
 
+    # On the meta device tensors have shapes and no memory.
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -71,6 +71,7 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def stage(self, manifest: WeightsManifest) -> None:
         """Start reading a version; whatever was staged before is dropped."""
+        # In a thread: this worker goes on sampling meanwhile.
         self._staged_version = manifest.policy_version
         self._staged = self._reader.submit(lambda: dict(self._store.iter_tensors(manifest)))
 
@@ -91,6 +92,7 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
+        # Taken out, so that the host memory of a version is free once it is installed.
         staged, self._staged = self._staged, None
         if staged is None or self._staged_version != update_info.policy_version:
             raise WeightsUnavailableError(
@@ -107,8 +109,9 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
             self._repack_tied_head()
 
     def _repack_tied_head(self) -> None:
-        """Give a tied head its new weights: on a CPU it multiplies by a packed copy that a reload
-        leaves as it was.
+        """Give a tied head its new weights.
+
+        On a CPU it multiplies by a packed copy of the weights, which a reload leaves as it was.
         """
         if self.model_config.hf_text_config.tie_word_embeddings:
             head = self.model.get_submodule("lm_head")
@@ -120,9 +123,7 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
 
 class StagingWorker:
-    """Methods that vLLM mixes into its worker class, so that `collective_rpc` reaches the staging
-    step.
-    """
+    """Methods that vLLM mixes into its worker class, where `collective_rpc` reaches them."""
 
     weight_transfer_engine: StoreWeightTransfer
 
@@ -133,6 +134,7 @@ class StagingWorker:
         return self.weight_transfer_engine.staging_result()
 
 
+# At import, and so in each worker, whose extension class is of this module.
 WeightTransferEngineFactory.register_engine(BACKEND, StoreWeightTransfer)
 
 
@@ -143,7 +145,8 @@ def _end_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
-        os._exit(1)  # nothing here is worth saving, and vLLM's own shutdown would wait for the dead
+        # Nothing here is worth saving, and vLLM's own shutdown would wait for the dead.
+        os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 

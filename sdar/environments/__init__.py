@@ -1,4 +1,4 @@
-"""What somebody imports to bring an environment: the base class, its records, and `serve`.
+"""What one imports to write an environment: the base class, its records, and `serve`.
 
 class GuessNumber(Environment): ...
 
@@ -30,8 +30,8 @@ def serve(
 ) -> None:
     """Serve environments over gRPC until SIGTERM or Ctrl-C.
 
-    Sessions, leases, retries, worker processes, metrics, health and shutdown are the server's. One
-    line on stdout says where it listens; logs go to stderr.
+    The server sees to sessions, leases, retries, worker processes, metrics, health and shutdown.
+    One line on stdout says where it listens; logs go to stderr.
 
     Args:
         environments: classes, each served under its `name`.
@@ -42,20 +42,15 @@ def serve(
         step_timeout_s: a call that takes longer is hung, and its worker process is killed.
 
     Raises:
-        ConfigurationError: an environment cannot be built or imported by a worker. ConflictError: a
-            port is taken.
+        ConfigurationError: an environment cannot be built or imported by a worker.
+        ConflictError: a port is taken.
     """
     # Here, not above: a worker process imports this module for the base class alone, and needs no
     # server.
     from sdar.environments.serving import serve_until_stopped
     from sdar.environments.sessions import SessionLimits
 
-    names = [getattr(environment, "name", "") for environment in environments]
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"serve got classes named {names}, expected one or more, each with a name of its own. "
-            "Set `name` on the class."
-        )
+    _check_names(environments)
     serve_until_stopped(
         {environment.name: locate_class(environment, options) for environment in environments},
         SessionLimits(max_sessions=capacity, step_timeout_s=step_timeout_s),
@@ -64,3 +59,12 @@ def serve(
         probe_port=probe_port,
         num_workers=num_workers,
     )
+
+
+def _check_names(environments: tuple[type[Environment], ...]) -> None:
+    names = [getattr(environment, "name", "") for environment in environments]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"serve got classes named {names}, expected one or more, each with a name of its own. "
+            "Set `name` on the class."
+        )

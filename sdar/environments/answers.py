@@ -2,9 +2,6 @@
 
 It turns plain JSON values, as `sdar.environments.player` makes them, into the records of
 `sdar.environments.base`.
-
-From plain JSON values, as `sdar.environments.player` makes them, to the records of
-`sdar.environments.base`.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from sdar.environments.base import EnvironmentDescription, Observation, StepResu
 
 
 class NonsenseError(ValueError):
-    """What was expected and what was found; the caller adds which environment answered it."""
+    """What was found and what was expected. The caller adds which environment answered it."""
 
 
 def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:
@@ -38,9 +35,10 @@ def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:
 
 
 def read_task(environment: str, values: list[Any]) -> Task:
-    """Stamped with the name that the environment is served under, whatever it calls itself."""
+    """A task, under the name that its environment is served under, whatever it calls itself."""
     split, task_id, task_type, description, seed = values
     texts = {"split": split, "task_id": task_id, "task_type": task_type, "description": description}
+    # By its type: True is an integer to `isinstance`.
     if type(seed) is not int or not -_SEEDS <= seed < _SEEDS:
         raise NonsenseError(
             f"task {_shown(task_id)} with seed {_shown(seed)}, expected an integer of 64 bits"
@@ -64,10 +62,6 @@ def read_observation(values: Mapping[str, Any]) -> Observation:
 
 
 def read_step(values: Mapping[str, Any]) -> StepResult:
-    if not isinstance(values["reward_components"], dict):
-        raise NonsenseError(
-            f"reward_components {_shown(values['reward_components'])}, expected numbers by name"
-        )
     result = StepResult(
         observation=read_observation(values["observation"]),
         reward=_number("reward", values["reward"]),
@@ -76,10 +70,7 @@ def read_step(values: Mapping[str, Any]) -> StepResult:
         action=_text("action", values["action"]),
         is_action_valid=_flag("is_action_valid", values["is_action_valid"]),
         is_success=_flag("is_success", values["is_success"]),
-        reward_components={
-            _text("reward component", name): _number(name, value)
-            for name, value in values["reward_components"].items()
-        },
+        reward_components=_numbers(values["reward_components"]),
         info=_texts(values["info"]),
     )
     if result.terminated and result.truncated:
@@ -90,6 +81,8 @@ def read_step(values: Mapping[str, Any]) -> StepResult:
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise NonsenseError(f"{name} {_shown(value)}, expected text")
+    # A lone surrogate is a text to Python that UTF-8, and so the wire, cannot hold. Asked first
+    # whether it is ASCII, which is quick and usual.
     if not value.isascii():
         try:
             value.encode()
@@ -108,6 +101,12 @@ def _texts(values: object) -> dict[str, str]:
     }
 
 
+def _numbers(values: object) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise NonsenseError(f"reward_components {_shown(values)}, expected numbers by name")
+    return {_text("reward component", name): _number(name, value) for name, value in values.items()}
+
+
 def _number(name: str, value: object) -> float:
     # Compared rather than converted first: an integer of a thousand digits is no float either.
     if isinstance(value, int | float) and (-_LARGEST <= value <= _LARGEST):
@@ -122,6 +121,7 @@ def _flag(name: str, value: object) -> bool:
 
 
 def _shown(value: object) -> str:
+    # In ASCII: what is refused may be a text that no log could hold.
     shown = ascii(value)
     return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
 

@@ -1,7 +1,7 @@
 """The base class of an environment, and the records that its methods take and return.
 
-Knows no wire format and no session; `sdar.environments.sessions` owns lifetimes,
-`sdar.environments.server` the wire.
+It knows no wire format and no session: those are for `sdar.environments.server` and
+`sdar.environments.sessions`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from sdar.contracts.types import EnvironmentIdentity, Task
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the agent sees. `text` is the user message; `admissible_actions` are the actions that
-    are valid now, empty if the environment does not list them.
+    """What the agent sees.
+
+    `text` is the user message. `admissible_actions` are the actions that are valid now; they are
+    empty if the environment does not list them.
     """
 
     text: str
@@ -59,8 +61,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentDescription:
-    """What an agent, a scheduler and a server need to know before the first episode. `splits`:
-    number of tasks by name.
+    """What an agent, a scheduler and a server need to know before the first episode.
+
+    `splits` is the number of tasks by the split's name.
     """
 
     identity: EnvironmentIdentity
@@ -115,8 +118,10 @@ class Environment(ABC):
         )
 
     def list_tasks(self, split: str) -> Sequence[Task]:
-        """All tasks of a split, in an order that never changes. Raises UnknownResourceError for
-        another split.
+        """All tasks of a split, in an order that never changes.
+
+        Raises:
+            UnknownResourceError: there is no such split.
         """
         if split not in self.splits:
             raise self.unknown_split(split)

@@ -23,7 +23,7 @@ class FrameTooLargeError(ValueError):
 
 def pack_frame(value: dict[str, Any]) -> bytes:
     """Raises FrameTooLargeError, or TypeError for what JSON cannot hold."""
-    # ASCII with escapes: also lone surrogates come through, and are refused where answers are
+    # ASCII with escapes: lone surrogates come through, too, and are refused where answers are
     # checked.
     data = _encode(value).encode("ascii")
     if len(data) > MAX_FRAME_BYTES:
@@ -40,10 +40,12 @@ class FrameReader:
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The objects that `data` completes. Raises ValueError for what is no frame."""
         self._buffer += data
+        # Cut off once at the end: to do so after each frame would copy the rest each time.
         start = 0
         while len(self._buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             end = start + _LENGTH.size + length
+            # Before it is waited for: a worker must not make the server hold gigabytes.
             if length > MAX_FRAME_BYTES:
                 raise ValueError(f"a frame of {length} bytes, the limit is {MAX_FRAME_BYTES}")
             if len(self._buffer) < end:

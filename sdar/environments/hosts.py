@@ -17,6 +17,7 @@ from sdar.contracts.errors import (
     CapacityError,
     ConfigurationError,
     EnvironmentFailedError,
+    SdarError,
     UnavailableError,
     UnknownResourceError,
 )
@@ -53,6 +54,15 @@ def build_failure(environment: str, reason: str) -> EnvironmentFailedError:
     )
 
 
+def _rebuild_error(environment: str, answer: Answer) -> SdarError:
+    """What the environment raised on purpose, as it crossed the process's border."""
+    error = _RAISED[answer["raised"]](answer["message"])
+    error.fields = answer["fields"]
+    if isinstance(error, EnvironmentFailedError):
+        log.warning("environment_failed", environment=environment, reason=error.message)
+    return error
+
+
 class Host(ABC):
     """Plays sessions of the named environments. One event loop owns it.
 
@@ -80,12 +90,14 @@ class Host(ABC):
         Raises:
             ConfigurationError: an environment cannot be built.
         """
-        self._step_timeout_s, self._on_lost = step_timeout_s, on_lost
+        self._step_timeout_s = step_timeout_s
+        self._on_lost = on_lost
         for name in self.names:
             answer = await self._ask("", {"call": "describe", "environment": name, "arguments": {}})
             try:
                 self._descriptions[name] = self._read(name, answer, read_description)
             except (EnvironmentFailedError, UnknownResourceError, CapacityError) as error:
+                # No episode was begun, so none is lost.
                 problem = error.message.removesuffix(_EPISODE_IS_LOST)
                 raise ConfigurationError(
                     f"Environment {name} cannot describe itself and count its tasks: {problem}"
@@ -110,8 +122,10 @@ class Host(ABC):
         return self._descriptions[environment]
 
     async def list_tasks(self, environment: str, split: str, start: int, end: int) -> list[Task]:
-        """The tasks of a split from `start` to before `end`. Raises UnknownResourceError, or
-        UnavailableError: not now.
+        """The tasks of a split from `start` to before `end`.
+
+        Raises:
+            UnknownResourceError: there is no such split. UnavailableError: not now; retry.
         """
         arguments = {"split": split, "start": start, "end": end}
         try:
@@ -133,8 +147,10 @@ class Host(ABC):
     async def open(
         self, session_id: str, environment: str, task_id: str, seed: int
     ) -> tuple[Task, Observation]:
-        """Start an episode. Raises UnknownResourceError: no such task. CapacityError: something
-        outside has no room now.
+        """Start an episode.
+
+        Raises:
+            UnknownResourceError: no such task. CapacityError: something outside has no room now.
         """
         arguments = {"session_id": session_id, "task_id": task_id, "seed": seed}
         answer = await self._ask(
@@ -157,33 +173,35 @@ class Host(ABC):
         )
         try:
             return self._read(environment, answer, read_step)
-        except (
-            UnknownResourceError,
-            CapacityError,
-        ) as error:  # an episode that is being played cannot be refused any more
+        except (UnknownResourceError, CapacityError) as error:
+            # An episode that is being played cannot be refused any more.
             raise build_failure(
                 environment, f"raised {type(error).__name__}: {error} in step"
             ) from error
 
     @abstractmethod
     def close(self, session_id: str, environment: str) -> None:
-        """Begin to end a session; an unknown id changes nothing. The call returns at once, however
-        long the environment takes to close.
+        """Begin to end a session, and return at once, however long its environment takes.
+
+        An unknown id changes nothing.
         """
 
     @abstractmethod
     async def _ask(self, session_id: str, request: Request) -> Answer:
-        """Have a request played, for a session or for none. Raises EnvironmentFailedError for a
-        call that hangs.
+        """Have a request played, for a session or (with "") for none.
+
+        Raises:
+            EnvironmentFailedError: the call hangs.
         """
 
     def _read(self, environment: str, answer: Answer, read: Callable[[Answer], T]) -> T:
+        """What `read` makes of an answer, or the error that the answer is.
+
+        Three kinds of answer are errors: what the environment raised on purpose, how it broke, and
+        what `read` finds to be nonsense.
+        """
         if "raised" in answer:
-            error = _RAISED[answer["raised"]](answer["message"])
-            error.fields = answer["fields"]
-            if isinstance(error, EnvironmentFailedError):
-                log.warning("environment_failed", environment=environment, reason=error.message)
-            raise error
+            raise _rebuild_error(environment, answer)
         if "failure" in answer:
             details = {"exception": answer["traceback"]} if "traceback" in answer else {}
             log.warning(

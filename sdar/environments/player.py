@@ -1,4 +1,4 @@
-"""Plays requests on the environment instances of one process: the half of a session that may break.
+"""Plays requests on the environment instances of one process, where user code may break.
 
 Requests and answers are what JSON can hold; what an environment raises becomes an answer. It knows
 no lease, no deadline and no wire, imports as little as it can, and checks nothing of what an
@@ -56,8 +56,9 @@ class Player:
         }
 
     def play(self, request: Request, reply: Callable[[Answer], object]) -> None:
-        """Give `reply` the answer: before returning, or for a blocking environment later and from a
-        thread.
+        """Give `reply` the answer, before returning.
+
+        For an environment that blocks, it is given later and from a thread.
         """
         if self._catalogues[request["environment"]].is_blocking:
             self._threads.submit(lambda: reply(self._answer(request)))
@@ -93,30 +94,15 @@ class Player:
         # SystemExit: it would end all sessions of this process, or in a thread have no effect at
         # all, and no caller would learn of it.
         except BaseException as error:  # noqa: BLE001
-            # Its text is there even if the error's own __str__ raises.
-            caught = traceback.TracebackException.from_exception(error)
-            reason = (
-                error.message
-                if isinstance(error, SdarError)
-                else f"raised {type(error).__name__}: {caught}"
-            )
-            shown = "".join(caught.format())[-_MAX_TRACEBACK_CHARACTERS:]
-            return {
-                "failure": f"{reason[:_MAX_REASON_CHARACTERS]} in {request['call']}",
-                "traceback": shown,
-            }
+            return _describe_failure(error, request["call"])
 
     def _describe(self, environment: str) -> Answer:
         described = self._catalogues[environment].describe()
         return asdict(described)
 
     def _list_tasks(self, environment: str, split: str, start: int, end: int) -> Answer:
-        return {
-            "tasks": [
-                _task_to_json(task)
-                for task in self._catalogues[environment].list_tasks(split)[start:end]
-            ]
-        }
+        tasks = self._catalogues[environment].list_tasks(split)[start:end]
+        return {"tasks": list(map(_task_to_json, tasks))}
 
     def _reset(self, environment: str, session_id: str, task_id: str, seed: int) -> Answer:
         task = self._catalogues[environment].get_task(task_id)
@@ -126,6 +112,7 @@ class Player:
             observation = _expect(Observation, game.reset(task_id, seed), "reset")
             return {"task": _task_to_json(task), "observation": _observation_to_json(observation)}
         except BaseException:
+            # Unless a close has taken it meanwhile: an environment is closed once.
             if self._games.pop(session_id, None) is not None:
                 game.close()
             raise
@@ -150,6 +137,20 @@ class Player:
         if game is not None:
             game.close()
         return {}
+
+
+def _describe_failure(error: BaseException, call: str) -> Answer:
+    # Its text is there even if the error's own __str__ raises.
+    caught = traceback.TracebackException.from_exception(error)
+    if isinstance(error, SdarError):
+        reason = error.message
+    else:
+        reason = f"raised {type(error).__name__}: {caught}"
+    return {
+        "failure": f"{reason[:_MAX_REASON_CHARACTERS]} in {call}",
+        # The end of it, which names the place where it was raised.
+        "traceback": "".join(caught.format())[-_MAX_TRACEBACK_CHARACTERS:],
+    }
 
 
 def _expect(kind: type[T], value: Any, method: str) -> T:

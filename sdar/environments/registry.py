@@ -40,13 +40,15 @@ _KINDS: dict[object, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
 }
 _FILE_MODULE_PREFIX = "environment_file_"
+# A stack: the module of one environment may load another.
 _loading: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSource:
-    """Where an environment's class is (`package.module:Class` or `file.py:Class`), and the options
-    it is built with.
+    """Where an environment's class is, and the options it is built with.
+
+    `path` is `package.module:Class` or `file.py:Class`.
     """
 
     path: str
@@ -63,26 +65,35 @@ class EnvironmentSource:
         self._check_options(environment_class)
         try:
             environment = environment_class(**self.options)
-        except SdarError as error:  # it says itself what is to be done
+        except SdarError as error:  # its message says what to do
             raise ConfigurationError(error.message) from error
         except Exception as error:
             # A user's constructor may raise anything; one sentence helps more than a traceback.
             raise ConfigurationError(
                 f"{self.path} cannot be built with options {dict(self.options)}: "
-                f"{type(error).__name__}: {error}. "
-                "Correct the options, or what they point to."
+                f"{type(error).__name__}: {error}. Correct the options, or what they point to."
             ) from error
         _check_declaration(self.path, environment)
         return environment
 
     def load_class(self) -> type[Environment]:
-        """Raises ConfigurationError for a class that cannot be imported, or one that is no
-        Environment.
-        """
-        module_name, _, class_name = self.path.rpartition(":")
+        """The class. Raises ConfigurationError: it cannot be imported, or is no Environment."""
         _loading.append(self.path)
         try:
-            found = getattr(_import_module(module_name), class_name, None)
+            found = self._import()
+        finally:
+            _loading.pop()
+        if not (isinstance(found, type) and issubclass(found, Environment)):
+            raise ConfigurationError(
+                f"{self.path} is {found!r}, expected a subclass of sdar.environments.Environment."
+            )
+        return found
+
+    def _import(self) -> object:
+        """What stands under the class's name, None for nothing."""
+        module_name, _, class_name = self.path.rpartition(":")
+        try:
+            return getattr(_import_module(module_name), class_name, None)
         except ImportError as error:
             raise ConfigurationError(
                 f"{self.path} cannot be imported: {error}. Install what it needs."
@@ -95,18 +106,13 @@ class EnvironmentSource:
                 f"{self.path} cannot be imported: {type(error).__name__}: {error}. Correct its "
                 "module."
             ) from error
-        finally:
-            _loading.pop()
-        if not (isinstance(found, type) and issubclass(found, Environment)):
-            raise ConfigurationError(
-                f"{self.path} is {found!r}, expected a subclass of sdar.environments.Environment."
-            )
-        return found
 
     def _check_options(self, environment_class: type[Environment]) -> None:
         parameters = inspect.signature(environment_class).parameters.values()
+        # A class that takes any keyword checks its options itself.
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
+        # Option: whether it is required.
         known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
         unknown = [name for name in self.options if name not in known]
         missing = [
@@ -128,10 +134,12 @@ class EnvironmentSource:
         declared = getattr(parameter.annotation, "__name__", parameter.annotation)
         if parameter.name not in self.options or declared not in _KINDS:
             return None
-        (kinds, what), value = _KINDS[declared], self.options[parameter.name]
-        return (
-            None if type(value) in kinds else f"option {parameter.name!r} is {value!r}, not {what}"
-        )
+        kinds, what = _KINDS[declared]
+        value = self.options[parameter.name]
+        # By its type, since True is an int to `isinstance`.
+        if type(value) in kinds:
+            return None
+        return f"option {parameter.name!r} is {value!r}, not {what}"
 
 
 def load_environment(name: str, options: Mapping[str, Option] | None = None) -> EnvironmentSource:
@@ -149,8 +157,7 @@ def load_environment(name: str, options: Mapping[str, Option] | None = None) -> 
     if ":" not in path:
         raise ConfigurationError(
             f"Unknown environment {name!r}. Use one of {', '.join(BUILT_IN)}, a class as "
-            "package.module:Class, or set "
-            "environment.address to a server that has it."
+            "package.module:Class, or set environment.address to a server that has it."
         )
     return EnvironmentSource(path, dict(options or {}))
 
@@ -164,6 +171,8 @@ def locate_class(
         ConfigurationError: a class that another process cannot import.
     """
     module_name, class_name = environment_class.__module__, environment_class.__qualname__
+    # Another process has another __main__, so a script is named by its file, and what `python -m`
+    # runs by its module.
     if module_name == "__main__":
         main = sys.modules["__main__"]
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
@@ -177,8 +186,9 @@ def locate_class(
 
 
 def is_loading() -> bool:
-    """Whether a class is being imported for a worker right now: its module's top-level code must
-    not serve then.
+    """Whether a class is being imported for a worker right now.
+
+    Its module's top-level code must not serve then.
     """
     return bool(_loading)
 
@@ -195,6 +205,7 @@ def _import_module(name: str) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"there is no Python file {path}")
     module = importlib.util.module_from_spec(spec)
+    # Before its code runs, as `import` does: a dataclass looks its module up by name.
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
@@ -205,16 +216,9 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _check_declaration(path: str, environment: Environment) -> None:
-    """What the base class asks to be declared is there: found at the start, not in the first
-    episode.
-    """
-    texts = {"name": "a name", "version": "a version such as '1'"}
-    for attribute, what in texts.items():
-        value = getattr(environment, attribute, None)
-        if not isinstance(value, str) or not value:
-            raise ConfigurationError(
-                f"{path}: {attribute} is {value!r}, expected {what}. Set it on the class."
-            )
+    """Refuse an environment that leaves out a declaration, before its first episode."""
+    _check_text(path, environment, "name", "a name")
+    _check_text(path, environment, "version", "a version such as '1'")
     max_turns = getattr(environment, "max_turns", None)
     if type(max_turns) is not int or not 1 <= max_turns <= MAX_TURNS:
         raise ConfigurationError(
@@ -225,4 +229,12 @@ def _check_declaration(path: str, environment: Environment) -> None:
         raise ConfigurationError(
             f"{path}: splits is {environment.splits!r}, expected a tuple of names such as "
             "('train',)."
+        )
+
+
+def _check_text(path: str, environment: Environment, attribute: str, what: str) -> None:
+    value = getattr(environment, attribute, None)
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(
+            f"{path}: {attribute} is {value!r}, expected {what}. Set it on the class."
         )

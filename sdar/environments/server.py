@@ -1,4 +1,4 @@
-"""`EnvironmentService` over gRPC: calls and answers of a SessionManager, in the wire's types."""
+"""Serves environments over gRPC: translates the wire's calls into those of a SessionManager."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
         return environment_pb2.CloseSessionResponse()
 
     def _describe(self, name: str) -> environment_pb2.EnvironmentDescription:
-        description, limits = self._sessions.describe(name), self._sessions.limits
+        description = self._sessions.describe(name)
+        limits = self._sessions.limits
         return environment_pb2.EnvironmentDescription(
             name=name,
             version=description.identity.version,
@@ -132,19 +133,20 @@ async def serve_environments(
     reap_every_s: float = 1.0,
     drain_s: float = 5.0,
 ) -> None:
-    """Serve the sessions over gRPC until `stopping` is set, then let open episodes finish for
-    `drain_s`.
+    """Serve the sessions over gRPC until `stopping` is set, then let open episodes finish.
 
-    Ready while a worker lives.
+    They have `drain_s` to do so. The server is ready while a worker lives.
 
     Args:
         sessions: not yet started; closed when this returns.
         port: 0 takes a free one; `on_ready` is called with it once calls are answered.
 
     Raises:
-        ConflictError: the port is taken. ConfigurationError: an environment cannot be built, or no
-            token guards a port beyond loopback.
+        ConflictError: the port is taken.
+        ConfigurationError: an environment cannot be built, or no token guards a port beyond
+            loopback.
     """
+    # Bound first: a port that is taken is found before an hour of building an environment.
     server = build_environment_server(sessions, host, port, security)
     try:
         await _start(sessions, stopping, health)
@@ -156,33 +158,42 @@ async def serve_environments(
             port=server.port,
         )
         if not stopping.is_set():
-            await _tell_ready(sessions, server, health)
+            await _report_ready(sessions, server, health)
             on_ready(server.port)
         while not await wait_or_stop(stopping, reap_every_s):
             sessions.reap()
-            await _tell_ready(sessions, server, health)
+            await _report_ready(sessions, server, health)
         health.mark_unready("draining")
         await server.set_ready(False)
-        draining = asyncio.create_task(sessions.drain(drain_s))
-        while not draining.done():
-            # A drain is long, and its end must not wait for sessions whose callers are gone.
-            sessions.reap()
-            health.beat()
-            await asyncio.wait((draining,), timeout=reap_every_s)
-        draining.result()
+        await _drain(sessions, health, drain_s, reap_every_s)
     finally:
+        # The server first: no call may reach a session that is being closed.
         await server.stop(grace_s=1.0)
         await sessions.close_all()
 
 
+async def _drain(
+    sessions: SessionManager, health: Health, drain_s: float, reap_every_s: float
+) -> None:
+    draining = asyncio.create_task(sessions.drain(drain_s))
+    while not draining.done():
+        # A drain is long, and its end must not wait for sessions whose callers are gone.
+        sessions.reap()
+        health.beat()
+        await asyncio.wait((draining,), timeout=reap_every_s)
+    draining.result()
+
+
 async def _start(sessions: SessionManager, stopping: asyncio.Event, health: Health) -> None:
     """Start the sessions, or return early on a stop: building an environment may take minutes."""
-    starting, stopped = asyncio.create_task(sessions.start()), asyncio.create_task(stopping.wait())
+    starting = asyncio.create_task(sessions.start())
+    stopped = asyncio.create_task(stopping.wait())
     try:
         while not (starting.done() or stopped.done()):
             await asyncio.wait(
                 (starting, stopped), timeout=1.0, return_when=asyncio.FIRST_COMPLETED
             )
+            # Whoever builds is alive, however long it takes.
             health.beat()
         if starting.done():
             starting.result()
@@ -192,7 +203,7 @@ async def _start(sessions: SessionManager, stopping: asyncio.Event, health: Heal
         await asyncio.gather(starting, stopped, return_exceptions=True)
 
 
-async def _tell_ready(sessions: SessionManager, server: RpcServer, health: Health) -> None:
+async def _report_ready(sessions: SessionManager, server: RpcServer, health: Health) -> None:
     health.beat()
     if sessions.host.is_ready and not health.is_ready:
         health.mark_ready()

@@ -36,8 +36,9 @@ def serve_until_stopped(
     probe_port: int = 0,
     num_workers: int = 0,
 ) -> None:
-    """Serve the environments until SIGTERM or Ctrl-C, as a process of its own: logs on stderr, one
-    line on stdout once ready.
+    """Serve the environments until SIGTERM or Ctrl-C, as a process of its own.
+
+    Logs go to stderr. Once it is ready, one line on stdout says where it listens.
 
     Args:
         environments: by the names they are served under.
@@ -48,12 +49,7 @@ def serve_until_stopped(
     Raises:
         ConfigurationError: an environment cannot be built. ConflictError: a port is taken.
     """
-    if is_loading():
-        raise ConfigurationError(
-            "A worker process imports this module for its environment, and the module begins to "
-            "serve at once. Put the call "
-            'of serve() under `if __name__ == "__main__":`.'
-        )
+    _refuse_in_worker()
     settings = load_settings()
     configure_logging("envs", settings.instance, settings.log_level, settings.log_format)
     apply_environment(thread_environment(1))  # each worker has one core
@@ -84,7 +80,9 @@ async def serve_sources(
     on_ready: Callable[[int], None] = lambda port: None,
     drain_s: float = _DRAIN_S,
 ) -> None:
-    health, security = Health(), Security.from_settings(settings)
+    """Serve the environments with this process's settings; see `serve_environments`."""
+    health = Health()
+    # Of the process, not of a run: who shares a server sets it where the server is started.
     limits = dataclasses.replace(limits, max_sessions_per_client=settings.max_sessions_per_client)
     serve = functools.partial(
         serve_environments,
@@ -92,12 +90,21 @@ async def serve_sources(
         host=host,
         port=port,
         health=health,
-        security=security,
+        security=Security.from_settings(settings),
         on_ready=on_ready,
         drain_s=drain_s,
     )
     with serve_probes(host, probe_port, health, REGISTRY):
         await run_until_stopped(serve)
+
+
+def _refuse_in_worker() -> None:
+    """A worker that served would start workers, which would serve, and so on."""
+    if is_loading():
+        raise ConfigurationError(
+            "A worker process imports this module for its environment, and the module begins to "
+            'serve at once. Put the call of serve() under `if __name__ == "__main__":`.'
+        )
 
 
 def _print_address(names: list[str], host: str, port: int) -> None:

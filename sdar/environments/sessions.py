@@ -1,4 +1,4 @@
-"""Sessions of an environment server: their number, leases, retries of steps, and ends.
+"""Keeps the sessions of an environment server: their number, leases, retries and ends.
 
 One event loop owns a `SessionManager`; nothing here is thread-safe. Its `Host` plays the episodes.
 It knows no wire format.
@@ -126,9 +126,10 @@ class _Lost:
 
 @dataclass
 class SessionManager:
-    """Opens, steps, closes and reaps sessions of the host's environments, at most
-    `limits.max_sessions` at once in all. One class because every call, the reaper and the host's
-    losses change the same table of sessions and places.
+    """Opens, steps, closes and reaps sessions of the host's environments. One class because every
+    call, the reaper and the host's losses change the same table of sessions and places.
+
+    At most `limits.max_sessions` are open at once, in all environments together.
 
     Call `start` first.
 
@@ -202,35 +203,24 @@ class SessionManager:
             client: whose session it is; each may hold `limits.max_sessions_per_client`.
 
         Raises:
-            UnknownResourceError: no such environment or task. InvalidInputError: a bad key or
-                lease.
-            CapacityError: all places are taken. ConflictError: the key was used with another task,
-                seed or lease.
-            EnvironmentFailedError: the environment did not start. UnavailableError: the server is
-                shutting down.
+            UnknownResourceError: no such environment or task.
+            InvalidInputError: a bad key or lease.
+            CapacityError: all places are taken.
+            ConflictError: the key was used with another task, seed or lease.
+            EnvironmentFailedError: the environment did not start.
+            UnavailableError: the server is shutting down.
         """
         request = _Request(environment, task_id, seed, self._grant_lease(lease_s))
         _check_length("idempotency_key", idempotency_key, MAX_KEY_CHARACTERS)
         _check_length("task_id", task_id, MAX_TASK_ID_CHARACTERS)
+        # The reaper runs once in a while: a place, or a key, may be that of an expired session.
         if self._find_full(client) or idempotency_key in self._keyed:
             self.reap()
         if not idempotency_key:
             return await self._open_once(request, client)
-        keyed = self._keyed.get(idempotency_key)
-        if keyed is None:
-            keyed = self._keyed[idempotency_key] = _Keyed(
-                request, self._start_opening(request, idempotency_key, client)
-            )
-        elif keyed.request != request:
-            raise ConflictError(
-                f"Idempotency key {idempotency_key!r} opened task {keyed.request.task_id!r} of "
-                f"{keyed.request.environment} "
-                f"with seed {keyed.request.seed}; got {task_id!r} of {environment}, seed {seed}. "
-                "Use a fresh key per session.",
-                idempotency_key=idempotency_key,
-            )
+        opening = self._find_or_start(request, idempotency_key, client)
         # Shielded: the caller's deadline must not tear down what its retry will ask for.
-        opened = await asyncio.shield(keyed.opening)
+        opened = await asyncio.shield(opening)
         self._renew(opened.session_id)
         return opened
 
@@ -238,24 +228,23 @@ class SessionManager:
         """Play one step, or repeat the answer of the last one if index and text are the last one's.
 
         Raises:
-            UnknownResourceError: the session is closed, expired or never was. InvalidInputError:
-                text over the limit.
+            UnknownResourceError: the session is closed, expired or never was.
+            InvalidInputError: text over the limit.
             ConflictError: another index than the next, another text for the last one, or a step
                 after the end.
             EnvironmentFailedError: the environment broke, now or earlier; the session is gone.
         """
         session = self._live(session_id)
         last = session.last_step
-        if last is not None and step_index == last.index:
-            if text != last.text:
-                raise self._conflict(
-                    session,
-                    f"step {step_index} was taken with another text. Retry with the same text.",
-                )
-        else:
+        if last is None or step_index != last.index:
             self._check_next(session, step_index, text)
             last = _Step(step_index, text, _spawn(self._play(session, step_index, text)))
             session.last_step = last
+        elif text != last.text:
+            raise self._conflict(
+                session,
+                f"step {step_index} was taken with another text. Retry with the same text.",
+            )
         # Shielded: a caller that gives up must not leave half a step behind.
         result = await asyncio.shield(last.answer)
         self._renew(session_id)
@@ -269,8 +258,9 @@ class SessionManager:
             self._drop(session)
 
     def reap(self) -> int:
-        """Close the sessions whose lease ran out, save those in the middle of a step; returns how
-        many.
+        """Close the sessions whose lease ran out; returns how many.
+
+        One in the middle of a step is left alone: its caller waits for the answer.
         """
         expired = [session for session in self._sessions.values() if self._is_expired(session)]
         for session in expired:
@@ -283,15 +273,14 @@ class SessionManager:
             METERS.count(REAPED)
             self._drop(session)
         now = self.clock()
-        for session_id in [
-            session_id for session_id, lost in self._lost.items() if now >= lost.forget_at
-        ]:
-            del self._lost[session_id]
+        kept = {session_id: lost for session_id, lost in self._lost.items() if now < lost.forget_at}
+        self._lost = kept
         return len(expired)
 
     async def drain(self, timeout_s: float) -> None:
-        """Open no more sessions, and wait until callers have closed those that are open, but no
-        longer than the timeout.
+        """Open no more sessions, and wait until callers have closed those that are open.
+
+        The wait ends with the timeout.
         """
         self._is_draining = True
         with contextlib.suppress(TimeoutError):
@@ -309,6 +298,26 @@ class SessionManager:
             self._drop(session)
         await self.host.stop()
 
+    def _find_or_start(
+        self, request: _Request, key: str, client: str
+    ) -> asyncio.Task[OpenedSession]:
+        """The opening under this key, begun now if there is none yet."""
+        keyed = self._keyed.get(key)
+        if keyed is None:
+            # Entered before anything is awaited: a retry that comes meanwhile must find it.
+            opening = self._start_opening(request, key, client)
+            self._keyed[key] = _Keyed(request, opening)
+            return opening
+        earlier = keyed.request
+        if earlier != request:
+            raise ConflictError(
+                f"Idempotency key {key!r} opened task {earlier.task_id!r} of "
+                f"{earlier.environment} with seed {earlier.seed}; got {request.task_id!r} of "
+                f"{request.environment}, seed {request.seed}. Use a fresh key per session.",
+                idempotency_key=key,
+            )
+        return keyed.opening
+
     async def _open_once(self, request: _Request, client: str) -> OpenedSession:
         opening = self._start_opening(request, "", client)
         try:
@@ -325,9 +334,7 @@ class SessionManager:
     def _start_opening(
         self, request: _Request, key: str, client: str
     ) -> asyncio.Task[OpenedSession]:
-        """Reserve a place now, build without holding anything up, and give the place back if that
-        fails.
-        """
+        """Reserve a place now, and build the episode in a task that frees the place if it fails."""
         self.host.describe(request.environment)
         if self._is_draining:
             raise UnavailableError(
@@ -355,12 +362,15 @@ class SessionManager:
         return ""
 
     async def _open(self, request: _Request, key: str, client: str) -> OpenedSession:
+        # Of ours, and not to be guessed: who knows it may play the session.
         session_id = uuid.uuid4().hex
         try:
             task, observation = await self.host.open(
                 session_id, request.environment, request.task_id, request.seed
             )
         except BaseException as error:
+            # Also on a cancellation. A retry under the key begins anew, and what the host may have
+            # built is closed.
             self._keyed.pop(key, None)
             self.host.close(session_id, request.environment)
             if isinstance(error, EnvironmentFailedError):
@@ -371,20 +381,18 @@ class SessionManager:
             # the books.
             self._opening.pop(cast("asyncio.Task[OpenedSession]", asyncio.current_task()), None)
             self._closed.set()
-        session = _Session(
-            session_id,
-            request.environment,
-            request.lease_s,
-            self.clock() + request.lease_s,
-            key,
-            client,
-        )
-        self._sessions[session_id] = session
-        METERS.set(SESSIONS, self.num_sessions)
-        METERS.count(OPENED, environment=request.environment)
+        self._enter(session_id, request, key, client)
         return OpenedSession(
             session_id, dataclasses.replace(task, seed=request.seed), observation, request.lease_s
         )
+
+    def _enter(self, session_id: str, request: _Request, key: str, client: str) -> None:
+        expires_at = self.clock() + request.lease_s
+        self._sessions[session_id] = _Session(
+            session_id, request.environment, request.lease_s, expires_at, key, client
+        )
+        METERS.set(SESSIONS, self.num_sessions)
+        METERS.count(OPENED, environment=request.environment)
 
     async def _play(self, session: _Session, step_index: int, text: str) -> StepResult:
         environment = session.environment
@@ -397,13 +405,15 @@ class SessionManager:
         METERS.count(STEPS, environment=environment)
         duration_s = time.perf_counter() - began_s
         METERS.observe(STEP_SECONDS, duration_s, environment=environment)
+        # Cut here as well as in the environment: one that forgets its own limit must not go on.
         if step_index + 1 >= self.host.describe(environment).max_turns and not result.is_over:
             return dataclasses.replace(result, truncated=True)
         return result
 
     def _lose(self, session_ids: Sequence[str], reason: str) -> None:
-        """Forget sessions whose worker died. The caller of one that is still being opened learns it
-        from its failed call.
+        """Forget sessions whose worker died.
+
+        One that is still being opened is not in the table: its opening fails by itself.
         """
         lost = [
             self._sessions[session_id] for session_id in session_ids if session_id in self._sessions
@@ -415,6 +425,7 @@ class SessionManager:
         if session.session_id not in self._sessions:
             return
         self._drop(session)
+        # Remembered for a lease: its caller's next call must say why, not that it never was.
         METERS.count(FAILURES, environment=session.environment)
         self._lost[session.session_id] = _Lost(
             reason, session.environment, self.clock() + session.lease_s
@@ -466,6 +477,7 @@ class SessionManager:
                 session,
                 f"got step_index {step_index}, expected {session.next_index}. Send steps in order.",
             )
+        # A client plays one step at a time, so this is a second one on the same session.
         if session.is_busy:
             raise self._conflict(
                 session, f"step {step_index - 1} is still being played. Wait for its answer."
@@ -475,12 +487,14 @@ class SessionManager:
                 session,
                 f"step {step_index} comes after the end of the episode. Close it and open another.",
             )
+        self._check_size(session, step_index, text)
+
+    def _check_size(self, session: _Session, step_index: int, text: str) -> None:
         size_bytes = len(text.encode())
         if size_bytes > self.limits.max_text_bytes:
             raise InvalidInputError(
                 f"Session {session.session_id} step {step_index}: text of {size_bytes} bytes, the "
-                "limit is "
-                f"{self.limits.max_text_bytes}. Bound the response's tokens.",
+                f"limit is {self.limits.max_text_bytes}. Bound the response's tokens.",
                 max_text_bytes=self.limits.max_text_bytes,
             )
 

@@ -1,9 +1,7 @@
 """The main program of an environment worker: reads requests, has them played, writes answers.
 
-The environment server starts it.
-
-It imports neither gRPC nor asyncio: what it spends its memory on is the environments. It ends when
-its server does.
+The environment server starts it, and it ends when that server does. It imports neither gRPC nor
+asyncio: its memory is for the environments.
 """
 
 from __future__ import annotations
@@ -34,10 +32,11 @@ def main(fd: int) -> None:
     """Serve the server at the other end of the socket `fd` until it hangs up."""
     # The server ends a hung worker with SIGABRT: then its log shows where it hung.
     faulthandler.enable()
+    # SIGABRT would also write all of the process's memory to disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=fd) as connection:
         threading.Thread(target=_end_with_server, args=(connection,), daemon=True).start()
-        # A server that was killed hears no answer.
+        # The server may have been killed; then there is nobody to answer.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             _Worker(connection).run()
 
@@ -45,9 +44,11 @@ def main(fd: int) -> None:
 class _Worker:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        # Blocking environments answer from threads, and a frame must not be cut by another.
         self._sending = threading.Lock()
 
     def run(self) -> None:
+        # The first request names the environments; its answer says whether they could be built.
         requests = self._read()
         setup = next(requests, None)
         if setup is None or (player := self._build(setup)) is None:

@@ -1,8 +1,7 @@
 """Starts an environment server's worker processes, and replaces those that hang or die.
 
-It assigns sessions to workers.
-
-Nobody else's session is touched by any of this. It knows no lease and no gRPC.
+It assigns sessions to workers. What becomes of one worker touches the sessions of no other. It
+knows no lease and no gRPC.
 """
 
 from __future__ import annotations
@@ -62,9 +61,8 @@ _PROGRAM = (
 def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Cores this process may run on, or fewer if its container may use less time than they have."""
     num_cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # no such file outside of cgroups, "max" where there is no limit
+    # There is no such file outside of cgroups, and it holds "max" where there is no limit.
+    with contextlib.suppress(OSError, ValueError):
         granted_us, period_us = map(int, quota.read_text().split())
         num_cores = min(num_cores, math.ceil(granted_us / period_us))
     return num_cores
@@ -81,8 +79,9 @@ class _Call:
 
 @dataclass(slots=True)
 class _Lane:
-    """Calls that a worker plays in one place, `width` at once and the others after them: a deadline
-    begins when a call does.
+    """Calls that a worker plays in one place, `width` at once and the others after them.
+
+    A call's deadline begins when the call does, not while it waits in the lane.
     """
 
     width: int
@@ -91,8 +90,9 @@ class _Lane:
 
 
 class _Worker(asyncio.Protocol):
-    """One worker process, seen from the server. `sessions` are the ids of those it holds or is
-    opening.
+    """One worker process, seen from the server.
+
+    `sessions` are the ids of those that it holds or is opening.
     """
 
     def __init__(self, slot: int, on_death: Callable[[_Worker, str], None]) -> None:
@@ -100,6 +100,7 @@ class _Worker(asyncio.Protocol):
         self.sessions: set[str] = set()
         self.is_alive = True
         self._on_death = on_death
+        # By whether the environment blocks, as a player plays: in its one thread, or in many.
         self._lanes = {False: _Lane(1), True: _Lane(MAX_THREADS)}
         self._calls: dict[int, _Call] = {}
         self._last_id = 0
@@ -117,19 +118,7 @@ class _Worker(asyncio.Protocol):
         """Raises ConfigurationError: an environment cannot be built. EnvironmentFailedError: it
         died of it.
         """
-        ours, theirs = socket.socketpair()
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
-        with theirs:
-            # A new interpreter, never a fork: gRPC and threads are at work here. A session of its
-            # own: a Ctrl-C is the server's to answer, and a killed worker takes what it started
-            # with it. Its prints are log lines, not ours.
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,
-                start_new_session=True,
-            )
+        self._process = await self._spawn()
         self._watching = asyncio.create_task(self._watch(self._process))
         sources = {name: dataclasses.asdict(source) for name, source in environments.items()}
         answer = await self.ask(
@@ -137,6 +126,21 @@ class _Worker(asyncio.Protocol):
         )
         if "configuration" in answer:
             raise ConfigurationError(answer["configuration"])
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        ours, theirs = socket.socketpair()
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        with theirs:
+            # A new interpreter, never a fork: gRPC and threads are at work here. A session of its
+            # own: a Ctrl-C is the server's to answer, and a killed worker takes what it started
+            # with it. Its prints are log lines, so they go to stderr.
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,
+            )
 
     def ask(
         self, request: Request, *, is_threaded: bool, timeout_s: float
@@ -162,6 +166,7 @@ class _Worker(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        # Its callers have their errors already.
         if not self.is_alive:
             return
         try:
@@ -174,27 +179,29 @@ class _Worker(asyncio.Protocol):
         self._die(_DEATH)
 
     def kill(self, reason: str) -> None:
-        """End the process, and let its log say where it was."""
+        """End the process by a signal at which it writes to the log where it was."""
         if self.is_alive:
             log.error("environment_worker_killed", pid=self.pid, reason=reason)
             self._die(reason)
             self._send_signal(signal.SIGABRT)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Notice its end also where the connection does not: a process that the environment started
-        may hold it open.
+        """Notice the end of the process, also where the connection stays open.
+
+        A process that the environment started may hold the connection.
         """
         await process.wait()
         with contextlib.suppress(TimeoutError):
-            # First what it has sent: a worker that cannot build its environments says why, and
-            # ends.
+            # What it has sent comes first: a worker that cannot build its environments says why
+            # before it ends.
             async with asyncio.timeout(_LAST_ANSWERS_S):
                 await self.died.wait()
         self._die(_DEATH)
 
     async def wait(self, timeout_s: float) -> int:
-        """Wait for the end of the process, and no longer than the timeout; what it has started ends
-        with it.
+        """Wait for the end of the process; returns its exit code.
+
+        After the timeout it is killed. What it has started ends with it in any case.
         """
         if self._transport is not None:
             self._transport.close()
@@ -238,7 +245,8 @@ class _Worker(asyncio.Protocol):
                 call.answer.set_exception(
                     build_failure(call.request.get("environment", ""), reason)
                 )
-                call.answer.exception()  # no caller waits for a close; unread, asyncio would warn
+                # Nobody waits for a close, and of an error that nobody reads asyncio would warn.
+                call.answer.exception()
         self._calls.clear()
         self.died.set()
         self._on_death(self, reason)
@@ -276,32 +284,36 @@ class WorkerHost(Host):
         return [worker.pid for worker in self._workers.values()]
 
     async def start(self, step_timeout_s: float, on_lost: OnLost) -> None:
-        """The deadline of a call runs from when its environment begins with it. Raises
-        ConfigurationError.
+        """Start the workers. A call's deadline runs from when its environment begins with it.
+
+        Raises:
+            ConfigurationError: an environment cannot be built.
         """
         # One before the others: it finds what is wrong, and makes the indices on disk that the
         # others read.
-        try:
-            first = await self._start_worker(0)
-        except EnvironmentFailedError as error:
-            raise ConfigurationError(
-                "The first worker process did not start: it ended, or took over "
-                f"{START_TIMEOUT_S:g} s, before "
-                f"{', '.join(self.names)} was built. What it wrote to the log says why."
-            ) from error
-        self._keepers.append(asyncio.create_task(self._keep(0, first)))
+        self._start_keeping(0, await self._start_first())
         await super().start(step_timeout_s, on_lost)
         others = await asyncio.gather(
             *map(self._start_worker, range(1, self._num_workers)), return_exceptions=True
         )
         for slot, started in enumerate(others, start=1):
             if isinstance(started, BaseException):
+                # The environment can be built, so this is of the moment: it is tried again.
                 log.warning("environment_worker_did_not_start", slot=slot, error=str(started))
-            self._keepers.append(
-                asyncio.create_task(
-                    self._keep(slot, started if isinstance(started, _Worker) else None)
-                )
-            )
+            self._start_keeping(slot, started if isinstance(started, _Worker) else None)
+
+    async def _start_first(self) -> _Worker:
+        try:
+            return await self._start_worker(0)
+        except EnvironmentFailedError as error:
+            raise ConfigurationError(
+                "The first worker process did not start: it ended, or took over "
+                f"{START_TIMEOUT_S:g} s, before "
+                f"{', '.join(self.names)} was built. What it wrote to the log says why."
+            ) from error
+
+    def _start_keeping(self, slot: int, worker: _Worker | None) -> None:
+        self._keepers.append(asyncio.create_task(self._keep(slot, worker)))
 
     async def stop(self) -> None:
         for keeper in self._keepers:
@@ -346,8 +358,10 @@ class WorkerHost(Host):
         return described is not None and described.is_blocking
 
     def _choose(self, environment: str, task_id: str) -> _Worker:
-        """The worker of the task, whose caches know it, unless that is clearly fuller than the
-        emptiest one.
+        """The worker whose caches know the task, unless it is clearly fuller than the emptiest.
+
+        Each worker has a number for each task (rendezvous hashing); of those with room the one with
+        the greatest number is taken, so that one worker's death moves only its own tasks.
         """
         if not self._workers:
             raise UnavailableError(
@@ -378,19 +392,13 @@ class WorkerHost(Host):
         delay_s = _SHORTEST_DELAY_S
         try:
             while True:
-                if worker is not None:
-                    began_s = time.monotonic()
-                    await worker.died.wait()
-                    exit_code = await worker.wait(_ABORT_GRACE_S)
-                    log.error(
-                        "environment_worker_died", slot=slot, pid=worker.pid, exit_code=exit_code
-                    )
-                    if time.monotonic() - began_s > _SOUND_AFTER_S:
-                        delay_s = _SHORTEST_DELAY_S
+                if worker is not None and await self._outlive(worker) > _SOUND_AFTER_S:
+                    delay_s = _SHORTEST_DELAY_S
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+                # None first: a start that fails must not leave the dead one in the slot.
+                worker = None
                 try:
-                    worker = None
                     worker = await self._start_worker(slot)
                     METERS.count(RESTARTS)
                 except (ConfigurationError, EnvironmentFailedError, OSError) as error:
@@ -404,10 +412,19 @@ class WorkerHost(Host):
             if worker is not None:
                 await worker.wait(_STOP_GRACE_S)
 
+    async def _outlive(self, worker: _Worker) -> float:
+        """Wait until the worker has died; returns the seconds for which that took."""
+        began_s = time.monotonic()
+        await worker.died.wait()
+        exit_code = await worker.wait(_ABORT_GRACE_S)
+        log.error("environment_worker_died", slot=worker.slot, pid=worker.pid, exit_code=exit_code)
+        return time.monotonic() - began_s
+
     def _bury(self, worker: _Worker, reason: str) -> None:
         if self._workers.get(worker.slot) is worker:
             del self._workers[worker.slot]
             METERS.set(WORKERS, len(self._workers))
+        # A copy, and cleared before anybody hears of it: whoever does closes these sessions.
         lost = list(worker.sessions)
         worker.sessions.clear()
         for session_id in lost:

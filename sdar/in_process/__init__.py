@@ -1,3 +1,1 @@
-"""What takes the place of wire, Redis, vLLM and worker processes where a whole run lives in one
-process.
-"""
+"""Stands in for wire, Redis, vLLM and worker processes where a whole run is one process."""

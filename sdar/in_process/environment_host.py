@@ -11,8 +11,9 @@ from sdar.environments.player import Answer, Player, Request
 
 
 class InProcessHost(Host):
-    """Plays in this process: for a whole run in one process, and for tests. Only blocking
-    environments have a deadline.
+    """Plays in this process: for a whole run in one process, and for tests.
+
+    Only blocking environments have a deadline: the others hold the event loop while they play.
 
     Args:
         builders: makes an instance of each environment.
@@ -50,6 +51,7 @@ class InProcessHost(Host):
     def _play(self, request: Request) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer] = loop.create_future()
+        # By way of the loop: a blocking environment answers from a thread.
         self._player.play(
             request, lambda answer: loop.call_soon_threadsafe(_settle, answered, answer)
         )
@@ -57,5 +59,6 @@ class InProcessHost(Host):
 
 
 def _settle(answered: asyncio.Future[Answer], answer: Answer) -> None:
+    # Done already where the caller gave up or the deadline passed.
     if not answered.done():
         answered.set_result(answer)

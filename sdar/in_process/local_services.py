@@ -30,7 +30,8 @@ class LocalEnvironmentCatalog:
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
         description = self._sessions.describe(name)
-        version, splits = description.identity.version, description.splits
+        version = description.identity.version
+        splits = description.splits
         return RegisteredEnvironment(
             name, address, version, splits, description.instructions, description.max_turns
         )
@@ -62,6 +63,7 @@ class LocalEnvironmentClient:
             opened = await self._sessions.open(
                 task.environment, task.task_id, task.seed, idempotency_key=idempotency_key
             )
+        # As the client over gRPC does: all but these count as the environment's failure.
         except (InvalidInputError, UnavailableError):
             raise
         except SdarError as error:

@@ -1,4 +1,4 @@
-"""A bus in the memory of one process: behaves like `RedisBus`, for tests and in-process runs.
+"""A bus in the memory of one process that behaves like `RedisBus`, for tests and in-process runs.
 
 One instance is shared by all who would share a Redis; `close` therefore keeps it usable. To
 distinguish several processes (two learners, a consumer that dies), give each a `view()` of its own.
@@ -52,13 +52,23 @@ _Id = tuple[int, int]
 
 @dataclass(slots=True)
 class _Claim:
+    """The lease of an entry: who has it, since when, and its attempt's number."""
+
     consumer: str
     claimed_at_s: float
     num_deliveries: int
 
+    def take(self, consumer: str, now_s: float) -> None:
+        self.consumer = consumer
+        self.claimed_at_s = now_s
+        # A new attempt: what the earlier holder commits for its own is refused from now on.
+        self.num_deliveries += 1
+
 
 @dataclass(slots=True)
 class _Group:
+    """Where a consumer group stands; `pending` are the leases, in the order of the entries."""
+
     last_delivered: _Id = (0, 0)
     pending: dict[_Id, _Claim] = field(default_factory=dict)
 
@@ -102,15 +112,12 @@ class _Store:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def is_held(self, delivery: Delivery) -> bool:
-        claim = (
-            self.logs[delivery.stream]
-            .groups[delivery.group]
-            .pending.get(parse_entry_id(delivery.entry_id))
-        )
-        return claim is not None and (claim.consumer, claim.num_deliveries) == (
-            delivery.consumer,
-            delivery.num_deliveries,
-        )
+        """Whether this is the newest attempt at its entry, and its consumer still has it."""
+        pending = self.logs[delivery.stream].groups[delivery.group].pending
+        claim = pending.get(parse_entry_id(delivery.entry_id))
+        if claim is None or claim.consumer != delivery.consumer:
+            return False
+        return claim.num_deliveries == delivery.num_deliveries
 
 
 class MemoryBus:
@@ -133,11 +140,13 @@ class MemoryBus:
         self._held_tenures: dict[ConsumerGroup, object] = {}
 
     def view(self, client_name: str = "") -> MemoryBus:
-        """Another process's handle on this bus: it claims roles for itself, and is connected as
-        `client_name` until `close`.
+        """Another process's handle on this bus.
+
+        It claims roles for itself, and is connected as `client_name` until `close`.
         """
         view = copy.copy(self)
-        view._name, view._held_tenures = client_name, {}
+        view._name = client_name
+        view._held_tenures = {}
         self._store.connections[client_name] += bool(client_name)
         return view
 
@@ -154,13 +163,8 @@ class MemoryBus:
     ) -> None:
         self._store.wiring.check_publish(publications)
         self._store.wiring.check_transitions(transitions)
-        for stream in self._store.wiring.bounded(publications):
-            if not await self._wait_until(
-                partial(self._has_room, stream), self._limits.publish_timeout_s
-            ):
-                num_entries = len(self._store.logs[stream].entries)
-                message = format_capacity_message(stream, num_entries, self._limits)
-                raise CapacityError(message, stream=stream, num_entries=num_entries)
+        await self._wait_for_room(publications)
+        # From here on nothing awaits: what is checked still holds when it is applied.
         held = self._check_fences(
             acknowledgements,
             has_effects(publications, state or {}, transitions, retired_letters),
@@ -170,7 +174,16 @@ class MemoryBus:
         for letter_id in retired_letters:
             self._store.letters.pop(parse_entry_id(letter_id), None)
 
+    async def _wait_for_room(self, publications: Publications) -> None:
+        for stream in self._store.wiring.bounded(publications):
+            has_room = partial(self._has_room, stream)
+            if not await self._wait_until(has_room, self._limits.publish_timeout_s):
+                num_entries = len(self._store.logs[stream].entries)
+                message = format_capacity_message(stream, num_entries, self._limits)
+                raise CapacityError(message, stream=stream, num_entries=num_entries)
+
     async def claim_role(self, role: ConsumerGroup) -> None:
+        # A fresh object is equal to no other: whoever held the role before holds another one.
         self._held_tenures[role] = self._store.tenures[role] = object()
 
     async def dead_letter(
@@ -232,16 +245,14 @@ class MemoryBus:
         """The transaction. Nothing awaits in here, so it is atomic on the event loop."""
         for stream, payloads in publications.items():
             self._append(stream, payloads)
-        self._append(
-            Stream.LEDGER,
-            [encode_ledger_event(event) for event in transitions if self._book(event)],
-        )
+        booked = [event for event in transitions if self._book(event)]
+        self._append(Stream.LEDGER, list(map(encode_ledger_event, booked)))
         self._store.states.update(state)
         for delivery in acknowledgements:
-            self._store.logs[delivery.stream].groups[delivery.group].pending.pop(
-                parse_entry_id(delivery.entry_id), None
-            )
+            pending = self._store.logs[delivery.stream].groups[delivery.group].pending
+            pending.pop(parse_entry_id(delivery.entry_id), None)
         self._trim({delivery.stream for delivery in acknowledgements})
+        # Wakes everybody who waits, each of whom looks for itself; the next wait is for the next.
         self._store.changed.set()
         self._store.changed = asyncio.Event()
 
@@ -250,12 +261,14 @@ class MemoryBus:
         for payload in payloads:
             log.append(payload)
         bound = BROADCAST_MAX_ENTRIES.get(stream, len(log.entries))
-        for entry_id in list(islice(log.entries, len(log.entries) - min(bound, len(log.entries)))):
+        num_over = max(0, len(log.entries) - bound)
+        for entry_id in list(islice(log.entries, num_over)):
             del log.entries[entry_id]
 
     def _book(self, event: LedgerEvent) -> bool:
         """Book a transition; returns whether it belongs into the journal."""
         number = parse_group_number(event.group_id)
+        # Evaluation groups are not in the account.
         if number is None:
             return True
         return (
@@ -275,6 +288,7 @@ class MemoryBus:
         log = self._store.logs[stream]
         position = log.groups[group]
         await self._wait_until(lambda: log.last_id > position.last_delivered, block_s)
+        # After the wait, in which another process may have taken the role.
         self._check_role()
         deliveries = []
         for entry_id in log.after(position.last_delivered)[:max_count]:
@@ -306,28 +320,25 @@ class MemoryBus:
                 break
             is_wanted = entry_id > floor and held_by in (None, claim.consumer)
             if is_wanted and self._is_reclaimable(claim, now - claim.claimed_at_s, min_idle_s):
-                claim.consumer, claim.claimed_at_s = consumer, now
-                claim.num_deliveries += 1
-                payload = log.entries[entry_id]
+                claim.take(consumer, now)
+                number, payload = claim.num_deliveries, log.entries[entry_id]
                 deliveries.append(
-                    Delivery(
-                        stream, group, consumer, _format(entry_id), payload, claim.num_deliveries
-                    )
+                    Delivery(stream, group, consumer, _format(entry_id), payload, number)
                 )
         return deliveries
 
     def _is_reclaimable(self, claim: _Claim, idle_s: float, min_idle_s: float) -> bool:
+        """Whether the holder has been idle for long enough; one that is connected gets longer."""
         if idle_s < min_idle_s:
             return False
-        return (
-            not (min_idle_s and self._store.connections[claim.consumer])
-            or idle_s >= SUSPECT_FACTOR * min_idle_s
-        )
+        is_connected = bool(min_idle_s and self._store.connections[claim.consumer])
+        return not is_connected or idle_s >= SUSPECT_FACTOR * min_idle_s
 
     async def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         return self._set_claimed_at(deliveries, time.monotonic())
 
     async def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        # Idle for ever, so that whoever reclaims next may have it at once.
         self._set_claimed_at(deliveries, -math.inf)
 
     def _set_claimed_at(
@@ -383,6 +394,8 @@ class MemoryBus:
         num_removed = 0
         for stream in streams:
             log = self._store.logs[stream]
+            # An entry may go once every group has acknowledged it: up to a group's oldest lease, or
+            # through its last delivery where it has none.
             floors = [
                 next(iter(group.pending), (group.last_delivered[0], group.last_delivered[1] + 1))
                 for group in log.groups.values()
@@ -480,6 +493,7 @@ class MemoryBus:
 
 
 def _next_id(last_id: _Id) -> _Id:
+    # As Redis: never below the last one, though the clock may be set back.
     milliseconds = max(int(time.time() * 1000), last_id[0])
     return milliseconds, last_id[1] + 1 if milliseconds == last_id[0] else 0
 

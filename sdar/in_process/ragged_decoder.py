@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sdar.contracts.errors import ConfigurationError
@@ -27,8 +27,9 @@ KeyValues = Float[Tensor, "2 L R K S D"]
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Copies of one layer's weights: query, key and value as one projection, gate and up as
-    another.
+    """Copies of one layer's weights.
+
+    Query, key and value are one projection, gate and up another: two calls in place of five.
     """
 
     input_norm: Tensor
@@ -50,18 +51,7 @@ class RaggedDecoder:
             ConfigurationError: an architecture that this forward pass does not reproduce.
         """
         config = model.config
-        rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if (
-            config.model_type != "qwen2"
-            or rope_type != "default"
-            or layer_types != {"full_attention"}
-        ):
-            raise ConfigurationError(
-                "The in-process sampler runs plain Qwen2 only, got model_type "
-                f"{config.model_type}, rope_type {rope_type}, "
-                f"layers {sorted(layer_types)}. Use the vLLM engine for this model."
-            )
+        _check_architecture(config)
         self._model = model
         self._num_queries = int(config.num_attention_heads)
         self._num_key_values = int(config.num_key_value_heads)
@@ -70,6 +60,7 @@ class RaggedDecoder:
         )
         self._eps = float(config.rms_norm_eps)
         self.max_positions = max_positions
+        # The rotary table of every position, looked up by position from then on.
         with torch.inference_mode():
             cos, sin = model.model.rotary_emb(
                 model.lm_head.weight, torch.arange(max_positions)[None]
@@ -79,8 +70,9 @@ class RaggedDecoder:
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Copy the model's weights as they are now: training them further does not change what is
-        sampled.
+        """Copy the model's weights as they are now.
+
+        Training the model further does not change what is sampled until the next call.
         """
         body = self._model.model
         self._embedding = body.embed_tokens.weight.clone()
@@ -93,7 +85,11 @@ class RaggedDecoder:
         self._layers = [_fuse(layer) for layer in body.layers]
 
     def allocate(self, num_rows: int, num_positions: int) -> KeyValues:
-        """An empty cache. Zeros, because a masked position's value is still multiplied, by zero."""
+        """An empty cache, of zeros.
+
+        A masked position's value is still multiplied by zero, and memory that was never written may
+        hold a NaN.
+        """
         shape = (
             2,
             len(self._layers),
@@ -107,9 +103,13 @@ class RaggedDecoder:
     def prefill(
         self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], cache: KeyValues
     ) -> Float[Tensor, "R H"]:
-        """Feed each row its new tokens, beginning at position starts[row]; returns the hidden state
-        of each row's last one.
+        """Feed each row its new tokens, beginning at position starts[row].
+
+        Returns:
+            The hidden state of each row's last token.
         """
+        # The rows' tokens behind each other: of each packed token its row, and its number among
+        # the row's new ones (offsets).
         counts = torch.tensor([len(ids) for ids in token_ids])
         rows = torch.repeat_interleave(torch.arange(len(token_ids)), counts)
         ends = counts.cumsum(0)
@@ -135,25 +135,19 @@ class RaggedDecoder:
         offsets: Int[Tensor, " N"] | None,
         cache: KeyValues,
     ) -> Float[Tensor, "N H"]:
-        """`offsets` number each row's tokens from 0; None means one token a row, in the order of
-        the rows.
+        """The hidden state of each packed token, with its key and value written into the cache.
+
+        `offsets` number each row's tokens from 0. None means one token a row, in the rows' order.
         """
-        num_rows, num_positions = cache.shape[2], int(positions.max()) + 1
-        visible = torch.arange(num_positions) <= positions[:, None]
-        if offsets is None:
-            mask = visible[:, None, None]
-        else:
-            # Rows shorter than the longest leave query slots unused; they may look anywhere, nobody
-            # reads them.
-            padded = torch.ones(num_rows, int(offsets.max()) + 1, num_positions, dtype=torch.bool)
-            padded[rows, offsets] = visible
-            mask = padded[:, None]
+        num_positions = int(positions.max()) + 1
+        mask = _build_mask(rows, positions, offsets, cache.shape[2])
         cos, sin = self._cos[positions], self._sin[positions]
         heads = [self._num_queries, self._num_key_values, self._num_key_values]
         x = F.embedding(token_ids, self._embedding)
         for layer, keys, values in zip(self._layers, cache[0], cache[1], strict=True):
             qkv = F.linear(self._normalize(x, layer.input_norm), layer.qkv, layer.qkv_bias)
             query, key, value = torch.split(qkv.view(len(x), -1, self._head_size), heads, dim=1)
+            # Written before they are read: a token attends to itself and to the new ones before it.
             keys[rows, :, positions] = _rotate(key, cos, sin)
             values[rows, :, positions] = value
             query = _rotate(query, cos, sin)
@@ -174,6 +168,8 @@ class RaggedDecoder:
         rows: Tensor,
         offsets: Tensor | None,
     ) -> Float[Tensor, "N Q D"]:
+        # Attention takes one axis of queries a row, so packed tokens are spread over slots [R, T]
+        # and gathered again. With one token a row the packed order is that of the rows.
         is_grouped = self._num_queries != self._num_key_values
         if offsets is None:
             slots = query[:, :, None]
@@ -190,6 +186,36 @@ class RaggedDecoder:
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
+
+
+def _check_architecture(config: Any) -> None:
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    is_plain = rope_type == "default" and layer_types == {"full_attention"}
+    if config.model_type != "qwen2" or not is_plain:
+        raise ConfigurationError(
+            f"The in-process sampler runs plain Qwen2 only, got model_type {config.model_type}, "
+            f"rope_type {rope_type}, layers {sorted(layer_types)}. Use the vLLM engine for this "
+            "model."
+        )
+
+
+def _build_mask(
+    rows: Int[Tensor, " N"],
+    positions: Int[Tensor, " N"],
+    offsets: Int[Tensor, " N"] | None,
+    num_rows: int,
+) -> Bool[Tensor, "R 1 T S"]:
+    """Which positions each query may see: its own and those before it."""
+    num_positions = int(positions.max()) + 1
+    visible = torch.arange(num_positions) <= positions[:, None]
+    if offsets is None:
+        return visible[:, None, None]
+    # Rows shorter than the longest leave query slots unused. These may look anywhere, since nobody
+    # reads them; with nothing to look at their softmax would be NaN.
+    padded = torch.ones(num_rows, int(offsets.max()) + 1, num_positions, dtype=torch.bool)
+    padded[rows, offsets] = visible
+    return padded[:, None]
 
 
 def _fuse(layer: Any) -> _Layer:
@@ -210,5 +236,6 @@ def _fuse(layer: Any) -> _Layer:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Rotary embedding: dimension i and i + D/2 are the two coordinates that are turned together.
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,10 +1,8 @@
-"""A whole run in one process: every service's main loop on the in-memory bus.
+"""Plays a whole run in one process: every service's main loop on the in-memory bus.
 
-There is no wire, no Redis and no vLLM.
-
-For experiments over many seeds and for tests. What differs from `sdar run` is chosen here: the bus,
-the sampler (`TransformersEngine`), environments without gRPC. Scheduling, episodes, scores, updates
-and accounts are the services'.
+It is for experiments over many seeds and for tests. What differs from `sdar run` is chosen here:
+the bus, the sampler (`TransformersEngine`) and environments without gRPC. Scheduling, episodes,
+scores, updates and accounts are the services' own.
 """
 
 from __future__ import annotations
@@ -64,8 +62,9 @@ _LOOK_EVERY_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished run: its status as the gateway's API gives it, and every metric record, oldest
-    first.
+    """A finished run.
+
+    `status` is as the gateway's API gives it. `records` are all metric records, oldest first.
     """
 
     status: dict[str, Any]
@@ -80,6 +79,7 @@ def run_in_process(config: RunConfig, on_updates: OnUpdates = lambda num_updates
             stopped it.
         Other errors: a service's own.
     """
+    # Models are tiny here: more threads cost more than they compute.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="sdar-") as directory:
         return asyncio.run(play_run(config, Path(directory), on_updates))
@@ -106,26 +106,30 @@ async def play_run(
         cleanup.push_async_callback(sessions.close_all)
         scheduler = _build_scheduler(config, bus, sessions)
         watch = Watch(scheduler, bus)
-        mains: list[Main] = [
-            scheduler.run,
-            await _build_rollout(config, settings, bus, sessions, cleanup),
-            *(await _build_teacher(config, settings, bus, cleanup) if config.needs_teacher else ()),
-            _build_learner(config, settings, bus, cleanup),
-            _watch(scheduler, on_updates),
-        ]
+        mains: list[Main] = [scheduler.run]
+        mains.append(await _build_rollout(config, settings, bus, sessions, cleanup))
+        if config.needs_teacher:
+            mains += await _build_teacher(config, settings, bus, cleanup)
+        mains.append(_build_learner(config, settings, bus, cleanup))
+        mains.append(_watch(scheduler, on_updates))
         await run_until_stopped(*mains)
+        # The services are done; what they published last has yet to be read.
         await scheduler.history.follow(bus)
         await watch.refresh()
         status = describe_run(scheduler, watch).model_dump(mode="json")
+    _check_finished(config, scheduler)
+    return Outcome(status, _list_records(scheduler.history))
+
+
+def _check_finished(config: RunConfig, scheduler: Scheduler) -> None:
     if scheduler.state.phase is RunPhase.FAILED:
         raise UnavailableError(f"Run {config.name} gave up: {scheduler.detail}")
     if scheduler.state.phase is not RunPhase.FINISHED:
         raise UnavailableError(
             f"Run {config.name} was stopped after {scheduler.policy.num_updates} of "
-            f"{config.training.num_updates} updates. A run in "
-            "one process cannot be resumed; start it again."
+            f"{config.training.num_updates} updates. A run in one process cannot be resumed; start "
+            "it again."
         )
-    return Outcome(status, _list_records(scheduler.history))
 
 
 def _build_sessions(config: RunConfig) -> SessionManager:
@@ -201,6 +205,7 @@ def _build_learner(
 ) -> Main:
     checkpoints = CheckpointStore(settings.checkpoints, config)
     cleanup.callback(checkpoints.close)
+    # One thread computes for the learner, so that the event loop goes on for all services.
     torch_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner-torch")
     cleanup.callback(torch_thread.shutdown)
     trainer = build_trainer(config, stand_alone("cpu"), None)

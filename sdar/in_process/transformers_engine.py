@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,8 +32,11 @@ from sdar.model.causal_lm import install_tensors, load_causal_lm
 from services.rollout.engine import EngineStats, Generation
 
 _QUIET_TURNS = 10
-"""Turns of the event loop that a wave waits for more callers: enough for an environment in this
-process, a tenth of a millisecond against a wave's twenty."""
+"""Turns of the event loop that a wave waits for more callers.
+
+Enough for an environment in this process to answer: a tenth of a millisecond, against a wave's
+twenty.
+"""
 
 
 class WeightReader(Protocol):
@@ -43,7 +47,7 @@ class WeightReader(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """One caller's wish. `key` is the prompt as int32 bytes."""
+    """One caller's prompt and what was sampled for it. `key` is the prompt as int32 bytes."""
 
     prompt: list[int]
     key: bytes
@@ -55,8 +59,9 @@ class _Request:
 
 
 class TransformersEngine:
-    """Implements `Engine` on a Hugging Face Qwen2 model. Seeded: the same requests in the same
-    waves give the same tokens.
+    """Implements `Engine` on a Hugging Face Qwen2 model.
+
+    It is seeded: the same requests in the same waves give the same tokens.
     """
 
     def __init__(
@@ -75,7 +80,8 @@ class TransformersEngine:
         max_cached_tokens: key-value pairs kept of finished responses, in case their conversation
             goes on.
         """
-        self._model_path, self._dtype = model_path, dtype
+        self._model_path = model_path
+        self._dtype = dtype
         self._max_tokens = max_sequence_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
         self._store = store
@@ -118,8 +124,10 @@ class TransformersEngine:
     async def stop(self) -> None:
         if self._runner is None:
             return
+        # None first: from here on callers are refused.
         runner, self._runner = self._runner, None
         runner.cancel()
+        # Not awaited itself: it may have died of an error that its callers were given.
         await asyncio.wait([runner])
         self._fail_pending(
             UnavailableError(
@@ -151,15 +159,20 @@ class TransformersEngine:
         self.install(manifest.policy_version, tensors)
 
     def install(self, policy_version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Switch to weights that are at hand, as `export_tensors` names them. Raises
-        CorruptionError if they do not fit.
+        """Switch to weights that are at hand, under the names of `export_tensors`.
+
+        Raises:
+            CorruptionError: they are not of this model.
         """
+        # Nothing awaits from here to the end, so no wave is sampled halfway through.
         started = time.perf_counter()
         install_tensors(self._model, tensors.items())
         self._decoder.refresh()
+        # Keys and values of the old weights belong to no policy.
         self._cache.clear()
         self._version = policy_version
-        self._num_updates, self._pause_s = self._num_updates + 1, time.perf_counter() - started
+        self._num_updates += 1
+        self._pause_s = time.perf_counter() - started
 
     def _require_running(self) -> None:
         if self._runner is None:
@@ -170,30 +183,10 @@ class TransformersEngine:
     def _build_request(
         self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> _Request:
-        prompt = np.asarray(
-            prompt_token_ids, dtype=np.int64
-        )  # a caller outside may send any uint32
-        if not 0 < len(prompt) < self._max_tokens:
-            raise InvalidInputError(
-                f"Prompt of {len(prompt)} tokens; this sampler takes 1 to {self._max_tokens - 1}. "
-                "End the episode earlier or raise model.max_sequence_tokens."
-            )
-        if (
-            not 0 <= sampling.temperature < math.inf
-            or not 0 < sampling.top_p <= 1
-            or sampling.max_response_tokens < 1
-        ):
-            raise InvalidInputError(
-                f"Cannot sample with {sampling}: temperature at least 0 and finite, top_p in (0, "
-                "1], max_response_tokens at "
-                "least 1."
-            )
-        vocabulary_size = self._model.config.vocab_size
-        if prompt.min() < 0 or prompt.max() >= vocabulary_size:
-            raise InvalidInputError(
-                f"The prompt holds token ids outside 0 to {vocabulary_size - 1}. Tokenize with the "
-                "model's own tokenizer."
-            )
+        # In 64 bits: a caller outside may send any uint32.
+        prompt = np.asarray(prompt_token_ids, dtype=np.int64)
+        _check_sampling(sampling)
+        self._check_prompt(prompt)
         return _Request(
             prompt=prompt.tolist(),
             key=prompt.astype(np.int32).tobytes(),
@@ -202,11 +195,25 @@ class TransformersEngine:
             answer=asyncio.get_running_loop().create_future(),
         )
 
+    def _check_prompt(self, prompt: npt.NDArray[np.int64]) -> None:
+        if not 0 < len(prompt) < self._max_tokens:
+            raise InvalidInputError(
+                f"Prompt of {len(prompt)} tokens; this sampler takes 1 to {self._max_tokens - 1}. "
+                "End the episode earlier or raise model.max_sequence_tokens."
+            )
+        vocabulary_size = self._model.config.vocab_size
+        if prompt.min() < 0 or prompt.max() >= vocabulary_size:
+            raise InvalidInputError(
+                f"The prompt holds token ids outside 0 to {vocabulary_size - 1}. Tokenize with the "
+                "model's own tokenizer."
+            )
+
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
             await self._wait_for_companions()
             self._arrived.clear()
+            # Without those whose callers have given up.
             wave = [request for request in self._pending if not request.answer.done()]
             try:
                 if wave:
@@ -221,10 +228,12 @@ class TransformersEngine:
             self._pending.clear()
 
     async def _wait_for_companions(self) -> None:
-        """Give way until some turns of the event loop bring no new request: callers just answered
-        ask again within few.
+        """Give way until some turns of the event loop in a row bring no new request.
+
+        Callers that were just answered ask again within a few turns.
         """
-        num_seen, num_quiet_turns = len(self._pending), 0
+        num_seen = len(self._pending)
+        num_quiet_turns = 0
         while num_quiet_turns < _QUIET_TURNS:
             await asyncio.sleep(0)
             num_quiet_turns = num_quiet_turns + 1 if num_seen == len(self._pending) else 0
@@ -248,8 +257,8 @@ class TransformersEngine:
             self._append(wave, is_open, token_ids.tolist(), logprobs.tolist())
             if not any(is_open):
                 break
-            # A finished row is fed its last token again and again at the same place; nobody reads
-            # what comes of it.
+            # A finished row is fed its last token again and again, at the same place. Nobody reads
+            # what comes of it, and the other rows keep their places in the batch.
             hidden = self._decoder.decode(token_ids, lengths, cache)
             lengths = lengths + torch.tensor(is_open)
         for row, request in enumerate(wave):
@@ -258,17 +267,17 @@ class TransformersEngine:
     def _prefill(
         self, wave: list[_Request], max_response: int
     ) -> tuple[KeyValues, Float[Tensor, "R H"], list[int]]:
-        """The cache with every prompt in it, the hidden state after each prompt, and how many of
-        its tokens were cached.
+        """Feed the prompts, as far as no cached sequence begins them.
+
+        Returns:
+            The cache with every prompt in it, the hidden state after each prompt, and how many of
+            its tokens were cached.
         """
+        # One request of each prompt.
         unique = list({request.key: request for request in wave}.values())
-        found = [self._cache.find(request.key) for request in unique]
-        starts = [0 if entry is None else entry.shape[3] for entry in found]
         num_positions = max(len(request.prompt) for request in unique) + max_response
         cache = self._decoder.allocate(len(unique), num_positions)
-        for row, entry in enumerate(found):
-            if entry is not None:
-                cache[:, :, row, :, : entry.shape[3]] = entry
+        starts = self._load_cached([request.key for request in unique], cache)
         new = [request.prompt[start:] for request, start in zip(unique, starts, strict=True)]
         hidden = self._decoder.prefill(new, starts, cache)
         if len(unique) == len(wave):
@@ -279,6 +288,17 @@ class TransformersEngine:
         rows = [row_of[request.key] for request in wave]
         index = torch.tensor(rows)
         return cache.index_select(2, index), hidden[index], [starts[row] for row in rows]
+
+    def _load_cached(self, keys: Sequence[bytes], cache: KeyValues) -> list[int]:
+        """Fill each row with the cached start of its prompt; returns how many tokens that was."""
+        starts: list[int] = []
+        for row, key in enumerate(keys):
+            entry = self._cache.find(key)
+            start = 0 if entry is None else entry.shape[3]
+            if entry is not None:
+                cache[:, :, row, :, :start] = entry
+            starts.append(start)
+        return starts
 
     def _append(
         self, wave: list[_Request], is_open: list[bool], token_ids: list[int], logprobs: list[float]
@@ -295,6 +315,7 @@ class TransformersEngine:
         is_ended = request.response[-1] in self._stop_token_ids
         # The last token was never fed, so its keys and values are not there.
         num_fed = len(request.prompt) + len(response) - 1
+        # A copy: a view would keep the whole wave's cache in memory.
         self._cache.put(request.key + response[:-1].tobytes(), row[:, :, :, :num_fed].clone())
         self._num_tokens.update(
             generated=len(response), prompt=len(request.prompt), cached=num_cached
@@ -311,13 +332,23 @@ class TransformersEngine:
             )
 
 
+def _check_sampling(sampling: SamplingParameters) -> None:
+    is_possible = 0 <= sampling.temperature < math.inf and 0 < sampling.top_p <= 1
+    if not is_possible or sampling.max_response_tokens < 1:
+        raise InvalidInputError(
+            f"Cannot sample with {sampling}: temperature at least 0 and finite, top_p in (0, 1], "
+            "max_response_tokens at least 1."
+        )
+
+
 def _read_tensors(store: WeightReader, manifest: WeightsManifest) -> dict[str, Tensor]:
     return dict(store.iter_tensors(manifest))
 
 
 class _PrefixCache:
-    """Keys and values of token sequences under the present weights, least recently used dropped
-    first.
+    """Keys and values of token sequences under the present weights.
+
+    The least recently used are dropped first.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -327,9 +358,11 @@ class _PrefixCache:
         self._num_tokens = 0
 
     def find(self, key: bytes) -> Float[Tensor, "2 L K S D"] | None:
-        """The longest entry whose tokens begin the sequence `key` (int32 bytes) and leave at least
-        one token to compute.
+        """The longest entry whose tokens begin the sequence `key` (int32 bytes), None for none.
+
+        It leaves at least one token to compute, whose hidden state the first draw needs.
         """
+        # One look-up for each length that an entry has: conversations of a run have few.
         for size in sorted(self._num_with_size, reverse=True):
             if size < len(key) and (entry := self._entries.get(key[:size])) is not None:
                 self._entries.move_to_end(key[:size])
@@ -393,6 +426,8 @@ def _keep_nucleus(
     """The most probable tokens that together reach top_p, renormalised; -inf elsewhere."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
     mass = ordered.exp()
+    # Outside is a token before which the others reach top_p; the most probable one never is.
     is_outside = mass.cumsum(dim=-1) - mass >= top_p
+    # Back from the order of probability to that of the vocabulary.
     is_outside = torch.zeros_like(is_outside).scatter(-1, order, is_outside)
     return torch.log_softmax(logprobs.masked_fill(is_outside, -torch.inf), dim=-1)

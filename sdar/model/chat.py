@@ -1,7 +1,8 @@
-"""The chat template: fresh prompts, the tokens between a response and the next prompt, identity.
+"""Makes prompts of chat messages by a model's tokenizer and chat template.
 
-A multi-turn prompt is extended token by token, never rendered and tokenised anew: what the policy
-sampled is trained on.
+A prompt of several turns is extended token by token and never rendered and tokenised anew, since
+the text of a response may be tokenised into other tokens than the policy sampled, and those it
+sampled are trained on.
 """
 
 from __future__ import annotations
@@ -27,23 +28,13 @@ _CHARACTERS_ALLOWANCE = 1 << 20
 
 
 class ChatTokenizer:
-    """A model's tokenizer and chat template. Rendering is cached: environments repeat their
-    sentences.
+    """A model's tokenizer and chat template.
+
+    Rendering is cached, since environments repeat their sentences.
     """
 
     def __init__(self, model_path: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(model_path), trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"Cannot load a tokenizer from model.path {model_path}: {error}. Point it at a "
-                "Hugging Face model directory, "
-                "or make a tiny one with `sdar model create`."
-            ) from error
+        self.tokenizer = _load_tokenizer(model_path)
         if not self.tokenizer.chat_template:
             raise ConfigurationError(
                 f"The tokenizer in {model_path} has no chat template. Use an instruction-tuned "
@@ -67,18 +58,19 @@ class ChatTokenizer:
         return hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()[:16]
 
     def check_size(self, messages: Sequence[ChatMessage], max_tokens: int) -> None:
-        """Refuse a text from outside that cannot be a prompt of `max_tokens`, before time and
-        memory are spent on it.
+        """Refuse a text from outside that is too long for a prompt of `max_tokens`.
 
-        Raises ContractError.
+        Asked before time and memory are spent on tokenising it.
+
+        Raises:
+            ContractError: it is too long.
         """
         num_characters = sum(len(message.content) for message in messages)
         limit = _CHARACTERS_ALLOWANCE + _CHARACTERS_PER_TOKEN * max_tokens
         if num_characters > limit:
             raise ContractError(
                 f"{num_characters} characters in {len(messages)} messages; for {max_tokens} tokens "
-                f"at most {limit} are read. "
-                "Shorten them.",
+                f"at most {limit} are read. Shorten them.",
                 limit=limit,
             )
 
@@ -110,6 +102,7 @@ class ChatTokenizer:
 
     def _encode(self, text: str) -> TokenIds:
         ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        # The cache hands one array to many callers.
         ids.setflags(write=False)
         return ids
 
@@ -119,6 +112,8 @@ class ChatTokenizer:
     def _render_delta_uncached(
         self, messages: tuple[ChatMessage, ...], is_closed: bool
     ) -> TokenIds:
+        # A conversation is rendered whose response is a mark, and cut behind it: what is left are
+        # the end of the response and the new messages, as the template writes them.
         # A user message must precede: some templates refuse to begin with the assistant.
         before = (ChatMessage("user", "."), ChatMessage("assistant", _RESPONSE_MARK))
         text = self._template((*before, *messages), add_generation_prompt=True)
@@ -126,25 +121,38 @@ class ChatTokenizer:
         if not mark:
             raise ConfigurationError(
                 "The chat template rewrites the assistant's text, so a conversation cannot be "
-                "extended token by token. "
-                "Use a template that keeps assistant messages as they are."
+                "extended token by token. Use a template that keeps assistant messages as they "
+                "are."
             )
+        return self._encode(self._cut_closing(between) if is_closed else between)
+
+    def _cut_closing(self, between: str) -> str:
+        """What follows the end-of-turn token, which a closed response has sampled itself."""
         eos = str(self.tokenizer.eos_token)
-        if is_closed:
-            _, found, between = between.partition(eos)
-            if not found:
-                raise ConfigurationError(
-                    f"The chat template doesn't close an assistant message with {eos!r}, the "
-                    "eos_token."
-                )
-        return self._encode(between)
+        _, found, rest = between.partition(eos)
+        if not found:
+            raise ConfigurationError(
+                f"The chat template doesn't close an assistant message with {eos!r}, the eos_token."
+            )
+        return rest
+
+
+def _load_tokenizer(model_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"Cannot load a tokenizer from model.path {model_path}: {error}. Point it at a "
+            "Hugging Face model directory, or make a tiny one with `sdar model create`."
+        ) from error
 
 
 def place_skills(messages: Sequence[ChatMessage], skill_text: str) -> tuple[ChatMessage, ...]:
-    """The same messages with skills at the start of the first user message, hence behind the
-    template's first tokens.
+    """The same messages with skills at the start of the first user message.
 
-    ::
+    Hence they stand behind the template's first tokens::
 
         <|im_start|>user\\n{skill_text} {content}<|im_end|>\\n
         <|im_start|>user\\n{skill_text}\\n\\n{content}<|im_end|>\\n
@@ -161,8 +169,7 @@ def place_skills(messages: Sequence[ChatMessage], skill_text: str) -> tuple[Chat
     if index is None:
         raise ContractError(
             f"A prompt of roles {[message.role for message in messages]} has no user message to "
-            "hold its skills. "
-            "Let the first observation be a user message."
+            "hold its skills. Let the first observation be a user message."
         )
     separator = "\n\n" if "\n" in skill_text else " "
     content = f"{skill_text}{separator}{messages[index].content}"
@@ -171,8 +178,9 @@ def place_skills(messages: Sequence[ChatMessage], skill_text: str) -> tuple[Chat
 
 @functools.cache
 def compute_model_identity(model_path: Path) -> ModelIdentity:
-    """Name and a hash over configuration, tokenizer and template files; weights are identified by
-    their policy version.
+    """Name of a model, and a hash over its configuration, tokenizer and template files.
+
+    Weights are no part of it: their policy version identifies them.
 
     Raises:
         ConfigurationError: the directory is no model.
@@ -180,11 +188,11 @@ def compute_model_identity(model_path: Path) -> ModelIdentity:
     if not (model_path / "config.json").is_file():
         raise ConfigurationError(
             f"model.path {model_path} holds no config.json. Point it at a Hugging Face model "
-            "directory, "
-            "or make a tiny one with `sdar model create`."
+            "directory, or make a tiny one with `sdar model create`."
         )
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         file = model_path / name
+        # A file that is not there counts, too: the template may stand in a file of its own or not.
         digest.update(name.encode() + (file.read_bytes() if file.is_file() else b"-"))
     return ModelIdentity(model_path.name, digest.hexdigest()[:16])

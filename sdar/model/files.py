@@ -9,10 +9,16 @@ from safetensors import SafetensorError, safe_open
 
 from sdar.contracts.errors import ConfigurationError
 
+_HINT = (
+    "Point model.path at a complete Hugging Face model directory, or make a tiny one with "
+    "`sdar model create`."
+)
+
 
 def check_model_files(model_path: Path, *, with_weights: bool = True) -> None:
-    """Read the headers of a model directory's files: cheap, and finds what is missing, cut short or
-    no model at all.
+    """Read the headers of a model directory's files.
+
+    That is cheap, and finds a file that is missing, cut short or no model at all.
 
     Args:
         with_weights: false does not check weights, for services that read only the tokenizer.
@@ -20,31 +26,32 @@ def check_model_files(model_path: Path, *, with_weights: bool = True) -> None:
     Raises:
         ConfigurationError: names the file.
     """
-    hint = (
-        "Point model.path at a complete Hugging Face model directory, or make a tiny one with "
-        "`sdar model create`."
-    )
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        try:
-            json.loads((model_path / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigurationError(
-                f"Cannot read {model_path / name}: {error.strerror}. {hint}"
-            ) from error
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{model_path / name} is not valid JSON: {error}. {hint}"
-            ) from error
+        _check_json(model_path / name)
     if not with_weights:
         return
     shards = sorted(model_path.glob("*.safetensors"))
     if not shards:
-        raise ConfigurationError(f"{model_path} holds no *.safetensors weights. {hint}")
+        raise ConfigurationError(f"{model_path} holds no *.safetensors weights. {_HINT}")
     for shard in shards:
-        try:
-            with safe_open(shard, "np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigurationError(
-                f"{shard} is no complete safetensors file: {error}. {hint}"
-            ) from error
+        _check_shard(shard)
+
+
+def _check_json(file: Path) -> None:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"Cannot read {file}: {error.strerror}. {_HINT}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not valid JSON: {error}. {_HINT}") from error
+
+
+def _check_shard(file: Path) -> None:
+    try:
+        # Opening reads the header and compares the file's length with it.
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(
+            f"{file} is no complete safetensors file: {error}. {_HINT}"
+        ) from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 def count_gpus(wanted: int) -> int:
-    """`wanted` where there are GPUs, 0 on a CPU. Touches none: what is forked later may still use
-    them.
+    """`wanted` where there are GPUs, 0 on a CPU.
+
+    Initialises none: a process that has done so could not fork children that use them.
     """
     import torch
 

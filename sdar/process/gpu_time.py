@@ -35,5 +35,6 @@ class GpuTime(Collector):
         self._began_s = clock()
 
     def collect(self) -> Iterator[CounterMetricFamily]:
+        # Worked out at each scrape: a counter that a loop adds to would stand still while it hangs.
         held_s = self._clock() - self._began_s
         yield CounterMetricFamily(GPU_SECONDS.name, GPU_SECONDS.help, value=self._num_gpus * held_s)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -22,32 +22,45 @@ async def run_until_stopped(*mains: Callable[[asyncio.Event], Coroutine[Any, Any
     half alive.
     """
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    # Only a main thread can own signals. There a failure to take them is raised: a service that
-    # cannot drain must not start.
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+    _stop_on_signals(stopping)
     tasks = [
         asyncio.create_task(main(stopping), name=getattr(main, "__qualname__", "main"))
         for main in mains
     ]
+    in_order = await _wait_for_all(tasks, stopping)
+    # Asked of every task: asyncio prints the traceback of an error that nobody took.
+    errors = [error for task in in_order if not task.cancelled() and (error := task.exception())]
+    if errors:
+        raise errors[0]
+
+
+def _stop_on_signals(stopping: asyncio.Event) -> None:
+    # Only a main thread can own signals. There a failure to take them is raised: a service that
+    # cannot drain must not start.
+    if threading.current_thread() is threading.main_thread():
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+
+
+async def _wait_for_all(
+    tasks: Sequence[asyncio.Task[Any]], stopping: asyncio.Event
+) -> list[asyncio.Task[Any]]:
+    """Wait for the first failure or for all, then for the rest; returns them in that order."""
     try:
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        # The others end their unit of work: cancelled in its middle they would leave it half done.
         stopping.set()
         if pending:
             await asyncio.wait(pending)
     except asyncio.CancelledError:
+        # Whoever runs the service gives it up. Its tasks must not outlive it.
         stopping.set()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-    # Asked of every task: asyncio prints the traceback of an error that nobody took.
-    in_order = [*done, *pending]
-    errors = [error for task in in_order if not task.cancelled() and (error := task.exception())]
-    if errors:
-        raise errors[0]
+    return [*done, *pending]
 
 
 async def wait_or_stop(stopping: asyncio.Event, timeout_s: float) -> bool:
@@ -66,8 +79,9 @@ async def retry_while_unavailable(
     what: str,
     max_delay_s: float = 5.0,
 ) -> None:
-    """Repeat `action` until it succeeds or the service stops, while it raises UnavailableError;
-    delays double up to a bound.
+    """Repeat `action` while it raises UnavailableError, until it succeeds or the service stops.
+
+    The delay between two tries doubles each time, up to `max_delay_s`.
     """
     from sdar.contracts.errors import UnavailableError
 

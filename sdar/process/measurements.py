@@ -24,7 +24,9 @@ import prometheus_client
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
+# Prometheus keeps a series for each value of a label, for ever.
 _MAX_LABEL_VALUES = 64
+# Two records may fall on one tick of the clock, and a rate divides by the time between them.
 _SHORTEST_WINDOW_S = 1e-9
 
 # fmt: off
@@ -32,15 +34,17 @@ SECONDS_BUCKETS = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800,
 )
 # fmt: on
-"""Of whatever takes between milliseconds and half an hour."""
+"""For what takes between milliseconds and half an hour."""
 TURNS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100, 128, 256)
-"""Of an episode's length, the same for whoever counts it."""
+"""For an episode's length, the same in every service that counts it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """`values`: those that a query may ask for by name; empty where others name them (task types,
-    environments).
+    """A label of a series.
+
+    `values` are those that a query may ask for by name. They are empty where users name the values
+    (task types, environments).
     """
 
     name: str
@@ -49,8 +53,9 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What Prometheus is shown. `name` is the name of its series, a histogram's without `_bucket`,
-    `_sum` and `_count`.
+    """What Prometheus is shown.
+
+    `name` is the name of its series; a histogram's series add `_bucket`, `_sum` and `_count`.
     """
 
     kind: ClassVar[str]
@@ -68,8 +73,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Counter(Measurement):
-    """Only grows. Under its `key` records hold the total since the process began, over all labels;
-    without one they do not have it.
+    """Only grows.
+
+    Under its `key` records hold the total since the process began, over all labels. Without a key
+    they do not hold it.
     """
 
     kind: ClassVar[str] = "counter"
@@ -77,14 +84,15 @@ class Counter(Measurement):
     key: str = ""
 
     def __post_init__(self) -> None:
-        # Prometheus' client appends it to any other name, and a query for that finds nothing.
+        # Prometheus' client appends `_total` where it is missing, so the declared name would name
+        # no series, and a query for it would find nothing.
         if not self.name.endswith("_total"):
             raise ValueError(f"The counter {self.name} must be called {self.name}_total.")
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge(Measurement):
-    """Goes up and down. Under its `key` records hold its value; without one they do not have it."""
+    """Goes up and down. Under its `key` records hold its value; without one they do not."""
 
     kind: ClassVar[str] = "gauge"
 
@@ -224,6 +232,7 @@ class Meters:
         if isinstance(reported, Figure):
             return self._figures.get(reported.key, math.nan)
         name = reported.name
+        # A counter's collector also has samples of when each series was made, under another name.
         shown = self._counters[name] if isinstance(reported, Counter) else self._gauges[name]
         samples = [sample for family in shown.collect() for sample in family.samples]
         return float(sum(sample.value for sample in samples if sample.name == name))
@@ -234,7 +243,7 @@ class Meters:
         return {key: value for key, value in values.items() if not math.isnan(value)}
 
     def show_record(self, record: Mapping[str, float]) -> None:
-        """The other way: set every gauge whose key is in the record."""
+        """Set every gauge whose key is in the record: the reverse of `take_record`."""
         for key, reported in self.declarations.reported.items():
             if isinstance(reported, Gauge) and key in record:
                 self.set(reported, record[key])
@@ -245,8 +254,7 @@ def _select(shown: _Shown, labels: Mapping[str, str]) -> _Shown:
 
 
 class Window:
-    """How much counters grew between one metric record and the next: what rates and shares are made
-    of.
+    """How much counters grew between one metric record and the next, for rates and shares.
 
     Args:
         clock: seconds, monotonic.
@@ -261,9 +269,7 @@ class Window:
         self.duration_s = _SHORTEST_WINDOW_S
 
     def close(self) -> None:
-        """End the window that is open and begin the next one; the growth is of the one that
-        ended.
-        """
+        """End the open window and begin the next one; `growth` is of the one that ended."""
         now = self._clock()
         totals = self._read()
         self.duration_s = max(now - self._began_at, _SHORTEST_WINDOW_S)
@@ -276,7 +282,7 @@ class Window:
         return self._growth.get(counter.name, 0.0)
 
     def rate(self, counter: Counter) -> float:
-        """The same a second."""
+        """Growth a second in the window that ended last."""
         return self.growth(counter) / self.duration_s
 
     def _read(self) -> dict[str, float]:
@@ -285,8 +291,9 @@ class Window:
 
 
 class LabelBound:
-    """Keeps a label to a number of values, for what others name (task types) is without end:
-    further ones are `other`.
+    """Keeps a label to a number of values: what users name (task types) may be without end.
+
+    Called with a value, it returns that value, or `other` once there are too many.
     """
 
     def __init__(self, max_values: int = _MAX_LABEL_VALUES) -> None:

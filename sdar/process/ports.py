@@ -24,8 +24,10 @@ def find_free_port(host: str) -> int:
         ConflictError: none was found.
     """
     end = max(_first_ephemeral(), _FIRST + _TRIES)
+    # Drawn, since servers that start together would otherwise all try the same port first.
     for port in random.Random().sample(range(_FIRST, end), _TRIES):
         with socket.socket(socket.AF_INET) as probe:
+            # As a server binds: a port whose connections only wait for their end is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))

@@ -15,6 +15,7 @@ from sdar.contracts.errors import SdarError
 from sdar.process.settings import Settings, load_settings
 
 _TIMEOUT_S = 4.0
+"""Below the 5 s that the images' HEALTHCHECK allows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,9 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sdar.contracts.errors import ConfigurationError
 
 MAX_CALLS_PER_S = 10_000.0
-"""More than one of our server processes answers at all: a bound against floods. Who wants shares
-sets less.
-"""
+"""A bound against floods, above what one server process can answer. Set less to share it fairly."""
 
 
 class Settings(BaseSettings):
@@ -28,6 +26,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="SDAR_",
+        # A compose file sets a variable to an empty text where it has no value for it.
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -46,10 +45,6 @@ class Settings(BaseSettings):
     """Directory of what can be made again at any time, such as the vectors of skills. Processes may
     share it.
     """
-    webshop_data: str = Field(default="", validation_alias="WEBSHOP_DATA")
-    """Directory of WebShop's catalogue, where an environment is given no data_dir."""
-    search_data: str = ""
-    """Directory of Search-QA's questions, where an environment is given no data_dir."""
     host: str = "127.0.0.1"
     """Address that servers bind to. Beyond loopback they ask for tokens (docs/security.md)."""
     http_port: int = Field(default=8080, ge=0, le=65535)
@@ -109,10 +104,6 @@ class Settings(BaseSettings):
     """This process's place among the learner's ranks on its machine, hence its GPU; torchrun sets
     it. 0 answers probes.
     """
-    alfworld_data: str = Field(default="", validation_alias="ALFWORLD_DATA")
-    """ALFWorld's own variable: the directory that holds json_2.1.1, where an environment is given
-    no data_dir.
-    """
     trace_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     """Where traces go by OTLP over gRPC, http://HOST:4317; empty for none. The exporter's other
     OTEL_ variables count too.
@@ -140,17 +131,23 @@ def load_settings() -> Settings:
         raise ConfigurationError(f"Bad environment variable. {problems}.") from error
 
 
+def read_variable(name: str) -> str:
+    """A variable that one environment or library has of its own; "" where it is not set."""
+    return os.environ.get(name, "")
+
+
 def apply_environment(variables: Mapping[str, str]) -> None:
-    """Set variables that libraries read at import (thread counts, vLLM's switches); a value the
-    user set wins.
-    """
+    """Set variables that libraries read at import; a value that the user has set stays."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """Variables that hold the math libraries to `num_threads`: two thread pools on one core run
-    three times slower.
+    """Variables that hold the math libraries to `num_threads`.
+
+    Left alone, each library takes all cores: two pools of threads on one core run three times
+    slower than one.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    # Tokenizers warn, and switch their threads off, in every process that forks after their use.
     return dict.fromkeys(names, str(num_threads)) | {"TOKENIZERS_PARALLELISM": "false"}

@@ -1,4 +1,4 @@
-"""Logs of every process, and the server of its probes and metrics (/healthz, /readyz, /metrics)."""
+"""How every process logs, and its server of probes and metrics (/healthz, /readyz, /metrics)."""
 
 from __future__ import annotations
 
@@ -47,22 +47,27 @@ PROCESS.count(ERROR_ANSWERS, 0, protocol="grpc", reason="INTERNAL")
 
 def configure_logging(service: str, instance: str, level: str, format: str) -> None:
     """Send structlog events to stderr, one line each, with service and instance on every line."""
-    # JSON escapes by itself.
-    renderer: Any = structlog.processors.JSONRenderer() if format == "json" else _TextRenderer()
+    of_format: Any
+    renderer: Any
+    if format == "json":
+        # JSON escapes control characters by itself; a traceback becomes one of its fields.
+        of_format = structlog.processors.format_exc_info
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        of_format = structlog.processors.UnicodeDecoder()
+        renderer = _TextRenderer()
+    least = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.StackInfoRenderer(),
-            structlog.processors.format_exc_info
-            if format == "json"
-            else structlog.processors.UnicodeDecoder(),
+            of_format,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[level.upper()]
-        ),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
+        # Not stdout, which belongs to what a command prints.
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -70,9 +75,10 @@ def configure_logging(service: str, instance: str, level: str, format: str) -> N
 
 
 class _TextRenderer:
-    """A line an event that nobody's words can break: an event or value holds no control characters,
-    a traceback's lines are indented under it. Tracebacks are plain: structlog's default ones print
-    local variables, and prompts don't belong in logs.
+    """Writes an event as one line that no text from outside can break.
+
+    Control characters are escaped, and a traceback's lines are indented under the event. Tracebacks
+    are plain: structlog's default ones print local variables, and prompts don't belong in logs.
     """
 
     def __init__(self) -> None:
@@ -84,12 +90,14 @@ class _TextRenderer:
         for key, value in event.items():
             if isinstance(value, str):
                 event[key] = escape_controls(value)
+        # Once more over the whole: values of other types write themselves only here.
         return escape_controls(self._console(logger, name, event), keep="\n")
 
 
 def render_event(event: Mapping[str, Any]) -> str:
-    """The text of a line that was logged as JSON. Who logged it is left out: whoever shows lines of
-    several knows.
+    """The text of a line that was logged as JSON.
+
+    Its service and instance are left out: whoever shows lines of several services adds them.
     """
     left_out = ("service", "instance", "exception")
     shown = {name: value for name, value in event.items() if name not in left_out}
@@ -107,17 +115,16 @@ def _write_traceback(stream: TextIO, exception: Any) -> None:
 
 @dataclass
 class Health:
-    """What the probes answer. A main loop calls `beat`; one that stops beating for `max_silence_s`
-    is reported dead.
+    """What the probes answer.
+
+    A main loop calls `beat`; a loop that does not for `max_silence_s` is reported dead.
     """
 
     max_silence_s: float = 120.0
     is_ready: bool = False
     detail: str = "starting"
     blocked: str = ""
-    """What a main loop waits for that is out of its hands (Redis away, or full); empty when
-    nothing.
-    """
+    """What a main loop waits for that is not its to mend (Redis away, or full); else empty."""
     _last_beat: float = field(default_factory=time.monotonic)
 
     def beat(self) -> None:
@@ -133,8 +140,9 @@ class Health:
         self.detail = detail
 
     def report_blocked(self, reason: str) -> None:
-        """Waiting for another is neither readiness nor death: called at every try, and with "" when
-        it is over.
+        """Report what the main loop waits for: at every try, and with "" when the wait is over.
+
+        A service that waits for another is not ready, and it is alive.
         """
         self.blocked = reason
         self.beat()
@@ -145,27 +153,13 @@ class Health:
 
 
 class ProbeServer:
-    """Answers probes and metrics from a thread of its own, so that a busy main loop doesn't fail
-    them, only a silent one.
+    """Answers probes and metrics from a thread of its own.
+
+    A main loop that is busy therefore does not fail them; one that is silent for too long does.
     """
 
     def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
-        try:
-            kind = _WsgiServer6 if ":" in host else _WsgiServer
-            self._server = make_server(
-                host,
-                port,
-                _probe_app(health, registry),
-                server_class=kind,
-                handler_class=_QuietHandler,
-            )
-        except OSError as error:
-            raise ConflictError(
-                f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give "
-                "another port or host (a service of a run takes them from SDAR_PROBE_PORT and "
-                "SDAR_HOST).",
-                port=port,
-            ) from error
+        self._server = _bind_probes(host, port, _probe_app(health, registry))
         self.port = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
@@ -180,8 +174,21 @@ class ProbeServer:
         self._thread.join()
 
 
+def _bind_probes(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> WSGIServer:
+    kind = _WsgiServer6 if ":" in host else _WsgiServer
+    try:
+        return make_server(host, port, app, server_class=kind, handler_class=_QuietHandler)
+    except OSError as error:
+        raise ConflictError(
+            f"Cannot serve probes on {host}:{port}: {error.strerror}. Free the port, or give "
+            "another port or host (a service of a run takes them from SDAR_PROBE_PORT and "
+            "SDAR_HOST).",
+            port=port,
+        ) from error
+
+
 def build_registry() -> CollectorRegistry:
-    """With the metrics that every process has; a service's own ones come on top."""
+    """A registry with the metrics that every process has, for a service to add its own."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PROCESS.show_in(registry)
@@ -211,9 +218,7 @@ def serve_probes(
 
 
 class _WsgiServer(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread a request: a client that connects and says nothing must not keep the next probe
-    waiting.
-    """
+    """A thread for each request: a client that connects and is silent must not delay a probe."""
 
     daemon_threads = True
 
@@ -236,6 +241,7 @@ def _probe_app(health: Health, registry: CollectorRegistry) -> Callable[..., Ite
         path = environ["PATH_INFO"]
         if path == "/metrics":
             return metrics_app(environ, start_response)  # type: ignore[no-any-return]
+        # A dead loop is not ready either, whatever it reported last.
         known = {
             "/healthz": health.is_alive,
             "/readyz": health.is_alive and health.is_ready and not health.blocked,

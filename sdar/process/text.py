@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+# Control characters, marks that turn the direction of writing, line and paragraph separators, and
+# lone surrogates, which cannot be encoded.
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -15,7 +17,7 @@ def hide_credentials(url: str) -> str:
     scheme = match[0] if (match := _SCHEME.match(url)) else ""
     place, _, query = url[len(scheme) :].partition("?")
     if "@" in query:
-        # Part of a password with a question mark, or a query with an at sign: nobody can tell.
+        # A password may hold a question mark and a query an at sign, so both are hidden.
         return f"{scheme}***"
     if "@" in place:
         return f"{scheme}***@{place.rpartition('@')[2]}"
@@ -28,6 +30,7 @@ def escape_controls(text: str, *, keep: str = "") -> str:
     """
 
     def escape(match: re.Match[str]) -> str:
+        # `ascii` writes a character as Python would, in quotes: these are cut off.
         return match[0] if match[0] in keep else ascii(match[0])[1:-1]
 
     return _CONTROL.sub(escape, text)

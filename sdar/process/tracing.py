@@ -27,6 +27,7 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.process.settings import Settings
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import SpanContext
 
@@ -39,7 +40,7 @@ _STOP_TIMEOUT_S = 3.0
 
 
 class Span:
-    """A stretch of work that is being traced; this class itself is one that is not."""
+    """A stretch of work that is traced. An instance of this class itself traces nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -53,16 +54,17 @@ class Span:
         self.end()
 
     def set(self, **attributes: Value) -> None:
-        """What is known only now."""
+        """Add attributes that were not known when the span began."""
 
     def end(self) -> None:
-        """For a span that is not used as a context manager."""
+        """End the span, where it is not used as a context manager."""
 
 
 NOTHING = Span()
 
 _active: _Tracer | None = None
 _current: ContextVar[_RealSpan | None] = ContextVar("current_span", default=None)
+# The (trace id, span id) that the next span must get. The SDK takes ids from a generator only.
 _chosen_ids: ContextVar[tuple[int | None, int | None]] = ContextVar(
     "chosen_ids", default=(None, None)
 )
@@ -146,8 +148,9 @@ def record(
 
 
 def span_over(name: str, group_ids: Iterable[str], **attributes: Value) -> Span:
-    """Work on many groups at once: the first span of a trace of its own, which points to those of
-    the groups.
+    """Work on many groups at once: the first span of a trace of its own.
+
+    It points to the first span of each group that is traced.
     """
     if (tracer := _active) is None:
         return NOTHING
@@ -186,8 +189,10 @@ class _RealSpan(Span):
 
 
 class _Tracer:
-    """Begins spans of one run. What sends them is built at the first one: an engine that forks its
-    workers has done so then.
+    """Begins spans of one run.
+
+    What sends them is built at the first span, not here: it has threads, and by then an engine that
+    forks its workers has done so.
     """
 
     def __init__(self, settings: Settings, service: str, run_id: str) -> None:
@@ -195,17 +200,12 @@ class _Tracer:
         from opentelemetry.exporter.otlp.proto.grpc import trace_exporter
         from opentelemetry.sdk.trace import export
 
-        endpoint = settings.trace_endpoint
-        if not endpoint.startswith(("http://", "https://")):
-            raise ConfigurationError(
-                f"OTEL_EXPORTER_OTLP_ENDPOINT is {endpoint!r}, which is no URL. Write "
-                "http://HOST:4317, or https:// with TLS."
-            )
         self._sdk = sdk
         self._export = export
         self._exporter = trace_exporter
-        self._endpoint = endpoint
+        self._endpoint = _check_endpoint(settings.trace_endpoint)
         self._run_id = run_id
+        # Of the 64 low bits of a trace's id, which are spread evenly.
         self._limit = int(settings.trace_share * 2**64)
         self._resource = {
             "service.name": f"sdar-{service}",
@@ -236,23 +236,16 @@ class _Tracer:
         began_s: float | None = None,
     ) -> _RealSpan:
         """Args: own: the ids it gets; without it they are drawn."""
-        from opentelemetry.context import Context
-        from opentelemetry.trace import Link, NonRecordingSpan, set_span_in_context
+        from opentelemetry.trace import Link
 
-        # A context of our own: libraries that look for a span of theirs in the common one must not
-        # find ours.
-        context = (
-            Context()
-            if parent is None
-            else set_span_in_context(NonRecordingSpan(parent), Context())
-        )
         token = _chosen_ids.set((None, None) if own is None else (own.trace_id, own.span_id))
         try:
             begun = self._get_tracer().start_span(
                 name,
-                context=context,
+                context=_build_context(parent),
                 attributes=_name(attributes),
                 links=[Link(target) for target in links],
+                # In nanoseconds. A clock that runs ahead must not begin a span after its end.
                 start_time=None if began_s is None else int(min(began_s, time.time()) * 1e9),
             )
         finally:
@@ -269,6 +262,7 @@ class _Tracer:
         sending.join(_STOP_TIMEOUT_S)
 
     def _get_tracer(self) -> Any:
+        # Spans begin in several threads, and one provider must send for all of them.
         with self._lock:
             if self._provider is None:
                 self._provider = self._build_provider()
@@ -280,8 +274,7 @@ class _Tracer:
         from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
         _warn_once(self._endpoint)
-        # Ours alone, not the process's: what others would trace (vLLM, Redis' client) was not asked
-        # for.
+        # A provider of ours and not the process's, by which vLLM and Redis' client would trace too.
         provider = self._sdk.TracerProvider(
             sampler=ALWAYS_ON,
             resource=Resource.create(self._resource),
@@ -305,6 +298,25 @@ class _Tracer:
         )
 
 
+def _check_endpoint(endpoint: str) -> str:
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigurationError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT is {endpoint!r}, which is no URL. Write "
+            "http://HOST:4317, or https:// with TLS."
+        )
+    return endpoint
+
+
+def _build_context(parent: SpanContext | None) -> Context:
+    """A context of our own: libraries that look into the common one must not find our spans."""
+    from opentelemetry.context import Context
+    from opentelemetry.trace import NonRecordingSpan, set_span_in_context
+
+    if parent is None:
+        return Context()
+    return set_span_in_context(NonRecordingSpan(parent), Context())
+
+
 def _name(attributes: dict[str, Value]) -> dict[str, Value]:
     return {f"sdar.{name}": value for name, value in attributes.items()}
 
@@ -323,8 +335,8 @@ def _build_id_generator() -> Any:
 
 
 def _warn_once(endpoint: str) -> None:
-    """Log that a collector is away in one line, where the exporter would every few seconds."""
-    # Its thread does not know whose log lines these are.
+    """Log once that a collector is away; the exporter would log it every few seconds."""
+    # The exporter's thread lacks the service and instance that our log lines carry.
     bound = log.bind(**structlog.contextvars.get_contextvars())
 
     class FirstWarning(logging.Handler):
@@ -338,6 +350,7 @@ def _warn_once(endpoint: str) -> None:
                     "traces_not_sent", endpoint=endpoint, error=entry.getMessage(), hint=hint
                 )
 
+    # Not passed on, so the library's own lines reach no other handler.
     logger = logging.getLogger("opentelemetry")
     logger.handlers = [FirstWarning(logging.WARNING)]
     logger.propagate = False

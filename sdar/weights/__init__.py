@@ -1,1 +1,1 @@
-"""Policy versions as files: published, checked, read, kept while in use."""
+"""Policy versions as files: published, checked, read, and kept while somebody uses them."""

@@ -11,6 +11,7 @@ writes files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from sdar.contracts.errors import CorruptionError
+
+_Width = type[np.uint8 | np.uint16]
 
 _BLOCK = 1 << 22
 """Elements looked at together: bounds the memory that positions take, however large the tensor."""
@@ -56,30 +59,44 @@ def encode_delta(base: Tensor, tensor: Tensor) -> Delta | None:
     before = _bits(base)
     after = _bits(tensor)
     most_bytes = tensor.nbytes // 2
-    last = -1
+    # A change takes its value and at least one byte of gap: most refusals need no encoding.
     if np.count_nonzero(before != after) * (after.itemsize + 1) > most_bytes:
         return None
-    codes: dict[type[np.uint8 | np.uint16], list[npt.NDArray[Any]]] = {np.uint8: [], np.uint16: []}
+    # Neither width is always the shorter one: 8 bits need passes where changes are far apart, and
+    # 16 bits waste one byte a change where they are near. Both are written, the shorter is kept.
+    codes: dict[_Width, list[npt.NDArray[Any]]] = {np.uint8: [], np.uint16: []}
     values = [after[:0]]
-    for start in range(0, len(after), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        changed = np.flatnonzero(before[block] != after[block]) + start
-        gaps = np.diff(changed, prepend=last) - 1
-        last = changed[-1] if len(changed) else last
+    for gaps, changed in _iter_changes(before, after):
         for width, written in codes.items():
             written.append(_encode_gaps(gaps, width))
         values.append(after[changed])
-    shortest = min(
-        (
-            np.concatenate([np.empty(0, width), *written], dtype=width)
-            for width, written in codes.items()
-        ),
-        key=_size,
-    )
     delta = Delta(
-        torch.from_numpy(shortest), torch.from_numpy(np.concatenate(values)).view(tensor.dtype)
+        _join_shortest(codes), torch.from_numpy(np.concatenate(values)).view(tensor.dtype)
     )
     return delta if delta.size_bytes <= most_bytes else None
+
+
+def _iter_changes(
+    before: npt.NDArray[np.int16], after: npt.NDArray[np.int16]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """By block: the gap before each change, and the change's position in the whole tensor."""
+    # A gap may span blocks, so it is counted from the last change of the blocks before. The first
+    # change is counted from one before the tensor's beginning: its gap is its position.
+    last = -1
+    for start in range(0, len(after), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        changed = np.flatnonzero(before[block] != after[block]) + start
+        yield np.diff(changed, prepend=last) - 1, changed
+        last = changed[-1] if len(changed) else last
+
+
+def _join_shortest(codes: Mapping[_Width, Sequence[npt.NDArray[Any]]]) -> Tensor:
+    """The gaps in the width that takes fewest bytes; of two as short, the first."""
+    joined: list[npt.NDArray[Any]] = []
+    for width, written in codes.items():
+        # The empty array stands for a tensor without elements, which has no block.
+        joined.append(np.concatenate([np.empty(0, width), *written], dtype=width))
+    return torch.from_numpy(min(joined, key=_size))
 
 
 def apply_delta(base: Tensor, delta: Delta) -> Tensor:
@@ -88,6 +105,19 @@ def apply_delta(base: Tensor, delta: Delta) -> Tensor:
     Raises:
         CorruptionError: the delta is not of such a tensor.
     """
+    _check_types(base, delta)
+    tensor = base.clone(memory_format=torch.contiguous_format)
+    values = _bits(delta.values)
+    codes = delta.gaps.reshape(-1).numpy()
+    if not _write_changes(_bits(tensor), values, codes):
+        raise CorruptionError(
+            f"A delta of {len(values)} values and {len(codes)} gaps does not fit {tensor.numel()} "
+            "elements."
+        )
+    return tensor
+
+
+def _check_types(base: Tensor, delta: Delta) -> None:
     if (
         delta.gaps.dtype not in (torch.uint8, torch.uint16)
         or delta.values.dtype != base.dtype
@@ -97,33 +127,34 @@ def apply_delta(base: Tensor, delta: Delta) -> Tensor:
             f"A delta of {delta.gaps.dtype} gaps and {delta.values.dtype} values is none of "
             f"{base.dtype}."
         )
-    tensor = base.clone(memory_format=torch.contiguous_format)
-    bits = _bits(tensor)
-    values = _bits(delta.values)
-    codes = delta.gaps.reshape(-1).numpy()
+
+
+def _write_changes(
+    bits: npt.NDArray[np.int16], values: npt.NDArray[np.int16], codes: npt.NDArray[Any]
+) -> bool:
+    """Write `values` over the elements that `codes` name; False if the three do not fit together.
+
+    Every block is compared with the bounds before it is written: the delta may be damaged.
+    """
     num_changed = 0
     last = -1
     for start in range(0, len(codes), _BLOCK):
         block = codes[start : start + _BLOCK]
         is_change = block != np.iinfo(codes.dtype).max
+        # A change stands one element behind those that its gap passes over; a pass has no element
+        # of its own. The running sum is therefore the position that each code leads to.
         reached = np.cumsum(block + is_change.astype(np.int64)) + last
         changed = reached[is_change]
         last = int(reached[-1])
         if last >= len(bits) or num_changed + len(changed) > len(values):
-            break
+            return False
         bits[changed] = values[num_changed : num_changed + len(changed)]
         num_changed += len(changed)
-    if last >= len(bits) or num_changed != len(values):
-        raise CorruptionError(
-            f"A delta of {len(values)} values and {len(codes)} gaps does not fit {len(bits)} "
-            "elements."
-        )
-    return tensor
+    return num_changed == len(values)
 
 
-def _encode_gaps(
-    gaps: npt.NDArray[np.int64], width: type[np.uint8 | np.uint16]
-) -> npt.NDArray[Any]:
+def _encode_gaps(gaps: npt.NDArray[np.int64], width: _Width) -> npt.NDArray[Any]:
+    # The largest value of the type is no gap: it passes over as many elements and names none.
     limit = np.iinfo(width).max
     num_passes = gaps // limit
     # Each change's own code comes after those that only pass over.

@@ -94,6 +94,7 @@ class PolicyFollower:
         while num_read == _PAGE:
             page = await self._bus.tail(Stream.POLICY_UPDATES, self._cursor, _PAGE, block_s)
             num_read = len(page)
+            # Only the first page is waited for: after a full one, the next may well be empty.
             block_s = 0.0
             if page:
                 self._remember(page)
@@ -119,12 +120,6 @@ class PolicyFollower:
         try:
             await install(self._find(version))
         except _UNREADABLE as error:
-            log.error(
-                "policy_refused",
-                policy_version=version,
-                serving=self._loaded_version,
-                error=str(error),
-            )
             self._refuse(version, error)
             return False
         self._loaded_version = version
@@ -156,6 +151,8 @@ class PolicyFollower:
 
     def notify(self) -> None:
         """Wake who waits; also to be called when something else changes that `is_so` looks at."""
+        # A new event each time: clearing the old one could put a waiter back to sleep that has not
+        # run yet.
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -169,6 +166,10 @@ class PolicyFollower:
         return self._manifests[version]
 
     def _refuse(self, version: int, error: SdarError) -> None:
+        log.error(
+            "policy_refused", policy_version=version, serving=self._loaded_version, error=str(error)
+        )
+        # Refusals that have lapsed go now, so that a long run does not gather them.
         lasting = {
             known: self._refusals[known] for known in self._refusals if self.is_refused(known)
         }
@@ -177,8 +178,13 @@ class PolicyFollower:
         self._on_refused()
 
     def _remember(self, page: Sequence[Entry]) -> None:
-        """Decode no more than is kept: a manifest names every tensor, and the stream is long."""
+        """Decode no more than is kept: a manifest names every tensor, and the stream is long.
+
+        The newest entries hold the newest versions, for a learner publishes them in order.
+        """
         found: list[WeightsManifest] = []
+        # From the end of the page, where the newest are. The stream's first entry is decoded all
+        # the same: it is the base of the run, which an evaluation may ask for at any time.
         for index in reversed(range(len(page))):
             may_be_base = index == 0 and self._cursor == BEFORE_FIRST
             if len(found) < self._max_known or may_be_base:
@@ -195,5 +201,6 @@ def _decode(entry: Entry) -> list[WeightsManifest]:
     try:
         return [codec.decode_weights_manifest(entry.payload)]
     except SdarError as error:
+        # One unreadable entry must not keep a reader from the versions behind it.
         log.error("policy_update_unreadable", entry_id=entry.entry_id, error=str(error))
         return []

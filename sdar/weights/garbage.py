@@ -5,7 +5,7 @@ Manifests go first, newest first: whenever a collection ends, what still has one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from sdar.contracts.errors import CorruptionError
 from sdar.weights.manifests import MANIFEST, format_version_path
@@ -32,23 +32,28 @@ class GarbageCollector:
         kept = {*versions[-keep_newest:], *in_use}
         doomed: list[int] = []
         for chain in self._list_chains(versions):
+            # `retire` is asked last: what it has marked can't be unmarked, and must be deleted.
             if kept.isdisjoint(chain) and retire(chain):
                 doomed += chain
         doomed.sort()
+        self._delete_manifests(doomed)
+        self._delete_others(objects, [*doomed, *_list_leftovers(objects, versions)])
+        return doomed
+
+    def _delete_manifests(self, doomed: Sequence[int]) -> None:
+        """Newest first: a crash in between never leaves a delta whose base has no manifest."""
         paths = [format_version_path(self._run_id, version) for version in reversed(doomed)]
         self._objects.delete([f"{path}/{MANIFEST}" for path in paths])
-        # What a crashed publisher or collector left behind has no manifest. One that is newer than
-        # all others may be being published.
-        newest = max(versions, default=0)
-        leftovers = [v for v in objects if v not in versions and v < newest]
+
+    def _delete_others(self, objects: Mapping[int, Sequence[str]], versions: Sequence[int]) -> None:
         others: list[str] = []
-        for version in (*doomed, *leftovers):
+        for version in versions:
             others += objects[version]
         self._objects.delete([path for path in others if not path.endswith(f"/{MANIFEST}")])
-        return doomed
 
     def _list_chains(self, versions: Sequence[int]) -> list[list[int]]:
         """Versions grouped by the one they all go back to, each group ascending."""
+        # Kept from one collection to the next: each manifest is fetched once.
         self._bases = self._find_bases(versions)
         chains: dict[int, list[int]] = {}
         roots: dict[int, int] = {}
@@ -74,4 +79,15 @@ class GarbageCollector:
         try:
             return self._objects.fetch_manifest(self._run_id, version).base_version
         except CorruptionError:
-            return before  # Which base is lost; rather keep too much.
+            # Which version it is based on is lost. As part of the chain before it, it goes no
+            # sooner than that one: rather keep too much.
+            return before
+
+
+def _list_leftovers(objects: Mapping[int, Sequence[str]], versions: Sequence[int]) -> list[int]:
+    """Versions without a manifest, which a crashed publisher or collector left behind.
+
+    One that is newer than all published ones is left alone: it may be being published.
+    """
+    newest = max(versions, default=0)
+    return [version for version in objects if version not in versions and version < newest]

@@ -18,6 +18,16 @@ VERSION_PATH = re.compile(rf"{PATH_SEGMENT}/v(\d{{8,}})")
 SHARD_NAME = re.compile(r"shard-\d{5,}-([0-9a-f]{64})\.safetensors")
 REMEDY = "Fetch it again; if it stays, publish a new version."
 
+_NO_MANIFEST = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    ContractError,
+)
+"""What decoding raises for JSON that is no manifest: it may nest too deep or hold any type."""
+
 
 def manifest_to_json(manifest: WeightsManifest) -> str:
     """Readable JSON, one line a field."""
@@ -31,29 +41,24 @@ def manifest_from_json(text: str) -> WeightsManifest:
         CorruptionError: not a manifest.
     """
     try:
-        fields: dict[str, Any] = json.loads(text)
-        tensors = tuple(
-            TensorEntry(**{**entry, "shape": tuple(entry["shape"])})
-            for entry in fields.pop("tensors")
-        )
-        manifest = WeightsManifest(
-            **{**fields, "tensors": tensors, "model": ModelIdentity(**fields.pop("model"))}
-        )
+        manifest = _build_manifest(json.loads(text))
         # What cannot be announced is no manifest either: JSON puts any type into any field.
         weights_manifest_to_proto(manifest)
         check_manifest(manifest)
         return manifest
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        ContractError,
-    ) as error:
+    except _NO_MANIFEST as error:
         raise CorruptionError(
             f"A weights manifest of {len(text)} characters cannot be decoded: {error}. {REMEDY}"
         ) from error
+
+
+def _build_manifest(fields: dict[str, Any]) -> WeightsManifest:
+    """A manifest from its JSON object, whatever that holds; raises any of `_NO_MANIFEST`."""
+    tensors = tuple(
+        TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields.pop("tensors")
+    )
+    model = ModelIdentity(**fields.pop("model"))
+    return WeightsManifest(**{**fields, "tensors": tensors, "model": model})
 
 
 def seal_manifest(json_object: str) -> bytes:
@@ -63,7 +68,8 @@ def seal_manifest(json_object: str) -> bytes:
 
 
 def unseal_manifest(content: bytes, path: str) -> str:
-    """Undo `_seal`. Raises CorruptionError if a byte is not as it was written."""
+    """Undo `seal_manifest`. Raises CorruptionError if a byte is not as it was written."""
+    # The last field is cut off and the rest is sealed again: equal only if all of it is untouched.
     json_object = content.rpartition(b',\n "sha256": "')[0] + b"\n}"
     text = json_object.decode(errors="replace")
     if seal_manifest(text) != content:
@@ -74,29 +80,31 @@ def unseal_manifest(content: bytes, path: str) -> str:
 
 
 def check_manifest(manifest: WeightsManifest) -> None:
-    """A manifest may have come over the wire; nothing in it may lead out of its version's
-    directory, or to itself.
+    """Raises CorruptionError where a manifest leads out of its version's directory, or to itself.
+
+    It may have come over the wire.
     """
-    is_named = VERSION_PATH.fullmatch(manifest.path) and manifest.path == format_version_path(
-        manifest.run_id, manifest.policy_version
-    )
-    wrong = [] if is_named else [manifest.path]
-    wrong += [entry.shard for entry in manifest.tensors if not SHARD_NAME.fullmatch(entry.shard)]
-    if wrong:
+    if wrong := _list_wrong_paths(manifest):
         raise CorruptionError(
             f"Weights manifest of version {manifest.policy_version} names {wrong[0]!r}, which is "
-            "no path this store makes. "
-            "Use manifests as `publish` returns them."
+            "no path this store makes. Use manifests as `publish` returns them."
         )
-    if (
-        manifest.base_version is not None
-        and not 0 <= manifest.base_version < manifest.policy_version
-    ):
+    base_version = manifest.base_version
+    # A base that is not older could make a circle of bases, which no reader would get out of.
+    if base_version is not None and not 0 <= base_version < manifest.policy_version:
         raise CorruptionError(
             f"Weights manifest of version {manifest.policy_version} has base version "
-            f"{manifest.base_version}; a base is older. "
-            "Use manifests as `publish` returns them."
+            f"{base_version}; a base is older. Use manifests as `publish` returns them."
         )
+
+
+def _list_wrong_paths(manifest: WeightsManifest) -> list[str]:
+    path = format_version_path(manifest.run_id, manifest.policy_version)
+    # The pattern as well: the run's name is the manifest's own, and could hold "..".
+    is_right = VERSION_PATH.fullmatch(manifest.path) and manifest.path == path
+    wrong = [] if is_right else [manifest.path]
+    wrong += [entry.shard for entry in manifest.tensors if not SHARD_NAME.fullmatch(entry.shard)]
+    return wrong
 
 
 def describe_content(manifest: WeightsManifest) -> tuple[object, ...]:

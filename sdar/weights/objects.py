@@ -33,8 +33,9 @@ _RETRY: RetryConfig = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
 
 
 class ObjectStore(Protocol):
-    """Objects by path, such as `run/v00000001/manifest.json`. Errors are OSError's or obstore's,
-    but for those named.
+    """Objects by path, such as `run/v00000001/manifest.json`.
+
+    Errors are OSError's or obstore's, but for those named.
     """
 
     def put(self, path: str, content: bytes) -> None:
@@ -78,8 +79,9 @@ def open_object_store(url: str, s3_options: Mapping[str, str | bool]) -> ObjectS
 
 
 class DirectoryStore:
-    """Objects are files: on the disk before their name appears, and `create` waits for the
-    directories that lead there too.
+    """Objects are files, whose bytes are on the disk before their name appears.
+
+    `create` also waits until the directories that lead there are on the disk.
     """
 
     def __init__(self, root: Path) -> None:
@@ -93,19 +95,24 @@ class DirectoryStore:
     def create(self, path: str, content: bytes) -> bool:
         target, partial = self._write_partial(path, content)
         try:
+            # A link, for it fails where the name exists; a rename would replace what is there.
             os.link(partial, target)
         except FileExistsError:
             return False
         finally:
             partial.unlink()
+        # A file's bytes are on the disk, its name is not until its directory is. This also covers
+        # what `put` wrote beside it before.
         self._sync_directories(target)
         return True
 
     def get(self, path: str) -> bytes:
+        # `_locate` has checked the directories; O_NOFOLLOW refuses a link in the file's own place.
         with open(os.open(self._locate(path), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             return file.read()
 
     def list(self, prefix: str) -> list[str]:
+        # `_locate` takes files only: the name is there to have the directory checked.
         walk = os.walk(self._locate(f"{prefix}/.all").parent)
         return [
             Path(directory, name).relative_to(self._root).as_posix()
@@ -122,6 +129,8 @@ class DirectoryStore:
     def _write_partial(self, path: str, content: bytes) -> tuple[Path, Path]:
         target = self._locate(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        # In the same directory, for a link or a rename can't cross file systems. The name is one
+        # that no reader asks for, and no two writers share it.
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("xb") as file:
@@ -134,6 +143,7 @@ class DirectoryStore:
         return target, partial
 
     def _sync_directories(self, target: Path) -> None:
+        # Up to the root: each directory may be new, and its name stands in the one above.
         for directory in target.parents:
             handle = os.open(directory, os.O_RDONLY)
             try:
@@ -180,6 +190,7 @@ class BucketStore:
 
     def create(self, path: str, content: bytes) -> bool:
         try:
+            # In one part: the condition that there is none holds for a single request only.
             obstore.put(self._store, path, content, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False

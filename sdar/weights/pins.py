@@ -15,8 +15,8 @@ from sdar.process.lifecycle import wait_or_stop
 log = structlog.get_logger()
 
 PIN_TTL_S = 60.0
-"""How long a declaration holds. One that lapses costs nothing but a reading that fails: what is
-loaded stays in memory.
+"""How long a declaration holds. One that lapses costs at most a reading that fails: what is loaded
+stays in memory.
 """
 
 
@@ -43,27 +43,34 @@ class PinnedVersions:
             WeightsUnavailableError: it is being deleted.
         """
         before = self._versions
+        await self._begin(version)
+        try:
+            yield
+        except BaseException:
+            # Only the next renewal declares this: until then one version too many is held.
+            self._versions = before
+            raise
+        await self._declare(frozenset({version}))
+
+    async def _begin(self, version: int) -> None:
+        """Declare a version before any of it is read: from then on it is not deleted."""
+        if await self._declare(self._versions | {version}):
+            return
         # The one in use may be retired, after a pause longer than its declaration held. It is in
         # memory; let it go.
-        if not (
-            await self._declare(before | {version}) or await self._declare(frozenset({version}))
-        ):
+        if not await self._declare(frozenset({version})):
             raise WeightsUnavailableError(
                 f"Policy version {version} is being deleted from the weight store. Take a newer "
                 "one.",
                 policy_version=version,
             )
-        try:
-            yield
-        except BaseException:
-            self._versions = before
-            raise
-        await self._declare(frozenset({version}))
 
     async def keep(self, stopping: asyncio.Event) -> None:
         """Renew the declaration until stopped."""
         while not await wait_or_stop(stopping, self._ttl_s / 4):
             if self._versions and not await self._declare(self._versions):
+                # Retired while this reader was silent for too long. It serves from memory, and
+                # there is nothing left to hold.
                 log.warning("versions_retired_in_use", policy_versions=sorted(self._versions))
                 self._versions = frozenset()
 

@@ -47,6 +47,7 @@ def split_into_shards(
     num_bytes = 0
     for name, source in tensors.items():
         tensor = to_cpu(source)
+        # Tied weights, such as an embedding and the output layer, are one storage by two names.
         storage = tensor.untyped_storage().data_ptr()
         stored = _store_tensor(name, tensor, deltas.get(name), is_shared=storage in storages)
         if shard and num_bytes + stored.size_bytes > max_shard_bytes:
@@ -69,7 +70,7 @@ def _store_tensor(
     entry = TensorEntry(name, dtype, shape, "", checksum, is_delta=delta is not None)
     if delta is not None:
         return StoredTensor(entry, {f"{name}:gaps": delta.gaps, f"{name}:values": delta.values})
-    # safetensors refuses tensors that share memory.
+    # safetensors refuses tensors that share memory within one file.
     return StoredTensor(entry, {name: tensor.clone() if is_shared else tensor})
 
 
@@ -84,8 +85,9 @@ def pack_shard(index: int, shard: Sequence[StoredTensor]) -> tuple[str, bytes]:
 
 
 def _compute_shard_checksum(content: bytes, entries: Sequence[TensorEntry]) -> str:
-    """Over the file's header and the checksums of its tensors; what is in the file is only hashed
-    once this way.
+    """Over the file's header and the checksums of its tensors.
+
+    This way the tensors' bytes are hashed only once, for their own checksums.
     """
     header = content[: _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")]
     checksums = "".join(entry.sha256 for entry in entries)
@@ -100,23 +102,24 @@ def unpack_shard(
     Raises:
         CorruptionError: the header does not match the checksum in the shard's name.
     """
-    path = f"{manifest.path}/{shard_name}"
+    place = f"{manifest.path}/{shard_name}"
+    first = entries[0]
     match = SHARD_NAME.fullmatch(shard_name)
+    # Before it is decoded: the decoder must not see a header that nobody has vouched for.
     if not match or match[1] != _compute_shard_checksum(content, entries):
-        raise CorruptionError(
-            f"{locate(manifest, entries[0])}: the header of its shard {path} does not match "
-            f"the checksum in its name. {REMEDY}",
-            tensor=entries[0].name,
-        )
+        message = f"the header of its shard {place} does not match the checksum in its name."
+        raise _build_error(manifest, first, message)
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(content)
         return tensors
     except safetensors.SafetensorError as error:
-        raise CorruptionError(
-            f"{locate(manifest, entries[0])}: its shard {path} cannot be decoded ({error}). "
-            f"{REMEDY}",
-            tensor=entries[0].name,
-        ) from error
+        message = f"its shard {place} cannot be decoded ({error})."
+        raise _build_error(manifest, first, message) from error
+
+
+def _build_error(manifest: WeightsManifest, entry: TensorEntry, problem: str) -> CorruptionError:
+    message = f"{locate(manifest, entry)}: {problem} {REMEDY}"
+    return CorruptionError(message, tensor=entry.name)
 
 
 def _pop_delta(parts: dict[str, Tensor], name: str) -> Delta:
@@ -143,6 +146,11 @@ def iter_parts(
 def apply_stored(
     stored: Tensor | Delta, base: Tensor | None, manifest: WeightsManifest, entry: TensorEntry
 ) -> Tensor:
+    """The tensor that is stored: itself, or `base` with the changes of a delta.
+
+    Raises:
+        CorruptionError: a delta without a base, or one that does not fit it.
+    """
     if isinstance(stored, Tensor):
         return stored
     try:
@@ -150,12 +158,12 @@ def apply_stored(
             raise CorruptionError("It is a delta, and there is nothing to apply it to.")
         return apply_delta(base, stored)
     except CorruptionError as error:
-        raise CorruptionError(
-            f"{locate(manifest, entry)}: {error} {REMEDY}", tensor=entry.name
-        ) from error
+        raise _build_error(manifest, entry, str(error)) from error
 
 
 def verify_tensor(tensor: Tensor, manifest: WeightsManifest, entry: TensorEntry) -> None:
+    """Raises CorruptionError for a tensor that is not the one its entry describes."""
+    # The checksum last: it is the only one that takes time.
     for what, got, want in (
         ("dtype", _dtype_name(tensor), entry.dtype),
         ("shape", tuple(tensor.shape), entry.shape),

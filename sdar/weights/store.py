@@ -83,8 +83,11 @@ publisher writes a sixth of the bytes then; twice as many would save it another 
 
 @dataclass(slots=True)
 class _Remembered:
-    """A version whose tensors are at hand. `tensors` are those that deltas can be against,
-    `chain_length` counts it in.
+    """A version whose tensors are at hand.
+
+    Attributes:
+        tensors: those that deltas can be against.
+        chain_length: versions of its chain so far, this one included.
     """
 
     manifest: WeightsManifest
@@ -148,9 +151,37 @@ class WeightStore:
         _check_names(policy_version, tensors)
         base = self._published
         self._published = None  # What fails halfway is no base.
-        deltas = self._encode_deltas(policy_version, tensors, base) if base else {}
+        deltas: dict[str, Delta] = {}
+        if base and self._may_continue(base, policy_version, tensors):
+            deltas = _encode_deltas(tensors, base.tensors)
         base_version = base.manifest.policy_version if base and deltas else None
         path = format_version_path(self._run_id, policy_version)
+        # Shards first, the manifest last: a crash in between leaves no version, only leftovers.
+        entries, size_bytes = self._write_shards(path, tensors, deltas)
+        described_as = (entries, size_bytes, model, time.time(), num_updates, base_version)
+        manifest = self._publish_manifest(
+            WeightsManifest(self._run_id, policy_version, path, *described_as)
+        )
+        self._remember(manifest, tensors, base)
+        return manifest
+
+    def _may_continue(
+        self, base: _Remembered, policy_version: int, tensors: Mapping[str, Tensor]
+    ) -> bool:
+        """Whether a version may be a delta on the one that was published last."""
+        last = base.manifest
+        if not base.tensors or base.chain_length >= FULL_PUBLISH_EVERY:
+            return False
+        if last.policy_version >= policy_version:
+            return False
+        layout = [describe_tensor(*item) for item in tensors.items()]
+        # The store is asked last, for that is a request: its content may have been emptied.
+        return list_layout(last) == layout and self._objects.holds(last)
+
+    def _write_shards(
+        self, path: str, tensors: Mapping[str, Tensor], deltas: Mapping[str, Delta]
+    ) -> tuple[tuple[TensorEntry, ...], int]:
+        """Write what a version stores below `path`; its tensors' entries, and the bytes written."""
         entries: list[TensorEntry] = []
         size_bytes = 0
         for index, shard in enumerate(split_into_shards(tensors, deltas, self._max_shard_bytes)):
@@ -158,43 +189,9 @@ class WeightStore:
             self._objects.put(f"{path}/{shard_name}", content)
             entries += [dataclasses.replace(stored.entry, shard=shard_name) for stored in shard]
             size_bytes += sum(stored.size_bytes for stored in shard)
-            shard.clear()  # Or this shard would stay in memory while the next one is gathered
-        described_as = (tuple(entries), size_bytes, model, time.time(), num_updates, base_version)
-        manifest = self._publish_manifest(
-            WeightsManifest(self._run_id, policy_version, path, *described_as)
-        )
-        self._remember(manifest, tensors, base)
-        return manifest
-
-    def _encode_deltas(
-        self, policy_version: int, tensors: Mapping[str, Tensor], base: _Remembered
-    ) -> dict[str, Delta]:
-        """The deltas to publish this version with; none if it is to be whole."""
-        last = base.manifest
-        is_chained = (
-            base.tensors
-            and base.chain_length < FULL_PUBLISH_EVERY
-            and last.policy_version < policy_version
-        )
-        if (
-            not is_chained
-            or list_layout(last) != [describe_tensor(*item) for item in tensors.items()]
-            or not self._objects.holds(last)
-        ):
-            return {}
-        deltas: dict[str, Delta] = {}
-        stored_bytes = 0
-        most_bytes = sum(tensor.nbytes for tensor in tensors.values()) // 2
-        for name, tensor in tensors.items():
-            delta = (
-                encode_delta(base.tensors[name], to_cpu(tensor)) if name in base.tensors else None
-            )
-            stored_bytes += delta.size_bytes if delta else tensor.nbytes
-            if stored_bytes > most_bytes:
-                return {}
-            if delta:
-                deltas[name] = delta
-        return deltas
+            # Or this shard would stay in memory while the next one is gathered.
+            shard.clear()
+        return tuple(entries), size_bytes
 
     def _remember(
         self, manifest: WeightsManifest, tensors: Mapping[str, Tensor], base: _Remembered | None
@@ -211,6 +208,7 @@ class WeightStore:
         kept: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if has_deltas(tensor):
+                # Copied: the learner goes on changing its own tensors in place.
                 room = old[name] if name in old else torch.empty(tensor.shape, dtype=tensor.dtype)
                 kept[name] = room.copy_(tensor.detach())
         self._published = _Remembered(manifest, kept, chain_length)
@@ -221,6 +219,8 @@ class WeightStore:
         if self._objects.create(f"{manifest.path}/{MANIFEST}", sealed):
             return manifest
         existing = self.fetch_manifest(manifest.policy_version)
+        # The version was published before, perhaps in another encoding. What this call has written
+        # and that one does not name would otherwise stay for good.
         kept = {entry.shard for entry in existing.tensors}
         written = {entry.shard for entry in manifest.tensors}
         self._objects.delete([f"{manifest.path}/{shard}" for shard in written - kept])
@@ -228,9 +228,8 @@ class WeightStore:
             return existing
         raise ConflictError(
             f"Version {manifest.policy_version} of run {self._run_id} already names other weights "
-            f"in {self._url}. "
-            "Versions never change: continue after the newest published one, or use another run "
-            "id.",
+            f"in {self._url}. Versions never change: continue after the newest published one, or "
+            "use another run id.",
             policy_version=manifest.policy_version,
         )
 
@@ -280,6 +279,8 @@ class WeightStore:
                     yield name, tensor
                 break
             except CorruptionError:
+                # What is at hand may be the damaged part: once more from the store alone, without
+                # handing out again what was handed out and checked.
                 if at_hand is None:
                     raise
                 at_hand = None
@@ -289,7 +290,10 @@ class WeightStore:
         self, manifest: WeightsManifest, at_hand: _Remembered | None
     ) -> Iterator[tuple[str, Tensor]]:
         chain = self._fetch_chain(manifest, at_hand)
+        # A chain that begins with a whole version needs nothing of what is at hand.
         bases = at_hand.tensors if at_hand and chain[0].base_version is not None else {}
+        # A row is one tensor as each version of the chain stores it, oldest first. All versions
+        # are read side by side, so that only one shard of each is in memory.
         for row in zip(*map(self._iter_stored, chain), strict=True):
             entry = row[-1][0]
             # Popped: what is not needed any more makes room for what is new.
@@ -307,29 +311,18 @@ class WeightStore:
         """
         chain = [manifest]
         while (base_version := chain[0].base_version) is not None:
+            # A manifest that points too far back would have its reader fetch without end.
             if len(chain) == FULL_PUBLISH_EVERY:
                 raise CorruptionError(
                     f"Version {manifest.policy_version} ({manifest.path}) is based on {len(chain)} "
-                    f"others; {len(chain) - 1} is "
-                    "the most that a publisher makes. Publish a whole version."
+                    f"others; {len(chain) - 1} is the most that a publisher makes. Publish a whole "
+                    "version."
                 )
-            is_at_hand = at_hand and (at_hand.manifest.run_id, at_hand.manifest.policy_version) == (
-                manifest.run_id,
-                base_version,
-            )
-            base = (
-                at_hand.manifest
-                if at_hand and is_at_hand
-                else self._objects.fetch_manifest(manifest.run_id, base_version)
-            )
-            if list_layout(base) != list_layout(manifest):
-                raise CorruptionError(
-                    f"Version {manifest.policy_version} ({manifest.path}) is a delta on version "
-                    f"{base_version}, which has "
-                    f"other tensors. {REMEDY}"
-                )
-            if is_at_hand:
+            if at_hand and _identify(at_hand.manifest) == (manifest.run_id, base_version):
+                _check_layout(manifest, at_hand.manifest)
                 break
+            base = self._objects.fetch_manifest(manifest.run_id, base_version)
+            _check_layout(manifest, base)
             chain.insert(0, base)
         return chain
 
@@ -369,6 +362,7 @@ class WeightStore:
                 f"keep_newest {keep_newest}: the newest version is always needed. Keep at least 1."
             )
         kept = set(in_use)
+        # The next version may be a delta on what was published last.
         if self._published:
             kept.add(self._published.manifest.policy_version)
         return self._garbage.collect(keep_newest, kept, retire)
@@ -379,6 +373,33 @@ def _check_names(policy_version: int, tensors: Mapping[str, Tensor]) -> None:
     if wrong or not tensors:
         raise ContractError(
             f"Version {policy_version}: {len(tensors)} tensors, of them with names that cannot be "
-            f"stored: {wrong[:3]}. "
-            "Publish at least one, and no ':' in a name."
+            f"stored: {wrong[:3]}. Publish at least one, and no ':' in a name."
+        )
+
+
+def _encode_deltas(tensors: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """The deltas to publish these tensors with; none if they take more than half of the bytes."""
+    deltas: dict[str, Delta] = {}
+    stored_bytes = 0
+    most_bytes = sum(tensor.nbytes for tensor in tensors.values()) // 2
+    for name, tensor in tensors.items():
+        delta = encode_delta(bases[name], to_cpu(tensor)) if name in bases else None
+        stored_bytes += delta.size_bytes if delta else tensor.nbytes
+        # As soon as it is certain: the rest need not be compared.
+        if stored_bytes > most_bytes:
+            return {}
+        if delta:
+            deltas[name] = delta
+    return deltas
+
+
+def _identify(manifest: WeightsManifest) -> tuple[str, int]:
+    return manifest.run_id, manifest.policy_version
+
+
+def _check_layout(manifest: WeightsManifest, base: WeightsManifest) -> None:
+    if list_layout(base) != list_layout(manifest):
+        raise CorruptionError(
+            f"Version {manifest.policy_version} ({manifest.path}) is a delta on version "
+            f"{base.policy_version}, which has other tensors. {REMEDY}"
         )

@@ -42,6 +42,7 @@ class VersionObjects:
 
     def get(self, path: str) -> bytes:
         with self._errors(f"Reading {path} from"):
+            # FileNotFoundError is an OSError: caught here, before it becomes "the store failed".
             try:
                 return self.store.get(path)
             except FileNotFoundError as error:
@@ -61,6 +62,7 @@ class VersionObjects:
         found: dict[int, list[str]] = {}
         with self._errors("Listing"):
             for path in self.store.list(self._run_id):
+                # Other things may stand under the run's name; they are nobody's version.
                 if match := VERSION_PATH.match(path):
                     found.setdefault(int(match[1]), []).append(path)
         return found
@@ -81,8 +83,9 @@ class VersionObjects:
         return manifest
 
     def holds(self, manifest: WeightsManifest) -> bool:
-        """Whether a version is in the store as this process published it: somebody may have emptied
-        the directory.
+        """Whether a version is in the store as this process published it.
+
+        Somebody may have emptied the directory.
         """
         try:
             return self.fetch_manifest(self._run_id, manifest.policy_version) == manifest

@@ -21,17 +21,21 @@ is asked for.
 
 
 class RateLimit:
-    """Calls each client may make in a second, after a burst. A client is any name; those who rest
-    are forgotten.
+    """Bounds the calls that each client may make in a second, after a burst.
+
+    A client is any name. One that makes no calls is forgotten.
     """
 
     def __init__(self, calls_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval_s, self._clock = 1 / calls_per_s, clock
+        self._interval_s = 1 / calls_per_s
+        self._clock = clock
         self._paid_until: dict[str, float] = {}
 
     def take(self, client: str) -> float:
         """0 if the call is within the rate, otherwise the seconds after which it would be."""
         now = self._clock()
+        # Each call pays for one interval. Who has paid for more than a burst ahead has to wait, and
+        # a call that has to wait is not counted.
         paid_until = max(self._paid_until.get(client, now), now) + self._interval_s
         wait_s = paid_until - now - max(_BURST_S, self._interval_s)
         if wait_s > 0:
@@ -46,6 +50,7 @@ class RateLimit:
         return len(self._paid_until)
 
     def _forget(self, now: float) -> None:
+        # Who has paid for nothing ahead is known no better than a stranger.
         busy = {client: until for client, until in self._paid_until.items() if until > now}
         # The half that has called least: an attacker of many addresses must not fill the memory.
         kept = sorted(busy.items(), key=lambda item: item[1])[-_MAX_CLIENTS // 2 :]
@@ -71,11 +76,12 @@ class Door:
             A name for the client.
 
         Raises:
-            UnauthenticatedError: no token, or a wrong one. ForbiddenError: a token of too low a
-                role.
+            UnauthenticatedError: no token, or a wrong one.
+            ForbiddenError: a token of too low a role.
             CapacityError: too many calls of this client.
         """
         bearer, refusal = self.judge(needed, authorizations)
+        # Counted before it is refused: guessing tokens is bounded, too.
         self.count(bearer or address)
         if refusal:
             raise refusal
@@ -84,8 +90,9 @@ class Door:
     def judge(
         self, needed: Role | None, authorizations: Sequence[str]
     ) -> tuple[str, SdarError | None]:
-        """Whose token a call shows, "" for none of ours, and why the call may not come in, None if
-        it may.
+        """Whose token a call shows, and the reason why it may not come in.
+
+        The first is "" without a token of ours, the second None for a call that may.
         """
         if self._tokens is None:
             return "", None
@@ -94,12 +101,7 @@ class Door:
         if needed is None:
             return bearer, None
         if token is None:
-            found = "has one that is not accepted" if authorizations else "has none"
-            return bearer, UnauthenticatedError(
-                f"This server asks for a token and the call {found}. Send `authorization: Bearer "
-                "TOKEN`; commands and "
-                "services of sdar take it from SDAR_TOKEN."
-            )
+            return bearer, _build_missing_error(is_shown=bool(authorizations))
         if token.role < needed:
             return bearer, ForbiddenError(
                 f"The token's role is {token.role.name.lower()}, this call needs "
@@ -118,8 +120,16 @@ class Door:
 
     @staticmethod
     def _find(tokens: Sequence[Token], authorizations: Sequence[str]) -> Token | None:
-        # Two headers: whoever stands between might have looked at the other one.
-        scheme, _, presented = (
-            authorizations[0].partition(" ") if len(authorizations) == 1 else ("", "", "")
-        )
+        # Of two headers a proxy in between might have checked the other one.
+        if len(authorizations) != 1:
+            return None
+        scheme, _, presented = authorizations[0].partition(" ")
         return find_token(tokens, presented.strip()) if scheme.lower() == "bearer" else None
+
+
+def _build_missing_error(*, is_shown: bool) -> UnauthenticatedError:
+    found = "has one that is not accepted" if is_shown else "has none"
+    return UnauthenticatedError(
+        f"This server asks for a token and the call {found}. Send `authorization: Bearer "
+        "TOKEN`; commands and services of sdar take it from SDAR_TOKEN."
+    )

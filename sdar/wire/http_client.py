@@ -32,8 +32,7 @@ def find_base_url(address: str, security: Security) -> str:
 
 
 def open_http(address: str, security: Security = OPEN, *, timeout_s: float = 5.0) -> httpx.Client:
-    """A client of one of our HTTP servers: verifies it, shows the token, and goes by no proxy meant
-    for the outside.
+    """A client of one of our HTTP servers: verifies it, shows the token and uses no proxy.
 
     Args:
         address: `host:port`.
@@ -49,4 +48,5 @@ def client_options(security: Security) -> dict[str, Any]:
     verify: ssl.SSLContext | bool = (
         True if security.tls is None else security.tls.build_client_context()
     )
+    # Not from the environment, whose proxies are meant for the outside and would see our token.
     return {"verify": verify, "auth": _BearerToken(security), "trust_env": False}

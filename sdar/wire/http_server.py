@@ -38,12 +38,11 @@ MAX_CONNECTIONS = 4096
 """Connections and requests a server holds at once; further ones get 503."""
 BODY_TIMEOUT_S = 30.0
 _DRAIN_S = 3
-"""Longest wait for connections when a server stops: over TLS an idle client that does not look
-holds one for 30 s.
-"""
+"""Longest wait for connections when a server stops. Over TLS an idle client holds one for 30 s."""
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
-"""Open to whoever reaches the port: the page without its data, and what probes and Prometheus ask.
-None shows a text of an episode.
+"""Open to whoever reaches the port: the page without its data, probes and metrics.
+
+None of them shows a text of an episode.
 """
 _READ_METHODS = frozenset({"GET", "HEAD"})
 _HEADERS = {
@@ -69,7 +68,7 @@ def bind_http(host: str, port: int) -> socket.socket:
         ConflictError: the port is taken, or the address is none of this machine's.
     """
     # TCP by name: asyncio sends small answers at once (TCP_NODELAY) only where the socket says so.
-    # It is 40 ms a call.
+    # Without it a call takes 40 ms more.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,8 +79,7 @@ def bind_http(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConflictError(
             f"Cannot serve HTTP on {host}:{port}: {error.strerror}. Free the port or give another "
-            "(a service of a run takes "
-            "it from SDAR_HTTP_PORT).",
+            "(a service of a run takes it from SDAR_HTTP_PORT).",
             port=port,
         ) from error
     return listener
@@ -109,17 +107,20 @@ def build_http_server(
     security.check_bind(host)
     guard = Guard(app, security, host, max_body_bytes=max_body_bytes, read_posts=read_posts)
     if security.tls is not None and security.is_serving_tls:
+        # A context of uvicorn's own would read the certificates once and never again.
         context = security.tls.build_server_context()
         options["ssl_context_factory"] = lambda config, default: context
     config = uvicorn.Config(
         guard,
-        http="h11",  # the other parser of uvicorn's bounds no header
+        # uvicorn's other parser bounds no header.
+        http="h11",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         limit_concurrency=MAX_CONNECTIONS,
         log_config=None,
         access_log=False,
         lifespan="off",
-        proxy_headers=False,  # an address that the client may write itself is none
+        # A client could write any address into them, and calls are counted by address.
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=_DRAIN_S,
         **options,
@@ -128,8 +129,9 @@ def build_http_server(
 
 
 class Guard:
-    """Before an application: tokens, rate, size of bodies, foreign pages; on each answer, headers
-    that bind a browser.
+    """Stands before an application and checks tokens, rate, size of bodies and foreign pages.
+
+    On each answer it sets headers that bind a browser.
     """
 
     def __init__(
@@ -142,23 +144,21 @@ class Guard:
         body_timeout_s: float = BODY_TIMEOUT_S,
         read_posts: Collection[str] = (),
     ) -> None:
-        self._app, self._door = app, Door(security)
+        self._app = app
+        self._door = Door(security)
         self._is_local = security.tokens is None and is_loopback(host)
-        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
         self._read_posts = frozenset(read_posts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            # No application of ours speaks WebSocket, and none has a lifespan.
-            return (
-                await send({"type": "websocket.close", "code": 1008})
-                if scope["type"] == "websocket"
-                else None
-            )
+            return await _refuse_protocol(scope, send)
         send = _with_headers(send)
         try:
             self._admit(scope)
             if scope["method"] not in _READ_METHODS:
+                # Read here as a whole, so that no application has to bound it.
                 receive = _replay(await self._read_body(scope, receive), receive)
         except TimeoutError:
             late = InvalidInputError(
@@ -174,22 +174,22 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         method, path = scope["method"], scope["path"]
+        # By what a method may change; an application's own routes need not ask.
         is_reading = method in _READ_METHODS
         needed: Role | None = Role.READ if is_reading or path in self._read_posts else Role.OPERATE
         if is_reading and path in OPEN_PATHS:
             needed = None
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         address = scope["client"][0] if scope.get("client") else ""
-        CLIENT.set(
-            self._door.admit(
-                needed, [value for name, value in headers if name == b"authorization"], address
-            )
-        )
+        shown = [value for name, value in headers if name == b"authorization"]
+        CLIENT.set(self._door.admit(needed, shown, address))
         self._check_page(dict(headers))
 
     def _check_page(self, headers: dict[bytes, str]) -> None:
-        """Keep pages of other sites, open in the browser of somebody on this machine, from a server
-        that asks for no token.
+        """Refuse what a page of another site asks by the browser of somebody on this machine.
+
+        A browser sends the page's address along as the origin. A page whose name resolves to this
+        machine (DNS rebinding) sends that name as the host.
         """
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -209,6 +209,7 @@ class Guard:
         )
         body = bytearray()
         async with asyncio.timeout(self._body_timeout_s):
+            # Bounded by what the header says, and by what comes, should it say nothing or lie.
             while True:
                 if max(len(body), int(announced)) > self._max_body_bytes:
                     raise TooLargeError(
@@ -225,6 +226,12 @@ class TooLargeError(InvalidInputError):
     """A request's body is over the bound."""
 
     http_status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+async def _refuse_protocol(scope: Scope, send: Send) -> None:
+    """No application of ours speaks WebSocket, and none has a lifespan."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -268,19 +275,20 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
 
 
 def build_page_policy(page: str) -> str:
-    """Content-Security-Policy of a page: its own inline script and style run, by their hashes, and
-    nothing else does.
-    """
+    """Content-Security-Policy of a page: only its own inline script and style run."""
 
     def hash_inline(tag: str) -> str:
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            for text in texts
-        )
+        return " ".join(map(_hash_source, texts))
 
     return (
         f"default-src 'none'; script-src {hash_inline('script')}; style-src "
         f"{hash_inline('style')}; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _hash_source(text: str) -> str:
+    """A script or style as the policy names it: 'sha256-...' in quotes, of its bytes in base 64."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -23,8 +23,9 @@ Response = TypeVar("Response")
 
 
 class _UnaryTokenInterceptor(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
-    """Shows the token with each call. gRPC's own call credentials do that too, by a thread of
-    theirs: 0.3 ms a call.
+    """Shows the token with each call.
+
+    gRPC's own call credentials would do that too, in a thread of theirs, which costs 0.3 ms a call.
     """
 
     def __init__(self, security: Security) -> None:
@@ -37,8 +38,9 @@ class _UnaryTokenInterceptor(grpc.aio.UnaryUnaryClientInterceptor):  # type: ign
 
 
 class _StreamTokenInterceptor(grpc.aio.StreamStreamClientInterceptor):  # type: ignore[type-arg]
-    """The same for reflection. A class of its own: gRPC takes an interceptor for one kind of call
-    only.
+    """Shows the token with each reflection.
+
+    A class of its own, since gRPC takes an interceptor for one kind of call only.
     """
 
     def __init__(self, security: Security) -> None:
@@ -79,14 +81,24 @@ def connect(
         address: `host:port`, or any target gRPC resolves (`dns:///envs:9093`).
         security: what the server is verified against and shown. Certificates are read now, the
             token at each call.
-        host: the name that the caller looked up to get `address`; the server's certificate has to
-            show it.
+        host: the name that the caller looked up to get `address`. The server's certificate has to
+            be for that name.
     """
+    options = _list_channel_options(is_sticky, max_message_bytes)
+    if host:
+        options += [("grpc.default_authority", host), ("grpc.ssl_target_name_override", host)]
+    else:
+        security.check_target(address)
+    return _open_channel(address, security, options)
+
+
+def _list_channel_options(is_sticky: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
+    # Shuffled, so that the clients of a service of several pods do not all pick its first one.
     balancing: dict[str, Any] = (
         {"pick_first": {"shuffleAddressList": True}} if is_sticky else {"round_robin": {}}
     )
     config = {"loadBalancingConfig": [balancing], "methodConfig": build_method_configs()}
-    options = [
+    return [
         ("grpc.service_config", json.dumps(config)),
         ("grpc.enable_retries", 1),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -101,10 +113,11 @@ def connect(
         # How long one attempt to connect may take: an address without a machine never answers.
         ("grpc.min_reconnect_backoff_ms", 5_000),
     ]
-    if host:
-        options += [("grpc.default_authority", host), ("grpc.ssl_target_name_override", host)]
-    else:
-        security.check_target(address)
+
+
+def _open_channel(
+    address: str, security: Security, options: list[tuple[str, str | int]]
+) -> grpc.aio.Channel:
     interceptors: list[Any] = []
     if security.token_to_present():
         interceptors = [_UnaryTokenInterceptor(security), _StreamTokenInterceptor(security)]

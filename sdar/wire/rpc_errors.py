@@ -70,11 +70,10 @@ _KIND_OF_CODE: dict[grpc.StatusCode, type[SdarError]] = {
 
 def _shorten(text: str, max_bytes: int) -> str:
     data = text.encode("utf-8", errors="replace")
-    return (
-        data.decode()
-        if len(data) <= max_bytes
-        else data[:max_bytes].decode("utf-8", errors="ignore") + "…"
-    )
+    if len(data) <= max_bytes:
+        return data.decode()
+    # The cut may fall within a character; its first bytes are dropped, too.
+    return data[:max_bytes].decode("utf-8", errors="ignore") + "…"
 
 
 def _trailers(code: grpc.StatusCode, reason: str, message: str, fields: dict[str, str]) -> Trailers:
@@ -91,8 +90,9 @@ def _trailers(code: grpc.StatusCode, reason: str, message: str, fields: dict[str
 
 
 def read_error_detail(error: grpc.aio.AioRpcError) -> error_pb2.ErrorDetail | None:
-    """The ErrorDetail in the trailers; None if there is none or it cannot be read, for the peer may
-    be anybody.
+    """The ErrorDetail in the trailers; None if there is none, or none that can be read.
+
+    The peer may be anybody, and an error about its error would hide the call's own.
     """
     trailers: Any = error.trailing_metadata() or ()
     for key, value in trailers:
@@ -108,26 +108,37 @@ def read_error_detail(error: grpc.aio.AioRpcError) -> error_pb2.ErrorDetail | No
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
-    """The SdarError that a failed call stands for: the class the server raised, or the nearest one
-    to the status.
+    """The SdarError of a failed call: the class the server raised, or the nearest to the status.
 
     Args:
         error: what awaiting a call raised.
         peer: address or name of the server, for the message.
     """
-    code, text = error.code(), error.details() or ""
-    at = f" at {peer}" if peer else ""
     detail = read_error_detail(error)
     if detail is not None:
-        kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
-        # Not through kwargs: a peer may name a field "message".
-        raised = kind(detail.message or f"Call{at} failed with {code.name}.")
-        if peer and isinstance(raised, UnauthenticatedError | ForbiddenError):
-            # The server does not know the name that it was called by, but whoever mends the token
-            # needs it.
-            raised = kind(f"Refused by {peer}: {raised.message}")
-        raised.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
-        return raised
+        return _error_from_detail(detail, error.code(), peer)
+    return _error_from_status(error.code(), error.details() or "", peer)
+
+
+def _error_from_detail(
+    detail: error_pb2.ErrorDetail, code: grpc.StatusCode, peer: str
+) -> SdarError:
+    # A reason that this build does not know comes from a newer server: its status says the rest.
+    kind = _error_kinds().get(detail.reason) or _KIND_OF_CODE.get(code, SdarError)
+    raised = kind(detail.message or f"Call{_at(peer)} failed with {code.name}.")
+    if peer and isinstance(raised, UnauthenticatedError | ForbiddenError):
+        # The server does not know the name that it was called by, but whoever mends the token needs
+        # it.
+        raised = kind(f"Refused by {peer}: {raised.message}")
+    # Not through kwargs: a peer may name a field "message".
+    raised.fields = {**detail.fields, "grpc_code": code.name, "peer": peer}
+    return raised
+
+
+def _error_from_status(code: grpc.StatusCode, text: str, peer: str) -> SdarError:
+    at = _at(peer)
+    # gRPC has one code for too many calls and for too large a message. Only the first may be
+    # repeated, so the second gets another class.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return InvalidInputError(
             f"Message{at} over the size limit: {text}. Send less in one call.",
@@ -140,6 +151,10 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> SdarError:
         grpc_code=code.name,
         peer=peer,
     )
+
+
+def _at(peer: str) -> str:
+    return f" at {peer}" if peer else ""
 
 
 _REMEDIES = {

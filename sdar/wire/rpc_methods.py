@@ -14,8 +14,7 @@ from sdar.v1 import environment_pb2, gateway_pb2, policy_pb2, teacher_pb2
 from sdar.wire.tokens import Role
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""A trajectory of 50 turns and 100,000 tokens takes about 1 MiB; texts of an environment take more.
-"""
+"""A trajectory of 50 turns and 100,000 tokens takes 1 MiB; an environment's texts take more."""
 MAX_CONCURRENT_CALLS = 16_384
 """Calls a server holds at once; further ones are refused."""
 
@@ -39,8 +38,9 @@ _REFLECTION_PREFIX = f"/{reflection.SERVICE_NAME}/"
 
 
 def find_needed_role(method: str) -> Role | None:
-    """What calling a method takes: nothing for health, read for what the contract declares free of
-    side effects, else operate.
+    """The role that calling a method takes.
+
+    None for health, read for what the contract declares free of side effects, else operate.
 
     Args:
         method: its path, `/sdar.v1.PolicyService/GetPolicy`.
@@ -59,6 +59,8 @@ def build_method_configs() -> list[dict[str, Any]]:
         if method.GetOptions().idempotency_level != descriptor_pb2.MethodOptions.IDEMPOTENCY_UNKNOWN
     ]
     policy = {
+        # Within a second: for a connection that broke. A server that stays away is waited for by
+        # whoever calls, who can log it and stop.
         "maxAttempts": 4,
         "initialBackoff": "0.1s",
         "maxBackoff": "2s",

@@ -14,12 +14,13 @@ at its bytes. It knows no service.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -37,52 +38,63 @@ from sdar.wire.tls import Certificates, Tls
 
 log = structlog.get_logger()
 
+Continuation: TypeAlias = (
+    "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]"
+)
+"""How an interceptor gets the handler of a call from the interceptors behind it."""
+Admit = Callable[[Any], Awaitable[None]]
+"""Lets the call of a context in, or ends it with the error that says why not."""
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # Generic in its stubs only.
-    """Turns exceptions of unary handlers into statuses with typed details. Streaming handlers
-    (health, reflection) pass.
+
+# Interceptors are generic in their stubs only, hence the ignores.
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Turns exceptions of unary handlers into statuses with typed details.
+
+    Streaming handlers (health, reflection) pass as they are.
     """
 
     async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        answer = handler.unary_unary
-        parse = handler.request_deserializer
-        method = handler_call_details.method
-
-        async def guarded(data: bytes, context: Any) -> Any:
-            try:
-                response: Any = answer(_parse_request(parse, data, method), context)
-                return await response if inspect.isawaitable(response) else response
-            except SdarError as error:
-                await abort(context, error)
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                # The generated base class sets this code where a servicer leaves a method out; the
-                # same exception from inside a handler is a defect like any other.
-                if (
-                    isinstance(error, NotImplementedError)
-                    and context.code() == grpc.StatusCode.UNIMPLEMENTED
-                ):
-                    await abort_unimplemented(context, method)
-                correlation_id = uuid.uuid4().hex[:12]
-                log.exception("rpc_failed", method=method, correlation_id=correlation_id)
-                await abort_unexpected(context, method, correlation_id)
-
         return grpc.unary_unary_rpc_method_handler(
-            guarded,
+            _catch_errors(handler, handler_call_details.method),
             # Parsed inside: what gRPC makes of a bad message has no type and blames the server.
             request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
+
+
+def _catch_errors(handler: Any, method: str) -> Callable[[bytes, Any], Awaitable[Any]]:
+    """A unary handler's answer to the bytes of a request, with its errors as statuses."""
+
+    async def answer(data: bytes, context: Any) -> Any:
+        try:
+            request = _parse_request(handler.request_deserializer, data, method)
+            response: Any = handler.unary_unary(request, context)
+            return await response if inspect.isawaitable(response) else response
+        except SdarError as error:
+            await abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            if _is_left_out(error, context):
+                await abort_unimplemented(context, method)
+            correlation_id = uuid.uuid4().hex[:12]
+            log.exception("rpc_failed", method=method, correlation_id=correlation_id)
+            await abort_unexpected(context, method, correlation_id)
+
+    return answer
+
+
+def _is_left_out(error: Exception, context: Any) -> bool:
+    # The generated base class sets this code where a servicer leaves a method out; the same
+    # exception from inside a handler is a defect like any other.
+    if not isinstance(error, NotImplementedError):
+        return False
+    return bool(context.code() == grpc.StatusCode.UNIMPLEMENTED)
 
 
 def _parse_request(parse: Callable[[bytes], Any] | None, data: bytes, method: str) -> Any:
@@ -134,6 +146,7 @@ class RpcServer:
         """Refuse new calls, let running ones finish for `grace_s`, then cancel them. Safe to
         repeat.
         """
+        # First: from here on probes fail, so that no new caller is sent here.
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -141,21 +154,18 @@ class RpcServer:
         await self._server.wait_for_termination()
 
 
-class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # Generic in its stubs only.
-    """Asks every call whose it is. One that may not come in is refused before its message is taken
-    from the connection: a stranger's 64 MiB must not fill the memory. Health is open: probes have
-    no token.
+class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Checks the token of every call.
+
+    A call that may not come in is refused before its message is taken from the connection, since a
+    stranger's 64 MiB must not fill the memory. Health is open: probes have no token.
     """
 
     def __init__(self, door: Door) -> None:
         self._door = door
 
     async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         handler: Any = await continuation(handler_call_details)
         if handler is None:
@@ -163,45 +173,61 @@ class DoorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         metadata: Any = handler_call_details.invocation_metadata or ()
         shown = [value for key, value in metadata if key == "authorization"]
         bearer, refusal = self._door.judge(find_needed_role(handler_call_details.method), shown)
-
-        async def admit(context: Any) -> None:
-            client = bearer or _address_of(context.peer())
-            try:
-                self._door.count(client)
-                if refusal:
-                    raise refusal
-            except SdarError as error:
-                await abort(context, error)
-            CLIENT.set(client)
-
-        async def refuse(_: Any, context: Any) -> None:
-            await admit(context)
-
-        async def answer_unary(request: Any, context: Any) -> Any:
-            await admit(context)
-            response = handler.unary_unary(request, context)
-            return await response if inspect.isawaitable(response) else response
-
-        async def answer_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
-            await admit(context)
-            async for response in handler.stream_stream(requests, context):
-                yield response
-
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        admit = functools.partial(self._admit, bearer, refusal)
         if refusal:
-            return grpc.stream_stream_rpc_method_handler(
-                refuse
-            )  # reads only what it asks for, which is nothing
+            return _refuse_unread(admit)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(answer_unary, **codec)
+            return _guard_unary(handler, admit)
         if handler.stream_stream is not None:  # reflection
-            return grpc.stream_stream_rpc_method_handler(answer_stream, **codec)
+            return _guard_stream(handler, admit)
         # Health.Watch, which anyone could hold open without end. What is not guarded is not
         # offered.
         return None
+
+    async def _admit(self, bearer: str, refusal: SdarError | None, context: Any) -> None:
+        client = bearer or _address_of(context.peer())
+        try:
+            # Before the refusal: guessing tokens is bounded, too.
+            self._door.count(client)
+            if refusal:
+                raise refusal
+        except SdarError as error:
+            await abort(context, error)
+        CLIENT.set(client)
+
+
+def _refuse_unread(admit: Admit) -> Any:
+    async def refuse(_: Any, context: Any) -> None:
+        await admit(context)
+
+    # As a stream, whatever was called: it reads only the messages it asks for, and asks for none.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _guard_unary(handler: Any, admit: Admit) -> Any:
+    async def answer(request: Any, context: Any) -> Any:
+        await admit(context)
+        response = handler.unary_unary(request, context)
+        return await response if inspect.isawaitable(response) else response
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _guard_stream(handler: Any, admit: Admit) -> Any:
+    async def answer(requests: Any, context: Any) -> AsyncIterator[Any]:
+        await admit(context)
+        async for response in handler.stream_stream(requests, context):
+            yield response
+
+    return grpc.stream_stream_rpc_method_handler(
+        answer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _address_of(peer: str) -> str:
@@ -226,21 +252,9 @@ def build_server(
     """
     security.check_bind(host)
     server = grpc.aio.server(
+        # The door first: a stranger's request is not even parsed.
         interceptors=[DoorInterceptor(Door(security)), ErrorInterceptor()],
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-            # Two servers on one port would share its calls in silence.
-            ("grpc.so_reuseport", 0),
-            # Its own bound is 1000 calls that no handler has begun; from there it cancels them at
-            # random.
-            ("grpc.server.max_pending_requests", max_concurrent_calls),
-            ("grpc.server.max_pending_requests_hard_limit", max_concurrent_calls),
-            # Our channels ping while they wait; the default server takes that for an attack.
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-        ],
+        options=_list_server_options(max_message_bytes, max_concurrent_calls),
         maximum_concurrent_rpcs=max_concurrent_calls,
     )
     health_servicer: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -252,6 +266,25 @@ def build_server(
         [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
     return RpcServer(server, _bind(server, host, port, security), names, health_servicer)
+
+
+def _list_server_options(
+    max_message_bytes: int, max_concurrent_calls: int
+) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Two servers on one port would share its calls in silence.
+        ("grpc.so_reuseport", 0),
+        # Its own bound is 1000 calls that no handler has begun; from there it cancels them at
+        # random.
+        ("grpc.server.max_pending_requests", max_concurrent_calls),
+        ("grpc.server.max_pending_requests_hard_limit", max_concurrent_calls),
+        # Our channels ping while they wait; the default server takes that for an attack.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> int:
@@ -269,8 +302,7 @@ def _bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> 
         )
         raise ConflictError(
             f"Cannot serve gRPC on {address}. Free the port, or give another port or host (a "
-            "service of a run takes them from "
-            f"SDAR_GRPC_PORT and SDAR_HOST).{key}",
+            f"service of a run takes them from SDAR_GRPC_PORT and SDAR_HOST).{key}",
             address=address,
         ) from error
 

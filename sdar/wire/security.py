@@ -24,8 +24,9 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Security:
-    """What a process's servers ask of callers and what its clients show. The default asks nothing,
-    and only on loopback.
+    """What a process's servers ask of callers and what its clients show.
+
+    The default asks nothing, and serves on loopback only.
     """
 
     tls: Tls | None = None
@@ -37,24 +38,17 @@ class Security:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Security:
-        """Raises ConfigurationError: a file that cannot be read, a bad token, certificates that do
-        not fit.
+        """Read what the settings name.
+
+        Raises:
+            ConfigurationError: a file cannot be read, a token is bad or certificates do not fit.
         """
-        tls = tokens = None
-        if (
-            settings.tls_cert
-            or settings.tls_key
-            or settings.tls_ca
-            or settings.tls_client_auth != "none"
-        ):
-            tls = Tls(
-                settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_client_auth
-            )
+        tokens = None
         if (path := settings.tokens_file) is not None:
             tokens = Watched([path], lambda: read_tokens(path))
         own = settings.token.get_secret_value().strip()
         return cls(
-            tls,
+            _read_tls(settings),
             tokens,
             check_token(own, "SDAR_TOKEN") if own else "",
             settings.insecure,
@@ -66,8 +60,9 @@ class Security:
         return self.tls is not None and self.tls.has_certificate
 
     def token_to_present(self) -> str:
-        """What this process shows as a client: its own, or the first operate token it would accept
-        itself, or none.
+        """What this process shows as a client: its own token, else one that it accepts itself.
+
+        Empty where it has neither. Of the accepted ones it is the first that may operate.
         """
         if self.own_token or self.tokens is None:
             return self.own_token
@@ -116,12 +111,21 @@ class Security:
             )
 
 
+def _read_tls(settings: Settings) -> Tls | None:
+    """None where no setting speaks of TLS: then this process neither serves nor speaks it."""
+    is_asking = settings.tls_client_auth != "none"
+    if not (settings.tls_cert or settings.tls_key or settings.tls_ca or is_asking):
+        return None
+    return Tls(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_client_auth)
+
+
 OPEN = Security()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it. Names beside localhost are not looked up: what they
-    mean can change.
+    """Whether only this machine reaches the host.
+
+    Names beside localhost are not looked up, since what they mean can change.
     """
     if host.startswith(("unix:", "unix-abstract:")) or host.lower() == "localhost":
         return True
@@ -129,13 +133,15 @@ def is_loopback(host: str) -> bool:
         address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
+    # ::ffff:127.0.0.1 is loopback, too, which Python says of the mapped address alone.
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
 
 
 def is_loopback_target(target: str) -> bool:
-    """The same of what a channel is opened to: `host:port`, `dns:///host:port`,
-    `ipv4:host:port,host:port`, `unix:path`.
+    """Whether a channel to this target stays on this machine.
+
+    A target is `host:port`, `dns:///host:port`, `ipv4:host:port,host:port` or `unix:path`.
     """
     if target.startswith("unix"):
         return is_loopback(target)

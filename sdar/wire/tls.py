@@ -23,12 +23,13 @@ class Certificates:
 
 
 class Tls:
-    """The certificate files of a process, checked when read. One that speaks TLS does so with every
-    peer.
+    """The certificate files of a process, checked when they are read.
+
+    A process that speaks TLS does so with every peer.
 
     Args:
-        client_auth: of whom this process's servers demand a certificate: nobody, callers of gRPC,
-            or HTTP's too.
+        client_auth: whose certificate this process's servers demand: nobody's, that of callers
+            over gRPC, or that of callers over HTTP, too.
 
     Raises:
         ConfigurationError: files that cannot be read or do not belong together.
@@ -45,19 +46,20 @@ class Tls:
         self._key = key
         self._authority = authority
         self.client_auth = client_auth
-        if (chain is None) != (key is None):
+        self._check_complete()
+        self._paths = [path for path in (chain, key, authority) if path is not None]
+        self.files = Watched(self._paths, self._read)
+
+    def _check_complete(self) -> None:
+        if (self._chain is None) != (self._key is None):
             raise ConfigurationError(
                 "SDAR_TLS_CERT and SDAR_TLS_KEY belong together. Set both or neither."
             )
-        if client_auth != "none" and (chain is None or authority is None):
+        if self.client_auth != "none" and (self._chain is None or self._authority is None):
             raise ConfigurationError(
-                f"SDAR_TLS_CLIENT_AUTH={client_auth} needs SDAR_TLS_CERT, SDAR_TLS_KEY and "
-                "SDAR_TLS_CA, which clients are "
-                "verified against. Set them, or leave it out."
+                f"SDAR_TLS_CLIENT_AUTH={self.client_auth} needs SDAR_TLS_CERT, SDAR_TLS_KEY and "
+                "SDAR_TLS_CA, which clients are verified against. Set them, or leave it out."
             )
-        self.files = Watched(
-            [path for path in (chain, key, authority) if path is not None], self._read
-        )
 
     @property
     def has_certificate(self) -> bool:
@@ -68,6 +70,8 @@ class Tls:
         """For HTTP servers. Each handshake sees the files as they are then."""
         current, context = self.files.get(), self._build_server_context()
 
+        # Called at each handshake. A server keeps the context it began with, so that one is given
+        # the files' present content by handing the connection another.
         def refresh(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
             nonlocal current, context
             if self.files.get() is not current:
@@ -104,23 +108,23 @@ class Tls:
             context.load_cert_chain(self._chain, self._key, password="")
 
     def _read(self) -> Certificates:
-        def read(path: Path | None, setting: str) -> bytes | None:
-            return None if path is None else read_file(path, setting)
-
         read_files = Certificates(
-            read(self._chain, "SDAR_TLS_CERT"),
-            read(self._key, "SDAR_TLS_KEY"),
-            read(self._authority, "SDAR_TLS_CA"),
+            _read_setting(self._chain, "SDAR_TLS_CERT"),
+            _read_setting(self._key, "SDAR_TLS_KEY"),
+            _read_setting(self._authority, "SDAR_TLS_CA"),
         )
+        # gRPC takes any bytes and fails at the first handshake; OpenSSL judges them now.
         try:
             self.build_client_context()
         except (ssl.SSLError, OSError, ValueError) as error:
-            names = ", ".join(
-                str(path) for path in (self._chain, self._key, self._authority) if path is not None
-            )
+            names = ", ".join(map(str, self._paths))
             raise ConfigurationError(
                 f"The certificates in {names} cannot be used ({error}). Give PEM files: a "
-                "certificate, the unencrypted key it "
-                "was made with, and the certificate of an authority."
+                "certificate, the unencrypted key it was made with, and the certificate of an "
+                "authority."
             ) from error
         return read_files
+
+
+def _read_setting(path: Path | None, setting: str) -> bytes | None:
+    return None if path is None else read_file(path, setting)

@@ -45,8 +45,9 @@ class Token:
 
 
 def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
-    """The tokens of a file: one `read:TOKEN` or `operate:TOKEN` a line, blank lines and lines that
-    begin with # left out.
+    """The tokens of a file: one `read:TOKEN` or `operate:TOKEN` a line.
+
+    Blank lines and lines that begin with # are left out.
 
     Raises:
         ConfigurationError: a line without a role or a good token; its number is named, and
@@ -57,12 +58,8 @@ def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        role, _, secret = line.partition(":")
-        if role not in ("read", "operate"):
-            raise ConfigurationError(
-                f"{source} line {number} names no role. Write read:TOKEN or operate:TOKEN."
-            )
-        token = Token(Role[role.upper()], check_token(secret.strip(), f"{source} line {number}"))
+        token = _parse_token(line, f"{source} line {number}")
+        # Of one token with two roles it would be left to the file's order which of them counts.
         if find_token(tokens, token.secret):
             raise ConfigurationError(
                 f"{source} line {number} repeats the token of an earlier line. Give each role its "
@@ -76,15 +73,23 @@ def parse_tokens(text: str, source: str) -> tuple[Token, ...]:
     return tuple(tokens)
 
 
+def _parse_token(line: str, place: str) -> Token:
+    role, _, secret = line.partition(":")
+    if role not in ("read", "operate"):
+        raise ConfigurationError(f"{place} names no role. Write read:TOKEN or operate:TOKEN.")
+    return Token(Role[role.upper()], check_token(secret.strip(), place))
+
+
 def check_token(secret: str, source: str) -> str:
-    """The token itself. Raises ConfigurationError for one that is too short or holds a character
-    headers cannot.
+    """The token itself.
+
+    Raises:
+        ConfigurationError: it is too short, or holds a character that a header cannot.
     """
     if not _TOKEN.fullmatch(secret):
         raise ConfigurationError(
             f"{source}: a token of {len(secret)} characters, expected {MIN_TOKEN_CHARACTERS} to "
-            f"{MAX_TOKEN_CHARACTERS} of "
-            "letters, digits or ._~+/=-. `sdar token` prints a good one."
+            f"{MAX_TOKEN_CHARACTERS} of letters, digits or ._~+/=-. `sdar token` prints a good one."
         )
     return secret
 
@@ -100,6 +105,7 @@ def find_token(
     """
     digest = hashlib.sha256(presented.encode(errors="replace")).digest()
     found = None
+    # No return within the loop, which would show by its time how many tokens it went through.
     for token in tokens:
         if compare(token.digest, digest):
             found = token
@@ -107,6 +113,7 @@ def find_token(
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:
+    # utf-8-sig: editors on Windows write a mark at the start of a file.
     return parse_tokens(
         read_file(path, "SDAR_TOKENS_FILE").decode("utf-8-sig", errors="replace"), str(path)
     )

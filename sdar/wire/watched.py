@@ -16,18 +16,19 @@ log = structlog.get_logger()
 
 
 class Watched(Generic[T]):
-    """What files say, read again whenever one changes. A change that cannot be used is logged and
-    what was stays.
+    """The content of files, read again whenever one of them changes.
+
+    A change that cannot be used is logged, and the earlier content stays in use.
 
     Args:
         parse: makes the value of the files; raises ConfigurationError.
     """
 
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T]) -> None:
-        self._paths, self._parse = paths, parse
-        self._stamp = (
-            self._find_stamp()
-        )  # before the reading: a change in its middle is seen next time
+        self._paths = paths
+        self._parse = parse
+        # Before the reading: a change in its middle is seen next time.
+        self._stamp = self._find_stamp()
         self._value = parse()
 
     def get(self) -> T:
@@ -44,6 +45,7 @@ class Watched(Generic[T]):
         try:
             stats = [path.stat() for path in self._paths]
         except OSError:
+            # A file is being replaced. The stamp differs again once it is back.
             return ()
         return tuple((stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in stats)
 

@@ -43,6 +43,7 @@ class Admission:
         """Open the account of a new training group and send it out; returns its id."""
         version = self._policy.version
         group_id = format_group_id(draft.state.next_group_number)
+        # With the account's entry below in one commit, so the two never differ.
         draft.state.next_group_number += 1
         draft.publish(self._tasks.build_training_group(draft.state, group_id, task, version))
         draft.transitions.append(
@@ -59,4 +60,5 @@ class Admission:
         """Groups that the rollout workers can play at once."""
         rollout = self._config.rollout
         places = rollout.max_concurrent_episodes // self._config.training.group_size
+        # Before the first workers report, those of the configuration are about to come.
         return max(rollout.num_workers, num_workers) * places

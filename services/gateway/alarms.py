@@ -104,6 +104,7 @@ class Situation:
 
     def silence_s(self, service: str) -> float:
         """How long nothing was heard of a service over a bus that could have carried it."""
+        # What nobody could have sent, or nobody was there to send, is no silence.
         if self.bus.state is not BusState.OK or self.phase not in _ACTIVE or self.is_asleep:
             return 0.0
         return self.now_s - max(self.heard_at_s.get(service, self.now_s), self.bus.since_s)
@@ -126,6 +127,7 @@ def find_redis_full(situation: Situation) -> str:
 
 def find_redis_memory(situation: Situation) -> str:
     memory = situation.memory
+    # 0: this Redis has no bound of its own.
     if not memory.max_bytes or memory.used_bytes <= MEMORY_SHARE * memory.max_bytes:
         return ""
     used_mib = memory.used_bytes / 2**20
@@ -138,10 +140,11 @@ def find_redis_memory(situation: Situation) -> str:
 
 def find_worker_silent(row: RoleSpec, situation: Situation) -> str:
     """The alarm `<role>_silent` of a role that any number of processes may hold."""
+    # Silent and idle may be scaled down; silent with work at hand is dead or stuck.
     silence_s = situation.silence_s(row.name)
     if silence_s <= SILENCE_S:
         return ""
-    # What the learner reads in this run is not the role's to take: a method without a teacher.
+    # Without a teacher the learner reads what a teacher would: then nobody misses that role.
     own = (stream for stream in row.reads if stream is not situation.learner_input)
     waiting = [stream for stream in own if situation.is_waiting(stream)]
     if not waiting:
@@ -154,17 +157,12 @@ def find_worker_silent(row: RoleSpec, situation: Situation) -> str:
 
 def find_teacher_lagging(situation: Situation) -> str:
     lag = situation.lags.get(Stream.TRAJECTORIES)
-    if (
-        situation.learner_input is Stream.TRAJECTORIES
-        or situation.phase not in _ACTIVE
-        or lag is None
-    ):
+    has_teacher = situation.learner_input is not Stream.TRAJECTORIES
+    if not has_teacher or situation.phase not in _ACTIVE or lag is None:
         return ""
-    if (
-        lag.oldest_age_s <= TEACHER_LAG_S
-        or situation.is_asleep
-        or situation.now_s < situation.expected_at_s
-    ):
+    # One that was woken finds what has waited while it slept.
+    is_excused = situation.is_asleep or situation.now_s < situation.expected_at_s
+    if lag.oldest_age_s <= TEACHER_LAG_S or is_excused:
         return ""
     waiting = lag.num_undelivered + lag.num_pending
     return (
@@ -254,13 +252,12 @@ class AlarmBoard:
         self.alarms: list[Alarm] = []
 
     def update(self, situation: Situation) -> None:
+        """Judge the situation; an alarm that stays up keeps the time since when it is."""
         since_s = {alarm.name: alarm.since_s for alarm in self.alarms}
-        found = {name: judge(situation) for name, judge in JUDGES.items()}
-        self.alarms = [
-            Alarm(name, text, since_s.get(name, situation.now_s))
-            for name, text in found.items()
-            if text
-        ]
+        self.alarms = []
+        for name, judge in JUDGES.items():
+            if text := judge(situation):
+                self.alarms.append(Alarm(name, text, since_s.get(name, situation.now_s)))
         for alarm in self.alarms:
             if alarm.name not in since_s:
                 log.warning("alarm_raised", name=alarm.name, message=alarm.message)

@@ -43,6 +43,7 @@ from .status import describe_run, describe_sleep
 from .watch import Watch
 
 _PAGE = Path(__file__).parent / "web" / "index.html"
+# As Redis writes them: milliseconds and a number, neither over 64 bits.
 _ENTRY_ID = r"^[0-9]{1,19}-[0-9]{1,19}$"
 
 LetterId = Annotated[str, PathParameter(pattern=_ENTRY_ID)]
@@ -89,12 +90,7 @@ def build_app(
             shown as numbers only.
         scaler: none where nothing is scaled.
     """
-    app = FastAPI(
-        title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS
-    )
-    app.add_exception_handler(SdarError, answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_exception_handler(HTTPException, _answer_http_error)
+    app = _build_empty_app()
     _add_probes(app, scheduler, registry)
     _add_run(app, scheduler, watch)
     _add_controls(app, scheduler, watch)
@@ -104,6 +100,18 @@ def build_app(
     _add_metrics(app, scheduler)
     _add_trajectories(app, scheduler, load_tokenizer)
     _add_page(app)
+    return app
+
+
+def _build_empty_app() -> FastAPI:
+    """Without routes; whatever is raised in one is answered in one form."""
+    # FastAPI's own pages of the API load scripts from elsewhere; /openapi.json says as much.
+    app = FastAPI(
+        title="sdar gateway", version="1", docs_url=None, redoc_url=None, responses=_ERRORS
+    )
+    app.add_exception_handler(SdarError, answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_error)
     return app
 
 
@@ -150,6 +158,10 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, registry: CollectorRegistry)
         reason = health.blocked or scheduler.detail or health.detail
         return PlainTextResponse(f"{reason}\n", 200 if is_ready else 503)
 
+    _add_prometheus(app, registry)
+
+
+def _add_prometheus(app: FastAPI, registry: CollectorRegistry) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, tags=["probes"])
     async def metrics() -> Response:
         """Prometheus metrics of this process."""
@@ -260,6 +272,10 @@ def _add_dead_letters(app: FastAPI, scheduler: Scheduler, watch: Watch, bus: Bus
             raise UnknownResourceError(f"There is no dead letter {letter_id}.", letter_id=letter_id)
         return FullDeadLetterReply(**_summarize(letter), **describe_letter(letter))
 
+    _add_retry(app, scheduler, watch)
+
+
+def _add_retry(app: FastAPI, scheduler: Scheduler, watch: Watch) -> None:
     @app.post(
         "/v1/dead-letters/{letter_id}/retry",
         responses=_NOT_FOUND | _CONFLICT,
@@ -318,5 +334,6 @@ def _add_trajectories(
         404 if it is not there.
         """
         found = scheduler.history.trajectory(trajectory_id)
+        # In a thread: the first call reads the tokenizer's file, megabytes of it.
         tokenizer = None if load_tokenizer is None else await asyncio.to_thread(load_tokenizer)
         return describe_trajectory(found, tokenizer)

@@ -58,6 +58,7 @@ class Bookkeeper:
         event = codec.decode_ledger_event(delivery.payload)
         if parse_group_number(event.group_id) is not None:
             self._book_training(draft.state, event)
+        # Of an evaluation only failures come here; episodes have a stream of their own.
         elif event.outcome is GroupOutcome.FAILED:
             self._evaluator.count_failure(draft, event)
 

@@ -19,9 +19,7 @@ def count_due_groups(
 ) -> int:
     """Number of training groups to issue now: what capacity allows, and the run still needs.
 
-    Groups that are trained and not yet durable count as buffered. A learner that had to begin from
-    an older checkpoint than the account knows (the newest was damaged) has lost the effect of some
-    that count as trained: others replace them.
+    Groups that are trained and not yet durable count as buffered.
 
     Args:
         num_updates: optimizer updates in the newest policy.
@@ -29,6 +27,8 @@ def count_due_groups(
     """
     if num_updates >= training.num_updates:
         return 0
+    # A learner that began from an older checkpoint than the account knows (the newest was damaged)
+    # has lost the effect of some groups that count as trained: others replace them.
     num_effective = min(ledger.num_trained, num_updates * training.groups_per_update)
     num_accepted = num_effective + ledger.num_buffered
     num_needed = training.num_updates * training.groups_per_update

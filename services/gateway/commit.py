@@ -106,6 +106,7 @@ class Committer:
                 happened, and it must be dropped: `load`.
         """
         draft = self.draft
+        # Those that this commit holds; more may be asked for while it is being written.
         num_requests = len(self._requests)
         num_confirmations = len(self._confirmations)
         # Before it is written: a request may change the state again meanwhile.
@@ -119,6 +120,7 @@ class Committer:
         )
         for span in draft.spans:
             span.end()
+        # Without waiting in between: what is decided into the old draft from now on would be lost.
         self.draft = Draft(draft.state, is_changed=draft.is_changed)
         del self._requests[:num_requests]
         self._confirm(num_confirmations)
@@ -143,11 +145,13 @@ class Committer:
 
     async def check_tenure(self) -> None:
         """Raises SupersededError if this gateway is superseded: any write would."""
+        # Under a name of its own: the check changes nothing that anybody reads.
         await self._bus.save_state(f"{STATE_NAME}_check", b"")
 
     def _confirm(self, number: int) -> None:
         confirmed = self._confirmations[:number]
         del self._confirmations[:number]
         for written in confirmed:
+            # Cancelled if whoever asked has given up waiting.
             if not written.done():
                 written.set_result(None)

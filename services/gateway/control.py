@@ -15,6 +15,7 @@ from .state import GatewayState, RunPhase, Sleep, compute_digest
 log = structlog.get_logger()
 
 _LEAST_HOPELESS_FAILURES = 8
+"""Groups failed in a row, below which a run with small updates may just have had bad luck."""
 
 
 class RunControl:
@@ -44,8 +45,7 @@ class RunControl:
         self._clock = clock
         self._is_scaled = is_scaled
 
-    # --- what somebody asks for
-    # ----------------------------------------------------------------------------------------------
+    # ---- what somebody asks for
 
     def pause(self, *, until_restart: bool = False) -> None:
         """Issue no more groups until somebody resumes, or this gateway ends; what runs goes on.
@@ -98,8 +98,7 @@ class RunControl:
         self._committer.ask(change)
         log.warning("run_asleep", reason=reason, phase=self._state.phase)
 
-    # --- what the scheduler finds
-    # ----------------------------------------------------------------------------------------------
+    # ---- what the scheduler finds
 
     def begin(self) -> None:
         """Find the phase in which to go on with a state that was just loaded.
@@ -149,17 +148,17 @@ class RunControl:
         state.finished_target = self._config.training.num_updates
         self._change_phase(RunPhase.FINISHED)
 
-    # --- how
-    # ----------------------------------------------------------------------------------------------
+    # ---- how
 
     @property
     def _state(self) -> GatewayState:
         return self._committer.draft.state
 
     def _take_up_configuration(self, state: GatewayState) -> None:
-        """A finished run of which more updates are wanted now goes on; one that sleeps as stuck or
-        failed is tried again under another configuration; one that nothing scales any more is
-        awake.
+        """Let a changed configuration take effect on the state that the run was left in.
+
+        A finished run of which more updates are wanted now goes on. One that sleeps as stuck or
+        failed is tried again under another configuration. One that nothing scales any more wakes.
         """
         target = self._config.training.num_updates
         digest = compute_digest(self._config)
@@ -175,6 +174,8 @@ class RunControl:
         elif state.sleep and not state.paused_at_s and state.sleep.configuration != digest:
             self._wake_in_draft()
 
+    # Requests change the state that they are given: a refused commit has them done again on
+    # another.
     def _resume(self, state: GatewayState) -> None:
         name = self._config.name
         if state.phase is RunPhase.FINISHED:

@@ -42,12 +42,6 @@ def describe_trajectory(
     """A trajectory with its score; with a tokenizer its tokens as text too."""
     trajectory = scored.trajectory
     score = scored.score
-    turns = []
-    for turn in trajectory.turns:
-        described_turn = _describe_turn(turn, tokenizer)
-        if score is not None:
-            described_turn["teacher_logprobs"] = score.turn_logprobs[turn.turn_index].tolist()
-        turns.append(described_turn)
     described = {name: getattr(trajectory, name) for name in _DESCRIBED}
     described |= {
         "task": dataclasses.asdict(trajectory.task),
@@ -56,11 +50,21 @@ def describe_trajectory(
         "sampling": dataclasses.asdict(trajectory.sampling),
         "end": str(trajectory.end),
         "episode_return": trajectory.episode_return,
-        "turns": turns,
+        "turns": _describe_turns(scored, tokenizer),
     }
     if score is not None:
         described["teacher"] = {name: getattr(score, name) for name in _DESCRIBED_OF_TEACHER}
     return dict(replace_non_finite(described))
+
+
+def _describe_turns(scored: ScoredTrajectory, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    turns = []
+    for turn in scored.trajectory.turns:
+        described = _describe_turn(turn, tokenizer)
+        if scored.score is not None:
+            described["teacher_logprobs"] = scored.score.turn_logprobs[turn.turn_index].tolist()
+        turns.append(described)
+    return turns
 
 
 def _describe_turn(turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -80,6 +84,7 @@ def _describe_turn(turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "policy_versions": turn.policy_versions.tolist(),
     }
     if tokenizer is not None:
+        # One by one, so that each text stands beside its log-prob.
         described["response_tokens"] = [
             tokenizer.decode([token], skip_special_tokens=False) for token in response_ids
         ]
@@ -88,8 +93,9 @@ def _describe_turn(turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def describe_letter(letter: DeadLetter) -> dict[str, Any]:
     """A dead letter with its payload, as a record where it can be read, else as base64."""
+    # A letter was set aside for a reason: often nobody can read it.
     try:
-        payload = replace_non_finite(_PAYLOADS[letter.stream](letter.payload))
+        payload = replace_non_finite(PAYLOADS[letter.stream](letter.payload))
     except SdarError as error:
         return {
             "payload": None,
@@ -110,7 +116,7 @@ def replace_non_finite(value: Any) -> Any:
     return value
 
 
-_PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
+PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
     Stream.TASKS: lambda payload: dataclasses.asdict(codec.decode_task_group(payload)),
     Stream.TRAJECTORIES: lambda payload: describe_trajectory(
         ScoredTrajectory(codec.decode_trajectory(payload), None)
@@ -121,3 +127,4 @@ _PAYLOADS: dict[Stream, Callable[[bytes], Any]] = {
     ),
     Stream.LEDGER: lambda payload: dataclasses.asdict(codec.decode_ledger_event(payload)),
 }
+"""How an entry of each stream is shown; what is only followed makes no dead letters."""

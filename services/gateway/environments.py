@@ -22,6 +22,7 @@ MAX_NAME_CHARACTERS = 128
 
 _PAGE_SIZE = 1000
 _DEADLINE_S = 30.0
+"""Of one call; after it the environment counts as unavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,9 @@ def check_registration(name: str, address: str) -> None:
 
 
 class TrainingOrder:
-    """Endless order of training tasks: a seeded permutation per epoch, addressed by position so
-    that a cursor suffices.
+    """Endless order of training tasks: a seeded permutation of all of them for each epoch.
+
+    It is addressed by position, so that a restarted gateway needs nothing but its cursor.
     """
 
     def __init__(self, tasks: list[Task], seed: int) -> None:
@@ -122,6 +124,7 @@ class TrainingOrder:
         epoch, offset = divmod(position, len(self._tasks))
         if epoch != self._epoch:
             self._order = list(range(len(self._tasks)))
+            # From seed and epoch alone, so any epoch can be entered without those before it.
             random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
             self._epoch = epoch
         return self._tasks[self._order[offset]]

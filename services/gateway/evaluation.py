@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from sdar.contracts.types import Trajectory
 
 NORMAL_QUANTILE_95 = 1.959963984540054
+"""97.5% of a standard normal distribution lie below it: the bound of a two-sided 95% interval."""
 _MAX_INDEX_DIGITS = 7
+"""As the largest `evaluation.num_tasks` has; a longer text is no index of ours."""
 
 
 def compute_wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """95% score interval of a success rate (Wilson 1927); (0, 1) without trials. Unlike the normal
-    one it stays in [0, 1].
+    """95% score interval of a success rate (Wilson 1927); (0, 1) without trials.
+
+    Unlike the normal interval it stays in [0, 1].
     """
     if num_trials == 0:
         return 0.0, 1.0
     z2 = NORMAL_QUANTILE_95**2
     rate = num_successes / num_trials
     centre = (rate + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
-    half = (
-        NORMAL_QUANTILE_95
-        / (1 + z2 / num_trials)
-        * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
-    )
+    spread = math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    half = NORMAL_QUANTILE_95 / (1 + z2 / num_trials) * spread
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -101,6 +101,7 @@ class Evaluation:
         if not (text.isascii() and text.isdigit() and len(text) <= _MAX_INDEX_DIGITS):
             return None
         index = int(text)
+        # The text as it stands in the id: 7 and 00007 would be one index otherwise.
         is_own = index < self.num_tasks and self.group_id(index).endswith(f"-{text}")
         return index if is_own else None
 
@@ -136,19 +137,22 @@ class Evaluation:
         return trajectory.min_policy_version == trajectory.max_policy_version == self.policy_version
 
     @property
+    def num_successes(self) -> int:
+        return sum(counts[0] for counts in self.successes.values())
+
+    @property
     def num_episodes(self) -> int:
         return sum(counts[1] for counts in self.successes.values())
 
     @property
     def success(self) -> float:
         """Successes over episodes, pooled; 0 before the first."""
-        return sum(counts[0] for counts in self.successes.values()) / max(1, self.num_episodes)
+        return self.num_successes / max(1, self.num_episodes)
 
     def summary(self) -> dict[str, object]:
         """Pooled success with its interval, in total and by task type; reward components as means
         over all episodes.
         """
-        num_successes = sum(counts[0] for counts in self.successes.values())
         return {
             "evaluation_id": self.evaluation_id,
             "policy_version": self.policy_version,
@@ -159,15 +163,14 @@ class Evaluation:
             "num_episodes": self.num_episodes,
             "num_failed": len(self.failed),
             "success": self.success,
-            "interval": compute_wilson_interval(num_successes, self.num_episodes),
-            "reward_components": {
-                name: total / max(1, self.num_episodes)
-                for name, total in sorted(self.component_sums.items())
-            },
-            "by_task_type": {
-                kind: tuple(counts) for kind, counts in sorted(self.successes.items())
-            },
+            "interval": compute_wilson_interval(self.num_successes, self.num_episodes),
+            "reward_components": self._compute_component_means(),
+            "by_task_type": {kind: tuple(self.successes[kind]) for kind in sorted(self.successes)},
         }
+
+    def _compute_component_means(self) -> dict[str, float]:
+        num_episodes = max(1, self.num_episodes)
+        return {name: total / num_episodes for name, total in sorted(self.component_sums.items())}
 
     def _count(self, task_index: int, task_type: str, is_success: bool) -> None:
         self.pending.remove(task_index)

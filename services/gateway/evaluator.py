@@ -22,7 +22,7 @@ class Evaluator:
     """Decides on evaluations in a draft: before the first update, now and then, after the last."""
 
     def __init__(self, config: RunConfig, tasks: TaskSource, policy: NewestPolicy) -> None:
-        self._every_updates = config.evaluation.every_updates
+        self._config = config.evaluation
         self._tasks = tasks
         self._policy = policy
 
@@ -76,7 +76,7 @@ class Evaluator:
         evaluation, index = find_evaluation(draft.state.evaluations, event.group_id)
         if evaluation is None or index not in evaluation.pending:
             return
-        evaluation.add_failure(index, self._tasks.heldout[index].task_type)
+        evaluation.add_failure(index, self._tasks.get_heldout(index).task_type)
         log.warning("evaluation_episode_failed", group_id=event.group_id, reason=event.reason)
 
     def play_again(self, draft: Draft, group_id: str, payload: bytes) -> None:
@@ -85,27 +85,32 @@ class Evaluator:
         Raises RefusedError if no evaluation waits for it, or would again.
         """
         evaluation, index = find_evaluation(draft.state.evaluations, group_id)
-        if evaluation is None or not evaluation.reopen(index, self._tasks.heldout[index].task_type):
+        if evaluation is None or not evaluation.reopen(
+            index, self._tasks.get_heldout(index).task_type
+        ):
             raise RefusedError(
                 f"No evaluation waits for {group_id}: it has its result, or is none of this run's."
             )
         draft.tasks.append(payload)
 
     def _is_begun(self, evaluations: list[Evaluation], *, is_greedy: bool) -> bool:
-        """Whether an evaluation of the newest policy was begun. By version: a crash may have lost
-        what others had trained.
+        """Whether an evaluation of the newest policy was begun.
+
+        Asked by version and not by updates: after a crash that lost updates, another policy may
+        have seen as many.
         """
         version = self._policy.version
         return any(e.policy_version == version and e.is_greedy is is_greedy for e in evaluations)
 
     def _is_interval_over(self, begun: list[Evaluation]) -> bool:
         last = max(evaluation.num_updates for evaluation in begun)
-        is_time = self._policy.num_updates >= last + self._every_updates
+        is_time = self._policy.num_updates >= last + self._config.every_updates
         are_complete = all(evaluation.is_complete for evaluation in begun)
-        return bool(self._every_updates) and is_time and are_complete
+        return bool(self._config.every_updates) and is_time and are_complete
 
     def _begin(self, draft: Draft, *, is_greedy: bool) -> None:
-        num_tasks = len(self._tasks.heldout)
+        # The list may be longer: for an evaluation that was begun when more tasks were wanted.
+        num_tasks = min(self._config.num_tasks, len(self._tasks.heldout))
         evaluation = Evaluation.begin(
             self._policy.version,
             self._policy.num_updates,

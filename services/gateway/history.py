@@ -22,9 +22,11 @@ from sdar.contracts.types import MetricRecord, ScoredTrajectory
 log = structlog.get_logger()
 
 _PAGE = 2000
+"""Entries read in one round, so that a gateway that starts late catches up step by step."""
 _TRAJECTORY_PAGE = 100
 """A trajectory can weigh megabytes."""
 _INSTANCE_SILENCE_S = 30.0
+"""A process that did not report for so long is not counted: workers report every few seconds."""
 _MAX_SKEW_S = 60.0
 """Records come in about the order of their times: machines' clocks differ, and a record may wait
 for Redis.
@@ -118,6 +120,7 @@ class History:
             record = entry.record
             if record.at_s < since_s - _MAX_SKEW_S:
                 break
+            # One that is older may stand before one that isn't.
             if record.service == service and record.at_s >= since_s:
                 found.setdefault(record.instance, []).append(record.values)
         return found

@@ -8,7 +8,9 @@ from sdar.contracts.streams import ConsumerGroup, Stream
 
 _CONSUMER = "gateway"
 _MAX_EVENTS = 2000
+"""Of each stream in one round: what one transaction acknowledges stays small."""
 _POLL_S = 0.2
+"""Longest wait for an event, and so about the time between two rounds of an idle run."""
 
 
 class Inbox:
@@ -34,5 +36,6 @@ class Inbox:
             self._taken_over = []
             return taken_over
         events = await self._ledger.read(_MAX_EVENTS, _POLL_S)
+        # Without waiting again: one wait a round is enough.
         episodes = await self._evaluations.read(_MAX_EVENTS)
         return [*events, *episodes]

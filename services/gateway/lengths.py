@@ -34,18 +34,22 @@ class EpisodeLengths:
         if event.outcome is GroupOutcome.GENERATED:
             self._open[event.group_id] = event.episode_turns
             return
+        # Without turns it was closed before it was played, or played before this process began.
         turns = self._open.pop(event.group_id, ())
         if turns and event.outcome is not GroupOutcome.SKIPPED:
             self._closed.append((turns, event.outcome is GroupOutcome.TRAINED))
 
     def compute_drift(self) -> float:
-        """`compute_length_drift` of all kept groups and the trained among them; 0 while there are
-        too few, or none is.
+        """`compute_length_drift` of all kept groups and the trained among them.
+
+        0 while too few are kept, or none of them was trained.
         """
-        played = Counter(length for turns, _ in self._closed for length in turns)
-        trained = Counter(
-            length for turns, is_trained in self._closed if is_trained for length in turns
-        )
+        played: Counter[int] = Counter()
+        trained: Counter[int] = Counter()
+        for turns, is_trained in self._closed:
+            played.update(turns)
+            if is_trained:
+                trained.update(turns)
         if not trained or len(self._closed) < LEAST_GROUPS:
             return 0.0
         return compute_length_drift(played, trained)
@@ -56,9 +60,10 @@ def compute_length_drift(played: Counter[int], trained: Counter[int]) -> float:
 
         1/2 * sum over n of |share of n turns among the played - share of n turns among the trained|
 
-    With `trained` a part of `played` it is 0 where nothing was dropped, and at most the share that
-    was.
+    With `trained` a part of `played` it is 0 where nothing was dropped, and never over the share
+    of episodes that were.
     """
-    num_played, num_trained = played.total(), trained.total()
+    num_played = played.total()
+    num_trained = trained.total()
     lengths = played.keys() | trained.keys()
     return sum(abs(played[n] / num_played - trained[n] / num_trained) for n in lengths) / 2

@@ -188,6 +188,10 @@ class GatewayMetrics(Meters):
         for other in RunPhase:
             self.set(PHASE, other is phase, phase=other)
         self.set(LENGTH_DRIFT, length_drift)
+        self._observe_evaluations(evaluations)
+
+    def _observe_evaluations(self, evaluations: Sequence[Evaluation]) -> None:
+        """The newest complete one of each sampling: of two in the list, the later one."""
         complete = [evaluation for evaluation in evaluations if evaluation.is_complete]
         newest = {evaluation.is_greedy: evaluation for evaluation in complete}
         for evaluation in newest.values():
@@ -224,6 +228,9 @@ class GatewayMetrics(Meters):
         self.set(DEAD_LETTERS, num_dead_letters)
         for other in BusState:
             self.set(BUS_STATE, other is state, state=other)
+        self._observe_alarms(alarms)
+
+    def _observe_alarms(self, alarms: Sequence[Alarm]) -> None:
         up = {alarm.name for alarm in alarms}
         for name in JUDGES:
             self.set(ALARM, name in up, name=name)

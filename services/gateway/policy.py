@@ -23,6 +23,7 @@ class NewestPolicy:
     async def follow(self) -> None:
         """Take in what was published since the last call."""
         await self._follower.read()
+        # None before the first one, and then both stay as they are.
         manifest = self._follower.newest
         if manifest is not None:
             self.version = manifest.policy_version

@@ -42,21 +42,14 @@ class Retry:
 
 
 def read_letter(letter: DeadLetter) -> Retry:
-    """Raises RefusedError if nothing can be issued again for it."""
+    """What a letter was about. Raises RefusedError if nothing can be issued again for it."""
     if letter.stream in (Stream.LEDGER, Stream.EVALUATIONS):
         raise RefusedError(
             f"Dead letter {letter.letter_id} is a report on {letter.stream}, no work that could be "
             "done again.",
             letter_id=letter.letter_id,
         )
-    try:
-        retry = _decode(letter)
-    except SdarError as error:
-        raise RefusedError(
-            f"Dead letter {letter.letter_id} of {letter.stream} cannot be read, so nobody knows "
-            f"what to do again: {error}",
-            letter_id=letter.letter_id,
-        ) from error
+    retry = _decode(letter)
     if letter.stream is not Stream.TASKS and retry.purpose is not Purpose.TRAIN:
         raise RefusedError(
             f"Dead letter {letter.letter_id} holds an evaluation episode on {letter.stream}, where "
@@ -67,6 +60,17 @@ def read_letter(letter: DeadLetter) -> Retry:
 
 
 def _decode(letter: DeadLetter) -> Retry:
+    try:
+        return _decode_work(letter)
+    except SdarError as error:
+        raise RefusedError(
+            f"Dead letter {letter.letter_id} of {letter.stream} cannot be read, so nobody knows "
+            f"what to do again: {error}",
+            letter_id=letter.letter_id,
+        ) from error
+
+
+def _decode_work(letter: DeadLetter) -> Retry:
     if letter.stream is Stream.TASKS:
         group = codec.decode_task_group(letter.payload)
         return Retry(letter.letter_id, group.group_id, group.task, group.purpose, letter.payload)
@@ -101,12 +105,15 @@ class Retries:
             letter = await self._bus.find_dead_letter(letter_id)
             if letter is None:
                 raise _gone(letter_id)
+            # Somebody else may have asked for the same while this one waited for the letter.
             retry = self._waiting.setdefault(letter_id, read_letter(letter))
+        # Shielded: others may wait for the same, and the draft may already hold it.
         return await asyncio.shield(retry.issued)
 
     def issue_waiting(self, draft: Draft) -> None:
         """Send the work of each letter out once more in the draft, which removes the letter."""
         for retry in list(self._waiting.values()):
+            # Issued before, in this draft whose commit still waits for room.
             if retry.letter_id in draft.retried:
                 continue
             try:

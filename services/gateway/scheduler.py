@@ -41,11 +41,15 @@ from .tasks import TaskSource
 log = structlog.get_logger()
 
 _POLL_S = 0.2
+"""Between two looks while there is nothing to wait for on the bus."""
 _RETRY_S = 1.0
+"""Between two calls to an environment that does not answer."""
 
 
 class Scheduler:
-    """Turns tasks into groups, and drives the run from its first evaluation to its last.
+    """Turns tasks into groups, and drives the run from its first evaluation to its last. One class
+    because a round's order is its promise: reading, starting, deciding and writing all work on the
+    draft in hand, and on what this process knows of where the run stands.
 
     Args:
         default_address: where the run's environment listens, unless the configuration says it.
@@ -88,8 +92,7 @@ class Scheduler:
         self._bookkeeper = Bookkeeper(bus, self._evaluator, self.lengths, self._metrics)
         self.control = RunControl(config, self._committer, clock, is_scaled=is_scaled)
 
-    # --- main loop
-    # ----------------------------------------------------------------------------------------------
+    # ---- main loop
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until `stopping` is set.
@@ -121,6 +124,7 @@ class Scheduler:
         await self._bookkeeper.book(self._committer.draft, events)
         await self.policy.follow()
         await self.history.follow(self._bus)
+        # What follows only changes the draft, until it is written.
         if self.state.phase is RunPhase.STARTING:
             await self._try_start(stopping)
         self._decide()
@@ -130,8 +134,10 @@ class Scheduler:
         self._observe()
 
     async def _read(self, stopping: asyncio.Event) -> list[Delivery]:
-        """Events, unless none can be understood yet: those of evaluations name tasks, and an empty
-        Redis may still be given the state that they belong to.
+        """Events, unless none can be understood yet.
+
+        Those of evaluations need the task lists, and an empty Redis may still be given the state
+        that events belong to.
         """
         has_tasks = self._tasks.training is not None
         if not self.is_blank and (has_tasks or self.state.phase is RunPhase.FINISHED):
@@ -141,8 +147,9 @@ class Scheduler:
         return []
 
     async def _check_account(self) -> None:
-        """The account and the cursor change together: a difference means a successor, or a Redis
-        that lost writes.
+        """Raise if the account and the cursor differ, which only ever change together.
+
+        SupersededError if another gateway wrote, else CorruptionError: Redis lost writes.
         """
         num_in_account = self.ledger.num_issued
         num_issued = self.state.next_group_number
@@ -151,8 +158,9 @@ class Scheduler:
             raise build_mismatch_error(num_in_account, num_issued)
 
     async def _write(self, stopping: asyncio.Event) -> None:
-        """Commit the draft if it is due; while the tasks nobody plays leave no room, wait: a
-        restart of this process would make none.
+        """Commit the draft if it is due.
+
+        While tasks that nobody plays leave no room it waits: a restart would make no room either.
         """
         if self.is_blank:
             await self._committer.confirm_uncommitted()
@@ -175,8 +183,7 @@ class Scheduler:
             length_drift=self.lengths.compute_drift(),
         )
 
-    # --- starting
-    # ----------------------------------------------------------------------------------------------
+    # ---- starting
 
     async def _restore(self) -> None:
         # A Redis that lost its disk is as empty as a new one; the learner may put a snapshot back
@@ -200,37 +207,49 @@ class Scheduler:
 
     async def _try_start(self, stopping: asyncio.Event) -> None:
         """Start once the environment lists its tasks and a first policy is published."""
-        if self._tasks.training is None:
-            try:
-                await self._tasks.load(self.state)
-            except UnavailableError as error:
-                self.control.detail = f"waiting for the environment: {error}"
-                log.warning("environment_unavailable", error=str(error))
-                await wait_or_stop(stopping, _RETRY_S)
-                return
+        if self._tasks.training is None and not await self._load_tasks(stopping):
+            return
         if self.policy.version < 0:
             self.control.detail = "waiting for the learner to publish the first policy"
             await wait_or_stop(stopping, _POLL_S)
             return
-        if self.is_blank:
-            await self._adopt()
+        if self.is_blank and not await self._adopt(stopping):
+            return
         if self.state.phase is RunPhase.STARTING:
             self.control.start()
             await self._check_account()
             self.health.mark_ready("running")
 
-    async def _adopt(self) -> None:
-        """Begin from the snapshot that the learner may have put into an empty Redis; the tasks in
-        its streams were lost.
+    async def _load_tasks(self, stopping: asyncio.Event) -> bool:
+        """Load the task lists; False, after a moment, while the environment does not answer."""
+        try:
+            await self._tasks.load(self.state)
+        except UnavailableError as error:
+            self.control.detail = f"waiting for the environment: {error}"
+            log.warning("environment_unavailable", error=str(error))
+            await wait_or_stop(stopping, _RETRY_S)
+            return False
+        return True
+
+    async def _adopt(self, stopping: asyncio.Event) -> bool:
+        """Begin from the snapshot that the learner may have put into an empty Redis.
+
+        Tasks in its streams were lost and are sent again. False while the environment does not
+        answer.
         """
         await self._restore()
+        # Still blank, so that nothing is written before the lost tasks are among it. The lists were
+        # loaded without the snapshot, whose evaluations may be of more tasks.
+        self._standing = Standing.BLANK
+        if not await self._load_tasks(stopping):
+            return False
         self._standing = Standing.KNOWN
         self.control.detail = ""
         self.state.sleep = None  # as of the snapshot; whoever put it back is awake
         self._evaluator.resend_pending(self._committer.draft)
+        return True
 
-    # --- deciding
-    # ----------------------------------------------------------------------------------------------
+    # ---- deciding
 
     def _decide(self) -> None:
         draft = self._committer.draft
@@ -245,11 +264,10 @@ class Scheduler:
 
     @property
     def _is_drained(self) -> bool:
-        """Whether no policy comes any more: the last update is durable, or a stopped run has no
-        group out.
+        """Whether no policy comes any more.
 
-        The learner closes a group only when its update is durable, and cancels what it needs no
-        more.
+        Either the last update is durable: the learner closes a group only then, and cancels what it
+        needs no more. Or the run was stopped and has no group out.
         """
         if self.state.phase is RunPhase.STOPPING and self.ledger.num_running == 0:
             return True
@@ -268,8 +286,7 @@ class Scheduler:
         num_issued = self.state.next_group_number
         self.control.finish(await find_unaccounted(self._bus, self.ledger, num_issued))
 
-    # --- where it stands
-    # ----------------------------------------------------------------------------------------------
+    # ---- where it stands
 
     @property
     def state(self) -> GatewayState:
@@ -312,8 +329,7 @@ class Scheduler:
             sum(evaluation.num_episodes for evaluation in self.state.evaluations),
         )
 
-    # --- what others ask for
-    # ----------------------------------------------------------------------------------------------
+    # ---- what others ask for
 
     async def confirm_tenure(self) -> None:
         """See `Committer.confirm_tenure`: give up waiting after a while."""

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
 
+from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
 from sdar.connect import build_bus
 from sdar.contracts.streams import Stream
@@ -26,7 +27,7 @@ from .app import build_app
 from .environments import GrpcEnvironmentCatalog
 from .grpc_service import GatewayServicer
 from .history import History
-from .metrics import build_metrics
+from .metrics import GatewayMetrics, build_metrics
 from .scaling.cluster import KubernetesCluster
 from .scaling.file import ScalingFileReader
 from .scaling.metrics import ScalingMetrics
@@ -46,19 +47,11 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     listener = bind_http(settings.host, settings.http_port)
     health = Health(max_silence_s=_MAX_SILENCE_S)
     bus = build_bus(config, settings, on_blocked=health.report_blocked)
+    # A connection of its own, whose calls the scheduler's long ones don't hold up.
     watch_bus = build_bus(config, settings)
     await bus.ping()
     metrics = build_metrics()
-    scheduler = Scheduler(
-        config,
-        bus,
-        GrpcEnvironmentCatalog(security),
-        History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES),
-        health,
-        default_address=settings.envs_address,
-        metrics=metrics,
-        is_scaled=settings.scaling is not None,
-    )
+    scheduler = _build_scheduler(config, settings, bus, health, metrics, security)
     watch = Watch(scheduler, watch_bus, metrics)
     scaler = _build_scaler(settings, scheduler, watch)
     app = build_app(
@@ -78,6 +71,26 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     finally:
         await bus.close()
         await watch_bus.close()
+
+
+def _build_scheduler(
+    config: RunConfig,
+    settings: Settings,
+    bus: Bus,
+    health: Health,
+    metrics: GatewayMetrics,
+    security: Security,
+) -> Scheduler:
+    return Scheduler(
+        config,
+        bus,
+        GrpcEnvironmentCatalog(security),
+        History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES),
+        health,
+        default_address=settings.envs_address,
+        metrics=metrics,
+        is_scaled=settings.scaling is not None,
+    )
 
 
 def _build_scaler(settings: Settings, scheduler: Scheduler, watch: Watch) -> Scaler | None:
@@ -105,6 +118,7 @@ def _answer_http(server: HttpServer, listener: socket.socket) -> Main:
     async def answer_http(stopping: asyncio.Event) -> None:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         waiting = asyncio.create_task(stopping.wait())
+        # The first to end: a server that broke must end the process, too.
         await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         server.should_exit = True

@@ -112,6 +112,7 @@ class GatewayState:
         self.num_failed_in_a_row += event.outcome is GroupOutcome.FAILED
         if event.outcome in (GroupOutcome.FAILED, GroupOutcome.CANCELLED):
             self.failure_reasons[event.group_id] = event.reason
+            # A dict keeps the order of insertion, so the first is the oldest.
             while len(self.failure_reasons) > KEPT_REASONS:
                 self.failure_reasons.pop(next(iter(self.failure_reasons)))
 
@@ -123,6 +124,7 @@ class GatewayState:
         """Raises CorruptionError if the record can't be read."""
         try:
             raw = json.loads(payload)
+            # What is no plain value is built first; all else are the fields by their names.
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
             phase = RunPhase(raw.pop("phase"))
             sleep = raw.pop("sleep", None)

@@ -21,6 +21,8 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
     """The run's status, from what the scheduler holds and the watch saw last."""
     config = scheduler.config
     state = scheduler.state
+    lags = {str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()}
+    evaluations = [EvaluationReply.model_validate(one.summary()) for one in state.evaluations]
     return RunReply(
         run_id=config.name,
         phase=str(state.phase),
@@ -32,15 +34,15 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         max_staleness=config.training.max_staleness,
         ledger=scheduler.ledger.counts(),
         ledger_gap=scheduler.ledger_gap,
-        ledger_gap_ids=[format_group_id(number) for number in state.unaccounted],
+        ledger_gap_ids=list(map(format_group_id, state.unaccounted)),
         failures=_list_newest(state.failure_reasons),
         length_drift=scheduler.lengths.compute_drift(),
-        alarms=[AlarmReply(**dataclasses.asdict(alarm)) for alarm in watch.board.alarms],
+        alarms=_describe_alarms(watch),
         bus=_describe_bus(watch),
         dead_letters=watch.num_dead_letters,
-        stream_lags={str(stream): dataclasses.asdict(lag) for stream, lag in watch.lags.items()},
+        stream_lags=lags,
         instances=_count_workers(scheduler),
-        evaluations=[EvaluationReply.model_validate(one.summary()) for one in state.evaluations],
+        evaluations=evaluations,
         sleep=describe_sleep(state.sleep),
         started_at_s=state.started_at_s,
         finished_at_s=state.finished_at_s,
@@ -50,6 +52,10 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
 def describe_sleep(sleep: Sleep | None) -> SleepReply | None:
     """Why and since when the run sleeps; None while it is awake."""
     return None if sleep is None else SleepReply(reason=sleep.reason, since_s=sleep.since_s)
+
+
+def _describe_alarms(watch: Watch) -> list[AlarmReply]:
+    return [AlarmReply(**dataclasses.asdict(alarm)) for alarm in watch.board.alarms]
 
 
 def _list_newest(failure_reasons: dict[str, str]) -> dict[str, str]:

@@ -23,7 +23,9 @@ class TaskSource:
     Attributes:
         environments: those that were described, by name.
         training: None until the lists are loaded.
-        heldout: the tasks of every evaluation, in order; an evaluation names them by their index.
+        heldout: the tasks of evaluations, in order; an evaluation names them by their index. As
+            many as the longest evaluation of the run has, which may have been begun under a
+            configuration that wanted more of them.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class TaskSource:
         address = self.locate(state, environment.name)
         await self.describe(environment.name, address)
         tasks = await self._list(address, environment.train_split)
-        wanted = self._config.evaluation.num_tasks
+        begun = (evaluation.num_tasks for evaluation in state.evaluations)
+        wanted = max(self._config.evaluation.num_tasks, max(begun, default=0))
         self.heldout = await self._list(address, environment.evaluation_split, wanted)
         if len(self.heldout) < wanted:
             log.warning(
@@ -70,6 +73,17 @@ class TaskSource:
             )
         self.training = TrainingOrder(tasks, self._config.seed)
         log.info("tasks_listed", num_train=len(tasks), num_heldout=len(self.heldout))
+
+    def get_heldout(self, index: int) -> Task:
+        """A task of an evaluation. Raises CorruptionError if the environment lists it no more."""
+        if index >= len(self.heldout):
+            environment = self._config.environment
+            raise CorruptionError(
+                f"An evaluation waits for held-out task {index}, but environment "
+                f"{environment.name} lists only {len(self.heldout)} in "
+                f"{environment.evaluation_split}. Serve the tasks that the run began with."
+            )
+        return self.heldout[index]
 
     def locate(self, state: GatewayState, name: str) -> str:
         """Where an environment is: as registered while the run went on, else the default address.
@@ -101,7 +115,7 @@ class TaskSource:
     ) -> TaskGroup:
         """The group of one episode that plays held-out task `index` for an evaluation."""
         config = self._config
-        task = self.heldout[index]
+        task = self.get_heldout(index)
         return TaskGroup(
             run_id=config.name,
             group_id=evaluation.group_id(index),
@@ -116,8 +130,9 @@ class TaskSource:
         )
 
     async def _list(self, address: str, split: str, max_tasks: int | None = None) -> list[Task]:
-        """Tasks under the name the environment is served by: a class given by its path may call
-        itself otherwise.
+        """Tasks of a split, under the name that the environment is served by.
+
+        A class that is given by its path may call itself otherwise in them.
         """
         name = self._config.environment.name
         tasks = await self._catalog.list_tasks(name, address, split, max_tasks)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from sdar.bus.protocol import Bus, BusMemory, StreamLag
@@ -84,6 +84,7 @@ class Watch:
             is_full = bool(blocked) and self._was_blocked
             self._change(BusState.FULL if is_full else BusState.OK, blocked if is_full else "")
             self._was_blocked = bool(blocked)
+        # Judged whether Redis answered or not: from what was seen last.
         self._note_progress()
         self.board.update(self._describe_situation())
         self._metrics.observe_bus(
@@ -115,6 +116,7 @@ class Watch:
             raise BusUnavailableError(self._scheduler.health.blocked or silence) from error
 
     async def _look(self) -> None:
+        # Shown only when all is known: a half-finished look mixes two moments.
         lags: dict[Stream, StreamLag] = {}
         for stream, groups in self._scheduler.config.stream_consumers.items():
             for group in groups:  # one at most: one role reads a stream
@@ -138,8 +140,7 @@ class Watch:
         first.
         """
         updates = self._scheduler.history.newest_values(Role.LEARNER, _NEWEST_UPDATES)
-        busy = [sum(values.get(part, 0.0) for part in _BUSY_PARTS) for values in updates]
-        return max(busy, default=0.0)
+        return max(map(_compute_busy_s, updates), default=0.0)
 
     def _note_progress(self) -> None:
         if self._scheduler.progress != self._progress:
@@ -178,3 +179,7 @@ class Watch:
                 at_s = expected_s
             heard[role] = at_s
         return heard
+
+
+def _compute_busy_s(values: Mapping[str, float]) -> float:
+    return sum(values.get(part, 0.0) for part in _BUSY_PARTS)

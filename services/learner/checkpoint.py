@@ -74,50 +74,58 @@ class CheckpointStore:
         for leftover in directory.glob(f"*{_PARTIAL}"):
             shutil.rmtree(leftover)
         for replaced in directory.glob(f"*{_REPLACED}"):
+            # A crash while one took another's place: it goes if the other is there, else returns.
             if replaced.with_suffix("").exists():
                 shutil.rmtree(replaced)
             else:
                 replaced.rename(replaced.with_suffix(""))
 
     def find_newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint, None where none was ever written; logs which newer ones
-        were skipped and why.
+        """The newest intact checkpoint, None where none was ever written.
+
+        Logs which newer ones were skipped and why.
 
         Raises:
             CorruptionError: there are checkpoints, and all are damaged.
             ConfigurationError: it was made for other ranks, another ZeRO stage, number format or
                 model.
         """
-        skipped = {}
+        skipped: dict[Path, str] = {}
         for path in _list_newest_first(self._directory):
             try:
-                state = _verify(path)
-                found = Checkpoint(
-                    path, Progress.from_json(state["progress"]), (path / _SNAPSHOT).read_bytes()
-                )
+                found = self._read(path)
             except CorruptionError as error:
                 log.error("checkpoint_skipped", path=str(path), reason=str(error))
                 skipped[path] = str(error)
                 continue
-            self._check_fits(path, state["made_for"])
+            # Those that are newer than what the run goes on from.
             self._damaged = set(skipped)
-            progress = found.progress
-            log.info(
-                "checkpoint_found",
-                path=str(path),
-                num_updates=progress.num_updates,
-                version=progress.policy_version,
-            )
             return found
+        # Beginning again from the model would throw the run away: a person has to decide that.
         if skipped:
             raise _all_damaged(self._directory, skipped)
         return None
 
+    def _read(self, path: Path) -> Checkpoint:
+        state = _verify(path)
+        progress = Progress.from_json(state["progress"])
+        snapshot = (path / _SNAPSHOT).read_bytes()
+        self._check_fits(path, state["made_for"])
+        log.info(
+            "checkpoint_found",
+            path=str(path),
+            num_updates=progress.num_updates,
+            version=progress.policy_version,
+        )
+        return Checkpoint(path, progress, snapshot)
+
     def write(
         self, progress: Progress, snapshot: bytes, write_shards: Callable[[Path], None]
     ) -> Path:
-        """Make `progress` durable; `write_shards` puts every rank's files into the directory it is
-        given.
+        """Make `progress` durable and remove what is too old; returns where it is.
+
+        Args:
+            write_shards: puts every rank's files into the directory that it is given.
 
         Raises:
             CapacityError: the disk is full, or cannot be written; nothing is left behind and
@@ -129,18 +137,9 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_shards(partial)
-            _write_file(partial / _SNAPSHOT, snapshot)
-            _write_file(
-                partial / _STATE,
-                _to_json({"progress": progress.to_json(), "made_for": self._made_for()}),
-            )
-            # The others' shards by name: on a shared disk, what other machines wrote is found later
-            # by listing than by asking.
-            num_ranks = self._config.training.num_ranks
-            shards = [_name_shard(rank, num_ranks) for rank in range(1, num_ranks)]
-            _write_file(partial / _MANIFEST, _describe_all(partial, shards))
-            _sync(partial)
+            self._complete(partial, progress, snapshot)
             self._put_in_place(partial, final)
+            # Last: until here the earlier checkpoints are what a crash falls back to.
             self._remove_old(final)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,12 +148,27 @@ class CheckpointStore:
             raise
         return final
 
+    def _complete(self, partial: Path, progress: Progress, snapshot: bytes) -> None:
+        """Add what rank 0 alone writes; the manifest last, which seals the rest."""
+        state = {"progress": progress.to_json(), "made_for": self._made_for()}
+        _write_file(partial / _SNAPSHOT, snapshot)
+        _write_file(partial / _STATE, _to_json(state))
+        # The others' shards by name: on a shared disk, what other machines wrote is found later by
+        # listing than by asking.
+        num_ranks = self._config.training.num_ranks
+        shards = [_name_shard(rank, num_ranks) for rank in range(1, num_ranks)]
+        _write_file(partial / _MANIFEST, _describe_all(partial, shards))
+        # The directory's entries, before the rename makes the checkpoint exist.
+        _sync(partial)
+
     def _put_in_place(self, partial: Path, final: Path) -> None:
-        """Nothing goes before its successor is there, even if it is damaged: who has the name was
-        not resumed from.
+        """Give a whole checkpoint its name. What had that name goes only after that.
+
+        It had to be damaged to be in the way: this life would have begun from it otherwise.
         """
         replaced = final.with_suffix(_REPLACED)
         if final.exists():
+            # A rename can't replace a directory that isn't empty, so the old one steps aside.
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         partial.rename(final)
@@ -171,10 +185,9 @@ class CheckpointStore:
         """
         self._damaged.discard(newest)
         whole = [path for path in _list_newest_first(self._directory) if path not in self._damaged]
-        for path in [
-            *whole[self._config.training.keep_checkpoints :],
-            *(path for path in self._damaged if path < newest),
-        ]:
+        too_old = whole[self._config.training.keep_checkpoints :]
+        too_old += [path for path in self._damaged if path < newest]
+        for path in too_old:
             shutil.rmtree(path)
             self._damaged.discard(path)
 
@@ -204,8 +217,7 @@ class CheckpointStore:
 
 
 def read_trained_groups(directory: Path) -> list[tuple[str, ...]]:
-    """Group ids of each update (the last `REMEMBERED_UPDATES`) that the newest intact checkpoint
-    holds, oldest first.
+    """Group ids of each remembered update of the newest intact checkpoint, oldest first.
 
     For those who check a run from outside: it takes no lock, so it may be called beside a running
     learner.
@@ -234,9 +246,7 @@ def write_rank_shard(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    shard = {**optimizer, "random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        shard["random.cuda"] = torch.cuda.get_rng_state(device)
+    shard = optimizer | _read_random_state(device)
     path = directory / _shard_name(ranks)
     try:
         save_file(shard, path, metadata={"num_steps": str(num_steps)})
@@ -246,6 +256,14 @@ def write_rank_shard(
             _sync(directory / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise _disk_error(path, error) from error
+
+
+def _read_random_state(device: torch.device) -> dict[str, Tensor]:
+    """With it a run that resumes draws what it would have drawn."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def read_rank_shard(
@@ -272,16 +290,22 @@ def _name_shard(rank: int, num_ranks: int) -> str:
     return f"optimizer-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def _lock_directory(directory: Path) -> int:
+def _open_directory(directory: Path) -> int:
+    """Make the directory; returns a handle of the file in it that its holder locks."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _sync(directory.parent)
-        handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        return os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise ConfigurationError(
             f"Cannot use checkpoint directory {directory}: {error.strerror}. Make it writable or "
             "set SDAR_CHECKPOINTS."
         ) from error
+
+
+def _lock_directory(directory: Path) -> int:
+    """A handle that holds the directory until it is closed, or this process ends."""
+    handle = _open_directory(directory)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -308,22 +332,27 @@ def _verify(path: Path) -> dict[str, Any]:
         CorruptionError: one byte, file or name is not as it was written.
     """
     try:
-        written = (path / _MANIFEST).read_bytes()
-        files = json.loads(written)["files"]
-        if written != _seal(files):
-            raise CorruptionError(f"{_MANIFEST} does not have the sha256 that it states of itself.")
-        names = sorted(entry.name for entry in path.iterdir() if entry.name != _MANIFEST)
-        if names != sorted(files) or not {_STATE, _SNAPSHOT, _WEIGHTS} <= files.keys():
-            raise CorruptionError(
-                f"It holds the files {names}, its manifest names {sorted(files)}."
-            )
+        files = _read_manifest(path)
         for name, expected in files.items():
             if (found := _describe(path / name)) != expected:
                 raise CorruptionError(f"{name} is {found}, its manifest says {expected}.")
         state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
         return {"progress": state["progress"], "made_for": dict(state["made_for"])}
+    # What reading bytes that anything may have happened to can raise.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"unreadable: {error!r}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """What each file is to be, of exactly the files that are there."""
+    written = (path / _MANIFEST).read_bytes()
+    files: dict[str, Any] = json.loads(written)["files"]
+    if written != _seal(files):
+        raise CorruptionError(f"{_MANIFEST} does not have the sha256 that it states of itself.")
+    names = sorted(entry.name for entry in path.iterdir() if entry.name != _MANIFEST)
+    if names != sorted(files) or not {_STATE, _SNAPSHOT, _WEIGHTS} <= files.keys():
+        raise CorruptionError(f"It holds the files {names}, its manifest names {sorted(files)}.")
+    return files
 
 
 def _describe_all(directory: Path, shards: Sequence[str] = ()) -> bytes:
@@ -340,7 +369,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _seal(files: dict[str, Any]) -> bytes:
-    """A manifest's only spelling: what reads the same and is written otherwise is damaged, too."""
+    """The bytes of a manifest. There is one spelling, so that every changed byte is noticed."""
     return _to_json({"files": files, "sha256": hashlib.sha256(_to_json(files)).hexdigest()})
 
 

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 _HOST = "127.0.0.1"
 _WATCH_S = 0.5
 _STOP_TIMEOUT_S = 20.0
+"""For a follower to leave the command that it is in; after an error none is waited for."""
 
 
 class FollowerProcesses:
@@ -63,6 +64,7 @@ class FollowerProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # All first, so that they end side by side.
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
@@ -93,13 +95,14 @@ class FollowerProcesses:
 
 
 def build_follower(config: RunConfig, ranks: Ranks) -> Trainer:
-    """What a rank other than 0 is; its `follow` is what it does with its life."""
+    """The trainer of a rank other than 0, from rank 0's checkpoint; run its `follow`."""
     torch.set_num_threads(config.training.num_threads)
     return build_trainer(config, ranks, ranks.receive_checkpoint())
 
 
 def _exit_when_input_ends(stream: Any) -> None:
     stream.read()
+    # Not sys.exit: the main thread may wait in a collective that nothing interrupts.
     os._exit(1)
 
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -97,8 +98,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dropped:
-    """A group that won't be trained, with every entry it brought and the turns of each episode that
-    was judged.
+    """A group that won't be trained.
+
+    Attributes:
+        deliveries: every entry of it, of all its attempts.
+        episode_turns: of each episode of the attempt that was judged.
     """
 
     group_id: str
@@ -118,6 +122,14 @@ class IngestCounts:
     num_duplicates: int = 0
     stale_turns: list[int] = field(default_factory=list)
     """Turns of each episode that was dropped as stale."""
+
+    def add(self, group: Dropped) -> None:
+        outcome = group.verdict.outcome
+        self.num_stale += outcome is GroupOutcome.STALE
+        self.num_skipped += outcome is GroupOutcome.SKIPPED
+        self.num_cancelled += outcome is GroupOutcome.CANCELLED
+        if outcome is GroupOutcome.STALE:
+            self.stale_turns += group.episode_turns
 
     def take(self) -> IngestCounts:
         """The counts so far; they begin again at nothing."""
@@ -141,6 +153,7 @@ class _Remembered:
 
     def add(self, group_ids: Iterable[str]) -> None:
         for group_id in group_ids:
+            # One that is there keeps its place: added again it would be forgotten twice.
             if group_id not in self._ids:
                 self._ids.add(group_id)
                 self._order.append(group_id)
@@ -164,38 +177,38 @@ class GroupBuffer:
         return len(self._complete)
 
     def add(self, item: ScoredTrajectory, delivery: Delivery) -> list[Delivery]:
-        """Take one episode in; returns entries that are superfluous and may be acknowledged at
-        once.
+        """Take one episode in; returns entries that are superfluous and may be acknowledged.
 
         The first attempt at a group that is complete wins. A duplicate is superfluous because the
         entry that it repeats stays pending.
         """
         trajectory = item.trajectory
-        key = (trajectory.group_id, trajectory.attempt)
-        if trajectory.group_id in self._complete or trajectory.episode_index in self._partial.get(
-            key, ()
-        ):
+        group_id = trajectory.group_id
+        key = (group_id, trajectory.attempt)
+        if group_id in self._complete or trajectory.episode_index in self._partial.get(key, ()):
             return [delivery]
         partial = self._partial.setdefault(key, {})
         partial[trajectory.episode_index] = (item, delivery)
         if len(partial) < trajectory.group_size:
             return []
-        self._complete[trajectory.group_id] = Group.of(
-            trajectory.group_id, self._partial.pop(key).values()
-        )
-        return [d for group in self._pop_partial(trajectory.group_id) for d in group.deliveries]
+        del self._partial[key]
+        self._complete[group_id] = Group.of(group_id, partial.values())
+        # Its other attempts have nothing left to win.
+        return _list_deliveries(self._pop_partial(group_id))
 
     def drop(self, group_id: str) -> list[Delivery]:
         """Forget a group; returns its entries."""
         groups = self._pop_partial(group_id)
         if group_id in self._complete:
             groups.append(self._complete.pop(group_id))
-        return [delivery for group in groups for delivery in group.deliveries]
+        return _list_deliveries(groups)
 
     def drop_where(self, judge: Callable[[Group, bool], Verdict | None]) -> list[Dropped]:
-        """Take out the groups that `judge(group, is_complete)` gives a verdict on; it sees the last
-        attempt.
+        """Take out the groups that `judge(group, is_complete)` gives a verdict on.
+
+        Of an incomplete group it judges the newest attempt.
         """
+        # Sorted by attempt, so that of each group the newest one is what stays in the mapping.
         newest = {
             key[0]: Group.of(key[0], pairs.values())
             for key, pairs in sorted(self._partial.items(), key=_by_attempt)
@@ -209,19 +222,22 @@ class GroupBuffer:
         ]
 
     def take(self, count: int, deadline: Callable[[Group], int]) -> list[Group] | None:
-        """The `count` whole groups with the earliest deadlines, by arrival among equals; None if
-        there are fewer.
+        """The `count` whole groups with the earliest deadlines; None if there are fewer.
+
+        Among equal deadlines by arrival, so that a learner that resumes chooses the same again.
         """
         if len(self._complete) < count:
             return None
-        urgent = sorted(
-            self._complete.values(), key=lambda group: (deadline(group), group.arrived)
-        )[:count]
-        return [self._complete.pop(group.group_id) for group in urgent]
+        ordered = sorted(self._complete.values(), key=lambda g: (deadline(g), g.arrived))
+        return [self._complete.pop(group.group_id) for group in ordered[:count]]
 
     def _pop_partial(self, group_id: str) -> list[Group]:
         keys = [key for key in self._partial if key[0] == group_id]
         return [Group.of(group_id, self._partial.pop(key).values()) for key in keys]
+
+
+def _list_deliveries(groups: Iterable[Group]) -> list[Delivery]:
+    return list(chain.from_iterable(group.deliveries for group in groups))
 
 
 def _by_attempt(entry: tuple[tuple[str, int], _Pairs]) -> tuple[str, int]:
@@ -279,6 +295,7 @@ class GroupSource:
         count = self._config.training.groups_per_update
         while not stopping.is_set():
             beat()
+            # With enough at hand it only takes in what is there: among it may be a nearer deadline.
             await self._read(_BLOCK_S if self.buffer.num_complete < count else 0.0)
             await self._settle(self.buffer.drop_where(self._judge))
             if groups := self.buffer.take(count, self._compute_deadline):
@@ -296,8 +313,9 @@ class GroupSource:
         )
 
     async def _read(self, block_s: float) -> None:
-        """Take in all that is there, waiting up to `block_s` for the first: who chooses by deadline
-        must see everything.
+        """Take in all that is there, waiting up to `block_s` for the first.
+
+        All of it, since the choice by deadline must see everything.
         """
         num_read = self._max_count
         while num_read == self._max_count:
@@ -307,35 +325,45 @@ class GroupSource:
             block_s = 0.0
 
     async def _accept(self, deliveries: Sequence[Delivery]) -> None:
+        """Take entries into the buffer; acknowledge those that change nothing."""
         superfluous: list[Delivery] = []
+        # Of groups that the checkpoint holds and that may not be booked yet.
         durable: dict[str, _Pairs] = {}
-        for delivery in deliveries:
-            try:
-                item = self._decode(delivery.payload)
-            except SdarError as error:
-                await self._bus.dead_letter(delivery, str(error))
-                log.error("entry_unreadable", entry_id=delivery.entry_id, error=str(error))
-                continue
+        for item, delivery in await self._decode_all(deliveries):
             group_id = item.trajectory.group_id
             if group_id in self._versions_in_checkpoint:
                 durable.setdefault(group_id, {})[item.trajectory.episode_index] = (item, delivery)
             if group_id in self._trained or group_id in self._dropped:
                 superfluous.append(delivery)
+            # After the look at the ids: an entry of a closed group is no reason to fail it.
             elif reason := self._find_fault(item):
                 await self._refuse(item, delivery, reason)
             else:
                 superfluous += self.buffer.add(item, delivery)
         if superfluous:
             self.counts.num_duplicates += len(superfluous)
-            groups = [Group.of(group_id, pairs.values()) for group_id, pairs in durable.items()]
-            booked = [
-                book_trained(self._config, group, self._versions_in_checkpoint[group.group_id])
-                for group in groups
-            ]
+            booked = [self._book_durable(*entry) for entry in durable.items()]
             await self._bus.commit({}, superfluous, transitions=booked)
 
-    def _decode(self, payload: bytes) -> ScoredTrajectory:
-        return decode_item(payload, needs_teacher=self._method.needs_teacher)
+    def _book_durable(self, group_id: str, pairs: _Pairs) -> LedgerEvent:
+        """Booked once more if it was booked before, which the bus ignores."""
+        group = Group.of(group_id, pairs.values())
+        return book_trained(self._config, group, self._versions_in_checkpoint[group_id])
+
+    async def _decode_all(
+        self, deliveries: Sequence[Delivery]
+    ) -> list[tuple[ScoredTrajectory, Delivery]]:
+        """The entries that can be read; the others are set aside as dead letters."""
+        decoded = []
+        for delivery in deliveries:
+            try:
+                item = decode_item(delivery.payload, needs_teacher=self._method.needs_teacher)
+            except SdarError as error:
+                await self._bus.dead_letter(delivery, str(error))
+                log.error("entry_unreadable", entry_id=delivery.entry_id, error=str(error))
+            else:
+                decoded.append((item, delivery))
+        return decoded
 
     def _find_fault(self, item: ScoredTrajectory) -> str:
         """Why an entry would break or poison an update; empty if it would not."""
@@ -363,6 +391,7 @@ class GroupSource:
         group_id = item.trajectory.group_id
         others = self.buffer.drop(group_id)
         self._dropped.add([group_id])
+        # The letter and the outcome of its group in one transaction; the others may come again.
         event = self._event(
             group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0
         )
@@ -374,24 +403,24 @@ class GroupSource:
     def _judge(self, group: Group, is_complete: bool) -> Verdict | None:
         """STALE or SKIPPED, or None for a group that may be trained (or completed) now."""
         training = self._config.training
-        progress = self._progress
-        if progress.num_updates > self._compute_deadline(group):
-            staleness = progress.compute_staleness(group.policy_version)
-            here = (
-                ""
-                if is_complete
-                else f", {len(group.items)} of {group.items[0].trajectory.group_size} episodes here"
-            )
-            reason = (
-                f"oldest token {staleness} updates behind, bound {training.max_staleness}{here}"
-            )
-            if staleness <= training.max_staleness:
-                reason = f"teacher past its lag of {self._config.teacher.max_lag}"
-            return Verdict(GroupOutcome.STALE, reason)
+        if self._progress.num_updates > self._compute_deadline(group):
+            return Verdict(GroupOutcome.STALE, self._explain_staleness(group, is_complete))
+        # Only of a whole group is it known whether all episodes scored the same.
         is_skipping = training.skip_zero_signal and not self._method.learns_without_advantage
         if is_complete and is_skipping and not self._has_signal(group):
             return Verdict(GroupOutcome.SKIPPED, "every episode scored the same")
         return None
+
+    def _explain_staleness(self, group: Group, is_complete: bool) -> str:
+        max_staleness = self._config.training.max_staleness
+        staleness = self._progress.compute_staleness(group.policy_version)
+        if staleness <= max_staleness:
+            return f"teacher past its lag of {self._config.teacher.max_lag}"
+        reason = f"oldest token {staleness} updates behind, bound {max_staleness}"
+        if is_complete:
+            return reason
+        group_size = group.items[0].trajectory.group_size
+        return f"{reason}, {len(group.items)} of {group_size} episodes here"
 
     def _compute_deadline(self, group: Group) -> int:
         """The last number of updates done at which the group may still be trained."""
@@ -400,38 +429,29 @@ class GroupSource:
         deadline = progress.count_updates(group.policy_version) + max_staleness
         if group.teacher_version is None:
             return deadline
-        return min(
-            deadline,
-            progress.count_updates(group.teacher_version)
-            + max_staleness
-            + self._config.teacher.max_lag,
-        )
+        # A score may be behind the newest policy by its lag when it is made, and then ages as the
+        # tokens do.
+        scored_at = progress.count_updates(group.teacher_version)
+        return min(deadline, scored_at + max_staleness + self._config.teacher.max_lag)
 
     def _has_signal(self, group: Group) -> bool:
         return has_signal(compute_group_advantages(self._config, group.items))
 
     async def _settle(self, dropped: Sequence[Dropped]) -> None:
-        """Book what became of groups that won't be trained and acknowledge their entries, in one
-        transaction.
-        """
+        """Book groups that won't be trained and acknowledge their entries, in one transaction."""
         if not dropped:
             return
         events = [
             self._event(d.group_id, d.verdict.outcome, d.verdict.reason, len(d.deliveries))
             for d in dropped
         ]
-        entries: list[Delivery] = []
-        for group in dropped:
-            entries += group.deliveries
+        entries = list(chain.from_iterable(group.deliveries for group in dropped))
         await self._bus.commit({}, entries, transitions=events)
+        # After the commit: until it is written these entries are still to be judged.
         self._dropped.add(group.group_id for group in dropped)
         for group in dropped:
-            outcome = group.verdict.outcome
-            tracing.record("learner.drop", group.group_id, time.time(), outcome=outcome.value)
-            self.counts.num_stale += outcome is GroupOutcome.STALE
-            self.counts.num_skipped += outcome is GroupOutcome.SKIPPED
-            self.counts.num_cancelled += outcome is GroupOutcome.CANCELLED
-            self.counts.stale_turns += group.episode_turns if outcome is GroupOutcome.STALE else ()
+            _trace_dropped(group)
+            self.counts.add(group)
         log.info(
             "groups_dropped",
             num_groups=len(events),
@@ -445,9 +465,16 @@ class GroupSource:
         return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
 
 
+def _trace_dropped(group: Dropped) -> None:
+    outcome = group.verdict.outcome.value
+    tracing.record("learner.drop", group.group_id, time.time(), outcome=outcome)
+
+
 def book_trained(config: RunConfig, group: Group, policy_version: int) -> LedgerEvent:
-    """That a durable checkpoint holds what this group did to the weights; `policy_version` is what
-    its update led to.
+    """The event that a durable checkpoint holds what this group did to the weights.
+
+    Args:
+        policy_version: what the group's update led to.
     """
     turns = group.episode_turns
     return LedgerEvent(

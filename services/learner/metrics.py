@@ -17,7 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from sdar.algorithms.measurements import TOKEN_COUNTS, TOKEN_MEASUREMENTS
-from sdar.contracts.types import GroupOutcome, ScoredTrajectory
+from sdar.contracts.types import GroupOutcome, ScoredTrajectory, Trajectory
 from sdar.process.measurements import (
     TURNS_BUCKETS,
     Counter,
@@ -137,8 +137,9 @@ EPISODE_TURNS = LEARNER.declare(
 
 
 def _declare_value(key: str, unit: str, text: str) -> None:
-    """A value of the newest update, shown as `sdar_learner_<key>`; NaN before its first, and for
-    ever where the method does not have it.
+    """A value of the newest update, shown as `sdar_learner_<key>`.
+
+    NaN before its first, and for ever where the method does not have it.
     """
     LEARNER.declare(Gauge(f"sdar_learner_{key}", unit, text, key=key, initial=math.nan))
 
@@ -246,6 +247,7 @@ class LearnerMetrics(Meters):
         self.set(UNACKNOWLEDGED_ENTRIES, num_unacknowledged)
         for outcome in _OUTCOMES:
             self.count(GROUPS, record[f"num_groups_{outcome}"], outcome=outcome)
+        # A checkpoint only where there was one: its histogram would fill with zeros.
         for part in ("wait", "step", "publish"):
             self.observe(SECONDS, record[f"{part}_s"], part=part)
         if record["checkpoint_s"]:
@@ -258,6 +260,7 @@ class LearnerMetrics(Meters):
         """The episodes of one update, and the lengths of those that came too late for it."""
         rewards: dict[str, list[float]] = {}
         for trajectory in (item.trajectory for group in groups for item in group.items):
+            # Of an environment with any number of types only the first ones get series.
             task_type = self._bound(trajectory.task.task_type)
             rewards.setdefault(task_type, []).append(trajectory.episode_return)
             self.count(TRAINED_EPISODES, task_type=task_type)
@@ -284,18 +287,15 @@ def build_record(
         trained: what the trainer measured over tokens.
     """
     items = [item for group in groups for item in group.items]
-    dropped = {
-        "num_groups_skipped": float(counts.num_skipped),
-        "num_groups_stale": float(counts.num_stale),
-        "num_groups_cancelled": float(counts.num_cancelled),
-        "num_groups_failed": float(counts.num_failed),
-    }
     tokens = sum(item.trajectory.num_response_tokens for item in items)
     record = {
         **trained,
         **_measure_episodes(items),
         **_measure_staleness(items, before),
-        **dropped,
+        "num_groups_skipped": float(counts.num_skipped),
+        "num_groups_stale": float(counts.num_stale),
+        "num_groups_cancelled": float(counts.num_cancelled),
+        "num_groups_failed": float(counts.num_failed),
         **asdict(timing),
         "num_updates": before.num_updates + 1.0,
         "num_tokens": float(tokens),
@@ -305,6 +305,12 @@ def build_record(
         "tokens_per_s": tokens / timing.total_s if timing.total_s > 0 else 0.0,
         "wait_share": timing.wait_s / timing.total_s if timing.total_s > 0 else 0.0,
     }
+    _warn_of_a_blind_teacher(record)
+    return record
+
+
+def _warn_of_a_blind_teacher(record: dict[str, float]) -> None:
+    """A gate that is open by half over a gap of 0 looks like distillation and is none."""
     if "gate_mean" in record and record.get("teacher_gap_abs", 1.0) < _LEAST_TEACHER_GAP:
         log.warning(
             "teacher_gap_vanished",
@@ -314,15 +320,11 @@ def build_record(
                 "the skills do not reach the teacher's prompt, or the policy has learnt all of them"
             ),
         )
-    return record
 
 
 def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     trajectories = [item.trajectory for item in items]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    by_type: dict[str, list[bool]] = {}
-    for trajectory in trajectories:
-        by_type.setdefault(trajectory.task.task_type, []).append(trajectory.is_success)
     returns = [trajectory.episode_return for trajectory in trajectories]
     successes = [trajectory.is_success for trajectory in trajectories]
     lengths = [trajectory.num_response_tokens for trajectory in trajectories]
@@ -335,23 +337,38 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
         "num_response_tokens_mean": float(np.mean(lengths)),
         "invalid_action_share": float(np.mean(invalid)),
     }
-    for task_type, outcomes in sorted(by_type.items()):
-        values[f"success_{task_type}"] = float(np.mean(outcomes))
-        values[f"num_trajectories_{task_type}"] = float(len(outcomes))
     scores = [item.score for item in items if item.score is not None]
     if scores:
         has_specific = [score.num_specific_skills > 0 for score in scores]
         values["specific_skill_share"] = float(np.mean(has_specific))
+    return values | _measure_by_type(trajectories)
+
+
+def _measure_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    by_type: dict[str, list[bool]] = {}
+    for trajectory in trajectories:
+        by_type.setdefault(trajectory.task.task_type, []).append(trajectory.is_success)
+    values: dict[str, float] = {}
+    for task_type, outcomes in sorted(by_type.items()):
+        values[f"success_{task_type}"] = float(np.mean(outcomes))
+        values[f"num_trajectories_{task_type}"] = float(len(outcomes))
     return values
 
 
-def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> dict[str, float]:
-    """Over sampled tokens, in updates; `staleness_tokens_<n>` is the histogram."""
+def _count_tokens(items: Sequence[ScoredTrajectory]) -> collections.Counter[int]:
+    """Sampled tokens by policy version: tokens are many, versions are few."""
     tokens: collections.Counter[int] = collections.Counter()
     for item in items:
         for turn in item.trajectory.turns:
             versions, counts = np.unique(turn.policy_versions, return_counts=True)
             tokens.update(dict(zip(versions.tolist(), counts.tolist(), strict=True)))
+    return tokens
+
+
+def _measure_staleness(items: Sequence[ScoredTrajectory], before: Progress) -> dict[str, float]:
+    """Over sampled tokens, in updates; `staleness_tokens_<n>` is the histogram."""
+    tokens = _count_tokens(items)
+    # Several versions may be as stale: those of a life that was lost, and their successors.
     by_staleness: collections.Counter[int] = collections.Counter()
     for version, count in tokens.items():
         by_staleness[before.compute_staleness(version)] += count

@@ -32,6 +32,9 @@ LossShare = Callable[[int, MicroBatch, Tensor, Tensor], Tensor]
 """(place, micro-batch, policy_logprobs, entropy) to this micro-batch's share of the batch's loss.
 """
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two, by torch's names."""
+
 
 class PolicyModel:
     """The policy being trained. All methods are collective: every rank calls them in the same
@@ -49,13 +52,15 @@ class PolicyModel:
         ranks: Ranks,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Args: weights: a checkpoint's, put in place of those in `model_path`; the reference
-        always is `model_path`.
+        """Args:
+        weights: a checkpoint's, put in place of those in `model_path`; the reference always is
+            `model_path`.
         """
         self._ranks = ranks
         self._training = training
         self._is_sharded = training.zero_stage == 3
         causal_lm = load_causal_lm(model_path, dtype)
+        # Before the engine is built, which copies its master weights from them.
         if weights is not None:
             install_tensors(causal_lm, weights.items())
         self._causal_lm = _prepare_for_training(causal_lm, training)
@@ -75,8 +80,9 @@ class PolicyModel:
     def compute_ref_logprobs(
         self, micro_batches: Sequence[MicroBatch]
     ) -> list[Float[Tensor, " N"]] | None:
-        """Log-probs under the frozen reference, one tensor per micro-batch; None if the method has
-        no reference.
+        """Log-probs under the frozen reference, one tensor for each micro-batch.
+
+        None if the method has no reference.
         """
         if self._reference is None:
             return None
@@ -86,8 +92,9 @@ class PolicyModel:
     def compute_policy_logprobs(
         self, micro_batches: Sequence[MicroBatch]
     ) -> list[Float[Tensor, " N"]]:
-        """Log-probs under the policy as it is now, without gradient: the proximal ones of later
-        minibatches.
+        """Log-probs under the policy as it is now, without gradient.
+
+        They are the proximal ones of later minibatches.
         """
         with torch.no_grad():
             return [
@@ -98,38 +105,48 @@ class PolicyModel:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float
     ) -> float:
-        """One optimizer step over all micro-batches of all ranks; every rank passes the same
-        number, at least one.
+        """One optimizer step over all micro-batches of all ranks.
+
+        Args:
+            micro_batches: this rank's, of which every rank passes the same number, at least one.
 
         Returns:
             the global gradient norm before clipping.
         """
+        # DeepSpeed would take it from a scheduler, and that would be state to save.
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         for place, micro_batch in enumerate(micro_batches):
+            # DeepSpeed steps, and where it can sums gradients over ranks, only at the boundary.
             self._engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
             logprobs, entropy = self._engine(
                 micro_batch.input_ids, micro_batch.response_mask, self._num_rank_tokens(micro_batch)
             )
             share = compute_share(place, micro_batch, logprobs, entropy)
+            # DeepSpeed averages over ranks, and the shares are to be added up.
             self._engine.backward(share * self._ranks.world_size)
+        # Before the step, which clears the gradients.
         norm = self._plain_gradient_norm()
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def export(self) -> dict[str, Tensor]:
-        """Full tensors of this policy version on the CPU, by their Hugging Face names; empty on
-        ranks other than 0.
+        """Full tensors of this policy version on the CPU, by their Hugging Face names.
+
+        Empty on ranks other than 0.
         """
         tensors = export_tensors(self._causal_lm)
-        if not self._is_sharded:
-            return (
-                {name: value.detach().cpu().clone() for name, value in tensors.items()}
-                if self._ranks.is_leader
-                else {}
-            )
+        if self._is_sharded:
+            return self._gather(tensors)
+        if not self._ranks.is_leader:
+            return {}
+        return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+    def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same from ZeRO-3's shards: every rank takes part, rank 0 gets the whole tensors."""
         import deepspeed
 
+        # With tied ones under each of their names, as the export has them.
         parameters = dict(self._causal_lm.named_parameters(remove_duplicate=False))
         full: dict[str, Tensor] = {}
         for name, value in tensors.items():
@@ -142,14 +159,12 @@ class PolicyModel:
         return full
 
     def export_optimizer(self) -> tuple[dict[str, Tensor], int]:
-        """This rank's shard of master weights and AdamW moments, on the CPU, and the optimizer's
-        step count.
-        """
+        """This rank's shard of master weights and AdamW moments, on the CPU, and the step count."""
         tensors, num_steps = {}, 0
         for index, master in enumerate(self._master_tensors()):
             tensors[f"{index}.master"] = master.detach().cpu().clone()
             state = self._engine.basic_optimizer.state.get(master, {})
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 if name in state:
                     tensors[f"{index}.{name}"] = state[name].detach().cpu().clone()
                     num_steps = int(state["step"])
@@ -161,27 +176,28 @@ class PolicyModel:
         Raises:
             CorruptionError: the shard is not of this model's shape.
         """
-        masters = self._master_tensors()
-        for index, master in enumerate(masters):
+        for index, master in enumerate(self._master_tensors()):
             saved = tensors.get(f"{index}.master")
             if saved is None or saved.shape != master.shape:
+                shape = None if saved is None else tuple(saved.shape)
                 raise CorruptionError(
-                    f"Optimizer shard of rank {self._ranks.rank} does not fit: part {index} of "
-                    f"{len(masters)} has shape "
-                    f"{None if saved is None else tuple(saved.shape)}, expected "
-                    f"{tuple(master.shape)}. Use the same model."
+                    f"Optimizer shard of rank {self._ranks.rank} does not fit: part {index} has "
+                    f"shape {shape}, expected {tuple(master.shape)}. Use the same model."
                 )
             with torch.no_grad():
                 master.copy_(saved)
+            # Before its first step AdamW has no moments.
             if num_steps:
-                moments = {
-                    name: tensors[f"{index}.{name}"].to(master.device)
-                    for name in ("exp_avg", "exp_avg_sq")
-                }
-                step = torch.tensor(
-                    float(num_steps), device=master.device if self._is_fused else "cpu"
-                )
-                self._engine.basic_optimizer.state[master] = {"step": step, **moments}
+                moments = {name: tensors[f"{index}.{name}"] for name in _MOMENTS}
+                self._install_moments(master, moments, num_steps)
+
+    def _install_moments(self, master: Tensor, moments: dict[str, Tensor], num_steps: int) -> None:
+        # Where torch's AdamW keeps it: beside the parameter only in its fused form.
+        step_device = master.device if self._is_fused else "cpu"
+        self._engine.basic_optimizer.state[master] = {
+            "step": torch.tensor(float(num_steps), device=step_device),
+            **{name: moment.to(master.device) for name, moment in moments.items()},
+        }
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off and release the engine."""
@@ -197,8 +213,8 @@ class PolicyModel:
         return micro_batch.max_rank_tokens if self._is_sharded else None
 
     def _plain_gradient_norm(self) -> Tensor | None:
-        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips without telling it; None for
-        its own optimizers.
+        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips and doesn't report it; else
+        None.
         """
         if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
             return None
@@ -225,8 +241,8 @@ class PolicyModel:
 
 
 def _prepare_for_training(causal_lm: Any, training: TrainingConfig) -> Any:
-    """Training mode without dropout: log-probs must not depend on chance, and checkpointing needs
-    the mode.
+    """Training mode without dropout: gradient checkpointing needs the mode, and log-probs must not
+    depend on chance.
     """
     for module in causal_lm.modules():
         if isinstance(module, torch.nn.Dropout):

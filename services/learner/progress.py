@@ -1,4 +1,4 @@
-"""How far the learner has come: updates, their policy version, groups it is done with. Pure."""
+"""How far the learner has come: updates, their policy version, groups that were trained. Pure."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ class Progress:
         )
 
     def continue_after(self, newest_version: int) -> Self:
-        """The same weights under the version after `newest_version`, beginning another life of the
-        run.
-        """
+        """The same weights under the version after `newest_version`: another life of the run."""
         version = newest_version + 1
         return replace(
             self, policy_version=version, lineage=(*self.lineage, (version, self.num_updates))
@@ -57,13 +55,14 @@ class Progress:
     def count_updates(self, policy_version: int) -> int:
         """Updates that the weights of a version had seen."""
         first_versions = [first for first, _ in self.lineage]
-        first, num_updates = self.lineage[
-            max(0, bisect.bisect_right(first_versions, policy_version) - 1)
-        ]
+        # The last life that had begun by that version; the first one for any older.
+        life = max(0, bisect.bisect_right(first_versions, policy_version) - 1)
+        first, num_updates = self.lineage[life]
         return num_updates + policy_version - first
 
     def version_after(self, num_updates: int) -> int:
         """The version that the weights got with their update of this number, from 1."""
+        # A later life begins again at an earlier update, and it is the one whose weights are left.
         lives = [(first, start) for first, start in self.lineage if start < num_updates]
         first, start = lives[-1]
         return first + num_updates - start
@@ -78,8 +77,9 @@ class Progress:
         return trained
 
     def compute_staleness(self, policy_version: int) -> int:
-        """Updates between the policy of `policy_version` and now; 0 for one of a lost life that had
-        got further.
+        """Updates between the policy of `policy_version` and now, never negative.
+
+        A policy of a lost life may have got further than this one has.
         """
         return max(0, self.num_updates - self.count_updates(policy_version))
 
@@ -87,8 +87,8 @@ class Progress:
         return {
             "num_updates": self.num_updates,
             "policy_version": self.policy_version,
-            "lineage": [list(entry) for entry in self.lineage],
-            "trained_groups": [list(group_ids) for group_ids in self.trained_groups],
+            "lineage": list(map(list, self.lineage)),
+            "trained_groups": list(map(list, self.trained_groups)),
             "num_groups": self.num_groups,
         }
 
@@ -98,14 +98,13 @@ class Progress:
         try:
             if not value["lineage"]:
                 raise ValueError("its lineage is empty")
+            lineage = [(int(version), int(updates)) for version, updates in value["lineage"]]
+            trained = [tuple(map(str, group_ids)) for group_ids in value["trained_groups"]]
             return cls(
                 int(value["num_updates"]),
                 int(value["policy_version"]),
-                tuple((int(version), int(updates)) for version, updates in value["lineage"]),
-                tuple(
-                    tuple(str(group_id) for group_id in group_ids)
-                    for group_ids in value["trained_groups"]
-                ),
+                tuple(lineage),
+                tuple(trained),
                 int(value["num_groups"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:

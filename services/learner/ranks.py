@@ -9,6 +9,7 @@ one that is asked to leave must be noticed while there is nothing to train, too.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import logging
 import socket
@@ -58,23 +59,24 @@ class Ranks:
         if self.world_size == 1:
             return command or {}, list(frames)
         parts = [json.dumps(command).encode(), *frames]
-        sizes = torch.tensor([len(part) for part in parts])
-        count = torch.tensor([len(parts)])
-        dist.broadcast(count, src=0, group=self._control)
-        sizes = sizes if self.is_leader else torch.empty(int(count), dtype=torch.int64)
-        dist.broadcast(sizes, src=0, group=self._control)
-        joined = (
-            np.frombuffer(bytearray(b"".join(parts)), np.uint8)
-            if self.is_leader
-            else np.empty(int(sizes.sum()), np.uint8)
-        )
+        sizes = self._broadcast_sizes([len(part) for part in parts])
+        joined = np.empty(sum(sizes), np.uint8)
+        if self.is_leader:
+            joined = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
         dist.broadcast(torch.from_numpy(joined), src=0, group=self._control)
-        ends = np.cumsum(sizes.numpy())
-        received = [
-            joined[end - size : end].tobytes()
-            for end, size in zip(ends, sizes.numpy(), strict=True)
-        ]
+        ends = itertools.accumulate(sizes)
+        cut = zip(ends, sizes, strict=True)
+        received = [joined[end - size : end].tobytes() for end, size in cut]
         return json.loads(received[0]), received[1:]
+
+    def _broadcast_sizes(self, own: list[int]) -> list[int]:
+        """Rank 0's sizes. Their number goes first: a receiver needs a tensor of the right shape."""
+        count = torch.tensor([len(own)])
+        dist.broadcast(count, src=0, group=self._control)
+        sizes = torch.tensor(own) if self.is_leader else torch.empty(int(count), dtype=torch.int64)
+        dist.broadcast(sizes, src=0, group=self._control)
+        received: list[int] = sizes.tolist()
+        return received
 
     def send_checkpoint(self, path: Path | None) -> None:
         """Rank 0: send the others the checkpoint to begin from."""
@@ -96,8 +98,9 @@ class Ranks:
         return int(self.sum(torch.tensor([int(is_leaving)])))
 
     def raise_together(self, error: CapacityError | None, what: str) -> None:
-        """Raise on every rank if a disk refused `what` on any: its own error, or a sentence that
-        another rank failed.
+        """Raise on every rank if a disk refused `what` on any.
+
+        A rank raises its own error, or else that another one failed: so all stay in step.
         """
         num_failed = int(self.sum(torch.tensor([0 if error is None else 1])))
         if error is not None:
@@ -127,7 +130,7 @@ def join_ranks(
 
     Args:
         store_address: where rank 0 waits for the others, all on this machine; None where torchrun
-            has told it through the environment.
+            says it through the environment.
         local_rank: its number among the ranks of its machine; `rank` if not given.
 
     Raises:
@@ -144,18 +147,22 @@ def join_ranks(
         )
     meeting: dict[str, Any] = {"init_method": "env://"}
     if store_address is not None:
-        host, port = store_address
-        # Left to themselves, torch's store listens on every address and gloo where the host's name
-        # leads; none asks who calls.
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
-        listener = socket.create_server((host, port)).detach() if rank == 0 else None
-        meeting = {
-            "store": TCPStore(
-                host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener
-            )
-        }
+        meeting = {"store": _open_store(rank, world_size, store_address)}
     return _join(rank, world_size, f"cuda:{local_rank}" if num_gpus else "cpu", meeting)
+
+
+def _open_store(rank: int, world_size: int, address: tuple[str, int]) -> TCPStore:
+    """Where the ranks of this machine meet, reachable from nowhere else.
+
+    Left to themselves, torch's store listens on every address and gloo where the host's name leads;
+    none asks who calls.
+    """
+    host, port = address
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    apply_environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
+    # The store takes the listener over, so it must not be closed with the socket object.
+    listener = socket.create_server((host, port)).detach() if rank == 0 else None
+    return TCPStore(host, port, world_size, rank == 0, _MEETING_TIMEOUT, master_listen_fd=listener)
 
 
 def _join(rank: int, world_size: int, device_name: str | None, meeting: dict[str, Any]) -> Ranks:

@@ -48,14 +48,23 @@ async def serve(config: RunConfig, settings: Settings) -> None:
         CorruptionError: every checkpoint is damaged. SupersededError: another learner has taken
             over.
     """
+    _check_num_ranks(config, settings)
+    if settings.rank > 0:
+        await _serve_follower(config, settings)
+    else:
+        await _serve_leader(config, settings)
+
+
+def _check_num_ranks(config: RunConfig, settings: Settings) -> None:
     if settings.world_size > 1 and settings.world_size != config.training.num_ranks:
         raise ConfigurationError(
             f"training.num_ranks is {config.training.num_ranks}, but {settings.world_size} ranks "
             "were started. "
             "Let torchrun's --nnodes times --nproc-per-node make the same number."
         )
-    if settings.rank > 0:
-        return await _serve_follower(config, settings)
+
+
+async def _serve_leader(config: RunConfig, settings: Settings) -> None:
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
@@ -82,7 +91,9 @@ async def serve(config: RunConfig, settings: Settings) -> None:
                 metrics=LearnerMetrics(registry),
             )
         )
-        beside = [bus.hurry, *([followers.watch] if followers is not None else [])]
+        beside = [bus.hurry]
+        if followers is not None:
+            beside.append(followers.watch)
         if config.training.num_ranks > 1:
             beside.append(learner.keep_ranks)
         await run_until_stopped(learner.run, *beside)
@@ -113,6 +124,7 @@ async def open_learner(
         trainer, found = await loop.run_in_executor(
             torch_thread, contextvars.copy_context().run, _build, config, checkpoints, store_address
         )
+        # Whatever ends the learner, the other ranks have to be let go.
         try:
             yield Learner(
                 config,
@@ -145,8 +157,9 @@ def _build(
 
 
 async def _serve_follower(config: RunConfig, settings: Settings) -> None:
-    """A rank that does what rank 0 says. A signal asks it to leave: rank 0 hears of it, drains, and
-    lets all ranks end.
+    """A rank that does what rank 0 says, started by torchrun.
+
+    A signal asks it to leave: rank 0 hears of it at the next beat, drains, and lets all ranks end.
     """
     leaving = asyncio.Event()
     health = Health(max_silence_s=_MAX_SILENCE_S)

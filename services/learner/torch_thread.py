@@ -54,6 +54,7 @@ class TorchThread:
         Raises:
             CapacityError, WeightsUnavailableError: still refused when `stopping` was set.
         """
+        # Nothing of torch is lost meanwhile: what is to be written stays in `args`.
         while True:
             try:
                 result = await self.run(function, *args, **kwargs)

@@ -1,9 +1,10 @@
-"""The learner's MAIN LOOP: batch, step, publish, report, checkpoint, acknowledge and book.
+"""The learner's main loop: take a batch, train on it, publish the policy, report, make it durable.
 
-Everything asynchronous happens here, everything of torch in one thread of its own, so the event
-loop never waits for a step. The order is the promise: entries are acknowledged, and their groups
-booked as trained, in one transaction after the checkpoint that contains their effect is durable. A
-crash anywhere repeats work and loses none, and ends with the same weights.
+Torch runs in a thread of its own, so the event loop never waits for a step. The order is the
+promise: entries are acknowledged, and their groups booked as trained, in one transaction after the
+checkpoint that contains their effect is durable. A crash anywhere repeats work and loses none, and
+ends with the same weights. `durability` holds what waits for a checkpoint, `publishing` how a
+policy reaches the others, `ingest` how a batch comes about.
 """
 
 from __future__ import annotations
@@ -18,40 +19,48 @@ import structlog
 from torch import Tensor
 
 from sdar.bus.ledger import parse_group_number
-from sdar.bus.protocol import Bus, Delivery
+from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import UnavailableError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import LedgerEvent, MetricRecord, WeightsManifest
-from sdar.model.chat import compute_model_identity
+from sdar.contracts.types import MetricRecord
 from sdar.process import tracing
 from sdar.process.lifecycle import wait_or_stop
 from sdar.process.telemetry import Health
 from sdar.weights.store import WeightStore
 from services.learner.checkpoint import CheckpointStore
-from services.learner.ingest import Group, GroupSource, book_trained
-from services.learner.metrics import LearnerMetrics, Timing, build_record
+from services.learner.clock import UpdateClock
+from services.learner.durability import Durability
+from services.learner.ingest import Group, GroupSource
+from services.learner.metrics import LearnerMetrics, build_record
 from services.learner.progress import Progress
+from services.learner.publishing import Publisher
 from services.learner.torch_thread import TorchThread
 from services.learner.update import Trainer
 
 log = structlog.get_logger()
 
-_KEPT_VERSIONS = 8
-"""Published versions kept beyond the staleness bound: an evaluation pins one while newer ones
-appear.
-"""
 _BEAT_S = 2.0
 """Between two signs of life to the other ranks; also how late one that was stopped is heard."""
+_LOGGED = (
+    "loss",
+    "success_mean",
+    "reward_mean",
+    "gate_mean",
+    "staleness_mean",
+    "tokens_per_s",
+    "step_s",
+    "wait_share",
+)
+"""What an update's log line shows of its record."""
 _RUN_FINISHED = "run finished"
 _STORAGE_RETRY_S = 5.0
 """Between two tries to write to a disk that is full or a weight store that is away."""
 
 
 class Learner:
-    """Trains until `num_updates` is reached, then closes whatever still arrives, until it is
-    stopped.
+    """Trains until `num_updates` is reached, then closes what still arrives until it is stopped.
 
     Args:
         progress: of the checkpoint that `trainer` was built from, or a new one.
@@ -78,9 +87,7 @@ class Learner:
         self.config = config
         self.progress = progress
         self._bus = bus
-        self._weights = weights
         self._trainer = trainer
-        self._checkpoints = checkpoints
         self._consumer = consumer
         self._snapshot = snapshot
         self._stopping = asyncio.Event()
@@ -88,19 +95,18 @@ class Learner:
         self._torch = TorchThread(torch_thread, self._health, storage_retry_s)
         self._metrics = metrics or LearnerMetrics()
         self._source = GroupSource(config, bus, consumer, trainer.model.vocabulary_size)
-        self._durable_updates = progress.num_updates
-        self._durable_version = progress.policy_version
-        self._unacknowledged: list[Delivery] = []
-        self._unbooked: list[LedgerEvent] = []
-        self._clock = _Clock()
+        self._publisher = Publisher(config, bus, weights, self._torch)
+        self._durability = Durability(config, bus, checkpoints, trainer, self._torch, progress)
+        self._clock = UpdateClock()
 
     @property
     def is_finished(self) -> bool:
         return self.progress.num_updates >= self.config.training.num_updates
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Resume, train, and drain when `stopping` is set: the step in hand is finished and made
-        durable.
+        """Resume, train until the run is finished, and close what still arrives.
+
+        Once `stopping` is set, the step in hand is finished and made durable.
 
         Raises:
             SupersededError: another learner has taken over; nothing was published since.
@@ -110,22 +116,10 @@ class Learner:
         self._stopping = stopping
         await self._resume()
         while not self.is_finished and (groups := await self._next_batch(stopping)):
-            before = self.progress
-            group_ids = [group.group_id for group in groups]
-            with tracing.span_over(
-                "learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)
-            ):
-                measured, tensors = await self._train(groups)
-                self.progress = before.after_update(group_ids)
-                self._unbooked += [
-                    book_trained(self.config, group, self.progress.policy_version)
-                    for group in groups
-                ]
-                await self._publish(tensors)
-            await self._report(groups, before, measured)
+            await self._update(groups)
             if self._is_checkpoint_due:
                 await self._make_durable()
-        if self.progress.num_updates > self._durable_updates:
+        if self.progress.num_updates > self._durability.num_updates:
             await self._make_durable()
         await self._close_accounts(stopping)
 
@@ -139,42 +133,32 @@ class Learner:
             UnavailableError: a rank is asked to leave, so all drain, and start again together.
         """
         while not await wait_or_stop(stopping, _BEAT_S):
-            try:
-                num_leaving = await self._torch.run(self._trainer.beat)
-            except RuntimeError as error:
-                log.error(
-                    "rank_lost",
-                    error=str(error),
-                    hint="all ranks end now; started again, they go on together",
-                )
-                os._exit(1)
-            if num_leaving:
+            if num_leaving := await self._count_leaving():
                 raise UnavailableError(
                     f"{num_leaving} of the learner's ranks were stopped. Start all again: they go "
                     "on."
                 )
 
-    async def _resume(self) -> None:
-        """Let the others have a policy, under a version that names only it, and take back what was
-        read before.
-        """
-        await self._bus.claim_role(ConsumerGroup.LEARNER)
-        await self._restore_bus()
-        entry = await self._bus.newest(Stream.POLICY_UPDATES)
-        announced = (
-            -1 if entry is None else codec.decode_weights_manifest(entry.payload).policy_version
-        )
-        stored = await self._torch.run(self._weights.list_versions)
-        newest = max([announced, *stored[-1:]])
-        if newest > self.progress.policy_version:
-            # Updates after the checkpoint were lost, and their versions with them: a version never
-            # names two weights.
-            self.progress = self.progress.continue_after(newest)
-            log.warning(
-                "updates_lost", newest_version=newest, continuing_as=self.progress.policy_version
+    async def _count_leaving(self) -> int:
+        try:
+            return await self._torch.run(self._trainer.beat)
+        except RuntimeError as error:
+            log.error(
+                "rank_lost",
+                error=str(error),
+                hint="all ranks end now; started again, they go on together",
             )
-        if announced != self.progress.policy_version:
-            await self._publish(await self._torch.run(self._trainer.export))
+            os._exit(1)
+
+    # ---- beginning
+
+    async def _resume(self) -> None:
+        """Let the others have a policy, and take back what was read before."""
+        # First of all: from here on no other learner can write.
+        await self._bus.claim_role(ConsumerGroup.LEARNER)
+        # Before a policy is announced: at the first one the gateway takes the bus as it is.
+        await self._restore_bus()
+        await self._announce()
         await self._source.reclaim(self.progress)
         await self._compare_account()
         self._health.mark_ready("training")
@@ -184,10 +168,22 @@ class Learner:
             policy_version=self.progress.policy_version,
         )
 
+    async def _announce(self) -> None:
+        """Make this policy the newest that is announced, under a version that names only it."""
+        announced, stored = await self._publisher.find_newest()
+        newest = max(announced, stored)
+        if newest > self.progress.policy_version:
+            # Updates after the checkpoint were lost, and their versions with them: a version never
+            # names two weights.
+            self.progress = self.progress.continue_after(newest)
+            log.warning(
+                "updates_lost", newest_version=newest, continuing_as=self.progress.policy_version
+            )
+        if announced != self.progress.policy_version:
+            await self._publish(await self._torch.run(self._trainer.export))
+
     async def _restore_bus(self) -> None:
-        """Before the others see a policy: a bus without an account gets back what it was at the
-        checkpoint.
-        """
+        """Give a bus without an account back what it was at the checkpoint."""
         if self._snapshot is None:
             return
         numbers = map(parse_group_number, self.progress.list_trained())
@@ -204,7 +200,9 @@ class Learner:
             )
 
     async def _compare_account(self) -> None:
-        """All that the checkpoint holds is booked by now; what is booked beyond it was in one that
+        """Report groups that are booked as trained and that no checkpoint holds.
+
+        What the checkpoint holds is booked by now, so more can only be booked if a newer checkpoint
         is damaged or gone.
         """
         num_lost = (await self._bus.read_ledger()).num_trained - self.progress.num_groups
@@ -215,13 +213,27 @@ class Learner:
             )
             log.error("trained_groups_lost", num_groups=num_lost, hint=hint)
 
+    # ---- one update
+
     async def _next_batch(self, stopping: asyncio.Event) -> list[Group] | None:
         with self._clock.measure("wait"):
             return await self._source.next_batch(self.progress, stopping, self._health.beat)
 
+    async def _update(self, groups: list[Group]) -> None:
+        before = self.progress
+        group_ids = [group.group_id for group in groups]
+        with tracing.span_over(
+            "learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)
+        ):
+            measured, tensors = await self._train(groups)
+            self.progress = before.after_update(group_ids)
+            self._durability.add(groups, self.progress)
+            await self._publish(tensors)
+        await self._report(groups, before, measured)
+
     async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """One update in the torch thread; returns what it measured and the new weights."""
         for group in groups:
-            self._unacknowledged += group.deliveries
             _trace_buffered(group)
         began_s = time.time()
         with (
@@ -242,31 +254,9 @@ class Learner:
             self._clock.measure("publish"),
             tracing.span("learner.publish", policy_version=self.progress.policy_version),
         ):
-            manifest = await self._torch.insist(
-                self._stopping, self._write_weights, tensors, self.progress
+            await self._publisher.publish(
+                tensors, self.progress, self._durability.policy_version, self._stopping
             )
-            await self._bus.publish(
-                Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)]
-            )
-            if manifest.policy_version % _KEPT_VERSIONS == 0:
-                await self._torch.insist(
-                    self._stopping, self._collect_garbage, asyncio.get_running_loop()
-                )
-
-    def _write_weights(self, tensors: dict[str, Tensor], progress: Progress) -> WeightsManifest:
-        model = compute_model_identity(self.config.model.path)
-        return self._weights.publish(
-            progress.policy_version, tensors, model, num_updates=progress.num_updates
-        )
-
-    def _collect_garbage(self, loop: asyncio.AbstractEventLoop) -> None:
-        def retire(versions: Sequence[int]) -> bool:
-            return asyncio.run_coroutine_threadsafe(
-                self._bus.retire_versions(versions), loop
-            ).result()
-
-        keep_newest = _KEPT_VERSIONS + self.config.training.max_staleness
-        self._weights.collect_garbage(keep_newest, in_use=(0, self._durable_version), retire=retire)
 
     async def _report(
         self, groups: list[Group], before: Progress, measured: dict[str, float]
@@ -280,24 +270,13 @@ class Learner:
             self.config.name, "learner", self._consumer, version, time.time(), values
         )
         await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
-        self._metrics.observe_update(self.progress, values, len(self._unacknowledged))
+        self._metrics.observe_update(self.progress, values, self._durability.num_unacknowledged)
         self._metrics.observe_episodes(groups, counts.stale_turns)
         self._health.beat()
-        shown = (
-            "loss",
-            "success_mean",
-            "reward_mean",
-            "gate_mean",
-            "staleness_mean",
-            "tokens_per_s",
-            "step_s",
-            "wait_share",
-        )
-        log.info(
-            "batch_trained",
-            policy_version=version,
-            **{n: round(values[n], 4) for n in shown if n in values},
-        )
+        shown = {name: round(values[name], 4) for name in _LOGGED if name in values}
+        log.info("batch_trained", policy_version=version, **shown)
+
+    # ---- ending
 
     @property
     def _is_checkpoint_due(self) -> bool:
@@ -307,24 +286,13 @@ class Learner:
         )
 
     async def _make_durable(self) -> None:
-        """Write a checkpoint, then acknowledge what it contains and book it as trained."""
-        snapshot = await self._bus.take_snapshot()
         with self._clock.measure("checkpoint"):
-            path = await self._torch.insist(
-                self._stopping, self._checkpoints.write, self.progress, snapshot, self._trainer.save
-            )
-        self._durable_updates = self.progress.num_updates
-        self._durable_version = self.progress.policy_version
-        # After the checkpoint: a crash between the two brings the entries back, and their ids show
-        # that they are done.
-        await self._bus.commit({}, self._unacknowledged, transitions=self._unbooked)
-        log.info("checkpoint_written", path=str(path), num_acknowledged=len(self._unacknowledged))
-        self._unacknowledged = []
-        self._unbooked = []
+            await self._durability.write_checkpoint(self.progress, self._stopping)
 
     async def _close_accounts(self, stopping: asyncio.Event) -> None:
-        """After the last update: groups that are still on their way are cancelled, so that the
-        ledger closes.
+        """After the last update, cancel the groups that are still on their way.
+
+        Only then has each group an outcome, and the gateway can end the run.
         """
         if self.is_finished:
             self._health.mark_ready(_RUN_FINISHED)
@@ -339,46 +307,6 @@ class Learner:
         while self.is_finished and not stopping.is_set():
             await self._source.cancel_all(_RUN_FINISHED)
             self._health.beat()
-
-
-class _Clock:
-    """Wall time of one update by part."""
-
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def measure(self, part: str) -> _Stopwatch:
-        return _Stopwatch(self._spent, part)
-
-    def take(self) -> Timing:
-        """What was measured since the last call."""
-        now = time.perf_counter()
-        spent = self._spent
-        total_s = now - self._began
-        self._spent = {}
-        self._began = now
-        return Timing(
-            wait_s=spent.get("wait", 0.0),
-            step_s=spent.get("step", 0.0),
-            publish_s=spent.get("publish", 0.0),
-            checkpoint_s=spent.get("checkpoint", 0.0),
-            total_s=total_s,
-        )
-
-
-class _Stopwatch:
-    def __init__(self, spent: dict[str, float], part: str) -> None:
-        self._spent = spent
-        self._part = part
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._spent[self._part] = (
-            self._spent.get(self._part, 0.0) + time.perf_counter() - self._began
-        )
 
 
 def _trace_buffered(group: Group) -> None:

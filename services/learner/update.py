@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -56,7 +57,7 @@ class Trainer:
         self.model = model
         self._ranks = ranks
 
-    # --- what rank 0 calls
+    # ---- what rank 0 calls
 
     def update(
         self,
@@ -82,6 +83,7 @@ class Trainer:
                 "update_index": update_index,
                 "policy_version": policy_version,
             },
+            # Alone, nobody would decode them.
             frames if self._ranks.world_size > 1 else (),
         )
         return self._update([items for items, _ in groups], update_index, policy_version)
@@ -97,7 +99,7 @@ class Trainer:
         self._save(directory)
 
     def beat(self) -> int:
-        """Tell the other ranks that this one lives; returns how many of them are asked to leave."""
+        """Show the other ranks that this one lives; returns how many of them are asked to leave."""
         self._ranks.broadcast_command({"do": "beat"})
         return self._ranks.count_leaving(False)
 
@@ -106,7 +108,7 @@ class Trainer:
         self._ranks.broadcast_command({"do": "stop"})
         self.model.close()
 
-    # --- what the other ranks do
+    # ---- what the other ranks do
 
     def follow(
         self,
@@ -126,14 +128,17 @@ class Trainer:
                 return self.model.close()
             if command["do"] == "beat":
                 self._ranks.count_leaving(is_leaving())
-                continue
-            if command["do"] == "update":
-                groups = self._decode_groups(frames, command["group_sizes"])
-                self._update(groups, command["update_index"], command["policy_version"])
-            elif command["do"] == "export":
-                self.model.export()
             else:
-                self._save_or_wait(Path(command["directory"]))
+                self._carry_out(command, frames)
+
+    def _carry_out(self, command: dict[str, Any], frames: Sequence[bytes]) -> None:
+        if command["do"] == "update":
+            groups = self._decode_groups(frames, command["group_sizes"])
+            self._update(groups, command["update_index"], command["policy_version"])
+        elif command["do"] == "export":
+            self.model.export()
+        else:
+            self._save_or_wait(Path(command["directory"]))
 
     def _decode_groups(self, frames: Sequence[bytes], sizes: Sequence[int]) -> list[Items]:
         needs_teacher = self.config.needs_teacher
@@ -152,21 +157,14 @@ class Trainer:
             # Rank 0 has got the error, too, and says when to try again.
             log.error("checkpoint_refused", directory=str(directory), error=error.message)
 
-    # --- on every rank
+    # ---- on every rank
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """What every rank does alike: score everything with the weights as they are, then step."""
         minibatches = list(self._build_minibatches(groups))
-        references = [
-            self.model.compute_ref_logprobs(minibatch.micro_batches) for minibatch in minibatches
-        ]
-        # The first step starts from the proximal policy itself, so only later ones need it scored.
-        scored = [
-            self.model.compute_policy_logprobs(minibatch.micro_batches)
-            for minibatch in minibatches[1:]
-        ]
-        proximal = [None, *scored][: len(minibatches)]
+        references, proximal = self._score(minibatches)
         learning_rate = self._learning_rate(update_index)
         totals = _Totals()
         for minibatch, ref_logprobs, proximal_logprobs in zip(
@@ -186,6 +184,17 @@ class Trainer:
         metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
         return metrics, self.model.export()
 
+    def _score(
+        self, minibatches: Sequence[_Minibatch]
+    ) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
+        """Reference and proximal log-probs of each minibatch; None where they aren't needed."""
+        references = [self.model.compute_ref_logprobs(each.micro_batches) for each in minibatches]
+        # The first step starts from the proximal policy itself, so only later ones need it scored.
+        proximal: list[list[Tensor] | None] = [None for _ in minibatches[:1]]
+        later = minibatches[1:]
+        proximal += [self.model.compute_policy_logprobs(each.micro_batches) for each in later]
+        return references, proximal
+
     def _build_minibatches(self, groups: Sequence[Items]) -> Iterator[_Minibatch]:
         """Split the groups over the optimizer steps; a step without a sampled token is left out."""
         training = self.config.training
@@ -195,6 +204,7 @@ class Trainer:
                 sequences += build_sequences(items, compute_group_advantages(self.config, items))
             if not sequences:
                 continue
+            # Every rank builds all of them alike and takes its own: nothing else has to be sent.
             ranks = build_microbatches(
                 sequences, training.microbatch_tokens, self._ranks.world_size
             )
@@ -210,6 +220,7 @@ class Trainer:
 
     def _save(self, directory: Path) -> None:
         error: CapacityError | None = None
+        # Collective under ZeRO-3, so outside what may fail on one rank alone.
         weights = self.model.export()
         try:
             tensors, num_steps = self.model.export_optimizer()
@@ -239,14 +250,17 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
 
 
 def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:
+    # Rounded bounds of equal parts: sizes differ by one at most, and every group is in one part.
     bounds = [round(index * len(groups) / num_parts) for index in range(num_parts + 1)]
     return [groups[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True)
 class _BatchLoss:
-    """The loss of one optimizer step: what differs between its micro-batches is looked up by their
-    place.
+    """The loss of one optimizer step.
+
+    Attributes:
+        ref_logprobs, proximal_logprobs: by a micro-batch's place in the step.
     """
 
     compute: Callable[..., tuple[Tensor, Metrics]]
@@ -288,6 +302,7 @@ class _Totals:
         """Means over the batch's tokens on all ranks. Empty if nothing was trained."""
         if not self._sums:
             return {}
+        # In one order on every rank, since only the numbers are added up.
         names = sorted(self._sums)
         values = [self._sums[name].detach().double() for name in names]
         totals = ranks.sum(torch.stack(values).cpu())

@@ -1,7 +1,7 @@
 """One attempt at a task group: played, then published, failed, set aside, or begun once more.
 
-However it ends, the group is acknowledged in the transaction that says so. What an attempt brings
-whose lease is another's by then is refused as a whole.
+However it ends, the group is acknowledged in the transaction that says so. When another attempt has
+the lease by then, the bus refuses everything that this one brings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -45,6 +45,7 @@ from services.rollout.skill_client import SkillSource
 log = structlog.get_logger()
 
 _LONGEST_RETRY_S = 10.0
+"""Bound of the doubling pause, before it is varied by chance."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +63,14 @@ class AttemptInHand:
     is_waiting: bool = False
     is_ending: bool = False
     task: asyncio.Task[None] = field(init=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its lease may be gone without being lost.
+
+        So it is when the attempt is published already, or the next one has replaced it.
+        """
+        return bool(self.is_ending or self.is_waiting or self.task.done() or self.task.cancelling())
 
 
 class GroupPlayer:
@@ -109,21 +118,11 @@ class GroupPlayer:
         self._skills = skills
 
     async def play(self, group: TaskGroup, hand: AttemptInHand) -> None:
-        """One attempt. Whatever happens here ends in the ledger, in the next attempt, or with the
-        service.
-        """
+        """One attempt, seen to its end: in the ledger, in the next attempt, or with the service."""
         attempt = Attempt(hand.delivery.num_deliveries - 1)
         is_published = False
         try:
-            if attempt.number >= self._max_attempts:
-                reason = (
-                    f"Delivered {attempt.number + 1} times without an end. "
-                    "Look for what kills its workers."
-                )
-                await self._set_aside(group, hand, reason)
-            elif trajectories := await self._try(group, hand, attempt):
-                await self._publish(group, trajectories, hand)
-                is_published = True
+            is_published = await self._play_and_publish(group, hand, attempt)
         except LeaseLostError as error:
             # Another attempt at the group is under way: nothing of this one may get in beside it.
             log.warning(
@@ -134,8 +133,27 @@ class GroupPlayer:
             )
             self._metrics.count(LATE_RESULTS)
         finally:
+            # Counted for a cancelled attempt too: what it sampled is sampled once more.
             if not is_published:
                 self._metrics.count(REPEATED_TOKENS, attempt.num_sampled_tokens)
+
+    async def _play_and_publish(
+        self, group: TaskGroup, hand: AttemptInHand, attempt: Attempt
+    ) -> bool:
+        """Whether the attempt's trajectories got in; if not, the group's end is dealt with."""
+        # A group whose attempts ended without a word probably kills the workers that play it. One
+        # whose environment fails never comes here: its last attempt gives it up.
+        if attempt.number >= self._max_attempts:
+            reason = (
+                f"Delivered {attempt.number + 1} times without an end. "
+                "Look for what kills its workers."
+            )
+            await self._set_aside(group, hand, reason)
+            return False
+        trajectories = await self._try(group, hand, attempt)
+        if trajectories:
+            await self._publish(group, trajectories, hand)
+        return bool(trajectories)
 
     async def _try(
         self, group: TaskGroup, hand: AttemptInHand, attempt: Attempt
@@ -144,11 +162,15 @@ class GroupPlayer:
         try:
             with _trace(group, attempt):
                 return await self._play_episodes(group, attempt)
+        # The order matters: BusUnavailableError and WeightsUnavailableError are UnavailableErrors.
         except (EngineFailedError, BusUnavailableError):
+            # The service's own parts failed: it ends, and the group goes to another worker.
             raise
         except WeightsUnavailableError as error:
+            # An evaluation's version is gone, and no other attempt brings it back.
             await self._give_up(group, hand, error.message)
         except UnavailableError as error:
+            # The environment's, or the engine's as it stops.
             if not self._engine.is_alive:
                 raise
             await self._try_again(group, hand, error)
@@ -165,9 +187,11 @@ class GroupPlayer:
     async def _play_episodes(self, group: TaskGroup, attempt: Attempt) -> list[Trajectory]:
         is_evaluation = group.purpose is Purpose.EVALUATION
         skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
-        if not is_evaluation:
-            await self._policy.reached(group.admitted_version)
         version = group.admitted_version
+        # Training takes any version from the admitted one on, also a newer one in mid-episode. An
+        # evaluation is about one version, which the engine is held at.
+        if not is_evaluation:
+            await self._policy.reached(version)
         pinned = self._policy.pinned(version) if is_evaluation else contextlib.nullcontext()
         async with pinned:
             return await play_group(
@@ -183,15 +207,14 @@ class GroupPlayer:
     async def _try_again(
         self, group: TaskGroup, hand: AttemptInHand, error: UnavailableError
     ) -> None:
-        """Begin the next attempt after a pause in which this one holds no slot; give the group up
-        if there is none left.
-        """
+        """Begin the next attempt after a pause; give the group up if there is none left."""
         num_attempts = hand.delivery.num_deliveries
         if num_attempts >= self._max_attempts:
             return await self._give_up(
                 group, hand, f"Given up after {num_attempts} attempts: {error.message}"
             )
         longest_s = min(_LONGEST_RETRY_S, self._retry_delay_s * 2 ** (num_attempts - 1))
+        # By chance: the groups of an environment that failed must not all come back at once.
         delay_s = longest_s * random.uniform(0.5, 1.5)
         log.warning(
             "group_retried",
@@ -201,6 +224,7 @@ class GroupPlayer:
             error=str(error),
         )
         self._metrics.count(RETRIED_GROUPS)
+        # The lease is kept over the pause; only the episodes' room is free for others.
         hand.is_waiting = True
         await asyncio.sleep(delay_s)
         if (again := await self._leases.begin_again(hand.delivery)) is not None:
@@ -210,36 +234,32 @@ class GroupPlayer:
         self, group: TaskGroup, trajectories: list[Trajectory], hand: AttemptInHand
     ) -> None:
         payloads = [codec.encode_trajectory(trajectory) for trajectory in trajectories]
-        version = max(trajectory.max_policy_version for trajectory in trajectories)
+        # Only training groups have an account: an evaluation is nothing that a step consumes.
         if group.purpose is Purpose.EVALUATION:
             await self._commit({Stream.EVALUATIONS: payloads}, hand)
         else:
-            turns = tuple(len(trajectory.turns) for trajectory in trajectories)
-            outcome = GroupOutcome.GENERATED
-            event = LedgerEvent(
-                self._run_id,
-                group.group_id,
-                outcome,
-                len(trajectories),
-                version,
-                episode_turns=turns,
-            )
+            event = self._describe_success(group, trajectories)
             await self._commit({Stream.TRAJECTORIES: payloads}, hand, event)
+        # After the commit: what was refused was not played, as far as anybody else is concerned.
         self._metrics.observe_group(trajectories)
-        log.info(
-            "group_played",
-            group_id=group.group_id,
-            attempt=hand.delivery.num_deliveries - 1,
-            purpose=group.purpose.value,
-            num_episodes=len(trajectories),
-            num_successes=sum(trajectory.is_success for trajectory in trajectories),
-            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
-            policy_version=version,
+        _log_played(group, trajectories, hand)
+
+    def _describe_success(
+        self, group: TaskGroup, trajectories: Sequence[Trajectory]
+    ) -> LedgerEvent:
+        return LedgerEvent(
+            self._run_id,
+            group.group_id,
+            GroupOutcome.GENERATED,
+            len(trajectories),
+            _find_newest(trajectories),
+            episode_turns=tuple(len(trajectory.turns) for trajectory in trajectories),
         )
 
     async def _give_up(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
-        """Close the group's account. An evaluation's too: its gateway must not wait for what will
-        never come.
+        """Close the group's account.
+
+        For a group of an evaluation as well: the gateway must not wait for what will never come.
         """
         log.error(
             "group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason
@@ -256,7 +276,7 @@ class GroupPlayer:
         self._metrics.count(DEAD_LETTERS)
 
     async def refuse(self, hand: AttemptInHand, reason: str) -> None:
-        """Set aside what names no group."""
+        """Set aside an entry that can't be read, hence names no group."""
         log.error("dead_letter", entry_id=hand.delivery.entry_id, reason=reason)
         hand.is_ending = True
         try:
@@ -279,9 +299,8 @@ class GroupPlayer:
     async def _commit(
         self, publications: Publications, hand: AttemptInHand, *transitions: LedgerEvent
     ) -> None:
-        """Publish, acknowledge and book in one transaction: a crash before it repeats work, it
-        never loses it.
-        """
+        """Publish, acknowledge and book in one transaction: a crash before it only repeats work."""
+        # From here on a lease that looks lost may be one that this commit has just ended.
         hand.is_ending = True
         await wait_for_room(
             lambda: self._bus.commit(publications, [hand.delivery], transitions=transitions)
@@ -289,9 +308,28 @@ class GroupPlayer:
 
 
 def _trace(group: TaskGroup, attempt: Attempt) -> tracing.Span:
-    """Evaluations are no trajectory's way to an update."""
+    """The span of an attempt. Traces follow training groups to the update; others have none."""
     if group.purpose is Purpose.EVALUATION:
         return tracing.NOTHING
     return tracing.group_span(
         "rollout.attempt", group.group_id, attempt=attempt.number, group_size=group.group_size
+    )
+
+
+def _find_newest(trajectories: Sequence[Trajectory]) -> int:
+    return max(trajectory.max_policy_version for trajectory in trajectories)
+
+
+def _log_played(group: TaskGroup, trajectories: Sequence[Trajectory], hand: AttemptInHand) -> None:
+    num_successes = sum(trajectory.is_success for trajectory in trajectories)
+    num_tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    log.info(
+        "group_played",
+        group_id=group.group_id,
+        attempt=hand.delivery.num_deliveries - 1,
+        purpose=group.purpose.value,
+        num_episodes=len(trajectories),
+        num_successes=num_successes,
+        num_tokens=num_tokens,
+        policy_version=_find_newest(trajectories),
     )

@@ -78,14 +78,16 @@ class Engine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """The version the next token will be sampled by. The weights an engine starts with are
-        version 0, the run's base.
+        """The version that the next token will be sampled by.
+
+        The weights an engine starts with are version 0, the run's base.
         """
 
     @property
     def is_alive(self) -> bool:
-        """False before start, after stop, and for good once the engine has died: the service must
-        then stop.
+        """False before start, after stop, and for good once the engine has died.
+
+        Then the service must stop.
         """
 
     @property
@@ -109,9 +111,9 @@ class Engine(Protocol):
         """
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
-        """Switches to the manifest's weights between two tokens; running generations go on under
-        the new version.
+        """Switches to the manifest's weights between two tokens.
 
+        Running generations go on under the new version.
         Once begun it is carried through, even if the caller is cancelled. Updating to the present
         version does nothing.
 
@@ -242,6 +244,7 @@ class VllmEngine:
         )
 
     async def stop(self) -> None:
+        # Taken away first: from here on `generate` refuses, and a second `stop` finds nothing.
         llm, self._llm = self._llm, None
         if llm is None:
             return
@@ -253,9 +256,18 @@ class VllmEngine:
     ) -> Generation:
         llm = self._require_llm()
         prompt = self._check_prompt(prompt_token_ids)
-        request_id = next(self._request_ids)
         max_tokens = min(sampling.max_response_tokens, self._max_model_len - len(prompt))
         parameters = self._sampling_parameters(sampling, max_tokens)
+        generation = _build_generation(await self._run_request(llm, prompt, parameters))
+        self._num_generated_tokens += len(generation.response_token_ids)
+        self._num_prompt_tokens += len(prompt)
+        self._num_cached_tokens += generation.num_cached_tokens
+        return generation
+
+    async def _run_request(self, llm: Any, prompt: list[int], parameters: Any) -> Any:
+        """vLLM's final output of one request."""
+        request_id = next(self._request_ids)
+        # Known while it runs, so that `stop` can abort it: vLLM would leave its caller waiting.
         self._running.add(request_id)
         try:
             with engine_errors():
@@ -266,11 +278,7 @@ class VllmEngine:
                     final = output
         finally:
             self._running.discard(request_id)
-        generation = _build_generation(final)
-        self._num_generated_tokens += len(generation.response_token_ids)
-        self._num_prompt_tokens += len(prompt)
-        self._num_cached_tokens += generation.num_cached_tokens
-        return generation
+        return final
 
     def _check_prompt(self, prompt_token_ids: Sequence[int] | TokenIds) -> list[int]:
         """Refuse here what would kill the engine or hang there."""
@@ -278,14 +286,14 @@ class VllmEngine:
         if not 0 < len(prompt) < self._max_model_len:
             raise InvalidInputError(
                 f"Prompt of {len(prompt)} tokens; this engine takes 1 to "
-                f"{self._max_model_len - 1}. "
-                "End the episode earlier or raise model.max_sequence_tokens."
+                f"{self._max_model_len - 1}. End the episode earlier or raise "
+                "model.max_sequence_tokens."
             )
         if prompt.min() < 0 or prompt.max() >= self._vocabulary_size:
+            unknown = prompt.max() if prompt.min() >= 0 else prompt.min()
             raise InvalidInputError(
-                f"Prompt holds token {prompt.max() if prompt.min() >= 0 else prompt.min()}; the "
-                "model knows 0 to "
-                f"{self._vocabulary_size - 1}. Tokenize with the model's own tokenizer."
+                f"Prompt holds token {unknown}; the model knows 0 to {self._vocabulary_size - 1}. "
+                "Tokenize with the model's own tokenizer."
             )
         tokens: list[int] = prompt.tolist()
         return tokens
@@ -315,6 +323,7 @@ class VllmEngine:
         await asyncio.shield(asyncio.create_task(self._update_weights(manifest)))
 
     async def _update_weights(self, manifest: WeightsManifest) -> None:
+        # One at a time: two that stage and install in turn would leave a mix of both.
         async with self._update_lock:
             if manifest.policy_version == self._policy_version:
                 return
@@ -338,7 +347,7 @@ class VllmEngine:
         try:
             await self._weights.install(llm, policy_version)
         except EngineFailedError:
-            # Nothing may be sampled from weights of no version.
+            # It may hold some tensors of either version: nothing may be sampled from that.
             self._is_broken = True
             await llm.abort(list(self._running))
             raise
@@ -366,14 +375,18 @@ def _build_generation(output: Any) -> Generation:
             f"Generation ended as {completion.finish_reason!r}: the engine is stopping or failed. "
             "Repeat it."
         )
-    spans = completion.weight_versions
-    versions = [int(span.version) for span in spans]
-    lengths = [span.end - span.start for span in spans]
     is_complete = completion.finish_reason == "stop"
     return Generation(
         response_token_ids=np.asarray(completion.token_ids, dtype=np.int32),
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
-        policy_versions=np.repeat(np.asarray(versions, dtype=np.int32), lengths),
+        policy_versions=_spread_versions(completion.weight_versions),
         stop_reason=StopReason.END_OF_TURN if is_complete else StopReason.LENGTH,
         num_cached_tokens=output.num_cached_tokens or 0,
     )
+
+
+def _spread_versions(spans: Any) -> PolicyVersions:
+    """int32 [T] from vLLM's spans of tokens that one version of the weights sampled."""
+    versions = [int(span.version) for span in spans]
+    lengths = [span.end - span.start for span in spans]
+    return np.repeat(np.asarray(versions, dtype=np.int32), lengths)

@@ -34,13 +34,16 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 OPEN_PATIENCE_S = 60.0
-"""An environment that is away or full is waited for so long before an episode begins; only then
-does the attempt fail.
+"""How long an environment that is away or full is waited for before an episode begins.
+
+Only then does the attempt fail.
 """
+_FIRST_OPEN_DELAY_S = 0.1
 _LONGEST_OPEN_DELAY_S = 5.0
 _CLOSE_PATIENCE_S = 5.0
-"""How long a client that closes waits for sessions that were given up while they opened. The server
-reaps the rest.
+"""How long a client that closes waits for sessions that were given up while they opened.
+
+The server reaps the rest.
 """
 
 
@@ -87,8 +90,9 @@ class EnvironmentClient(Protocol):
     async def describe(self, environment: str) -> EnvironmentProfile: ...
 
     async def open_session(self, task: Task, idempotency_key: str) -> Session:
-        """Begin an episode of the task with its seed; waits while all sessions are taken or no
-        server is there.
+        """Begin an episode of the task with its seed.
+
+        Waits while all sessions are taken or no server is there.
 
         A session that opens after its caller was cancelled is closed at once.
         """
@@ -191,6 +195,7 @@ class GrpcEnvironmentClient:
             server, response = await self._patiently(
                 lambda server: self._call(server, server.stub.Describe, request)
             )
+            # `_patiently` counts a session there, and none was opened.
             self._servers.release(server)
             found = next((one for one in response.environments if one.name == environment), None)
             if found is None or not found.version:
@@ -212,10 +217,12 @@ class GrpcEnvironmentClient:
         )
         server, response = await self._patiently(lambda server: self._open(server, request))
         if not response.session_id or not response.observation:
+            # Without an id there is no session to close.
             self._servers.release(server)
             raise self._nonsense(
                 f"OpenSession of task {task.task_id!r} without session_id or observation"
             )
+        # Made unique by the server's address: two servers may give the same id.
         own_id = f"{response.session_id}@{server.target}"
         self._places[own_id] = _Place(server, response.session_id)
         return Session(own_id, response.observation, tuple(response.admissible_actions))
@@ -237,17 +244,7 @@ class GrpcEnvironmentClient:
                 f"Session lost at {place.server.target}: {error}"
             ) from error
         self._check(response, step_index)
-        return StepOutcome(
-            observation=response.observation,
-            reward=response.reward,
-            reward_components=dict(response.reward_components),
-            is_terminated=response.terminated,
-            is_truncated=response.truncated,
-            action=response.action,
-            is_action_valid=response.is_action_valid,
-            is_success=response.is_success,
-            admissible_actions=tuple(response.admissible_actions),
-        )
+        return _read_outcome(response)
 
     async def close_session(self, session_id: str) -> None:
         if place := self._places.pop(session_id, None):
@@ -279,13 +276,17 @@ class GrpcEnvironmentClient:
     async def _open(
         self, server: EnvironmentServer, request: environment_pb2.OpenSessionRequest
     ) -> Any:
-        """One call. The server opens what it was asked for, whether or not the caller is still
-        there: it is closed then.
+        """One call. The server opens a session whether or not the caller is still there.
+
+        One that nobody waits for any more is closed.
         """
+        # Shielded: a cancelled call would leave a session that nobody knows the id of.
         opening = asyncio.ensure_future(self._call(server, server.stub.OpenSession, request))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
+            # `_try_each` releases the server as the cancellation passes through it. The session
+            # that may yet open there is counted once more, until it is closed.
             self._servers.take(server)
             closing = asyncio.create_task(
                 self._close_given_up(server, opening), name="close_given_up"
@@ -306,10 +307,10 @@ class GrpcEnvironmentClient:
             await self._close(_Place(server, response.session_id))
 
     def _check(self, response: environment_pb2.StepResponse, step_index: int) -> None:
+        # A reward that is no number would make every advantage of its group none.
         numbers = {"reward": response.reward, **response.reward_components}
-        if wrong := [
-            f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)
-        ]:
+        wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
             raise self._nonsense(f"Step {step_index} with {', '.join(wrong)}")
         is_over = response.terminated or response.truncated
         if not is_over and not response.observation:
@@ -337,13 +338,12 @@ class GrpcEnvironmentClient:
     async def _patiently(
         self, attempt: Callable[[EnvironmentServer], Awaitable[T]]
     ) -> tuple[EnvironmentServer, T]:
-        """Repeat while all servers are full or away: an environment that restarts must not cost its
-        groups.
+        """Repeat while all servers are full or away: a restart there must not cost any groups.
 
         Returns the server too, with a session counted there.
         """
         deadline = time.monotonic() + self._open_patience_s
-        delay_s = 0.1
+        delay_s = _FIRST_OPEN_DELAY_S
         is_waiting = False
         try:
             while True:
@@ -352,23 +352,27 @@ class GrpcEnvironmentClient:
                 except EnvironmentFailedError:
                     raise
                 except (UnavailableError, CapacityError) as error:
-                    if time.monotonic() + delay_s > deadline:
-                        raise EnvironmentFailedError(
-                            f"No session at {self._address} within {self._open_patience_s:g} s: "
-                            f"{error}",
-                            address=self._address,
-                        ) from error
-                    self.num_waiting += not is_waiting
-                    is_waiting = True
-                    await asyncio.sleep(delay_s)
-                    delay_s = min(2 * delay_s, _LONGEST_OPEN_DELAY_S)
+                    self._check_patience(deadline - delay_s, error)
+                # Each caller that waits at all is counted once, for as long as it does.
+                self.num_waiting += not is_waiting
+                is_waiting = True
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, _LONGEST_OPEN_DELAY_S)
         finally:
             self.num_waiting -= is_waiting
+
+    def _check_patience(self, until: float, error: SdarError) -> None:
+        """Raises EnvironmentFailedError after `until` (monotonic), for this error."""
+        if time.monotonic() > until:
+            raise EnvironmentFailedError(
+                f"No session at {self._address} within {self._open_patience_s:g} s: {error}",
+                address=self._address,
+            ) from error
 
     async def _try_each(
         self, attempt: Callable[[EnvironmentServer], Awaitable[T]]
     ) -> tuple[EnvironmentServer, T]:
-        """The first server that is neither full nor away; what the last one said if all are."""
+        """The first server that is neither full nor away; if all are, raises what the last said."""
         refusal: BaseException | None = None
         for server in await self._servers.rank():
             if not server.is_listed:
@@ -377,13 +381,31 @@ class GrpcEnvironmentClient:
             try:
                 return server, await attempt(server)
             except BaseException as error:
+                # A cancellation too: whatever ends the call, no session was opened there.
                 self._servers.release(server)
-                is_away = isinstance(error, UnavailableError) and not isinstance(
-                    error, EnvironmentFailedError
-                )
+                is_away = _is_away(error)
                 if not is_away and not isinstance(error, CapacityError):
                     raise
                 self._servers.avoid(server, is_away=is_away)
                 refusal = error
         assert refusal is not None, "the first one that is ranked is there"
         raise refusal
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether a server can't be reached. One whose environment failed can."""
+    return isinstance(error, UnavailableError) and not isinstance(error, EnvironmentFailedError)
+
+
+def _read_outcome(response: environment_pb2.StepResponse) -> StepOutcome:
+    return StepOutcome(
+        observation=response.observation,
+        reward=response.reward,
+        reward_components=dict(response.reward_components),
+        is_terminated=response.terminated,
+        is_truncated=response.truncated,
+        action=response.action,
+        is_action_valid=response.is_action_valid,
+        is_success=response.is_success,
+        admissible_actions=tuple(response.admissible_actions),
+    )

@@ -1,4 +1,4 @@
-"""The servers behind an environment's address: found by name; where the next session goes.
+"""Finds the servers behind an environment's address, and ranks them for the next session.
 
 A name may stand for many servers, as a headless Service of Kubernetes does for its pods. Each gets
 a channel of its own, for a session lives in one server; gRPC's own balancing knows calls, not
@@ -32,8 +32,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _RESOLVE_EVERY_S = 5.0
 _RESOLVE_AGAIN_S = 1.0
-"""Soonest look-up after a server was found away: its pod may have gone, and another may have come.
-"""
+"""Soonest look-up after a server was found away: its pod may be gone, and another may be there."""
+# A server that is away takes seconds to come back; a full one has room when any episode ends.
 _AVOID_AWAY_S = 5.0
 _AVOID_FULL_S = 0.5
 
@@ -45,7 +45,7 @@ class EnvironmentServer:
     """One server and its channel.
 
     Attributes:
-        num_sessions: ours, those being opened included.
+        num_sessions: sessions of this client, those being opened included.
         is_listed: the name still leads there. If not, its sessions end there and no new ones begin.
         avoid_until: others are asked first until then (monotonic), for it was away or full.
     """
@@ -59,8 +59,9 @@ class EnvironmentServer:
 
 
 class EnvironmentServers:
-    """The servers of one address. HOST:PORT with a name is looked up again and again; all else is
-    one target of gRPC's.
+    """The servers of one address.
+
+    HOST:PORT with a name is looked up again and again; any other address is one target of gRPC's.
 
     Args:
         security: what servers are verified against and shown; certificates must name the host of
@@ -70,7 +71,8 @@ class EnvironmentServers:
     def __init__(
         self, address: str, security: Security = OPEN, resolve: Resolve | None = None
     ) -> None:
-        self._address, self._security = address, security
+        self._address = address
+        self._security = security
         self._resolve = resolve or resolve_host
         self._name = _parse_name(address)
         self._servers: dict[str, EnvironmentServer] = {}
@@ -83,8 +85,9 @@ class EnvironmentServers:
             security.check_target(address)
 
     async def rank(self) -> list[EnvironmentServer]:
-        """All servers, the one to ask first at the front: with the fewest sessions of ours, those
-        away or full at the end.
+        """All servers, the one to ask first at the front.
+
+        That is the one with the fewest sessions of this client; those away or full are at the end.
 
         Raises:
             UnavailableError: the name leads nowhere.
@@ -96,6 +99,7 @@ class EnvironmentServers:
                 f"No server is known under {self._address}: the name has no address. Start the "
                 "environment, or correct it."
             )
+        # Of servers with as many sessions, workers would otherwise all take the first.
         random.shuffle(servers)
         now = time.monotonic()
         return sorted(servers, key=lambda server: (server.avoid_until > now, server.num_sessions))
@@ -132,6 +136,7 @@ class EnvironmentServers:
             self._resolving = asyncio.create_task(
                 self._update(*self._name), name="resolve_environments"
             )
+        # Shielded: others wait for the same look-up.
         if self._resolving is not None and not self._servers:
             await asyncio.shield(self._resolving)
 
@@ -139,8 +144,8 @@ class EnvironmentServers:
         try:
             targets = await self._resolve(host, port)
         except (OSError, UnicodeError) as error:
-            # The servers known so far may well be there still: a name server that is away takes
-            # nobody along.
+            # The servers known so far may well be there still: a name server that is away must not
+            # end their sessions.
             log.warning("environments_not_resolved", address=self._address, error=str(error))
         else:
             self._set_targets(targets)
@@ -155,6 +160,7 @@ class EnvironmentServers:
             if target not in self._servers:
                 self._add(target)
         for target, server in list(self._servers.items()):
+            # A name comes back under which a server was unlisted: then it is listed again.
             server.is_listed = target in targets
             self._drop_if_unused(server)
         if known != set(targets):
@@ -169,11 +175,10 @@ class EnvironmentServers:
         )
 
     def _drop_if_unused(self, server: EnvironmentServer) -> None:
-        if (
-            server.is_listed
-            or server.num_sessions
-            or self._servers.pop(server.target, None) is None
-        ):
+        if server.is_listed or server.num_sessions:
+            return
+        # It may have been dropped before, and its channel is closed once.
+        if self._servers.pop(server.target, None) is None:
             return
         closing = asyncio.ensure_future(server.channel.close(None))
         self._closing.add(closing)
@@ -189,6 +194,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 def _parse_name(address: str) -> tuple[str, int] | None:
     """Host and port of an address to be looked up here; None for what gRPC takes as it is."""
+    # Schemes (`dns:///`, `unix:`) and bracketed IPv6 addresses do not match.
     match = _NAMED.fullmatch(address)
     if match is None:
         return None

@@ -1,9 +1,7 @@
 """How episodes are played: sample, step, repeat, until the environment or a limit ends one.
 
-A group of them is played at once.
-
-Knows no stream and no worker: the same functions serve the rollout service and a single process
-that experiments.
+The episodes of a task group are played at once. Nothing here knows a stream or a worker: the same
+functions serve the rollout service and a single process that experiments.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sdar.contracts.errors import InvalidInputError
@@ -29,8 +27,9 @@ INVALID_ACTION = "invalid_action"
 
 @dataclass(slots=True)
 class EpisodeClock:
-    """Where the time of all episodes went so far, in episode-seconds, and how many prompts were
-    short of earlier turns.
+    """Where the time of all episodes went so far, in episode-seconds.
+
+    Also how many prompts were short of earlier turns.
     """
 
     engine_s: float = 0.0
@@ -72,8 +71,11 @@ class EpisodeSlots:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at a group: its number, from 0 and never given twice, and the tokens sampled in it,
-    whatever becomes of them.
+    """One try at a task group.
+
+    Attributes:
+        number: from 0, and never given twice for a group.
+        num_sampled_tokens: tokens sampled in it so far, whatever becomes of them.
     """
 
     number: int
@@ -108,8 +110,9 @@ async def play_group(
     skill_text: str = "",
     slots: EpisodeSlots | None = None,
 ) -> list[Trajectory]:
-    """Play all episodes of a group at once, each once. The first that fails ends the others; all
-    sessions are closed.
+    """Play all episodes of a group at once, each once.
+
+    The first that fails ends the others; all sessions are closed.
 
     Args:
         attempt: which try at the group this is; no session of another one is continued.
@@ -144,13 +147,21 @@ async def play_group(
                 )
                 return trajectory
 
-    episodes = [asyncio.ensure_future(play(index)) for index in range(group.group_size)]
+    return await _gather_or_cancel([play(index) for index in range(group.group_size)])
+
+
+async def _gather_or_cancel(
+    episodes: Sequence[Coroutine[object, object, Trajectory]],
+) -> list[Trajectory]:
+    tasks = [asyncio.ensure_future(episode) for episode in episodes]
     try:
-        return await asyncio.gather(*episodes)
+        return await asyncio.gather(*tasks)
     except BaseException:
-        for episode in episodes:
-            episode.cancel()
-        await asyncio.gather(*episodes, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        # Awaited, for each closes its session as it ends. A TaskGroup would wrap the first error
+        # in an ExceptionGroup, and callers tell errors apart.
+        await asyncio.gather(*tasks, return_exceptions=True)
         raise
 
 
@@ -164,8 +175,9 @@ async def play_episode(
     rules: EpisodeRules,
     skill_text: str = "",
 ) -> Trajectory:
-    """Play one episode of a group, once. The session is closed however it ends. Raises as
-    `play_group`.
+    """Play one episode of a group, once. The session is closed however it ends.
+
+    Raises: as `play_group`.
     """
     started = time.monotonic()
     trajectory_id = _name_trajectory(group, episode_index, attempt)
@@ -176,10 +188,8 @@ async def play_episode(
         setting = EpisodeSetting(
             profile.instructions, profile.action_format, group.task.description, skill_text
         )
-        prompts = rules.build_prompts(setting)
-        turns, last = await _play_turns(
-            group, attempt, session, prompts, engine, environment, rules
-        )
+        play = _Play(group, attempt, session, engine, environment, rules)
+        turns, last = await play.play_turns(rules.build_prompts(setting))
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
         await asyncio.shield(asyncio.ensure_future(environment.close_session(session.session_id)))
@@ -207,47 +217,68 @@ def _name_trajectory(group: TaskGroup, episode_index: int, attempt: Attempt) -> 
     return f"{group.group_id}.{episode_index}.a{attempt.number}"
 
 
-async def _play_turns(
-    group: TaskGroup,
-    attempt: Attempt,
-    session: Session,
-    prompts: PromptStyle,
-    engine: Engine,
-    environment: EnvironmentClient,
-    rules: EpisodeRules,
-) -> tuple[list[Turn], StepOutcome]:
-    """All turns and the last answer of the environment."""
-    num_prompt_tokens = rules.max_sequence_tokens - group.sampling.max_response_tokens
-    turns: list[Turn] = []
-    prompt = prompts.begin(session.observation, session.admissible_actions)
-    if len(prompt.token_ids) > num_prompt_tokens:
-        raise InvalidInputError(
-            f"The first prompt of task {group.task.task_id} has {len(prompt.token_ids)} tokens; "
-            "model.max_sequence_tokens "
-            f"{rules.max_sequence_tokens} less a response leaves {num_prompt_tokens}. Raise it, or "
-            "shorten the observation."
-        )
-    while True:
-        turn = len(turns)
-        with rules.clock.sampling(), tracing.span("rollout.generate", turn=turn) as span:
-            generation = await engine.generate(prompt.token_ids, group.sampling)
+@dataclass(frozen=True, slots=True)
+class _Play:
+    """An episode that has begun, and what its turns need."""
+
+    group: TaskGroup
+    attempt: Attempt
+    session: Session
+    engine: Engine
+    environment: EnvironmentClient
+    rules: EpisodeRules
+
+    async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
+        """All turns and the last answer of the environment."""
+        turns: list[Turn] = []
+        prompt = prompts.begin(self.session.observation, self.session.admissible_actions)
+        self._check_first(prompt)
+        while True:
+            generation = await self._sample(len(turns), prompt)
+            text = self.rules.tokenizer.decode_response(generation.response_token_ids)
+            outcome = await self._step(len(turns), text)
+            turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
+            if _is_over(outcome) or len(turns) == self.group.max_turns:
+                return turns, outcome
+            prompt = self._extend(prompts, generation, outcome)
+            # The next response would not fit. What was played counts, as a truncated episode.
+            if len(prompt.token_ids) > self._max_prompt_tokens:
+                return turns, outcome
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        """Longest prompt that leaves room for a whole response."""
+        return self.rules.max_sequence_tokens - self.group.sampling.max_response_tokens
+
+    def _check_first(self, prompt: Prompt) -> None:
+        """Raises InvalidInputError for a first prompt that leaves no room: no attempt can help."""
+        if len(prompt.token_ids) > self._max_prompt_tokens:
+            raise InvalidInputError(
+                f"The first prompt of task {self.group.task.task_id} has {len(prompt.token_ids)} "
+                f"tokens; model.max_sequence_tokens {self.rules.max_sequence_tokens} less a "
+                f"response leaves {self._max_prompt_tokens}. Raise it, or shorten the observation."
+            )
+
+    async def _sample(self, turn: int, prompt: Prompt) -> Generation:
+        with self.rules.clock.sampling(), tracing.span("rollout.generate", turn=turn) as span:
+            generation = await self.engine.generate(prompt.token_ids, self.group.sampling)
             versions = sorted({int(version) for version in generation.policy_versions})
             span.set(
                 num_prompt_tokens=len(prompt.token_ids),
                 num_tokens=len(generation.logprobs),
                 policy_versions=versions,
             )
-        attempt.num_sampled_tokens += len(generation.response_token_ids)
-        text = rules.tokenizer.decode_response(generation.response_token_ids)
-        with rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
-            outcome = await environment.step(session.session_id, turn, text)
-            span.set(
-                is_action_valid=outcome.is_action_valid,
-                is_over=outcome.is_terminated or outcome.is_truncated,
-            )
-        turns.append(_build_turn(turn, prompt, generation, text, outcome))
-        if outcome.is_terminated or outcome.is_truncated or len(turns) == group.max_turns:
-            return turns, outcome
+        # At once, before anything can fail: they are counted as repeated if the attempt does.
+        self.attempt.num_sampled_tokens += len(generation.response_token_ids)
+        return generation
+
+    async def _step(self, turn: int, text: str) -> StepOutcome:
+        with self.rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
+            outcome = await self.environment.step(self.session.session_id, turn, text)
+            span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
+        return outcome
+
+    def _extend(self, prompts: PromptStyle, generation: Generation, outcome: StepOutcome) -> Prompt:
         prompt = prompts.extend(
             generation.response_token_ids,
             generation.stop_reason,
@@ -255,9 +286,12 @@ async def _play_turns(
             outcome.observation,
             outcome.admissible_actions,
         )
-        rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
-        if len(prompt.token_ids) > num_prompt_tokens:
-            return turns, outcome
+        self.rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
+        return prompt
+
+
+def _is_over(outcome: StepOutcome) -> bool:
+    return outcome.is_terminated or outcome.is_truncated
 
 
 def _build_turn(

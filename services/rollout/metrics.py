@@ -257,6 +257,7 @@ class RolloutMetrics(Meters):
     def observe_running(self, num_groups: int) -> None:
         """Called at every change; the time at zero is the worker's idle time."""
         now = self._now()
+        # What has just ended was idle if nothing ran in it.
         if self._num_running == 0:
             self.count(WAITING_SECONDS, now - self._idle_since)
         self._num_running = num_groups
@@ -294,6 +295,7 @@ class RolloutMetrics(Meters):
         self, num_running_episodes: int, num_waiting_sessions: int
     ) -> dict[str, float]:
         """Values of a metric record: totals since start; rates and shares since the last call."""
+        # No change, but the idle time since the last one belongs into this record.
         self.observe_running(self._num_running)
         self._window.close()
         environment_s = self._window.growth(ENVIRONMENT_WAIT_SECONDS)
@@ -302,6 +304,7 @@ class RolloutMetrics(Meters):
         self.set(RUNNING_EPISODES, num_running_episodes)
         self.set(WAITING_SESSIONS, num_waiting_sessions)
         self.set(TOKENS_PER_S, self._window.rate(GENERATED_TOKENS))
+        # The two clocks are read one after the other, so the share may come out just over 1.
         self.set(WAITING_SHARE, min(1.0, self._window.rate(WAITING_SECONDS)))
         self.set(ENVIRONMENT_SHARE, environment_s / episode_s)
         self.set(ENGINE_SHARE, engine_s / episode_s)

@@ -1,6 +1,6 @@
-"""Which policy version the engine serves: the one an evaluation is pinned to while one runs, else
-the newest that can be read.
+"""Switches the engine to the policy version that is due, and holds it for evaluations.
 
+Due is the version that a running evaluation is pinned to; without one, the newest that can be read.
 Tokens are stamped by the engine, so training episodes in flight simply go on across any switch. A
 version that was refused (`sdar.weights.follower`) is tried again after a while.
 """
@@ -67,8 +67,9 @@ class ServedPolicy:
         return self._published.newest_version
 
     async def catch_up(self) -> None:
-        """Read what has been published so far and serve what is due. Called once before the first
-        task.
+        """Read what has been published so far and serve what is due.
+
+        To be called once, before the first task.
 
         Raises:
             EngineFailedError, UnavailableError: from the engine.
@@ -92,19 +93,22 @@ class ServedPolicy:
         try:
             while not stopping.is_set() and not any(task.done() for task in beside):
                 await self._published.read(self._block_s)
-                self._published.notify()  # A refusal may have lapsed.
+                # A refusal may have lapsed: time alone wakes nobody.
+                self._published.notify()
         finally:
             for task in beside:
                 task.cancel()
             await asyncio.wait(beside)
+        # Both run for ever: one that has ended by itself has failed.
         for task in beside:
             if not task.cancelled() and (error := task.exception()):
                 raise error
 
     @contextlib.asynccontextmanager
     async def pinned(self, policy_version: int) -> AsyncIterator[None]:
-        """Hold the engine at a version. Waits while others hold another; of those that wait, the
-        oldest version is next.
+        """Hold the engine at a version.
+
+        Waits while others hold another; of those that wait, the oldest version is next.
 
         Raises:
             WeightsUnavailableError, CorruptionError: that version cannot be loaded.
@@ -149,6 +153,7 @@ class ServedPolicy:
             self._published.notify()
 
     def _is_served(self, version: int) -> bool:
+        # Not while it switches: the engine's number changes before the load is known to be done.
         return not self._is_switching and self._engine.policy_version == version == self._target()
 
     def _target(self) -> int:
@@ -170,13 +175,16 @@ class ServedPolicy:
     def _is_due(self) -> bool:
         """Whether the engine has to switch to a version that was published and may be tried."""
         target = self._target()
+        # Older than the newest but not at hand: it has left the follower's memory. Trying to load
+        # it says so to whoever waits for it.
         is_published = target in self._published or target < self.newest_version
         is_other = target != self._engine.policy_version
         return is_other and is_published and not self._published.is_refused(target)
 
     async def _switch(self) -> None:
-        """Bring the engine to the version due; one that cannot be read is refused and the previous
-        goes on serving.
+        """Bring the engine to the version that is due.
+
+        One that cannot be read is refused, and the version before goes on serving.
         """
         if not self._is_due():
             return
@@ -199,6 +207,7 @@ class ServedPolicy:
             try:
                 return await self._load(manifest)
             except WeightsUnavailableError as error:
+                # Something else is due by now: no use waiting for this one.
                 if self._target() != version:
                     raise
                 log.warning(
@@ -208,6 +217,7 @@ class ServedPolicy:
                     retry_in_s=delay_s,
                 )
                 await asyncio.sleep(delay_s)
+        # The last attempt: what it raises is the version's refusal.
         await self._load(manifest)
 
     async def _load(self, manifest: WeightsManifest) -> None:

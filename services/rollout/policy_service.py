@@ -1,4 +1,4 @@
-"""PolicyService over gRPC: the sampler, for agents whose loop lives elsewhere.
+"""PolicyService over gRPC: samples responses for agents whose loop runs elsewhere.
 
 It decides nothing about weights.
 """
@@ -86,14 +86,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 f"request_id has {len(request.request_id)} characters, the limit is "
                 f"{MAX_REQUEST_ID_CHARACTERS}. Shorten it."
             )
+        # Compared by hash: the answers kept must not keep their requests in memory too.
         content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         known = self._answers.get(request.request_id)
         if known is not None and known[0] != content:
-            raise ConflictError(
-                f"Request id {request.request_id!r} was used for another request. Choose a new one "
-                "for each sample wanted.",
-                request_id=request.request_id,
-            )
+            raise _build_conflict(request.request_id)
         if known is None or _has_failed(known[1]):
             task = asyncio.create_task(self._generate(request))
             task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
@@ -109,19 +106,21 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             del self._answers[request_id]
 
     def _forget_oldest(self) -> None:
-        """Finished answers only: an unfinished one is somebody's, and there are never more than
-        `max_requests` of them.
+        """Finished answers only: somebody waits for an unfinished one.
+
+        There are never more than `max_requests` of those.
         """
         surplus = len(self._answers) - _MAX_ANSWERS
-        finished = (
-            [key for key, (_, task) in self._answers.items() if task.done()] if surplus > 0 else []
-        )
-        for key in finished[: max(surplus, 0)]:
+        if surplus <= 0:
+            return
+        finished = [key for key, (_, task) in self._answers.items() if task.done()]
+        for key in finished[:surplus]:
             del self._answers[key]
 
     async def _generate(self, request: policy_pb2.GenerateRequest) -> policy_pb2.GenerateResponse:
         self._check(request)
         prompt = self._prompt(request)
+        # No await since the check: no more get in than are allowed.
         self._num_requests += 1
         try:
             generation = await self._engine.generate(prompt, sampling_from_proto(request.sampling))
@@ -147,8 +146,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if self._engine.policy_version < request.min_policy_version:
             raise StaleError(
                 f"This worker samples policy version {self._engine.policy_version}, version "
-                f"{request.min_policy_version} is "
-                "asked for. Repeat when it is published, or ask for an older one.",
+                f"{request.min_policy_version} is asked for. Repeat when it is published, or ask "
+                "for an older one.",
                 policy_version=self._engine.policy_version,
             )
 
@@ -158,6 +157,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 return list(request.tokens.token_ids)
             case "chat" if request.chat.messages:
                 messages = chat_messages_from_proto(request.chat.messages)
+                # Before they are rendered: a tokenizer takes long over a text of any size.
                 self._tokenizer.check_size(messages, self._max_model_tokens)
                 prompt: list[int] = self._tokenizer.render_fresh(messages).tolist()
                 return prompt
@@ -166,6 +166,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                     "GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one "
                     "message."
                 )
+
+
+def _build_conflict(request_id: str) -> ConflictError:
+    return ConflictError(
+        f"Request id {request_id!r} was used for another request. Choose a new one for each sample "
+        "wanted.",
+        request_id=request_id,
+    )
 
 
 def _has_failed(task: asyncio.Task[Any]) -> bool:

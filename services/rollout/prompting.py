@@ -1,4 +1,4 @@
-"""How an episode so far becomes the next prompt, in token ids."""
+"""Builds an episode's next prompt, in token ids, from what has happened in the episode so far."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ NOTHING_READ = "(no action that could be read)"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt as the sampler sees it and as `Turn` records it: [P] token ids, the messages it
-    added, how it came to be.
+    """A prompt as the sampler sees it and as `Turn` records it.
 
-    `num_missing_turns`: earlier turns that it should have shown and that did not fit.
+    Attributes:
+        token_ids: int32 [P], the whole prompt.
+        messages: those that this prompt added to the one before; all of a fresh prompt's.
+        extends_previous: it begins with the prompt before and the response to that.
+        num_missing_turns: earlier turns that it should have shown and that did not fit.
     """
 
     token_ids: TokenIds
@@ -35,9 +38,10 @@ class EpisodeSetting:
     """What stays the same over an episode. Empty texts are left out of prompts.
 
     Attributes:
-        instructions: the system message. action_format: one sentence on how to write an action.
-        task_description: the task's own sentence. skill_text: placed in the first user message of
-            every fresh prompt.
+        instructions: the system message.
+        action_format: one sentence on how to write an action.
+        task_description: the task's own sentence.
+        skill_text: placed in the first user message of every fresh prompt.
     """
 
     instructions: str = ""
@@ -60,8 +64,11 @@ class PromptStyle(Protocol):
         observation: str,
         admissible_actions: Sequence[str] = (),
     ) -> Prompt:
-        """The prompt after a response, the action read out of it, and what the environment showed
-        then.
+        """The prompt after a response.
+
+        Args:
+            action: what the environment read out of the response; empty if it found none.
+            observation: what the environment showed then.
         """
 
 
@@ -101,6 +108,7 @@ class Conversation:
         admissible_actions: Sequence[str] = (),
     ) -> Prompt:
         messages = (ChatMessage("user", observation),)
+        # A response that was cut off lacks the end-of-turn token: the tokens between supply it.
         delta = self._tokenizer.render_delta(
             messages, is_closed=stop_reason is StopReason.END_OF_TURN
         )
@@ -163,6 +171,8 @@ class HistoryWindow:
         return self._render(admissible_actions)
 
     def _render(self, admissible_actions: Sequence[str]) -> Prompt:
+        # From all of the history to none. The last try is kept even if it is too long: whether an
+        # episode goes on is the player's to judge.
         for num_missing in range(len(self._history) + 1):
             text = self._compose(list(self._history)[num_missing:], admissible_actions)
             messages = _fresh_messages(self._setting, text)

@@ -38,15 +38,18 @@ async def serve(config: RunConfig, settings: Settings) -> None:
     """Play for a run until SIGTERM.
 
     Raises:
-        ConfigurationError: the model cannot be used. ConflictError: a port is taken.
-            EngineFailedError: the engine died.
+        ConfigurationError: the model cannot be used.
+        ConflictError: a port is taken.
+        EngineFailedError: the engine died.
     """
     health = Health(max_silence_s=_MAX_SILENCE_S)
     security = Security.from_settings(settings)
+    # Closed in the opposite order: the engine first, the bus late; the probes answer to the end.
     async with contextlib.AsyncExitStack() as cleanup:
         registry = cleanup.enter_context(serve_probes(settings.host, settings.probe_port, health))
         bus = build_bus(config, settings, on_blocked=health.report_blocked)
         cleanup.push_async_callback(bus.close)
+        # Before the engine, which takes minutes: a wrong address shows at once.
         await bus.ping()
         environments = GrpcEnvironmentDirectory(
             security, step_timeout_s=config.environment.step_timeout_s
@@ -58,6 +61,7 @@ async def serve(config: RunConfig, settings: Settings) -> None:
             cleanup.push_async_callback(skills.close)
         engine = build_engine(config, settings)
         registry.register(GpuTime(count_gpus(config.rollout.tensor_parallel_size)))
+        # Before it is started: a start that fails halfway leaves processes of vLLM to end.
         cleanup.push_async_callback(engine.stop)
         await engine.start()
         await run_worker(
@@ -120,7 +124,6 @@ async def run_worker(
 ) -> None:
     """Run one worker with its gRPC server on parts that are ready, until stopped."""
     rules = build_rules(config)
-    max_episodes = config.rollout.max_concurrent_episodes
     worker = RolloutWorker(
         bus,
         engine,
@@ -129,7 +132,7 @@ async def run_worker(
         run_id=config.name,
         instance=settings.instance,
         limits=RolloutLimits(
-            max_concurrent_episodes=max_episodes,
+            max_concurrent_episodes=config.rollout.max_concurrent_episodes,
             max_attempts=config.rollout.max_group_attempts,
             grace_s=settings.drain_s,
         ),
@@ -137,14 +140,7 @@ async def run_worker(
         metrics=metrics,
         skills=skills,
     )
-    servicer = PolicyServicer(
-        engine,
-        rules.tokenizer,
-        run_id=config.name,
-        model=rules.model,
-        max_model_tokens=config.model.max_sequence_tokens,
-        max_requests=max_episodes,
-    )
+    servicer = _build_servicer(config, engine, rules)
     service = RpcService(SERVICE_NAME, add_PolicyServiceServicer_to_server, servicer)
     server = build_server(
         settings.host, settings.grpc_port, [service], Security.from_settings(settings)
@@ -157,3 +153,14 @@ async def run_worker(
         await server.stop(_DRAIN_S)
 
     await run_until_stopped(worker.run, answer, bus.hurry)
+
+
+def _build_servicer(config: RunConfig, engine: Engine, rules: EpisodeRules) -> PolicyServicer:
+    return PolicyServicer(
+        engine,
+        rules.tokenizer,
+        run_id=config.name,
+        model=rules.model,
+        max_model_tokens=config.model.max_sequence_tokens,
+        max_requests=config.rollout.max_concurrent_episodes,
+    )

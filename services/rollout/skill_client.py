@@ -1,6 +1,6 @@
 """Asks the teacher for skills, which method skill_grpo shows to the student.
 
-Where they stand in a prompt is `services.rollout.prompting`.
+Where they stand in a prompt is decided in `services.rollout.prompting`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class GrpcSkillSource:
                 )
                 return response.text
             except UnavailableError:
+                # A repeat is harmless: the same key gives the same skills.
                 if time.monotonic() + _RETRY_S > deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)

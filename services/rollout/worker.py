@@ -1,21 +1,22 @@
-"""The rollout worker's MAIN LOOP: task groups off one stream, finished episodes onto the next.
+"""The rollout worker's MAIN LOOP: reads task groups, has them played, publishes their episodes.
 
-It decides how many groups are in hand; what becomes of one is `services.rollout.attempts`.
+It decides how many groups are in hand; what becomes of one is decided in
+`services.rollout.attempts`.
 
-A group is acknowledged in the transaction that publishes all its episodes, or its failure; until
-then it belongs to nobody for long. Every delivery of a group is one attempt at it, numbered by the
-bus, so no two workers ever share a number:
+A group is acknowledged in the transaction that publishes all its episodes, or its failure. Until
+then a worker only has a lease on it. Every delivery of a group is one attempt at it, numbered by
+the bus, so no two workers ever share a number:
 
 - A worker that dies, or is silent for too long, loses its groups to another one; what it still
   brings is refused.
 - A worker that starts under the name of one that died takes that one's groups back at once.
-- A group whose environment failed is taken back from oneself, after a pause, and played again whole
-  in new sessions. An environment that cannot be reached is first waited for
+- A group whose environment failed is taken back by the same worker, after a pause, and played again
+  whole in new sessions. An environment that cannot be reached is first waited for
   (`environment_client.OPEN_PATIENCE_S`); that costs no attempt.
 
-After `max_attempts` in all, by whomever, a group is given up. A stop lets running groups end for
-`grace_s` and hands back what is left: whoever looks next begins it again. What could not be handed
-back reaches another worker when its lease lapses.
+After `max_attempts` in all, by whichever workers, a group is given up. A stop lets running groups
+end for `grace_s` and hands back what is left: whoever looks next begins it again. What could not be
+handed back reaches another worker when its lease lapses.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -56,9 +57,9 @@ class RolloutLimits(WorkerLimits):
 
     Attributes:
         max_concurrent_episodes: episodes in flight; groups are read while their episodes fit.
-        retry_delay_s: pause before the second attempt after an environment failed, half as much
-            more or less by chance; it doubles with every attempt.
-        grace_s: how long running groups may go on after a stop; what is not finished then is handed
+        retry_delay_s: pause before the second attempt after an environment failed, varied by chance
+            by up to half; it doubles with every attempt.
+        grace_s: how long running groups may go on after a stop. What is not finished then is handed
             back.
     """
 
@@ -124,9 +125,12 @@ class RolloutWorker:
         self._failure: BaseException | None = None
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """MAIN LOOP: read, play, publish and acknowledge, until a stop is asked for; then finish
-        what is in hand.
+        """MAIN LOOP: read, play, publish and acknowledge, until a stop is asked for.
+
+        Then what is in hand is finished, or handed back.
         """
+        # Before the first group: otherwise it would be sampled from the base, however late a worker
+        # joins the run.
         await self._policy.catch_up()
         async with self._background():
             self._health.mark_ready()
@@ -135,6 +139,8 @@ class RolloutWorker:
                     self._begin(delivery)
                 self._check_alive()
                 self._health.beat()
+            # What is left: no more is read or taken over, and `_drain` lets what runs come to its
+            # end.
             self._is_leaving = True
             self._health.mark_unready("draining")
             await self._drain()
@@ -142,6 +148,7 @@ class RolloutWorker:
     async def _read(self) -> list[Delivery]:
         room = self._room()
         if room < 1:
+            # Not longer than a read may block: the loop has to beat and to notice a stop.
             tasks = [hand.task for hand in self._in_hand]
             await asyncio.wait(
                 tasks, timeout=self._limits.read_block_s, return_when=asyncio.FIRST_COMPLETED
@@ -167,8 +174,9 @@ class RolloutWorker:
 
     @contextlib.asynccontextmanager
     async def _background(self) -> AsyncIterator[None]:
-        """Follow the policy, keep leases and report while the loop runs; a loop that dies takes the
-        worker along.
+        """Keep leases, switch policies and report while the body runs.
+
+        A loop that dies ends the worker.
         """
         over = asyncio.Event()
         loops = (self._keep_leases, self._policy.run, self._report)
@@ -180,17 +188,24 @@ class RolloutWorker:
                 task.add_done_callback(self._note_failure)
             yield
         finally:
+            # Also when a loop died: what is taken over from here on would be handed back by nobody.
+            self._is_leaving = True
             over.set()
-            unfinished = list(self._in_hand)
-            for hand in unfinished:
-                hand.task.cancel()
             # The loop that renews leases goes first: a renewal after the hand-back would undo it.
-            await asyncio.gather(*tasks[:1], return_exceptions=True)
-            await self._leases.hand_back([hand.delivery for hand in unfinished])
-            await asyncio.gather(
-                *tasks, *(hand.task for hand in unfinished), return_exceptions=True
-            )
+            await self._end_unfinished(keeping=tasks[:1])
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._check_alive()
+
+    async def _end_unfinished(self, keeping: Sequence[asyncio.Task[None]]) -> None:
+        """Cancel what is in hand; hand it back once the tasks `keeping` its leases have ended."""
+        unfinished = list(self._in_hand)
+        attempts = [hand.task for hand in unfinished]
+        for attempt in attempts:
+            attempt.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
+        # Before the attempts have closed their sessions, which may take a while: nobody waits.
+        await self._leases.hand_back([hand.delivery for hand in unfinished])
+        await asyncio.gather(*attempts, return_exceptions=True)
 
     async def _take_back(self) -> None:
         """Begin anew, before anything else, what an earlier life of this worker held."""
@@ -198,8 +213,9 @@ class RolloutWorker:
             self._begin_reclaimed(deliveries)
 
     async def _keep_leases(self, over: asyncio.Event) -> None:
-        """Renew what is in hand, take over what dead workers left: before new groups, hence without
-        room for them, too.
+        """Renew what is in hand, and take over what dead workers left.
+
+        That comes before new groups: it is taken over without room for new ones too.
         """
         await self._take_over()
         async for lost in self._leases.keep(self._list_in_hand, over):
@@ -217,12 +233,7 @@ class RolloutWorker:
     def _drop(self, lost: Collection[Delivery]) -> None:
         """End attempts whose lease is another's now."""
         for hand in list(self._in_hand):
-            # Not held and not lost: an attempt that is published already, or that the next one has
-            # replaced.
-            is_over = (
-                hand.is_ending or hand.is_waiting or hand.task.done() or hand.task.cancelling()
-            )
-            if hand.delivery in lost and not is_over:
+            if hand.delivery in lost and not hand.is_over:
                 log.warning(
                     "claim_lost",
                     entry_id=hand.delivery.entry_id,
@@ -266,20 +277,23 @@ class RolloutWorker:
         log.info("worker_drained", num_left=len(self._in_hand))
 
     def _room(self) -> int:
-        """Episodes that may be begun. Groups that wait for their next attempt take no room while
-        there are few of them.
+        """Episodes that may be begun.
+
+        Groups that wait for their next attempt take no room while there are few of them.
         """
         num_playing = sum(hand.num_episodes for hand in self._in_hand if not hand.is_waiting)
         return min(self._limits.max_concurrent_episodes - num_playing, self._room_in_hand())
 
     def _room_in_hand(self) -> int:
         """Episodes that may be held: twice as many as are played at once."""
+        # A bound, or a run whose environments all fail would gather groups that wait.
         num_held = sum(hand.num_episodes for hand in self._in_hand)
         return 2 * self._limits.max_concurrent_episodes - num_held
 
     def _max_groups(self, room: int) -> int:
-        """Groups that fit if all are as large as the largest seen; one until any was seen. Its
-        episodes wait for slots.
+        """Groups that fit if all are as large as the largest seen; one until any was seen.
+
+        Episodes that do not fit after all wait for slots.
         """
         return max(1, room // self._largest_group) if self._largest_group else 1
 
@@ -290,12 +304,14 @@ class RolloutWorker:
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
+        # The first one: those after it are mostly its consequences.
         if self._failure is None:
             self._failure = error
 
     def _check_alive(self) -> None:
-        """A dead engine, a lost bus or a dead background loop ends the service: it must not live on
-        half alive.
+        """Raises what has failed: a dead engine, a lost bus or a dead loop ends the service.
+
+        It must not live on half alive.
         """
         if self._failure is not None:
             raise self._failure

@@ -1,3 +1,1 @@
-"""The teacher: the policy that has read a hint. Scores the sampled tokens of trajectories under a
-privileged prompt.
-"""
+"""The teacher service: scores the sampled tokens of trajectories under privileged prompts."""

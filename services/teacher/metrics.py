@@ -165,5 +165,6 @@ class TeacherMetrics(Meters):
         """Values of a metric record: totals since start; rates and shares since the last call."""
         self._window.close()
         self.set(TOKENS_PER_S, self._window.rate(SCORED_TOKENS))
+        # The two clocks are read one after the other, so the share may come out just over 1.
         self.set(WAITING_SHARE, min(1.0, self._window.rate(WAITING_SECONDS)))
         return self.take_record()

@@ -1,7 +1,7 @@
-"""When a teacher loads which policy version: within its lag bound of the newest, sooner if cheap.
+"""Loads policy versions into a teacher: within its lag bound of the newest, sooner if cheap.
 
 A version that cannot be read is passed over (`sdar.weights.follower`): the newest one that can be
-read and is due is taken; where there is none, whoever asked waits for the next.
+read and is due is taken. Where there is none, the caller has to wait for the next.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from services.teacher.scorer import Scorer
 log = structlog.get_logger()
 
 EAGER_LOADING_SHARE = 0.2
-"""A version that is not due yet is loaded when loading has taken less than this share of the time
-since the last one.
+"""A version that is not due yet is loaded when the last load took less than this share of the time
+that has passed since.
 """
 
 
 class ScoringPolicy:
-    """Keeps a scorer within `max_lag` versions of the newest published policy; not safe for
-    concurrent calls.
+    """Keeps a scorer within `max_lag` versions of the newest published policy.
+
+    Not safe for concurrent calls.
 
     Args:
         max_lag: most versions behind the newest that a score may be made with.
@@ -73,8 +74,7 @@ class ScoringPolicy:
         return self.newest_version - self._scorer.teacher_version
 
     async def catch_up(self, min_version: int = 0) -> None:
-        """Return with a scorer of at least `min_version`, at most `max_lag` behind the newest
-        policy.
+        """Bring the scorer to at least `min_version`, and to `max_lag` behind the newest policy.
 
         Within those bounds the newest version is taken as well while loading is cheap beside the
         rest of the work.
@@ -85,24 +85,26 @@ class ScoringPolicy:
         """
         await self._published.read()
         if self.newest_version < min_version:
-            raise StaleError(
-                f"The teacher knows policy versions up to {self.newest_version}, version "
-                f"{min_version} is asked for. "
-                "Repeat when it is published, or ask for an older one.",
-                newest_version=self.newest_version,
-                min_version=min_version,
-            )
+            raise self._build_stale_error(min_version)
         least = max(min_version, self.newest_version - self._max_lag)
         if self._scorer.teacher_version < least:
             await self._load(least)
         elif self.lag and self._is_loading_cheap():
             await self._load_eagerly()
 
+    def _build_stale_error(self, min_version: int) -> StaleError:
+        return StaleError(
+            f"The teacher knows policy versions up to {self.newest_version}, version "
+            f"{min_version} is asked for. Repeat when it is published, or ask for an older one.",
+            newest_version=self.newest_version,
+            min_version=min_version,
+        )
+
     def _is_loading_cheap(self) -> bool:
         return self.last_load_s < EAGER_LOADING_SHARE * (self._clock() - self._tried_at)
 
     async def _load_eagerly(self) -> None:
-        """Load the newest version; that it cannot be read is no trouble yet."""
+        """Load the newest version. One that cannot be read is no trouble yet: none is due."""
         try:
             await self._load(self.newest_version)
         except WeightsUnavailableError as error:
@@ -114,16 +116,22 @@ class ScoringPolicy:
             )
 
     async def _load(self, least: int) -> None:
-        """Load the newest version that can be read, of at least `least`; one that is published
-        meanwhile is newer still.
+        """Load the newest version that can be read, of at least `least`.
+
+        Raises:
+            WeightsUnavailableError: there is none.
         """
+        # What could not be read before may be readable now: a store may only have been away.
         self._published.forgive()
         reasons: list[str] = []
         while (version := self._published.find_usable(least)) is not None:
             if await self._published.load(version, self._install):
                 return
             reasons.append(str(self._published.get_refusal(version)))
+            # Loading takes long: a version that was published meanwhile is newer still.
             await self._published.read()
+            # What was published meanwhile may put the next candidate past the bound.
+            least = max(least, self.newest_version - self._max_lag)
         raise WeightsUnavailableError(
             f"No policy version from {least} to {self.newest_version} can be read: {reasons[0]}"
         )
@@ -134,6 +142,7 @@ class ScoringPolicy:
             async with self.pins.loading(manifest.policy_version):
                 await self._scorer.update_weights(manifest)
         finally:
+            # A load that failed counts too: otherwise each batch would try it again.
             self._tried_at = self._clock()
             self.last_load_s = self._tried_at - started_at
         self._metrics.observe(WEIGHT_LOAD_SECONDS, self.last_load_s)

@@ -1,7 +1,7 @@
-"""The choice of skills for a task: a retrieval kind's, swapped for wrong ones in an experiment.
+"""Chooses the skills for a task, by a retrieval kind; an experiment may have wrong ones shown.
 
-`prepare` first, which may wait for the bus, then `retrieve`, which only looks up. What each kind
-chooses by is in `retrieval_kinds`.
+Call `prepare` first, which may wait for the bus, then `retrieve`, which only looks up. What each
+kind chooses by is in `retrieval_kinds`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class Retriever:
         )
 
     async def prepare(self, task: Task, key: str) -> None:
-        """To be called before `retrieve`: ucb agrees with the run's other teachers on what the key
-        gets, once.
+        """To be called before `retrieve`.
+
+        Kind ucb agrees with the run's other teachers on what the key gets, once.
 
         Raises:
             BusUnavailableError: they cannot be asked.
@@ -101,8 +102,9 @@ class Retriever:
         await self._choice.prepare(task, key)
 
     def retrieve(self, task: Task, key: str) -> Retrieval:
-        """Skills for a task. `key` (the group id) seeds every draw, so that all episodes of a group
-        see the same text.
+        """Skills for a task.
+
+        `key`, the group id, seeds every draw: all episodes of a group see the same text.
         """
         if not self._choice.shows_skills:
             return Retrieval((), (), self.kind)
@@ -118,6 +120,7 @@ class Retriever:
         candidates = []
         for task_type in self.skill_library.task_types:
             skills = self._sources.list_of_type(task_type)[: self._sources.num_skills]
+            # A skill may be for several types, so another type's may still be right.
             wrong = [skill for skill in skills if task.task_type not in skill.task_types]
             if wrong and not set(wrong) & set(right):
                 candidates.append(wrong)
@@ -133,4 +136,5 @@ class Retriever:
 
 def _draw(key: str) -> float:
     """A number in [0, 1) that depends on the key alone, on every machine."""
+    # Six bytes fit a float's mantissa exactly. Python's own `hash` differs between processes.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48

@@ -1,6 +1,6 @@
-"""Privileged contexts to log-probs of the sampled tokens, and the weights that do it.
+"""Computes teacher log-probs of sampled tokens from privileged contexts, and holds the weights.
 
-Which skills, and when weights are due, is decided elsewhere.
+Which skills are shown, and when weights are due, is decided elsewhere.
 
 Axes: N sampled tokens of a micro-batch, T sampled tokens of a turn.
 """
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sdar.algorithms.batching import build_microbatches, split_by_turn
+from sdar.algorithms.batching import TokenSequence, build_microbatches, split_by_turn
 from sdar.algorithms.logprobs import TokenScorer
 from sdar.contracts.errors import ContractError
 from sdar.contracts.types import LogProbs, WeightsManifest
@@ -36,8 +36,9 @@ class WeightReader(Protocol):
 
 
 class Scorer(Protocol):
-    """What a teacher needs of an engine. One caller at a time: scoring and weight updates never
-    overlap.
+    """What a teacher needs of an engine.
+
+    One caller at a time: scoring and weight updates never overlap.
     """
 
     @property
@@ -46,8 +47,9 @@ class Scorer(Protocol):
 
     @property
     def teacher_version(self) -> int:
-        """The policy version that scores. The weights an engine starts with are version 0, the
-        run's base.
+        """The policy version that scores.
+
+        The weights an engine starts with are version 0, the run's base.
         """
 
     async def start(self) -> None: ...
@@ -59,8 +61,9 @@ class Scorer(Protocol):
         """Raises ContractError for a context that no weights let this scorer score."""
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
-        """Log-probs of every context's sampled tokens, of the distribution they were drawn from
-        (temperature applied).
+        """Log-probs of every context's sampled tokens, in the order of the contexts.
+
+        They are of the distribution that the tokens were drawn from: temperature is applied.
         """
 
     async def update_weights(self, manifest: WeightsManifest) -> None:
@@ -112,6 +115,7 @@ class TransformersScorer:
         check_vocabulary(context, self._vocabulary_size)
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
+        # A forward pass divides all its logits by one temperature.
         by_temperature: defaultdict[float, list[int]] = defaultdict(list)
         for index, context in enumerate(contexts):
             by_temperature[context.trajectory.sampling.temperature].append(index)
@@ -141,12 +145,8 @@ class TransformersScorer:
         scorer = TokenScorer(
             self._causal_lm, temperature=temperature, chunk_size=self._chunk_tokens
         )
-        sequences = [
-            piece
-            for index, context in enumerate(contexts)
-            for piece in context.build_sequences(index)
-        ]
-        (micro_batches,) = build_microbatches(sequences, self._batch_tokens)
+        # One list of micro-batches, for there is one device; the learner has one a rank.
+        (micro_batches,) = build_microbatches(build_sequences(contexts), self._batch_tokens)
         device = self._causal_lm.device
         values = []
         for micro_batch in micro_batches:
@@ -154,36 +154,42 @@ class TransformersScorer:
                 micro_batch.input_ids.to(device), micro_batch.response_mask.to(device)
             )
             values.append(logprobs.float().cpu().numpy())
-        return split_by_turn(
-            micro_batches, values, [len(context.trajectory.turns) for context in contexts]
-        )
+        num_turns = [len(context.trajectory.turns) for context in contexts]
+        return split_by_turn(micro_batches, values, num_turns)
+
+
+def build_sequences(contexts: Sequence[PrivilegedContext]) -> list[TokenSequence]:
+    """The sequences of all contexts; each has the index of its context as its trajectory's."""
+    sequences: list[TokenSequence] = []
+    for index, context in enumerate(contexts):
+        sequences += context.build_sequences(index)
+    return sequences
 
 
 def check_temperature(context: PrivilegedContext) -> None:
-    """Raises ContractError for greedy or top-p sampling: those tokens were not drawn from the full
-    distribution.
+    """Raises ContractError for greedy or top-p sampling.
+
+    Such tokens were not drawn from the full distribution, which a log-prob is of.
     """
     sampling = context.trajectory.sampling
     if sampling.temperature <= 0 or sampling.top_p != 1:
         raise ContractError(
             f"Trajectory {context.trajectory.trajectory_id} was sampled with temperature "
-            f"{sampling.temperature} and top_p "
-            f"{sampling.top_p}; its tokens have no log-probs to compare with. Score training "
-            "episodes, sampled with "
-            "temperature > 0 and top_p 1."
+            f"{sampling.temperature} and top_p {sampling.top_p}; its tokens have no log-probs to "
+            "compare with. Score training episodes, sampled with temperature > 0 and top_p 1."
         )
 
 
 def check_vocabulary(context: PrivilegedContext, vocabulary_size: int) -> None:
-    """Raises ContractError for a token id that the model does not know: on an accelerator it would
-    end the process.
+    """Raises ContractError for a token id that the model does not know.
+
+    On an accelerator it would end the process.
     """
     for turn in context.trajectory.turns:
         for token_ids in (turn.prompt_token_ids, turn.response_token_ids):
             if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocabulary_size:
                 raise ContractError(
                     f"Trajectory {context.trajectory.trajectory_id} turn {turn.turn_index} holds "
-                    "token ids up to "
-                    f"{token_ids.max()}, the model knows {vocabulary_size}. Give rollout and "
-                    "teacher the same model.path."
+                    f"token ids up to {token_ids.max()}, the model knows {vocabulary_size}. Give "
+                    "rollout and teacher the same model.path."
                 )

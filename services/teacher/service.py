@@ -38,15 +38,18 @@ from services.teacher.worker import TeacherLimits, TeacherWorker
 _MAX_SILENCE_S = 300.0
 """Longest healthy silence of the main loop: a commit may wait two minutes for the learner."""
 _FORWARDS_PER_BATCH = 4
+"""Forward passes of one batch of the main loop, see `TeacherLimits.batch_tokens`."""
 _DRAIN_S = 5.0
 
 
 async def serve(config: RunConfig, settings: Settings) -> None:
-    """Score for a run until SIGTERM. A method without a teacher still has skills handed out and
-    scores made on demand.
+    """Score for a run until SIGTERM.
+
+    A method without a teacher still has skills handed out and scores made on demand.
 
     Raises:
-        ConfigurationError: model or skill library cannot be used. ConflictError: a port is taken.
+        ConfigurationError: model or skill library cannot be used.
+        ConflictError: a port is taken.
     """
     health = Health(max_silence_s=_MAX_SILENCE_S)
     async with contextlib.AsyncExitStack() as cleanup:
@@ -62,22 +65,14 @@ async def serve(config: RunConfig, settings: Settings) -> None:
 
 
 def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -> Scorer:
-    """The scorer a configuration asks for, with the base weights; `weights` serves the transformers
-    scorer.
+    """The scorer a configuration asks for, with the base weights.
+
+    Args:
+        weights: read by the transformers scorer; vLLM's processes open the store themselves.
     """
     teacher = config.teacher
     if teacher.scorer == "vllm":
-        return VllmScorer(
-            config.model.path,
-            dtype=config.model.dtype,
-            max_sequence_tokens=config.model.max_sequence_tokens,
-            batch_tokens=teacher.batch_tokens,
-            weight_store_url=settings.weights_url,
-            run_id=config.name,
-            tensor_parallel_size=teacher.tensor_parallel_size,
-            kv_cache_gib=config.rollout.kv_cache_gib,
-            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        )
+        return _build_vllm_scorer(config, settings)
     torch.set_num_threads(teacher.num_threads)
     model = load_causal_lm(config.model.path, config.model.dtype)
     if torch.cuda.is_available():
@@ -85,6 +80,20 @@ def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -
     chunk_tokens = config.training.logprob_chunk_tokens
     return TransformersScorer(
         model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens
+    )
+
+
+def _build_vllm_scorer(config: RunConfig, settings: Settings) -> VllmScorer:
+    return VllmScorer(
+        config.model.path,
+        dtype=config.model.dtype,
+        max_sequence_tokens=config.model.max_sequence_tokens,
+        batch_tokens=config.teacher.batch_tokens,
+        weight_store_url=settings.weights_url,
+        run_id=config.name,
+        tensor_parallel_size=config.teacher.tensor_parallel_size,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
     )
 
 
@@ -147,6 +156,7 @@ async def _run(
     )
 
     async def answer(stopping: asyncio.Event) -> None:
+        # Ready only with weights within the lag bound: what asks meanwhile would have to wait.
         await server.start()
         await retry_while_unavailable(teacher.catch_up, stopping, what="policy weights")
         health.mark_ready()

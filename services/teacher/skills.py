@@ -1,4 +1,4 @@
-"""The skill library: read from its directory, checked, its content named by a hash.
+"""Reads the skill library from its directory, checks it, and names its content by a hash.
 
 A library is a directory with an `index.yaml`, a list of entries::
 
@@ -28,8 +28,9 @@ from sdar.contracts.errors import ConfigurationError
 
 INDEX_FILE = "index.yaml"
 SHIPPED_LIBRARIES = Path(services.__file__).resolve().parent.parent / "skills"
-"""skills/ beside the `services` package: in a checkout, an editable installation and the container
-image alike.
+"""skills/ beside the `services` package.
+
+It is there in a checkout, an editable installation and the container image alike.
 """
 
 
@@ -55,12 +56,14 @@ class SkillLibrary:
 
     @cached_property
     def content_hash(self) -> str:
-        """16 hex digits over every id, title, type and text, in order: scores under another library
-        are not comparable.
+        """16 hex digits over every id, title, type and text, in order.
+
+        Scores under another library are not comparable.
         """
         digest = hashlib.sha256()
         for skill in self.skills:
             for part in (skill.skill_id, skill.title, skill.text, *skill.task_types):
+                # Its length first: two skills whose parts read alike in a row differ.
                 data = part.encode()
                 digest.update(len(data).to_bytes(8, "little") + data)
             digest.update(b"\n")
@@ -97,8 +100,9 @@ _INDEX = TypeAdapter(list[_IndexEntry])
 
 
 def open_skill_library(config: RunConfig) -> SkillLibrary:
-    """The library of a run: `teacher.skills`, else the shipped one of its environment; with
-    retrieval `none` an empty one.
+    """The library of a run: `teacher.skills`, else the shipped one of its environment.
+
+    With retrieval `none` it is empty, and nothing is read.
 
     Raises:
         ConfigurationError: see `load_skill_library`.
@@ -127,9 +131,7 @@ def load_skill_library(directory: Path) -> SkillLibrary:
 
 
 def format_skills(skills: Sequence[Skill]) -> str:
-    """The text that a prompt shows: the skills in order, an empty line between two; empty without
-    skills.
-    """
+    """The text that a prompt shows: the skills in order, an empty line between two."""
     return "\n\n".join(skill.text for skill in skills)
 
 
@@ -140,18 +142,13 @@ def _read_index(path: Path) -> list[_IndexEntry]:
     except OSError as error:
         raise ConfigurationError(
             f"Cannot read the skill library's index {path}: {error.strerror}. Point teacher.skills "
-            "at a directory with an "
-            f"{INDEX_FILE}, or set teacher.retrieval: none."
+            f"at a directory with an {INDEX_FILE}, or set teacher.retrieval: none."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'index'}: {p['msg']}, got {p['input']!r}"
-            for p in error.errors()
-        )
         raise ConfigurationError(
-            f"{path}: {problems}. List entries of id, title, kind, task_types, file."
+            f"{path}: {_describe(error)}. List entries of id, title, kind, task_types, file."
         ) from error
     if not entries:
         raise ConfigurationError(
@@ -160,8 +157,32 @@ def _read_index(path: Path) -> list[_IndexEntry]:
     return entries
 
 
+def _describe(error: ValidationError) -> str:
+    """All problems of an index: where each is, what is wrong, what was found."""
+    problems = []
+    for problem in error.errors():
+        place = ".".join(map(str, problem["loc"])) or "index"
+        problems.append(f"{place}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(problems)
+
+
 def _read_skill(directory: Path, entry: _IndexEntry) -> Skill:
     where = f"{directory / INDEX_FILE}: skill {entry.id}"
+    _check_kind(entry, where)
+    text = _read_text(directory, entry, where)
+    # The heading is for people who browse the library; prompts show what stands below.
+    if text.startswith("# "):
+        text = text.partition("\n")[2]
+    if not text.strip():
+        path = (directory / entry.file).resolve()
+        raise ConfigurationError(
+            f"{where}: {path} holds no text below its heading. An empty skill would teach nothing; "
+            "write it."
+        )
+    return Skill(entry.id, entry.title, text.strip(), entry.task_types)
+
+
+def _check_kind(entry: _IndexEntry, where: str) -> None:
     if (entry.kind == "specific") != bool(entry.task_types):
         fix = (
             "Name the task types it is for"
@@ -171,13 +192,17 @@ def _read_skill(directory: Path, entry: _IndexEntry) -> Skill:
         raise ConfigurationError(
             f"{where} is {entry.kind} with task_types {list(entry.task_types)}. {fix}."
         )
+
+
+def _read_text(directory: Path, entry: _IndexEntry, where: str) -> str:
     path = (directory / entry.file).resolve()
+    # After links are resolved: a library must not bring other files of the machine into prompts.
     if not path.is_relative_to(directory.resolve()):
         raise ConfigurationError(
             f"{where} names {entry.file}, outside the library. Move the file into {directory}."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(
             f"{where}: cannot read {path}: {error.strerror}. Add the file or correct the entry."
@@ -186,11 +211,3 @@ def _read_skill(directory: Path, entry: _IndexEntry) -> Skill:
         raise ConfigurationError(
             f"{where}: {path} is not UTF-8 text: {error}. Save it as UTF-8."
         ) from error
-    if text.startswith("# "):
-        text = text.partition("\n")[2]
-    if not text.strip():
-        raise ConfigurationError(
-            f"{where}: {path} holds no text below its heading. An empty skill would teach nothing; "
-            "write it."
-        )
-    return Skill(entry.id, entry.title, text.strip(), entry.task_types)

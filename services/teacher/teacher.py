@@ -1,4 +1,4 @@
-"""One teacher: trajectories in, scored ones out, by the rules on skills, prompt length and lag."""
+"""Turns trajectories into scored ones, by the rules on skills, prompt length and lag."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ log = structlog.get_logger()
 
 
 class Teacher:
-    """Retrieves, builds privileged prompts, keeps its weights within the lag bound, scores. Calls
-    may overlap; they queue.
+    """Retrieves skills, builds privileged prompts, keeps its weights within the lag bound, scores.
+
+    Calls may overlap; they queue.
     """
 
     def __init__(
@@ -69,9 +70,7 @@ class Teacher:
         await self._policy.pins.keep(stopping)
 
     async def retrieve(self, task: Task, key: str) -> Retrieval:
-        """The skills for a task, as a student that may see them gets them; misses are counted and
-        reported.
-        """
+        """The skills for a task, for a student that may see them; misses are counted and logged."""
         await self.contexts.retriever.prepare(task, key)
         # In a thread: a sentence model may have to read the task first.
         retrieval = await asyncio.to_thread(self.contexts.retriever.retrieve, task, key)
@@ -79,9 +78,11 @@ class Teacher:
         return retrieval
 
     def list_outcomes(self, scored: Sequence[ScoredTrajectory]) -> Publications:
-        """What the next choices of skills learn from these episodes; to be published together with
-        their scores.
+        """What the next choices of skills learn from these episodes.
+
+        To be published together with their scores.
         """
+        # No other kind learns, and nobody would read the stream.
         if self.contexts.retriever.kind != "ucb":
             return {}
         outcomes = [
@@ -94,8 +95,7 @@ class Teacher:
     async def score(
         self, trajectories: Sequence[Trajectory], min_teacher_version: int = 0
     ) -> list[ScoredTrajectory | SdarError]:
-        """Score each trajectory; one that cannot be scored yields its error and leaves the others
-        alone.
+        """Score each trajectory, in order. One that cannot be scored yields its error instead.
 
         All scores come from one policy version: at least `min_teacher_version`, at most `max_lag`
         behind the newest published policy and behind the newest that sampled any of these tokens.
@@ -104,35 +104,45 @@ class Teacher:
             StaleError: that version has not been published yet.
             UnavailableError: it cannot be loaded, or the bus is away.
         """
+        # A tokenizer serves one thread at a time, so prompts are built inside the turnstile too.
         async with self._turnstile:
-            retrieving_at_s = time.time()
-            for group_id, task in {
-                trajectory.group_id: trajectory.task for trajectory in trajectories
-            }.items():
-                await self.contexts.retriever.prepare(task, group_id)
-            # A tokenizer serves one thread at a time, so prompts are built inside the turnstile
-            # too.
-            built = await asyncio.to_thread(
-                lambda: [self._build(trajectory) for trajectory in trajectories]
-            )
+            built = await self._build_contexts(trajectories)
             contexts = [context for context in built if isinstance(context, PrivilegedContext)]
-            _trace_retrieval(contexts, retrieving_at_s)
-            sampled_by = max(
-                (context.trajectory.max_policy_version for context in contexts), default=0
-            )
+            versions = [context.trajectory.max_policy_version for context in contexts]
+            sampled_by = max(versions, default=0)
+            # The lag bound holds against what sampled the tokens as well as against the newest.
             await self._policy.catch_up(max(min_teacher_version, sampled_by - self._max_lag))
             version = self._scorer.teacher_version
             self.metrics.observe_version(version, self._policy.lag)
-            started_at, scoring_at_s = time.monotonic(), time.time()
-            logprobs = await self._scorer.score(contexts)
-            self.metrics.observe(SCORING_SECONDS, time.monotonic() - started_at)
-            _trace_scores(contexts, scoring_at_s, version)
-        scored = iter(
-            [self._attach(*pair, version) for pair in zip(contexts, logprobs, strict=True)]
-        )
+            logprobs = await self._compute_logprobs(contexts)
+        pairs = zip(contexts, logprobs, strict=True)
+        scored = iter([self._attach(*pair, version) for pair in pairs])
+        # Each in the place of its trajectory, between those that could not be scored.
         return [
             next(scored) if isinstance(context, PrivilegedContext) else context for context in built
         ]
+
+    async def _build_contexts(
+        self, trajectories: Sequence[Trajectory]
+    ) -> list[PrivilegedContext | SdarError]:
+        began_s = time.time()
+        tasks = {trajectory.group_id: trajectory.task for trajectory in trajectories}
+        for group_id, task in tasks.items():
+            await self.contexts.retriever.prepare(task, group_id)
+        # In a thread: rendering takes long enough to keep the event loop from its health checks.
+        built = await asyncio.to_thread(
+            lambda: [self._build(trajectory) for trajectory in trajectories]
+        )
+        _trace_retrieval(built, began_s)
+        return built
+
+    async def _compute_logprobs(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
+        started_at = time.monotonic()
+        began_s = time.time()
+        logprobs = await self._scorer.score(contexts)
+        self.metrics.observe(SCORING_SECONDS, time.monotonic() - started_at)
+        _trace_scores(contexts, began_s, self._scorer.teacher_version)
+        return logprobs
 
     def _build(self, trajectory: Trajectory) -> PrivilegedContext | SdarError:
         try:
@@ -145,15 +155,10 @@ class Teacher:
     def _attach(
         self, context: PrivilegedContext, logprobs: TurnLogProbs, version: int
     ) -> ScoredTrajectory | SdarError:
-        trajectory, retrieval = context.trajectory, context.retrieval
+        trajectory = context.trajectory
+        retrieval = context.retrieval
         if not all(np.isfinite(values).all() for values in logprobs):
-            return CorruptionError(
-                f"Trajectory {trajectory.trajectory_id}: the teacher's log-probs under policy "
-                f"version {version} are not all "
-                "finite. Look at that version's training: its weights diverged.",
-                trajectory_id=trajectory.trajectory_id,
-                teacher_version=version,
-            )
+            return _build_divergence_error(trajectory, version)
         self._count(context)
         score = TeacherScore(
             trajectory_id=trajectory.trajectory_id,
@@ -169,7 +174,7 @@ class Teacher:
         return ScoredTrajectory(trajectory, score)
 
     def _count(self, context: PrivilegedContext) -> None:
-        trajectory, retrieval = context.trajectory, context.retrieval
+        trajectory = context.trajectory
         self.metrics.count(SCORED_TRAJECTORIES)
         self.metrics.count(SCORED_TOKENS, trajectory.num_response_tokens)
         self.metrics.count(CONTEXT_TOKENS, context.num_tokens)
@@ -181,11 +186,12 @@ class Teacher:
                 num_dropped=context.num_dropped_skills,
                 fix="raise model.max_sequence_tokens or shorten the skills",
             )
-        self._note_retrieval(trajectory.task, retrieval)
+        self._note_retrieval(trajectory.task, context.retrieval)
 
     def _note_retrieval(self, task: Task, retrieval: Retrieval) -> None:
-        """Count, and warn once a task type: a teacher without the specific skill would in silence
-        teach little.
+        """Count misses and swaps; warn of a miss once for each task type.
+
+        A teacher without a specific skill teaches little, and nothing else would show it.
         """
         self.metrics.count(SWAPPED_CONTEXTS, retrieval.is_swapped)
         self.metrics.count(RETRIEVAL_MISSES, retrieval.is_miss)
@@ -203,8 +209,10 @@ class Teacher:
             )
 
 
-def _trace_retrieval(contexts: Sequence[PrivilegedContext], began_s: float) -> None:
-    for context in contexts:
+def _trace_retrieval(built: Sequence[PrivilegedContext | SdarError], began_s: float) -> None:
+    for context in built:
+        if not isinstance(context, PrivilegedContext):
+            continue
         tracing.record(
             "teacher.retrieve",
             context.trajectory.group_id,
@@ -231,10 +239,18 @@ def _trace_scores(contexts: Sequence[PrivilegedContext], began_s: float, version
         )
 
 
+def _build_divergence_error(trajectory: Trajectory, version: int) -> CorruptionError:
+    return CorruptionError(
+        f"Trajectory {trajectory.trajectory_id}: the teacher's log-probs under policy version "
+        f"{version} are not all finite. Look at that version's training: its weights diverged.",
+        trajectory_id=trajectory.trajectory_id,
+        teacher_version=version,
+    )
+
+
 def _describe_outcome(trajectory: Trajectory, score: TeacherScore) -> SkillOutcome:
-    """What was really shown, after skills were dropped; general skills, which every task gets, come
-    first and are left out.
-    """
+    """How an episode ended, and the specific skills that were really shown for it."""
+    # General skills, which every task gets, come first and are left out.
     shown = score.skill_ids[len(score.skill_ids) - score.num_specific_skills :]
     return SkillOutcome(
         trajectory.trajectory_id, trajectory.task.task_type, shown, trajectory.is_success

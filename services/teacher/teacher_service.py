@@ -1,4 +1,4 @@
-"""TeacherService over gRPC: scores on demand, and the skills that hints are made of."""
+"""TeacherService over gRPC: scores trajectories on demand, and hands out skills."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: teacher_pb2.ScoreRequest, context: Any
     ) -> teacher_pb2.ScoreResponse:
         """A repeated request id gets the first one's answer, even while that is being made."""
+        # Shielded: a caller that hangs up and repeats finds the answer it missed.
         score = await asyncio.shield(self._start_or_join(request))
         return teacher_pb2.ScoreResponse(
             request_id=request.request_id, score=teacher_score_to_proto(score)
@@ -61,20 +62,18 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 f"request_id has {len(request.request_id)} characters, the limit is "
                 f"{MAX_REQUEST_ID_CHARACTERS}. Shorten it."
             )
+        # Compared by hash: the answers kept must not keep their requests in memory too.
         content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         known = self._answers.get(request.request_id) if request.request_id else None
         if known is not None and known[0] != content:
-            raise ConflictError(
-                f"Request id {request.request_id!r} was used for another request. Choose a new one "
-                "for each request.",
-                request_id=request.request_id,
-            )
+            raise _build_conflict(request.request_id)
         if known is not None and not _has_failed(known[1]):
             return known[1]
         trajectory = trajectory_from_proto(request.trajectory)
         task = asyncio.create_task(
             self._score(trajectory, request.min_teacher_version, request.request_id)
         )
+        # A request without an id is not kept: nobody can ask for its answer again.
         if request.request_id:
             task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
             self._answers[request.request_id] = (content, task)
@@ -97,6 +96,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         assert outcome.score is not None  # The teacher attaches one to everything it returns.
         log.info("scored_on_demand", request_id=request_id, trajectory_id=trajectory.trajectory_id)
         return outcome.score
+
+
+def _build_conflict(request_id: str) -> ConflictError:
+    return ConflictError(
+        f"Request id {request_id!r} was used for another request. Choose a new one for each "
+        "request.",
+        request_id=request_id,
+    )
 
 
 def _has_failed(task: asyncio.Task[TeacherScore]) -> bool:

@@ -1,8 +1,8 @@
 """What retrieval kind ucb has learned: which skills each group got, and how its episodes ended.
 
 All of it is one stream of events, `skill_events`, that every teacher reads from its beginning. The
-state is a fold over the newest of them, so teachers agree and a restart forgets nothing; older ones
-are forgotten, as the policy has moved on.
+state follows from the newest of them alone, so teachers agree and a restart forgets nothing. Older
+ones are forgotten, for they are about a policy of long ago.
 
 - A choice is made by publishing it. Of two teachers that choose for the same group, the one that
   Redis put first is right.
@@ -79,14 +79,19 @@ class SkillUtility:
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     async def choose(self, key: str, task_type: str, skill_ids: Sequence[str], count: int) -> None:
-        """See to it that `key` has its choice: the one that stands, or the `count` best of
-        `skill_ids`, ties in their order.
+        """Make sure that `key` has its choice.
+
+        It is the one that was published first. Without any, the `count` best of `skill_ids` are
+        proposed, ties in their order.
 
         Raises:
             BusUnavailableError: the choice cannot be shared, so none is made.
         """
         async with self._turnstile:
             await self._follow()
+            # Published, then read back: another teacher's proposal may come before this one, and
+            # whichever is first in the stream stands. More than one turn is needed only where this
+            # one has been forgotten again.
             while key not in self._choices:
                 best = sorted(
                     skill_ids, key=lambda skill_id: -self.compute_score(task_type, skill_id)
@@ -104,6 +109,7 @@ class SkillUtility:
         if not tally.num_groups:
             return math.inf
         mean = tally.num_successes / max(tally.num_outcomes, 1)
+        # The bonus shrinks as the skill is given more often than others of its type.
         return mean + self._exploration * math.sqrt(
             math.log(self._num_groups[task_type]) / tally.num_groups
         )
@@ -141,6 +147,7 @@ class SkillUtility:
             self._outcomes.remove(event.trajectory_id)
 
     def _count(self, event: SkillChoice | SkillOutcome, sign: int) -> None:
+        # Of a forgotten event with sign -1, so that the tallies are those of the events kept.
         tallies = [
             self._tallies.setdefault((event.task_type, skill_id), _Tally())
             for skill_id in event.skill_ids

@@ -1,6 +1,6 @@
-"""Scoring with vLLM, for models that span several GPUs.
+"""Scores with vLLM, for models that span several GPUs.
 
-Its log-probs differ from the learner's as the engines differ.
+Its log-probs differ from the learner's by what the two engines differ.
 
 Axes: L tokens of a sequence, N sampled tokens of a sequence.
 """
@@ -27,7 +27,12 @@ from sdar.engines.vllm_weights import (
     memory_arguments,
 )
 from services.teacher.context import PrivilegedContext
-from services.teacher.scorer import TurnLogProbs, check_temperature, check_vocabulary
+from services.teacher.scorer import (
+    TurnLogProbs,
+    build_sequences,
+    check_temperature,
+    check_vocabulary,
+)
 
 log = structlog.get_logger()
 
@@ -35,8 +40,9 @@ _NUM_CONCURRENT_SEQUENCES = 64
 
 
 class VllmScorer:
-    """`Scorer` on vLLM's prompt log-probs, which are of the untempered distribution: it serves
-    temperature 1 only.
+    """`Scorer` on vLLM's prompt log-probs.
+
+    They are of the untempered distribution, so it serves temperature 1 only.
 
     Args:
         model_path: directory or hub name of the model whose weights are version 0.
@@ -112,6 +118,7 @@ class VllmScorer:
         )
 
     async def stop(self) -> None:
+        # Taken away first, so that a second call finds nothing.
         llm, self._llm = self._llm, None
         if llm is not None:
             close_llm(llm)
@@ -123,20 +130,16 @@ class VllmScorer:
         if temperature != 1:
             raise ContractError(
                 f"Trajectory {context.trajectory.trajectory_id} was sampled at temperature "
-                f"{temperature}; vLLM's prompt "
-                "log-probs are those of temperature 1. Use teacher.scorer transformers, or "
-                "rollout.temperature 1."
+                f"{temperature}; vLLM's prompt log-probs are those of temperature 1. Use "
+                "teacher.scorer transformers, or rollout.temperature 1."
             )
 
     async def score(self, contexts: Sequence[PrivilegedContext]) -> list[TurnLogProbs]:
-        sequences = [
-            piece
-            for index, context in enumerate(contexts)
-            for piece in context.build_sequences(index)
-        ]
+        sequences = build_sequences(contexts)
         turns = [[np.empty(0, np.float32)] * len(context.trajectory.turns) for context in contexts]
         with engine_errors():
             scored = await asyncio.gather(*map(self._score_sequence, sequences))
+        # A sequence holds one turn, or several that extend each other.
         for sequence, logprobs in zip(sequences, scored, strict=True):
             for turn_index in np.unique(sequence.turn_index):
                 turns[sequence.trajectory_index][turn_index] = logprobs[
@@ -150,6 +153,7 @@ class VllmScorer:
 
     async def _update_weights(self, manifest: WeightsManifest) -> None:
         llm = self._require_llm()
+        # Staged beside the weights in use, then installed: what cannot be read changes nothing.
         with engine_errors():
             await self._weights.stage(llm, manifest)
             await self._weights.install(llm, manifest.policy_version)
@@ -157,29 +161,17 @@ class VllmScorer:
 
     async def _score_sequence(self, sequence: TokenSequence) -> LogProbs:
         """Log-probs [N] of one sequence's sampled tokens."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,  # the prompt's own tokens only
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         prompt = {"type": "token", "prompt_token_ids": sequence.token_ids.tolist()}
-        async for output in self._require_llm().generate(
-            prompt, parameters, next(self._request_ids)
-        ):
+        outputs = self._require_llm().generate(prompt, _build_parameters(), next(self._request_ids))
+        async for output in outputs:
             final = output
         # Nothing predicts the first token, so the flat list starts with the second one's.
         logprobs = np.asarray(final.prompt_logprobs.logprobs, np.float32)
         if len(logprobs) != sequence.num_tokens - 1:
             raise EngineFailedError(
                 f"vLLM returned {len(logprobs)} log-probs for a prompt of {sequence.num_tokens} "
-                "tokens, expected one for each "
-                "but the first. Use the vLLM version this project pins."
+                "tokens, expected one for each but the first. Use the vLLM version this project "
+                "pins."
             )
         return logprobs[sequence.response_mask[1:]]
 
@@ -191,3 +183,18 @@ class VllmScorer:
                 "The engine has died; its log on stderr says why. Restart the service."
             )
         return self._llm
+
+
+def _build_parameters() -> Any:
+    """Log-probs of the prompt, and the one token that vLLM insists on sampling."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,  # the prompt's own tokens only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

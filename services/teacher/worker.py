@@ -1,8 +1,8 @@
-"""The teacher's MAIN LOOP: trajectories off one stream, scored trajectories onto the next.
+"""The teacher's MAIN LOOP: reads trajectories, has them scored, publishes the scored ones.
 
 A score gets in once: of a batch whose leases were lost in part, what is still held is published,
-and the rest belongs to the teacher that took it. An episode that cannot be scored fails its whole
-group, whose other scores the learner drops.
+and the rest belongs to the teacher that took it over. An episode that cannot be scored fails its
+whole task group, whose other scores the learner drops.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ from services.teacher.teacher import Teacher
 
 log = structlog.get_logger()
 
+_FIRST_BATCH = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherLimits(WorkerLimits):
@@ -61,8 +63,8 @@ class TeacherLimits(WorkerLimits):
 
     Attributes:
         batch_tokens: context tokens read at once, several forward passes' worth: enough to batch
-            well, and no batch so long that its scores are late. Known only by the mean of what came
-            before, so it is a target.
+            well, and no batch so long that its scores are late. How long entries are is known only
+            from the mean of those before, so it is a target.
         max_batch: most trajectories read at once.
     """
 
@@ -132,8 +134,7 @@ class TeacherWorker:
                 continue
             async with self._leases.holding(deliveries):
                 batch = await self._score(deliveries, stopping)
-                # Publish and acknowledge in one transaction: a crash before it repeats work, it
-                # never loses it.
+                # Publish and acknowledge in one transaction: a crash before it only repeats work.
                 await self._publish(batch.accepted, stopping)
                 await self._set_aside(batch.rejected)
 
@@ -156,8 +157,9 @@ class TeacherWorker:
                 log.warning("metrics_not_published", error=str(error))
 
     async def _receive(self) -> list[Delivery]:
-        """New entries, as many as are there and make a batch; before them what an earlier life or a
-        dead peer held.
+        """New entries, as many as are there and make a batch.
+
+        What an earlier process of this name or a dead peer held comes before them.
         """
         if taken := await self._take():
             self._metrics.count(RECLAIMED_ENTRIES, len(taken))
@@ -169,27 +171,24 @@ class TeacherWorker:
         return deliveries
 
     async def _take(self) -> list[Delivery]:
-        """At first what an earlier life of this teacher held, at once; then, now and then, what a
-        dead peer held.
-        """
+        """At first what an earlier process of this name held; then, now and then, a dead peer's."""
         if own := await self._leases.take_back(self._batch_size()):
             return own
         if self._clock() < self._take_over_at:
             return []
+        # No more often than leases are renewed: nothing lapses faster.
         self._take_over_at = self._clock() + self._leases.renewal_interval_s
         return await self._leases.take_over(self._batch_size())
 
     def _batch_size(self) -> int:
-        """Entries to ask for, from the mean length of those scored so far; few before anything is
-        known.
-        """
+        """Entries to ask for, from the mean length of those scored so far."""
         num_scored = self._metrics.read(SCORED_TRAJECTORIES)
         if not num_scored:
-            return min(8, self._limits.max_batch)
+            # Nothing is known yet: few enough not to be late whatever their length.
+            return min(_FIRST_BATCH, self._limits.max_batch)
         mean_tokens = self._metrics.read(CONTEXT_TOKENS) / num_scored
-        return max(
-            1, min(self._limits.max_batch, int(self._limits.batch_tokens / max(mean_tokens, 1.0)))
-        )
+        num_fitting = int(self._limits.batch_tokens / max(mean_tokens, 1.0))
+        return max(1, min(self._limits.max_batch, num_fitting))
 
     async def _score(self, deliveries: Sequence[Delivery], stopping: asyncio.Event) -> _Batch:
         started_at = self._clock()
@@ -206,16 +205,21 @@ class TeacherWorker:
                 accepted.append((delivery, outcome))
             else:
                 rejected.append(_Rejected(delivery, _describe(outcome), trajectory))
+        batch = _Batch(tuple(accepted), tuple(rejected))
+        self._log_scored(batch, self._clock() - started_at)
+        return batch
+
+    def _log_scored(self, batch: _Batch, duration_s: float) -> None:
+        num_tokens = sum(scored.trajectory.num_response_tokens for _, scored in batch.accepted)
         log.info(
             "batch_scored",
-            num_trajectories=len(accepted),
-            num_rejected=len(rejected),
-            num_tokens=sum(scored.trajectory.num_response_tokens for _, scored in accepted),
+            num_trajectories=len(batch.accepted),
+            num_rejected=len(batch.rejected),
+            num_tokens=num_tokens,
             teacher_version=int(self._metrics.read(VERSION)),
             lag=int(self._metrics.read(LAG)),
-            duration_s=round(self._clock() - started_at, 3),
+            duration_s=round(duration_s, 3),
         )
-        return _Batch(tuple(accepted), tuple(rejected))
 
     def _decode(self, delivery: Delivery) -> Trajectory | _Rejected:
         try:
@@ -223,11 +227,11 @@ class TeacherWorker:
         except (ContractError, CorruptionError) as error:
             return _Rejected(delivery, str(error))
         if trajectory.run_id != self._run_id or trajectory.purpose is not Purpose.TRAIN:
+            # Without its trajectory: another run's group must not be failed in this run's account.
             reason = (
                 f"Trajectory {trajectory.trajectory_id} of run {trajectory.run_id!r} and purpose "
-                f"{trajectory.purpose}; "
-                f"this stream carries training episodes of {self._run_id!r}. Find what else writes "
-                "to it."
+                f"{trajectory.purpose}; this stream carries training episodes of "
+                f"{self._run_id!r}. Find what else writes to it."
             )
             return _Rejected(delivery, reason)
         if delivery.num_deliveries > self._limits.max_attempts:
@@ -241,28 +245,11 @@ class TeacherWorker:
     async def _score_trajectories(
         self, wanted: Sequence[tuple[Delivery, Trajectory]], stopping: asyncio.Event
     ) -> list[tuple[Delivery, Trajectory, ScoredTrajectory | Exception]]:
-        """Score, waiting while weights are unavailable; nothing if the service stops meanwhile:
-        those entries stay pending.
-        """
+        """What became of each; nothing if the service stops meanwhile: those stay pending."""
         if not wanted:
             return []
-        outcomes: list[ScoredTrajectory | SdarError] = []
-
-        async def attempt() -> None:
-            self._health.beat()
-            try:
-                outcomes[:] = await self._teacher.score([trajectory for _, trajectory in wanted])
-            except StaleError as error:
-                # Tokens of a version whose manifest has not arrived: the stream is behind, not the
-                # trajectory.
-                raise WeightsUnavailableError(str(error)) from error
-
         try:
-            if stopping.is_set():
-                # A stop lets the batch in hand finish, without waiting for anything.
-                await attempt()
-            else:
-                await retry_while_unavailable(attempt, stopping, what="policy weights")
+            outcomes = await self._score_patiently([item for _, item in wanted], stopping)
         except SdarError:
             raise
         except Exception as error:
@@ -272,11 +259,35 @@ class TeacherWorker:
                 return [(*wanted[0], error)]
             parts = [await self._score_trajectories([pair], stopping) for pair in wanted]
             return list(itertools.chain.from_iterable(parts))
+        # Not strict: there are no outcomes at all after a stop.
         return [(*pair, outcome) for pair, outcome in zip(wanted, outcomes, strict=False)]
 
+    async def _score_patiently(
+        self, trajectories: Sequence[Trajectory], stopping: asyncio.Event
+    ) -> list[ScoredTrajectory | SdarError]:
+        """Score, waiting while weights are unavailable; empty if the service stops meanwhile."""
+        outcomes: list[ScoredTrajectory | SdarError] = []
+
+        async def attempt() -> None:
+            self._health.beat()
+            try:
+                outcomes[:] = await self._teacher.score(trajectories)
+            except StaleError as error:
+                # Tokens of a version whose manifest has not arrived: the stream is behind, not the
+                # trajectory.
+                raise WeightsUnavailableError(str(error)) from error
+
+        if stopping.is_set():
+            # A stop lets the batch in hand finish, without waiting for anything.
+            await attempt()
+        else:
+            await retry_while_unavailable(attempt, stopping, what="policy weights")
+        return outcomes
+
     async def _publish(self, accepted: Sequence[_Accepted], stopping: asyncio.Event) -> None:
-        """Commit, however long the learner takes to make room; when the service stops first, the
-        entries stay pending.
+        """Commit, however long the learner takes to make room.
+
+        When the service stops first, the entries stay pending.
         """
         while accepted:
             commit = partial(self._commit, accepted)
@@ -284,9 +295,11 @@ class TeacherWorker:
                 await wait_for_room(commit, stopping, self._health.beat)
                 return
             except LeaseLostError as error:
+                # Refused as a whole, for a part of it. Without that part it is tried again.
                 accepted = await self._keep_held(accepted, error)
 
     async def _commit(self, accepted: Sequence[_Accepted]) -> None:
+        # The outcomes for ucb go in with the scores: an episode teaches the choice of skills once.
         scored = [item for _, item in accepted]
         payloads = [codec.encode_scored_trajectory(item) for item in scored]
         publications = {Stream.SCORED: payloads, **self._teacher.list_outcomes(scored)}

@@ -19,10 +19,11 @@ from typing import Any, Self
 
 import httpx
 
+from sdar.contracts.roles import Role
 from sdar.process.ports import find_free_port
 from tests.kube.cluster import ROOT, CommandError, run, say, wait
 
-ROLES = ("gateway", "envs", "teacher", "learner", "rollout")
+ROLES = tuple(map(str, Role))
 GROWING = ("issued", "generated", "trained", "skipped", "stale", "failed", "cancelled")
 _UP_TIMEOUT_S = 600.0
 _COMMAND_TIMEOUT_S = 240.0

@@ -147,7 +147,8 @@ class Process:
         else:
             self._go.set()
         self._parked.clear()
-        while not self._parked.is_set() and not self._task.done():  # noqa: ASYNC110  whichever comes first
+        # Whichever comes first.
+        while not self._parked.is_set() and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0)
         if self._task.done():
             task, self._task = self._task, None

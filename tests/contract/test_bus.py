@@ -239,7 +239,7 @@ async def test_what_is_handed_back_reaches_another_at_once_and_what_was_lost_is_
     assert await survivor.renew([*first, taken]) == [*first, taken]
 
 
-async def test_renewing_tells_a_consumer_what_it_has_lost(bus: Bus) -> None:
+async def test_renewing_returns_only_what_the_consumer_still_holds(bus: Bus) -> None:
     await bus.publish(TASKS, [b"1", b"2", b"3"])
     held = await bus.read(TASKS, ROLLOUT, "slow", max_count=3)
     await bus.acknowledge(held[:1])
@@ -529,7 +529,7 @@ async def test_of_two_that_reclaim_at_once_one_gets_each_entry(buses: Maker) -> 
     assert sorted(taken) == [b"%d" % number for number in range(8)]
 
 
-async def test_who_is_followed_in_its_role_is_refused_from_then_on(buses: Maker) -> None:
+async def test_a_superseded_process_is_refused_in_its_role_from_then_on(buses: Maker) -> None:
     before = buses()
     after = buses()
     gateway = buses()

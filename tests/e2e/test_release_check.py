@@ -65,7 +65,9 @@ def test_a_run_that_trains_passes_by_an_episode_of_its_policy_and_a_newer_versio
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"household, played by the policy: [1-8] turns, reward", done.stdout)
     before = int(re.search(r"running, policy version (\d+)", done.stdout)[1])  # type: ignore[index]
-    assert int(re.search(r"Policy version (\d+): it moves", done.stdout)[1]) > before  # type: ignore[index]
+    moved = re.search(r"Policy version (\d+): it moves", done.stdout)
+    assert moved is not None
+    assert int(moved[1]) > before
 
 
 def test_a_policy_that_nobody_serves_fails_with_its_address(check: Check) -> None:

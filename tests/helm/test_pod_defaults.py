@@ -13,6 +13,11 @@ from tools import chart_schema
 SERVICES = ("gateway", "rollout", "teacher", "envs", "learner")
 WITH_IDENTITY = (*SERVICES, "redis")
 ALL = (*WITH_IDENTITY, "check")
+KEYS_WITHOUT = {
+    "redis": ("env", "startupSeconds"),
+    "check": ("env", "startupSeconds", "podAnnotations", "serviceAccount"),
+}
+"""Keys of `podDefaults` that a role does not have."""
 OWN_SPREAD = ("gateway", "learner", "redis", "check")
 """Roles of one pod, or of ranks that belong together: their own section spreads over nothing."""
 
@@ -130,11 +135,9 @@ def test_values_of_a_chart_without_defaults_make_the_same_pods(tmp_path: Path) -
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     defaults = values["podDefaults"]
     older = {role: defaults | values[role] for role in ALL}
-    for role, key in [("redis", "env"), ("check", "env"), ("check", "podAnnotations")]:
-        del older[role][key]
-    for role, key in [("redis", "startupSeconds"), ("check", "startupSeconds")]:
-        del older[role][key]
-    del older["check"]["serviceAccount"]
+    for role, unknown in KEYS_WITHOUT.items():
+        for key in unknown:
+            del older[role][key]
     file = tmp_path / "values.yaml"
     file.write_text(yaml.safe_dump(older | {"podDefaults": None}))
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sdar.contracts.roles import Role
 from tests.helm.chart import find, of_kind, render
 
 ROOT = Path(__file__).resolve().parents[2]
-ROLES = {"gateway", "envs", "rollout", "teacher", "learner"}
+ROLES = set(map(str, Role))
 POD_LABEL = "__meta_kubernetes_pod_label_"
 
 

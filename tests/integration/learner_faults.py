@@ -40,8 +40,17 @@ from sdar.process.telemetry import Health
 from sdar.weights import garbage, manifests, shards, version_objects
 from sdar.weights import store as weight_store
 from sdar.weights.store import WeightStore
-from services.learner import checkpoint, ingest, progress, torch_thread, train
+from services.learner import (
+    checkpoint,
+    durability,
+    ingest,
+    progress,
+    publishing,
+    torch_thread,
+    train,
+)
 from services.learner.checkpoint import read_trained_groups
+from services.learner.durability import Durability
 from services.learner.ranks import _import_deepspeed
 from services.learner.service import open_learner
 from services.learner.train import Learner
@@ -56,7 +65,7 @@ from tests.unit.learner.builders import (
     read_journal,
 )
 
-LEARNER = (train, torch_thread, ingest, checkpoint, progress, leases)
+LEARNER = (train, publishing, durability, torch_thread, ingest, checkpoint, progress, leases)
 WEIGHTS = (weight_store, version_objects, shards, manifests, garbage)
 FILES = tuple(str(module.__file__) for module in (*LEARNER, *WEIGHTS))
 NUM_WORKERS = 3
@@ -222,21 +231,22 @@ def record(world: World) -> list[tuple[Point, str]]:
     ]
 
 
-def find_line(function: Callable[..., object], text: str) -> int:
-    """The number, in its file, of the first line of a function that holds `text`."""
+def find_line(function: Callable[..., object], text: str) -> tuple[str, int]:
+    """File and number of the first line of a function that holds `text`."""
     source, first = inspect.getsourcelines(function)
-    return first + next(i for i, line in enumerate(source) if text in line)
+    number = first + next(i for i, line in enumerate(source) if text in line)
+    return str(inspect.getsourcefile(function)), number
 
 
 def prepare(world: World, directory: Path) -> dict[str, Saved]:
     """Beginnings: of the run; of a life with an open checkpoint; of one that lost an update."""
     assert run_forked(lambda: asyncio.run(fill(world.url))) == 0
     beginnings = {"new": world.save(directory / "new")}
-    commit_line = find_line(Learner._make_durable, "_bus.commit")
-    assert world.live(lambda line: die() if line == (FILES[0], commit_line) else None) == KILLED
+    commit_line = find_line(Durability.write_checkpoint, "_bus.commit")
+    assert world.live(lambda line: die() if line == commit_line else None) == KILLED
     beginnings["unacknowledged"] = world.save(directory / "unacknowledged")
     report_line = find_line(Learner._report, "num_buffered =")
-    assert world.live(lambda line: die() if line == (FILES[0], report_line) else None) == KILLED
+    assert world.live(lambda line: die() if line == report_line else None) == KILLED
     beginnings["update lost"] = world.save(directory / "update-lost")
     return beginnings
 

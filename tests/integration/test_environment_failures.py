@@ -346,15 +346,18 @@ async def test_two_hundred_abandoned_sessions_are_reaped_and_their_memory_given_
                 one.memory_full_info().uss for one in (server, *server.children(recursive=True))
             )
 
+        async def count_open() -> int:
+            return (await client.describe()).environments[0].capacity.num_open_sessions
+
         async def abandon() -> None:
             opening = [
                 client.open("train-0", "guess_number", lease_s=ABANDONED_LEASE_S)
                 for _ in range(200)
             ]
             await asyncio.gather(*opening)
-            assert (await client.describe()).environments[0].capacity.num_open_sessions == 200
+            assert await count_open() == 200
             async with asyncio.timeout(20):
-                while (await client.describe()).environments[0].capacity.num_open_sessions:  # noqa: ASYNC110
+                while await count_open():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
 
         await abandon()  # what is allocated once

@@ -150,7 +150,8 @@ class Pods:
         """Until the awaitable condition holds."""
         try:
             async with asyncio.timeout(START_S):
-                while not await is_reached():  # noqa: ASYNC110  files, ports and processes offer no event for it
+                # Files, ports and processes offer no event for it.
+                while not await is_reached():  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         except TimeoutError:
             pytest.fail(

@@ -146,7 +146,8 @@ async def test_every_token_played_over_grpc_scores_under_the_version_it_is_stamp
 
     async def count(stream, number):
         async with asyncio.timeout(30):
-            while len(await fetch(bus, stream)) < number:  # noqa: ASYNC110  the bus offers no event for it
+            # The bus offers no event for it.
+            while len(await fetch(bus, stream)) < number:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
     settings = Settings(grpc_port=0, instance="worker-1")

@@ -52,7 +52,8 @@ def small_run(**changes: object) -> RunConfig:
 
 
 def settings_for(endpoint: str, share: float = 1.0) -> Settings:
-    return Settings(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, trace_share=share, instance="worker-7")  # type: ignore[call-arg]
+    values = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    return Settings(**values, trace_share=share, instance="worker-7")
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sdar.contracts.roles import Role
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm"
-ROLES = ("gateway", "envs", "rollout", "teacher", "learner")
+ROLES = tuple(map(str, Role))
 NAME = "app.kubernetes.io/name=sdar"
 _POLL_S = 2.0
 _TELL_EVERY_S = 15.0

@@ -152,7 +152,9 @@ async def test_an_event_stands_beside_the_workload_that_it_tells_of(
 ) -> None:
     workload = workloads["learner"]
     size = await door.read(workload)
-    await door.tell(workload, size, "Asleep", "The run is finished for 30 minutes. " + "x" * 5000)
+    await door.leave_event(
+        workload, size, "Asleep", "The run is finished for 30 minutes. " + "x" * 5000
+    )
     events = own.get("events", "--field-selector", "reason=Asleep")["items"]
     assert [event["involvedObject"]["name"] for event in events] == [workload.name]
     assert "The run is finished" in own.kubectl("describe", workload.kind, workload.name)

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "infra/terraform/terraform.tfvars",  # each reader's own, ignored by git
     "loadtest/results_gpu.json",  # where a GPU was measured
     "sdar.dev",  # domain of node labels, no module
+    "sdar.yaml",  # the file of the alerts
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ from services.gateway.alarms import (
     Situation,
     find_worker_silent,
 )
+from services.gateway.describe import PAYLOADS
 from services.gateway.state import RunPhase
 from tests.support import EXAMPLES
 from tools import chart_schema, image_requirements
@@ -73,7 +75,7 @@ def read_code(name: str) -> str:
     return "\n".join(path.read_text() for path in (ROOT / "services" / name).rglob("*.py"))
 
 
-# --- parts: each function says whether a row has one
+# ---- parts: each function says whether a row has one
 
 
 def has_a_main(row: RoleSpec) -> bool:
@@ -98,12 +100,6 @@ def is_key(key: str) -> bool:
     return True
 
 
-def is_kept_apart_from_other_services(row: RoleSpec) -> bool:
-    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
-    (independent,) = (one for one in contracts if one["type"] == "independence")
-    return f"services.{row.name}" in independent["modules"]
-
-
 def has_an_image(row: RoleSpec) -> bool:
     stage = re.search(
         rf"^FROM \S+ AS {row.name}$(.*?)(?=^FROM |\Z)", read("Dockerfile"), re.M | re.S
@@ -114,11 +110,6 @@ def has_an_image(row: RoleSpec) -> bool:
 def has_a_list_of_packages(row: RoleSpec) -> bool:
     listed = (ROOT / "deploy" / "requirements" / f"{row.name}.txt").exists()
     return listed and row.name in image_requirements.ROLES
-
-
-def is_built_by_make(row: RoleSpec) -> bool:
-    (line,) = re.findall(r"^ROLES := (.*)$", read("Makefile"), re.M)
-    return row.name in line.split()
 
 
 def has_a_container(row: RoleSpec) -> bool:
@@ -194,24 +185,21 @@ def is_in_the_architecture(row: RoleSpec) -> bool:
     return re.search(rf"^\| {row.name} \|", read("docs/architecture.md"), re.M) is not None
 
 
+# "file: what is in it", with the role's name for {}: docs/architecture.md lists the files.
 PARTS: dict[str, Callable[[RoleSpec], bool]] = {
-    "services/{}/service.py with serve(config, settings)": has_a_main,
+    "services/{}/service.py: serve(config, settings)": has_a_main,
     "sdar/config.py: the keys that its row names": has_keys_that_a_run_has,
-    "pyproject.toml: services.{} is independent of other services": (
-        is_kept_apart_from_other_services
-    ),
     "Dockerfile: a stage {} that serves it": has_an_image,
-    "tools/image_requirements.py and deploy/requirements/{}.txt": has_a_list_of_packages,
-    "Makefile: ROLES": is_built_by_make,
+    "tools/image_requirements.py: packages of {}, then make lock": has_a_list_of_packages,
     "docker-compose.yml: a service {}, beside Redis if it reads streams": has_a_container,
     "helm/templates/{}/: its workload and network policy": has_a_folder_of_the_chart,
     "helm/values.yaml: {}, with replicas and GPUs as its row says": has_values_of_the_chart,
     "tools/chart_schema.py: Values.{}": has_a_schema_of_its_values,
-    "helm/files/roles.yaml: run make docs": has_its_row_in_the_chart,
+    "sdar/contracts/roles.py: its row, then make docs": has_its_row_in_the_chart,
     "deploy/prometheus/compose.yml: {} at its port": is_scraped_beside_compose,
     "deploy/prometheus/kubernetes.yml: {} at its port": is_scraped_in_a_cluster,
-    "docs/metrics.md: metrics of {}": is_on_the_metrics_page,
-    "helm/dashboards: a panel of {}": is_on_a_dashboard,
+    "services/{}/metrics.py: what it measures, then make docs": is_on_the_metrics_page,
+    "tools/make_dashboards.py: a panel of {}, then make docs": is_on_a_dashboard,
     "helm/alerts/sdar.yaml: {}_silent": is_missed_by_an_alert,
     "docs/architecture.md: its line in the table of services": is_in_the_architecture,
 }
@@ -230,6 +218,15 @@ def test_a_row_without_its_parts_is_told_each_of_them() -> None:
     assert find_missing(TOY) == [part.format("critic") for part in PARTS]
 
 
+def test_every_folder_of_services_is_kept_apart_and_built() -> None:
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (independent,) = (one for one in contracts if one["type"] == "independence")
+    assert independent["modules"] == ["services.*"]
+    command = ["make", "-s", "--eval", "print-roles: ; @echo $(ROLES)", "print-roles"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == set(Role)
+
+
 def test_nothing_stands_for_a_role_that_the_table_does_not_have() -> None:
     services = {path.parent.name for path in (ROOT / "services").glob("*/service.py")}
     assert services == set(image_requirements.ROLES) == set(Role) == set(ROLES)
@@ -240,7 +237,7 @@ def test_the_chart_has_the_table_as_it_is() -> None:
     assert read("helm/files/roles.yaml") == chart_schema.render_roles(), "run make docs"
 
 
-# --- a row says what the code does
+# ---- a row says what the code does
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -285,15 +282,39 @@ def first_key(section: str) -> str:
     return next(iter(fields), "")
 
 
-@pytest.mark.parametrize("method", ["sdar", "grpo", "skill_grpo"])
-def test_whoever_takes_entries_of_a_stream_has_it_in_its_row(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "taken"),
+    [
+        ("sdar", {Stream.TRAJECTORIES: ("teacher",), Stream.SCORED: ("learner",)}),
+        ("grpo", {Stream.TRAJECTORIES: ("learner",)}),
+        # Its teacher hands out skills and scores nothing.
+        ("skill_grpo", {Stream.TRAJECTORIES: ("learner",)}),
+    ],
+)
+def test_whoever_takes_entries_of_a_stream_has_it_in_its_row(
+    method: str, taken: dict[Stream, tuple[str, ...]]
+) -> None:
     config = load_config(EXAMPLES / "household.yaml", {"method.name": method})
-    for stream, groups in config.stream_consumers.items():
-        for group in groups:
-            assert stream in ROLES[Role(group)].reads
+    always = {
+        Stream.TASKS: ("rollout",),
+        Stream.LEDGER: ("gateway",),
+        Stream.EVALUATIONS: ("gateway",),
+    }
+    consumers = config.stream_consumers
+    assert consumers.items() >= (always | taken).items()
+    assert (Stream.SCORED in consumers) == (Stream.SCORED in taken)
     assert {str(group) for group in ConsumerGroup} == {
         row.name for row in ROLES.values() if row.uses_bus
     }
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_a_stream_has_its_line_on_the_page_and_a_reader_of_its_dead_letters(
+    stream: Stream,
+) -> None:
+    assert re.search(rf"^\| `{stream}` \|", read("docs/architecture.md"), re.M)
+    is_taken = any(stream in row.reads for row in ROLES.values())
+    assert (stream in PAYLOADS) == is_taken
 
 
 def test_ports_and_addresses_are_settings() -> None:
@@ -302,7 +323,7 @@ def test_ports_and_addresses_are_settings() -> None:
     assert set(names) <= Settings.model_fields.keys()
 
 
-# --- what is derived from the rows
+# ---- what is derived from the rows
 
 
 def test_the_roles_of_each_kind() -> None:

@@ -1,5 +1,6 @@
-"""Corrections for tokens that an older policy, or another engine, sampled. One module a correction,
-named as in `method.off_policy`.
+"""Corrections for tokens that an older policy, or another engine, sampled.
+
+One module a correction, named as in `method.off_policy`.
 
 Three policies score the same token: behavior (sampled it), proximal (the weights when the update
 began) and current (has the gradient). With one optimizer step per batch proximal and current are
@@ -49,8 +50,8 @@ class OffPolicyWeights(NamedTuple):
     ratio: Float[Tensor, " N"]
     policy_weight: Float[Tensor, " N"]
     distillation_weight: Float[Tensor, " N"]
-    """Correction of current against behavior policy: a distillation term has no ratio of its own to
-    carry any part of it.
+    """Of the current against the behavior policy: the whole correction, since a distillation term
+    has no ratio that would carry a part of it.
     """
     is_bounded: Bool[Tensor, " N"]
     """Tokens whose distillation weight was cut at its cap or masked to zero."""
@@ -81,6 +82,7 @@ def compute_off_policy_weights(
         ConfigurationError: no correction has that name.
         ContractError: tensors of different lengths, which would broadcast into nonsense.
     """
+    # Detached: of all that is computed here only the ratio may send a gradient to the policy.
     current = policy_logprobs.detach()
     proximal = current if proximal_logprobs is None else proximal_logprobs.detach()
     if not policy_logprobs.shape == behavior_logprobs.shape == proximal.shape:

@@ -14,6 +14,7 @@ _LOW = 0.5
 @CORRECTIONS.register("icepop")
 def icepop(scores: PolicyScores, cap: float) -> Weighing:
     """Ratio current / proximal, weight proximal / behavior inside [0.5, cap], else 0."""
+    # Each weight is masked by its own ratio: the two terms correct for different policies.
     policy_weight, _ = _mask_outside(compute_ratio(scores.proximal, scores.behavior), cap)
     distillation_weight, is_masked = _mask_outside(
         compute_ratio(scores.current, scores.behavior), cap

@@ -12,8 +12,9 @@ from sdar.algorithms.inputs import TokenInputs
 
 @GATES.register("soft_or")
 def soft_or(inputs: TokenInputs, sharpness: float) -> Float[Tensor, " N"]:
-    """sigmoid(beta [1 - (1 - h)(1 - D)]), as published in arXiv:2605.15155: h is in nats and may
-    pass 1, where a negative D opens the gate.
+    """sigmoid(beta [1 - (1 - h)(1 - D)]), as published in arXiv:2605.15155.
+
+    h is in nats and may be over 1. There a negative D opens the gate instead of closing it.
     """
     score = 1 - (1 - inputs.entropy) * (1 - inputs.teacher_gap)
     return torch.sigmoid(sharpness * score)

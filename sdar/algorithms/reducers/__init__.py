@@ -1,6 +1,6 @@
-"""Reducers: over which tokens the teacher's gap is brought together before anything reads it. One
-module a reducer, named in a method's row.
+"""Reducers: over which tokens the teacher's gap is brought together before anything reads it.
 
+One module a reducer, named in a method's row.
 All tokens of a turn are in one micro-batch; turns of an episode may be in several, so a reducer
 looks at no more than a turn.
 """

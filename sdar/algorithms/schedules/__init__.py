@@ -1,6 +1,6 @@
-"""Schedules: how the teacher's weight changes over the updates. One module a schedule, named in a
-method's row.
+"""Schedules: how the teacher's weight changes over the updates.
 
+One module a schedule, named in a method's row.
 Lambda of every distillation term is multiplied by the factor; a shaping of the advantages reads it
 as `TokenInputs.teacher_weight`.
 """

@@ -1,6 +1,6 @@
-"""Loss terms: the summands of a method's loss. One module a term, with its facts in
-`sdar.contracts.methods.TERM_FACTS`.
+"""Loss terms: the summands of a method's loss.
 
+One module a term, with its facts in `sdar.contracts.methods.TERM_FACTS`.
 A term never normalises: `loss` sums it over its tokens, weighs it and divides by the batch's count.
 """
 
@@ -18,8 +18,8 @@ from sdar.contracts.registry import Registry
 Metrics = dict[str, Tensor]
 
 Term = Callable[[TokenInputs, LossSettings], tuple[Float[Tensor, " N"], Metrics]]
-"""(inputs, settings) -> the loss of every token, finite everywhere, and per-token measurements [N]
-by name.
+"""(inputs, settings) -> the loss of every token, finite everywhere, and measurements [N] by
+name.
 """
 
 TERMS: Registry[Term] = Registry("loss term", __name__)

@@ -21,12 +21,14 @@ K3_BOUND = 10.0
 def compute_k3_kl(
     policy_logprobs: Float[Tensor, " N"], ref_logprobs: Float[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """k3 = exp(x) - x - 1 with x = ref - policy: a KL estimate that is never negative (Schulman,
-    2020), at most K3_BOUND.
+    """k3 = exp(x) - x - 1 with x = ref - policy, at most K3_BOUND.
 
-    x is clamped *before* the exponential: an overflow clamped after it gives a gradient of 0 * inf
-    = NaN. A clamped token has no gradient.
+    An estimate of the KL that is never negative (Schulman, 2020, "Approximating KL divergence").
+
+    A clamped token has no gradient.
     """
+    # Clamped before the exponential: an overflow that is clamped after it has a gradient of
+    # 0 * inf = NaN.
     log_ratio = (ref_logprobs - policy_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return (log_ratio.exp() - log_ratio - 1).clamp(max=K3_BOUND)
 

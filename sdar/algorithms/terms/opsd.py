@@ -21,6 +21,7 @@ def compute_reverse_kl_distillation(
     The gap acts as an advantage: a token that the teacher finds less likely is lowered, which the
     gated term never does.
     """
+    # As REINFORCE with the gap in the place of the advantage: -D grad log pi.
     return -teacher_gap.clamp(-GAP_BOUND, GAP_BOUND) * policy_logprobs
 
 

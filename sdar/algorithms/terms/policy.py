@@ -47,10 +47,12 @@ def compute_policy_loss(
         ratio: policy over proximal policy, with gradient.
         weight: off-policy weight of each token, without gradient.
     """
+    # As losses: the larger one of a pair is the pessimistic one.
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     pessimistic = torch.maximum(plain, clipped)
     ceiling = -advantages * DUAL_CLIP
+    # Only there is the loss positive and grows with the ratio without bound.
     is_dual_clipped = (advantages < 0) & (pessimistic > ceiling)
     loss = torch.where(is_dual_clipped, ceiling, pessimistic)
     return PolicyLoss(weight * loss, (clipped > plain) & (advantages != 0), is_dual_clipped)

@@ -21,9 +21,13 @@ def compute_skill_sd(
     teacher_gap: Float[Tensor, " N"],
     behavior_logprobs: Float[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
-    """rho k3 with l = S - T, k3 = exp(min(-l, GAP_BOUND)) - 1 + l, rho = exp(min(S - S_old,
-    LOG_RATIO_BOUND)). Gradient through rho and k3.
+    """rho k3, with its gradient through both.
+
+    l = S - T
+    k3 = exp(min(-l, GAP_BOUND)) - 1 + l
+    rho = exp(min(S - S_old, LOG_RATIO_BOUND))
     """
+    # -l, with the gradient that S gives it; the teacher has none.
     live_gap = compute_live_gap(policy_logprobs, teacher_gap)
     k3 = live_gap.clamp(max=GAP_BOUND).exp() - 1 - live_gap
     rho = (policy_logprobs - behavior_logprobs).clamp(max=LOG_RATIO_BOUND).exp()

@@ -30,12 +30,14 @@ MAX_LISTED_CHARACTERS = 128
 MAX_NUMBERS = 1024
 """Numbers of an observation that are still written out."""
 NUM_DECIMALS = 4
-"""Of numbers in observations: the last digits of floats differ between machines."""
+"""In numbers of observations: the last digits of floats differ between machines."""
 
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+# A text between a terminal's code for a colour and the code that ends it.
 _COLOURED = re.compile(
     r"\x1b\[(?:\d*;)*?[34](?P<colour>[0-7])(?:;\d*)*m(?P<text>.*?)\x1b\[0m", re.DOTALL
 )
+# From the first of these headings of a docstring on it speaks to programmers.
 _NOT_FOR_PLAYERS = re.compile(
     r"^#+ (?:Arguments|Information|References|Version History)\b.*", re.DOTALL | re.MULTILINE
 )
@@ -78,7 +80,8 @@ class GymnasiumEnvironment(SeededEnvironment):
     def reset(self, task_id: str, seed: int) -> Observation:
         seed = self.compute_seed(task_id, seed)
         self.close()
-        self._env, self._return = self._facts.make(), 0.0
+        self._env = self._facts.make()
+        self._return = 0.0
         seen, info = self._env.reset(seed=seed)
         return self._observe(seen, info)
 
@@ -138,7 +141,7 @@ class GymnasiumEnvironment(SeededEnvironment):
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What is known of an environment before it is played; found out once a process."""
+    """What is known of an environment before it is played; found once in a process."""
 
     id: str
     action_space: spaces.Space[Any]
@@ -186,31 +189,33 @@ def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
         raise ConfigurationError(
             f"{env} has no spec. Make it by gymnasium.make, or register its class."
         )
+    # For its error only: an environment whose actions cannot be written is refused now.
     describe_space(env.action_space)
     has_text_rendering = "ansi" in (env.metadata.get("render_modes") or ())
     is_observation_written = _count_numbers(env.observation_space) <= MAX_NUMBERS
     if not (has_text_rendering or is_observation_written):
         raise ConfigurationError(
             f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most "
-            f"{MAX_NUMBERS:,} can be written as text. "
-            "Give it an ansi rendering or a wrapper with a smaller observation."
+            f"{MAX_NUMBERS:,} can be written as text. Give it an ansi rendering or a wrapper with "
+            "a smaller observation."
         )
+    text = inspect.cleandoc(type(env.unwrapped).__doc__ or "")
     return _Facts(
         id=spec.id,
         action_space=env.action_space,
         has_text_rendering=has_text_rendering,
         is_observation_written=is_observation_written,
-        instructions=_NOT_FOR_PLAYERS.sub(
-            "", inspect.cleandoc(type(env.unwrapped).__doc__ or "")
-        ).strip(),
+        instructions=_NOT_FOR_PLAYERS.sub("", text).strip(),
         max_turns=spec.max_episode_steps or DEFAULT_MAX_TURNS,
         reward_threshold=spec.reward_threshold,
     )
 
 
 def describe_space(space: spaces.Space[Any]) -> str:
-    """What to write for an action of a space, without a full stop. Raises ConfigurationError: it
-    cannot be written.
+    """What to write for an action of a space, without a full stop.
+
+    Raises:
+        ConfigurationError: its actions cannot be written.
     """
     match space:
         case spaces.Discrete():
@@ -233,8 +238,8 @@ def describe_space(space: spaces.Space[Any]) -> str:
             return f"A JSON list ({'; '.join(map(describe_space, space))})"
     raise ConfigurationError(
         f"Actions of {type(space).__name__} cannot be written as text. Use an environment with "
-        "Discrete, MultiDiscrete, "
-        "MultiBinary, Box, Text, Dict or Tuple actions, or wrap its actions."
+        "Discrete, MultiDiscrete, MultiBinary, Box, Text, Dict or Tuple actions, or wrap its "
+        "actions."
     )
 
 
@@ -264,8 +269,9 @@ def parse_action(space: spaces.Space[Any], written: str) -> Any:
 
 
 def _to_member(space: spaces.Space[Any], value: Any) -> Any:
-    """The value of a JSON text in the types of a space; None if it cannot be, the space itself
-    judges what can.
+    """The value of a JSON text in the types of a space, None if it cannot be one.
+
+    Whether it is a member is for the space itself to judge.
     """
     match space:
         case spaces.Discrete():
@@ -294,6 +300,7 @@ def _to_array(space: spaces.Space[Any], value: Any) -> np.ndarray | None:
     dtype = np.dtype(space.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(dtype)
+    # A fraction for an integer, or a number out of its range, would be played as another number.
     is_exact = dtype.kind == "f" or np.array_equal(converted, array)
     return converted if is_exact and np.all(np.isfinite(converted)) else None
 

@@ -27,11 +27,12 @@ from services.envs.adapters.seeded import (
 
 CLOSING_TIMEOUT_S = 2.0
 FULL_TIMEOUT_S, FULL_RETRY_S = 2.0, 0.05
-"""How long and how often a full server is asked again: an episode that was just closed may still
-hold its place there.
+"""How long and how often a full server is asked again.
+
+An episode that was just closed may still hold its place there.
 """
 MAX_MESSAGE_BYTES = 16 << 20
-"""What the web server under an OpenEnv server takes by default."""
+"""What the web server under an OpenEnv server accepts by default."""
 
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 _REFUSED_ACTION = "VALIDATION_ERROR"
@@ -88,7 +89,8 @@ class OpenEnvEnvironment(SeededEnvironment):
         self._is_closed = False
 
     def reset(self, task_id: str, seed: int) -> Observation:
-        seed, deadline = self.compute_seed(task_id, seed), time.monotonic() + FULL_TIMEOUT_S
+        seed = self.compute_seed(task_id, seed)
+        deadline = time.monotonic() + FULL_TIMEOUT_S
         while True:
             try:
                 self._connection = self._connection or self._connect()
@@ -119,9 +121,7 @@ class OpenEnvEnvironment(SeededEnvironment):
         )
 
     def close(self) -> None:
-        """Let the server free its place before this returns, if it listens; end the connection in
-        any case.
-        """
+        """End the connection, and let a server that listens free its place before this returns."""
         self._is_closed = True
         connection = self._connection
         # On this message an OpenEnv server first frees the session's place and then closes the
@@ -163,22 +163,7 @@ class OpenEnvEnvironment(SeededEnvironment):
 
     def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any] | None:
         """The server's answer; None if it finds the action malformed."""
-        connection = self._connection
-        if connection is None:
-            raise self._failure("has no session of this episode any more. Open another.")
-        try:
-            # A full server says so unasked, and hangs up: its word is still there to be received.
-            with contextlib.suppress(ConnectionClosed):
-                connection.send(json.dumps({"type": kind, "data": data}))
-            answer = parse_json(str(connection.recv(timeout=self._timeout_s)))
-        except TimeoutError as error:
-            raise self._failure(
-                f"gave no answer to {kind} in {self._timeout_s:g} s. Raise option timeout_s."
-            ) from error
-        except (OSError, WebSocketException) as error:
-            raise self._failure(
-                f"hung up during {kind}: {error}. See its log, open another session."
-            ) from error
+        answer = self._exchange(kind, data)
         match answer:
             case {"type": "observation", "data": {"observation": dict()} as data}:
                 observed: dict[str, Any] = data
@@ -194,12 +179,29 @@ class OpenEnvEnvironment(SeededEnvironment):
             "0.3."
         )
 
+    def _exchange(self, kind: str, data: Mapping[str, Any]) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise self._failure("has no session of this episode any more. Open another.")
+        try:
+            # A full server says so unasked, and hangs up: its word is still there to be received.
+            with contextlib.suppress(ConnectionClosed):
+                connection.send(json.dumps({"type": kind, "data": data}))
+            return parse_json(str(connection.recv(timeout=self._timeout_s)))
+        except TimeoutError as error:
+            raise self._failure(
+                f"gave no answer to {kind} in {self._timeout_s:g} s. Raise option timeout_s."
+            ) from error
+        except (OSError, WebSocketException) as error:
+            raise self._failure(
+                f"hung up during {kind}: {error}. See its log, open another session."
+            ) from error
+
     def _raise(self, kind: str, code: str, message: str) -> NoReturn:
         if code == _FULL:
             raise CapacityError(
                 f"The OpenEnv server {self._server.url} is full: {message}. Raise its "
-                "max_concurrent_envs to at least the "
-                "capacity served here, or retry after a while."
+                "max_concurrent_envs to at least the capacity served here, or retry after a while."
             )
         raise self._failure(
             f"failed in {kind} with {code}: {message}. See its log, open another session."
@@ -230,8 +232,9 @@ class OpenEnvEnvironment(SeededEnvironment):
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """What an OpenEnv server says of itself. `fields` are its action's, by name: a JSON schema
-    each.
+    """What an OpenEnv server says of itself.
+
+    `fields` are those of its action by name, each as a JSON schema.
     """
 
     url: str
@@ -267,16 +270,9 @@ class _Server:
 
 @lru_cache
 def _look_up(url: str, timeout_s: float) -> _Server:
-    """Ask a server what it plays; once a process."""
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise ConfigurationError(
-            f"Option url of openenv is {url!r}, expected http://HOST:PORT or ws://HOST:PORT. "
-            "Correct it."
-        )
-    websocket_url = (
-        f"{_SCHEMES[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ws')}"
-    )
+    """Ask a server what it plays; once in a process."""
+    websocket_url = _find_websocket_url(url)
+    # ws becomes http, and wss https.
     http_url = websocket_url.replace("ws", "http", 1)
     try:
         facts, schema = (_fetch(f"{http_url}/{page}", timeout_s) for page in ("metadata", "schema"))
@@ -301,6 +297,18 @@ def _look_up(url: str, timeout_s: float) -> _Server:
         fields=fields,
         required=tuple(action.get("required") or ()),
     )
+
+
+def _find_websocket_url(url: str) -> str:
+    """The server's address for WebSockets, without the last part /ws."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES or not parts.netloc:
+        raise ConfigurationError(
+            f"Option url of openenv is {url!r}, expected http://HOST:PORT or ws://HOST:PORT. "
+            "Correct it."
+        )
+    path = parts.path.rstrip("/").removesuffix("/ws")
+    return f"{_SCHEMES[parts.scheme]}://{parts.netloc}{path}"
 
 
 def _fetch(url: str, timeout_s: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What the adapters share: tasks that are only seeds, and finding the action in a text.
+"""Tasks that are only seeds, and the action in a text: what the adapters share.
 
-Knows neither Gymnasium nor OpenEnv.
+It knows neither Gymnasium nor OpenEnv.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
 class SeededEnvironment(Environment):
-    """Task N of a split is the N-th seed. The splits share no seed but by chance of one in four
-    billion.
+    """Task N of a split is the N-th seed.
+
+    Two tasks, of one split or of two, have the same seed by a chance of one in four billion.
 
     Args:
         num_tasks: of the train split; heldout has a tenth of them.
@@ -49,12 +50,9 @@ class SeededEnvironment(Environment):
 
     def get_task(self, task_id: str) -> Task:
         split, _, number = task_id.rpartition("-")
-        if (
-            split not in self.splits
-            or not number.isascii()
-            or not number.isdigit()
-            or len(number) > len(str(MAX_TASKS))
-        ):
+        # Its length before its value: Python takes long to read an integer of a million digits.
+        is_number = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_TASKS))
+        if split not in self.splits or not is_number:
             raise self.unknown_task(task_id)
         task = _build_task(self.name, self._game, split, int(number))
         # Compared as a whole: "train-007" is not another name of "train-7".
@@ -63,16 +61,19 @@ class SeededEnvironment(Environment):
         return task
 
     def compute_seed(self, task_id: str, seed: int) -> int:
-        """32 bits of the task and the session's seed, the same on every machine. Raises
-        UnknownResourceError.
+        """32 bits of the task and the session's seed, the same on every machine.
+
+        Raises:
+            UnknownResourceError: no such task.
         """
         name = f"{self.get_task(task_id).task_id} {seed}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def find_action(text: str) -> str:
-    """The last <action>...</action> of the text, or the whole text if it has none; without the
-    space around.
+    """The last <action>...</action> of the text, or the whole text if it has none.
+
+    White space around it is left out.
     """
     tagged = _ACTION.findall(text)
     return (tagged[-1] if tagged else text).strip()
@@ -87,8 +88,9 @@ def parse_json(text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A value that JSON can hold, for people and models to read: text as it is, anything else as
-    JSON with sorted keys.
+    """A value that JSON can hold, for people and models to read.
+
+    Text stays as it is; anything else becomes JSON with sorted keys.
     """
     return (
         value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

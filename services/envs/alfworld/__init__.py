@@ -1,7 +1,4 @@
-"""ALFWorld: household tasks in text, played by the real TextWorld engine.
-
-Its games are generated or public.
-"""
+"""ALFWorld: household tasks in text, generated or public, played by the real TextWorld engine."""
 
 from services.envs.alfworld.environment import AlfworldEnvironment
 

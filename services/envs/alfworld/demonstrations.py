@@ -111,10 +111,9 @@ class ExploringPlayer:
             ]
         aim = read_aim(description)
         self._note(observation)
-        thought, command = (self._carry_on if self._holding else self._search)(
-            aim, task_type, admissible_actions
-        )
-        self._follow(command)
+        decide = self._carry_on if self._holding else self._search
+        thought, command = decide(aim, task_type, admissible_actions)
+        self._apply(command)
         return thought, command
 
     def _note(self, observation: str) -> None:
@@ -124,8 +123,8 @@ class ExploringPlayer:
             for thing in re.findall(r"\ba (\w+ \d+)", things):
                 self._seen_at[thing] = self._place
 
-    def _follow(self, command: str) -> None:
-        """What the command changes, if it works; admissible commands always do."""
+    def _apply(self, command: str) -> None:
+        """Note what the command changes, if it works; admissible commands always do."""
         verb, _, rest = command.partition(" ")
         if command.startswith(_GO):
             self._place = command.removeprefix(_GO)
@@ -139,8 +138,9 @@ class ExploringPlayer:
             self._is_treated = True
 
     def _search(self, aim: Aim, task_type: str, admissible: Sequence[str]) -> tuple[str, str]:
-        """Look for the object. Two objects are brought to one place: what lies there already is
-        left there.
+        """Look for the object.
+
+        Where two objects are to be brought to one place, what lies there already is left there.
         """
         done_at = self._first_of(aim.destination) if task_type == _TWO_OBJECTS_TASK else ""
         for command in admissible:
@@ -172,16 +172,15 @@ class ExploringPlayer:
         return next(place for place in self._places if place.partition(" ")[0] == kind)
 
     def _reach(self, place: str, command: str, admissible: Sequence[str]) -> str:
-        """The command if it can be played, else what brings it nearer: going there, opening what is
-        closed.
-        """
+        """The command if it can be played, else what leads to it: going there, or opening."""
         if command in admissible:
             return command
         return f"open {place}" if place == self._place else f"{_GO}{place}"
 
     def _explore(self, kind: str, admissible: Sequence[str], passing_by: str = "") -> str:
-        """Look into what is closed here; then go where a thing of the kind was seen, else to the
-        next place in line.
+        """Look into what is closed here, then go on.
+
+        First to where a thing of the kind was seen, else to the next place in line.
         """
         opening = f"open {self._place}"
         if opening in admissible:

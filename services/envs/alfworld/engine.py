@@ -61,8 +61,9 @@ class View:
 
 @dataclass(slots=True)
 class Translation:
-    """A problem as Fast Downward plays it. Shared by all games of the problem, and nothing of it
-    changes once it is known.
+    """A problem as Fast Downward plays it.
+
+    All games of the problem share it, and nothing of it changes once it is known.
     """
 
     sas: bytes
@@ -71,12 +72,9 @@ class Translation:
     types_by_name: Mapping[str, str]
     propositions: tuple[Proposition, ...]
     first_facts: dict[str, Any] | None = None
-    """The first state's facts as TextWorld keeps them, known once the library has derived its own
-    from them.
-    """
+    """The first state's facts as TextWorld keeps them, once the library has added its own."""
     mappings: dict[str, dict[Placeholder, Variable]] = field(default_factory=dict)
-    """What an operator's parameters stand for, by its name: as many as the problem has operators.
-    """
+    """What an operator's parameters stand for, by its name. There are as many as operators."""
 
     def find_mapping(self, operator: str) -> dict[Placeholder, Variable]:
         mapping = self.mappings.get(operator)
@@ -96,13 +94,7 @@ class Translation:
 def translate(domain: str, problem: str) -> Translation:
     with _restore_arguments():
         task, sas = fast_downward.pddl2sas(domain, problem)
-    longest = max(map(len, sas.splitlines()))
-    if longest >= _MAX_NAME_BYTES:
-        # The library copies names into buffers of this size without looking.
-        raise ValueError(
-            f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} "
-            "fit"
-        )
+    _check_names(sas)
     types_by_name = {thing.name: thing.type_name for thing in task.objects}
     atoms = (atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "=")
     propositions = tuple(_to_proposition(atom, types_by_name) for atom in atoms)
@@ -115,6 +107,16 @@ def translate(domain: str, problem: str) -> Translation:
         types_by_name=types_by_name,
         propositions=propositions,
     )
+
+
+def _check_names(sas: str) -> None:
+    longest = max(map(len, sas.splitlines()))
+    if longest >= _MAX_NAME_BYTES:
+        # The library copies names into buffers of this size without looking.
+        raise ValueError(
+            f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} "
+            "fit"
+        )
 
 
 def _list_placeholders(action: Any) -> tuple[Placeholder, ...]:
@@ -159,8 +161,10 @@ def build_logic(domain: str, grammar: str) -> GameLogic:
 
 
 class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
-    """TextWorld's state of a game, made from a translation, that remembers sentences until their
-    facts change.
+    """TextWorld's state of a game, made from a translation.
+
+    It remembers each derived sentence until a fact changes that the sentence was derived from. A
+    predicate's revision counts the changes of its facts; a sentence keeps the revisions it read.
     """
 
     def __init__(self, downward_lib: Any, pddl_problem: str, logic: GameLogic) -> None:
@@ -220,9 +224,7 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
             self._readings[name] = self._revisions[name]
 
     def remember_sentence(self, key: Hashable, write: Callable[[], str]) -> str:
-        """The sentence of a key, written anew only if a fact of a predicate that it read has
-        changed since.
-        """
+        """The sentence of a key, written anew only if a fact that it read of has changed since."""
         kept = self._sentences.get(key)
         if kept is not None and all(
             self._revisions[name] == revision for name, revision in kept[1].items()
@@ -281,8 +283,9 @@ def _add_types(logic: GameLogic, types: Iterable[tuple[str, tuple[str, ...]]]) -
 
 @lru_cache(maxsize=1)
 def _read_loadable_part(path: str) -> bytes:
-    """A library's bytes up to the end of what the loader maps: behind come 32 MB of debugging
-    information.
+    """A library's bytes up to the end of what the loader maps.
+
+    Behind that come 32 MB of debugging information.
 
     Read from the program headers of a 64-bit little-endian ELF file; another kind of library is
     returned whole.
@@ -290,10 +293,10 @@ def _read_loadable_part(path: str) -> bytes:
     content = Path(path).read_bytes()
     if not content.startswith(b"\x7fELF\x02\x01"):
         return content
-    (table,), (entry_bytes, num_entries) = (
-        struct.unpack_from("<Q", content, 32),
-        struct.unpack_from("<HH", content, 54),
-    )
+    # Of the header: where the table of segments begins, the size of a row, the number of rows.
+    (table,) = struct.unpack_from("<Q", content, 32)
+    entry_bytes, num_entries = struct.unpack_from("<HH", content, 54)
+    # Of a row: type, flags, offset, two addresses, size in the file.
     entries = [
         struct.unpack_from("<IIQQQQ", content, table + number * entry_bytes)
         for number in range(num_entries)
@@ -317,8 +320,9 @@ def _smaller_library() -> Iterator[None]:
 
 
 class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
-    """PddlEnv with the kept logic and state. Takes a game's content, not its path: reading is done
-    and checked before.
+    """PddlEnv with the kept logic and state.
+
+    It takes a game's content and no path, since the file is read and checked before.
     """
 
     def __init__(self, infos: textworld.EnvInfos) -> None:
@@ -356,8 +360,9 @@ class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
 
 
 def build_stack(engine: type[PddlEnv] = KeptPddlEnv) -> AlfredInfos:
-    """ALFWorld's own wrappers around an engine, as `AlfredTWEnv` stacks them; with PddlEnv, the
-    stock engine.
+    """ALFWorld's own wrappers around an engine, as `AlfredTWEnv` stacks them.
+
+    With PddlEnv it is the stock engine.
     """
     infos = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
     return AlfredInfos(AlfredDemangler(engine(infos), shuffle=False))
@@ -416,13 +421,13 @@ def _to_view(state: GameState) -> View:
 
 @contextmanager
 def _explain(path: Path) -> Iterator[None]:
-    """Say which file it was that TextWorld or Fast Downward refused."""
+    """Raise what TextWorld or Fast Downward raises as an error that names the game's file."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[
-            :_MAX_REASON_CHARACTERS
-        ]
+        # One line of bounded length: some of their errors quote the whole problem.
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        reason = reason[:_MAX_REASON_CHARACTERS]
         raise EnvironmentFailedError(
             f"Game {path} cannot be played: {reason}. Replace the file by a sound one, or generate "
             "games anew.",

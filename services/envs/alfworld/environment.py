@@ -1,7 +1,7 @@
 """ALFWorld as an environment: valid actions, observations, rewards.
 
-The games are `games`' to find and `engine`'s to play; the engine is imported where the first
-episode starts, nowhere else.
+`games` finds the games and `engine` plays them. The engine is imported where the first episode
+starts and nowhere else, since that takes a second.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import read_variable
 from services.envs.alfworld.games import GAME_FILE, SPLITS, load_entries, read_game
 from services.envs.responses import find_between
 
 if TYPE_CHECKING:
     from services.envs.alfworld.engine import AlfredGame, View
 
+DATA_VARIABLE = "ALFWORLD_DATA"
+"""ALFWorld's own: the directory that holds json_2.1.1, read where the option data_dir is empty."""
 MAX_TURNS = 50
 WIN_REWARD = 10.0
 # The engine knows this command, but its answer holds nothing that the agent does not see anyway.
@@ -31,8 +33,9 @@ _WELCOME, _TASK_MARK = "-= Welcome to TextWorld, ALFRED! =-\n\n", "\n\nYour task
 
 
 class AlfworldEnvironment(Environment):
-    """Reward 10 for a won game, 0 otherwise. The seed changes nothing: a game's rooms are in its
-    file.
+    """Reward 10 for a won game, 0 otherwise.
+
+    The seed changes nothing: a game's rooms are in its file.
 
     A response is valid if it has one `<think>...</think>` and one `<action>...</action>` that holds
     an admissible command. A command without its reasoning is played, but counts as invalid; two
@@ -85,6 +88,7 @@ class AlfworldEnvironment(Environment):
         """The scene, without the task's sentence: that is the task's description."""
         from services.envs.alfworld.engine import AlfredGame
 
+        # An unknown task is refused before its path is looked for on the disk.
         self.get_task(task_id)
         self.close()
         path = self._directory / task_id / GAME_FILE
@@ -126,9 +130,7 @@ class AlfworldEnvironment(Environment):
 
 
 def read_response(text: str) -> tuple[str, bool]:
-    """The command in an agent's text, "" for none or several, and whether the text has the form
-    that is asked for.
-    """
+    """The command in an agent's text ("" for none or several), and whether its form is as asked."""
     command = (find_between(text, "<action>", "</action>") or "").strip().lower()
     is_reasoned = find_between(text, "<think>", "</think>") is not None
     return command, is_reasoned and bool(command)
@@ -144,14 +146,13 @@ def _resolve_directory(data_dir: str) -> Path:
     """The directory of the games, from the option or from ALFWorld's own variable."""
     if data_dir:
         return Path(data_dir).expanduser()
-    home = load_settings().alfworld_data
+    home = read_variable(DATA_VARIABLE)
     if not home:
         raise ConfigurationError(
-            "ALFWorld has no games: the option data_dir is empty and ALFWORLD_DATA is not set. "
-            "Make games with `sdar env "
-            "generate alfworld DIRECTORY`, or fetch the public ones with `alfworld-download`, and "
-            "name the directory that "
-            "holds train/, valid_seen/ and valid_unseen/ in data_dir."
+            f"ALFWorld has no games: the option data_dir is empty and {DATA_VARIABLE} is not set. "
+            "Make games with `sdar env generate alfworld DIRECTORY`, or fetch the public ones with "
+            "`alfworld-download`, and name the directory that holds train/, valid_seen/ and "
+            "valid_unseen/ in data_dir."
         )
     return Path(home).expanduser() / "json_2.1.1"
 

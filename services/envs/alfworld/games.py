@@ -45,8 +45,9 @@ _GOAL_PREFIX = "Your task is to: "
 
 @dataclass(frozen=True, slots=True)
 class GameEntry:
-    """One line of an index. `num_receptacles` is 0 where it is not known: public games do not say
-    it.
+    """One line of an index.
+
+    `num_receptacles` is 0 where it is not known, as of public games.
     """
 
     task_id: str
@@ -132,8 +133,9 @@ def describe_goal(grammar: str, path: Path) -> str:
 
 @lru_cache(maxsize=8)
 def load_entries(directory: Path) -> Mapping[str, tuple[GameEntry, ...]]:
-    """The games of each split, in an order that never changes and of which every prefix is balanced
-    over the types.
+    """The games of each split, in an order that never changes.
+
+    Every prefix of a split is balanced over the types.
 
     Raises:
         ConfigurationError: the directory holds no games, or a file in it is damaged.
@@ -141,10 +143,9 @@ def load_entries(directory: Path) -> Mapping[str, tuple[GameEntry, ...]]:
     if not any((directory / split).is_dir() for split in SPLITS):
         raise ConfigurationError(
             f"{directory} holds no ALFWorld games: expected one of the folders "
-            f"{', '.join(SPLITS)}. Make games with "
-            "`sdar env generate alfworld DIRECTORY`, or fetch the public ones with "
-            "`alfworld-download` and name their "
-            "json_2.1.1 folder in the option data_dir.",
+            f"{', '.join(SPLITS)}. Make games with `sdar env generate alfworld DIRECTORY`, or "
+            "fetch the public ones with `alfworld-download` and name their json_2.1.1 folder in "
+            "the option data_dir.",
             directory=directory,
         )
     index = directory / INDEX_FILE
@@ -156,8 +157,9 @@ def load_entries(directory: Path) -> Mapping[str, tuple[GameEntry, ...]]:
 
 
 def order_by_type(entries: Iterable[GameEntry]) -> tuple[GameEntry, ...]:
-    """One of each type in turn, within a type by a hash of the id: folder names sort by object and
-    would not be balanced.
+    """One game of each type in turn, within a type by a hash of the id.
+
+    By their names games would be sorted by object, which is not balanced.
     """
     by_hash = sorted(entries, key=lambda entry: hashlib.sha256(entry.task_id.encode()).digest())
     by_type: dict[str, list[GameEntry]] = {kind: [] for kind in TASK_TYPES}
@@ -196,8 +198,9 @@ def read_index(path: Path) -> list[GameEntry]:
 
 
 def _load_cached_index(directory: Path) -> list[GameEntry]:
-    """The index from the user's cache. Its name hashes every file's path, size and time: changed
-    games make a new one.
+    """The index from the user's cache, made now if there is none.
+
+    Its name is a hash of every file's path, size and time, so changed games make a new index.
     """
     games = sorted(_find_games(directory))
     state = hashlib.sha256(f"{_INDEX_VERSION} {directory.resolve()}".encode())
@@ -216,7 +219,7 @@ def _load_cached_index(directory: Path) -> list[GameEntry]:
 
 
 def _find_games(directory: Path) -> Iterator[Path]:
-    """Every trial folder that has both files, less those that upstream leaves out by their path."""
+    """The game of every trial folder with both files, less those upstream leaves out by path."""
     for split in SPLITS:
         for folder, _, files in os.walk(directory / split):
             relative = str(Path(folder).relative_to(directory))
@@ -227,8 +230,9 @@ def _find_games(directory: Path) -> Iterator[Path]:
 
 
 def _read_entry(directory: Path, game: Path) -> GameEntry | None:
-    """The entry of a game, None for one that upstream skips: of another task type, or not known to
-    be solvable.
+    """The entry of a game.
+
+    None for one that upstream skips: of another task type, or not known to be solvable.
     """
     trajectory = game.with_name(TRAJECTORY_FILE)
     task_type = _require_text(read_json(trajectory), "task_type", trajectory)

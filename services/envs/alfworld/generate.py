@@ -66,23 +66,16 @@ def generate(
         ConfigurationError: less than one task.
         ConflictError: the directory exists and holds something.
     """
-    if num_tasks < 1:
-        raise ConfigurationError(
-            f"ALFWorld was to be generated with {num_tasks} tasks. Ask for at least 1."
-        )
-    if directory.exists() and any(directory.iterdir()):
-        raise ConflictError(
-            f"{directory} exists and is not empty. Name a new directory, or delete this one."
-        )
+    _check_request(directory, num_tasks)
     num_validation = max(
         min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK
     )
     total = num_tasks + 2 * num_validation
     entries: list[GameEntry] = []
     for split, task in draw_tasks(num_tasks, num_validation, seed):
-        entries.append(
-            write_game(directory, split, task, random.Random(f"{seed} game {len(entries)}"))
-        )
+        # A generator for each game: what one draws must not depend on those before it.
+        rng = random.Random(f"{seed} game {len(entries)}")
+        entries.append(write_game(directory, split, task, rng))
         report(len(entries), total)
     write_index(directory / INDEX_FILE, entries)
     return (
@@ -91,36 +84,38 @@ def generate(
     )
 
 
+def _check_request(directory: Path, num_tasks: int) -> None:
+    if num_tasks < 1:
+        raise ConfigurationError(
+            f"ALFWorld was to be generated with {num_tasks} tasks. Ask for at least 1."
+        )
+    if directory.exists() and any(directory.iterdir()):
+        raise ConflictError(
+            f"{directory} exists and is not empty. Name a new directory, or delete this one."
+        )
+
+
 def draw_tasks(num_tasks: int, num_validation: int, seed: int) -> Iterator[tuple[str, RoomTask]]:
     """The tasks of all splits in order, each type in turn."""
     scenes: dict[int, Scene] = {}
     goals: set[tuple[int, Goal]] = set()
     for index in range(num_tasks):
-        task = draw_task(
-            index, list_scenes(index, seed, is_unseen=False), random.Random(f"{seed} train {index}")
-        )
+        seen = list_scenes(index, seed, is_unseen=False)
+        task = draw_task(index, seen, random.Random(f"{seed} train {index}"))
         scenes[task.scene.number] = task.scene
         goals.add((task.scene.number, task.goal))
         yield "train", task
     for index in range(num_validation):
-        yield (
-            "valid_seen",
-            draw_task(
-                index, list(scenes.values()), random.Random(f"{seed} valid_seen {index}"), goals
-            ),
-        )
+        rng = random.Random(f"{seed} valid_seen {index}")
+        yield "valid_seen", draw_task(index, list(scenes.values()), rng, goals)
     for index in range(num_validation):
         unseen = list_scenes(index, seed, is_unseen=True)
-        yield (
-            "valid_unseen",
-            draw_task(index, unseen, random.Random(f"{seed} valid_unseen {index}")),
-        )
+        rng = random.Random(f"{seed} valid_unseen {index}")
+        yield "valid_unseen", draw_task(index, unseen, rng)
 
 
 def list_scenes(index: int, seed: int, *, is_unseen: bool) -> list[Scene]:
-    """The rooms that the game of an index may play in, by its type and its turn in the cycle of
-    sizes.
-    """
+    """The rooms in which the game of an index may play, by its type and its turn in the sizes."""
     size = SIZE_CYCLE[index // len(TASK_TYPES) % len(SIZE_CYCLE)]
     numbers = ROOM_SIZES[size].unseen_scenes if is_unseen else ROOM_SIZES[size].train_scenes
     kinds = list_room_kinds(_find_type(index))
@@ -136,14 +131,7 @@ def draw_task(
     taken: Set[tuple[int, Goal]] = frozenset(),
 ) -> RoomTask:
     """A room with a goal of the index's type that is not taken, and its objects laid out."""
-    possible: list[tuple[Scene, list[Goal]]] = []
-    for scene in scenes:
-        if scene.kind not in list_room_kinds(_find_type(index)):
-            continue
-        every = list_goals(scene, _find_type(index))
-        goals = [goal for goal in every if (scene.number, goal) not in taken]
-        if goals:
-            possible.append((scene, goals))
+    possible = list(_list_possible(_find_type(index), scenes, taken))
     if not possible:
         raise ConfigurationError(
             f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. "
@@ -151,6 +139,18 @@ def draw_task(
         )
     scene, goals = rng.choice(possible)
     return lay_out(scene, rng.choice(goals), rng)
+
+
+def _list_possible(
+    task_type: str, scenes: Sequence[Scene], taken: Set[tuple[int, Goal]]
+) -> Iterator[tuple[Scene, list[Goal]]]:
+    for scene in scenes:
+        if scene.kind not in list_room_kinds(task_type):
+            continue
+        every = list_goals(scene, task_type)
+        goals = [goal for goal in every if (scene.number, goal) not in taken]
+        if goals:
+            yield scene, goals
 
 
 def _find_type(index: int) -> str:
@@ -224,8 +224,9 @@ def win(content: Mapping[str, Any], task: RoomTask, path: Path) -> list[str]:
 
 
 class Walk:
-    """A player who knows where everything lies. `names`: what the engine calls each thing, by its
-    encoded id.
+    """A player who knows where everything lies.
+
+    `names` are what the engine calls each thing, by its encoded id.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:

@@ -1,9 +1,9 @@
 """Writes a game's sentences: TextWorld's context-sensitive grammar, parsed once and cached.
 
-Says exactly what `ContextSensitiveGrammar.derive` says. The stock one parses every template and
-every query again on every derivation and deep-copies the context for every symbol; here a parse is
-remembered for the process, and a derived sentence for the state, until a fact changes that it was
-derived from. Knows neither files nor environments.
+It writes exactly what `ContextSensitiveGrammar.derive` writes. The stock one parses every template
+and every query again on every derivation and deep-copies the context for every symbol. Here a parse
+is remembered for the process, and a derived sentence for the state, until a fact changes that it
+was derived from. It knows neither files nor environments.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ _EXPRESSION_NODES = (
 
 
 class GrammarError(Exception):
-    """A game's grammar cannot be used. No ValueError: TextWorld takes those for a command that does
-    not apply.
+    """A game's grammar cannot be used.
+
+    It is no ValueError, which TextWorld takes for a command that does not apply.
     """
 
 
@@ -83,8 +84,9 @@ def compile_expression(expression: str) -> CodeType:
 
 @dataclass(frozen=True, slots=True)
 class Production:
-    """One way to write a symbol, taken if it is the first whose condition holds. An empty condition
-    always holds.
+    """One way to write a symbol: the first of a symbol whose condition holds is taken.
+
+    An empty condition always holds.
     """
 
     condition: str
@@ -140,8 +142,9 @@ class SentenceGrammar:
         )
 
     def derive(self, start: str, context: Mapping[str, Any]) -> str:
-        """The sentence of a template in a context; the context is a dictionary because TextWorld's
-        environment calls this.
+        """The sentence of a template in a context.
+
+        The context is a dictionary because TextWorld's environment calls this.
         """
         scene = Scene(
             context["state"], context["entity_infos"], context["mapping"], context["variables"]
@@ -166,6 +169,7 @@ class SentenceGrammar:
             case ListSymbol():
                 return self._enumerate(self._write_each(symbol.symbol, scene), scene)
             case EvalSymbol():
+                # Checked when it was compiled, and without builtins: it can only read texts.
                 code = compile_expression(symbol.expression)
                 return str(eval(code, {"__builtins__": {}}, dict(scene.variables)))
         raise GrammarError(f"grammar symbol {symbol!r} is of no known kind")

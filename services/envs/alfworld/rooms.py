@@ -1,7 +1,7 @@
 """The rooms of generated games: receptacles, objects, sizes, and the PDDL problem of a task.
 
 What fits where, what opens and what can be cleaned, heated or cooled is ALFWorld's own table; which
-rooms there are is ours. Knows no engine and writes no file.
+rooms there are is ours. It knows no engine and writes no file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ SCENES_PER_KIND = 30
 
 @dataclass(frozen=True, slots=True)
 class RoomKind:
-    """What a kind of room holds: some receptacles always, others up to a number of each, and
-    objects that may lie about.
+    """What a kind of room holds.
+
+    Some receptacles it has always, others up to a number of each; `objects` may lie about.
     """
 
     first_scene: int
@@ -54,6 +55,10 @@ class Station:
     verb: str
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 ROOM_KINDS = MappingProxyType(
     {
         "kitchen": RoomKind(
@@ -70,33 +75,10 @@ ROOM_KINDS = MappingProxyType(
                 "CoffeeMachine": 1,
                 "Toaster": 1,
             },
-            objects=(
-                *(
-                    "Apple",
-                    "Bread",
-                    "ButterKnife",
-                    "Bowl",
-                    "Cup",
-                    "DishSponge",
-                    "Egg",
-                    "Fork",
-                    "Kettle",
-                    "Knife",
-                    "Ladle",
-                ),
-                *(
-                    "Lettuce",
-                    "Mug",
-                    "Pan",
-                    "PepperShaker",
-                    "Plate",
-                    "Pot",
-                    "Potato",
-                    "SaltShaker",
-                    "SoapBottle",
-                    "Spatula",
-                ),
-                *("Spoon", "Tomato", "WineBottle"),
+            objects=_words(
+                "Apple Bread ButterKnife Bowl Cup DishSponge Egg Fork Kettle Knife Ladle "
+                "Lettuce Mug Pan PepperShaker Plate Pot Potato SaltShaker SoapBottle Spatula "
+                "Spoon Tomato WineBottle"
             ),
         ),
         "living room": RoomKind(
@@ -113,20 +95,9 @@ ROOM_KINDS = MappingProxyType(
                 "Ottoman": 1,
                 "GarbageCan": 1,
             },
-            objects=(
-                *(
-                    "Book",
-                    "Box",
-                    "CellPhone",
-                    "CreditCard",
-                    "KeyChain",
-                    "Laptop",
-                    "Newspaper",
-                    "Pencil",
-                    "Pillow",
-                    "Plate",
-                ),
-                *("RemoteControl", "Statue", "TissueBox", "Vase", "Watch", "WateringCan"),
+            objects=_words(
+                "Book Box CellPhone CreditCard KeyChain Laptop Newspaper Pencil Pillow Plate "
+                "RemoteControl Statue TissueBox Vase Watch WateringCan"
             ),
             lamp="FloorLamp",
         ),
@@ -144,20 +115,9 @@ ROOM_KINDS = MappingProxyType(
                 "LaundryHamper": 1,
                 "GarbageCan": 1,
             },
-            objects=(
-                *(
-                    "AlarmClock",
-                    "BaseballBat",
-                    "Book",
-                    "Bowl",
-                    "Box",
-                    "CD",
-                    "CellPhone",
-                    "CreditCard",
-                    "KeyChain",
-                    "Laptop",
-                ),
-                *("Mug", "Pen", "Pencil", "Pillow", "TennisRacket", "TissueBox", "Watch"),
+            objects=_words(
+                "AlarmClock BaseballBat Book Bowl Box CD CellPhone CreditCard KeyChain Laptop "
+                "Mug Pen Pencil Pillow TennisRacket TissueBox Watch"
             ),
             lamp="DeskLamp",
         ),
@@ -175,18 +135,9 @@ ROOM_KINDS = MappingProxyType(
                 "ToiletPaperHanger": 1,
                 "GarbageCan": 1,
             },
-            objects=(
-                *(
-                    "Candle",
-                    "Cloth",
-                    "DishSponge",
-                    "HandTowel",
-                    "SoapBar",
-                    "SoapBottle",
-                    "SprayBottle",
-                    "TissueBox",
-                ),
-                *("ToiletPaper", "ToiletPaperRoll"),
+            objects=_words(
+                "Candle Cloth DishSponge HandTowel SoapBar SoapBottle SprayBottle TissueBox "
+                "ToiletPaper ToiletPaperRoll"
             ),
         ),
     }
@@ -307,25 +258,20 @@ def list_room_kinds(task_type: str) -> list[str]:
 
 
 def list_goals(scene: Scene, task_type: str) -> list[Goal]:
-    """Every goal of a task type that the room allows: its object fits somewhere else than where it
-    must go.
+    """Every goal of a task type that the room allows.
+
+    The object of each fits somewhere else than where it must go.
     """
     room = ROOM_KINDS[scene.kind]
     if task_type == LOOK_TASK:
-        return [
-            Goal(task_type, name, "", room.lamp)
-            for name in room.objects
-            if any(map_fits(scene, name))
-        ]
-    station = STATIONS.get(task_type)
-    able = (
-        room.objects
-        if station is None
-        else constants.VAL_ACTION_OBJECTS[station.affordance] & set(room.objects)
-    )
-    destinations = {receptacle.kind for receptacle in scene.receptacles} - {
-        station.kind if station else ""
-    }
+        seen = [name for name in room.objects if any(map_fits(scene, name))]
+        return [Goal(task_type, name, "", room.lamp) for name in seen]
+    able = set(room.objects)
+    destinations = {receptacle.kind for receptacle in scene.receptacles}
+    # What is to be cleaned must be washable, and its sink is no place to put it.
+    if station := STATIONS.get(task_type):
+        able &= constants.VAL_ACTION_OBJECTS[station.affordance]
+        destinations.discard(station.kind)
     return [
         Goal(task_type, name, destination, "")
         for name, destination in itertools.product(sorted(able), sorted(destinations))
@@ -346,8 +292,9 @@ def map_fits(scene: Scene, name: str) -> Iterator[bool]:
 
 
 def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
-    """Put the goal's objects, its lamp and some others into a room; no target lies where it must
-    go.
+    """Put the goal's objects, its lamp and some others into a room.
+
+    No target lies where it must go.
     """
     room, size = ROOM_KINDS[scene.kind], ROOM_SIZES[scene.size]
     num_targets = rng.randint(2, 3) if goal.task_type == TWO_OBJECTS_TASK else rng.randint(1, 2)
@@ -375,8 +322,9 @@ def _place(name: str, scene: Scene, rng: random.Random, forbidden: str = "") -> 
 
 
 def _draw_key(name: str, rng: random.Random) -> str:
-    """An id as in ALFRED. A basin belongs to its sink, and ALFWorld names it by the `basin` at the
-    end.
+    """An id as in ALFRED.
+
+    A basin belongs to its sink, and ALFWorld names it by the `basin` at the end.
     """
     owner = name.removesuffix("Basin")
     spot = "|".join(f"{rng.uniform(-4, 4):+06.2f}" for _ in range(3))
@@ -401,8 +349,9 @@ def describe(goal: Goal, rng: random.Random) -> str:
 
 
 def write_problem(task: RoomTask) -> str:
-    """The PDDL problem of a task. Ids are encoded; ALFWorld's goals write `#` for the hyphen before
-    a type.
+    """The PDDL problem of a task.
+
+    Ids are encoded. ALFWorld's goals write `#` for the hyphen before a type.
     """
     goal = task.goal
     condition = goal_library.gdict[goal.task_type]["pddl"].format(

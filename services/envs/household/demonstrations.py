@@ -1,6 +1,4 @@
-"""Players of the household to learn from: an expert, and one who is often wrong.
-
-Also the wording of a skill.
+"""Players of the household to learn from, an expert and one who is often wrong, and its skills.
 
 Never used while playing: the game does not know it exists.
 """
@@ -16,8 +14,9 @@ from services.envs.household.game import CLOSED_PLACES, STATIONS, HouseholdTask
 
 
 def skill_wording(task_type: str, procedure: Sequence[str]) -> str:
-    """A skill's whole text. Each step is keyed by the one before it, which even a two-layer model
-    learns to look up.
+    """A skill's whole text.
+
+    Each step is keyed by the one before it, which even a two-layer model learns to look up.
     """
     if not procedure:
         return f"skill {task_type} : first put ."
@@ -34,9 +33,7 @@ def list_demonstration(task: HouseholdTask, procedure: Sequence[str]) -> list[st
 
 
 def find_misconception(task_type: str, step: int, right_station: str) -> str:
-    """The wrong station that the demonstrator prefers at one step of a task type: always the same
-    one.
-    """
+    """The one wrong station that the demonstrator prefers at a step of a task type."""
     wrong = [station for station in STATIONS if station != right_station]
     return wrong[hashlib.sha256(f"{task_type}{step}".encode()).digest()[0] % len(wrong)]
 
@@ -59,7 +56,9 @@ def draw_misguided_procedure(
         elif draw < right + misconception:
             procedure.append(favourite)
         else:
-            procedure.append(
-                rng.choice([other for other in STATIONS if other not in (station, favourite)])
-            )
+            procedure.append(_draw_other(rng, station, favourite))
     return procedure
+
+
+def _draw_other(rng: random.Random, *left_out: str) -> str:
+    return rng.choice([station for station in STATIONS if station not in left_out])

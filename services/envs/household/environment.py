@@ -43,7 +43,9 @@ class HouseholdEnvironment(Environment):
         return Observation(self._game.first_observation, self._game.list_actions())
 
     def step(self, text: str) -> StepResult:
-        game, action = self._game, text.strip()
+        game = self._game
+        action = text.strip()
+        # Asked before it is played, which changes what is admissible.
         is_action_valid = action in game.list_actions()
         seen = game.act(action)
         reward = float(game.is_solved)

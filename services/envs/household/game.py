@@ -1,9 +1,7 @@
 """The rules of the household game: tasks, procedures, splits, and one game in play.
 
-Pure Python, without random numbers.
-
-A task asks to bring an object through its task type's procedure, an ordered list of stations that
-no observation ever mentions, and then to put it in its place:
+There are no random numbers in it. A task asks to bring an object through its task type's procedure,
+an ordered list of stations that no observation ever mentions, and then to put it in its place:
 
     open drawer -> take apple -> use sink -> use fan -> put apple in desk
     (closed places only)         (the hidden procedure)
@@ -80,8 +78,9 @@ class HouseholdTask:
 
     @cached_property
     def draw(self) -> float:
-        """A number in [0, 1) from the id alone: the split and the order of tasks, the same on every
-        machine.
+        """A number in [0, 1) from the id alone, the same on every machine.
+
+        It decides the split and the order of tasks.
         """
         return int.from_bytes(hashlib.sha256(self.task_id.encode()).digest()[:6]) / 2**48
 
@@ -169,8 +168,9 @@ class HouseholdGame:
         )
 
     def act(self, action: str) -> str:
-        """Play one action and return what the player sees. An inadmissible action only costs a
-        turn.
+        """Play one action and return what the player sees.
+
+        An inadmissible action only costs a turn.
         """
         is_admissible = action in self.list_actions()
         self.num_turns += 1

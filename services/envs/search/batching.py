@@ -56,8 +56,9 @@ class _Request:
 
 
 class Batcher:
-    """While one batch is ranked in a thread, requests gather for the next: nobody waits for
-    company. Use as a context.
+    """Collects requests into a batch while the batch before it is ranked in a thread.
+
+    No request waits for company: on an idle retriever it is a batch by itself. Use it as a context.
     """
 
     def __init__(self, retriever: Retriever) -> None:
@@ -73,6 +74,7 @@ class Batcher:
     async def __aexit__(self, *_: object) -> None:
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
+        # Whoever still waits must not wait for ever.
         for request in self._waiting:
             request.answer.cancel()
         self._thread.shutdown()
@@ -87,8 +89,7 @@ class Batcher:
         if num_waiting + len(queries) > MAX_WAITING_QUERIES:
             raise CapacityError(
                 f"{num_waiting} queries wait already, the limit is {MAX_WAITING_QUERIES}. Retry "
-                "after a while, or run more "
-                "retrievers."
+                "after a while, or run more retrievers."
             )
         request = _Request(queries, topk, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
@@ -118,6 +119,7 @@ class Batcher:
 
     async def _answer(self, batch: Sequence[_Request]) -> None:
         queries = list(itertools.chain.from_iterable(request.queries for request in batch))
+        # One number for the batch: each request takes its own share of what was found.
         topk = max(request.topk for request in batch)
         began_s = time.perf_counter()
         try:

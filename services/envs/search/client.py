@@ -18,6 +18,7 @@ from sdar.wire.http_client import client_options
 from sdar.wire.security import Security
 from services.envs.search.passages import Hit, Passage
 
+# 100 passages for each of 2,048 queries would be more; an environment asks one at a time.
 MAX_ANSWER_BYTES = 16 << 20
 MAX_TIMEOUT_S = 600
 FIRST_DELAY_S, MAX_DELAY_S = 0.1, 2.0
@@ -63,17 +64,18 @@ class RetrieverClient:
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Raises RetrieverFailedError, at the latest after the timeout."""
         request = {"queries": list(queries), "topk": topk, "return_scores": True}
-        ends_at, delay_s = time.monotonic() + self._timeout_s, FIRST_DELAY_S
+        ends_at = time.monotonic() + self._timeout_s
+        delay_s = FIRST_DELAY_S
         for num_attempts in itertools.count(1):
             try:
                 return self._attempt(request, self._time_for_attempt(ends_at))
             except AttemptFailedError as error:
+                # `close` ends the wait, so that an episode need not wait for a dead retriever.
                 is_over = time.monotonic() + delay_s >= ends_at or not error.is_worth_retrying
                 if is_over or self._closed.wait(delay_s):
                     raise RetrieverFailedError(
                         f"Retriever {hide_credentials(self._url)} failed, attempt {num_attempts} "
-                        f"with {error}. "
-                        "Check that it runs and is ready (GET /readyz)."
+                        f"with {error}. Check that it runs and is ready (GET /readyz)."
                     ) from error
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
         raise AssertionError("attempts are counted without end")
@@ -98,6 +100,7 @@ class RetrieverClient:
         except httpx.HTTPError as error:
             raise AttemptFailedError(f"{type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
+            # Any other 4xx says that the request itself is wrong.
             is_worth_retrying = (
                 response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
             )
@@ -117,7 +120,7 @@ def _is_address(url: str) -> bool:
 
 
 class AttemptFailedError(Exception):
-    """One attempt came to nothing; the caller hears of it only if it was the last."""
+    """One attempt failed. The caller gets it only as the cause of the last one's error."""
 
     def __init__(self, message: str, *, is_worth_retrying: bool = True) -> None:
         super().__init__(message)
@@ -125,9 +128,7 @@ class AttemptFailedError(Exception):
 
 
 def parse_answer(body: bytes, num_queries: int) -> list[list[Hit]]:
-    """The hits of each query. Raises AttemptFailedError for anything but the answer that was asked
-    for.
-    """
+    """The hits of each query. Raises AttemptFailedError for any other answer."""
     try:
         result = json.loads(body)["result"]
         hits = [list(map(_parse_hit, entries)) for entries in result]
@@ -183,7 +184,7 @@ def _borrow_http() -> httpx.Client:
 
 
 def _return_http() -> None:
-    """The last borrower closes them."""
+    """Give the connections up; with the last borrower they are closed."""
     global _http, _num_borrowers
     with _http_lock:
         _num_borrowers -= 1

@@ -27,8 +27,7 @@ def require_corpus(path: Path) -> None:
         problem = "is empty" if path.is_file() else "does not exist"
         raise ConfigurationError(
             f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make "
-            "one: "
-            "sdar env generate search DIRECTORY."
+            "one: sdar env generate search DIRECTORY."
         )
 
 
@@ -56,28 +55,25 @@ def parse_passage(line: bytes, path: Path, number: int) -> Passage:
     try:
         entry: Any = json.loads(line)
     except ValueError as error:
-        raise ConfigurationError(
-            f"Corpus {path} line {number} is not JSON ({error}); {_EXPECTED}. Correct it."
-        ) from error
+        raise _build_line_error(path, number, f" is not JSON ({error})") from error
     if not isinstance(entry, dict):
-        raise ConfigurationError(
-            f"Corpus {path} line {number} is {_show(entry)}; {_EXPECTED}. Correct it."
-        )
+        raise _build_line_error(path, number, f" is {_show(entry)}")
     passage_id, contents = entry.get("id"), entry.get("contents")
     if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
-        raise ConfigurationError(
-            f"Corpus {path} line {number}: id is {_show(passage_id)}; {_EXPECTED}. Correct it."
-        )
+        raise _build_line_error(path, number, f": id is {_show(passage_id)}")
     if not isinstance(contents, str) or not contents.strip():
-        raise ConfigurationError(
-            f"Corpus {path} line {number}: contents is {_show(contents)}; {_EXPECTED}. Correct it."
-        )
+        raise _build_line_error(path, number, f": contents is {_show(contents)}")
     return Passage(str(passage_id), contents)
 
 
+def _build_line_error(path: Path, number: int, problem: str) -> ConfigurationError:
+    return ConfigurationError(f"Corpus {path} line {number}{problem}; {_EXPECTED}. Correct it.")
+
+
 class Corpus:
-    """Passages by their place in the file. `offsets` are the bytes at which their lines begin, in
-    order.
+    """Passages by their place in the file.
+
+    `offsets` are the bytes at which their lines begin, in order.
     """
 
     def __init__(self, path: Path, offsets: npt.NDArray[np.int64]) -> None:
@@ -90,6 +86,8 @@ class Corpus:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Passage:
+        # The offsets were made when the file was checked; a line that is no passage now was changed
+        # since, and raises.
         start = int(self._offsets[index])
         end = self._bytes.find(b"\n", start)
         return parse_passage(

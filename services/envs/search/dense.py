@@ -1,7 +1,7 @@
 """Search by meaning: an encoder of queries, and a faiss index that the user built of the corpus.
 
-Follows the conventions of e5: "query: " before a query ("passage: " before what was indexed), the
-mean of the last layer over the text's tokens, length one.
+It keeps to the conventions of e5: "query: " before a query ("passage: " before what was indexed),
+the mean of the last layer over the text's tokens, length one.
 """
 
 from __future__ import annotations
@@ -110,13 +110,7 @@ def open_dense_retriever(
         ConfigurationError: one of them cannot be read, or they differ in their sizes.
     """
     corpus = open_corpus(corpus_path)
-    try:
-        index = faiss.read_index(str(index_path))
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
-        raise ConfigurationError(
-            f"Index {index_path} cannot be read by faiss: {problem}. Give a file faiss wrote."
-        ) from error
+    index = _read_index(index_path)
     if index.ntotal != len(corpus):
         raise ConfigurationError(
             f"Index {index_path} has {index.ntotal} vectors for {len(corpus)} passages in "
@@ -126,7 +120,17 @@ def open_dense_retriever(
     if index.d != encoder.size:
         raise ConfigurationError(
             f"Index {index_path} has vectors of {index.d} numbers, encoder {encoder_directory} "
-            f"makes {encoder.size}. "
-            "Give the encoder that the index was built with."
+            f"makes {encoder.size}. Give the encoder that the index was built with."
         )
     return DenseRetriever(corpus, index, encoder)
+
+
+def _read_index(path: Path) -> faiss.Index:
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        # The lines after the first are faiss' own call stack.
+        problem = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"Index {path} cannot be read by faiss: {problem}. Give a file faiss wrote."
+        ) from error

@@ -1,7 +1,4 @@
-"""Search-QA as an environment: searches and one answer, in four turns.
-
-The retriever ranks the passages.
-"""
+"""Search-QA as an environment: a question, searches whose passages are shown, and one answer."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from pathlib import Path
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import read_variable
 from services.envs.search.client import RetrieverClient, RetrieverFailedError
 from services.envs.search.lexical import LexicalRetriever, open_lexical_retriever
 from services.envs.search.passages import Hit, Passage
 from services.envs.search.questions import QuestionSet, open_questions
 from services.envs.search.scoring import Action, ActionKind, is_exact_match, parse_action
 
+DATA_VARIABLE = "SDAR_SEARCH_DATA"
+"""Directory of the questions, where the option data_dir is empty."""
 MAX_PASSAGE_CHARACTERS = 1500
 """Published passages have about 600; a longer one is cut where everybody can see it."""
 MAX_QUERY_CHARACTERS = 500
@@ -37,8 +36,9 @@ NO_TURN_LEFT = "No turn is left to answer in."
 
 
 class SearchEnvironment(Environment):
-    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise. The seed
-    changes nothing.
+    """Reward 1 for an answer that matches one of the question's right ones, 0 otherwise.
+
+    The seed changes nothing.
 
     A response's first search or answer is played. A response with several of the tags is invalid
     but still played; one with none, with an empty search or with an overlong one only uses a turn.
@@ -102,6 +102,7 @@ class SearchEnvironment(Environment):
             self._retriever = open_lexical_retriever(
                 Path(corpus) if corpus else directory / "corpus.jsonl"
             )
+        # A call to a service waits; a search in this process computes.
         self.is_blocking = bool(retriever_url)
         self._targets: tuple[str, ...] = ()
         self._num_turns = 0
@@ -197,13 +198,12 @@ def _show_passage(number: int, passage: Passage) -> str:
 
 
 def _resolve_directory(data_dir: str) -> Path:
-    directory = data_dir or load_settings().search_data
+    directory = data_dir or read_variable(DATA_VARIABLE)
     if not directory:
         raise ConfigurationError(
-            "Search has no questions: the option data_dir is empty and SDAR_SEARCH_DATA is not "
-            "set. Make some with `sdar env "
-            "generate search DIRECTORY`, or fetch Search-R1's parquet files, and name their "
-            "directory in data_dir."
+            f"Search has no questions: the option data_dir is empty and {DATA_VARIABLE} is not "
+            "set. Make some with `sdar env generate search DIRECTORY`, or fetch Search-R1's "
+            "parquet files, and name their directory in data_dir."
         )
     return Path(directory).expanduser()
 
@@ -217,7 +217,6 @@ def _open_splits(data_dir: Path) -> dict[str, QuestionSet]:
     if not found:
         raise ConfigurationError(
             f"{data_dir} holds neither train.parquet nor test.parquet. Set data_dir to a question "
-            "set, or make one: "
-            "sdar env generate search DIRECTORY."
+            "set, or make one: sdar env generate search DIRECTORY."
         )
     return found

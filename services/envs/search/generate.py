@@ -81,23 +81,14 @@ def generate(
         ConflictError: the directory holds something. ConfigurationError: too few or too many
             questions for one world.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise ConflictError(f"{directory} is not empty. Remove it or choose another directory.")
-    if not MIN_TASKS <= num_tasks <= MAX_TASKS:
-        raise ConfigurationError(
-            f"Search makes {MIN_TASKS} to {MAX_TASKS} training questions, asked for {num_tasks}."
-        )
+    _check_request(directory, num_tasks)
+    # All is drawn from one generator, so the order of what follows is part of what a seed means.
     rng = random.Random(seed)
     world = build_world(
         rng, {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()}
     )
     check_world(world)
-    passages = write_passages(rng, world)
-    passages += [
-        write_distractor(rng, world, number)
-        for number in range(round(DISTRACTORS_PER_TASK * num_tasks))
-    ]
-    rng.shuffle(passages)
+    passages = _draw_passages(rng, world, round(DISTRACTORS_PER_TASK * num_tasks))
     num_test = max(2, round(TEST_SHARE * num_tasks))
     asked = draw_questions(rng, world, num_tasks + num_test)
     rows = []
@@ -115,12 +106,29 @@ def generate(
     )
 
 
+def _check_request(directory: Path, num_tasks: int) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        raise ConflictError(f"{directory} is not empty. Remove it or choose another directory.")
+    if not MIN_TASKS <= num_tasks <= MAX_TASKS:
+        raise ConfigurationError(
+            f"Search makes {MIN_TASKS} to {MAX_TASKS} training questions, asked for {num_tasks}."
+        )
+
+
+def _draw_passages(rng: random.Random, world: World, num_distractors: int) -> list[tuple[str, str]]:
+    passages = write_passages(rng, world)
+    passages += [write_distractor(rng, world, number) for number in range(num_distractors)]
+    rng.shuffle(passages)
+    return passages
+
+
 def check_world(world: World) -> None:
-    """Every name is one thing's alone, also as answers are compared: so every question has exactly
-    one answer.
+    """Check that no two things share a name as answers are compared.
+
+    Only then every question has exactly one answer.
 
     Raises:
-        ConfigurationError: it is not so; another seed helps.
+        ConfigurationError: two things do; another seed helps.
     """
     names = itertools.chain.from_iterable(world.things.values())
     counts = Counter(map(normalize_answer, names))
@@ -132,8 +140,9 @@ def check_world(world: World) -> None:
 
 
 def draw_questions(rng: random.Random, world: World, num_questions: int) -> list[Asked]:
-    """Different questions, half of each number of hops as far as the world goes, chains in turn, in
-    a mixed order.
+    """Different questions in a mixed order, half of them of each number of hops.
+
+    Chains take turns, and there are fewer of two hops where the world has no more.
     """
     by_hops: dict[int, list[Asked]] = {}
     for hops in DATA_SOURCES:
@@ -176,12 +185,8 @@ def _write_row(
 def _write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for number, (title, text) in enumerate(passages):
-            file.write(
-                json.dumps(
-                    {"id": str(number), "contents": f'"{title}"\n{text}'}, ensure_ascii=False
-                )
-                + "\n"
-            )
+            entry = {"id": str(number), "contents": f'"{title}"\n{text}'}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _write_questions(path: Path, rows: list[dict[str, Any]]) -> None:

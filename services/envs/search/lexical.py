@@ -26,6 +26,7 @@ from services.envs.search.passages import Hit
 
 K1, B = 0.9, 0.4
 """What Lucene-based retrievers of this benchmark use."""
+# Part of an index's name: raise it when the same corpus would be indexed differently.
 _LAYOUT = "2"
 _OFFSETS = "offsets.npy"
 _WORD = re.compile(r"\b\w\w+\b")
@@ -57,8 +58,9 @@ class LexicalRetriever:
 
 
 def split_words(text: str) -> list[str]:
-    """Words of two letters and more in lower case, stop words left out. What the index's library
-    does, without its bars.
+    """Words of two letters and more in lower case, without stop words.
+
+    The index's library does the same, and shows progress bars meanwhile.
     """
     return [word for word in _WORD.findall(text.lower()) if word not in _STOP_WORDS]
 
@@ -67,14 +69,14 @@ def rank(scores: npt.NDArray[np.float32], topk: int) -> npt.NDArray[np.int64]:
     """Places of the `topk` greatest positive scores, greatest first, equal ones in their order."""
     found = np.flatnonzero(scores > 0)
     if len(found) > topk:
+        # All that reach the last place's score, so that the stable order below settles a tie.
         least = np.partition(scores[found], -topk)[-topk]
         found = found[scores[found] >= least]
     return found[np.argsort(-scores[found], kind="stable")][:topk]
 
 
 def open_lexical_retriever(corpus_path: Path, cache: Path | None = None) -> LexicalRetriever:
-    """The retriever of a corpus, shared by all of this process; a corpus that changed is indexed
-    anew.
+    """The retriever of a corpus, one for the process. A corpus that changed is indexed anew.
 
     Args:
         cache: where indexes are kept, search/ in $SDAR_CACHE by default.
@@ -114,22 +116,11 @@ def _open(corpus_path: Path, cache: Path, size_bytes: int, modified_ns: int) -> 
 
 
 def _build(corpus_path: Path, directory: Path) -> None:
-    """Write the index beside its place, then move it there whole. Another process may do so at the
-    same time; both write the same.
+    """Write the index beside its place, then move it there whole.
+
+    Another process may do so at the same time; both write the same.
     """
-    offsets: list[int] = []
-    documents: list[list[int]] = []
-    stems, vocabulary = _Stems(), dict[str, int]()
-    for offset, passage in iterate_corpus(corpus_path):
-        offsets.append(offset)
-        words = split_words(passage.contents)
-        documents.append([vocabulary.setdefault(stems[word], len(vocabulary)) for word in words])
-    if not vocabulary:
-        raise ConfigurationError(
-            f"Corpus {corpus_path} holds no word that can be searched for. Give passages of text."
-        )
-    index = bm25s.BM25(method="lucene", k1=K1, b=B)
-    index.index((documents, vocabulary), show_progress=False)
+    offsets, index = _index(corpus_path)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
@@ -145,6 +136,25 @@ def _build(corpus_path: Path, directory: Path) -> None:
             os.rename(building, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _index(corpus_path: Path) -> tuple[list[int], bm25s.BM25]:
+    """Where each passage's line begins, and the index of their words by number."""
+    offsets: list[int] = []
+    documents: list[list[int]] = []
+    stems = _Stems()
+    vocabulary: dict[str, int] = {}
+    for offset, passage in iterate_corpus(corpus_path):
+        offsets.append(offset)
+        words = split_words(passage.contents)
+        documents.append([vocabulary.setdefault(stems[word], len(vocabulary)) for word in words])
+    if not vocabulary:
+        raise ConfigurationError(
+            f"Corpus {corpus_path} holds no word that can be searched for. Give passages of text."
+        )
+    index = bm25s.BM25(method="lucene", k1=K1, b=B)
+    index.index((documents, vocabulary), show_progress=False)
+    return offsets, index
 
 
 class _Stems(dict[str, str]):

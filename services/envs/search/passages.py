@@ -9,8 +9,9 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One entry of a corpus. `contents` is the title in quotes, a line break, and the text, as
-    Search-R1 publishes it.
+    """One entry of a corpus.
+
+    `contents` is the title in quotes, a line break, and the text, as Search-R1 publishes it.
     """
 
     passage_id: str
@@ -27,8 +28,9 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found. `score` grows with relevance; only scores of one retriever can be
-    compared.
+    """A passage that was found.
+
+    `score` grows with relevance. Only scores of one retriever can be compared.
     """
 
     passage: Passage
@@ -39,6 +41,7 @@ class Retriever(Protocol):
     """Ranks a corpus. The same query gives the same hits in the same order, always."""
 
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """At most `topk` hits of each query, best first; fewer if fewer passages have anything to
-        do with it.
+        """At most `topk` hits of each query, best first.
+
+        There are fewer where fewer passages have anything to do with the query.
         """

@@ -69,11 +69,9 @@ class QuestionSet(Sequence[Task]):
     def find(self, task_id: str) -> tuple[Task, tuple[str, ...]] | None:
         """The task of an id and the answers that are right, None if it is no id of this split."""
         split, _, digits = task_id.rpartition("-")
-        row = (
-            int(digits)
-            if digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self)))
-            else -1
-        )
+        # Their number first: Python takes long to read an integer of a million digits.
+        is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self)))
+        row = int(digits) if is_number else -1
         # Compared as text again: "007" is another id than "7".
         if split != self._split or not 0 <= row < len(self) or str(row) != digits:
             return None
@@ -104,33 +102,14 @@ def open_questions(environment: str, split: str, path: Path) -> QuestionSet:
 def _open(
     environment: str, split: str, path: Path, size_bytes: int, modified_ns: int
 ) -> QuestionSet:
-    try:
-        with pq.ParquetFile(path) as file:
-            question_column = next(
-                (names for names in (*_QUESTIONS, _PROMPT) if _has(file.schema_arrow, names)), None
-            )
-            if question_column is None:
-                raise ConfigurationError(
-                    f"{path} has no question: none of "
-                    f"{', '.join('.'.join(names) for names in (*_QUESTIONS, _PROMPT))}. "
-                    f"Its columns are {', '.join(file.schema_arrow.names)}."
-                )
-            sources = _read_column(file, path, _SOURCE)
-            questions = _read_column(file, path, question_column)
-            targets = _read_column(file, path, _TARGET)
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read as Parquet: {error}. Fetch or generate it again."
-        ) from error
+    # Size and time are arguments so that a file that changed is read again.
+    question_column, sources, questions, targets = _read_columns(path)
     if question_column == _PROMPT:
-        questions = pa.array(
-            [_read_prompt(messages) for messages in questions.to_pylist()], pa.string()
-        )
-    if pa.types.is_string(targets.type) or pa.types.is_large_string(targets.type):
-        targets = pa.array(
-            [None if target is None else [target] for target in targets.to_pylist()],
-            pa.list_(pa.string()),
-        )
+        questions = pa.array(list(map(_read_prompt, questions.to_pylist())), pa.string())
+    # Some preparations write a single right answer as a text, not as a list of one.
+    if _is_text(targets.type):
+        lists = [None if target is None else [target] for target in targets.to_pylist()]
+        targets = pa.array(lists, pa.list_(pa.string()))
     _check_texts(sources, path, _SOURCE)
     _check_texts(questions, path, question_column)
     _check_targets(targets, path)
@@ -139,6 +118,35 @@ def _open(
     return QuestionSet(
         environment, split, [names[source] for source in sources.to_pylist()], questions, targets
     )
+
+
+def _read_columns(path: Path) -> tuple[Sequence[str], pa.Array, pa.Array, pa.Array]:
+    """Name of the question's column; data sources, questions and right answers as they stand."""
+    try:
+        with pq.ParquetFile(path) as file:
+            question_column = _find_question_column(file, path)
+            sources = _read_column(file, path, _SOURCE)
+            questions = _read_column(file, path, question_column)
+            return question_column, sources, questions, _read_column(file, path, _TARGET)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read as Parquet: {error}. Fetch or generate it again."
+        ) from error
+
+
+def _find_question_column(file: pq.ParquetFile, path: Path) -> Sequence[str]:
+    columns = (*_QUESTIONS, _PROMPT)
+    for names in columns:
+        if _has(file.schema_arrow, names):
+            return names
+    raise ConfigurationError(
+        f"{path} has no question: none of {', '.join(map('.'.join, columns))}. Its columns are "
+        f"{', '.join(file.schema_arrow.names)}."
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -150,6 +158,7 @@ def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
         rounds[row] = seen[source]
         seen[source] += 1
     by_name = np.array([places[source] for source in sources], dtype=np.int64)
+    # By round, and within a round by the source's name: the last key of lexsort is the first.
     order: npt.NDArray[np.int64] = np.lexsort((by_name, rounds))
     return order
 
@@ -168,9 +177,9 @@ def _read_column(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.A
     if not _has(file.schema_arrow, names):
         raise ConfigurationError(
             f"{path} has no column {'.'.join(names)}. Its columns are "
-            f"{', '.join(file.schema_arrow.names)}. "
-            "Give a question set as Search-R1 publishes it."
+            f"{', '.join(file.schema_arrow.names)}. Give a question set as Search-R1 publishes it."
         )
+    # The file names a field within a struct by its path, and returns the outermost struct.
     column = file.read(columns=[".".join(names)]).column(names[0])
     for name in names[1:]:
         column = pc.struct_field(column, name)
@@ -188,7 +197,7 @@ def _read_prompt(messages: Any) -> str | None:
 
 
 def _check_texts(column: pa.Array, path: Path, names: Sequence[str]) -> None:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_text(column.type):
         raise ConfigurationError(
             f"{path} column {'.'.join(names)} holds {column.type}, expected text."
         )
@@ -198,10 +207,7 @@ def _check_texts(column: pa.Array, path: Path, names: Sequence[str]) -> None:
 
 def _check_targets(column: pa.Array, path: Path) -> None:
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not is_list or not (
-        pa.types.is_string(column.type.value_type)
-        or pa.types.is_large_string(column.type.value_type)
-    ):
+    if not is_list or not _is_text(column.type.value_type):
         raise ConfigurationError(
             f"{path} column {'.'.join(_TARGET)} holds {column.type}, expected lists of texts."
         )

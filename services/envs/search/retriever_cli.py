@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,21 +37,25 @@ def retriever(
 
     POST /retrieve as in Search-R1, /healthz, /readyz, /metrics. Runs until SIGTERM.
     """
-    import asyncio
-    import functools
-
     from sdar.contracts.errors import ConfigurationError
-    from sdar.process.lifecycle import run_until_stopped
-    from sdar.process.settings import load_settings
-    from sdar.process.telemetry import configure_logging
-    from sdar.wire.security import Security
-    from services.envs.search.retriever_service import serve_retriever
 
     if (index is None) != (encoder is None):
         raise ConfigurationError(
             "--index and --encoder belong together: give both for dense retrieval, neither for "
             "BM25."
         )
+    open_retriever = functools.partial(_open_retriever, corpus, index, encoder)
+    _serve(open_retriever, corpus, host, port)
+
+
+def _serve(open_retriever: Callable[[], Retriever], corpus: Path, host: str, port: int) -> None:
+    import asyncio
+
+    from sdar.process.lifecycle import run_until_stopped
+    from sdar.process.settings import load_settings
+    from sdar.process.telemetry import configure_logging
+    from sdar.wire.security import Security
+    from services.envs.search.retriever_service import serve_retriever
 
     def print_address(bound_port: int) -> None:
         typer.echo(f"Retriever of {corpus} answers on http://{host}:{bound_port}")
@@ -58,7 +64,7 @@ def retriever(
     configure_logging("retriever", settings.instance, settings.log_level, settings.log_format)
     serve = functools.partial(
         serve_retriever,
-        open_retriever=functools.partial(_open_retriever, corpus, index, encoder),
+        open_retriever=open_retriever,
         host=host,
         port=port,
         security=Security.from_settings(settings),

@@ -29,7 +29,7 @@ MAX_QUERIES = 2048
 MAX_QUERY_CHARACTERS = 4000
 MAX_BODY_BYTES = 32 << 20
 KEEP_ALIVE_S = 30
-"""Longer than clients keep an idle connection: nobody asks on one that is just being closed."""
+"""Longer than clients keep an idle connection: none sends on one that is just being closed."""
 
 log = structlog.get_logger()
 
@@ -75,6 +75,11 @@ def build_app(state: RetrieverState) -> FastAPI:
         to_json = functools.partial(_hit_to_json, has_score=asked.return_scores)
         return JSONResponse({"result": [list(map(to_json, hits)) for hits in found]})
 
+    _add_probes(app, state)
+    return app
+
+
+def _add_probes(app: FastAPI, state: RetrieverState) -> None:
     @app.get("/healthz")
     async def healthz() -> Response:
         """200 while the process turns."""
@@ -90,8 +95,6 @@ def build_app(state: RetrieverState) -> FastAPI:
     async def metrics() -> Response:
         """Prometheus metrics of this process."""
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
-
-    return app
 
 
 def parse_request(body: bytes) -> RetrieveRequest:
@@ -119,28 +122,23 @@ async def serve_retriever(
     security: Security = OPEN,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Answer probes at once and queries once the retriever is loaded, until `stopping` is set;
-    requests in flight are ended.
+    """Answer probes at once, and queries once the retriever is loaded, until `stopping` is set.
+
+    Requests in flight are then answered.
 
     Args:
         open_retriever: loads the retriever, in a thread.
         port: 0 takes a free one; `on_ready` is called with it once queries are answered.
 
     Raises:
-        ConflictError: the port is taken. ConfigurationError: no token guards a port beyond
-            loopback. Whatever
-        `open_retriever` raises.
+        ConflictError: the port is taken.
+        ConfigurationError: no token guards a port beyond loopback.
+        Other errors: whatever `open_retriever` raises.
     """
-    state, listener = RetrieverState(), bind_http(host, port)
+    state = RetrieverState()
+    listener = bind_http(host, port)
     bound_port = listener.getsockname()[1]
-    server = build_http_server(
-        build_app(state),
-        host,
-        security,
-        max_body_bytes=MAX_BODY_BYTES,
-        read_posts=("/retrieve",),
-        timeout_keep_alive=KEEP_ALIVE_S,
-    )
+    server = _build_server(state, host, security)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     state.health.detail = "loading"
     log.info("retriever_loading", host=host, port=bound_port)
@@ -160,6 +158,18 @@ async def serve_retriever(
         await _stop(server, serving, state.health)
 
 
+def _build_server(state: RetrieverState, host: str, security: Security) -> HttpServer:
+    return build_http_server(
+        build_app(state),
+        host,
+        security,
+        max_body_bytes=MAX_BODY_BYTES,
+        # A search changes nothing, so a token that may only read is enough.
+        read_posts=("/retrieve",),
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+
+
 async def _stop(server: HttpServer, serving: asyncio.Task[None], health: Health) -> None:
     health.mark_unready("draining")
     server.should_exit = True
@@ -169,19 +179,22 @@ async def _stop(server: HttpServer, serving: asyncio.Task[None], health: Health)
 async def _load(
     open_retriever: Callable[[], Retriever], stopping: asyncio.Event, health: Health
 ) -> Retriever | None:
-    """The retriever, None if the service was stopped first. A daemon's thread: a stop need not wait
-    for a large index.
-    """
+    """The retriever, None if the service was stopped first."""
+    loaded = _start_loading(open_retriever)
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        while not loaded.done() and not stop.done():
+            await asyncio.wait((loaded, stop), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            health.beat()
+        return loaded.result() if loaded.done() else None
+    finally:
+        stop.cancel()
+
+
+def _start_loading(open_retriever: Callable[[], Retriever]) -> asyncio.Future[Retriever]:
+    """Load in a daemon's thread: the end of the process need not wait for a large index."""
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[Retriever] = loop.create_future()
-
-    def settle(outcome: Retriever | BaseException) -> None:
-        if loaded.done():
-            return
-        if isinstance(outcome, BaseException):
-            loaded.set_exception(outcome)
-        else:
-            loaded.set_result(outcome)
 
     def load() -> None:
         outcome: Retriever | BaseException
@@ -191,17 +204,19 @@ async def _load(
         except BaseException as error:  # noqa: BLE001
             outcome = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: the service was stopped
-            loop.call_soon_threadsafe(settle, outcome)
+            loop.call_soon_threadsafe(_settle, loaded, outcome)
 
     threading.Thread(target=load, name="retriever-loading", daemon=True).start()
-    stop = asyncio.create_task(stopping.wait())
-    try:
-        while not loaded.done() and not stop.done():
-            await asyncio.wait((loaded, stop), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            health.beat()
-        return loaded.result() if loaded.done() else None
-    finally:
-        stop.cancel()
+    return loaded
+
+
+def _settle(loaded: asyncio.Future[Retriever], outcome: Retriever | BaseException) -> None:
+    if loaded.done():  # given up meanwhile
+        return
+    if isinstance(outcome, BaseException):
+        loaded.set_exception(outcome)
+    else:
+        loaded.set_result(outcome)
 
 
 def _hit_to_json(hit: Hit, has_score: bool) -> dict[str, Any]:

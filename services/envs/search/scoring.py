@@ -1,4 +1,4 @@
-"""The rules of Search-QA: what an agent's response means, and whether an answer is right. Pure."""
+"""The rules of Search-QA: what an agent's response means, and whether an answer is right."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _CLOSINGS = {kind: re.compile(f"</{kind}>", re.IGNORECASE | re.ASCII) for kind i
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What a response asks for. `is_valid` is false for one that is played, but written with more
-    tags than the one.
+    """What a response asks for.
+
+    `is_valid` is false where the response has more tags than this one; it is still played.
     """
 
     kind: ActionKind
@@ -39,8 +40,8 @@ class Action:
 def parse_action(text: str) -> Action | None:
     """The first complete search or answer of a response, None if there is none.
 
-    Whatever follows it does not count, so an answer after a search is never scored. Valid is a
-    response with exactly one of the two tags, once. Linear in the text.
+    Whatever comes after it does not count, so an answer after a search is never scored. A response
+    is valid if it has one of the two tags, once. It takes time linear in the text.
     """
     openings = list(_OPENING.finditer(text))
     firsts: dict[ActionKind, re.Match[str]] = {}
@@ -57,7 +58,9 @@ def parse_action(text: str) -> Action | None:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
+    """The text in lower case, without punctuation, articles and superfluous white space."""
+    # In the order of SQuAD's script, whose scores are compared with: punctuation goes first, so
+    # that "a." is an article.
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

@@ -63,8 +63,9 @@ QUESTIONS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
         ("source",): ("On which mountain does the {} rise?", "Where does the {} rise?"),
     }
 )
-"""What is asked: a chain of relations, looked up one after the other from the thing named. Longer
-chains stand first, because their wordings are narrower.
+"""What is asked: a chain of relations, looked up one after the other from the thing named.
+
+Longer chains stand first, because their wordings are narrower.
 """
 
 ASIDES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -131,6 +132,16 @@ _ONSETS = _words("b d f g h j k l m n p r s t v z br dr gr kr tr")
 _VOWELS = _words("a e i o u")
 _CODAS = _words("l m n r s t k")
 
+_RELATIONS = (
+    ("work", "author", "person"),
+    ("person", "birthplace", "town"),
+    ("company", "founder", "person"),
+    ("company", "seat", "town"),
+    ("town", "river", "river"),
+    ("river", "source", "mountain"),
+)
+"""Kind of the subject, relation, kind of the object."""
+
 MAX_WORKS = len(_ADJECTIVES) * len(_NOUNS)
 
 
@@ -152,9 +163,16 @@ class World:
 
 
 def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
-    """A world of so many works, persons, companies, towns, rivers and mountains, each name unlike
-    every other.
-    """
+    """A world with so many things of each kind, each with a name unlike every other's."""
+    names = _draw_names(rng, num_things)
+    world = World(names)
+    for subject_kind, relation, object_kind in _RELATIONS:
+        for subject in names[subject_kind]:
+            world.facts[subject, relation] = rng.choice(names[object_kind])
+    return world
+
+
+def _draw_names(rng: random.Random, num_things: Mapping[str, int]) -> dict[str, list[str]]:
     coined = _coin_words(rng)
     # In this order, since every name is drawn: another order would be another world.
     towns = [next(coined) + rng.choice(_TOWN_ENDINGS) for _ in range(num_things["town"])]
@@ -167,7 +185,7 @@ def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
     last_names = _take(coined, num_things["person"])
     persons = _pair(rng, num_things["person"], first_names, last_names)
     works = [f"The {name}" for name in _pair(rng, num_things["work"], _ADJECTIVES, _NOUNS)]
-    names = {
+    return {
         "town": towns,
         "river": rivers,
         "mountain": mountains,
@@ -175,23 +193,12 @@ def build_world(rng: random.Random, num_things: Mapping[str, int]) -> World:
         "person": persons,
         "work": works,
     }
-    world = World(names)
-    for subject_kind, relation, object_kind in (
-        ("work", "author", "person"),
-        ("person", "birthplace", "town"),
-        ("company", "founder", "person"),
-        ("company", "seat", "town"),
-        ("town", "river", "river"),
-        ("river", "source", "mountain"),
-    ):
-        for subject in names[subject_kind]:
-            world.facts[subject, relation] = rng.choice(names[object_kind])
-    return world
 
 
 def write_passages(rng: random.Random, world: World) -> list[tuple[str, str]]:
-    """(title, text) of every thing that something is said of, its sentences in any order; the
-    wording varies.
+    """(title, text) of every thing that something is stated of.
+
+    The sentences stand in any order, and their wording varies.
     """
     passages = []
     for kind in ("work", "person", "company", "town", "river"):
@@ -208,8 +215,9 @@ def write_passages(rng: random.Random, world: World) -> list[tuple[str, str]]:
 
 
 def write_distractor(rng: random.Random, world: World, number: int) -> tuple[str, str]:
-    """(title, text) of a passage that answers nothing, though it bears a thing's name. Another for
-    each number.
+    """(title, text) of a passage that answers nothing, though it bears a thing's name.
+
+    Each number gives another passage.
     """
     kind, title, sentences = DISTRACTORS[number % len(DISTRACTORS)]
     names = world.things[kind]
@@ -239,15 +247,18 @@ def _coin_words(rng: random.Random) -> Iterator[str]:
 
 
 def _take(words: Iterator[str], count: int) -> list[str]:
+    # Two at least, since persons' names are paired from them.
     return list(itertools.islice(words, max(2, count)))
 
 
 def _pair(
     rng: random.Random, num_pairs: int, first: Sequence[str], second: Sequence[str]
 ) -> list[str]:
-    """Names of two words, each of few words: about the square root of what would be needed if no
-    word came twice.
+    """Different names of two words each, drawn from few words.
+
+    Things share words that way, so a search for one finds others, too.
     """
+    # Of n first and n last words n * n pairs can be made: about twice as many as are drawn.
     num_words = max(2, round((2 * num_pairs) ** 0.5) + 1)
     pairs = list(itertools.product(first[:num_words], second[:num_words]))
     return [" ".join(pair) for pair in rng.sample(pairs, num_pairs)]

@@ -25,15 +25,14 @@ NO_PRICE = 100.0
 """Price of a product whose `pricing` is empty, as published."""
 NO_RATING = "N.A."
 PLACEHOLDER_ATTRIBUTE = "DUMMY_ATTR"
-"""The attribute of a product that the attribute file does not know; it takes part in the fuzzy
-matching, as published.
-"""
+"""The attribute of a product that the attribute file lacks; it is matched fuzzily, as published."""
 MAX_ASIN_LENGTH = 10
 """Longer product ids, and the id "nan", mark entries that the published code leaves out."""
 
 _CHUNK_CHARACTERS = 2**24
-"""Read at once, and more than any entry of the published files has: the largest file has 5 GB and
-is never held whole.
+"""Read at once, and more than any entry of the published files has.
+
+The largest file has 5 GB and is never held whole.
 """
 _NEXT_ENTRY = re.compile(r"[^\s,]")
 _SHOWN_CHARACTERS = 60
@@ -90,8 +89,9 @@ class SourceFiles:
 
 
 def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
-    """The full catalogue where it is there, otherwise the published one of 1,000 products;
-    `is_small` turns that round.
+    """The full catalogue where it is there, otherwise the published one of 1,000 products.
+
+    With `is_small` it is the other way round.
 
     Raises:
         ConfigurationError: neither is there.
@@ -108,9 +108,8 @@ def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
             )
     raise ConfigurationError(
         f"{directory} holds no WebShop catalogue: expected {PRODUCT_FILES[0]} and "
-        f"{ATTRIBUTE_FILES[0]}, or those of 1,000. "
-        "Download the published files (README of princeton-nlp/WebShop), or run: sdar env generate "
-        "webshop DIRECTORY"
+        f"{ATTRIBUTE_FILES[0]}, or those of 1,000. Download the published files (README of "
+        "princeton-nlp/WebShop), or run: sdar env generate webshop DIRECTORY"
     )
 
 
@@ -130,8 +129,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> Iterator[Entry]:
-    """The objects of a JSON list, one after the other: the file is never held whole. Raises
-    ConfigurationError.
+    """The objects of a JSON list, one after the other: the file is never held whole.
+
+    Raises:
+        ConfigurationError: the file is no list of JSON objects.
     """
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
@@ -149,11 +150,10 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
             try:
                 value, end = decoder.raw_decode(text, position)
             except ValueError as error:
-                more = (
-                    _read_characters(file, chunk_characters)
-                    if len(text) - position < chunk_characters
-                    else ""
-                )
+                # Cut by the chunk's end, if it is a good one: read on and try again, but never hold
+                # more than two chunks for an entry that has no end.
+                is_short = len(text) - position < chunk_characters
+                more = _read_characters(file, chunk_characters) if is_short else ""
                 if not more:
                     raise ConfigurationError(
                         f"{path} entry {index} is not JSON: {error}. Download or generate it again."
@@ -196,9 +196,7 @@ class Entry:
         return "" if self._value.get(name) is None else self.text(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; a missing one is empty, and a single text is a list of one, as the
-        published files have it.
-        """
+        """A list of texts: none where it is missing, one where the published file has one text."""
         value = self._value.get(name)
         if value is None:
             return ()
@@ -224,8 +222,9 @@ def _show(value: Any) -> str:
 
 
 def iterate_products(files: SourceFiles) -> Iterator[Product]:
-    """Products in the file's order; entries that the published code leaves out (no id, an id seen
-    before) are left out.
+    """Products in the file's order, less the entries that the published code leaves out.
+
+    Those have no id, or one that was seen before.
     """
     attributes = read_object(files.attributes)
     reviews = (
@@ -264,8 +263,9 @@ def _read_product(entry: Entry, asin: str, attributes: Entry, reviews: Entry | N
 
 
 def _read_prices(entry: Entry) -> tuple[float, ...]:
-    """At most two numbers out of, for example, "$12.99$1,015.49": the lowest and the highest price
-    of a product's variants.
+    """The lowest and the highest price of a product's variants, or its one price.
+
+    They are written as in "$12.99$1,015.49".
     """
     if not entry.get("pricing"):
         return (NO_PRICE,)
@@ -280,8 +280,9 @@ def _read_prices(entry: Entry) -> tuple[float, ...]:
 
 
 def _draw_price(asin: str, prices: tuple[float, ...]) -> float:
-    """A product of several prices has one of them, drawn as published, but from its id: the same in
-    every process.
+    """One price between a product's lowest and highest, as published.
+
+    It is drawn from the product's id, so it is the same in every process.
     """
     return prices[0] if len(prices) == 1 else random.Random(f"price {asin}").uniform(*prices)
 
@@ -294,16 +295,17 @@ def _read_options(entry: Entry) -> dict[str, tuple[str, ...]]:
     for name, choices in options.items():
         if choices is None:
             continue
-        if not (
-            isinstance(choices, list)
-            and all(isinstance(c, dict) and isinstance(c.get("value"), str) for c in choices)
-        ):
+        if not (isinstance(choices, list) and all(map(_is_choice, choices))):
             raise entry.wrong(
                 "customization_options", f'a list of objects with a text "value" for {name!r}'
             )
         values = (choice["value"].strip().replace("/", " | ").lower() for choice in choices)
         read[name.lower()] = tuple(value for value in values if value)
     return read
+
+
+def _is_choice(choice: Any) -> bool:
+    return isinstance(choice, dict) and isinstance(choice.get("value"), str)
 
 
 def _read_reviews(entry: Entry) -> tuple[Review, ...]:

@@ -34,8 +34,9 @@ def write_action(action: str, thought: str) -> str:
 
 
 class Shopper:
-    """Searches with the instruction's words, opens the best result, chooses the options it names,
-    buys. One per episode.
+    """Searches with the instruction's words, opens the best result, chooses its options and buys.
+
+    It plays one episode.
     """
 
     def __init__(self) -> None:
@@ -58,11 +59,8 @@ class Shopper:
 
     def _choose_or_buy(self, description: str, clickables: Sequence[str]) -> str:
         for value in clickables:
-            if (
-                value not in _ITEM_BUTTONS
-                and value not in self._clicked
-                and _names(description, value)
-            ):
+            is_open = value not in _ITEM_BUTTONS and value not in self._clicked
+            if is_open and _names(description, value):
                 self._clicked.add(value)
                 return write_action(f"click[{value}]", "choose it")
         return write_action("click[buy now]", "all chosen")
@@ -75,9 +73,7 @@ def list_key_words(description: str) -> list[str]:
 
 
 def parse_results(observation: str) -> list[tuple[str, str, float]]:
-    """(id, title, lowest price) of each product that a results page shows; empty for any other
-    page.
-    """
+    """(id, title, lowest price) of each product on a results page; none for any other page."""
     parts = observation.split(SEPARATOR)
     if len(parts) < 2 or not parts[1].startswith("Page "):
         return []
@@ -87,8 +83,9 @@ def parse_results(observation: str) -> list[tuple[str, str, float]]:
 
 
 def pick_result(description: str, results: Sequence[tuple[str, str, float]]) -> str:
-    """The first of the results whose title has a word of the instruction and whose price fits; else
-    the first of all.
+    """The first result whose title has a word of the instruction and whose price fits.
+
+    The first of all where there is none.
     """
     bound, wanted = _BOUND.search(description), set(list_key_words(description))
     fitting = (
@@ -106,22 +103,18 @@ def _names(description: str, value: str) -> bool:
 
 
 def list_expert_actions(environment: WebShopEnvironment, task_id: str) -> list[str]:
-    """The responses that buy the goal's own product with the goal's options; empty if the search
-    does not show it.
+    """The responses that buy the goal's own product with the goal's options.
+
+    There are none if the search does not show the product.
     """
-    goal, catalogue = environment.get_goal(task_id), environment.catalogue
+    goal = environment.get_goal(task_id)
+    catalogue = environment.catalogue
     query = f"{goal.name} {' '.join(goal.options)}"
     results = catalogue.index.search(query, NUM_RESULTS)
-    rank = next(
-        (
-            rank
-            for rank, number in enumerate(results)
-            if catalogue.get_product(number).asin == goal.asin
-        ),
-        None,
-    )
-    if rank is None:
+    asins = [catalogue.get_product(number).asin for number in results]
+    if goal.asin not in asins:
         return []
+    rank = asins.index(goal.asin)
     options = catalogue.get_product(results[rank]).options
     actions = [
         f"search[{query}]",
@@ -133,8 +126,9 @@ def list_expert_actions(environment: WebShopEnvironment, task_id: str) -> list[s
 
 
 def _pick_values(options: Sequence[Sequence[str]], goal: Goal) -> list[str]:
-    """Of every option the value that the goal asks for: literally, or else by the score's own
-    comparison.
+    """Of every option the value that the goal asks for.
+
+    Literally where there is such a value, else by the score's own comparison.
     """
     picked = []
     for values in options:

@@ -1,4 +1,4 @@
-"""WebShop as an environment: tasks out of goals, the agent's text, turns, reward."""
+"""WebShop as an environment: makes tasks of goals, plays an agent's text, rewards a purchase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
-from sdar.process.settings import load_settings
+from sdar.process.settings import load_settings, read_variable
 from services.envs.responses import find_between
 from services.envs.webshop.goals import TEST, TRAIN, Goal, count_test_goals
 from services.envs.webshop.nouns import load_noun_finder
@@ -18,6 +18,8 @@ from services.envs.webshop.pages import PageMachine
 from services.envs.webshop.reward import compute_score
 from services.envs.webshop.store import PreparedCatalogue, open_catalogue
 
+DATA_VARIABLE = "WEBSHOP_DATA"
+"""Directory of the catalogue, where the option data_dir is empty."""
 MAX_TURNS = 15
 REWARD_OF_SUCCESS = 10.0
 GOAL_KINDS = {"auto": None, "human": True, "synthetic": False}
@@ -26,8 +28,9 @@ _ACTION = re.compile(r"(search|click)\[(.+)\]", re.DOTALL | re.IGNORECASE)
 
 
 class WebShopEnvironment(Environment):
-    """Buy what the instruction asks for. Reward 10 for a purchase of native score 1, otherwise 0;
-    the seed changes nothing.
+    """Buy what the instruction asks for.
+
+    Reward 10 for a purchase of native score 1, otherwise 0. The seed changes nothing.
 
     A response is valid if it has one `<think>...</think>` and one `<action>...</action>` with an
     action that this page takes: a click on what is listed, or a search, which every page takes
@@ -61,18 +64,9 @@ class WebShopEnvironment(Environment):
             raise ConfigurationError(
                 f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}."
             )
-        settings = load_settings()
-        directory = data_dir or settings.webshop_data
-        if not directory:
-            raise ConfigurationError(
-                "WebShop does not know where its catalogue is. Set the option data_dir or the "
-                "variable WEBSHOP_DATA to a "
-                "directory with the published files, or make one: sdar env generate webshop "
-                "DIRECTORY"
-            )
         self.catalogue = open_catalogue(
-            Path(directory).expanduser().resolve(),
-            settings.cache.expanduser().resolve(),
+            _resolve_directory(data_dir),
+            load_settings().cache.expanduser().resolve(),
             small,
             GOAL_KINDS[goals],
         )
@@ -146,8 +140,9 @@ class WebShopEnvironment(Environment):
         return dataclasses.asdict(score), score.score == 1.0
 
     def _observe(self, *, is_over: bool) -> Observation:
-        """The page, and its links as actions. That every page takes a search says `action_format`:
-        it has no literal form.
+        """The page, and its links as actions.
+
+        A search has no literal form to list; `action_format` says that every page takes one.
         """
         return Observation(
             self._pages.text,
@@ -155,12 +150,24 @@ class WebShopEnvironment(Environment):
         )
 
 
+def _resolve_directory(data_dir: str) -> Path:
+    directory = data_dir or read_variable(DATA_VARIABLE)
+    if not directory:
+        raise ConfigurationError(
+            "WebShop does not know where its catalogue is. Set the option data_dir or the "
+            f"variable {DATA_VARIABLE} to a directory with the published files, or make one: "
+            "sdar env generate webshop DIRECTORY"
+        )
+    return Path(directory).expanduser().resolve()
+
+
 @lru_cache
 def _list_tasks(
     catalogue: PreparedCatalogue,
 ) -> tuple[dict[str, tuple[Task, ...]], dict[str, tuple[Task, Goal]]]:
-    """The tasks of both splits, and every task with its goal by its id: the goal's place in the
-    fixed order of all goals.
+    """The tasks of both splits, and every task with its goal by the task's id.
+
+    The id is the goal's place in the fixed order of all goals.
     """
     num_test = count_test_goals(len(catalogue.goals))
     found = {}

@@ -70,21 +70,21 @@ def generate(
         )
     num_goals = _count_goals(num_tasks)
     drafts = _draft_catalogue(random.Random(f"webshop {seed}"), num_goals, report)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_list(directory / PRODUCT_FILES[0], (draft.product for draft in drafts))
-    _write_object(
-        directory / ATTRIBUTE_FILES[0],
-        {draft.product["asin"]: draft.attributes for draft in drafts},
-    )
-    _write_object(
-        directory / HUMAN_FILE,
-        {draft.product["asin"]: draft.human for draft in drafts if draft.human},
-    )
-    _write_list(directory / REVIEW_FILE, (draft.review for draft in drafts))
+    _write_catalogue(directory, drafts)
     num_test = count_test_goals(num_goals)
     return (
         f"{len(drafts)} products, {num_goals - num_test} goals to train on and {num_test} to test."
     )
+
+
+def _write_catalogue(directory: Path, drafts: Sequence[_Draft]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    attributes = {draft.product["asin"]: draft.attributes for draft in drafts}
+    human = {draft.product["asin"]: draft.human for draft in drafts if draft.human}
+    _write_list(directory / PRODUCT_FILES[0], (draft.product for draft in drafts))
+    _write_object(directory / ATTRIBUTE_FILES[0], attributes)
+    _write_object(directory / HUMAN_FILE, human)
+    _write_list(directory / REVIEW_FILE, (draft.review for draft in drafts))
 
 
 def _count_goals(num_tasks: int) -> int:
@@ -105,7 +105,8 @@ def _draft_catalogue(
     num_done = 0
     while num_done < num_goals:
         family = num_done // NUM_WANTED
-        ware, maker = WARES[family % len(WARES)], rng.choice(makers)
+        ware = WARES[family % len(WARES)]
+        maker = rng.choice(makers)
         for place in range(FAMILY_SIZE):
             is_wanted = place < NUM_WANTED and num_done < num_goals
             drafts.append(_draft_product(rng, ware, maker, _draw_asin(rng, asins), is_wanted))
@@ -157,8 +158,9 @@ def _describe_product(
     attributes: Sequence[str],
     options: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """The entry of items_shuffle.json: two attributes in the title, the third in the bullets, the
-    fourth in the description.
+    """The entry of items_shuffle.json.
+
+    Two attributes stand in the title, the third in the bullets, the fourth in the description.
     """
     model = f"{rng.choice(string.ascii_uppercase)}{rng.randint(10, 99)}"
     return {
@@ -177,8 +179,8 @@ def _describe_product(
         ],
         "full_description": (
             f"{maker} has made every {ware.noun} of this line with care since the first day. "
-            f"{attributes[3].capitalize()} and "
-            f"{attributes[0]} belong together here. Choose {' and '.join(options)} to your liking."
+            f"{attributes[3].capitalize()} and {attributes[0]} belong together here. "
+            f"Choose {' and '.join(options)} to your liking."
         ),
         "images": [f"https://shop.example/{asin.lower()}.jpg"],
         "customization_options": {

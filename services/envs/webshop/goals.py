@@ -25,15 +25,14 @@ NO_BOUND = 1_000_000.0
 """Bound of a goal whose product costs too much to draw one, as published."""
 PRICE_STEPS = tuple(10.0 * step for step in range(1, 100))
 NUM_STEPS_ABOVE = 4
-"""A bound is the larger of two draws from the next four multiples of ten dollars above the
-product's price.
-"""
+"""A bound is the larger of two draws from so many multiples of ten dollars above the price."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What an instruction asks for. All but `instruction` is hidden from the shopper; `options` are
-    values, without names.
+    """What an instruction asks for.
+
+    All but `instruction` is hidden from the shopper. `options` are values, without names.
     """
 
     asin: str
@@ -48,8 +47,9 @@ class Goal:
 
 
 class GoalReader:
-    """Turns products into goals: by the instructions people wrote, or by the synthetic ones of the
-    attribute file.
+    """Turns products into goals.
+
+    By the instructions that people wrote, or by the synthetic ones of the attribute file.
     """
 
     def __init__(self, files: SourceFiles, is_human: bool) -> None:
@@ -115,6 +115,7 @@ def _build_goal(
 
 
 def draw_price_bound(price: float, seed: str) -> float:
+    # A generator of the goal's own: its bound depends on no other goal, and on no process.
     steps = [step for step in PRICE_STEPS if step > price][:NUM_STEPS_ABOVE]
     return max(random.Random(seed).sample(steps, 2)) if len(steps) >= 2 else NO_BOUND
 

@@ -22,9 +22,7 @@ class NounFinder(Protocol):
     name: str
 
     def find(self, title: str) -> tuple[str, ...]:
-        """The title's nouns and proper nouns in lower case, in order, repeated where they are
-        repeated.
-        """
+        """The title's nouns and proper nouns in lower case, in order and with repetitions."""
         ...
 
 

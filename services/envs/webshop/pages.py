@@ -56,10 +56,12 @@ class PageMachine:
         return link is not None
 
     def _show(self, parts: Sequence[str], links: Links) -> None:
-        self.text, self._links = SEPARATOR.join(parts), links
+        self.text = SEPARATOR.join(parts)
+        self._links = links
 
     def _show_start(self) -> None:
-        self.product, self.chosen = None, {}
+        self.product = None
+        self.chosen = {}
         self._show(["WebShop", "Search"], {})
 
     def _show_results(self, page: int) -> None:
@@ -98,24 +100,28 @@ class PageMachine:
         for name, values in product.options.items():
             options += [name, *values]
         facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
-        # Of two options with a value in common, the value belongs to the later one; a button keeps
-        # its own name. As published.
+        links = _in_lower_case(navigation | pages)
+        # A button keeps its own name, though an option may have a value of that name. As published.
+        # The order of the links is that in which they are listed as actions.
+        choices = self._list_choices(product)
+        links |= {value: link for value, link in choices.items() if value not in links}
+        self._show([*navigation, *options, *facts, *pages], links)
+
+    def _list_choices(self, product: Product) -> Links:
+        # Of two options with a value in common, the value belongs to the later one. As published.
         choices: Links = {}
         for name, values in product.options.items():
             choices.update((value, partial(self._choose, name, value)) for value in values)
-        links = _in_lower_case(navigation | pages)
-        self._show(
-            [*navigation, *options, *facts, *pages],
-            links | {v: link for v, link in choices.items() if v not in links},
-        )
+        return choices
 
     def _choose(self, name: str, value: str) -> None:
-        """The page stays as it is: a text page shows no choice, as published."""
+        """Choose a value. The page stays as it is: a text page shows no choice, as published."""
         self.chosen = {**self.chosen, name: value}
 
     def _show_below(self, product: Product, texts: Sequence[str]) -> None:
-        """Description, features or reviews; the way back leads to the product's page and keeps what
-        was chosen.
+        """Description, features or reviews.
+
+        The way back leads to the product's page and keeps what was chosen.
         """
         navigation: Links = {
             BACK_TO_SEARCH: self._show_start,

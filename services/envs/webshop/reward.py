@@ -40,9 +40,7 @@ COLOURS = tuple(_COLOURS_TEXT.split())
 
 _NOT_A_WORD = re.compile(r"\W")
 _LATIN_1 = re.compile(r"[\x80-\xff]")
-"""What thefuzz takes for all that is not ASCII, and leaves out: an accented letter is lost, a curly
-quote is not.
-"""
+"""What thefuzz leaves out as not ASCII: an accented letter, but not a curly quote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,7 @@ def compute_score(product: Product, chosen: Iterable[str], goal: Goal, nouns: No
     met_attributes = sum(has_attribute(product, attribute) for attribute in goal.attributes)
     met_options = count_met_options(chosen, goal.options)
     r_price = float(product.price <= goal.price_bound)
+    # The price counts as one more thing that the goal asks for.
     share = (met_attributes + met_options + r_price) / (num_attributes + num_options + 1)
     return Score(
         score=r_type * share,
@@ -84,8 +83,9 @@ def compute_score(product: Product, chosen: Iterable[str], goal: Goal, nouns: No
 
 
 def compute_title_similarity(bought: str, wanted: str, nouns: NounFinder) -> float:
-    """The share of the wanted title's nouns that the bought title has, too; a noun that is repeated
-    is counted so.
+    """The share of the wanted title's nouns that the bought title has, too.
+
+    A repeated noun counts once above the line and as often as it is repeated below, as published.
     """
     wanted_nouns = nouns.find(wanted)
     if not wanted_nouns:
@@ -120,6 +120,7 @@ def has_attribute(product: Product, attribute: str) -> bool:
 
 def count_met_options(chosen: Iterable[str], wanted: Iterable[str]) -> int:
     colours = [normalise_colour(value) for value in chosen]
+    # A chosen value may meet several wishes, as published.
     num_met = 0
     for wish in map(normalise_colour, wanted):
         num_met += any(is_fuzzy_match(value, wish) for value in colours)
@@ -135,8 +136,9 @@ def is_fuzzy_match(first: str, second: str) -> bool:
 
 
 def compute_token_set_ratio(first: str, second: str) -> int:
-    """thefuzz's token_set_ratio: texts reduced to letters, digits and blanks in lower case, the
-    ratio a whole number.
+    """thefuzz's token_set_ratio, a whole number of 0 to 100.
+
+    Texts are reduced to letters, digits and blanks in lower case.
     """
     return round(fuzz.token_set_ratio(_reduce(first), _reduce(second)))
 

@@ -34,8 +34,9 @@ _NO_TERM = -1
 
 
 class TextAnalysis:
-    """Text to search terms: words in lower case, without possessives and stop words, cut to
-    Porter's stems.
+    """Makes search terms of a text.
+
+    Words are in lower case, without possessives and stop words, and cut to Porter's stems.
     """
 
     def __init__(self) -> None:
@@ -67,8 +68,9 @@ def build_index(texts: Iterable[str], directory: Path) -> None:
 
 
 class _TermNumbers(dict[str, int]):
-    """The number of every word's term. A catalogue of a million products repeats its words: each is
-    analysed once.
+    """The number of every word's term.
+
+    A catalogue of a million products repeats its words, and each is analysed once.
     """
 
     def __init__(self) -> None:
@@ -98,14 +100,13 @@ class SearchIndex:
         self._index = bm25s.BM25.load(str(directory), mmap=True, show_progress=False)
 
     def search(self, query: str, limit: int) -> tuple[int, ...]:
-        """Numbers of the best documents, best first; documents that share no term with the query
-        are never among them.
+        """Numbers of the best documents that share a term with the query, best first.
 
         Equal scores are ordered by number, so that the answer is the same on every machine.
         """
-        terms = [
-            term for term in self._analysis.list_terms(query) if term in self._index.vocab_dict
-        ][:MAX_QUERY_TERMS]
+        vocabulary = self._index.vocab_dict
+        terms = [term for term in self._analysis.list_terms(query) if term in vocabulary]
+        terms = terms[:MAX_QUERY_TERMS]
         if not terms:
             return ()
         scores = self._index.get_scores(terms)

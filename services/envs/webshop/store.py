@@ -1,9 +1,8 @@
 """The prepared catalogue on disk: products, goals and search index, shared by all processes.
 
-It is built once for each content.
-
-It lies in the user's cache directory under the hash of what it was made of. Products are decoded
-when a page shows them, the search index is memory-mapped: a worker holds little beside the goals.
+It is built once for each content, and lies in the user's cache directory under the hash of what it
+was made of. A worker holds little beside the goals: products are decoded when a page shows them,
+and the search index is memory-mapped.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def open_catalogue(
     """The catalogue of a data directory, prepared now if no process has done so before.
 
     Args:
-        is_human: goals by the instructions that people wrote, or by synthetic ones; None: the
-            former where the full catalogue has them. Of the published thousand products they know
-            about ten, though their file lies beside these as well.
+        is_human: goals by the instructions that people wrote, or by synthetic ones. With None, the
+            former where the full catalogue has them: of the published thousand products people
+            wrote about ten only, though their file lies beside these as well.
 
     Raises:
         ConfigurationError: no catalogue there, a malformed one, or a cache that cannot be written.
@@ -61,17 +60,17 @@ def open_catalogue(
         raise ConfigurationError(
             f"{directory} holds no {HUMAN_FILE}. Download it, or set the option goals to synthetic."
         )
-    takes_human = (
-        files.human is not None and files.products.name == PRODUCT_FILES[0]
-        if is_human is None
-        else is_human
-    )
-    place = cache / "webshop"
+    if is_human is None:
+        is_human = files.human is not None and files.products.name == PRODUCT_FILES[0]
+    return _open_prepared(files, is_human, cache / "webshop")
+
+
+def _open_prepared(files: SourceFiles, is_human: bool, place: Path) -> PreparedCatalogue:
     try:
-        digest = _compute_digest(files, takes_human, place)
+        digest = _compute_digest(files, is_human, place)
         prepared = place / digest
         if not prepared.exists():
-            _prepare(files, takes_human, prepared)
+            _prepare(files, is_human, prepared)
     except OSError as error:
         raise ConfigurationError(
             f"The catalogue cannot be prepared in {place}: {error}. Point SDAR_CACHE at a writable "
@@ -81,8 +80,9 @@ def open_catalogue(
 
 
 class PreparedCatalogue:
-    """Read access to what was prepared. `digest` names its content: equal digests mean equal
-    products, goals and order.
+    """Read access to what was prepared.
+
+    `digest` names its content: equal digests mean equal products, goals and order.
     """
 
     def __init__(self, directory: Path, digest: str) -> None:
@@ -130,7 +130,9 @@ def _compute_digest(files: SourceFiles, is_human: bool, place: Path) -> str:
 
 
 def _hash_file(path: Path, place: Path) -> str:
-    """The hash of a file's content, kept under its path, size and time: every worker asks, and five
+    """The hash of a file's content.
+
+    It is kept under the file's path, size and time, since every worker asks for it and five
     gigabytes take seconds.
     """
     status = path.stat()
@@ -143,6 +145,7 @@ def _hash_file(path: Path, place: Path) -> str:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=place, delete=False) as part:
         part.write(content)
+    # Renamed, so that no other worker reads half of it.
     Path(part.name).replace(known)
     return content
 
@@ -151,6 +154,7 @@ def _prepare(files: SourceFiles, is_human: bool, prepared: Path) -> None:
     """Build beside the final place and rename: another process sees all of it or nothing."""
     prepared.parent.mkdir(parents=True, exist_ok=True)
     with _hold_lock(prepared.with_suffix(".lock")):
+        # By whoever held the lock while this process waited for it.
         if prepared.exists():
             return
         for left_behind in prepared.parent.glob(f"{prepared.name}-*"):
@@ -171,8 +175,9 @@ def _list_fields(record: Product | Goal) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _hold_lock(path: Path) -> Iterator[None]:
-    """Workers start together: one prepares, the others wait. The lock ends with the process that
-    holds it.
+    """Let one of the workers that start together prepare, while the others wait.
+
+    The lock ends with the process that holds it, however that ends.
     """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -184,13 +189,14 @@ def _write(files: SourceFiles, is_human: bool, directory: Path) -> None:
     goals: list[Goal] = []
     offsets = [0]
 
+    # One pass over the file: as the index takes a product's text, the product itself is written
+    # and its goals are read.
     def iterate_texts() -> Iterator[str]:
         with (directory / "products.jsonl").open("wb") as file:
             for product in iterate_products(files):
                 goals.extend(reader.iterate_goals(product))
-                offsets.append(
-                    offsets[-1] + file.write(json.dumps(_list_fields(product)).encode() + b"\n")
-                )
+                line = json.dumps(_list_fields(product)).encode() + b"\n"
+                offsets.append(offsets[-1] + file.write(line))
                 yield describe_for_search(product)
 
         if not goals:

@@ -57,7 +57,7 @@ class Cluster(Protocol):
     async def resize(self, workload: Workload, size: Size, replicas: int) -> None:
         """Raises ConflictError if the workload is not as `size` says any more."""
 
-    async def tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
+    async def leave_event(self, workload: Workload, size: Size, reason: str, message: str) -> None:
         """Leave an event on the workload. `reason` is one CamelCase word."""
 
 
@@ -78,8 +78,8 @@ class KubernetesCluster:
     async def resize(self, workload: Workload, size: Size, replicas: int) -> None:
         await asyncio.to_thread(self._resize, workload, size, replicas)
 
-    async def tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
-        await asyncio.to_thread(self._tell, workload, size, reason, message)
+    async def leave_event(self, workload: Workload, size: Size, reason: str, message: str) -> None:
+        await asyncio.to_thread(self._leave_event, workload, size, reason, message)
 
     def _read(self, workload: Workload) -> Size:
         with self._explained(workload) as (client, namespace):
@@ -92,6 +92,7 @@ class KubernetesCluster:
 
     def _resize(self, workload: Workload, size: Size, replicas: int) -> None:
         with self._explained(workload) as (client, namespace):
+            # Both make the API server refuse if the object has changed, or is another of that name.
             metadata = {
                 "name": workload.name,
                 "namespace": namespace,
@@ -106,31 +107,14 @@ class KubernetesCluster:
             }
             self._call(client, "replace", workload, namespace, body)
 
-    def _tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
+    def _leave_event(self, workload: Workload, size: Size, reason: str, message: str) -> None:
         with self._explained(workload) as (client, namespace):
             from kubernetes.client import CoreV1Api
 
             api: Any = CoreV1Api(client)
-            now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            event = {
-                "metadata": {
-                    "name": f"{workload.name}.{uuid.uuid4().hex[:16]}",
-                    "namespace": namespace,
-                },
-                "involvedObject": {
-                    "apiVersion": "apps/v1",
-                    "kind": workload.kind,
-                    "name": workload.name,
-                    "namespace": namespace,
-                    "uid": size.uid,
-                },
+            event = _build_event(workload, size, namespace) | {
                 "reason": reason,
                 "message": message[:_MAX_MESSAGE_CHARACTERS],
-                "type": "Normal",
-                "source": {"component": "sdar-gateway"},
-                "firstTimestamp": now,
-                "lastTimestamp": now,
-                "count": 1,
             }
             api.create_namespaced_event(namespace, event, _request_timeout=_TIMEOUT_S)
 
@@ -175,12 +159,34 @@ class KubernetesCluster:
             ) from error
 
 
+def _build_event(workload: Workload, size: Size, namespace: str) -> dict[str, Any]:
+    """An event on a workload, without what it says."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        # A name that no other event has: one that is there already would be refused.
+        "metadata": {"name": f"{workload.name}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
+        "involvedObject": {
+            "apiVersion": "apps/v1",
+            "kind": workload.kind,
+            "name": workload.name,
+            "namespace": namespace,
+            "uid": size.uid,
+        },
+        "type": "Normal",
+        "source": {"component": "sdar-gateway"},
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }
+
+
 def _connect_in_cluster() -> tuple[Any, str]:
     from kubernetes import client, config
 
     configuration: Any = client.Configuration()
     load: Any = config.load_incluster_config
     load(configuration)
+    # The next look tries again anyway; retries in here would outlast it.
     configuration.retries = False
     return client.ApiClient(configuration), _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
 

@@ -97,6 +97,7 @@ class ScalingFileReader:
         except (OSError, UnicodeDecodeError) as error:
             self._text = None  # whatever comes next is looked at, also what was there before
             return self._refuse(f"{self._path} cannot be read: {error}.")
+        # As it was, good or bad: a fault is reported once.
         if text == self._text:
             return False
         try:

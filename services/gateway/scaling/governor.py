@@ -49,11 +49,13 @@ class Governor:
         """The size was changed: what was measured before is void."""
         self.steady_since_s = now_s
         self._missing_since_s = None
-        self._direction = self._num_agreeing = 0
+        self._direction = 0
+        self._num_agreeing = 0
 
     def note_missing(self, now_s: float, num_missing: int) -> None:
-        """Take in how many replicas were asked for and are not heard from: without them nothing is
-        measured, for a while.
+        """Take in how many replicas were asked for and are not heard from.
+
+        Without them nothing that is measured counts, for at most `MISSING_S`.
         """
         if not num_missing:
             self._missing_since_s = None
@@ -64,6 +66,7 @@ class Governor:
 
     def decide(self, now_s: float, workload: Workload, replicas: int, advice: Advice) -> Decision:
         """What to do at this look; to be called once a look."""
+        # Bounds are a person's decision and wait for nothing.
         if replicas != workload.clamp(replicas):
             wanted = workload.clamp(replicas)
             reason = f"{replicas} replicas are outside the bounds {workload.min} to {workload.max}."
@@ -72,23 +75,22 @@ class Governor:
             return Decision(replicas, replicas, f"Its size is fixed at {workload.min}.")
         wanted = workload.clamp(advice.replicas)
         direction = (wanted > replicas) - (wanted < replicas)
+        # Counted at every look, also while something else holds the change up.
         self._num_agreeing = self._num_agreeing + 1 if direction == self._direction else 1
         self._direction = direction
         if direction == 0:
             at_bound = " That is its bound." if advice.replicas != wanted else ""
             return Decision(replicas, advice.replicas, advice.reason + at_bound)
-        if direction > 0 and self._missing_since_s is not None:
-            return self._wait(
-                replicas, advice, "not all replicas that were asked for are heard from"
-            )
-        if (settling_s := self.steady_since_s + SETTLE_S - now_s) > 0:
-            return self._wait(
-                replicas, advice, f"the last change settles for {settling_s:.0f} s more"
-            )
-        missing = (LOOKS_UP if direction > 0 else LOOKS_DOWN) - self._num_agreeing
-        if missing > 0:
-            return self._wait(replicas, advice, f"{missing} more looks have to agree")
+        if hindrance := self._find_hindrance(now_s, direction):
+            return Decision(replicas, advice.replicas, f"{advice.reason} Not yet: {hindrance}.")
+        # Down one at a time, so that each step is measured before the next.
         return Decision(wanted if direction > 0 else replicas - 1, advice.replicas, advice.reason)
 
-    def _wait(self, replicas: int, advice: Advice, what_for: str) -> Decision:
-        return Decision(replicas, advice.replicas, f"{advice.reason} Not yet: {what_for}.")
+    def _find_hindrance(self, now_s: float, direction: int) -> str:
+        """Why the size may not change in that direction yet; empty if it may."""
+        if direction > 0 and self._missing_since_s is not None:
+            return "not all replicas that were asked for are heard from"
+        if (settling_s := self.steady_since_s + SETTLE_S - now_s) > 0:
+            return f"the last change settles for {settling_s:.0f} s more"
+        missing = (LOOKS_UP if direction > 0 else LOOKS_DOWN) - self._num_agreeing
+        return f"{missing} more looks have to agree" if missing > 0 else ""

@@ -131,7 +131,7 @@ class Scaler:
         return self._reader.file
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Look every few seconds, until told to stop."""
+        """Look every few seconds until `stopping` is set."""
         while not stopping.is_set():
             await self.look()
             await wait_or_stop(stopping, self._look_s)
@@ -160,19 +160,13 @@ class Scaler:
         self._metrics.set(IDLE, self._scheduler.state.sleep is not None)
 
     async def _scale(self, look: _Look) -> str:
-        """Read, decide, act. Returns what kept it from that, about one workload if there are
-        several; empty if nothing did.
-        """
+        """Read, decide, act. Returns the newest problem that kept it from that, else empty."""
         managed = look.file.managed
         self.workloads = {
             role: status for role, status in self.workloads.items() if role in managed
         }
-        problem = ""
-        for role, workload in managed.items():
-            try:
-                look.sizes[role] = await self._cluster.read(workload)
-            except UnavailableError as error:
-                problem = self._fail("cluster", error.message)
+        problem = await self._read_sizes(look)
+        # Before any decision: what sleeps is to have no replicas, whatever its signal asks for.
         self._guard(look)
         for role, size in look.sizes.items():
             workload = managed[role]
@@ -195,14 +189,23 @@ class Scaler:
                 )
         return problem
 
+    async def _read_sizes(self, look: _Look) -> str:
+        """A workload that can't be read is left alone in this look; returns why, else empty."""
+        problem = ""
+        for role, workload in look.file.managed.items():
+            try:
+                look.sizes[role] = await self._cluster.read(workload)
+            except UnavailableError as error:
+                problem = self._fail("cluster", error.message)
+        return problem
+
     def _fail(self, cause: str, problem: str) -> str:
         self._metrics.count(ERRORS, cause=cause)
         if problem != self.problem:
             log.warning("scaling_failed", cause=cause, error=problem)
         return problem
 
-    # --- the idle guard
-    # ----------------------------------------------------------------------------------------------
+    # ---- the idle guard
 
     def _guard(self, look: _Look) -> None:
         """Put an idle run to sleep. Nothing is asked of the workloads yet."""
@@ -237,8 +240,7 @@ class Scaler:
         )
         return find_idleness(still, look.file.idle_after_s)
 
-    # --- deciding
-    # ----------------------------------------------------------------------------------------------
+    # ---- deciding
 
     def _decide(self, look: _Look, role: Role, workload: Workload, size: Size) -> Decision:
         governor = self._governors.setdefault(role, Governor(look.now_s))
@@ -252,17 +254,17 @@ class Scaler:
         if look.file.dry_run and role in SLEEPING and (idle := self._find_idleness(look)):
             return Decision(0, 0, idle)
         governor.note_missing(look.now_s, self._count_missing(role, size.replicas))
-        if (
-            self._scheduler.state.phase is not RunPhase.RUNNING
-            or self._watch.condition.state is not BusState.OK
-        ):
-            advice = Advice(
-                size.replicas,
+        advice = self._advise(look, role, governor, size.replicas)
+        return governor.decide(look.now_s, workload, size.replicas, advice)
+
+    def _advise(self, look: _Look, role: Role, governor: Governor, replicas: int) -> Advice:
+        is_running = self._scheduler.state.phase is RunPhase.RUNNING
+        if not is_running or self._watch.condition.state is not BusState.OK:
+            return Advice(
+                replicas,
                 "Sizes follow their signals only while the run is running and Redis answers.",
             )
-        else:
-            advice = advise(role, self._measure(look, governor), size.replicas)
-        return governor.decide(look.now_s, workload, size.replicas, advice)
+        return advise(role, self._measure(look, governor), replicas)
 
     def _count_missing(self, role: Role, replicas: int) -> int:
         """Workers that were asked for and are not heard from; the environments report nothing."""
@@ -307,17 +309,14 @@ class Scaler:
             if name in living
         }
 
-    # --- acting
-    # ----------------------------------------------------------------------------------------------
+    # ---- acting
 
     def _note(
         self, look: _Look, role: Role, workload: Workload, current: int, decision: Decision
     ) -> None:
         before = self.workloads.get(role)
-        is_same = before is not None and (before.current, before.wanted) == (
-            current,
-            decision.replicas,
-        )
+        sizes = (current, decision.replicas)
+        is_same = before is not None and (before.current, before.wanted) == sizes
         since_s = before.since_s if before is not None and is_same else look.now_s
         bounds = (workload.kind, workload.name, workload.min, workload.max)
         self.workloads[role] = WorkloadStatus(
@@ -325,15 +324,9 @@ class Scaler:
         )
         self._metrics.set(REPLICAS, current, workload=role, kind="current")
         self._metrics.set(REPLICAS, decision.replicas, workload=role, kind="wanted")
+        # Once for each new advice, and not at every look.
         if look.file.dry_run and not is_same and current != decision.replicas:
-            log.info(
-                "scaling_advised",
-                workload=role,
-                current=current,
-                wanted=decision.replicas,
-                reason=decision.reason,
-                dry_run=True,
-            )
+            _log_advice(role, current, decision)
 
     async def _change(self, role: Role, workload: Workload, size: Size, decision: Decision) -> None:
         before, after = size.replicas, decision.replicas
@@ -360,10 +353,21 @@ class Scaler:
         )
         change = f"{before} to {after} replicas. {decision.reason}"
         try:
-            await self._cluster.tell(workload, size, _name_change(before, after), change)
+            await self._cluster.leave_event(workload, size, _name_change(before, after), change)
         except (UnavailableError, ConflictError) as error:
             log.warning("event_refused", workload=role, error=error.message)
             self._metrics.count(ERRORS, cause="cluster")
+
+
+def _log_advice(role: Role, current: int, decision: Decision) -> None:
+    log.info(
+        "scaling_advised",
+        workload=role,
+        current=current,
+        wanted=decision.replicas,
+        reason=decision.reason,
+        dry_run=True,
+    )
 
 
 def _name_change(before: int, after: int) -> str:

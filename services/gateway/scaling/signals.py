@@ -133,10 +133,11 @@ def _follow_learner(load: Load, replicas: int) -> Advice:
         f"{idle_share:.0%} of theirs"
     )
     if wait > MOST_WAIT_SHARE:
+        # More rollout workers help only if nothing behind or before them is the narrow place.
         if narrow := _find_narrower_place(load, idle_share):
             return Advice(replicas, f"{found}; {narrow}")
-        # Data come at (1 - wait) of the rate at which the learner would take them. Twice as many at
-        # most: a guess it is.
+        # Data come at (1 - wait) of the rate at which the learner would take them. At most twice as
+        # many, since the wait is a rough guess of what is missing.
         wanted = min(2 * replicas, math.ceil(round(replicas / (1.0 - min(wait, 0.99)), 6)))
         return Advice(max(replicas + 1, wanted), f"{found}: more of them are needed.")
     if wait < LEAST_WAIT_SHARE and idle >= SPARE_WORKERS and replicas > 1:
@@ -166,6 +167,7 @@ def _follow_scores(load: Load, replicas: int) -> Advice:
         f"{idle_share:.0%} of their time"
     )
     if load.is_teacher_narrow:
+        # Idle although work waits: one more would idle as well.
         if idle_share > HELD_BACK_SHARE:
             return Advice(replicas, f"{found}: it isn't their number that holds them back.")
         return Advice(replicas + 1, f"{found}: one more is needed.")
@@ -203,7 +205,7 @@ _JUDGES: Mapping[Signal, Callable[[Load, int], Advice]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stillness:
-    """What tells whether a run is idle. Times are Unix times.
+    """From what it is judged whether a run is idle. Times are Unix times.
 
     Attributes:
         detail: why a failed run gave up.
@@ -245,6 +247,7 @@ def find_idleness(still: Stillness, idle_after_s: float) -> str:
         case _:
             if still.bus is not BusState.OK:
                 return ""
+            # While Redis was away nothing could move, and a slow update moves nothing either.
             since_s = max(since_s, still.bus_since_s)
             patience_s = max(
                 patience_s, NO_PROGRESS_S, LEARNER_SILENCE_FACTOR * still.learner_busy_s

@@ -1,6 +1,6 @@
-"""Retrieval kinds: which specific skills a task is shown. One module a kind, named as in
-`teacher.retrieval`.
+"""Retrieval kinds: each chooses which specific skills a task is shown, in a module of its own.
 
+A kind is named as in `teacher.retrieval`.
 A kind reads the task's own type and sentence and nothing else: observations name every object and
 every action, so words matched there would retrieve anything.
 """

@@ -1,4 +1,4 @@
-"""Retrieval by keyword: the skills that share telling words with the task's sentence."""
+"""Retrieval by keyword: the skills that share rare words with the task's sentence."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class KeywordRetrieval(RetrievalKind):
         skills = self.sources.library.specific
         scores = {skill: self._compute_overlap(asked, skill) for skill in skills}
         found = [skill for skill in skills if scores[skill] > 0]
+        # Stable: of equal scores the library's order stays.
         best = sorted(found, key=lambda skill: -scores[skill])
         return tuple(best[: self.sources.num_skills])
 
     def _compute_overlap(self, asked: set[str], skill: Skill) -> float:
-        """Sum over shared words of log(skills / skills with the word): a word that every skill has
-        says nothing.
-        """
+        """Sum over shared words of log(skills / skills with the word)."""
+        # The logarithm is 0 for a word that every skill has: it says nothing. Sorted, for a sum of
+        # floats depends on its order, and a set's order differs between processes.
         num_skills = len(self._words)
         shared = sorted(asked & self._words[skill.skill_id])
         return sum(math.log(num_skills / self._num_skills_with[word]) for word in shared)

@@ -68,7 +68,8 @@ def attempts(deliveries: Sequence[Delivery]) -> list[int]:
 async def take_over_soon(leases: Leases) -> list[Delivery]:
     """What is taken over first; a bus that has just been connected to takes nobody for dead yet."""
     async with asyncio.timeout(10):
-        while not (taken := await leases.take_over(9)):  # noqa: ASYNC110  the bus has no event for it
+        # The bus has no event for it.
+        while not (taken := await leases.take_over(9)):  # noqa: ASYNC110
             await asyncio.sleep(LEASE_S / 10)
     return taken
 

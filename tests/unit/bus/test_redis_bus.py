@@ -456,7 +456,7 @@ async def test_after_a_restart_of_redis_nobody_living_is_taken_for_dead(tmp_path
         await client.aclose()
 
 
-async def test_a_server_that_tells_nobody_who_is_connected_leaves_only_the_long_bound(
+async def test_a_server_that_forbids_asking_who_is_connected_leaves_only_the_long_bound(
     server: EmbeddedRedis, bus: RedisBus, client: redis.Redis
 ) -> None:
     """Managed ones, too: the user may run no administrative commands, naming included."""
@@ -493,7 +493,7 @@ async def test_a_claim_is_newer_than_one_before_redis_lost_its_disk(
     await before.close()
 
 
-async def test_who_held_a_role_is_told_when_redis_comes_back_empty(
+async def test_a_process_with_a_role_raises_when_redis_comes_back_empty(
     bus: RedisBus, client: redis.Redis
 ) -> None:
     """Going on would train from nothing, or put an empty account into the next checkpoint."""

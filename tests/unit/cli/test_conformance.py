@@ -271,8 +271,7 @@ class Walk(environment_pb2_grpc.EnvironmentServiceServicer):
         return pb.CloseSessionResponse()
 
 
-# --- one defect each
-# --------------------------------------------------------------------------------------------------
+# ---- one defect each
 
 
 class WithoutVersion(Walk):

@@ -3,12 +3,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from sdar.algorithms.measurements import TOKEN_MEASUREMENTS
 from sdar.cli.metrics_page import PAGE, list_services, render_page
+from sdar.contracts.roles import ROLES
 from sdar.process.gpu_time import GPU_SECONDS, GpuTime
-from sdar.process.measurements import Counter, Declarations, Meters
+from sdar.process.measurements import Declarations, Meters
 from sdar.process.telemetry import build_registry
 from services.gateway.metrics import GATEWAY, GatewayMetrics
 from services.gateway.scaling.metrics import SCALING, ScalingMetrics
@@ -21,22 +22,6 @@ def test_the_metrics_page_is_written_from_the_current_services():
     assert PAGE.read_text(encoding="utf-8") == render_page(), (
         "docs/metrics.md is out of date: run `make docs`"
     )
-
-
-def test_a_measurement_declared_in_one_place_is_exposed_reported_and_on_the_page(monkeypatch):
-    # On copies: the declarations of the process stay as they are.
-    monkeypatch.setattr(ROLLOUT, "measurements", [*ROLLOUT.measurements])
-    monkeypatch.setattr(ROLLOUT, "reported", {**ROLLOUT.reported})
-    toy = ROLLOUT.declare(
-        Counter("sdar_rollout_toys_total", "toys", "Toys thrown out.", key="num_toys")
-    )
-    metrics = RolloutMetrics()
-    metrics.count(toy, 2)
-    assert "sdar_rollout_toys_total 2.0" in generate_latest(metrics.registry).decode()
-    record = metrics.collect_record(num_running_episodes=0, num_waiting_sessions=0)
-    assert record["num_toys"] == 2
-    row = "| `sdar_rollout_toys_total` | counter | toys | `num_toys` | Toys thrown out. |"
-    assert row in render_page()
 
 
 def test_every_mean_of_a_loss_is_shown_and_reported_by_the_learner():
@@ -76,7 +61,8 @@ def test_what_is_collected_otherwise_is_on_the_page_as_it_is_exposed():
 
 def test_every_metric_has_a_unit_a_meaning_and_a_name_of_the_project():
     services = list_services()
-    assert len(services) == 7
+    # Besides: what all do, and the retriever.
+    assert len(services) == len(ROLES) + 2
     for service in services:
         for measurement in service.measurements:
             assert re.fullmatch(r"(sdar|process)_[a-z0-9_]+", measurement.name)

@@ -155,5 +155,5 @@ class FakeCluster:
             raise ConflictError(f"{workload.name} was changed.")
         self.set(workload.name, replicas)
 
-    async def tell(self, workload: Workload, size: Size, reason: str, message: str) -> None:
+    async def leave_event(self, workload: Workload, size: Size, reason: str, message: str) -> None:
         self.events.append((workload.name, reason, message))

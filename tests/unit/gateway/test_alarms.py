@@ -78,7 +78,8 @@ def test_each_trouble_raises_its_own_alarm_and_no_other(name: str, changes: dict
 
 
 def test_every_alarm_has_a_test() -> None:
-    marks = test_each_trouble_raises_its_own_alarm_and_no_other.pytestmark  # type: ignore[attr-defined]
+    test: Any = test_each_trouble_raises_its_own_alarm_and_no_other
+    marks = test.pytestmark
     assert {name for name, _ in marks[0].args[1]} == JUDGES.keys()
 
 

@@ -217,14 +217,14 @@ async def test_what_is_no_letter_id_is_refused(client: httpx.AsyncClient, letter
     assert (await client.post(f"/v1/dead-letters/{letter_id}/retry")).status_code in (404, 422)
 
 
-async def test_failures_are_told_with_their_reasons(run: Run, client: httpx.AsyncClient) -> None:
+async def test_failures_are_shown_with_their_reasons(run: Run, client: httpx.AsyncClient) -> None:
     _, training = await begin(run)
     await run.report(GroupOutcome.FAILED, training[0])
     await run.settle()
     assert (await client.get("/v1/run")).json()["failures"] == {training[0].group_id: "because"}
 
 
-async def test_the_page_puts_what_it_is_told_into_text_and_never_into_markup(
+async def test_the_page_puts_what_it_is_given_into_text_and_never_into_markup(
     client: httpx.AsyncClient,
 ) -> None:
     page = (await client.get("/")).text

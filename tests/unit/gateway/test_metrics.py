@@ -51,7 +51,7 @@ def test_a_run_is_in_exactly_one_phase(phase: RunPhase) -> None:
     }
 
 
-def test_the_newest_complete_evaluation_is_told_by_task_type_with_its_counts() -> None:
+def test_the_newest_complete_evaluation_is_shown_by_task_type_with_its_counts() -> None:
     old, newest = evaluate(("heat", 1, 4)), evaluate(("heat", 3, 4), ("cool", 0, 2))
     running, greedy = evaluate(("heat", 4, 4), num_open=1), evaluate(("heat", 2, 4), is_greedy=True)
     registry = observe(old, newest, greedy, running)

@@ -249,7 +249,7 @@ async def fall_asleep_learner_only(bench: Bench) -> None:
     await bench.look(1 + int(60 / LOOK_S))
 
 
-# --- whose hands are off
+# ---- whose hands are off
 
 
 async def test_an_api_server_that_is_away_harms_nothing_and_is_an_alarm_when_it_lasts(
@@ -314,7 +314,7 @@ async def test_a_status_that_changed_meanwhile_is_nobodys_decision(bench: Bench)
     assert bench.sample("sdar_scaling_errors_total", cause="conflict") == 0
 
 
-async def test_a_gateway_that_was_followed_changes_nothing(
+async def test_a_superseded_gateway_changes_no_size(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaler_module, "_CONFIRM_S", 0.5)
@@ -339,7 +339,7 @@ async def test_before_redis_holds_anything_the_bounds_are_kept_already(bench: Be
     assert bench.scheduler.is_blank
 
 
-# --- sleep
+# ---- sleep
 
 
 async def test_a_paused_run_sleeps_tells_of_it_and_wakes_to_its_former_sizes(bench: Bench) -> None:

@@ -151,8 +151,7 @@ def test_the_learner_has_no_signal() -> None:
     assert advise(Role.LEARNER, build_load(wait=0.9), 2).replicas == 2
 
 
-# --- hysteresis
-# --------------------------------------------------------------------------------------------------
+# ---- hysteresis
 
 
 def build_workload(least: int, most: int) -> Workload:
@@ -285,8 +284,7 @@ def test_in_a_steady_run_the_workers_settle_at_what_the_learner_needs(
     assert replicas <= max(workload.min, math.ceil(demand) + 1)
 
 
-# --- the idle guard
-# --------------------------------------------------------------------------------------------------
+# ---- the idle guard
 
 NOW = 100_000.0
 MOVING = Stillness(
@@ -345,8 +343,7 @@ def test_time_without_redis_is_no_idleness() -> None:
     assert not is_idle(1.0, progress_at_s=0.0, bus_since_s=NOW - 100)
 
 
-# --- the file
-# --------------------------------------------------------------------------------------------------
+# ---- the file
 
 
 def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
@@ -376,7 +373,7 @@ def test_a_changed_file_is_taken_up_at_the_next_look(tmp_path: Path) -> None:
         ("", "file"),
     ],
 )
-def test_a_broken_file_is_told_of_once_and_the_last_good_one_stays(
+def test_a_broken_file_is_reported_once_and_the_last_good_one_stays(
     tmp_path: Path, contents: str, named: str
 ) -> None:
     path = tmp_path / "scaling.yaml"

@@ -56,6 +56,12 @@ def group_named(group_id: str) -> TaskGroup:
     return dataclasses.replace(evaluation_group("a"), group_id=group_id)
 
 
+def shorten(config: RunConfig) -> RunConfig:
+    """The same run with one held-out task in an evaluation."""
+    evaluation = config.evaluation.model_copy(update={"num_tasks": 1})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
 class Run:
     """A scheduler on an in-memory bus, and the test in the place of every other service."""
 
@@ -426,6 +432,53 @@ async def test_a_changed_setting_in_the_middle_is_taken_up_by_the_next_gateway()
     await second.stop()
 
 
+@pytest.mark.parametrize("what_comes", ["a failure", "another version", "a retry"])
+async def test_an_evaluation_that_was_begun_longer_than_it_is_now_wanted_is_finished_as_begun(
+    what_comes: str,
+) -> None:
+    first = Run(build_config())
+    evaluations, _ = await begin(first)
+    last = evaluations[2]
+    if what_comes == "a retry":
+        await first.report(GroupOutcome.FAILED, last)
+    await first.settle()
+    await first.stop()
+    second = Run(shorten(build_config()), first.bus)
+    await second.reach(RunPhase.RUNNING)
+    if what_comes == "a failure":
+        await second.report(GroupOutcome.FAILED, last)
+        await second.settle()
+    elif what_comes == "another version":
+        await second.answer_evaluations([last], 1)
+        assert await second.take(1) == [last]
+    else:
+        letter_id = await second.set_aside(
+            Stream.TASKS, ConsumerGroup.ROLLOUT, codec.encode_task_group(last)
+        )
+        assert await second.scheduler.retry_dead_letter(letter_id) == last.group_id
+    evaluation = second.scheduler.state.evaluations[0]
+    assert evaluation.failed == ([2] if what_comes == "a failure" else [])
+    await second.stop()
+
+
+async def test_an_evaluation_that_is_begun_takes_as_many_tasks_as_are_now_wanted() -> None:
+    first = Run(build_config())
+    await begin(first)
+    await first.settle()
+    await first.stop()
+    second = Run(shorten(build_config()), first.bus)
+    await second.reach(RunPhase.RUNNING)
+    second.scheduler.control.stop()
+    await second.publish_policy(1)
+    await until(lambda: second.scheduler.ledger.num_running == 4)
+    await second.report(
+        GroupOutcome.CANCELLED, *(group_named(f"group-0000000{n}") for n in (0, 1, 2, 3))
+    )
+    assert len(await second.take(2)) == 2
+    assert [one.num_tasks for one in second.scheduler.state.evaluations] == [3, 3, 1, 1]
+    await second.stop()
+
+
 async def test_a_run_that_has_not_started_cannot_be_paused(run: Run) -> None:
     with pytest.raises(RefusedError, match="starting"):
         run.scheduler.control.pause()
@@ -637,6 +690,20 @@ async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_of_the_le
     assert [group.group_id for group in groups[1:]] == ["group-00000004", "group-00000005"]
     assert second.scheduler.state.environments == {"other": "there:1"}
     assert second.scheduler.ledger_gap == 0
+    await second.stop()
+
+
+async def test_a_snapshot_with_a_longer_evaluation_than_is_now_wanted_is_gone_on_from() -> None:
+    first = Run(build_config())
+    evaluations, _ = await begin(first)
+    await first.settle()
+    snapshot = await first.bus.take_snapshot()
+    await first.stop()
+    second = Run(shorten(build_config()))
+    await until(lambda: second.scheduler.detail.startswith("waiting for the learner"))
+    assert await second.bus.restore_snapshot(snapshot, trained=[])
+    await second.publish_policy(1)
+    assert await second.take(6) == evaluations
     await second.stop()
 
 

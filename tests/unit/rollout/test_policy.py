@@ -61,7 +61,7 @@ async def test_a_worker_that_joins_loads_only_the_newest_version():
         assert engine.updates == [3]
 
 
-async def test_the_newest_version_is_followed():
+async def test_the_newest_version_is_served():
     engine = ScriptedEngine()
     async with following(engine, 0) as (bus, follower):
         await publish(bus, 1)

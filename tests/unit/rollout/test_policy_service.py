@@ -56,7 +56,7 @@ async def test_a_caller_that_hangs_up_finds_the_answer_when_it_repeats(tokenizer
     assert (list(answer.response_token_ids), engine.num_calls) == ([10, 11, 2], 1)
 
 
-async def test_more_requests_than_allowed_are_told_to_come_back(tokenizer):
+async def test_more_requests_than_allowed_are_refused_for_now(tokenizer):
     engine = SlowEngine()
     servicer = build(engine, tokenizer, max_requests=2)
     running = [asyncio.create_task(servicer.Generate(request(), None)) for _ in range(2)]

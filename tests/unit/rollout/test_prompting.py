@@ -55,7 +55,7 @@ def test_instructions_become_the_system_message(tokenizer):
         ("clean the mug . a room", "clean the mug . a room"),
     ],
 )
-def test_a_conversation_tells_the_task_once(tokenizer, observation, shown):
+def test_a_conversation_shows_the_task_once(tokenizer, observation, shown):
     prompts = Conversation(tokenizer, EpisodeSetting(task_description="clean the mug"))
     assert user_text(prompts.begin(observation)) == shown
     assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")) == "B"

@@ -174,3 +174,31 @@ async def test_a_version_that_is_being_deleted_is_not_begun():
     with pytest.raises(WeightsUnavailableError, match="being deleted"):
         await build_follower(bus, scorer, max_lag=0).catch_up()
     assert scorer.loaded == []
+
+
+class PublishingScorer(FakeScorer):
+    """While version 4 is read, version 6 is published; there is no 5, as after a learner that was
+    killed between storing a version and announcing it. Neither can be read.
+    """
+
+    def __init__(self, bus):
+        super().__init__()
+        self.bus = bus
+        self.corrupt = {4, 6}
+
+    async def update_weights(self, manifest):
+        if manifest.policy_version == 4:
+            await publish(self.bus, 6)
+        await super().update_weights(manifest)
+
+
+async def test_what_is_loaded_in_place_of_an_unreadable_version_is_not_past_the_lag_bound():
+    bus = MemoryBus({})
+    scorer = PublishingScorer(bus)
+    await publish(bus, 2, 3, 4)
+    policy = build_follower(bus, scorer, max_lag=2)
+
+    with pytest.raises(WeightsUnavailableError):
+        await policy.catch_up()
+
+    assert (scorer.loaded, scorer.teacher_version) == ([], 0)
