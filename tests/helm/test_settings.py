@@ -18,6 +18,9 @@ from sdar.cli.release_check import build_parser
 from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup, RunKeys, Stream
 from sdar.process.settings import Settings
+from services.envs.alfworld import environment as alfworld
+from services.envs.search import environment as search
+from services.envs.webshop import environment as webshop
 from tests.helm.chart import ROOT, VALUES_FILES, containers, find, of_kind, pods, render
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
@@ -25,6 +28,7 @@ OF_LIBRARIES = {
     "HF_HUB_OFFLINE": "huggingface_hub: never look for a newer model than the one in the image",
     "REDISCLI_AUTH": "redis-cli in Redis' probes",
 }
+OF_ENVIRONMENTS = {alfworld.DATA_VARIABLE, search.DATA_VARIABLE, webshop.DATA_VARIABLE}
 
 
 def known_variables():
@@ -35,15 +39,14 @@ def known_variables():
 
 
 @every_values_file
-def test_every_variable_is_one_that_settings_or_a_library_reads(values):
+def test_every_variable_is_one_that_settings_a_library_or_an_environment_reads(values):
     users = {
         item["name"] for section in ("podDefaults", "rollout") for item in _own_env(values, section)
     }
+    known = known_variables() | OF_LIBRARIES.keys() | OF_ENVIRONMENTS
     for role, container in containers(render(values)):
         for variable in container.get("env", []):
-            assert variable["name"] in known_variables() | set(OF_LIBRARIES) | users, (
-                f"{role}: {variable['name']}"
-            )
+            assert variable["name"] in known | users, f"{role}: {variable['name']}"
 
 
 def _own_env(values, role):
