@@ -78,7 +78,7 @@ from services.teacher.retrieval_kinds import RETRIEVAL_KINDS, RetrievalKind
 @RETRIEVAL_KINDS.register("toy")
 class ToyRetrieval(RetrievalKind):
     def choose(self, task, key):
-        return self.sources.library.specific[-1:]
+        return self.sources.skill_library.specific[-1:]
 """
 USE_SINGLE_FILES = """
 from sdar.config import MethodConfig, TeacherConfig

@@ -22,7 +22,7 @@ from services.teacher.utility import SkillUtility
 class SkillSources:
     """What a kind may choose by."""
 
-    library: SkillLibrary
+    skill_library: SkillLibrary
     num_skills: int
     """Most specific skills that are shown."""
     index: SkillIndex | None = None
@@ -32,7 +32,7 @@ class SkillSources:
 
     def list_of_type(self, task_type: str) -> tuple[Skill, ...]:
         """Every specific skill for a task type, in the library's order."""
-        skills = self.library.specific
+        skills = self.skill_library.specific
         return tuple(skill for skill in skills if task_type in skill.task_types)
 
 

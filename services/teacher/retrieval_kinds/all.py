@@ -12,4 +12,4 @@ class AllRetrieval(RetrievalKind):
     """The whole library."""
 
     def choose(self, task: Task, key: str) -> tuple[Skill, ...]:
-        return self.sources.library.specific
+        return self.sources.skill_library.specific

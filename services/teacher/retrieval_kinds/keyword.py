@@ -21,14 +21,16 @@ class KeywordRetrieval(RetrievalKind):
 
     def __init__(self, sources: SkillSources) -> None:
         super().__init__(sources)
-        self._words = {skill.skill_id: _find_words(skill) for skill in sources.library.specific}
+        self._words = {
+            skill.skill_id: _find_words(skill) for skill in sources.skill_library.specific
+        }
         self._num_skills_with: Counter[str] = Counter()
         for words in self._words.values():
             self._num_skills_with.update(words)
 
     def choose(self, task: Task, key: str) -> tuple[Skill, ...]:
         asked = set(_WORD.findall(task.description.lower()))
-        skills = self.sources.library.specific
+        skills = self.sources.skill_library.specific
         scores = {skill: self._compute_overlap(asked, skill) for skill in skills}
         found = [skill for skill in skills if scores[skill] > 0]
         # Stable: of equal scores the library's order stays.

@@ -14,6 +14,6 @@ class RandomRetrieval(RetrievalKind):
     """Specific skills drawn without replacement; the key is the seed."""
 
     def choose(self, task: Task, key: str) -> tuple[Skill, ...]:
-        skills = self.sources.library.specific
+        skills = self.sources.skill_library.specific
         count = min(self.sources.num_skills, len(skills))
         return tuple(random.Random(f"random-skills:{key}").sample(skills, count))
