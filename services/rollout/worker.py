@@ -188,7 +188,7 @@ class RolloutWorker:
                 task.add_done_callback(self._note_failure)
             yield
         finally:
-            # Also when a loop died: what is taken over from here on would be handed back by nobody.
+            # Also when a loop died: one that ends has no use for another's task groups.
             self._is_leaving = True
             over.set()
             # The loop that renews leases goes first: a renewal after the hand-back would undo it.
@@ -199,10 +199,15 @@ class RolloutWorker:
     async def _end_unfinished(self, keeping: Sequence[asyncio.Task[None]]) -> None:
         """Cancel what is in hand; hand it back once the tasks `keeping` its leases have ended."""
         unfinished = list(self._in_hand)
-        attempts = [hand.task for hand in unfinished]
-        for attempt in attempts:
-            attempt.cancel()
+        for hand in unfinished:
+            hand.task.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
+        # A take-over that was under way when its loop was told to end has begun these.
+        late = [hand for hand in self._in_hand if hand not in unfinished]
+        for hand in late:
+            hand.task.cancel()
+        unfinished += late
+        attempts = [hand.task for hand in unfinished]
         # Before the attempts have closed their sessions, which may take a while: nobody waits.
         await self._leases.hand_back([hand.delivery for hand in unfinished])
         await asyncio.gather(*attempts, return_exceptions=True)

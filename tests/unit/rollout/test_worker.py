@@ -451,6 +451,40 @@ async def test_a_worker_that_is_leaving_takes_over_nothing_that_another_handed_b
     assert [delivery.num_deliveries for delivery in taken] == [2, 2]
 
 
+class SlowToTakeOver(MemoryBus):
+    """Answers a take-over once `answering` is set; `asked` is set when one waits for that."""
+
+    def __init__(self, consumers):
+        super().__init__(consumers)
+        self.asked = asyncio.Event()
+        self.answering = asyncio.Event()
+
+    async def reclaim(self, stream, group, consumer, min_idle_s, *page, **whose):
+        if min_idle_s and consumer == "worker-1":
+            self.asked.set()
+            await self.answering.wait()
+        return await super().reclaim(stream, group, consumer, min_idle_s, *page, **whose)
+
+
+async def test_a_take_over_under_way_when_the_engine_dies_is_handed_back_at_once(tokenizer):
+    bench = Bench(tokenizer, ScriptedEnvironment(gate=asyncio.Event()), lease_s=60.0)
+    bench.bus = SlowToTakeOver(CONSUMERS)
+    await bench.issue(make_group("g1", size=2))
+    await bench.bus.hand_back(
+        await bench.bus.read(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-2", 1)
+    )
+    worker = bench.build()
+    running = asyncio.create_task(worker.run(asyncio.Event()))
+    await until(bench.bus.asked.is_set)
+    bench.engine.is_alive = False
+    await until(lambda: worker._is_leaving)
+    bench.bus.answering.set()
+    with pytest.raises(EngineFailedError):
+        await running
+    [taken] = await bench.bus.reclaim(Stream.TASKS, ConsumerGroup.ROLLOUT, "worker-3", 60.0, 9)
+    assert taken.num_deliveries == 3
+
+
 async def test_a_dead_engine_ends_the_worker_and_acknowledges_nothing(tokenizer):
     environment = ScriptedEnvironment(answer(), answer(over=True), gate=asyncio.Event())
     bench = Bench(tokenizer, environment)
