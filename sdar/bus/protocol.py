@@ -299,8 +299,9 @@ class Bus(Protocol):
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
         """Put a snapshot into a server that has no account yet; returns whether it had none.
 
-        Task groups that were open are closed: those in `trained` as TRAINED, all others as
-        CANCELLED, for their entries are lost.
+        What was on its way is lost with the server's streams. So task groups that were open are
+        closed, those in `trained` as TRAINED and all others as CANCELLED, and the state
+        `snapshot.RESTORATION` gets a new value.
 
         Raises CorruptionError if it cannot be read.
         """

@@ -58,8 +58,7 @@ class RedisAccount:
 
     async def restore_snapshot(self, snapshot: bytes, trained: Collection[int]) -> bool:
         restored = decode_snapshot(snapshot)
-        # What was on its way is lost with the server's streams, so nothing is open afterwards.
-        restored.close_open_groups(trained)
+        restored.begin_again(trained)
         account = restored.account
         totals: dict[str, int] = {"issued": account.num_issued, "generated": account.num_generated}
         totals |= {outcome.value: number for outcome, number in account.closed.items()}

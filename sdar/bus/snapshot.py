@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from sdar.bus.ledger import CLOSING, MAX_GROUP_NUMBER, LedgerAccount
 from sdar.contracts.errors import CorruptionError
 from sdar.contracts.types import GroupOutcome
 
+RESTORATION = "restoration"
+"""Name of the state that differs after every restored snapshot. Whoever published what was on its
+way compares it with the value known before, and publishes again.
+"""
 _FORMAT = 1
 _MAX_BYTES = 256 << 20
 """Far beyond any run's snapshot: it holds one bit a closed group and outcome, and small states."""
@@ -54,12 +59,13 @@ class BusSnapshot:
     states: dict[str, bytes]
     account: LedgerAccount
 
-    def close_open_groups(self, trained: Collection[int]) -> None:
-        """End every open group: those in `trained` as TRAINED, all others as CANCELLED."""
+    def begin_again(self, trained: Collection[int]) -> None:
+        """Make it what a server without streams begins with: see `Bus.restore_snapshot`."""
         for number in list(self.account.open):
             self.account.apply(
                 number, GroupOutcome.TRAINED if number in trained else GroupOutcome.CANCELLED
             )
+        self.states[RESTORATION] = uuid.uuid4().hex.encode()
 
     def pack_closed(self) -> dict[GroupOutcome, bytes]:
         """One bitmap per closing outcome."""

@@ -435,7 +435,7 @@ class MemoryBus:
         self._check_role()
         if self._store.account.num_issued:
             return False
-        restored.close_open_groups(trained)
+        restored.begin_again(trained)
         self._store.states.update(restored.states)
         self._store.account = restored.account
         return True

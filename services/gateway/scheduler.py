@@ -16,6 +16,7 @@ import structlog
 from sdar.bus.leases import wait_for_room
 from sdar.bus.ledger import LedgerAccount
 from sdar.bus.protocol import Bus, Delivery
+from sdar.bus.snapshot import RESTORATION
 from sdar.config import RunConfig
 from sdar.contracts.errors import LeaseLostError, UnavailableError
 from sdar.contracts.streams import ConsumerGroup
@@ -216,6 +217,7 @@ class Scheduler:
         if self.is_blank and not await self._adopt(stopping):
             return
         if self.state.phase is RunPhase.STARTING:
+            await self._make_up_for_lost_streams()
             self.control.start()
             await self._check_account()
             self.health.mark_ready("running")
@@ -232,22 +234,29 @@ class Scheduler:
         return True
 
     async def _adopt(self, stopping: asyncio.Event) -> bool:
-        """Begin from the snapshot that the learner may have put into an empty Redis.
-
-        Tasks in its streams were lost and are sent again. False while the environment does not
-        answer.
+        """Begin from the snapshot that the learner may have put into an empty Redis; False while
+        the environment does not answer.
         """
         await self._restore()
-        # Still blank, so that nothing is written before the lost tasks are among it. The lists were
-        # loaded without the snapshot, whose evaluations may be of more tasks.
+        # Still blank, so that no event is read yet: the lists were loaded without the snapshot,
+        # whose evaluations may be of more tasks.
         self._standing = Standing.BLANK
         if not await self._load_tasks(stopping):
             return False
         self._standing = Standing.KNOWN
         self.control.detail = ""
+        return True
+
+    async def _make_up_for_lost_streams(self) -> None:
+        """Send the tasks of evaluations again if a snapshot was put back since that was last done:
+        by the learner, into a Redis that lost its streams, before this process began or after.
+        """
+        restoration = (await self._bus.load_state(RESTORATION) or b"").decode()
+        if restoration == self.state.restoration:
+            return
+        self.state.restoration = restoration
         self.state.sleep = None  # as of the snapshot; whoever put it back is awake
         self._evaluator.resend_pending(self._committer.draft)
-        return True
 
     # ---- deciding
 

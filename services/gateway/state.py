@@ -88,6 +88,8 @@ class GatewayState:
         finished_target: updates that were wanted when the run finished.
         sleep: none while the run is awake.
         sizes: replicas by workload before the last sleep.
+        restoration: the bus's state `RESTORATION`, as of which the tasks that were lost with the
+            streams have been sent again.
     """
 
     phase: RunPhase = RunPhase.STARTING
@@ -104,6 +106,7 @@ class GatewayState:
     finished_target: int = 0
     sleep: Sleep | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    restoration: str = ""
 
     def apply(self, event: LedgerEvent) -> None:
         """Take in one entry of the account's journal about a training group."""

@@ -19,6 +19,7 @@ from sdar.bus.embedded_redis import EmbeddedRedis
 from sdar.bus.ledger import CLOSING, format_group_id
 from sdar.bus.protocol import BEFORE_FIRST, SUSPECT_FACTOR, Bus, BusLimits, Delivery
 from sdar.bus.redis import RedisBus
+from sdar.bus.snapshot import RESTORATION
 from sdar.contracts.codec import decode_ledger_event
 from sdar.contracts.errors import (
     CapacityError,
@@ -672,6 +673,20 @@ async def test_a_snapshot_brings_states_and_account_into_a_server_that_lost_them
     assert await after.newest(TASKS) is None
     await after.commit({}, transitions=events(ISSUED, 1, 4))
     assert (await after.read_ledger()).open == {4: False}, "a closed group stays closed"
+
+
+async def test_each_restored_snapshot_leaves_a_mark_of_its_own(
+    new_run: Callable[[], Maker],
+) -> None:
+    first, second, third = (new_run()() for _ in range(3))
+    await first.commit({}, transitions=events(ISSUED, 0))
+    assert await first.load_state(RESTORATION) is None
+    assert await second.restore_snapshot(await first.take_snapshot(), trained=[])
+    restoration = await second.load_state(RESTORATION)
+    assert not await second.restore_snapshot(await first.take_snapshot(), trained=[])
+    assert await second.load_state(RESTORATION) == restoration
+    assert await third.restore_snapshot(await second.take_snapshot(), trained=[])
+    assert await third.load_state(RESTORATION) not in (None, restoration)
 
 
 async def test_a_snapshot_does_not_touch_an_account_that_is_there(

@@ -693,6 +693,28 @@ async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_of_the_le
     await second.stop()
 
 
+async def test_a_gateway_that_starts_after_the_snapshot_was_put_back_sends_lost_tasks_once() -> None:
+    first = Run(build_config())
+    evaluations, _ = await begin(first)
+    await first.answer_evaluations(evaluations[:5], 0)
+    await first.settle()
+    snapshot = await first.bus.take_snapshot()
+    await first.stop()
+    bus = MemoryBus(first.config.stream_consumers)
+    assert await bus.restore_snapshot(snapshot, trained=[])
+    second = Run(build_config(), bus)
+    await second.publish_policy(1)
+    lost, *training = await second.take(5)
+    assert lost == evaluations[5]
+    assert {group.purpose for group in training} == {Purpose.TRAIN}
+    await second.stop()
+    third = Run(build_config(), bus)
+    await third.reach(RunPhase.RUNNING)
+    await third.scheduler.confirm_tenure()
+    assert await third.num_waiting() == 0
+    await third.stop()
+
+
 async def test_a_snapshot_with_a_longer_evaluation_than_is_now_wanted_is_gone_on_from() -> None:
     first = Run(build_config())
     evaluations, _ = await begin(first)
