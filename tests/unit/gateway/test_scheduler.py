@@ -693,7 +693,7 @@ async def test_a_gateway_on_an_emptied_redis_goes_on_from_the_snapshot_of_the_le
     await second.stop()
 
 
-async def test_a_gateway_that_starts_after_the_snapshot_was_put_back_sends_lost_tasks_once() -> None:
+async def test_a_gateway_that_comes_after_the_snapshot_sends_lost_tasks_once() -> None:
     first = Run(build_config())
     evaluations, _ = await begin(first)
     await first.answer_evaluations(evaluations[:5], 0)
