@@ -120,6 +120,7 @@ class TokenScorer(nn.Module):
         input_ids: Int[Tensor, "B T"],
         response_mask: Bool[Tensor, "B T"],
         max_rank_tokens: int | None = None,
+        temperature: float | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Score the tokens where `response_mask` is true.
 
@@ -128,6 +129,7 @@ class TokenScorer(nn.Module):
             max_rank_tokens: most sampled tokens that any rank scores in this call,
                 `MicroBatch.max_rank_tokens`. Needed where the weights are sharded; see
                 `compute_logprobs`.
+            temperature: another one than the sampler's.
 
         Returns:
             flat logprobs and entropy, row-major over the true entries. With none, two empty tensors
@@ -146,7 +148,7 @@ class TokenScorer(nn.Module):
             hidden[:, :-1][is_target],
             lm_head,
             input_ids[:, 1:][is_target],
-            self.temperature,
+            self.temperature if temperature is None else temperature,
             self.chunk_size,
             num_chunks,
         )

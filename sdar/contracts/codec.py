@@ -37,6 +37,7 @@ from sdar.contracts.types import (
     MetricRecord,
     ModelIdentity,
     PolicyVersions,
+    ProbeSequence,
     Purpose,
     SamplingParameters,
     ScoredTrajectory,
@@ -580,6 +581,10 @@ def weights_manifest_to_proto(manifest: WeightsManifest) -> policy_pb2.WeightsMa
         created_at_s=manifest.created_at_s,
         num_updates=manifest.num_updates,
         base_version=manifest.base_version,
+        probe=[
+            policy_pb2.ProbeSequence(token_ids=sequence.token_ids, logprobs=sequence.logprobs)
+            for sequence in manifest.probe
+        ],
     )
 
 
@@ -596,6 +601,10 @@ def weights_manifest_from_proto(message: policy_pb2.WeightsManifest) -> WeightsM
         num_updates=message.num_updates,
         # Unset is not 0, which is a version like any other.
         base_version=message.base_version if message.HasField("base_version") else None,
+        probe=tuple(
+            ProbeSequence(tuple(sequence.token_ids), tuple(sequence.logprobs))
+            for sequence in message.probe
+        ),
     )
 
 

@@ -128,6 +128,10 @@ class CorruptionError(SdarError):
     grpc_status = "DATA_LOSS"
 
 
+class MismatchError(CorruptionError):
+    """An engine computes other log-probs with a policy version than the learner does."""
+
+
 class EngineFailedError(SdarError):
     """The sampler died or holds weights of no version.
 

@@ -410,12 +410,31 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeSequence:
+    """A short sequence and the learner's log-probs of it under one policy version (nats).
+
+    `logprobs` are of every token but the first, at temperature 1.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.token_ids) - 1:
+            raise ContractError(
+                f"Probe sequence of {len(self.token_ids)} tokens with {len(self.logprobs)} "
+                "log-probs; every token but the first has one."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsManifest:
     """What one policy version consists of. `path` is relative to the weight store's root.
 
     `num_updates`: optimizer updates these weights have seen; a crash that loses updates leaves it
     behind `policy_version`. `base_version`: what delta tensors are relative to, None where every
-    tensor is whole.
+    tensor is whole. `probe`: what an engine must compute as well once it holds these weights; only
+    the announced manifest has it, the stored one does not.
     """
 
     run_id: str
@@ -427,6 +446,7 @@ class WeightsManifest:
     created_at_s: float
     num_updates: int = 0
     base_version: int | None = None
+    probe: tuple[ProbeSequence, ...] = ()
 
     def __post_init__(self) -> None:
         if self.policy_version < 0:

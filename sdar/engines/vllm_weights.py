@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
-from collections.abc import Coroutine, Iterator
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
 
 from sdar.contracts import codec, errors
-from sdar.contracts.errors import CorruptionError, EngineFailedError
+from sdar.contracts.errors import (
+    CorruptionError,
+    EngineFailedError,
+    MismatchError,
+    WeightsUnavailableError,
+)
 from sdar.contracts.types import WeightsManifest
+from sdar.engines.vllm_scoring import score_sequence
 from sdar.process.settings import thread_environment
+from sdar.weights.probe import Mismatch, check_mismatch, measure_mismatch
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _LONGEST_STAGING_POLL_S = 0.25
 
@@ -116,18 +132,74 @@ def engine_errors() -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """How a version came into an engine. Durations in seconds.
+
+    Attributes:
+        staging_s: reading and verifying, beside generation.
+        pause_s: how long generation was held.
+        proof_s: scoring of the version's probe, beside generation.
+        mismatch: of the engine's log-probs against the learner's; None without a probe.
+    """
+
+    staging_s: float = 0.0
+    pause_s: float = 0.0
+    proof_s: float = 0.0
+    mismatch: Mismatch | None = None
+
+
+async def _ignore() -> None: ...
+
+
 class VllmWeights:
-    """Weight updates of one AsyncLLM: `attach` once, then `stage` and `install` for each version.
+    """Weight updates of one AsyncLLM: `attach` once, then `replace` for each version.
+
+    A version is proven by its probe once it is installed (`sdar.weights.probe`). Generation goes on
+    meanwhile; what it has brought with a version is good only after `wait_proven`, and not if
+    `is_disproven` then says so.
 
     Args:
         model_path: directory or hub name of the model whose weights are version 0.
+        dtype: "float32" or "bfloat16".
         weight_store_url, run_id: where the workers read what a manifest names.
+        on_disproven: called when the engine has gone back from a version that was wrong: requests
+            that run may have tokens of it.
     """
 
-    def __init__(self, model_path: str, *, weight_store_url: str, run_id: str) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        weight_store_url: str,
+        run_id: str,
+        on_disproven: Callable[[], Awaitable[None]] = _ignore,
+    ) -> None:
         self._model_path = model_path
+        self._dtype = dtype
         self._store = {"url": weight_store_url, "run_id": run_id}
+        self._on_disproven = on_disproven
         self._layout: dict[str, tuple[int, ...]] = {}
+        self._version = 0
+        self._proven: WeightsManifest | None = None
+        self._disproven_version: int | None = None
+        self._is_settled = asyncio.Event()
+        self._is_settled.set()
+        self._probe_ids = map("probe-{}".format, itertools.count())
+
+    @property
+    def version(self) -> int:
+        """The version that the next token is sampled by."""
+        return self._version
+
+    async def wait_proven(self) -> None:
+        """Return once no version is being proven."""
+        await self._is_settled.wait()
+
+    def is_disproven(self, versions: Iterable[int]) -> bool:
+        """Whether one of these is the version that was found wrong last."""
+        return any(version == self._disproven_version for version in versions)
 
     async def attach(self, llm: Any, policy_version: int) -> None:
         """Give vLLM's workers the weight store's address and the version that they hold now."""
@@ -139,30 +211,74 @@ class VllmWeights:
         await _draw_one_token(llm)
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._store))
         await llm.update_weight_version(str(policy_version))
+        self._version = policy_version
 
-    async def stage(self, llm: Any, manifest: WeightsManifest) -> None:
-        """Have every worker read and verify the version while the engine goes on.
+    async def replace(self, llm: Any, manifest: WeightsManifest) -> WeightUpdate:
+        """Bring a version into the engine, and prove it. One call at a time.
 
-        Raises:
-            CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this
-                model.
-            EngineFailedError: the engine died or was closed meanwhile.
-        """
-        await _while_alive(llm, self._stage(llm, manifest))
-
-    async def install(self, llm: Any, policy_version: int) -> None:
-        """Switch to the staged version between two tokens.
-
-        The pause completes when no step is in flight, and the engine process itself stamps each
-        step's tokens with the version set here, so the stamps are exact however late this process
-        reads them. Clearing the cache makes running requests compute their context anew: keys and
-        values of the old weights would belong to no policy.
+        The engine's own version is only proven.
 
         Raises:
-            EngineFailedError: the engine died or was closed, or some layers may hold the new
-                weights and some the old. It stays paused, for good.
+            CorruptionError, WeightsUnavailableError: the version cannot be read, or is not of this
+                model; the version before serves.
+            MismatchError: the engine computes other log-probs with it than the learner does; the
+                version before serves again.
+            EngineFailedError: the engine died or was closed, or holds weights that nobody has
+                proven: it must not be used any more.
         """
-        await _while_alive(llm, self._install(llm, policy_version))
+        started = time.monotonic()
+        if manifest.policy_version != self._version:
+            await _while_alive(llm, self._stage(llm, manifest))
+        staged = time.monotonic()
+        # Until the version is proven, whoever has sampled with it waits.
+        self._is_settled.clear()
+        self._disproven_version = None
+        try:
+            if manifest.policy_version != self._version:
+                await _while_alive(llm, self._install(llm, manifest.policy_version))
+            installed = time.monotonic()
+            mismatch = await self._prove_or_go_back(llm, manifest)
+        finally:
+            self._is_settled.set()
+        self._proven = manifest
+        proof_s = time.monotonic() - installed
+        return WeightUpdate(staged - started, installed - staged, proof_s, mismatch)
+
+    async def _prove_or_go_back(self, llm: Any, manifest: WeightsManifest) -> Mismatch | None:
+        try:
+            return await _while_alive(llm, self._prove(llm, manifest))
+        except MismatchError as error:
+            self._disproven_version = manifest.policy_version
+            await self._go_back(llm, error)
+            # Now that nothing new can be sampled with it.
+            await self._on_disproven()
+            raise
+
+    async def _go_back(self, llm: Any, reason: MismatchError) -> None:
+        """Serve the last proven version again. Raises EngineFailedError if that is impossible."""
+        before = self._proven
+        if before is None or before.policy_version == self._version:
+            raise EngineFailedError(f"{reason.message} There is no version to go back to.")
+        log.error("version_disproven", policy_version=self._version, error=reason.message)
+        try:
+            await _while_alive(llm, self._stage(llm, before))
+            await _while_alive(llm, self._install(llm, before.policy_version))
+            await _while_alive(llm, self._prove(llm, before))
+        except (CorruptionError, WeightsUnavailableError) as error:
+            raise EngineFailedError(
+                f"{reason.message} Going back to version {before.policy_version} failed: "
+                f"{error.message}"
+            ) from error
+
+    async def _prove(self, llm: Any, manifest: WeightsManifest) -> Mismatch | None:
+        if not manifest.probe:
+            return None
+        scored = await asyncio.gather(
+            *(score_sequence(llm, each.token_ids, next(self._probe_ids)) for each in manifest.probe)
+        )
+        mismatch = measure_mismatch(manifest, scored)
+        check_mismatch(manifest, mismatch, self._dtype)
+        return mismatch
 
     async def _stage(self, llm: Any, manifest: WeightsManifest) -> None:
         self._check_layout(manifest)
@@ -179,6 +295,13 @@ class VllmWeights:
                 raise getattr(errors, name, EngineFailedError)(message)
 
     async def _install(self, llm: Any, policy_version: int) -> None:
+        """Switch to the staged version between two tokens.
+
+        The pause completes when no step is in flight, and the engine process itself stamps each
+        step's tokens with the version set here, so the stamps are exact however late this process
+        reads them. Clearing the cache makes running requests compute their context anew: keys and
+        values of the old weights would belong to no policy.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await llm.pause_generation(mode="keep", clear_cache=True)
@@ -194,6 +317,7 @@ class VllmWeights:
                 f"Installing version {policy_version} failed halfway: {error}. The engine holds "
                 "weights of no version; restart the service."
             ) from error
+        self._version = policy_version
         await llm.resume_generation()
 
     def _check_layout(self, manifest: WeightsManifest) -> None:
@@ -225,7 +349,7 @@ async def _draw_one_token(llm: Any) -> None:
         continue
 
 
-async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
+async def _while_alive(llm: Any, calls: Coroutine[Any, Any, T]) -> T:
     """Await calls to the engine's process, which vLLM never answers once that process is gone.
 
     Raises:
@@ -239,7 +363,7 @@ async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
         raise EngineFailedError(
             "The engine was gone before its weights were updated; its log on stderr says why."
         )
-    await task
+    return await task
 
 
 def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -106,16 +107,18 @@ class StoreWeightTransfer(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            self._repack_tied_head()
+            self._repack_heads()
 
-    def _repack_tied_head(self) -> None:
-        """Give a tied head its new weights.
+    def _repack_heads(self) -> None:
+        """Give the head its new weights.
 
-        On a CPU it multiplies by a packed copy of the weights, which a reload leaves as it was.
+        On a CPU it multiplies by a packed copy of the weights, which a reload leaves as it was if
+        they are tied. The head is the embedding itself in some models, so all of the kind are
+        packed anew.
         """
-        if self.model_config.hf_text_config.tie_word_embeddings:
-            head = self.model.get_submodule("lm_head")
-            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
     def shutdown(self) -> None:
         if hasattr(self, "_reader"):

@@ -137,6 +137,12 @@ class ChatTokenizer:
         return rest
 
 
+def list_ordinary_tokens(model_path: Path) -> list[int]:
+    """Ids of the tokens that stand for text, without those that control a conversation."""
+    tokenizer = _load_tokenizer(model_path)
+    return sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
+
+
 def _load_tokenizer(model_path: Path) -> Any:
     from transformers import AutoTokenizer
 

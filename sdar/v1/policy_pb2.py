@@ -26,7 +26,7 @@ from sdar.v1 import task_pb2 as sdar_dot_v1_dot_task__pb2
 from sdar.v1 import trajectory_pb2 as sdar_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdar/v1/policy.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"j\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05shard\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x10\n\x08is_delta\x18\x06 \x01(\x08\"\x80\x02\n\x0fWeightsManifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x05\x12\x0c\n\x04path\x18\x03 \x01(\t\x12%\n\x07tensors\x18\x04 \x03(\x0b\x32\x14.sdar.v1.TensorEntry\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.sdar.v1.ModelIdentity\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bnum_updates\x18\x08 \x01(\r\x12\x19\n\x0c\x62\x61se_version\x18\t \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_base_version\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"4\n\nChatPrompt\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.sdar.v1.ChatMessage\"\xc7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.sdar.v1.TokenPromptH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.sdar.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.sdar.v1.SamplingParameters\x12\x1a\n\x12min_policy_version\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"\xc8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1a\n\x12response_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x62\x65havior_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x05\x12\x0c\n\x04text\x18\x06 \x01(\t\x12(\n\x0bstop_reason\x18\x07 \x01(\x0e\x32\x13.sdar.v1.StopReason\"\x12\n\x10GetPolicyRequest\"\x9a\x01\n\x11GetPolicyResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.sdar.v1.ModelIdentity\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x05\x12\x1c\n\x14num_running_requests\x18\x04 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x05 \x01(\r2\x9e\x01\n\rPolicyService\x12\x44\n\x08Generate\x12\x18.sdar.v1.GenerateRequest\x1a\x19.sdar.v1.GenerateResponse\"\x03\x90\x02\x02\x12G\n\tGetPolicy\x12\x19.sdar.v1.GetPolicyRequest\x1a\x1a.sdar.v1.GetPolicyResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdar/v1/policy.proto\x12\x07sdar.v1\x1a\x12sdar/v1/task.proto\x1a\x18sdar/v1/trajectory.proto\"j\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05shard\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x10\n\x08is_delta\x18\x06 \x01(\x08\"\xa7\x02\n\x0fWeightsManifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x05\x12\x0c\n\x04path\x18\x03 \x01(\t\x12%\n\x07tensors\x18\x04 \x03(\x0b\x32\x14.sdar.v1.TensorEntry\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.sdar.v1.ModelIdentity\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bnum_updates\x18\x08 \x01(\r\x12\x19\n\x0c\x62\x61se_version\x18\t \x01(\x05H\x00\x88\x01\x01\x12%\n\x05probe\x18\n \x03(\x0b\x32\x16.sdar.v1.ProbeSequenceB\x0f\n\r_base_version\"4\n\rProbeSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"4\n\nChatPrompt\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.sdar.v1.ChatMessage\"\xc7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.sdar.v1.TokenPromptH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.sdar.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.sdar.v1.SamplingParameters\x12\x1a\n\x12min_policy_version\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"\xc8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1a\n\x12response_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x62\x65havior_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x05\x12\x0c\n\x04text\x18\x06 \x01(\t\x12(\n\x0bstop_reason\x18\x07 \x01(\x0e\x32\x13.sdar.v1.StopReason\"\x12\n\x10GetPolicyRequest\"\x9a\x01\n\x11GetPolicyResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.sdar.v1.ModelIdentity\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x05\x12\x1c\n\x14num_running_requests\x18\x04 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x05 \x01(\r2\x9e\x01\n\rPolicyService\x12\x44\n\x08Generate\x12\x18.sdar.v1.GenerateRequest\x1a\x19.sdar.v1.GenerateResponse\"\x03\x90\x02\x02\x12G\n\tGetPolicy\x12\x19.sdar.v1.GetPolicyRequest\x1a\x1a.sdar.v1.GetPolicyResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,19 +40,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORENTRY']._serialized_start=79
   _globals['_TENSORENTRY']._serialized_end=185
   _globals['_WEIGHTSMANIFEST']._serialized_start=188
-  _globals['_WEIGHTSMANIFEST']._serialized_end=444
-  _globals['_TOKENPROMPT']._serialized_start=446
-  _globals['_TOKENPROMPT']._serialized_end=478
-  _globals['_CHATPROMPT']._serialized_start=480
-  _globals['_CHATPROMPT']._serialized_end=532
-  _globals['_GENERATEREQUEST']._serialized_start=535
-  _globals['_GENERATEREQUEST']._serialized_end=734
-  _globals['_GENERATERESPONSE']._serialized_start=737
-  _globals['_GENERATERESPONSE']._serialized_end=937
-  _globals['_GETPOLICYREQUEST']._serialized_start=939
-  _globals['_GETPOLICYREQUEST']._serialized_end=957
-  _globals['_GETPOLICYRESPONSE']._serialized_start=960
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1114
-  _globals['_POLICYSERVICE']._serialized_start=1117
-  _globals['_POLICYSERVICE']._serialized_end=1275
+  _globals['_WEIGHTSMANIFEST']._serialized_end=483
+  _globals['_PROBESEQUENCE']._serialized_start=485
+  _globals['_PROBESEQUENCE']._serialized_end=537
+  _globals['_TOKENPROMPT']._serialized_start=539
+  _globals['_TOKENPROMPT']._serialized_end=571
+  _globals['_CHATPROMPT']._serialized_start=573
+  _globals['_CHATPROMPT']._serialized_end=625
+  _globals['_GENERATEREQUEST']._serialized_start=628
+  _globals['_GENERATEREQUEST']._serialized_end=827
+  _globals['_GENERATERESPONSE']._serialized_start=830
+  _globals['_GENERATERESPONSE']._serialized_end=1030
+  _globals['_GETPOLICYREQUEST']._serialized_start=1032
+  _globals['_GETPOLICYREQUEST']._serialized_end=1050
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1053
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1207
+  _globals['_POLICYSERVICE']._serialized_start=1210
+  _globals['_POLICYSERVICE']._serialized_end=1368
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ class TensorEntry(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., sha256: _Optional[str] = ..., is_delta: _Optional[bool] = ...) -> None: ...
 
 class WeightsManifest(_message.Message):
-    __slots__ = ("run_id", "policy_version", "path", "tensors", "size_bytes", "model", "created_at_s", "num_updates", "base_version")
+    __slots__ = ("run_id", "policy_version", "path", "tensors", "size_bytes", "model", "created_at_s", "num_updates", "base_version", "probe")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class WeightsManifest(_message.Message):
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
     NUM_UPDATES_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     policy_version: int
     path: str
@@ -44,7 +45,16 @@ class WeightsManifest(_message.Message):
     created_at_s: float
     num_updates: int
     base_version: int
-    def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., path: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., model: _Optional[_Union[_trajectory_pb2.ModelIdentity, _Mapping]] = ..., created_at_s: _Optional[float] = ..., num_updates: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
+    probe: _containers.RepeatedCompositeFieldContainer[ProbeSequence]
+    def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., path: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., model: _Optional[_Union[_trajectory_pb2.ModelIdentity, _Mapping]] = ..., created_at_s: _Optional[float] = ..., num_updates: _Optional[int] = ..., base_version: _Optional[int] = ..., probe: _Optional[_Iterable[_Union[ProbeSequence, _Mapping]]] = ...) -> None: ...
+
+class ProbeSequence(_message.Message):
+    __slots__ = ("token_ids", "logprobs")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenPrompt(_message.Message):
     __slots__ = ("token_ids",)

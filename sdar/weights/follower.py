@@ -1,9 +1,9 @@
 """Which policy versions were published, which is newest, and which of them cannot be used.
 
 A version that cannot be read (torn, corrupt, on a wrong base, being deleted, or its store is away)
-is refused: what was served before goes on serving, and the newest version that is not refused is
-the next to try. When a version is due is the caller's: an engine follows the newest one, a teacher
-stays within its lag, the gateway only counts.
+or that an engine computes otherwise than the learner is refused: what was served before goes on
+serving, and the newest version that is not refused is the next to try. When a version is due is the
+caller's: an engine follows the newest one, a teacher stays within its lag, the gateway only counts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sdar.contracts import codec
 from sdar.contracts.errors import (
     CorruptionError,
     InvalidInputError,
+    MismatchError,
     RefusedError,
     SdarError,
     WeightsUnavailableError,
@@ -54,6 +55,11 @@ class PolicyFollower:
         refusal_s: how long a version that could not be read is left alone, unless `forgive` comes
             first.
         on_refused: called at each refusal, to count it.
+
+    Attributes:
+        num_disproofs: times that a version was found to compute something else than in the learner,
+            since the last one that was right. They have to do with the engine, so another version
+            does not help.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class PolicyFollower:
         refusal_s: float = math.inf,
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
+        self.num_disproofs = 0
         self._bus = bus
         self._max_known = max_known
         self._refusal_s = refusal_s
@@ -72,6 +79,7 @@ class PolicyFollower:
         self._manifests: dict[int, WeightsManifest] = {}
         self._refusals: dict[int, _Refusal] = {}
         self._loaded_version = 0
+        self._disproven_version = 0
         self._changed = asyncio.Event()
 
     @property
@@ -123,6 +131,8 @@ class PolicyFollower:
             self._refuse(version, error)
             return False
         self._loaded_version = version
+        if version >= self._disproven_version:
+            self.num_disproofs = 0
         return True
 
     def is_refused(self, version: int) -> bool:
@@ -175,6 +185,9 @@ class PolicyFollower:
         }
         self._refusals = lasting
         self._refusals[version] = _Refusal(error, time.monotonic() + self._refusal_s)
+        if isinstance(error, MismatchError):
+            self.num_disproofs += 1
+            self._disproven_version = version
         self._on_refused()
 
     def _remember(self, page: Sequence[Entry]) -> None:

@@ -30,8 +30,12 @@ _NO_MANIFEST = (
 
 
 def manifest_to_json(manifest: WeightsManifest) -> str:
-    """Readable JSON, one line a field."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1)
+    """Readable JSON, one line a field. Without the probe: a learner that publishes the same weights
+    again after a crash may measure it differently in the last bit.
+    """
+    fields = dataclasses.asdict(manifest)
+    del fields["probe"]
+    return json.dumps(fields, indent=1)
 
 
 def manifest_from_json(text: str) -> WeightsManifest:

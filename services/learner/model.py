@@ -25,6 +25,7 @@ from sdar.algorithms.batching import MicroBatch
 from sdar.algorithms.logprobs import TokenScorer
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import ConfigurationError, CorruptionError
+from sdar.contracts.types import ProbeSequence
 from sdar.model.causal_lm import export_tensors, install_tensors, load_causal_lm
 from services.learner.ranks import Ranks
 
@@ -101,6 +102,20 @@ class PolicyModel:
                 self._engine(m.input_ids, m.response_mask, self._num_rank_tokens(m))[0]
                 for m in micro_batches
             ]
+
+    def score_probe(self, sequences: Sequence[Sequence[int]]) -> tuple[ProbeSequence, ...]:
+        """The policy's log-probs of sequences of one length, as an engine without temperature has
+        them.
+        """
+        input_ids = torch.tensor(sequences, device=self.device)
+        is_scored = torch.ones_like(input_ids, dtype=torch.bool)
+        is_scored[:, 0] = False
+        # The same on every rank: under ZeRO-3 all have to take part.
+        num_tokens = int(is_scored.sum())
+        with torch.no_grad():
+            logprobs, _ = self._engine(input_ids, is_scored, num_tokens, temperature=1.0)
+        rows = logprobs.float().view(len(sequences), -1).tolist()
+        return tuple(map(ProbeSequence, map(tuple, sequences), map(tuple, rows)))
 
     def train_step(
         self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from sdar.model.chat import compute_model_identity
 from sdar.weights.store import WeightStore
 from services.learner.progress import Progress
 from services.learner.torch_thread import TorchThread
+from services.learner.update import ExportedPolicy
 
 _KEPT_VERSIONS = 8
 """Published versions kept beyond the staleness bound: an evaluation pins one while newer ones
@@ -48,7 +50,7 @@ class Publisher:
 
     async def publish(
         self,
-        tensors: dict[str, Tensor],
+        policy: ExportedPolicy,
         progress: Progress,
         durable_version: int,
         stopping: asyncio.Event,
@@ -59,7 +61,8 @@ class Publisher:
         or CapacityError if the store still refuses when `stopping` is set.
         """
         # The store first: a version that is announced can be read.
-        manifest = await self._torch.insist(stopping, self._write_weights, tensors, progress)
+        manifest = await self._torch.insist(stopping, self._write_weights, policy.tensors, progress)
+        manifest = dataclasses.replace(manifest, probe=policy.probe)
         await self._bus.publish(Stream.POLICY_UPDATES, [codec.encode_weights_manifest(manifest)])
         if manifest.policy_version % _KEPT_VERSIONS == 0:
             loop = asyncio.get_running_loop()

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import structlog
-from torch import Tensor
 
 from sdar.bus.ledger import parse_group_number
 from sdar.bus.protocol import Bus
@@ -37,7 +36,7 @@ from services.learner.metrics import LearnerMetrics, build_record
 from services.learner.progress import Progress
 from services.learner.publishing import Publisher
 from services.learner.torch_thread import TorchThread
-from services.learner.update import Trainer
+from services.learner.update import ExportedPolicy, Trainer
 
 log = structlog.get_logger()
 
@@ -225,14 +224,14 @@ class Learner:
         with tracing.span_over(
             "learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)
         ):
-            measured, tensors = await self._train(groups)
+            measured, policy = await self._train(groups)
             self.progress = before.after_update(group_ids)
             self._durability.add(groups, self.progress)
-            await self._publish(tensors)
+            await self._publish(policy)
         await self._report(groups, before, measured)
 
-    async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """One update in the torch thread; returns what it measured and the new weights."""
+    async def _train(self, groups: list[Group]) -> tuple[dict[str, float], ExportedPolicy]:
+        """One update in the torch thread; returns what it measured and the new policy."""
         for group in groups:
             _trace_buffered(group)
         began_s = time.time()
@@ -249,13 +248,13 @@ class Learner:
         _trace_trained(groups, self.progress, began_s)
         return result
 
-    async def _publish(self, tensors: dict[str, Tensor]) -> None:
+    async def _publish(self, policy: ExportedPolicy) -> None:
         with (
             self._clock.measure("publish"),
             tracing.span("learner.publish", policy_version=self.progress.policy_version),
         ):
             await self._publisher.publish(
-                tensors, self.progress, self._durability.policy_version, self._stopping
+                policy, self.progress, self._durability.policy_version, self._stopping
             )
 
     async def _report(

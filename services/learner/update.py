@@ -30,7 +30,9 @@ from sdar.algorithms.terms import Metrics
 from sdar.config import RunConfig
 from sdar.contracts.errors import CapacityError
 from sdar.contracts.methods import needs_reference
-from sdar.contracts.types import ScoredTrajectory
+from sdar.contracts.types import ProbeSequence, ScoredTrajectory
+from sdar.model.chat import list_ordinary_tokens
+from sdar.weights.probe import draw_probe
 from services.learner.checkpoint import read_rank_shard, write_rank_shard
 from services.learner.ingest import compute_group_advantages, decode_item
 from services.learner.model import PolicyModel
@@ -39,6 +41,14 @@ from services.learner.ranks import Ranks
 log = structlog.get_logger()
 
 Items = Sequence[ScoredTrajectory]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedPolicy:
+    """What is published of a policy: its tensors by name, and what it computes of the probe."""
+
+    tensors: dict[str, Tensor]
+    probe: tuple[ProbeSequence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,20 @@ class _Minibatch:
 class Trainer:
     """The torch side of the learner. Not thread-safe: rank 0 calls it from one thread."""
 
-    def __init__(self, config: RunConfig, model: PolicyModel, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PolicyModel,
+        ranks: Ranks,
+        probe: Sequence[Sequence[int]],
+    ) -> None:
+        """Args:
+        probe: token ids of sequences of one length, whose log-probs are published with each policy.
+        """
         self.config = config
         self.model = model
         self._ranks = ranks
+        self._probe = probe
 
     # ---- what rank 0 calls
 
@@ -65,7 +85,7 @@ class Trainer:
         *,
         update_index: int,
         policy_version: int,
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    ) -> tuple[dict[str, float], ExportedPolicy]:
         """Train on whole groups, each given decoded and as bytes.
 
         Args:
@@ -73,7 +93,7 @@ class Trainer:
             policy_version: of the weights the update begins with.
 
         Returns:
-            metrics over the batch's tokens, and the new weights for publishing.
+            metrics over the batch's tokens, and the new policy for publishing.
         """
         frames = [payload for _, payloads in groups for payload in payloads]
         self._ranks.broadcast_command(
@@ -88,10 +108,10 @@ class Trainer:
         )
         return self._update([items for items, _ in groups], update_index, policy_version)
 
-    def export(self) -> dict[str, Tensor]:
-        """The weights as they are."""
+    def export(self) -> ExportedPolicy:
+        """The policy as it is."""
         self._ranks.broadcast_command({"do": "export"})
-        return self.model.export()
+        return self._export()
 
     def save(self, directory: Path) -> None:
         """Every rank writes its part of a checkpoint into `directory`."""
@@ -136,7 +156,7 @@ class Trainer:
             groups = self._decode_groups(frames, command["group_sizes"])
             self._update(groups, command["update_index"], command["policy_version"])
         elif command["do"] == "export":
-            self.model.export()
+            self._export()
         else:
             self._save_or_wait(Path(command["directory"]))
 
@@ -161,7 +181,7 @@ class Trainer:
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    ) -> tuple[dict[str, float], ExportedPolicy]:
         """What every rank does alike: score everything with the weights as they are, then step."""
         minibatches = list(self._build_minibatches(groups))
         references, proximal = self._score(minibatches)
@@ -182,7 +202,10 @@ class Trainer:
                 self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
             )
         metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
-        return metrics, self.model.export()
+        return metrics, self._export()
+
+    def _export(self) -> ExportedPolicy:
+        return ExportedPolicy(self.model.export(), self.model.score_probe(self._probe))
 
     def _score(
         self, minibatches: Sequence[_Minibatch]
@@ -246,7 +269,10 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
     )
     if checkpoint is not None:
         model.install_optimizer(*read_rank_shard(checkpoint, ranks, model.device))
-    return Trainer(config, model, ranks)
+    # Engines score a sequence on their way to one more token.
+    max_tokens = config.model.max_sequence_tokens - 1
+    probe = draw_probe(list_ordinary_tokens(config.model.path), max_tokens)
+    return Trainer(config, model, ranks, probe)
 
 
 def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:

@@ -30,6 +30,7 @@ from sdar.contracts.types import (
 )
 from sdar.engines.vllm_weights import (
     VllmWeights,
+    WeightUpdate,
     build_llm,
     close_llm,
     engine_errors,
@@ -71,6 +72,11 @@ class EngineStats:
     """Reading and verifying of the last update, beside generation."""
     weight_pause_s: float = 0.0
     """How long the last update held generation."""
+    weight_proof_s: float = 0.0
+    """Scoring of the last update's probe, beside generation."""
+    probe_mismatch: float | None = None
+    """Mean difference from the learner's log-probs of that probe, in nats; None before the first.
+    """
 
 
 class Engine(Protocol):
@@ -113,13 +119,15 @@ class Engine(Protocol):
     async def update_weights(self, manifest: WeightsManifest) -> None:
         """Switches to the manifest's weights between two tokens.
 
-        Running generations go on under the new version.
-        Once begun it is carried through, even if the caller is cancelled. Updating to the present
-        version does nothing.
+        Running generations go on under the new version. It is then proven by the manifest's probe;
+        no token of it is returned before. Once begun the update is carried through, even if the
+        caller is cancelled. Updating to the present version proves that.
 
         Raises:
             CorruptionError, WeightsUnavailableError: the weights cannot be read, or are not of this
                 model; the previous ones still serve.
+            MismatchError: log-probs with them differ from the learner's; the previous ones serve
+                again.
             UnavailableError: the engine is not running.
             EngineFailedError: the engine died.
         """
@@ -161,7 +169,11 @@ class VllmEngine:
         self._max_num_seqs = max_num_seqs
         self._stop_token_ids = list(stop_token_ids)
         self._weights = VllmWeights(
-            self._model_path, weight_store_url=weight_store_url, run_id=run_id
+            self._model_path,
+            dtype=dtype,
+            weight_store_url=weight_store_url,
+            run_id=run_id,
+            on_disproven=self._repeat_running,
         )
         self._tensor_parallel_size = tensor_parallel_size
         self._kv_cache_gib = kv_cache_gib
@@ -172,22 +184,21 @@ class VllmEngine:
         # a tenth of our own time.
         self._sampling_parameters = functools.lru_cache(maxsize=256)(self._build_sampling)
         self._llm: Any = None
-        self._policy_version = 0
         self._is_broken = False
         self._vocabulary_size = 0
         self._request_ids = map(str, itertools.count())
         self._running: set[str] = set()
         self._update_lock = asyncio.Lock()
+        self._num_returns = 0
         self._num_generated_tokens = 0
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_weight_updates = 0
-        self._weight_staging_s = 0.0
-        self._weight_pause_s = 0.0
+        self._last_update = WeightUpdate()
 
     @property
     def policy_version(self) -> int:
-        return self._policy_version
+        return self._weights.version
 
     @property
     def is_alive(self) -> bool:
@@ -195,14 +206,17 @@ class VllmEngine:
 
     @property
     def stats(self) -> EngineStats:
+        update = self._last_update
         return EngineStats(
             num_generated_tokens=self._num_generated_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_running_requests=len(self._running),
             num_weight_updates=self._num_weight_updates,
-            weight_staging_s=self._weight_staging_s,
-            weight_pause_s=self._weight_pause_s,
+            weight_staging_s=update.staging_s,
+            weight_pause_s=update.pause_s,
+            weight_proof_s=update.proof_s,
+            probe_mismatch=None if update.mismatch is None else update.mismatch.mean,
         )
 
     async def start(self) -> None:
@@ -213,10 +227,9 @@ class VllmEngine:
             EngineFailedError: vLLM did not come up; its own log on stderr says why.
         """
         started = time.monotonic()
-        self._policy_version = 0
         self._is_broken = False
         await asyncio.to_thread(self._build_llm)
-        await self._weights.attach(self._llm, self._policy_version)
+        await self._weights.attach(self._llm, policy_version=0)
         self._vocabulary_size = self._llm.model_config.get_vocab_size()
         log.info(
             "engine_started",
@@ -254,15 +267,28 @@ class VllmEngine:
     async def generate(
         self, prompt_token_ids: Sequence[int] | TokenIds, sampling: SamplingParameters
     ) -> Generation:
-        llm = self._require_llm()
+        self._require_llm()
         prompt = self._check_prompt(prompt_token_ids)
         max_tokens = min(sampling.max_response_tokens, self._max_model_len - len(prompt))
         parameters = self._sampling_parameters(sampling, max_tokens)
-        generation = _build_generation(await self._run_request(llm, prompt, parameters))
+        generation = await self._sample(prompt, parameters)
         self._num_generated_tokens += len(generation.response_token_ids)
         self._num_prompt_tokens += len(prompt)
         self._num_cached_tokens += generation.num_cached_tokens
         return generation
+
+    async def _sample(self, prompt: list[int], parameters: Any) -> Generation:
+        """A response of proven versions only: one with a token of a wrong one is sampled again."""
+        while True:
+            num_returns = self._num_returns
+            output = await self._run_request(self._require_llm(), prompt, parameters)
+            await self._weights.wait_proven()
+            has_returned = num_returns != self._num_returns
+            if has_returned and output.outputs[0].finish_reason == "abort":
+                continue
+            generation = _build_generation(output)
+            if not self._weights.is_disproven(generation.policy_versions):
+                return generation
 
     async def _run_request(self, llm: Any, prompt: list[int], parameters: Any) -> Any:
         """vLLM's final output of one request."""
@@ -325,33 +351,30 @@ class VllmEngine:
     async def _update_weights(self, manifest: WeightsManifest) -> None:
         # One at a time: two that stage and install in turn would leave a mix of both.
         async with self._update_lock:
-            if manifest.policy_version == self._policy_version:
-                return
             llm = self._require_llm()
-            with engine_errors():
-                started = time.monotonic()
-                await self._weights.stage(llm, manifest)
-                staged = time.monotonic()
-                await self._install(llm, manifest.policy_version)
+            try:
+                with engine_errors():
+                    update = await self._weights.replace(llm, manifest)
+            except EngineFailedError:
+                # It may hold some tensors of either version: nothing may be sampled from that.
+                self._is_broken = True
+                await llm.abort(list(self._running))
+                raise
             self._num_weight_updates += 1
-            self._weight_staging_s = staged - started
-            self._weight_pause_s = time.monotonic() - staged
+            self._last_update = update
             log.info(
                 "weights_updated",
                 policy_version=manifest.policy_version,
-                staging_s=round(self._weight_staging_s, 3),
-                pause_s=round(self._weight_pause_s, 3),
+                staging_s=round(update.staging_s, 3),
+                pause_s=round(update.pause_s, 3),
+                proof_s=round(update.proof_s, 3),
+                mismatch=update.mismatch and round(update.mismatch.mean, 6),
             )
 
-    async def _install(self, llm: Any, policy_version: int) -> None:
-        try:
-            await self._weights.install(llm, policy_version)
-        except EngineFailedError:
-            # It may hold some tensors of either version: nothing may be sampled from that.
-            self._is_broken = True
-            await llm.abort(list(self._running))
-            raise
-        self._policy_version = policy_version
+    async def _repeat_running(self) -> None:
+        """Have all that runs begin again: it may have tokens of a version that was wrong."""
+        self._num_returns += 1
+        await self._require_llm().abort(list(self._running))
 
     def _require_llm(self) -> Any:
         if self._llm is None:

@@ -122,7 +122,24 @@ REFUSED_POLICIES = ROLLOUT.declare(
     Counter(
         "sdar_rollout_refused_policies_total",
         "publications",
-        "Times that a published policy could not be read.",
+        "Times that a published policy could not be read, or was wrong in the engine.",
+    )
+)
+DISPROOFS = ROLLOUT.declare(
+    Gauge(
+        "sdar_rollout_disproofs",
+        "publications",
+        "Times that a policy was wrong in the engine, since the last one that was right.",
+        key="num_disproofs",
+    )
+)
+PROBE_MISMATCH = ROLLOUT.declare(
+    Gauge(
+        "sdar_rollout_probe_mismatch_nats",
+        "nats",
+        "Mean difference of the engine's log-probs from the learner's under the version that is "
+        "sampled from, over the probe that was published with it.",
+        key="probe_mismatch",
     )
 )
 EPISODE_TURNS = ROLLOUT.declare(
@@ -220,6 +237,9 @@ WEIGHT_STAGING_S = ROLLOUT.declare(
 WEIGHT_PAUSE_S = ROLLOUT.declare(
     Figure("weight_pause_s", "seconds", "Generation held by the newest update.")
 )
+WEIGHT_PROOF_S = ROLLOUT.declare(
+    Figure("weight_proof_s", "seconds", "Scoring of the newest weights' probe.")
+)
 
 
 class RolloutMetrics(Meters):
@@ -278,6 +298,9 @@ class RolloutMetrics(Meters):
         self.set(NUM_WEIGHT_UPDATES, stats.num_weight_updates)
         self.set(WEIGHT_STAGING_S, stats.weight_staging_s)
         self.set(WEIGHT_PAUSE_S, stats.weight_pause_s)
+        self.set(WEIGHT_PROOF_S, stats.weight_proof_s)
+        if stats.probe_mismatch is not None:
+            self.set(PROBE_MISMATCH, stats.probe_mismatch)
         self.set(POLICY_VERSION, policy_version)
         self.set(POLICY_LAG, newest_version - policy_version)
         self._observe_clock(clock)

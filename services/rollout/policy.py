@@ -57,6 +57,7 @@ class ServedPolicy:
             refusal_s=refusal_s,
             on_refused=lambda: metrics.count(REFUSED_POLICIES),
         )
+        self._served_version: int | None = None
         self._is_switching = False
         self._waiting: Counter[int] = Counter()
         self._serving: Counter[int] = Counter()
@@ -65,6 +66,11 @@ class ServedPolicy:
     def newest_version(self) -> int:
         """Newest published version seen; the base is version 0."""
         return self._published.newest_version
+
+    @property
+    def num_disproofs(self) -> int:
+        """See `PolicyFollower`."""
+        return self._published.num_disproofs
 
     async def catch_up(self) -> None:
         """Read what has been published so far and serve what is due.
@@ -178,7 +184,8 @@ class ServedPolicy:
         # Older than the newest but not at hand: it has left the follower's memory. Trying to load
         # it says so to whoever waits for it.
         is_published = target in self._published or target < self.newest_version
-        is_other = target != self._engine.policy_version
+        # None at first: the base, which the engine starts with, has to be proven, too.
+        is_other = target != self._served_version
         return is_other and is_published and not self._published.is_refused(target)
 
     async def _switch(self) -> None:
@@ -195,6 +202,7 @@ class ServedPolicy:
         finally:
             self._is_switching = False
         if is_loaded:
+            self._served_version = version
             log.info("policy_loaded", policy_version=version, newest_version=self.newest_version)
         self._published.notify()
 

@@ -42,7 +42,7 @@ from services.rollout.attempts import AttemptInHand, GroupPlayer
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
 from services.rollout.episode import EpisodeRules, EpisodeSlots
-from services.rollout.metrics import RECLAIMED_GROUPS, RolloutMetrics
+from services.rollout.metrics import DISPROOFS, RECLAIMED_GROUPS, RolloutMetrics
 from services.rollout.policy import ServedPolicy
 from services.rollout.skill_client import SkillSource
 
@@ -264,6 +264,7 @@ class RolloutWorker:
             self._metrics.observe_engine(
                 engine.stats, clock, engine.policy_version, self._policy.newest_version
             )
+            self._metrics.set(DISPROOFS, self._policy.num_disproofs)
             values = self._metrics.collect_record(
                 self._slots.num_running, self._environments.num_waiting
             )

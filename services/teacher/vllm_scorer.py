@@ -19,6 +19,7 @@ import structlog
 from sdar.algorithms.batching import TokenSequence
 from sdar.contracts.errors import ContractError, EngineFailedError, UnavailableError
 from sdar.contracts.types import LogProbs, WeightsManifest
+from sdar.engines.vllm_scoring import score_sequence
 from sdar.engines.vllm_weights import (
     VllmWeights,
     build_llm,
@@ -84,7 +85,7 @@ class VllmScorer:
             "gpu_memory_utilization": gpu_memory_utilization,
         }
         self._weights = VllmWeights(
-            self._model_path, weight_store_url=weight_store_url, run_id=run_id
+            self._model_path, dtype=dtype, weight_store_url=weight_store_url, run_id=run_id
         )
         self._llm: Any = None
         self._version = 0
@@ -153,26 +154,16 @@ class VllmScorer:
 
     async def _update_weights(self, manifest: WeightsManifest) -> None:
         llm = self._require_llm()
-        # Staged beside the weights in use, then installed: what cannot be read changes nothing.
         with engine_errors():
-            await self._weights.stage(llm, manifest)
-            await self._weights.install(llm, manifest.policy_version)
+            await self._weights.replace(llm, manifest)
         self._version = manifest.policy_version
 
     async def _score_sequence(self, sequence: TokenSequence) -> LogProbs:
         """Log-probs [N] of one sequence's sampled tokens."""
-        prompt = {"type": "token", "prompt_token_ids": sequence.token_ids.tolist()}
-        outputs = self._require_llm().generate(prompt, _build_parameters(), next(self._request_ids))
-        async for output in outputs:
-            final = output
-        # Nothing predicts the first token, so the flat list starts with the second one's.
-        logprobs = np.asarray(final.prompt_logprobs.logprobs, np.float32)
-        if len(logprobs) != sequence.num_tokens - 1:
-            raise EngineFailedError(
-                f"vLLM returned {len(logprobs)} log-probs for a prompt of {sequence.num_tokens} "
-                "tokens, expected one for each but the first. Use the vLLM version this project "
-                "pins."
-            )
+        logprobs = await score_sequence(
+            self._require_llm(), sequence.token_ids.tolist(), next(self._request_ids)
+        )
+        # Nothing predicts the first token, so the log-probs start with the second one's.
         return logprobs[sequence.response_mask[1:]]
 
     def _require_llm(self) -> Any:
@@ -183,18 +174,3 @@ class VllmScorer:
                 "The engine has died; its log on stderr says why. Restart the service."
             )
         return self._llm
-
-
-def _build_parameters() -> Any:
-    """Log-probs of the prompt, and the one token that vLLM insists on sampling."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        prompt_logprobs=0,  # the prompt's own tokens only
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
