@@ -6,6 +6,7 @@ docs/metrics.md lists them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -260,6 +261,8 @@ class RolloutMetrics(Meters):
         self._num_running = 0
         self._idle_since = now()
         self._last_stats = EngineStats()
+        # Not 0, which would say that the engine computes exactly what the learner does.
+        self.set(PROBE_MISMATCH, math.nan)
         self._last_clock = EpisodeClock()
 
     def observe_group(self, trajectories: Sequence[Trajectory]) -> None:

@@ -102,6 +102,8 @@ def test_a_record_holds_totals_and_the_rates_since_the_record_before(seen):
         "num_weight_updates": 1,
         "weight_staging_s": 0,
         "weight_pause_s": 0.5,
+        "weight_proof_s": 0,
+        "num_disproofs": 0,
     }
     seen.now_s = 20.0
     record = seen.metrics.collect_record(num_running_episodes=0, num_waiting_sessions=0)
