@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdar.algorithms.batching import MicroBatch
 from sdar.algorithms.logprobs import TokenScorer
+from sdar.algorithms.scorer_check import require_exact_scorer
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import ConfigurationError, CorruptionError
 from sdar.model.causal_lm import export_tensors, install_tensors, load_causal_lm
@@ -55,6 +56,9 @@ class PolicyModel:
         """Args:
         weights: a checkpoint's, put in place of those in `model_path`; the reference always is
             `model_path`.
+
+        Raises:
+            ConfigurationError: no model there, or `TokenScorer` does not score it exactly.
         """
         self._ranks = ranks
         self._training = training
@@ -67,8 +71,10 @@ class PolicyModel:
         self.vocabulary_size = int(causal_lm.get_input_embeddings().weight.shape[0])
         scorer = TokenScorer(
             causal_lm, temperature=temperature, chunk_size=training.logprob_chunk_tokens
-        )
-        self._engine = _build_engine(scorer.to(ranks.device), dtype, training)
+        ).to(ranks.device)
+        # Every rank for itself and before the engine, which may shard the weights.
+        require_exact_scorer(causal_lm)
+        self._engine = _build_engine(scorer, dtype, training)
         self._reference = (
             self._build_reference(model_path, dtype, temperature) if needs_reference else None
         )
@@ -241,17 +247,31 @@ class PolicyModel:
 
 
 def _prepare_for_training(causal_lm: Any, training: TrainingConfig) -> Any:
-    """Training mode without dropout: gradient checkpointing needs the mode, and log-probs must not
-    depend on chance.
+    """Training mode without chance: gradient checkpointing needs the mode, and log-probs must be
+    those of the policy that sampled.
     """
     for module in causal_lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        _remove_chance(module)
     if training.gradient_checkpointing:
+        if not causal_lm.supports_gradient_checkpointing:
+            raise ConfigurationError(
+                f"{type(causal_lm).__name__} has no gradient checkpointing. Set "
+                "training.gradient_checkpointing to false."
+            )
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return causal_lm.train()
+
+
+def _remove_chance(module: torch.nn.Module) -> None:
+    """Set a layer's dropout, and a router's noise, to 0.
+
+    Most architectures have them as numbers of their own layers, not as torch's Dropout.
+    """
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+    for name, value in vars(module).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(module, name, 0.0)
 
 
 def _build_engine(scorer: TokenScorer, dtype: str, training: TrainingConfig) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 
+from sdar.algorithms.scorer_check import require_exact_scorer
 from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
 from sdar.connect import build_bus, build_weight_store
@@ -77,6 +78,7 @@ def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -
     model = load_causal_lm(config.model.path, config.model.dtype)
     if torch.cuda.is_available():
         model = model.to("cuda")
+    require_exact_scorer(model)
     chunk_tokens = config.training.logprob_chunk_tokens
     return TransformersScorer(
         model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens
