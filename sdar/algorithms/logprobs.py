@@ -181,13 +181,14 @@ def _build_head(causal_lm: Any, body_name: str) -> LogitsHead:
     def compute_logits(hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         # Not as a module: the hooks of the whole model belong to one whole forward pass.
         output = head.forward(inputs_embeds=hidden[None], use_cache=False, return_dict=True)
-        return output.logits[0]
+        logits: Tensor = output.logits[0]
+        return logits
 
     return compute_logits
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where a body was, and returns the hidden states that it gets in place of embeddings."""
+    """Stands where a body was, and returns the hidden states given as embeddings."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()

@@ -24,10 +24,10 @@ _CHUNK_SIZE = 7
 _RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}
 """Of the largest logit, since rounding grows with it.
 
-In float32 27 architectures measured 5e-6 at most. In bfloat16 the head may round the logit of the
-token and that of the likeliest token to the next number, when another count of rows has another
-kernel; on a CPU that has not been seen to happen (2e-6 at most). What the check is for measured 1e-1
-and more: a head without its scale, dropout, noise in a router.
+In float32 27 architectures measured 5e-6 at most. In bfloat16 a kernel for another count of rows
+may round the logit of the token, and the largest, to the next number; on a CPU that did not happen
+(5e-6 at most). Dropout and a router's noise measured 4e-3 to 5e-1, a forgotten scale of the logits
+more than that.
 """
 
 
@@ -84,10 +84,10 @@ def require_exact_scorer(causal_lm: Any) -> None:
     error = measure_scorer_error(causal_lm)
     if not error.is_exact:
         raise ConfigurationError(
-            f"{type(causal_lm).__name__} scores random tokens up to {error.largest:.2g} nats apart "
-            f"from its own forward pass; rounding explains {error.tolerance:.2g}. Training on such "
-            "log-probs would be wrong. Use a decoder whose positions see only earlier ones, without "
-            "dropout or router noise, such as Qwen3 or Llama."
+            f"{type(causal_lm).__name__}: log-probs of random tokens differ by up to "
+            f"{error.largest:.2g} nats from those of its own forward pass, where rounding explains "
+            f"{error.tolerance:.2g}. Training on them would be wrong. Use a decoder in which each "
+            "position sees only earlier ones and nothing is left to chance, such as Qwen3 or Llama."
         )
 
 
@@ -114,4 +114,5 @@ def _compute_own_logits(causal_lm: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor
             output = causal_lm(input_ids=ids, use_cache=False, return_dict=True)
     finally:
         causal_lm.train(is_training)
-    return output.logits.float()
+    logits: Tensor = output.logits.float()
+    return logits

@@ -26,7 +26,8 @@ from sdar.algorithms.logprobs import TokenScorer
 from sdar.algorithms.scorer_check import require_exact_scorer
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import ConfigurationError, CorruptionError
-from sdar.model.causal_lm import export_tensors, install_tensors, load_causal_lm
+from sdar.model.causal_lm import install_tensors, load_causal_lm
+from sdar.model.checkpoint_names import model_tensors, to_checkpoint
 from services.learner.ranks import Ranks
 
 LossShare = Callable[[int, MicroBatch, Tensor, Tensor], Tensor]
@@ -137,16 +138,19 @@ class PolicyModel:
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def export(self) -> dict[str, Tensor]:
-        """Full tensors of this policy version on the CPU, by their Hugging Face names.
+        """Full tensors of this policy version on the CPU, by the names of the checkpoint.
 
         Empty on ranks other than 0.
         """
-        tensors = export_tensors(self._causal_lm)
+        own = model_tensors(self._causal_lm)
         if self._is_sharded:
-            return self._gather(tensors)
-        if not self._ranks.is_leader:
-            return {}
-        return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+            own = self._gather(own)
+        elif not self._ranks.is_leader:
+            own = {}
+        else:
+            own = {name: value.detach().cpu().clone() for name, value in own.items()}
+        # Of whole tensors on the CPU: joined or split on a GPU they would need its memory.
+        return to_checkpoint(self._causal_lm, own)
 
     def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same from ZeRO-3's shards: every rank takes part, rank 0 gets the whole tensors."""
