@@ -128,10 +128,10 @@ def _check_names(sas: str) -> None:
 
 def _list_placeholders(action: Any) -> tuple[Placeholder, ...]:
     """The parameters of one of Fast Downward's actions, in TextWorld's type."""
-    placeholders = []
-    for parameter in action.parameters:
-        placeholders.append(Placeholder(parameter.name.strip("?"), parameter.type_name))
-    return tuple(placeholders)
+    return tuple(
+        Placeholder(parameter.name.strip("?"), parameter.type_name)
+        for parameter in action.parameters
+    )
 
 
 def _to_proposition(atom: InitialAtom, types_by_name: Mapping[str, str]) -> Proposition:

@@ -81,7 +81,7 @@ def parse_results(observation: str) -> list[tuple[str, str, float]]:
     if len(parts) < 2 or not parts[1].startswith("Page "):
         return []
     rest = [part for part in parts[2:] if part not in (PREVIOUS, NEXT)]
-    # Each product is three parts; what an agent's window cut off at the end is left out.
+    # Three parts a product: id, title and price.
     triples = zip(rest[::3], rest[1::3], rest[2::3], strict=False)
     return [(asin, title, float(_PRICE.findall(price)[0])) for asin, title, price in triples]
 

@@ -48,7 +48,7 @@ class Goal:
 
 
 class GoalReader:
-    """Turns products into goals, by people's instructions or the attribute file's synthetic ones."""
+    """Turns products into goals: what people asked for, or what the attribute file makes up."""
 
     def __init__(self, files: SourceFiles, is_human: bool) -> None:
         self._path = files.human if is_human and files.human else files.attributes
