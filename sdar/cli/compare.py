@@ -415,7 +415,8 @@ def format_table(comparison: Comparison, trials: Sequence[Trial]) -> str:
     """The experiment as a Markdown table, its failures below it."""
     lines = [f"| {' | '.join(_HEADER)} |", f"|{'---|' * len(_HEADER)}"]
     for row in _rows(comparison, trials):
-        lines.append(f"| {' | '.join(_format_row(row))} |")
+        cells = _format_row(row)
+        lines.append(f"| {' | '.join(cells)} |")
 
     episodes = {trial.summary["num_evaluation_episodes"] for trial in trials if trial.summary}
     if episodes:

@@ -231,9 +231,7 @@ def _render(
     if summary:
         parts.append(_render_tiles(summary))
 
-    for plot in plots:
-        parts.append(_render_plot(plot, directory))
-
+    parts += [_render_plot(plot, directory) for plot in plots]
     if summary:
         parts += [
             _render_evaluations(summary),
@@ -343,9 +341,10 @@ def _render_task_types(summary: dict[str, Any]) -> str:
 def _render_components(summary: dict[str, Any]) -> str:
     before = summary["reward_components"]["before"]
     after = summary["reward_components"]["after"]
-    rows = []
-    for name in sorted(before.keys() | after.keys()):
-        rows.append([name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"])
+    rows = [
+        [name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"]
+        for name in sorted(before.keys() | after.keys())
+    ]
     return _render_table(
         "Reward components, mean per episode", ["component", "before", "after"], rows
     )
