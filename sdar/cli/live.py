@@ -81,7 +81,7 @@ def _format_held_out(evaluations: list[dict[str, Any]]) -> str:
         return "-"
     first = _format_success(found[0])
     newest = _format_success(found[-1])
-    # Also while there is only one.
+    # Also where the first is the newest.
     if first == newest:
         return first
     return f"{first} -> {newest}"
@@ -263,7 +263,7 @@ def _format_s(seconds: float) -> str:
 def _format_left(metrics: MetricsLog, done: int, target: int) -> str:
     """Time left at the pace of the newest updates."""
     updates = select_updates(metrics.records())[-_PACE_UPDATES:]
-    # The first update waited for the services to start, and says nothing of the pace.
+    # The time between two updates alone says little of the pace.
     if len(updates) < 3 or done >= target:
         return "-"
     pace_s = (updates[-1]["at_s"] - updates[0]["at_s"]) / (len(updates) - 1)

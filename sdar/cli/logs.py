@@ -2,7 +2,7 @@
 
 A source is one log: a file of `runs/<name>/logs`, a container of Compose, a pod. Services log JSON
 in containers and text on one machine; both are shown as text. A line that no service of ours wrote
-(Redis, vLLM, a traceback) has the time of the line before it, and its level too unless it names one.
+(Redis, vLLM, a traceback) has the time of the line before it, and its level unless it names one.
 """
 
 from __future__ import annotations
