@@ -21,6 +21,7 @@ from sdar.contracts.streams import Stream
 from sdar.model.causal_lm import export_tensors, load_causal_lm
 from sdar.process.ports import find_free_port
 from sdar.weights.store import WeightStore
+from services.learner.model import PolicyModel
 from services.learner.ranks import stand_alone
 from services.learner.service import open_learner
 from tests.integration.learner_ranks import (
@@ -41,6 +42,7 @@ from tests.unit.learner.builders import (
     read_ledger,
     send,
 )
+from tests.unit.model.architectures import make_model
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -140,6 +142,22 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
     )
     # Half a bfloat16 step of a weight near 1, and three steps of the learning rate.
     assert moved.max() < 2**-8 + 6 * LEARNING_RATE
+
+
+def test_sharded_experts_are_published_under_the_names_of_the_checkpoint(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    model = PolicyModel(
+        tmp_path,
+        dtype="float32",
+        temperature=1.0,
+        training=make_step_config(3).training,
+        needs_reference=False,
+        ranks=stand_alone("cpu"),
+    )
+    exported, stored = model.export(), load_file(tmp_path / "model.safetensors")
+    model.close()
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)
 
 
 def test_two_ranks_step_as_one_does(expected, tmp_path):
