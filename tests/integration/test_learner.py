@@ -26,9 +26,11 @@ from services.learner.service import open_learner
 from tests.integration.learner_ranks import (
     LEARNING_RATE,
     TOKEN_BUDGETS,
+    check_skipped,
     compute_share,
     make_batches,
     make_step_config,
+    skip_steps,
     take_steps,
 )
 from tests.support import until
@@ -150,6 +152,17 @@ def test_two_ranks_step_as_one_does(expected, tmp_path):
             found = load_file(tmp_path / f"stage{stage}-budget{budget}.safetensors")
             norms = found.pop("norms").tolist()
             assert_same(found, expected[0], norms, expected[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_bit_for_bit(stage, dtype):
+    check_skipped(*skip_steps(stand_alone("cpu"), stage, dtype))
+
+
+def test_two_ranks_skip_a_step_together_though_the_fault_is_of_one():
+    port = find_free_port("127.0.0.1")
+    finish(*(run_ranks("skip", rank, 2, port) for rank in range(2)))
 
 
 def test_two_ranks_under_zero_3_resume_bitwise(tmp_path):
@@ -281,7 +294,7 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
         codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
     ]
     wanted = """
-        loss reward_mean success_mean success_heat num_trajectories_heat gate_mean gate_open_share
+        loss reward_mean success_mean success_heat num_episodes_heat gate_mean gate_open_share
         teacher_gap_mean k3_kl entropy gradient_norm clip_fraction engine_mismatch_abs
         off_policy_weight_mean staleness_mean staleness_max num_tokens tokens_per_s step_s
         wait_share publish_s num_groups_skipped num_groups_stale num_policy_versions learning_rate

@@ -27,6 +27,7 @@ from sdar.contracts.types import (
     Turn,
 )
 from sdar.in_process.memory_bus import MemoryBus
+from services.learner.update import UpdateResult
 
 RUN = "test"
 VOCABULARY = 64
@@ -194,7 +195,8 @@ class CountingTrainer:
     def update(self, groups, *, update_index, policy_version):
         self.batches.append([items[0].trajectory.group_id for items, _ in groups])
         self.weights = self.weights + 1
-        return {"loss": 0.0, "gate_mean": 0.5, "teacher_gap_abs": 0.0}, self.export()
+        measured = {"loss": 0.0, "gate_mean": 0.5, "teacher_gap_abs": 0.0}
+        return UpdateResult(measured, self.export())
 
     def export(self):
         return {"w": self.weights.clone()}

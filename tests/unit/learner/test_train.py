@@ -71,7 +71,7 @@ async def test_each_update_publishes_a_version_and_its_measurements(rig):
     assert (first.policy_version, second.policy_version) == (1, 2)
     assert first.values["success_mean"] == 0.5
     assert first.values["success_heat"] == 1.0
-    assert first.values["num_trajectories_heat"] == 2
+    assert first.values["num_episodes_heat"] == 2
     assert second.values["staleness_max"] == 1
     assert second.values["staleness_tokens_1"] == second.values["num_tokens"]
 
