@@ -48,7 +48,10 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
     return {
         "update": f"{done} of {target}",
         "time left": _format_left(metrics, done, target),
-        "success (training)": _format(learner, "success_mean"),
+        "success (training)": (
+            f"{_format(learner, 'success_mean')} of all played, "
+            f"{_format(learner, 'trained_success_mean')} of those trained"
+        ),
         "success (held out)": " -> ".join(dict.fromkeys([*held_out[:1], *held_out[-1:]])) or "-",
         "reward": _format(learner, "reward_mean"),
         "tokens/s": (

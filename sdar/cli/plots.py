@@ -131,7 +131,10 @@ def _draw_success(figure: Any, theme: Theme, data: RunData) -> None:
     axes = figure.subplots()
     x, y = data.series("success_mean")
     axes.plot(x, y, color=theme.muted, alpha=0.35, linewidth=1)
-    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1.8, label="training batches")
+    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1.8, label="training, all played")
+    x, y = data.series("trained_success_mean")
+    style = (0, (4, 3))
+    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1, linestyle=style, label="those trained")
     last = max((e["num_updates"] for e in data.evaluations), default=0) or len(x)
     for is_greedy, color, marker, label in (
         (False, theme.series[0], "o", "held out, sampled"),

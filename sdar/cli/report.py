@@ -20,6 +20,10 @@ _UPDATE_METRIC = "success_mean"
 """A learner's record that holds it is about one update."""
 
 
+_LAST_UPDATES = 10
+"""Updates at the end of a run over which the summary pools success in training."""
+
+
 def build_summary(
     config: RunConfig, status: dict[str, Any], records: list[Record], wall_s: float
 ) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def build_summary(
         "greedy_success_change_interval": _compute_change(greedy_before, greedy_after),
         "evaluation_temperature": config.evaluation.temperature,
         "num_evaluation_episodes": after["num_episodes"],
+        **_pool_success(updates[-_LAST_UPDATES:]),
         "num_updates": status["num_updates"],
         "wall_s": round(wall_s, 1),
         "staleness_mean": _mean(_values(updates, "staleness_mean")),
@@ -78,6 +83,18 @@ def build_summary(
         },
         "evaluations": evaluations,
     }
+
+
+def _pool_success(updates: list[Record]) -> dict[str, float]:
+    """Success in training over some updates: of all episodes played, and of those trained."""
+    pooled = {}
+    pairs = (("success_mean", "num_episodes"), ("trained_success_mean", "num_trajectories"))
+    for name, count in pairs:
+        values = [update["values"] for update in updates if count in update["values"]]
+        total = sum(each[count] for each in values)
+        if total:
+            pooled[name] = sum(each[name] * each[count] for each in values) / total
+    return pooled
 
 
 def describe_change(interval: Sequence[float]) -> str:

@@ -301,7 +301,7 @@ class LearnerMetrics(Meters):
             self.count(TRAINED_SUCCESSES, trajectory.is_success, task_type=task_type)
             self.observe(EPISODE_TURNS, len(trajectory.turns), outcome=GroupOutcome.TRAINED)
         for task_type, received in rewards.items():
-            self.set(TASK_REWARD_MEAN, _mean(received), task_type=task_type)
+            self.set(TASK_REWARD_MEAN, _average(received), task_type=task_type)
         for num_turns in stale_turns:
             self.observe(EPISODE_TURNS, num_turns, outcome=GroupOutcome.STALE)
 
@@ -365,7 +365,7 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     lengths = [trajectory.num_response_tokens for trajectory in trajectories]
     invalid = [not turn.is_action_valid for turn in turns]
     values = {
-        "reward_mean": _mean(returns),
+        "reward_mean": _average(returns),
         "trained_success_mean": float(np.mean(successes)),
         "num_trajectories": float(len(trajectories)),
         "num_turns_mean": len(turns) / len(trajectories),
@@ -379,7 +379,7 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     return values
 
 
-def _mean(values: Sequence[float]) -> float:
+def _average(values: Sequence[float]) -> float:
     """Finite for finite values, however large."""
     return sum(value / len(values) for value in values)
 

@@ -86,9 +86,11 @@ def make_model(ranks, config, dtype):
 
 FAULTS = {
     "a loss that is NaN": lambda share: share * math.nan,
-    # A product with 0 is what would hide it.
     "an infinite loss with a finite gradient": lambda share: share + math.inf,
-    "gradients whose norm overflows": lambda share: share * 1e30,
+    # The slope of the root at 0.
+    "a finite loss with an infinite gradient": lambda share: (
+        share + (share - share.detach()).sqrt()
+    ),
 }
 """What becomes of the loss of one micro-batch of one rank."""
 
