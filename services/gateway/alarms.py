@@ -38,9 +38,9 @@ average, by the number format. Measured at most: 3e-5 in float32 and 0.13 in bfl
 engine that serves other weights, or scales its logits otherwise, is off by 1.4 to 14.
 """
 MOST_POLICY_GAP = 1.0
-"""Nats by which they may differ over all tokens, of which older ones hold what the policy has learnt
-since. Beyond it a token is e times as likely as when it was sampled: whether the engine is wrong or
-the policy runs away, this is no data to train on.
+"""Nats by which they may differ over all tokens; in older ones is what the policy has learnt since.
+Beyond it a token is e times as likely as when it was sampled, or as unlikely: whether the engine is
+wrong or the policy runs away, this is no data to train on.
 """
 NO_PROGRESS_S = 600.0
 """No group played or closed, no evaluation episode, no new policy: longer than the longest episode

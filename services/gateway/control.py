@@ -16,7 +16,7 @@ from .state import GatewayState, RunPhase, Sleep, compute_digest
 log = structlog.get_logger()
 
 _HOPELESS_SKIPPED_STEPS = 3
-"""Optimizer steps in a row that were not finite. One may be of a bad group; three are of the run."""
+"""Optimizer steps skipped in a row. One may be the fault of a group, three are that of the run."""
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
 
