@@ -40,7 +40,8 @@ engine that serves other weights, or scales its logits otherwise, is off by 1.4 
 MOST_POLICY_GAP = 1.0
 """Nats by which they may differ over all tokens; in older ones is what the policy has learnt since.
 Beyond it a token is e times as likely as when it was sampled, or as unlikely: whether the engine is
-wrong or the policy runs away, this is no data to train on.
+wrong or the policy runs away, this is no data to train on. Measured in the demo (examples/
+household.yaml) at staleness 2: at most 0.022 nats, and 12 to 89 under a learning rate of 1.
 """
 NO_PROGRESS_S = 600.0
 """No group played or closed, no evaluation episode, no new policy: longer than the longest episode
