@@ -31,6 +31,11 @@ from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM's own floor: below it, it samples at this temperature without a word, and log-probs of the
+temperature asked for are of another distribution. Greedy sampling has no temperature.
+"""
+
 
 class OneOf:
     """Annotates a text that is one of `names`: a `Literal` would have to spell them once more."""
@@ -143,8 +148,10 @@ class MethodConfig(Section):
 
 
 class RolloutConfig(Section):
-    temperature: float = Field(default=1.0, gt=0, le=2)
-    """Sampling temperature of training episodes; log-probs are of the tempered distribution."""
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
+    """Sampling temperature of training episodes; log-probs are of the tempered distribution. vLLM
+    samples at none below 0.01.
+    """
     max_response_tokens: int = Field(default=512, ge=1, le=65_536)
     """Longest response of one turn."""
     history_turns: int | None = Field(default=None, ge=0, le=1000)
@@ -262,7 +269,7 @@ class EvaluationConfig(Section):
     """Length of the fixed held-out list: the first tasks of the evaluation split."""
     every_updates: int = Field(default=0, ge=0, le=1_000_000)
     """Updates between evaluations; 0 evaluates before and after only."""
-    temperature: float = Field(default=1.0, gt=0, le=2)
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
     """Sampling temperature of the evaluation; a greedy one is always reported beside it."""
 
 
