@@ -326,7 +326,7 @@ class BareClient:
         ]
         return [
             chat.render_fresh(first).tolist(),
-            *(chat.render_delta(other, is_closed=False).tolist() for other in others),
+            *(chat.render_delta(other, ended_by=None).tolist() for other in others),
         ]
 
     async def play(self) -> float:

@@ -87,10 +87,13 @@ def _play_script(
     ):
         messages = (ChatMessage("user", observation),)
         delta = (
-            chat.render_delta(messages, is_closed=True) if turns else chat.render_fresh(messages)
+            chat.render_delta(messages, ended_by=chat.stops.closing_id)
+            if turns
+            else chat.render_fresh(messages)
         )
         response = np.array(
-            [*chat.tokenizer.encode(action, add_special_tokens=False), chat.eos_token_id], np.int32
+            [*chat.tokenizer.encode(action, add_special_tokens=False), chat.stops.closing_id],
+            np.int32,
         )
         prompt = np.concatenate([context, delta])
         is_last = number == len(script.actions) - 1

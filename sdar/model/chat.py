@@ -64,9 +64,8 @@ class ChatTokenizer:
         self.template = ChatTemplate(self.tokenizer, date)
         self.stops = find_stop_tokens(self.tokenizer, self.template.turns, model_path)
         self._date = date
-        self._encoder = TextEncoder(
-            self.tokenizer, self._find_control_ids(), self.stops.closing_id
-        )
+        self.control_ids = self._find_control_ids()
+        self._encoder = TextEncoder(self.tokenizer, self.control_ids, self.stops.closing_id)
         self._render_fresh = functools.lru_cache(maxsize=4096)(self._render_fresh_uncached)
         self._render_delta = functools.lru_cache(maxsize=4096)(self._render_delta_uncached)
 
@@ -105,9 +104,7 @@ class ChatTokenizer:
         """
         return self._render_fresh(tuple(messages))
 
-    def render_delta(
-        self, messages: Sequence[ChatMessage], *, ended_by: int | None
-    ) -> TokenIds:
+    def render_delta(self, messages: Sequence[ChatMessage], *, ended_by: int | None) -> TokenIds:
         """Token ids between a sampled response and the following response.
 
         Args:
@@ -130,13 +127,13 @@ class ChatTokenizer:
             ids.pop()
         return decode_text(self.tokenizer, ids)
 
-    def _find_control_ids(self) -> set[int]:
+    def _find_control_ids(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}
         turns = self.template.turns
         pieces = (turns.head, turns.answer, turns.between, turns.tail)
         between = {i for piece in pieces for i in list_added_tokens(self.tokenizer, piece)}
-        return special | set(self.stops.ids) | between
+        return frozenset(special | between).union(self.stops.ids)
 
     def _render_fresh_uncached(self, messages: tuple[ChatMessage, ...]) -> TokenIds:
         cut = self._encoder.cut(messages)
@@ -167,9 +164,7 @@ class ChatTokenizer:
         between = self.template.turns.between
         if ended_by is None or ended_by not in self.stops.sources:
             return ""
-        before, found, _ = between.partition(
-            self.tokenizer.added_tokens_decoder[ended_by].content
-        )
+        before, found, _ = between.partition(self.tokenizer.added_tokens_decoder[ended_by].content)
         return before + found if found else ""
 
 

@@ -53,17 +53,18 @@ def find_stop_tokens(tokenizer: Any, turns: TurnPieces, model_path: Path) -> Sto
 
 
 def _find_closing(tokenizer: Any, turns: TurnPieces) -> int:
-    """The first added token that the template writes behind an assistant's message.
+    """The added token that the template writes behind an assistant's message, before any text.
 
     Where the turn is closed by what opens the next one (GLM-4's `<|user|>`), that is it.
     """
     found = list_added_tokens(tokenizer, turns.between)
-    if not found:
+    text = tokenizer.added_tokens_decoder[found[0]].content if found else None
+    if text is None or turns.between.partition(text)[0].strip():
         raise ConfigurationError(
-            f"The chat template closes an assistant's message with {turns.between!r}, which holds "
-            "no single token of this tokenizer that could end a response: the policy would always "
-            "go on to its length limit. Use the tokenizer that belongs to the template, or add the "
-            "closing text to it as a special token."
+            f"The chat template closes an assistant's message with {turns.between!r}, which "
+            "begins with no single token of this tokenizer that could end a response: the policy "
+            "would go on to its length limit. Use the tokenizer that belongs to the template, or "
+            "add the closing text to it as a special token."
         )
     return found[0]
 
@@ -87,7 +88,8 @@ def _read_generation_config(model_path: Path) -> list[int]:
 
 def _check_is_added(tokenizer: Any, token_id: int, source: str) -> None:
     if token_id not in tokenizer.added_tokens_decoder:
-        text = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+        is_known = 0 <= token_id < len(tokenizer)
+        text = tokenizer.convert_ids_to_tokens(token_id) if is_known else None
         what = "no token of this tokenizer" if text is None else f"ordinary text, {text!r}"
         raise ConfigurationError(
             f"{source} ends responses with token {token_id}, which is {what}. Correct it to the "

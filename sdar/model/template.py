@@ -41,9 +41,7 @@ class ChatTemplate:
         self.takes_system = self._find_whether_system_is_taken()
         self.turns = self._take_apart()
 
-    def render(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
         """Text of a conversation.
 
         Raises:
@@ -107,7 +105,8 @@ class ChatTemplate:
                     "extended token by token. Use a template that keeps messages as they are."
                 )
             pieces.append(piece)
-        return TurnPieces(*pieces, rest)
+        head, answer, between = pieces
+        return TurnPieces(head, answer, between, rest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,12 @@ class HouseholdDemonstrator:
                 ([*chat.tokenizer.encode(action, add_special_tokens=False), END_OF_TURN_ID], True)
             )
             example.append(
-                (chat.render_delta((ChatMessage("user", answer),), is_closed=True).tolist(), False)
+                (
+                    chat.render_delta(
+                        (ChatMessage("user", answer),), ended_by=chat.stops.closing_id
+                    ).tolist(),
+                    False,
+                )
             )
         return example[:-1]
 
