@@ -47,42 +47,37 @@ class ChatTemplate:
         Raises:
             ContractError: the template refuses these messages.
         """
-        import jinja2
-
         unknown = sorted({message.role for message in messages}.difference(ROLES))
         if unknown:
             raise ContractError(f"Messages of roles {unknown}. Use {', '.join(ROLES)}.")
         if not self.takes_system:
             messages = _move_system_to_user(messages)
-        try:
-            return self._apply(messages, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ContractError(
-                f"The chat template refuses messages of roles {[m.role for m in messages]}: "
-                f"{error}. Bring them into an order that it takes."
-            ) from error
+        return self._apply(messages, add_generation_prompt=add_generation_prompt)
 
     def _apply(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
         plain = [{"role": message.role, "content": message.content} for message in messages]
-        return str(
-            self._tokenizer.apply_chat_template(
+        try:
+            text = self._tokenizer.apply_chat_template(
                 plain,
                 chat_template=self.text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self._now.strftime,
             )
-        )
+        # A template is a program of others, and raises what it likes.
+        except Exception as error:
+            raise ContractError(
+                f"The chat template refuses messages of roles {[m.role for m in messages]}: "
+                f"{error}. Bring them into an order that it takes."
+            ) from error
+        return str(text)
 
     def _find_whether_system_is_taken(self) -> bool:
-        import jinja2
-
         system = mark_text("system")
         messages = (ChatMessage("system", system), ChatMessage("user", mark_text("user")))
         try:
             return system in self._apply(messages, add_generation_prompt=True)
-        # Some raise an error of their own, which has no other sign.
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except ContractError:
             return False
 
     def _take_apart(self) -> TurnPieces:

@@ -211,6 +211,7 @@ def test_the_identity_of_a_model_covers_what_changes_rendering_and_ends(tmp_path
         (CHATML.replace("<|im_end|>", "{{ undefined.thing }}"), "holds no conversation"),
         ("{% for m in messages %}{{ broken", "holds no conversation"),
         ("{{ messages[0].content }}<|im_end|>", "not at all"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "holds no conversation"),
     ],
 )
 def test_a_template_that_keeps_no_messages_is_refused(tmp_path, template, why):
@@ -230,6 +231,7 @@ def test_messages_that_a_template_refuses_are_an_error_of_the_messages(chats):
 def test_what_a_template_does_to_earlier_turns_is_said(chats):
     assert "drops the thoughts" in describe_earlier_turns(chats["qwen3"])
     assert "moves instructions" in describe_earlier_turns(chats["mistral"])
+    assert "otherwise than it was asked for" in describe_earlier_turns(chats["deepseek r1"])
     assert "keeps earlier turns" in describe_earlier_turns(chats["qwen2.5"])
 
 
