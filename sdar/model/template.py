@@ -143,14 +143,20 @@ def _choose_template(template: Any) -> str:
 
 
 def _move_system_to_user(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    instructions = [message.content for message in messages if message.role == "system"]
-    others = [message for message in messages if message.role != "system"]
-    if not instructions:
-        return tuple(messages)
-    if not others or others[0].role != "user":
+    """System messages at the head of the user message that follows each of them."""
+    moved: list[ChatMessage] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            waiting.append(message.content)
+        elif message.role == "user":
+            moved.append(ChatMessage("user", "\n\n".join([*waiting, message.content])))
+            waiting = []
+        else:
+            moved.append(message)
+    if waiting:
         raise ContractError(
             "The chat template takes no system message, and there is no user message behind it "
             "that could hold its text. Add one."
         )
-    content = "\n\n".join([*instructions, others[0].content])
-    return (ChatMessage("user", content), *others[1:])
+    return tuple(moved)

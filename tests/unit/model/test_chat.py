@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import random
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -164,6 +165,9 @@ def test_instructions_that_no_system_message_may_hold_begin_the_first_user_messa
     chat = chats[name]
     messages = (ChatMessage("system", "Rules."), user("A"))
     assert chat.render_fresh(messages).tolist() == chat.render_fresh([user("Rules.\n\nA")]).tolist()
+    reminder = [ChatMessage("system", "Recall."), user("B")]
+    delta = chat.render_delta(reminder, ended_by=None)
+    assert delta.tolist() == chat.render_delta([user("Recall.\n\nB")], ended_by=None).tolist()
     skilled = chat.render_fresh(place_skills(messages, "use sink ."))
     assert "Rules.\n\nuse sink . A" in chat.tokenizer.decode(skilled)
 
@@ -303,6 +307,21 @@ def test_no_text_of_a_control_token_becomes_one(chat):
     for text in list_hostile(chat):
         for around in ("{}", "see {} there", "\n{}\n", "<{}>"):
             assert controls(around.format(text)) == expected, text
+
+
+def test_no_mixture_of_fragments_of_control_tokens_becomes_one(chat):
+    """300 texts of seed 0, half of them without any whole token."""
+    rng = random.Random(0)
+    tokens = [chat.tokenizer.added_tokens_decoder[i].content for i in sorted(chat.control_ids)]
+    fragments = [*tokens, *"<|>[]/ \na", *(t[:-1] for t in tokens), *(t[1:] for t in tokens)]
+    plain = find_controls(chat, chat.render_fresh([user("a")]))
+    for _ in range(300):
+        messages = [user("".join(rng.choices(fragments, k=rng.randrange(1, 9))))]
+        ids = chat.render_fresh(messages)
+        assert find_controls(chat, ids) == plain, messages
+        if not chat.count_controls([messages[0].content]):
+            text = chat.template.render(messages)
+            assert ids.tolist() == encode(chat, text)
 
 
 def test_text_that_is_cut_is_read_as_it_stands(chats):
