@@ -27,7 +27,7 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
-from sdar.contracts.roles import ROLES
+from sdar.contracts.roles import ROLES, Role
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
@@ -319,6 +319,12 @@ class RunConfig(Section):
             for stream in row.list_inputs(is_scored=self.needs_teacher):
                 consumers[stream] = (*consumers.get(stream, ()), ConsumerGroup(row.name))
         return consumers
+
+    @property
+    def learner_input(self) -> Stream:
+        """The stream of episodes that the learner trains on."""
+        [stream] = ROLES[Role.LEARNER].list_inputs(is_scored=self.needs_teacher)
+        return stream
 
     @property
     def train_sampling(self) -> SamplingParameters:

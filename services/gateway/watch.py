@@ -160,7 +160,7 @@ class Watch:
             lags=self.lags,
             heard_at_s=self._list_heard(expected_s),
             learner_busy_s=self.compute_learner_busy_s(),
-            learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
+            learner_input=scheduler.config.learner_input,
             num_dead_letters=self.num_dead_letters,
             ledger_gap=scheduler.ledger_gap,
             length_drift=scheduler.lengths.compute_drift(),

@@ -31,7 +31,7 @@ from sdar.bus.protocol import Bus, Delivery, parse_entry_id
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
-from sdar.contracts.streams import ConsumerGroup, Stream
+from sdar.contracts.streams import ConsumerGroup
 from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
 from sdar.process import tracing
 from services.learner.progress import REMEMBERED_UPDATES, Progress
@@ -254,8 +254,7 @@ class GroupSource:
         self._bus = bus
         self._vocabulary_size = vocabulary_size
         self._method = config.method.row
-        stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
-        self._leases = Leases(bus, stream, ConsumerGroup.LEARNER, consumer)
+        self._leases = Leases(bus, config.learner_input, ConsumerGroup.LEARNER, consumer)
         self._max_count = config.training.groups_per_update * config.training.group_size
         self._progress = Progress()
         # Apart, so that a run that skips most groups does not forget the few it trains.

@@ -155,6 +155,7 @@ _declare_value(
 _declare_value("learning_rate", "1", "Learning rate of the update.")
 _declare_value("reward_mean", "reward", "Reward of the update's episodes.")
 _declare_value("invalid_action_share", "0 to 1", "Share of turns without a valid action.")
+_declare_value("staleness_mean", "updates", "Staleness over sampled tokens.")
 _declare_value("staleness_max", "updates", "Staleness of the oldest sampled token.")
 _declare_value("wait_share", "0 to 1", "Share of the update's time spent waiting for episodes.")
 
