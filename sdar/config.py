@@ -6,6 +6,7 @@ and which Redis it uses is not part of a run: that is `sdar.process.settings`.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""What Llama 3's templates write themselves where they are shown no clock."""
+
+
 class ModelConfig(Section):
     path: Path
     """Directory of a Hugging Face causal language model with a chat template, or a hub name where
@@ -70,6 +75,11 @@ class ModelConfig(Section):
     """
     max_sequence_tokens: int = Field(default=4096, ge=64, le=1_048_576)
     """Longest prompt plus response a turn may have; an episode that would pass it is truncated."""
+    # In the configuration and not read from a clock: it then is the same for every process,
+    # restart and machine, without a state that they would have to agree on, and the same seed makes
+    # the same prompts on any day.
+    template_date: datetime.date = TEMPLATE_DATE
+    """Today's date, for chat templates that write it (Llama 3.2): one for the whole run."""
 
 
 class EnvironmentConfig(Section):
