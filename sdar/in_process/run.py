@@ -162,7 +162,7 @@ async def _build_rollout(
         config.model.path,
         dtype=config.model.dtype,
         max_sequence_tokens=config.model.max_sequence_tokens,
-        stop_token_ids=[rules.tokenizer.eos_token_id],
+        stop_token_ids=rules.tokenizer.stops.ids,
         store=WeightStore(settings.weights_url, config.name),
         seed=config.seed,
     )

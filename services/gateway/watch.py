@@ -168,6 +168,8 @@ class Watch:
             is_asleep=scheduler.state.sleep is not None,
             expected_at_s=expected_s if woken_s else 0.0,
             scaling_problem=self.scaling_problem,
+            figures=scheduler.history.collect_figures(),
+            dtype=scheduler.config.model.dtype,
         )
 
     def _list_heard(self, expected_s: float) -> dict[str, float]:

@@ -134,7 +134,9 @@ def build_teacher(
     """A teacher by configuration; bus and scorer may be any."""
     retriever = build_retriever(config, settings, bus)
     contexts = ContextBuilder(
-        ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens
+        ChatTokenizer(config.model.path, config.model.template_date),
+        retriever,
+        config.model.max_sequence_tokens,
     )
     pins = PinnedVersions(bus, f"{ConsumerGroup.TEACHER}.{settings.instance}")
     policy = ScoringPolicy(bus, scorer, pins, metrics, config.teacher.max_lag)
