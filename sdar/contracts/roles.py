@@ -237,7 +237,7 @@ _ROWS = (
         presence=Presence.WITH_OWN_ENVIRONMENT,
         drains=True,
         signal=Signal.SESSIONS_WAIT,
-        config_keys=("name", "model.path", "environment"),
+        config_keys=("environment",),
     ),
     RoleSpec(
         name=Role.LEARNER,
