@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -367,17 +368,7 @@ async def _while_alive(llm: Any, calls: Coroutine[Any, Any, T]) -> T:
 
 
 def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that make a policy version of this model.
+    # Here, since it imports for a second or two.
+    from sdar.model.causal_lm import compute_version_shapes
 
-    Read from its configuration alone, without weights.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sdar.model.causal_lm import export_tensors
-
-    # On the meta device tensors have shapes and no memory.
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {name: tuple(tensor.shape) for name, tensor in export_tensors(model).items()}
+    return compute_version_shapes(Path(model_path))
