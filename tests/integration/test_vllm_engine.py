@@ -25,13 +25,21 @@ from sdar.contracts.errors import (
     CorruptionError,
     EngineFailedError,
     InvalidInputError,
+    MismatchError,
     UnavailableError,
     WeightsUnavailableError,
 )
-from sdar.contracts.types import ModelIdentity, SamplingParameters, StopReason, WeightsManifest
+from sdar.contracts.types import (
+    ModelIdentity,
+    ProbeSequence,
+    SamplingParameters,
+    StopReason,
+    WeightsManifest,
+)
 from sdar.engines.vllm_weights import vllm_environment
 from sdar.model.causal_lm import export_tensors, install_tensors
 from sdar.process.settings import apply_environment
+from sdar.weights.probe import draw_probe
 from sdar.weights.store import WeightStore
 from services.rollout.engine import Generation, VllmEngine
 
@@ -95,6 +103,16 @@ class Policies:
             tensor.view(-1)[version % 50 :: 50] += 0.3
         self.tensors[version] = tensors
         return self.store.publish(version, tensors, ModelIdentity("tiny", "fingerprint"))
+
+    def announce(self, manifest: WeightsManifest, measured_under: int) -> WeightsManifest:
+        """The manifest as the learner announces it, with a probe measured under some version."""
+        probe = []
+        for token_ids in draw_probe(range(VOCABULARY_SIZE), 511):
+            logprobs = self.compute_logprobs(
+                measured_under, list(token_ids[:1]), np.array(token_ids[1:]), 1.0
+            )
+            probe.append(ProbeSequence(token_ids, tuple(logprobs.tolist())))
+        return dataclasses.replace(manifest, probe=tuple(probe))
 
     def locate_shard(self, manifest: WeightsManifest) -> Path:
         return self.store_path / manifest.path / manifest.tensors[0].shard
@@ -389,6 +407,30 @@ async def test_a_bad_publication_leaves_the_previous_weights_serving(
     assert engine.policy_version > version
 
 
+async def test_a_version_that_the_learner_computes_otherwise_is_taken_back(
+    engine: VllmEngine, policies: Policies, prompts: Any
+) -> None:
+    """Its tensors are read and installed without any error; only the probe shows it."""
+    right, wrong, next_one = (policies.publish() for _ in range(3))
+    right = policies.announce(right, right.policy_version)
+    wrong = policies.announce(wrong, right.policy_version)
+    next_one = policies.announce(next_one, next_one.policy_version)
+    await engine.update_weights(right)
+    assert 0 < engine.stats.probe_mismatch < TOLERANCE
+    asked = list(itertools.islice(prompts, 8))
+    running = [asyncio.create_task(engine.generate(prompt, WARM)) for prompt in asked]
+    await asyncio.sleep(0)
+    with pytest.raises(MismatchError, match=rf"version {wrong.policy_version} .* nats"):
+        await engine.update_weights(wrong)
+    assert engine.policy_version == right.policy_version
+    for prompt, generation in zip(asked, await asyncio.gather(*running), strict=True):
+        assert set(generation.policy_versions.tolist()) == {right.policy_version}
+        assert policies.measure_error(prompt, generation) < TOLERANCE
+    await engine.update_weights(next_one)
+    assert engine.policy_version == next_one.policy_version
+    assert engine.stats.probe_mismatch < TOLERANCE
+
+
 async def test_deltas_are_served_and_a_damaged_one_is_not(
     engine: VllmEngine, policies: Policies, prompts: Any
 ) -> None:
@@ -468,6 +510,17 @@ async def test_an_engine_that_dies_says_so_and_stays_dead(
     await engine.stop()
     with pytest.raises(UnavailableError, match="not running"):
         await engine.generate(next(prompts), WARM)
+
+
+@pytest.mark.slow
+async def test_an_engine_whose_own_weights_are_disproven_is_not_used(policies: Policies) -> None:
+    engine = build_engine(policies)
+    await engine.start()
+    base = policies.store.publish(0, policies.tensors[0], ModelIdentity("tiny", "fingerprint"))
+    with pytest.raises(EngineFailedError, match="no version to go back to"):
+        await engine.update_weights(policies.announce(base, measured_under=1))
+    assert not engine.is_alive
+    await engine.stop()
 
 
 @pytest.mark.slow

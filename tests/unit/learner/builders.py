@@ -17,6 +17,7 @@ from sdar.contracts.types import (
     GroupOutcome,
     LedgerEvent,
     ModelIdentity,
+    ProbeSequence,
     Purpose,
     SamplingParameters,
     ScoredTrajectory,
@@ -27,7 +28,7 @@ from sdar.contracts.types import (
     Turn,
 )
 from sdar.in_process.memory_bus import MemoryBus
-from services.learner.update import UpdateResult
+from services.learner.update import ExportedPolicy, UpdateResult
 
 RUN = "test"
 VOCABULARY = 64
@@ -202,13 +203,14 @@ class CountingTrainer:
         skipped = [group_id in self.poisoned for group_id in self.batches[-1]]
         refused = frozenset(place for place, is_skipped in enumerate(skipped) if is_skipped)
         if all(skipped):
-            return UpdateResult({}, {}, tuple(skipped), refused)
+            return UpdateResult({}, None, tuple(skipped), refused)
         self.weights = self.weights + 1
         measured = {"loss": 0.0, "gate_mean": 0.5, "teacher_gap_abs": 0.0}
         return UpdateResult(measured, self.export(), tuple(skipped), refused)
 
     def export(self):
-        return {"w": self.weights.clone()}
+        probe = (ProbeSequence((1, 2), (-float(self.weights),)),)
+        return ExportedPolicy({"w": self.weights.clone()}, probe)
 
     def save(self, directory):
         (directory / "weights.safetensors").write_bytes(self.weights.numpy().tobytes())

@@ -45,6 +45,6 @@ class SmallModel:
 
 def test_a_rank_outlives_a_checkpoint_that_another_ranks_disk_refused(tmp_path):
     model = SmallModel()
-    Trainer(make_config(num_ranks=2), model, OtherDiskIsFull(tmp_path)).follow()
+    Trainer(make_config(num_ranks=2), model, OtherDiskIsFull(tmp_path), probe=()).follow()
     assert model.is_closed
     assert [path.name for path in tmp_path.iterdir()] == ["optimizer-00001-of-00002.safetensors"]

@@ -12,6 +12,7 @@ from sdar.contracts.errors import (
     BusUnavailableError,
     CorruptionError,
     EngineFailedError,
+    MismatchError,
     RefusedError,
     SdarError,
     WeightsUnavailableError,
@@ -184,3 +185,16 @@ async def test_a_read_waits_for_the_next_publication() -> None:
     await publish(bus, 4)
     await reading
     assert follower.newest_version == 4
+
+
+async def test_disproofs_are_counted_until_a_version_as_new_is_right() -> None:
+    follower = await follow(1, 2, 3, max_known=9)
+    wrong = refuse_with(MismatchError("off by 12 nats"), 2, 3)
+    for version in (2, 3, 3):
+        assert not await follower.load(version, wrong)
+    # An older version, as an evaluation asks for it, says nothing of those.
+    assert await follower.load(1, wrong)
+    assert not await follower.load(2, refuse_with(CorruptionError("torn"), 2))
+    assert follower.num_disproofs == 3
+    assert await follower.load(3, accept)
+    assert follower.num_disproofs == 0
