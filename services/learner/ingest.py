@@ -32,7 +32,13 @@ from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
+from sdar.contracts.types import (
+    FailureStage,
+    GroupOutcome,
+    LedgerEvent,
+    Purpose,
+    ScoredTrajectory,
+)
 from sdar.process import tracing
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
@@ -392,8 +398,11 @@ class GroupSource:
         others = self.buffer.drop(group_id)
         self._dropped.add([group_id])
         # The letter and the outcome of its group in one transaction; the others may come again.
-        event = self._event(
-            group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0
+        event = replace(
+            self._event(
+                group_id, GroupOutcome.FAILED, f"{item.trajectory.trajectory_id}: {reason}", 0
+            ),
+            stage=FailureStage.LEARNER,
         )
         await self._bus.dead_letter(delivery, reason, [event])
         await self._bus.acknowledge(others)

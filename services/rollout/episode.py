@@ -13,8 +13,15 @@ import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sdar.contracts.errors import InvalidInputError
-from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
+from sdar.contracts.errors import InvalidInputError, SdarError
+from sdar.contracts.types import (
+    EpisodeEnd,
+    FailureStage,
+    ModelIdentity,
+    TaskGroup,
+    Trajectory,
+    Turn,
+)
 from sdar.model.chat import ChatTokenizer
 from sdar.process import tracing
 from services.rollout.engine import Engine, Generation
@@ -51,6 +58,16 @@ class EpisodeClock:
             yield
         finally:
             self.environment_s += time.monotonic() - started
+
+
+@contextlib.contextmanager
+def blame(stage: FailureStage) -> Iterator[None]:
+    """Note on an error of the calls within whose it is."""
+    try:
+        yield
+    except SdarError as error:
+        error.stage = stage
+        raise
 
 
 class EpisodeSlots:
@@ -181,7 +198,7 @@ async def play_episode(
     """
     started = time.monotonic()
     trajectory_id = _name_trajectory(group, episode_index, attempt)
-    with rules.clock.stepping(), tracing.span("environment.open"):
+    with _asking_environment(rules.clock), tracing.span("environment.open"):
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
@@ -211,6 +228,12 @@ async def play_episode(
         evaluation_id=group.evaluation_id,
         duration_s=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def _asking_environment(clock: EpisodeClock) -> Iterator[None]:
+    with clock.stepping(), blame(FailureStage.ENVIRONMENT):
+        yield
 
 
 def _name_trajectory(group: TaskGroup, episode_index: int, attempt: Attempt) -> str:
@@ -273,7 +296,8 @@ class _Play:
         return generation
 
     async def _step(self, turn: int, text: str) -> StepOutcome:
-        with self.rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
+        clock = self.rules.clock
+        with _asking_environment(clock), tracing.span("environment.step", turn=turn) as span:
             outcome = await self.environment.step(self.session.session_id, turn, text)
             span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
         return outcome
