@@ -13,6 +13,7 @@ from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
 
+from .history import Misread
 from .state import RunPhase
 
 log = structlog.get_logger()
@@ -32,10 +33,17 @@ LENGTH_DRIFT = 0.25
 """A quarter of all episodes would have to be of other lengths for what is trained to look like what
 is played.
 """
+LEAST_MISREAD_EPISODES = 16
+"""Episodes without one valid action, below which a model that is new to the task may just have
+fumbled.
+"""
 NO_PROGRESS_S = 600.0
 """No group played or closed, no evaluation episode, no new policy: longer than the longest episode
 should take.
 """
+
+_SHOWN_CHARACTERS = 200
+"""Of a response in an alarm."""
 
 _ACTIVE = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
 
@@ -80,6 +88,8 @@ class Situation:
         is_asleep: the idle guard holds the workers at zero: nobody can be missed.
         expected_at_s: until when workers of a run that was woken may take to come up.
         scaling_problem: why the scaler cannot do its work.
+        misread: the newest episodes, if none of their actions was valid.
+        action_format: how the environment wants an action to be written; empty if it does not say.
     """
 
     now_s: float
@@ -97,6 +107,8 @@ class Situation:
     is_asleep: bool = False
     expected_at_s: float = 0.0
     scaling_problem: str = ""
+    misread: Misread | None = None
+    action_format: str = ""
 
     def is_waiting(self, stream: Stream) -> bool:
         lag = self.lags.get(stream)
@@ -214,6 +226,23 @@ def find_length_drift(situation: Situation) -> str:
     )
 
 
+def find_invalid_actions(situation: Situation) -> str:
+    misread = situation.misread
+    if misread is None or misread.num_episodes < LEAST_MISREAD_EPISODES:
+        return ""
+    return (
+        f"No action was valid in the newest {misread.num_episodes} episodes, so nothing can be "
+        f"learned. The newest response: {_shorten(misread.response)!r}. The environment expects: "
+        f"{_shorten(situation.action_format) or 'it does not say; set its action_format'}. Let "
+        "prompts say so (rollout.show_actions), leave room for whole responses "
+        "(rollout.max_response_tokens), or take a model that follows it."
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def find_no_progress(situation: Situation) -> str:
     idle_s = situation.now_s - situation.progress_at_s
     if (
@@ -239,6 +268,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "dead_letters": find_dead_letters,
     "ledger_gap": find_ledger_gap,
     "length_drift": find_length_drift,
+    "invalid_actions": find_invalid_actions,
     "no_progress": find_no_progress,
     "scaling": find_scaling,
 }

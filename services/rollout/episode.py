@@ -26,7 +26,14 @@ from sdar.model.chat import ChatTokenizer
 from sdar.process import tracing
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
-from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, PromptStyleFactory
+from services.rollout.prompting import (
+    EpisodeSetting,
+    Prompt,
+    PromptStyle,
+    PromptStyleFactory,
+    asks_for_thoughts,
+    complete_response,
+)
 
 INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
@@ -107,6 +114,7 @@ class EpisodeRules:
         invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn
             of the first one; 0 where the learner applies it turn by turn.
         max_sequence_tokens: longest prompt plus response of a turn.
+        shows_actions: whether prompts say how an action is written and which are admissible.
     """
 
     tokenizer: ChatTokenizer
@@ -114,6 +122,7 @@ class EpisodeRules:
     model: ModelIdentity
     max_sequence_tokens: int
     invalid_action_penalty: float
+    shows_actions: bool = True
     clock: EpisodeClock = field(default_factory=EpisodeClock)
 
 
@@ -202,10 +211,12 @@ async def play_episode(
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
+        action_format = profile.action_format if rules.shows_actions else ""
         setting = EpisodeSetting(
-            profile.instructions, profile.action_format, group.task.description, skill_text
+            profile.instructions, action_format, group.task.description, skill_text
         )
-        play = _Play(group, attempt, session, engine, environment, rules)
+        wants_thoughts = asks_for_thoughts(profile.instructions, profile.action_format)
+        play = _Play(group, attempt, session, engine, environment, rules, wants_thoughts)
         turns, last = await play.play_turns(rules.build_prompts(setting))
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
@@ -250,15 +261,17 @@ class _Play:
     engine: Engine
     environment: EnvironmentClient
     rules: EpisodeRules
+    wants_thoughts: bool
 
     async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
         """All turns and the last answer of the environment."""
         turns: list[Turn] = []
-        prompt = prompts.begin(self.session.observation, self.session.admissible_actions)
+        actions = self._list_shown(self.session.admissible_actions)
+        prompt = prompts.begin(self.session.observation, actions)
         self._check_first(prompt)
         while True:
             generation = await self._sample(len(turns), prompt)
-            text = self.rules.tokenizer.decode_response(generation.response_token_ids)
+            text = self._read_response(prompt, generation)
             outcome = await self._step(len(turns), text)
             turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
             if _is_over(outcome) or len(turns) == self.group.max_turns:
@@ -267,6 +280,15 @@ class _Play:
             # The next response would not fit. What was played counts, as a truncated episode.
             if len(prompt.token_ids) > self._max_prompt_tokens:
                 return turns, outcome
+
+    def _read_response(self, prompt: Prompt, generation: Generation) -> str:
+        """What the environment gets, and what is recorded; the token ids stay as sampled."""
+        tokenizer = self.rules.tokenizer
+        text = tokenizer.decode_response(generation.response_token_ids)
+        return complete_response(tokenizer, prompt, text, wants_thoughts=self.wants_thoughts)
+
+    def _list_shown(self, admissible_actions: Sequence[str]) -> Sequence[str]:
+        return admissible_actions if self.rules.shows_actions else ()
 
     @property
     def _max_prompt_tokens(self) -> int:
@@ -308,7 +330,7 @@ class _Play:
             generation.stop_reason,
             outcome.action,
             outcome.observation,
-            outcome.admissible_actions,
+            self._list_shown(outcome.admissible_actions),
         )
         self.rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
         return prompt
