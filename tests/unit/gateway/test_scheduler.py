@@ -33,6 +33,7 @@ from sdar.process.telemetry import Health
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
 from services.gateway.state import STATE_NAME, GatewayState, RunPhase
+from services.gateway.watch import Watch
 from tests.support import until
 
 from .fakes import FakeCatalog, build_config, build_manifest, play
@@ -1054,3 +1055,24 @@ def test_the_state_of_a_gateway_that_counted_failures_otherwise_is_taken_over() 
     del older["failed_training"], older["failed_evaluation"]
     older["num_failed_in_a_row"] = 7
     assert GatewayState.from_bytes(json.dumps(older).encode()) == GatewayState(next_group_number=3)
+
+
+async def test_a_run_whose_actions_are_never_valid_says_so_until_one_is(run: Run) -> None:
+    _, training = await begin(run)
+    watch = Watch(run.scheduler, run.bus.view())
+
+    async def show(number: int, *, is_valid: bool) -> set[str]:
+        played = play(training[0], 0)
+        turn = dataclasses.replace(played.turns[0], is_action_valid=is_valid, response_text="hm")
+        name = f"t{number}"
+        played = dataclasses.replace(played, trajectory_id=name, turns=(turn,))
+        await run.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(played)])
+        await until(lambda: name in run.scheduler.history.trajectory_ids(1))
+        await watch.refresh()
+        return {alarm.name for alarm in watch.board.alarms}
+
+    raised = ["invalid_actions" in await show(number, is_valid=False) for number in range(16)]
+    assert raised == [False] * 15 + [True]
+    (alarm,) = (one for one in watch.board.alarms if one.name == "invalid_actions")
+    assert "The newest response: 'hm'. The environment expects: A word." in alarm.message
+    assert "invalid_actions" not in await show(16, is_valid=True)
