@@ -25,9 +25,6 @@ has them all.
 """
 
 
-_ROWS = ("failed_training", "failed_evaluation")
-
-
 class RunPhase(StrEnum):
     """Where the run is.
 
@@ -161,14 +158,16 @@ class GatewayState:
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
             phase = RunPhase(raw.pop("phase"))
             sleep = raw.pop("sleep", None)
-            rows = {name: FailureRow(**raw.pop(name, {})) for name in _ROWS}
+            failed_training = FailureRow(**raw.pop("failed_training", {}))
+            failed_evaluation = FailureRow(**raw.pop("failed_evaluation", {}))
             # As sdar 0.1 counted them; a gateway that starts counts from 0 anyway.
             raw.pop("num_failed_in_a_row", None)
             return cls(
                 phase=phase,
                 evaluations=evaluations,
                 sleep=sleep and Sleep(**sleep),
-                **rows,
+                failed_training=failed_training,
+                failed_evaluation=failed_evaluation,
                 **raw,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
