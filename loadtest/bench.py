@@ -50,9 +50,11 @@ def main() -> None:
     if arguments.page:
         write_page()
         return
+
     names: list[str] = []
     for name in arguments.only or MEASUREMENTS:
         names += GROUPS.get(name, (name,))
+
     failed = []
     for number, name in enumerate(names, start=1):
         if not _measure(name, f"{number}/{len(names)}", arguments.dry_run):
@@ -93,16 +95,18 @@ def _measure(name: str, place: str, is_dry_run: bool) -> bool:
     if measurement is None:
         return False
     show(measurement)
-    if not is_dry_run:
-        entry = {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "duration_s": round(time.monotonic() - began, 1),
-            "command": f"python -m loadtest.bench --only {name}",
-            "seed": SEED,
-            "machine": describe_machine(),
-            "measurement": measurement.to_json(),
-        }
-        save_result(name, entry, list(MEASUREMENTS))
+    if is_dry_run:
+        return True
+
+    entry = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "duration_s": round(time.monotonic() - began, 1),
+        "command": f"python -m loadtest.bench --only {name}",
+        "seed": SEED,
+        "machine": describe_machine(),
+        "measurement": measurement.to_json(),
+    }
+    save_result(name, entry, list(MEASUREMENTS))
     return True
 
 

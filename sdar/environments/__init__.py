@@ -52,8 +52,9 @@ def serve(
     from sdar.environments.sessions import SessionLimits
 
     _check_names(environments)
+    sources = {environment.name: locate_class(environment, options) for environment in environments}
     serve_until_stopped(
-        {environment.name: locate_class(environment, options) for environment in environments},
+        sources,
         SessionLimits(max_sessions=capacity, step_timeout_s=step_timeout_s),
         host=host,
         port=port,

@@ -9,15 +9,21 @@ import structlog
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import RefusedError
-from sdar.contracts.types import FailureStage
+from sdar.contracts.types import FailureStage, MetricRecord
 
 from .commit import Committer
 from .state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 log = structlog.get_logger()
 
+_HOPELESS_SKIPPED_STEPS = 3
+"""Optimizer steps skipped in a row. One may be the fault of a group, three are that of the run."""
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
+_HOPELESS_UPDATES = 4
+"""Updates' worth of groups that failed in a row: more than steps that are skipped, whose groups fail
+as well and which have a bound, and an end, of their own.
+"""
 
 
 _EXCUSED_FAILURES = 9
@@ -65,6 +71,7 @@ class RunControl:
     ) -> None:
         self.detail = "reading where the run stands"
         self.woken_at_s = 0.0
+        self._tried_since_s = clock()
         self._config = config
         self._committer = committer
         self._clock = clock
@@ -169,7 +176,8 @@ class RunControl:
             state.failed_training.clear()
             self._committer.draft.is_changed = True
         self._num_updates = num_updates
-        most = max(_LEAST_HOPELESS_FAILURES, 2 * self._config.training.groups_per_update)
+        num_groups = _HOPELESS_UPDATES * self._config.training.groups_per_update
+        most = max(_LEAST_HOPELESS_FAILURES, num_groups)
         most_training = most + _EXCUSED_FAILURES * num_waiting
         if state.phase is RunPhase.RUNNING and state.failed_training.num_failed >= most_training:
             self._give_up("groups", "none was trained or skipped", state.failed_training)
@@ -183,6 +191,25 @@ class RunControl:
         )
         log.error("run_failed", detail=self.detail)
         self._change_phase(RunPhase.FAILED)
+
+    def give_up_if_not_finite(self, newest: MetricRecord | None) -> None:
+        """Steps that are skipped one after another train nothing: fail, and say why.
+
+        Args:
+            newest: the learner's newest record. What it said before this try is not held against
+                the run: somebody who resumes it, or a restart of this process, is a new try.
+        """
+        if newest is None or newest.at_s < self._tried_since_s:
+            return
+        num_skipped = newest.values.get("num_skipped_steps_in_a_row", 0.0)
+        if num_skipped >= _HOPELESS_SKIPPED_STEPS:
+            self.detail = (
+                f"The learner skipped {num_skipped:.0f} optimizer steps in a row: a loss or the "
+                "gradient norm was no finite number, and the weights were left as they were. Lower "
+                "training.learning_rate or mend the rewards, and resume the run."
+            )
+            log.error("run_failed", detail=self.detail)
+            self._change_phase(RunPhase.FAILED)
 
     def finish(self, unaccounted: list[int]) -> None:
         """End the run, with the numbers of the groups that its last check found wanting."""
@@ -233,6 +260,7 @@ class RunControl:
             )
         state.paused_at_s = 0.0
         if state.phase is RunPhase.FAILED:
+            self._tried_since_s = self._clock()
             self.detail = ""
             _count_anew(state)
             # A gateway that found the run failed has no tasks yet.

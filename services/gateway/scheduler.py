@@ -19,6 +19,7 @@ from sdar.bus.protocol import Bus, Delivery
 from sdar.bus.snapshot import RESTORATION
 from sdar.config import RunConfig
 from sdar.contracts.errors import LeaseLostError, UnavailableError
+from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup
 from sdar.process.lifecycle import wait_or_stop
 from sdar.process.telemetry import Health
@@ -271,6 +272,8 @@ class Scheduler:
                     self.config.training, self.ledger, self.policy.num_updates
                 ),
             )
+        if draft.state.phase is RunPhase.RUNNING:
+            self.control.give_up_if_not_finite(self.history.newest_record(Role.LEARNER))
         if draft.state.phase is RunPhase.RUNNING:
             num_workers = self.history.count_instances("rollout")
             self._admission.issue_due(draft, self.ledger, num_workers)

@@ -160,7 +160,7 @@ class Watch:
             lags=self.lags,
             heard_at_s=self._list_heard(expected_s),
             learner_busy_s=self.compute_learner_busy_s(),
-            learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
+            learner_input=scheduler.config.learner_input,
             num_dead_letters=self.num_dead_letters,
             ledger_gap=scheduler.ledger_gap,
             length_drift=scheduler.lengths.compute_drift(),
@@ -170,6 +170,8 @@ class Watch:
             scaling_problem=self.scaling_problem,
             misread=scheduler.history.find_misread(),
             action_format=self._find_action_format(),
+            figures=scheduler.history.collect_figures(),
+            dtype=scheduler.config.model.dtype,
         )
 
     def _find_action_format(self) -> str:

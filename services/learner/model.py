@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -105,13 +106,16 @@ class PolicyModel:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float
     ) -> float:
-        """One optimizer step over all micro-batches of all ranks.
+        """One optimizer step over all micro-batches of all ranks, or none.
+
+        The step is skipped on every rank if the loss of any of their micro-batches, or the global
+        gradient norm, is no finite number: weights and AdamW's moments stay as they were.
 
         Args:
             micro_batches: this rank's, of which every rank passes the same number, at least one.
 
         Returns:
-            the global gradient norm before clipping.
+            the global gradient norm before clipping; NaN if the step was skipped.
         """
         # DeepSpeed would take it from a scheduler, and that would be state to save.
         for group in self._engine.basic_optimizer.param_groups:
@@ -124,11 +128,31 @@ class PolicyModel:
             )
             share = compute_share(place, micro_batch, logprobs, entropy)
             # DeepSpeed averages over ranks, and the shares are to be added up.
-            self._engine.backward(share * self._ranks.world_size)
-        # Before the step, which clears the gradients.
-        norm = self._plain_gradient_norm()
+            self._engine.backward(_spread_fault(share) * self._ranks.world_size)
+        return self._step()
+
+    def _step(self) -> float:
+        """Step if the global gradient norm is finite; returns it, or NaN.
+
+        The norm is of the gradients of all ranks, so that all of them decide alike.
+        """
+        if self._is_plain:
+            return self._step_plain()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        # ZeRO itself skips such a step, and keeps the norm of the step before in place of its own.
+        is_skipped = self._engine.optimizer.overflow
+        return math.nan if is_skipped else float(self._engine.get_global_grad_norm())
+
+    def _step_plain(self) -> float:
+        """At ZeRO stage 0 in float32 DeepSpeed neither reports the norm nor looks at it."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        # Before the step, which clears the gradients.
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+            return math.nan
+        self._engine.step()
+        return norm
 
     def export(self) -> dict[str, Tensor]:
         """Full tensors of this policy version on the CPU, by their Hugging Face names.
@@ -212,14 +236,9 @@ class PolicyModel:
         # many as it needs.
         return micro_batch.max_rank_tokens if self._is_sharded else None
 
-    def _plain_gradient_norm(self) -> Tensor | None:
-        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips and doesn't report it; else
-        None.
-        """
-        if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
-            return None
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    @property
+    def _is_plain(self) -> bool:
+        return not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
 
     def _master_tensors(self) -> list[Tensor]:
         if self._is_sharded:
@@ -238,6 +257,14 @@ class PolicyModel:
         yield reference.to(self.device)
         if self._training.offload_reference:
             reference.to("cpu")
+
+
+def _spread_fault(share: Tensor) -> Tensor:
+    """The share, or NaN in value and in every gradient if it is no finite number.
+
+    A loss may be infinite where its gradient is not. So the gradient norm alone decides on a step.
+    """
+    return share * torch.where(torch.isfinite(share.detach()), 1.0, math.nan)
 
 
 def _prepare_for_training(causal_lm: Any, training: TrainingConfig) -> Any:

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from sdar.contracts.errors import InvalidInputError, SdarError
 from sdar.contracts.types import (
@@ -39,16 +41,28 @@ INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
 
 
+class TextSource(StrEnum):
+    """Who wrote a text that stands in prompts."""
+
+    INSTRUCTIONS = "instructions"
+    TASK = "task"
+    SKILLS = "skills"
+    OBSERVATION = "observation"
+    ACTION = "action"
+
+
 @dataclass(slots=True)
 class EpisodeClock:
     """Where the time of all episodes went so far, in episode-seconds.
 
-    Also how many prompts were short of earlier turns.
+    Also how many prompts were short of earlier turns, and how many texts of control tokens were
+    read, by source.
     """
 
     engine_s: float = 0.0
     environment_s: float = 0.0
     num_shortened_prompts: int = 0
+    num_control_texts: Counter[TextSource] = field(default_factory=Counter)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -124,6 +138,16 @@ class EpisodeRules:
     invalid_action_penalty: float
     shows_actions: bool = True
     clock: EpisodeClock = field(default_factory=EpisodeClock)
+
+    def count_setting(self, setting: EpisodeSetting) -> None:
+        """Count texts of control tokens in what an episode's prompts begin with."""
+        self.count_texts(TextSource.INSTRUCTIONS, setting.instructions, setting.action_format)
+        self.count_texts(TextSource.TASK, setting.task_description)
+        self.count_texts(TextSource.SKILLS, setting.skill_text)
+
+    def count_texts(self, source: TextSource, *texts: str) -> None:
+        """Count texts of control tokens where they come in, once, however often they are shown."""
+        self.clock.num_control_texts[source] += self.tokenizer.count_controls(texts)
 
 
 async def play_group(
@@ -215,6 +239,7 @@ async def play_episode(
         setting = EpisodeSetting(
             profile.instructions, action_format, group.task.description, skill_text
         )
+        rules.count_setting(setting)
         wants_thoughts = asks_for_thoughts(profile.instructions, profile.action_format)
         play = _Play(group, attempt, session, engine, environment, rules, wants_thoughts)
         turns, last = await play.play_turns(rules.build_prompts(setting))
@@ -266,6 +291,8 @@ class _Play:
     async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
         """All turns and the last answer of the environment."""
         turns: list[Turn] = []
+        shown = (self.session.observation, *self.session.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
         actions = self._list_shown(self.session.admissible_actions)
         prompt = prompts.begin(self.session.observation, actions)
         self._check_first(prompt)
@@ -322,6 +349,9 @@ class _Play:
         with _asking_environment(clock), tracing.span("environment.step", turn=turn) as span:
             outcome = await self.environment.step(self.session.session_id, turn, text)
             span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
+        shown = (outcome.observation, *outcome.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
+        self.rules.count_texts(TextSource.ACTION, outcome.action)
         return outcome
 
     def _extend(self, prompts: PromptStyle, generation: Generation, outcome: StepOutcome) -> Prompt:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -41,8 +42,9 @@ class SeededEnvironment(Environment):
                 f"{MAX_TASKS:,}. Correct it."
             )
         self._game = game
-        sizes = (num_tasks, -(-num_tasks // HELDOUT_SHARE))
-        self._num_tasks = dict(zip(self.splits, sizes, strict=True))
+        train, heldout = self.splits
+        num_heldout = math.ceil(num_tasks / HELDOUT_SHARE)
+        self._num_tasks = {train: num_tasks, heldout: num_heldout}
 
     def list_tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
@@ -79,7 +81,8 @@ def find_action(text: str) -> str:
     """
     said = drop_thoughts(text)
     tagged = _ACTION.findall(said)
-    return (tagged[-1] if tagged else said).strip()
+    action: str = tagged[-1] if tagged else said
+    return action.strip()
 
 
 def parse_json(text: str) -> Any:
@@ -95,18 +98,15 @@ def format_value(value: Any) -> str:
 
     Text stays as it is; anything else becomes JSON with sorted keys.
     """
-    return (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-    )
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def format_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The single numbers, texts and truths among an environment's facts, for logs."""
-    return {
-        str(key): format_value(value)
-        for key, value in facts.items()
-        if isinstance(value, (bool, int, float, str))
-    }
+    single = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
+    return {str(key): format_value(value) for key, value in single.items()}
 
 
 def _refuse_constant(name: str) -> None:
