@@ -21,8 +21,8 @@ _HOPELESS_SKIPPED_STEPS = 3
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
 _HOPELESS_UPDATES = 4
-"""Updates' worth of groups that failed in a row: more than steps that are skipped, whose groups fail
-as well and which have a bound, and an end, of their own.
+"""Updates' worth of groups that failed in a row: more than `_HOPELESS_SKIPPED_STEPS`, which end the
+run with a reason of their own.
 """
 
 

@@ -35,6 +35,7 @@ THINKING_OFF = TEMPLATE.replace(  # Qwen3 with enable_thinking false
     "assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif"
 )
 ACTION = "<action>go</action>"
+END_OF_TURN = 2
 
 
 class Corridor(Environment):
@@ -69,8 +70,8 @@ def model_path(tmp_path_factory):
 
 async def play(model_path, template, response, environment=Corridor):
     """The turns of an episode in which every response is `response`."""
+    (model_path / "chat_template.jinja").write_text(template)
     tokenizer = ChatTokenizer(model_path)
-    tokenizer.tokenizer.chat_template = template
     sampled = tokenizer.tokenizer.encode(response, add_special_tokens=False)
     sessions = SessionManager(InProcessHost({environment.name: environment}))
     await sessions.start()
@@ -85,7 +86,7 @@ async def play(model_path, template, response, environment=Corridor):
             dataclasses.replace(make_group(size=1, max_turns=2), task=task),
             0,
             Attempt(0),
-            engine=ScriptedEngine([*sampled, tokenizer.eos_token_id]),
+            engine=ScriptedEngine([*sampled, END_OF_TURN]),
             environment=client,
             rules=make_rules(tokenizer, max_sequence_tokens=4096),
         )
@@ -94,7 +95,7 @@ async def play(model_path, template, response, environment=Corridor):
         await server.stop(grace_s=0.0)
         await sessions.close_all()
     for turn in trajectory.turns:
-        assert turn.response_token_ids.tolist() == [*sampled, tokenizer.eos_token_id]
+        assert turn.response_token_ids.tolist() == [*sampled, END_OF_TURN]
     return trajectory.turns
 
 

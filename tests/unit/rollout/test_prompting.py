@@ -74,9 +74,10 @@ def test_a_conversation_tells_the_action_format_once_and_the_possible_actions_ev
     assert user_text(prompts.begin("A", ("go", "stop"))) == (
         "Task: clean the mug\nA\nPossible actions:\ngo\nstop\nOne action."
     )
-    second = prompts.extend(NOTHING, StopReason.END_OF_TURN, "go", "B", ("stop",))
+    closed = np.asarray([2], dtype=np.int32)
+    second = prompts.extend(closed, StopReason.END_OF_TURN, "go", "B", ("stop",))
     assert user_text(second) == "B\nPossible actions:\nstop"
-    third = prompts.extend(NOTHING, StopReason.END_OF_TURN, "stop", "C")
+    third = prompts.extend(closed, StopReason.END_OF_TURN, "stop", "C")
     assert user_text(third) == "C"
 
 
