@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -146,11 +146,6 @@ def describe_pair(number: int, total: int, pair: tuple[float, float]) -> str:
     ours, peer = pair
     figures = f"{format_figure(ours)} against {format_figure(peer)}, ratio {ours / peer:.3g}"
     return f"pair {number} of {total}: {figures}"
-
-
-def scale_pairs(pairs: Iterable[Sequence[float]], factor: float) -> tuple[tuple[float, float], ...]:
-    """The same pairs in another unit."""
-    return tuple((ours * factor, peer * factor) for ours, peer in pairs)
 
 
 def format_figure(value: float) -> str:

@@ -329,7 +329,7 @@ class BareClient:
         """The first prompt, then what follows each response."""
         first, *others = [ChatMessage("user", observation) for observation in script.observations]
         stretches = [self._chat.render_fresh((first,))]
-        stretches += [self._chat.render_delta((other,), is_closed=False) for other in others]
+        stretches += [self._chat.render_delta((other,), ended_by=None) for other in others]
         return [stretch.tolist() for stretch in stretches]
 
     async def play(self) -> float:

@@ -93,13 +93,13 @@ def _play_script(
     for number, (observation, action) in enumerate(pairs):
         messages = (ChatMessage("user", observation),)
         if turns:
-            delta = chat.render_delta(messages, is_closed=True)
+            delta = chat.render_delta(messages, ended_by=chat.stops.closing_id)
         else:
             delta = chat.render_fresh(messages)
         prompt = np.concatenate([context, delta])
 
         tokens = chat.tokenizer.encode(action, add_special_tokens=False)
-        response = np.array([*tokens, chat.eos_token_id], np.int32)
+        response = np.array([*tokens, chat.stops.closing_id], np.int32)
 
         is_last = number == len(script.actions) - 1
         reward_of_turn = reward if is_last else 0.0

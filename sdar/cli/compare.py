@@ -1,6 +1,6 @@
 """`sdar compare`: variants of a run over seeds, several at a time, and a table of the results.
 
-A run is a process of its own (`sdar.cli.trial`), so that one that fails takes none along.
+A run is a process of its own (`sdar.cli.trial`), so a run that fails stops no other.
 Finished ones are kept and never run again. Success is pooled over seeds, with an interval; seeds
 are shown one by one beside it.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import typer
 import yaml
@@ -62,8 +62,11 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Comparison:
+        # Together they name the directories of the runs.
         names = [variant.name for variant in self.variants]
-        if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
+        has_name_twice = len(set(names)) < len(names)
+        has_seed_twice = len(set(self.seeds)) < len(self.seeds)
+        if has_name_twice or has_seed_twice:
             raise ValueError(
                 f"variants {names} and seeds {self.seeds} must each be different from one another."
             )
@@ -108,18 +111,20 @@ def run_comparison(spec_path: Path, runs_dir: Path, *, jobs: int, is_json: bool)
     comparison = load_comparison(spec_path)
     trials = plan_trials(comparison, spec_path, runs_dir)
     missing = [trial for trial in trials if trial.summary is None]
+
     apply_environment(thread_environment(1))  # inherited by the runs: one core each
     with _build_view(comparison, missing, is_json) as view:
         asyncio.run(_run_all(missing, jobs, view))
+
     table = format_table(comparison, trials)
     path = runs_dir / comparison.name / "table.md"
     path.write_text(table, encoding="utf-8")
     if is_json:
-        _print_json(
-            "table", path=str(path), rows=[row.to_json() for row in _rows(comparison, trials)]
-        )
+        rows = [row.to_json() for row in _rows(comparison, trials)]
+        _print_json("table", path=str(path), rows=rows)
     else:
         print(f"{table}\nWritten to {path}.")
+
     if any(trial.failure for trial in trials):
         raise typer.Exit(1)
 
@@ -136,14 +141,20 @@ def load_comparison(path: Path) -> Comparison:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}. Fix it there.") from error
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'experiment'}: {p['msg']}" for p in error.errors()
-        )
         raise ConfigurationError(
-            f"{path}: {problems}. An experiment has name, base, seeds, variants (name, set) and "
-            "perhaps set."
+            f"{path}: {_describe_problems(error)}. An experiment has name, base, seeds, variants "
+            "(name, set) and perhaps set."
         ) from error
+
     return comparison.model_copy(update={"base": path.resolve().parent / comparison.base})
+
+
+def _describe_problems(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        problems.append(f"{key or 'experiment'}: {problem['msg']}")
+    return "; ".join(problems)
 
 
 def plan_trials(comparison: Comparison, spec_path: Path, runs_dir: Path) -> list[Trial]:
@@ -154,6 +165,7 @@ def plan_trials(comparison: Comparison, spec_path: Path, runs_dir: Path) -> list
     for variant in comparison.variants:
         for seed in comparison.seeds:
             name = f"{variant.name}-seed{seed}"
+            # A variant's own values win over those that all have in common.
             overrides = {**comparison.set, **variant.set, "seed": seed, "name": name}
             try:
                 config = load_config(comparison.base, overrides)
@@ -161,6 +173,7 @@ def plan_trials(comparison: Comparison, spec_path: Path, runs_dir: Path) -> list
                 raise ConfigurationError(
                     f"{spec_path}, variant {variant.name}: {error.message}"
                 ) from error
+
             trial = Trial(variant.name, seed, config, runs_dir / comparison.name / name)
             trial.summary = _read_summary(trial)
             trials.append(trial)
@@ -199,30 +212,43 @@ async def _run_all(trials: Sequence[Trial], jobs: int, view: View) -> None:
 
 
 async def _run_trial(trial: Trial, view: View) -> None:
-    """Run one trial in a process; its end is in the trial, whatever it is."""
+    """Run one trial in a process; afterwards the trial holds its summary or its failure."""
     trial.directory.mkdir(parents=True, exist_ok=True)
-    config_path, log_path = trial.directory / "config.yaml", trial.directory / "log.txt"
+    config_path = trial.directory / "config.yaml"
+    log_path = trial.directory / "log.txt"
     save_config(trial.config, config_path)
+
     with log_path.open("wb") as log_file:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sdar.cli.trial", str(config_path), str(trial.directory)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log_file,
-            limit=_LONGEST_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C is this process's; it ends them
-            preexec_fn=end_with_parent,
-        )
+        process = await _start_process(trial, config_path, log_file)
         try:
             assert process.stdout is not None
             async for line in process.stdout:
-                if line.startswith(b"{"):  # anything else a library has printed
+                # Anything else was printed by a library.
+                if line.startswith(b"{"):
                     _take_in(trial, json.loads(line), view)
             code = await process.wait()
         finally:
             await _stop(process)
+
+    # A process that was killed could report neither.
     if trial.summary is None and not trial.failure:
         trial.failure = f"ended with code {code}; its last words are in {log_path}"
+
+
+async def _start_process(
+    trial: Trial, config_path: Path, log_file: BinaryIO
+) -> asyncio.subprocess.Process:
+    command = (sys.executable, "-m", "sdar.cli.trial", str(config_path), str(trial.directory))
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=log_file,
+        # A summary is one line, far longer than asyncio reads unless it is asked to.
+        limit=_LONGEST_LINE_BYTES,
+        start_new_session=True,  # Ctrl-C is this process's; it ends them
+        preexec_fn=end_with_parent,
+    )
 
 
 def _take_in(trial: Trial, message: dict[str, Any], view: View) -> None:
@@ -238,6 +264,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     """End a process that is still there: first asked, then killed."""
     if process.returncode is not None:
         return
+    # The run may be writing its metrics.
     process.terminate()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
@@ -303,7 +330,7 @@ class _JsonView:
         _print_json("begin", run=trial.name)
 
     def advance(self, trial: Trial, num_updates: int) -> None:
-        """Ends are enough for a program."""
+        """Shows nothing: begins and ends are enough for a program."""
 
     def end(self, trial: Trial) -> None:
         _print_json("end", run=trial.name, failure=trial.failure, summary=trial.summary)
@@ -332,22 +359,24 @@ class Row:
 
     def pool(self, when: str) -> tuple[int, int]:
         """(successes, episodes) of the sampled evaluation, 'before' or 'after'."""
-        counts = [
-            tuple(pair)
-            for summary in self.summaries
-            for pair in summary["by_task_type"][when].values()
-        ]
-        num_won = sum(won for won, _ in counts)
-        return num_won, sum(played for _, played in counts)
+        num_won = 0
+        num_played = 0
+        for summary in self.summaries:
+            for won, played in summary["by_task_type"][when].values():
+                num_won += won
+                num_played += played
+        return num_won, num_played
 
     def to_json(self) -> dict[str, Any]:
         won, played = self.pool("after")
         success_after = []
         failures = {}
         for trial in self.trials:
+            # A place for every seed, so that the list goes with `seeds`.
             success_after.append(trial.summary["success_after"] if trial.summary else None)
             if trial.failure:
                 failures[trial.seed] = trial.failure
+
         return {
             "variant": self.variant,
             "seeds": [trial.seed for trial in self.trials],
@@ -385,58 +414,63 @@ def _rows(comparison: Comparison, trials: Sequence[Trial]) -> list[Row]:
 def format_table(comparison: Comparison, trials: Sequence[Trial]) -> str:
     """The experiment as a Markdown table, its failures below it."""
     lines = [f"| {' | '.join(_HEADER)} |", f"|{'---|' * len(_HEADER)}"]
-    lines += [f"| {' | '.join(_format_row(row))} |" for row in _rows(comparison, trials)]
-    episodes = sorted(
-        {trial.summary["num_evaluation_episodes"] for trial in trials if trial.summary}
-    )
+    for row in _rows(comparison, trials):
+        cells = _format_row(row)
+        lines.append(f"| {' | '.join(cells)} |")
+
+    episodes = {trial.summary["num_evaluation_episodes"] for trial in trials if trial.summary}
     if episodes:
         lines += [
             "",
-            (
-                f"Held-out episodes per seed: {', '.join(map(str, episodes))}. Intervals take "
-                "episodes "
-                "as independent."
-            ),
+            f"Held-out episodes per seed: {', '.join(map(str, sorted(episodes)))}. Intervals take "
+            "episodes as independent.",
         ]
-    lines += [
-        f"\nFailed: {trial.name}: {' '.join(trial.failure.split())}"
-        for trial in trials
-        if trial.failure
-    ]
+
+    for trial in trials:
+        if trial.failure:
+            # Errors may hold line breaks, which would end the paragraph.
+            failure = " ".join(trial.failure.split())
+            lines.append(f"\nFailed: {trial.name}: {failure}")
     return "\n".join(lines) + "\n"
 
 
 def _format_row(row: Row) -> list[str]:
-    by_seed = [
-        "failed" if trial.summary is None else f"{trial.summary['success_after']:.3f}"
-        for trial in row.trials
-    ]
     seeds = ", ".join(str(trial.seed) for trial in row.trials)
+    by_seed = ", ".join(map(_format_success, row.trials))
     if not row.summaries:
-        return [row.variant, seeds, ", ".join(by_seed), *["-"] * (len(_HEADER) - 3)]
-    after, before = row.pool("after"), row.pool("before")
+        unknown = ["-"] * (len(_HEADER) - 3)
+        return [row.variant, seeds, by_seed, *unknown]
+
+    before = row.pool("before")
+    after = row.pool("after")
     low, high = compute_wilson_interval(*after)
-    success = row.values("success_after")
-    spread = (
-        f"{statistics.mean(success):.3f} ± {statistics.stdev(success):.3f}"
-        if len(success) > 1
-        else f"{success[0]:.3f}"
-    )
-    updates = sorted({int(number) for number in row.values("num_updates")})
+    staleness_mean = statistics.mean(row.values("staleness_mean"))
+    staleness_max = max(row.values("staleness_max"))
+    updates = sorted(set(map(int, row.values("num_updates"))))
     return [
         row.variant,
         seeds,
-        ", ".join(by_seed),
+        by_seed,
         f"{_share(after):.3f} [{low:.3f}, {high:.3f}]",
-        spread,
+        _format_spread(row.values("success_after")),
         f"{statistics.mean(row.values('greedy_success_after')):.3f}",
         f"{_share(before):.3f}",
-        (
-            f"{statistics.mean(row.values('staleness_mean')):.2f}, "
-            f"{max(row.values('staleness_max')):.0f}"
-        ),
+        f"{staleness_mean:.2f}, {staleness_max:.0f}",
         ", ".join(map(str, updates)),
     ]
+
+
+def _format_success(trial: Trial) -> str:
+    if trial.summary is None:
+        return "failed"
+    return f"{trial.summary['success_after']:.3f}"
+
+
+def _format_spread(success: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds; of one seed, its success alone."""
+    if len(success) == 1:
+        return f"{success[0]:.3f}"
+    return f"{statistics.mean(success):.3f} ± {statistics.stdev(success):.3f}"
 
 
 def _share(counts: tuple[int, int]) -> float:

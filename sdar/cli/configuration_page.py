@@ -112,6 +112,7 @@ def _format_type(annotation: Any) -> str:
         "float": "number",
         "bool": "true or false",
         "Path": "path",
+        "date": "date",
     }
     return names.get(getattr(annotation, "__name__", ""), str(annotation))
 

@@ -1,4 +1,4 @@
-"""What is shown while a run goes on: a live table, plain lines, or JSON lines. Decides nothing."""
+"""Shows a run while it goes on: as a live table, as plain lines, or as lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from sdar.cli.metrics_log import MetricsLog
-from sdar.cli.report import describe_change
+from sdar.cli.report import describe_change, select_updates
 from sdar.config import RunConfig
 from sdar.process.text import escape_controls
 
 _LINE_EVERY_S = 10.0
+_PACE_UPDATES = 20
+"""How many of the newest updates the time left is estimated from."""
+_SHOWN_IN_LINES = (
+    "update",
+    "success (training)",
+    "success (held out)",
+    "tokens/s",
+    "staleness",
+    "gate",
+    "time left",
+)
 
 
 class View(Protocol):
@@ -37,19 +48,18 @@ class View(Protocol):
 
 def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) -> dict[str, str]:
     """The numbers of the live view by name, formatted; '-' where nothing is known yet."""
-    learner, rollout = metrics.latest("learner"), metrics.latest("rollout")
-    done, target = status["num_updates"], status["target_updates"]
-    lags = status["stream_lags"]
-    ledger = status["ledger"]
-    evaluations = [e for e in status["evaluations"] if e["is_complete"] and not e["is_greedy"]]
-    held_out = [
-        f"{e['success']:.2f} [{e['interval'][0]:.2f}, {e['interval'][1]:.2f}]" for e in evaluations
-    ]
+    learner = metrics.latest("learner")
+    rollout = metrics.latest("rollout")
+    done = status["num_updates"]
+    target = status["target_updates"]
     return {
         "update": f"{done} of {target}",
         "time left": _format_left(metrics, done, target),
-        "success (training)": _format(learner, "success_mean"),
-        "success (held out)": " -> ".join(dict.fromkeys([*held_out[:1], *held_out[-1:]])) or "-",
+        "success (training)": (
+            f"{_format(learner, 'success_mean')} of all played, "
+            f"{_format(learner, 'trained_success_mean')} of those trained"
+        ),
+        "success (held out)": _format_held_out(status["evaluations"]),
         "reward": _format(learner, "reward_mean"),
         "tokens/s": (
             f"sampled {_format(rollout, 'tokens_per_s', 0)}, trained "
@@ -60,15 +70,42 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
             f"{_format(learner, 'staleness_max', 0)} of at most {status['max_staleness']}"
         ),
         "gate": f"mean {_format(learner, 'gate_mean')}, gap {_format(learner, 'teacher_gap_mean')}",
-        "queues": ", ".join(
-            f"{name} {lag['num_undelivered'] + lag['num_pending']:.0f}"
-            for name, lag in lags.items()
-        ),
-        "ledger": ", ".join(f"{name} {number}" for name, number in ledger.items() if number)
-        + f", gap {status['ledger_gap']}",
+        "queues": _format_queues(status["stream_lags"]),
+        "ledger": _format_ledger(status),
         "alarms": "; ".join(_list_alarms(status)) or "none",
         "wall clock": _format_s(wall_s),
     }
+
+
+def _format_held_out(evaluations: list[dict[str, Any]]) -> str:
+    """Success of the first sampled evaluation and of the newest one."""
+    found = [one for one in evaluations if one["is_complete"] and not one["is_greedy"]]
+    if not found:
+        return "-"
+    first = _format_success(found[0])
+    newest = _format_success(found[-1])
+    # Also where the first is the newest.
+    if first == newest:
+        return first
+    return f"{first} -> {newest}"
+
+
+def _format_success(evaluation: dict[str, Any]) -> str:
+    low, high = evaluation["interval"]
+    return f"{evaluation['success']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _format_queues(lags: dict[str, Any]) -> str:
+    lengths = []
+    for name, lag in lags.items():
+        length = lag["num_undelivered"] + lag["num_pending"]
+        lengths.append(f"{name} {length:.0f}")
+    return ", ".join(lengths)
+
+
+def _format_ledger(status: dict[str, Any]) -> str:
+    numbers = [f"{name} {number}" for name, number in status["ledger"].items() if number]
+    return f"{', '.join(numbers)}, gap {status['ledger_gap']}"
 
 
 def _list_alarms(status: dict[str, Any]) -> list[str]:
@@ -98,15 +135,15 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         for name, value in compute_figures(status, metrics, wall_s).items():
             table.add_row(Text(name, style="dim"), Text(value))
-        bar = Table.grid()  # a bare bar would share its line with what follows
-        bar.add_row(
-            ProgressBar(
-                total=max(1, status["target_updates"]), completed=status["num_updates"], width=60
-            )
-        )
-        self._live.update(
-            Group(Text(f"{self._title} ({status['phase']})", style="bold"), bar, table)
-        )
+
+        total = max(1, status["target_updates"])
+        bar = ProgressBar(total=total, completed=status["num_updates"], width=60)
+        # A bare bar would share its line with what follows.
+        row = Table.grid()
+        row.add_row(bar)
+
+        title = Text(f"{self._title} ({status['phase']})", style="bold")
+        self._live.update(Group(title, row, table))
 
     def finished(self, summary: dict[str, Any], report: Path) -> None:
         self._console.print(format_summary(summary, report), highlight=False, markup=False)
@@ -120,6 +157,7 @@ class LineView:
 
     def __init__(self, config: RunConfig) -> None:
         self._last_line_at = 0.0
+        # What was printed last, so that it is printed again only after a change.
         self._last_waiting: list[str] = []
         self._last_alarms: list[str] = []
 
@@ -134,51 +172,42 @@ class LineView:
     def show(self, status: dict[str, Any], metrics: MetricsLog, wall_s: float) -> None:
         names = [alarm["name"] for alarm in status["alarms"]]
         if names != self._last_alarms:
-            print(f"alarms: {'; '.join(_list_alarms(status)) or 'none any more'}", flush=True)
+            alarms = "; ".join(_list_alarms(status)) or "none any more"
+            print(f"alarms: {alarms}", flush=True)
         self._last_alarms = names
+
         if time.monotonic() - self._last_line_at < _LINE_EVERY_S:
             return
         self._last_line_at = time.monotonic()
         figures = compute_figures(status, metrics, wall_s)
-        shown = (
-            "update",
-            "success (training)",
-            "success (held out)",
-            "tokens/s",
-            "staleness",
-            "gate",
-            "time left",
-        )
-        print("  ".join(f"{name}: {figures[name]}" for name in shown), flush=True)
+        print("  ".join(f"{name}: {figures[name]}" for name in _SHOWN_IN_LINES), flush=True)
 
     def finished(self, summary: dict[str, Any], report: Path) -> None:
         print(format_summary(summary, report), flush=True)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: nothing is held open."""
 
 
 class JsonView:
     """One JSON object a line, for programs."""
 
     def __init__(self) -> None:
+        # What was printed last, so that only a change is printed.
         self._last: tuple[object, ...] = ()
 
     def say(self, message: str) -> None:
         self._emit("message", message=message)
 
     def starting(self, waiting: list[str]) -> None:
-        if self._last != ("starting", *waiting):
+        now = ("starting", *waiting)
+        if self._last != now:
             self._emit("starting", waiting=waiting)
-        self._last = ("starting", *waiting)
+        self._last = now
 
     def show(self, status: dict[str, Any], metrics: MetricsLog, wall_s: float) -> None:
-        now = (
-            "update",
-            status["num_updates"],
-            status["phase"],
-            *(alarm["name"] for alarm in status["alarms"]),
-        )
+        alarms = [alarm["name"] for alarm in status["alarms"]]
+        now = ("update", status["num_updates"], status["phase"], *alarms)
         if self._last != now:
             self._emit(
                 "update", wall_s=round(wall_s, 1), status=status, learner=metrics.latest("learner")
@@ -189,7 +218,7 @@ class JsonView:
         self._emit("finished", summary=summary, report=str(report))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: nothing is held open."""
 
     def _emit(self, event: str, **fields: object) -> None:
         print(json.dumps({"event": event, **fields}), flush=True)
@@ -197,30 +226,32 @@ class JsonView:
 
 def format_summary(summary: dict[str, Any], report: Path) -> str:
     """The end of a run in a few lines."""
-    lines = [f"Finished {summary['num_updates']} updates in {_format_s(summary['wall_s'])}."]
-    for name, label in (
-        ("success", "sampled at T=" + f"{summary['evaluation_temperature']:g}"),
-        ("greedy_success", "greedy"),
-    ):
-        before, after = summary[f"{name}_before"], summary[f"{name}_after"]
-        low, high = summary[f"{name}_before_interval"]
-        low2, high2 = summary[f"{name}_after_interval"]
-        lines.append(
-            f"Held-out success, {label}: {before:.3f} [{low:.3f}, {high:.3f}] -> {after:.3f} "
-            f"[{low2:.3f}, {high2:.3f}] "
-            f"({summary['num_evaluation_episodes']} episodes): "
-            f"{describe_change(summary[f'{name}_change_interval'])}"
-        )
-    lines.append(
-        f"Staleness at most {summary['staleness_max']} of {summary['max_staleness']} allowed."
-    )
-    lines.append(
-        "Ledger: "
-        + ", ".join(f"{name} {number}" for name, number in summary["ledger"].items())
-        + "."
-    )
-    lines.append(f"Report: {report}")
+    temperature = f"{summary['evaluation_temperature']:g}"
+    ledger = ", ".join(f"{name} {number}" for name, number in summary["ledger"].items())
+    lines = [
+        f"Finished {summary['num_updates']} updates in {_format_s(summary['wall_s'])}.",
+        _describe_success(summary, "success", f"sampled at T={temperature}"),
+        _describe_success(summary, "greedy_success", "greedy"),
+        f"Staleness at most {summary['staleness_max']} of {summary['max_staleness']} allowed.",
+        f"Ledger: {ledger}.",
+        f"Report: {report}",
+    ]
     return "\n".join(lines)
+
+
+def _describe_success(summary: dict[str, Any], name: str, label: str) -> str:
+    before = _format_with_interval(summary, f"{name}_before")
+    after = _format_with_interval(summary, f"{name}_after")
+    return (
+        f"Held-out success, {label}: {before} -> {after} "
+        f"({summary['num_evaluation_episodes']} episodes): "
+        f"{describe_change(summary[f'{name}_change_interval'])}"
+    )
+
+
+def _format_with_interval(summary: dict[str, Any], name: str) -> str:
+    low, high = summary[f"{name}_interval"]
+    return f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _format(values: dict[str, float], name: str, digits: int = 2) -> str:
@@ -234,9 +265,8 @@ def _format_s(seconds: float) -> str:
 
 def _format_left(metrics: MetricsLog, done: int, target: int) -> str:
     """Time left at the pace of the newest updates."""
-    updates = [
-        record for record in metrics.records("learner") if "success_mean" in record["values"]
-    ][-20:]
+    updates = select_updates(metrics.records())[-_PACE_UPDATES:]
+    # The time between two updates alone says little of the pace.
     if len(updates) < 3 or done >= target:
         return "-"
     pace_s = (updates[-1]["at_s"] - updates[0]["at_s"]) / (len(updates) - 1)

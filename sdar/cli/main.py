@@ -1,6 +1,6 @@
-"""The `sdar` command: its verbs, their options, and how an error reaches a person.
+"""The `sdar` command: its verbs, their options, and how errors are reported.
 
-What a verb does is imported when it is called: `sdar --help` waits for none of it.
+What a verb does is imported when it is called, so that `sdar --help` answers at once.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ app.add_typer(dead_letter_app, name="dead-letter")
 app.command()(retriever)
 
 _TOKEN_BYTES = 32
+# What shells report for a command that SIGINT ended: 128 + 2.
 _INTERRUPTED_EXIT_CODE = 130
 
 ConfigArgument = Annotated[
@@ -113,9 +114,9 @@ def run(
     from sdar.config import load_config
 
     loaded = load_config(config, parse_overrides(set_values))
-    raise typer.Exit(
-        run_locally(loaded, runs_dir, port=port, redis_url=redis, is_json=output is Output.JSON)
-    )
+    is_json = output is Output.JSON
+    code = run_locally(loaded, runs_dir, port=port, redis_url=redis, is_json=is_json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -208,6 +209,7 @@ def logs(
     """Show what the services of a run log, in the order of time."""
     from sdar.cli.logs import show_logs
 
+    # No --gateway: a gateway does not have the logs of the others.
     place = Place(None, runs_dir, release, namespace, context, is_compose)
     show_logs(
         place,
@@ -296,8 +298,8 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
 
     overrides = {}
     for pair in pairs or []:
-        key, found, value = pair.partition("=")
-        if not found or not key:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
             raise ConfigurationError(
                 f"--set takes KEY=VALUE, got {pair!r}. Write for example training.num_updates=20."
             )
@@ -306,12 +308,12 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
-    """Tell a person, or where JSON is asked for a program, what went wrong, and end with a code
-    that says whose turn it is.
+    """Report what went wrong and end the process: with code 2 if the caller has to change
+    something, with 1 otherwise. Where JSON was asked for, the error is printed as JSON too.
     """
-    if "--json" in arguments or "--output json" in " ".join(arguments).replace(
-        "--output=json", "--output json"
-    ):
+    from sdar.process.text import escape_controls
+
+    if _asks_for_json(arguments):
         event = {
             "event": "error",
             "reason": error.reason,
@@ -319,18 +321,25 @@ def fail(error: SdarError, arguments: Sequence[str]) -> NoReturn:
             "fields": error.fields,
         }
         print(json.dumps(event), flush=True)
-    from sdar.process.text import escape_controls
 
-    # A server's words, or a file's, may be in it.
-    print("error: " + escape_controls(error.message, keep="\n"), file=sys.stderr, flush=True)
+    # The message may quote a server or a file.
+    message = escape_controls(error.message, keep="\n")
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InvalidInputError | RefusedError) else 1)
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    # The error may come from any verb, whose parsed options are gone by now.
+    line = " ".join(arguments).replace("--output=json", "--output json")
+    return "--json" in arguments or "--output json" in line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sdar` command. Errors raised on purpose become one sentence, all others
     keep their traceback.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
     try:
         app(list(arguments))
     except SdarError as error:
@@ -338,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
+        # Such as `sdar logs | head`. Python flushes stdout once more at exit and would print a
+        # traceback about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

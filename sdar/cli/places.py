@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,11 +76,17 @@ class Place:
     is_compose: bool = False
 
     def __post_init__(self) -> None:
-        given = {"--gateway": self.gateway, "--release": self.release, "--compose": self.is_compose}
-        told = [name for name, value in given.items() if value]
-        if len(told) > 1:
-            raise ConfigurationError(f"{' and '.join(told)} are two places. Give one of them.")
-        if (self.namespace or self.context) and not self.release:
+        places = {
+            "--gateway": self.gateway,
+            "--release": self.release,
+            "--compose": self.is_compose,
+        }
+        given = [name for name, value in places.items() if value]
+        if len(given) > 1:
+            raise ConfigurationError(f"{' and '.join(given)} are two places. Give one of them.")
+
+        is_cluster_named = bool(self.namespace or self.context)
+        if is_cluster_named and not self.release:
             raise ConfigurationError(
                 "--namespace and --context are of a Helm release. Give it with --release NAME."
             )
@@ -93,8 +99,12 @@ class Place:
     @property
     def kubectl(self) -> list[str]:
         """The command with the options that say which cluster and namespace."""
-        options = {"--context": self.context, "--namespace": self.namespace}
-        return ["kubectl", *(f"{name}={value}" for name, value in options.items() if value)]
+        command = ["kubectl"]
+        if self.context:
+            command.append(f"--context={self.context}")
+        if self.namespace:
+            command.append(f"--namespace={self.namespace}")
+        return command
 
 
 _OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -105,6 +115,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "is_compose": (ComposeOption, False),
     "runs_dir": (RunsOption, Path("runs")),
 }
+"""Annotation and default of each option that makes up a Place, in the order of `--help`."""
 
 
 def takes_place(verb: Callable[..., None]) -> Callable[..., None]:
@@ -115,16 +126,25 @@ def takes_place(verb: Callable[..., None]) -> Callable[..., None]:
         place = Place(**{name: values.pop(name) for name in _OPTIONS})
         verb(place=place, **values)
 
+    # Typer reads a verb's options from its signature and its annotations, so both have to show the
+    # options in place of `place`.
     signature = inspect.signature(verb, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "place"]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _OPTIONS.items()
-    ]
-    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    shown = signature.replace(parameters=[*keyword_only, *added])
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name != "place":
+            # A signature may not have an option without a default after one with a default, unless
+            # all of them are keywords.
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    for name, (kind, default) in _OPTIONS.items():
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+        )
+
+    shown = signature.replace(parameters=parameters)
     call.__signature__ = shown  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
@@ -133,75 +153,71 @@ def open_gateway_at(place: Place) -> Gateway:
 
     Raises:
         ConfigurationError: no or several runs are meant, or a tool is missing.
-            UnknownResourceError: no such release.
+        UnknownResourceError: there is no such release.
         UnavailableError: its gateway is not there.
     """
-    from sdar.cli.gateway import (  # what speaks HTTP: `sdar --help` should not wait for it
-        ContainerGateway,
-        open_gateway,
-    )
-
-    if not (place.release or place.is_compose):
-        return open_gateway(place.gateway, place.runs_dir)
+    # What speaks HTTP: `sdar --help` should not wait for it.
+    from sdar.cli.gateway import ContainerGateway, open_gateway
 
     if place.is_compose:
-        return ContainerGateway(
-            "the gateway's container", [*find_compose(), "exec", "-T", Role.GATEWAY]
-        )
-    pod = _find_gateway_pod(place)
-    return ContainerGateway(
-        f"pod {pod}", [*place.kubectl, "exec", pod, f"--container={Role.GATEWAY}", "--"]
-    )
+        # -T, for there is no terminal to give the container.
+        command = [*find_compose(), "exec", "-T", Role.GATEWAY]
+        return ContainerGateway("the gateway's container", command)
+
+    if place.release:
+        pod = _find_gateway_pod(place)
+        command = [*place.kubectl, "exec", pod, f"--container={Role.GATEWAY}", "--"]
+        return ContainerGateway(f"pod {pod}", command)
+
+    return open_gateway(place.gateway, place.runs_dir)
 
 
 def list_pods(place: Place, role: str | None = None) -> list[dict[str, Any]]:
-    """The release's pods as Kubernetes describes them.
+    """The release's pods, or those of one role, as Kubernetes describes them.
 
     Raises:
-        UnknownResourceError: the release has none, and which releases there are.
+        UnknownResourceError: the release has none; the message names the releases that there are.
     """
     assert place.release
-    pods = list(_get_pods(place.kubectl, f"{_APPLICATION},{_RELEASE}={place.release}"))
+    pods = _get_pods(place.kubectl, f"{_APPLICATION},{_RELEASE}={place.release}")
     if not pods:
-        here = sorted(
-            {
-                pod["metadata"]["labels"].get(_RELEASE, "")
-                for pod in _get_pods(place.kubectl, _APPLICATION)
-            }
-        )
         where = f"in namespace {place.namespace}" if place.namespace else "in the current namespace"
-        known = (
-            f"There {'is' if len(here) == 1 else 'are'} {', '.join(here)}."
-            if here
-            else "There is none of sdar."
-        )
         raise UnknownResourceError(
-            f"No release {place.release} {where}. {known} Give another with --release or "
-            "--namespace."
+            f"No release {place.release} {where}. {_describe_releases(place)} Give another with "
+            "--release or --namespace."
         )
-    return [pod for pod in pods if role in (None, pod["metadata"]["labels"].get(ROLE))]
+    if role is None:
+        return pods
+    return [pod for pod in pods if pod["metadata"]["labels"].get(ROLE) == role]
 
 
-def _get_pods(kubectl: Sequence[str], selector: str) -> Iterator[dict[str, Any]]:
-    yield from json.loads(
-        run_tool([*kubectl, "get", "pods", f"--selector={selector}", "--output=json"])
-    )["items"]
+def _describe_releases(place: Place) -> str:
+    pods = _get_pods(place.kubectl, _APPLICATION)
+    names = sorted({pod["metadata"]["labels"].get(_RELEASE, "") for pod in pods})
+    if not names:
+        return "There is none of sdar."
+    verb = "is" if len(names) == 1 else "are"
+    return f"There {verb} {', '.join(names)}."
+
+
+def _get_pods(kubectl: Sequence[str], selector: str) -> list[dict[str, Any]]:
+    text = run_tool([*kubectl, "get", "pods", f"--selector={selector}", "--output=json"])
+    return list(json.loads(text)["items"])
 
 
 def _find_gateway_pod(place: Place) -> str:
-    pods = list_pods(place, Role.GATEWAY)
-    running = [
-        pod
-        for pod in pods
-        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
-    ]
-    if running:
-        return str(running[0]["metadata"]["name"])
-    told = ", ".join(
-        f"{pod['metadata']['name']} is {pod['status'].get('phase', 'unknown')}" for pod in pods
-    )
+    states = []
+    for pod in list_pods(place, Role.GATEWAY):
+        name = pod["metadata"]["name"]
+        phase = pod["status"].get("phase", "unknown")
+        # One that is being deleted still counts as running.
+        if phase == "Running" and "deletionTimestamp" not in pod["metadata"]:
+            return str(name)
+        states.append(f"{name} is {phase}")
+
+    details = f": {', '.join(states)}" if states else ""
     raise UnavailableError(
-        f"No gateway of release {place.release} is running{f': {told}' if told else ''}. See "
+        f"No gateway of release {place.release} is running{details}. See "
         "`kubectl describe pods -l "
         f"{_RELEASE}={place.release},{ROLE}=gateway` and `sdar logs gateway --release "
         f"{place.release}`."

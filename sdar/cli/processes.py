@@ -1,4 +1,4 @@
-"""The service processes of a run on one machine: start, watch, restart, stop, whatever they do."""
+"""Starts, watches, restarts and stops the service processes of a run on one machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from sdar.process.ports import find_free_port
 from sdar.wire.http_client import client_options
 from sdar.wire.security import OPEN, Security
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_PROBE_TIMEOUT_S = 2.0
 _MAX_RESTARTS = 5
 _RESTART_WINDOW_S = 600.0
+_LAST_LINES = 3
 REFUSED_EXIT_CODE = 2
-"""A service that ends with this code said why and would say it again: it is not restarted."""
+"""A service that ends with this code reported why, and would do so again: it is not restarted."""
 
 
 class ServiceFailedError(SdarError):
@@ -46,11 +48,13 @@ class ServiceProcess:
     """What its probe's server is verified by: the gateway's is its HTTP API."""
     process: subprocess.Popen[bytes] | None = None
     restarts: list[float] = field(default_factory=list)
+    """When it was restarted, by the monotonic clock."""
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "sdar.cli.main", *self.arguments]
 
     def start(self) -> None:
+        # Appended, so that the log of a service that died is still there after its restart.
         with self.log_path.open("ab") as log_file:
             self.process = subprocess.Popen(
                 self.command(),
@@ -67,15 +71,16 @@ class ServiceProcess:
         return self.process is not None and self.process.poll() is None
 
     def is_ready(self) -> bool:
+        """Whether its probe answers that it is."""
         try:
-            return (
-                httpx.get(
-                    f"{self.probe_url}/readyz", timeout=2.0, **client_options(self.security)
-                ).status_code
-                == 200
+            answer = httpx.get(
+                f"{self.probe_url}/readyz",
+                timeout=_PROBE_TIMEOUT_S,
+                **client_options(self.security),
             )
         except httpx.HTTPError:
             return False
+        return answer.status_code == httpx.codes.OK
 
     def terminate(self) -> None:
         if self.process is not None and self.is_running:
@@ -84,28 +89,28 @@ class ServiceProcess:
     def kill(self) -> None:
         """End the whole group, orphans included."""
         if self.process is not None:
+            # Its group may be empty by now.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def last_words(self) -> str:
-        """The error the service logged last, or the end of its log."""
-        lines = (
-            self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
-        )
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (
-            errors[-1]
-            if errors
-            else " / ".join(line.strip() for line in lines[-3:]) or "it said nothing"
-        )
+        """The error that the service reported last, or the end of its log."""
+        lines: list[str] = []
+        if self.log_path.exists():
+            lines = self.log_path.read_text(errors="replace").splitlines()
+
+        for line in reversed(lines):
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+        return " / ".join(map(str.strip, lines[-_LAST_LINES:])) or "it logged nothing"
 
 
 class Fleet:
-    """All services of a run. `check` restarts what died and raises when that is hopeless.
+    """All services of a run.
 
     Args:
-        max_restarts: of one service within ten minutes.
+        max_restarts: how often a service may die within ten minutes and be restarted.
     """
 
     def __init__(self, max_restarts: int = _MAX_RESTARTS) -> None:
@@ -123,42 +128,55 @@ class Fleet:
         return [service.name for service in self.services if not service.is_ready()]
 
     def check(self) -> list[str]:
-        """Restart services that died; returns their names.
+        """Restart services that died.
+
+        Returns:
+            Their names.
 
         Raises:
-            ServiceFailedError: one refused to run, or died too often.
+            ServiceFailedError: a service refused to run, or died too often.
         """
         restarted = []
         for service in self.services:
-            if service.is_running or service.process is None:
+            if service.process is None or service.is_running:
                 continue
-            code = service.process.returncode
-            now = time.monotonic()
-            service.restarts = [at for at in service.restarts if now - at < _RESTART_WINDOW_S]
-            if code == REFUSED_EXIT_CODE:
-                raise ServiceFailedError(
-                    f"The {service.name} service cannot run: {service.last_words()}"
-                )
-            if len(service.restarts) >= self._max_restarts:
-                raise ServiceFailedError(
-                    f"The {service.name} service died {self._max_restarts + 1} times within "
-                    f"{_RESTART_WINDOW_S / 60:.0f} "
-                    f"minutes, last with code {code}: {service.last_words()}. Its log is "
-                    f"{service.log_path}."
-                )
-            service.kill()  # what it left behind in its process group
-            service.restarts.append(now)
-            service.start()
+            self._restart(service, service.process.returncode)
             restarted.append(service.name)
         return restarted
 
-    def stop(self, names: tuple[str, ...], timeout_s: float) -> list[str]:
-        """Ask services to drain and wait for them; those that don't end in time are killed and
-        returned.
+    def _restart(self, service: ServiceProcess, code: int) -> None:
+        if code == REFUSED_EXIT_CODE:
+            raise ServiceFailedError(
+                f"The {service.name} service cannot run: {service.last_words()}"
+            )
+
+        now = time.monotonic()
+        service.restarts = [at for at in service.restarts if now - at < _RESTART_WINDOW_S]
+        if len(service.restarts) >= self._max_restarts:
+            raise ServiceFailedError(
+                f"The {service.name} service died {self._max_restarts + 1} times within "
+                f"{_RESTART_WINDOW_S / 60:.0f} "
+                f"minutes, last with code {code}: {service.last_words()}. Its log is "
+                f"{service.log_path}."
+            )
+
+        service.kill()  # what it left behind in its process group
+        service.restarts.append(now)
+        service.start()
+
+    def stop(self, roles: tuple[str, ...], timeout_s: float) -> list[str]:
+        """Ask the services of these roles to drain, and wait for them.
+
+        Returns:
+            Names of those that did not end in time and were killed.
         """
-        stopping = [service for name in names for service in self.list_of_role(name)]
+        stopping: list[ServiceProcess] = []
+        for role in roles:
+            stopping += self.list_of_role(role)
+        # All are asked before one is waited for: they drain side by side.
         for service in stopping:
             service.terminate()
+
         deadline = time.monotonic() + timeout_s
         killed = []
         for service in stopping:
@@ -167,6 +185,7 @@ class Fleet:
                     service.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 killed.append(service.name)
+            # Also one that ended: it may have left processes behind.
             service.kill()
         return killed
 
@@ -184,6 +203,7 @@ def choose_port(host: str, wanted: int = 0) -> int:
     if wanted == 0:
         return find_free_port(host)
     with socket.socket(socket.AF_INET) as probe:
+        # As servers do: a port whose connections ended a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, wanted))

@@ -1,4 +1,4 @@
-"""What is left to read after a run: summary.json, plots and report.html, from what it wrote."""
+"""Writes what is read after a run: summary.json, the plots and report.html."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdar.cli.metrics_log import MetricsLog, read_metrics
 from sdar.cli.places import Place, open_gateway_at
@@ -16,8 +16,15 @@ from sdar.config import RunConfig, load_config, save_config
 from sdar.contracts.errors import ConfigurationError, UnavailableError
 from services.gateway.evaluation import compute_change_interval
 
+if TYPE_CHECKING:
+    from sdar.cli.gateway import Gateway
+
 _UPDATE_METRIC = "success_mean"
 """A learner's record that holds it is about one update."""
+
+
+_LAST_UPDATES = 10
+"""Updates at the end of a run over which the summary pools success in training."""
 
 
 def build_summary(
@@ -32,42 +39,26 @@ def build_summary(
     Raises:
         UnavailableError: the status holds no complete evaluation.
     """
-    evaluations = [e for e in status["evaluations"] if e["is_complete"]]
+    evaluations = [one for one in status["evaluations"] if one["is_complete"]]
+    sampled = _list_of_kind(evaluations, is_greedy=False)
+    greedy = _list_of_kind(evaluations, is_greedy=True)
+    before = sampled[0]
+    after = sampled[-1]
+
     updates = select_updates(records)
-    staleness_max = int(max(_values(updates, "staleness_max"), default=0))
-    before, after = (
-        _pick(evaluations, is_greedy=False, is_last=is_last) for is_last in (False, True)
-    )
-    greedy_before, greedy_after = (
-        _pick(evaluations, is_greedy=True, is_last=is_last) for is_last in (False, True)
-    )
     return {
         "name": config.name,
         "method": config.method.name,
         "seed": config.seed,
-        "success_before": before["success"],
-        "success_before_interval": before["interval"],
-        "success_after": after["success"],
-        "success_after_interval": after["interval"],
-        "greedy_success_before": greedy_before["success"],
-        "greedy_success_before_interval": greedy_before["interval"],
-        "greedy_success_after": greedy_after["success"],
-        "greedy_success_after_interval": greedy_after["interval"],
-        "success_change_interval": _compute_change(before, after),
-        "greedy_success_change_interval": _compute_change(greedy_before, greedy_after),
+        **_sum_up_success("success", sampled),
+        **_sum_up_success("greedy_success", greedy),
         "evaluation_temperature": config.evaluation.temperature,
         "num_evaluation_episodes": after["num_episodes"],
+        **_pool_success(updates[-_LAST_UPDATES:]),
         "num_updates": status["num_updates"],
         "wall_s": round(wall_s, 1),
-        "staleness_mean": _mean(_values(updates, "staleness_mean")),
-        "staleness_max": staleness_max,
+        **_sum_up_staleness(updates),
         "max_staleness": config.training.max_staleness,
-        # While tokens of version v - s are trained at version v, episodes of every version in
-        # between are on their way.
-        "num_policy_versions_in_flight_max": staleness_max + 1,
-        "num_policy_versions_in_batch_max": int(
-            max(_values(updates, "num_policy_versions"), default=1)
-        ),
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
         "ledger_gap_ids": status["ledger_gap_ids"],
         "dead_letters": status["dead_letters"],
@@ -80,9 +71,63 @@ def build_summary(
     }
 
 
+def _list_of_kind(evaluations: list[dict[str, Any]], *, is_greedy: bool) -> list[dict[str, Any]]:
+    """The sampled or the greedy evaluations, oldest first; at least one."""
+    found = [one for one in evaluations if one["is_greedy"] is is_greedy]
+    if not found:
+        raise UnavailableError(
+            f"The run has no complete {'greedy' if is_greedy else 'sampled'} evaluation, so there "
+            "is nothing to sum up. "
+            "Let it finish; the gateway's log says what its evaluations wait for."
+        )
+    return sorted(found, key=lambda one: int(one["num_updates"]))
+
+
+def _sum_up_success(name: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Success in the first and the last of the evaluations, and the interval of its change."""
+    before = evaluations[0]
+    after = evaluations[-1]
+    low, high = compute_change_interval(
+        before["success"], before["interval"], after["success"], after["interval"]
+    )
+    return {
+        f"{name}_before": before["success"],
+        f"{name}_before_interval": before["interval"],
+        f"{name}_after": after["success"],
+        f"{name}_after_interval": after["interval"],
+        f"{name}_change_interval": (low, high),
+    }
+
+
+def _sum_up_staleness(updates: list[Record]) -> dict[str, Any]:
+    staleness_max = int(max(_values(updates, "staleness_max"), default=0))
+    versions_in_batch = int(max(_values(updates, "num_policy_versions"), default=1))
+    return {
+        "staleness_mean": _mean(_values(updates, "staleness_mean")),
+        "staleness_max": staleness_max,
+        # While tokens of version v - s are trained at version v, episodes of every version in
+        # between are on their way.
+        "num_policy_versions_in_flight_max": staleness_max + 1,
+        "num_policy_versions_in_batch_max": versions_in_batch,
+    }
+
+
+def _pool_success(updates: list[Record]) -> dict[str, float]:
+    """Success in training over some updates: of all episodes played, and of those trained."""
+    pooled = {}
+    pairs = (("success_mean", "num_episodes"), ("trained_success_mean", "num_trajectories"))
+    for name, count in pairs:
+        values = [update["values"] for update in updates if count in update["values"]]
+        total = sum(each[count] for each in values)
+        if total:
+            pooled[name] = sum(each[name] * each[count] for each in values) / total
+    return pooled
+
+
 def describe_change(interval: Sequence[float]) -> str:
     """What the 95% interval of a change of success lets one say."""
     low, high = interval
+    # Only an interval that leaves out 0 shows a change.
     if low > 0:
         return f"rose, by {low:.3f} to {high:.3f}"
     if high < 0:
@@ -92,7 +137,8 @@ def describe_change(interval: Sequence[float]) -> str:
 
 def select_updates(records: list[Record]) -> list[Record]:
     """The learner's records that are about one update each."""
-    return [r for r in records if r["service"] == "learner" and _UPDATE_METRIC in r["values"]]
+    learner = [record for record in records if record["service"] == "learner"]
+    return [record for record in learner if _UPDATE_METRIC in record["values"]]
 
 
 def fetch_run(place: Place, directory: Path) -> None:
@@ -105,29 +151,40 @@ def fetch_run(place: Place, directory: Path) -> None:
         ConfigurationError: the directory is in use for something else.
     """
     with open_gateway_at(place) as gateway, RunDirectory(directory) as run:
+        # Before the metrics, so that a run that is finished here has reported its last ones.
         status = gateway.get("/v1/run")
         config = RunConfig.model_validate(gateway.get("/v1/run/configuration"))
-        is_ours = not run.checkpoints.exists() and (
-            not run.config.exists() or load_config(run.config).name == config.name
-        )
-        if not is_ours:
+        if not _is_for(run, config):
             raise ConfigurationError(
                 f"{directory} holds another run. Give a directory of its own for that of "
                 f"{config.name}."
             )
         save_config(config, run.config)
+
         metrics = MetricsLog(run.metrics)
-        is_more = True
-        while (
-            is_more
-        ):  # a running run always has a few more: only a full page is followed by another
-            query = metrics.query()
-            page = gateway.get("/v1/metrics", **query)
-            metrics.extend(page)
-            is_more = len(page) == query["limit"]
+        _fetch_metrics(gateway, metrics)
+
         if status["phase"] == "finished":
             wall_s = status["finished_at_s"] - status["started_at_s"]
             run.write_json(run.summary, build_summary(config, status, metrics.records(), wall_s))
+
+
+def _is_for(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the directory is empty, or holds what was fetched of this run before."""
+    # Checkpoints are never fetched: a run was trained here.
+    if run.checkpoints.exists():
+        return False
+    return not run.config.exists() or load_config(run.config).name == config.name
+
+
+def _fetch_metrics(gateway: Gateway, metrics: MetricsLog) -> None:
+    # A running run always has a few more records: only a full page is followed by another.
+    is_more = True
+    while is_more:
+        query = metrics.query()
+        page = gateway.get("/v1/metrics", **query)
+        metrics.extend(page)
+        is_more = len(page) == query["limit"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -143,38 +200,33 @@ def write_report(run_dir: Path) -> Path:
             f"{run_dir} holds no config.yaml, so it is no run directory. Give the path runs/<name>."
         )
     config = load_config(directory.config)
-    summary = (
-        json.loads(directory.summary.read_text(encoding="utf-8"))
-        if directory.summary.exists()
-        else {}
-    )
+    summary = _read_summary(directory)
     records = read_metrics(directory.metrics)
     data = RunData(
         updates=select_updates(records),
-        rollout=[r for r in records if r["service"] == "rollout"],
+        rollout=[record for record in records if record["service"] == "rollout"],
         evaluations=summary.get("evaluations", []),
         max_staleness=config.training.max_staleness,
     )
+
     directory.plots.mkdir(exist_ok=True)
     plots = draw_plots(data, directory.plots)
+    page = _render(config, summary, plots, directory)
+
+    # A browser that reloads meanwhile sees the old page or the new one, never half of it.
     path = directory.root / "report.html"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(_render(config, summary, plots, directory), encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8")
     temporary.rename(path)
     return path
 
 
-def _pick(evaluations: list[dict[str, Any]], *, is_greedy: bool, is_last: bool) -> dict[str, Any]:
-    found = sorted(
-        (e for e in evaluations if e["is_greedy"] is is_greedy), key=lambda e: int(e["num_updates"])
-    )
-    if not found:
-        raise UnavailableError(
-            f"The run has no complete {'greedy' if is_greedy else 'sampled'} evaluation, so there "
-            "is nothing to sum up. "
-            "Let it finish; the gateway's log says what its evaluations wait for."
-        )
-    return found[-1 if is_last else 0]
+def _read_summary(directory: RunDirectory) -> dict[str, Any]:
+    """The summary of a finished run; empty before its end."""
+    if not directory.summary.exists():
+        return {}
+    summary: dict[str, Any] = json.loads(directory.summary.read_text(encoding="utf-8"))
+    return summary
 
 
 def _values(records: list[Record], name: str) -> list[float]:
@@ -191,23 +243,22 @@ def _mean(values: list[float]) -> float:
 def _render(
     config: RunConfig, summary: dict[str, Any], plots: list[Plot], directory: RunDirectory
 ) -> str:
+    """The whole page. Names come from a configuration, so everything is escaped."""
     title = f"{config.name}: {config.method.name} on {config.environment.name}"
     parts = [f"<h1>{escape(title)}</h1>", _render_lead(config, summary)]
     if summary:
         parts.append(_render_tiles(summary))
+
     parts += [_render_plot(plot, directory) for plot in plots]
     if summary:
-        tables = (_render_evaluations, _render_task_types, _render_components, _render_ledger)
-        parts += [render(summary) for render in tables]
+        parts += [
+            _render_evaluations(summary),
+            _render_task_types(summary),
+            _render_components(summary),
+            _render_ledger(summary),
+        ]
     parts.append(_render_configuration(directory))
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
-
-
-def _compute_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
-    low, high = compute_change_interval(
-        before["success"], before["interval"], after["success"], after["interval"]
-    )
-    return low, high
 
 
 def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
@@ -227,30 +278,36 @@ def _render_lead(config: RunConfig, summary: dict[str, Any]) -> str:
 
 def _render_tiles(summary: dict[str, Any]) -> str:
     temperature = f"T={summary['evaluation_temperature']:g}"
-    change, greedy_change = (
-        describe_change(summary[f"{name}_change_interval"])
-        for name in ("success", "greedy_success")
-    )
     tiles = [
-        (f"held-out success, {temperature}", _format_change(summary, "success"), change),
-        ("held-out success, greedy", _format_change(summary, "greedy_success"), greedy_change),
-        (
+        _render_tile(
+            f"held-out success, {temperature}",
+            _format_change(summary, "success"),
+            describe_change(summary["success_change_interval"]),
+        ),
+        _render_tile(
+            "held-out success, greedy",
+            _format_change(summary, "greedy_success"),
+            describe_change(summary["greedy_success_change_interval"]),
+        ),
+        _render_tile(
             "staleness of trained tokens",
             f"{summary['staleness_mean']:.2f} mean",
             f"at most {summary['staleness_max']}, bound {summary['max_staleness']}",
         ),
-        (
+        _render_tile(
             "groups trained",
             str(summary["ledger"].get("trained", 0)),
             f"unexplained: {summary['ledger']['gap']}",
         ),
     ]
-    cells = [
+    return f"<div class=tiles>{''.join(tiles)}</div>"
+
+
+def _render_tile(label: str, value: str, note: str) -> str:
+    return (
         f"<div class=tile><span>{escape(label)}</span><strong>{escape(value)}</strong>"
         f"<span>{escape(note)}</span></div>"
-        for label, value, note in tiles
-    ]
-    return f"<div class=tiles>{''.join(cells)}</div>"
+    )
 
 
 def _render_plot(plot: Plot, directory: RunDirectory) -> str:
@@ -266,33 +323,42 @@ def _render_plot(plot: Plot, directory: RunDirectory) -> str:
 
 
 def _render_evaluations(summary: dict[str, Any]) -> str:
-    rows = [
-        [
-            e["num_updates"],
-            f"v{e['policy_version']}",
-            "greedy" if e["is_greedy"] else f"T={summary['evaluation_temperature']:g}",
-            f"{e['success']:.3f}",
-            f"{e['interval'][0]:.3f} to {e['interval'][1]:.3f}",
-            e["num_episodes"],
-            e["num_failed"],
+    in_order = sorted(
+        summary["evaluations"], key=lambda one: (one["num_updates"], one["is_greedy"])
+    )
+    rows = []
+    for one in in_order:
+        low, high = one["interval"]
+        temperature = f"T={summary['evaluation_temperature']:g}"
+        row = [
+            one["num_updates"],
+            f"v{one['policy_version']}",
+            "greedy" if one["is_greedy"] else temperature,
+            f"{one['success']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            one["num_episodes"],
+            one["num_failed"],
         ]
-        for e in sorted(summary["evaluations"], key=lambda e: (e["num_updates"], e["is_greedy"]))
-    ]
+        rows.append(row)
     header = ["updates", "policy", "sampling", "success", "95% interval", "episodes", "not played"]
     return _render_table("Evaluations", header, rows)
 
 
 def _render_task_types(summary: dict[str, Any]) -> str:
-    before, after = summary["by_task_type"]["before"], summary["by_task_type"]["after"]
+    before = summary["by_task_type"]["before"]
+    after = summary["by_task_type"]["after"]
     rows = []
+    # A type of which no episode was played before or after stands in one of the two alone.
     for kind in sorted(before.keys() | after.keys()):
-        (won, played), (won2, played2) = before.get(kind, (0, 0)), after.get(kind, (0, 0))
-        rows.append([kind, _format_share(won, played), _format_share(won2, played2)])
+        share_before = _format_share(*before.get(kind, (0, 0)))
+        share_after = _format_share(*after.get(kind, (0, 0)))
+        rows.append([kind, share_before, share_after])
     return _render_table("By task type", ["task type", "before", "after"], rows)
 
 
 def _render_components(summary: dict[str, Any]) -> str:
-    before, after = summary["reward_components"]["before"], summary["reward_components"]["after"]
+    before = summary["reward_components"]["before"]
+    after = summary["reward_components"]["after"]
     rows = [
         [name, f"{before.get(name, 0.0):.3f}", f"{after.get(name, 0.0):.3f}"]
         for name in sorted(before.keys() | after.keys())
@@ -303,7 +369,7 @@ def _render_components(summary: dict[str, Any]) -> str:
 
 
 def _render_ledger(summary: dict[str, Any]) -> str:
-    rows = [[name, number] for name, number in summary["ledger"].items()]
+    rows = [list(item) for item in summary["ledger"].items()]
     return _render_table("Ledger of training groups", ["outcome", "groups"], rows)
 
 

@@ -1,7 +1,7 @@
-"""`sdar run`: one machine, every service a process. MAIN LOOP: watch, read the gateway, show.
+"""`sdar run`: a whole run on one machine, every service a process.
 
-It decides nothing about training; the gateway does. It brings services up in order, keeps them up
-and drains them in order.
+It starts the services in order, restarts what dies, shows what the gateway reports, and drains the
+services in order. It decides nothing about training; the gateway does.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from sdar.wire.security import OPEN, Security
 
 _HOST = "127.0.0.1"
 _POLL_S = 1.0
+_READY_POLL_S = 0.25
+_DRAIN_POLL_S = 0.2
 _START_TIMEOUT_S = 300.0
 _DRAIN_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -84,13 +86,13 @@ def run_locally(
         SdarError: it cannot begin, a service cannot go on, or the account of groups has a gap; what
             was started is stopped.
     """
-    config = locate_model(config)  # a bad model is said now, not by four services a minute later
+    # What can be found out now is not left to four services that fail a minute later.
+    config = locate_model(config)
     choose_port(_HOST, port)
     if redis_url is not None:
         _check_redis(redis_url)
-    view: View = (
-        JsonView() if is_json else LiveView(config) if sys.stdout.isatty() else LineView(config)
-    )
+
+    view = _open_view(config, is_json)
     with RunDirectory(runs_dir / config.name) as directory, _interruptible():
         is_resumed = directory.prepare(config)
         if is_resumed and directory.summary.exists():
@@ -99,20 +101,33 @@ def run_locally(
                 f"{directory.root / 'report.html'}"
             )
             return 0
+
         view.say(f"{'Resuming' if is_resumed else 'Starting'} {config.name} in {directory.root}")
         with contextlib.ExitStack() as stack:
-            redis = (
-                stack.enter_context(EmbeddedRedis(directory.redis, fsync="always"))
-                if redis_url is None
-                else redis_url
-            )
-            session = _Session(config, directory, redis, choose_port(_HOST, port), view)
-            stack.callback(session.fleet.kill)
-            return session.run()
+            redis: EmbeddedRedis | str
+            if redis_url is None:
+                # What a commit has promised must be on the disk before it is answered.
+                redis = stack.enter_context(EmbeddedRedis(directory.redis, fsync="always"))
+            else:
+                redis = redis_url
+            sitting = _Sitting(config, directory, redis, choose_port(_HOST, port), view)
+            # Before Redis ends: services that lost it would only wait for it.
+            stack.callback(sitting.fleet.kill)
+            return sitting.run()
 
 
-class _Session:
-    """One sitting of a run: from bringing the services up to taking them down."""
+def _open_view(config: RunConfig, is_json: bool) -> View:
+    if is_json:
+        return JsonView()
+    if sys.stdout.isatty():
+        return LiveView(config)
+    return LineView(config)
+
+
+class _Sitting:
+    """One sitting of a run: from starting the services to stopping them. A run that is resumed has
+    several.
+    """
 
     def __init__(
         self,
@@ -137,6 +152,7 @@ class _Session:
         self._began = time.monotonic()
 
     def run(self) -> int:
+        """Run to the end or until Ctrl-C; the exit code, as `run_locally` returns it."""
         try:
             self._start()
             status = self._watch()
@@ -145,14 +161,14 @@ class _Session:
                 "Draining: finishing running episodes and writing a checkpoint. Ctrl-C again to "
                 "stop at once."
             )
-            drained = self._drain()
-            if drained is None:
+            finished = self._drain()
+            if finished is None:
                 self.view.say(
                     "Stopped. `sdar run` with the same configuration resumes in "
                     f"{self.directory.root}."
                 )
                 return INTERRUPTED_EXIT_CODE
-            status = drained
+            status = finished
         except ServiceFailedError:
             self._stop_all()
             raise
@@ -164,6 +180,7 @@ class _Session:
 
     @property
     def wall_s(self) -> float:
+        """Seconds that the run has taken, earlier sittings included."""
         return self._earlier_s + time.monotonic() - self._began
 
     # ---- up
@@ -172,21 +189,32 @@ class _Session:
         self.directory.write_json(self.directory.gateway, {"address": self.address})
         # Tasks in flight name these servers, so each keeps its port over restarts.
         ports = self.directory.choose_ports(_HOST, CALLED)
+        shared = self._build_environment(ports)
+        for role, names in list_services(self.config).items():
+            for name in names:
+                grpc_port = ports.get(role) or choose_port(_HOST)
+                self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
+        self._wait_until_ready()
+        self.view.say(f"All services are ready. Gateway: {self.url}")
+
+    def _build_environment(self, ports: dict[str, int]) -> dict[str, str]:
+        """The variables that all services have in common."""
+        redis_url = self._redis.url if isinstance(self._redis, EmbeddedRedis) else self._redis
         shared = {
             "SDAR_CONFIG": str(self.directory.config),
-            "SDAR_REDIS_URL": self._redis if isinstance(self._redis, str) else self._redis.url,
+            "SDAR_REDIS_URL": redis_url,
             "SDAR_WEIGHTS_URL": str(self.directory.weights.resolve()),
             "SDAR_CHECKPOINTS": str(self.directory.checkpoints.resolve()),
             "SDAR_HOST": _HOST,
         }
         for role in CALLED:
             shared[f"SDAR_{role.upper()}_ADDRESS"] = f"{_HOST}:{ports[role]}"
-        for role, names in list_services(self.config).items():
-            for name in names:
-                grpc_port = ports.get(role) or choose_port(_HOST)
-                self._add(name, role, shared | {"SDAR_GRPC_PORT": str(grpc_port)})
+        return shared
+
+    def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while waiting := self.fleet.not_ready():
+        waiting = self.fleet.not_ready()
+        while waiting:
             self._keep_redis()
             self.fleet.check()
             self.view.starting(waiting)
@@ -195,10 +223,11 @@ class _Session:
                     f"Not ready after {_START_TIMEOUT_S:.0f} s: {', '.join(waiting)}. Their logs "
                     f"are in {self.directory.logs}."
                 )
-            time.sleep(0.25)
-        self.view.say(f"All services are ready. Gateway: {self.url}")
+            time.sleep(_READY_POLL_S)
+            waiting = self.fleet.not_ready()
 
     def _add(self, name: str, role: Role, environment: dict[str, str]) -> None:
+        # The gateway answers probes on the port of its API, over TLS where the run has it.
         is_probed_by_http = ROLES[role].probe_port is Port.HTTP
         probe_port = self._http_port if is_probed_by_http else choose_port(_HOST)
         own = {
@@ -206,6 +235,7 @@ class _Session:
             "SDAR_HTTP_PORT": str(self._http_port),
             "SDAR_INSTANCE": name,
         }
+
         log_path = self.directory.logs / f"{name}.log"
         probe_url = self.url if is_probed_by_http else f"http://{_HOST}:{probe_port}"
         service = ServiceProcess(name, ("serve", role), environment | own, log_path, probe_url)
@@ -223,6 +253,7 @@ class _Session:
                     f"The {name} service died and was started again; its log is "
                     f"{self.directory.logs / name}.log"
                 )
+
             status = self._status()
             if status is not None:
                 self.view.show(status, self._metrics, self.wall_s)
@@ -235,8 +266,8 @@ class _Session:
             time.sleep(_POLL_S)
 
     def _keep_redis(self) -> None:
-        """A Redis that died comes back on the same port with its append-only file; the services
-        wait it out.
+        """Start a Redis that died again: on the same port, with what it had on the disk. Meanwhile
+        the services wait.
         """
         if isinstance(self._redis, EmbeddedRedis) and not self._redis.is_running():
             self.view.say(f"Redis died and was started again; its log is {self._redis.log_path}")
@@ -246,14 +277,14 @@ class _Session:
         """The gateway's answer; None while it restarts and cannot say where the run stands."""
         try:
             status = self._http.get("/v1/run").raise_for_status().json()
-            self._metrics.extend(
-                self._http.get("/v1/metrics", params=self._metrics.query())
-                .raise_for_status()
-                .json()
-            )
+            page = self._http.get("/v1/metrics", params=self._metrics.query()).raise_for_status()
+            self._metrics.extend(page.json())
         except httpx.HTTPError:
             return None
-        return dict(status) if status["policy_version"] >= 0 else None
+        # Below 0 there is no policy yet, so the gateway has nothing to report.
+        if status["policy_version"] < 0:
+            return None
+        return dict(status)
 
     # ---- down
 
@@ -261,29 +292,40 @@ class _Session:
         """Stop issuing, let running episodes end, then stop the services in the order of the data's
         flow.
 
-        Returns the run's last status if it came to its end meanwhile, else None.
+        Returns:
+            The run's last status if it came to its end meanwhile, else None.
         """
         status = None
+        # A second Ctrl-C cuts all of this short.
         with contextlib.suppress(_Interrupted):
+            # Without a gateway nothing is issued either.
             with contextlib.suppress(httpx.HTTPError):
                 self._http.post("/v1/run/pause", params={"until_restart": True})
-            deadline = time.monotonic() + _DRAIN_TIMEOUT_S
-            while time.monotonic() < deadline:
-                status = self._status()
-                if (
-                    status is None
-                    or status["ledger"]["running"] == 0
-                    or status["phase"] == "finished"
-                ):
-                    break
-                if status["bus"]["state"] != "ok":
-                    break  # no episode can be handed in
-                time.sleep(0.2)
+            status = self._wait_for_episodes()
             self._stop(_FLOW)
             # What the learner reported at its end may have been the last that was missing.
             status = self._status()
             self._stop((_AROUND,))
-        return status if status is not None and status["phase"] == "finished" else None
+
+        if status is None or status["phase"] != "finished":
+            return None
+        return status
+
+    def _wait_for_episodes(self) -> dict[str, Any] | None:
+        """Wait for running episodes as long as that helps; the last status that was read."""
+        status = None
+        deadline = time.monotonic() + _DRAIN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            status = self._status()
+            if status is None:
+                break
+            is_done = status["ledger"]["running"] == 0 or status["phase"] == "finished"
+            # While Redis is away or full, no episode can be handed in.
+            is_stuck = status["bus"]["state"] != "ok"
+            if is_done or is_stuck:
+                break
+            time.sleep(_DRAIN_POLL_S)
+        return status
 
     def _stop_all(self) -> None:
         self._stop((*_FLOW, _AROUND))
@@ -297,11 +339,14 @@ class _Session:
                 )
 
     def _finish(self, status: dict[str, Any]) -> int:
+        """Stop everything and write the summary and the report of a run that is over."""
         self._stop_all()
         summary = build_summary(self.config, status, self._metrics.records(), self.wall_s)
         self.directory.write_json(self.directory.summary, summary)
         report = write_report(self.directory.root)
         self.view.finished(summary, report)
+
+        # After the report, which shows what is wrong.
         if status["ledger_gap"]:
             raise CorruptionError(
                 f"The run finished with a defect. {format_gap(status)} Keep {self.directory.root} "
@@ -320,14 +365,13 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise _Interrupted
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before_int = signal.signal(signal.SIGINT, interrupt)
+    before_term = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
 
 
 def _check_redis(url: str) -> None:

@@ -8,12 +8,15 @@ import structlog
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.types import MetricRecord
 
 from .commit import Committer
 from .state import GatewayState, RunPhase, Sleep, compute_digest
 
 log = structlog.get_logger()
 
+_HOPELESS_SKIPPED_STEPS = 3
+"""Optimizer steps skipped in a row. One may be the fault of a group, three are that of the run."""
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
 
@@ -40,6 +43,7 @@ class RunControl:
     ) -> None:
         self.detail = "reading where the run stands"
         self.woken_at_s = 0.0
+        self._tried_since_s = clock()
         self._config = config
         self._committer = committer
         self._clock = clock
@@ -140,6 +144,25 @@ class RunControl:
             log.error("run_failed", detail=self.detail)
             self._change_phase(RunPhase.FAILED)
 
+    def give_up_if_not_finite(self, newest: MetricRecord | None) -> None:
+        """Steps that are skipped one after another train nothing: fail, and say why.
+
+        Args:
+            newest: the learner's newest record. What it said before this try is not held against
+                the run: somebody who resumes it, or a restart of this process, is a new try.
+        """
+        if newest is None or newest.at_s < self._tried_since_s:
+            return
+        num_skipped = newest.values.get("num_skipped_steps_in_a_row", 0.0)
+        if num_skipped >= _HOPELESS_SKIPPED_STEPS:
+            self.detail = (
+                f"The learner skipped {num_skipped:.0f} optimizer steps in a row: a loss or the "
+                "gradient norm was no finite number, and the weights were left as they were. Lower "
+                "training.learning_rate or mend the rewards, and resume the run."
+            )
+            log.error("run_failed", detail=self.detail)
+            self._change_phase(RunPhase.FAILED)
+
     def finish(self, unaccounted: list[int]) -> None:
         """End the run, with the numbers of the groups that its last check found wanting."""
         state = self._state
@@ -189,6 +212,7 @@ class RunControl:
             )
         state.paused_at_s = 0.0
         if state.phase is RunPhase.FAILED:
+            self._tried_since_s = self._clock()
             self.detail = ""
             state.num_failed_in_a_row = 0
             # A gateway that found the run failed has no tasks yet.

@@ -19,6 +19,7 @@ from sdar.bus.protocol import Bus, Delivery
 from sdar.bus.snapshot import RESTORATION
 from sdar.config import RunConfig
 from sdar.contracts.errors import LeaseLostError, UnavailableError
+from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup
 from sdar.process.lifecycle import wait_or_stop
 from sdar.process.telemetry import Health
@@ -266,6 +267,7 @@ class Scheduler:
             self._evaluator.begin_due(draft, is_last=self._is_drained)
         if draft.state.phase is RunPhase.RUNNING:
             self.control.give_up_if_hopeless()
+            self.control.give_up_if_not_finite(self.history.newest_record(Role.LEARNER))
         if draft.state.phase is RunPhase.RUNNING:
             num_workers = self.history.count_instances("rollout")
             self._admission.issue_due(draft, self.ledger, num_workers)

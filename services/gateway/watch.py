@@ -160,7 +160,7 @@ class Watch:
             lags=self.lags,
             heard_at_s=self._list_heard(expected_s),
             learner_busy_s=self.compute_learner_busy_s(),
-            learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
+            learner_input=scheduler.config.learner_input,
             num_dead_letters=self.num_dead_letters,
             ledger_gap=scheduler.ledger_gap,
             length_drift=scheduler.lengths.compute_drift(),
@@ -168,6 +168,8 @@ class Watch:
             is_asleep=scheduler.state.sleep is not None,
             expected_at_s=expected_s if woken_s else 0.0,
             scaling_problem=self.scaling_problem,
+            figures=scheduler.history.collect_figures(),
+            dtype=scheduler.config.model.dtype,
         )
 
     def _list_heard(self, expected_s: float) -> dict[str, float]:

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from sdar.contracts.errors import InvalidInputError
 from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
@@ -25,16 +27,28 @@ INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
 
 
+class TextSource(StrEnum):
+    """Who wrote a text that stands in prompts."""
+
+    INSTRUCTIONS = "instructions"
+    TASK = "task"
+    SKILLS = "skills"
+    OBSERVATION = "observation"
+    ACTION = "action"
+
+
 @dataclass(slots=True)
 class EpisodeClock:
     """Where the time of all episodes went so far, in episode-seconds.
 
-    Also how many prompts were short of earlier turns.
+    Also how many prompts were short of earlier turns, and how many texts of control tokens were
+    read, by source.
     """
 
     engine_s: float = 0.0
     environment_s: float = 0.0
     num_shortened_prompts: int = 0
+    num_control_texts: Counter[TextSource] = field(default_factory=Counter)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -98,6 +112,16 @@ class EpisodeRules:
     max_sequence_tokens: int
     invalid_action_penalty: float
     clock: EpisodeClock = field(default_factory=EpisodeClock)
+
+    def count_setting(self, setting: EpisodeSetting) -> None:
+        """Count texts of control tokens in what an episode's prompts begin with."""
+        self.count_texts(TextSource.INSTRUCTIONS, setting.instructions, setting.action_format)
+        self.count_texts(TextSource.TASK, setting.task_description)
+        self.count_texts(TextSource.SKILLS, setting.skill_text)
+
+    def count_texts(self, source: TextSource, *texts: str) -> None:
+        """Count texts of control tokens where they come in, once, however often they are shown."""
+        self.clock.num_control_texts[source] += self.tokenizer.count_controls(texts)
 
 
 async def play_group(
@@ -188,6 +212,7 @@ async def play_episode(
         setting = EpisodeSetting(
             profile.instructions, profile.action_format, group.task.description, skill_text
         )
+        rules.count_setting(setting)
         play = _Play(group, attempt, session, engine, environment, rules)
         turns, last = await play.play_turns(rules.build_prompts(setting))
     finally:
@@ -231,6 +256,8 @@ class _Play:
     async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
         """All turns and the last answer of the environment."""
         turns: list[Turn] = []
+        shown = (self.session.observation, *self.session.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
         prompt = prompts.begin(self.session.observation, self.session.admissible_actions)
         self._check_first(prompt)
         while True:
@@ -276,6 +303,9 @@ class _Play:
         with self.rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
             outcome = await self.environment.step(self.session.session_id, turn, text)
             span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
+        shown = (outcome.observation, *outcome.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
+        self.rules.count_texts(TextSource.ACTION, outcome.action)
         return outcome
 
     def _extend(self, prompts: PromptStyle, generation: Generation, outcome: StepOutcome) -> Prompt:

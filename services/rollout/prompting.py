@@ -109,9 +109,9 @@ class Conversation:
     ) -> Prompt:
         messages = (ChatMessage("user", observation),)
         # A response that was cut off lacks the end-of-turn token: the tokens between supply it.
-        delta = self._tokenizer.render_delta(
-            messages, is_closed=stop_reason is StopReason.END_OF_TURN
-        )
+        is_ended = stop_reason is StopReason.END_OF_TURN
+        ended_by = int(response_token_ids[-1]) if is_ended else None
+        delta = self._tokenizer.render_delta(messages, ended_by=ended_by)
         self._token_ids = np.concatenate([self._token_ids, response_token_ids, delta])
         return Prompt(self._token_ids, messages, extends_previous=True)
 

@@ -115,9 +115,9 @@ class HouseholdDemonstrator:
             example.append(
                 ([*chat.tokenizer.encode(action, add_special_tokens=False), END_OF_TURN_ID], True)
             )
-            example.append(
-                (chat.render_delta((ChatMessage("user", answer),), is_closed=True).tolist(), False)
-            )
+            message = ChatMessage("user", answer)
+            delta = chat.render_delta((message,), ended_by=chat.stops.closing_id)
+            example.append((delta.tolist(), False))
         return example[:-1]
 
     def _play(

@@ -16,9 +16,6 @@ from types import MappingProxyType
 
 from services.envs.alfworld.upstream import constants, goal_library
 
-# Scenes are numbered as in ALFRED: a kitchen is 1 to 30, and so on.
-SCENES_PER_KIND = 30
-
 
 @dataclass(frozen=True, slots=True)
 class RoomKind:

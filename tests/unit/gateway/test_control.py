@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.types import MetricRecord
 from sdar.in_process.memory_bus import MemoryBus
 from services.gateway.commit import Committer
 from services.gateway.control import RunControl
@@ -114,3 +115,28 @@ def test_a_run_gives_up_after_enough_failures_in_a_row_and_no_earlier() -> None:
     control.give_up_if_hopeless()
     assert state.phase is RunPhase.FAILED
     assert control.detail == "8 groups failed in a row, the last one because: broken"
+
+
+def say_skipped(num_steps: float, at_s: float) -> MetricRecord:
+    return MetricRecord("test", "learner", "l", 3, at_s, {"num_skipped_steps_in_a_row": num_steps})
+
+
+def test_a_run_gives_up_after_three_skipped_steps_in_a_row_and_a_resumed_one_is_tried_again() -> (
+    None
+):
+    state = GatewayState(phase=RunPhase.RUNNING)
+    control = build_control(state)
+    began_s = control._clock()
+    for harmless in (
+        None,
+        say_skipped(2.0, began_s + 1),
+        say_skipped(3.0, began_s - 1),  # of before this process began
+        MetricRecord("test", "learner", "l", 3, began_s + 1, {"loss": 0.0}),
+    ):
+        control.give_up_if_not_finite(harmless)
+        assert state.phase is RunPhase.RUNNING
+    told = say_skipped(3.0, began_s + 1)
+    control.give_up_if_not_finite(told)
+    assert state.phase is RunPhase.FAILED
+    assert "skipped 3 optimizer steps in a row" in control.detail
+    assert "training.learning_rate" in control.detail

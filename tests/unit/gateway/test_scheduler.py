@@ -21,6 +21,7 @@ from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import (
     GroupOutcome,
     LedgerEvent,
+    MetricRecord,
     Purpose,
     SamplingParameters,
     Task,
@@ -332,6 +333,23 @@ async def test_a_run_that_gave_up_tries_again_when_it_is_resumed(run: Run) -> No
     run.scheduler.control.resume()
     assert len(await run.take(4)) == 4
     assert (run.scheduler.state.phase, run.scheduler.detail) == (RunPhase.RUNNING, "")
+
+
+async def test_a_run_whose_learner_skips_three_steps_in_a_row_ends_with_the_reason(
+    run: Run,
+) -> None:
+    async def say(num_skipped: float) -> None:
+        values = {"num_skipped_steps_in_a_row": num_skipped}
+        record = MetricRecord("test", "learner", "l", 0, run.scheduler.control._clock(), values)
+        await run.bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
+
+    await begin(run)
+    await say(2.0)
+    await run.settle()
+    assert run.scheduler.state.phase is RunPhase.RUNNING
+    await say(3.0)
+    await run.reach(RunPhase.FAILED)
+    assert "skipped 3 optimizer steps in a row" in run.scheduler.detail
 
 
 async def test_a_failed_run_that_sleeps_reads_no_results_until_it_is_resumed_with_its_tasks() -> (

@@ -217,6 +217,23 @@ async def test_an_entry_that_would_poison_an_update_fails_its_group(rig, fault, 
     assert await count_pending(rig.bus) == 0
 
 
+async def test_finite_rewards_that_add_up_to_no_number_fail_their_group(rig):
+    good, bad = make_group("a")
+    turns = tuple(replace(turn, reward=1.2e308) for turn in bad.trajectory.turns)
+    await send(rig.bus, good, replace(bad, trajectory=replace(bad.trajectory, turns=turns)))
+    assert await rig.next_ids() is None
+    assert await read_ledger(rig.bus) == [("a", "failed")]
+    assert "add up to inf" in (await rig.bus.list_dead_letters())[0].reason
+
+
+async def test_rewards_as_large_as_they_can_be_are_trained_on(rig):
+    """[1e308, 1e308, 0, 0] once gave advantages that were no numbers."""
+    rig.config = make_config(group_size=4)
+    await send(rig.bus, *make_group("a", rewards=(1e308, 1e308, 0.0, 0.0)))
+    await send(rig.bus, *make_group("b", rewards=(1.7e308, -1.7e308, 0.0, 0.0)))
+    assert await rig.next_ids() == ["a", "b"]
+
+
 async def test_bytes_that_are_no_trajectory_are_set_aside(rig):
     await rig.bus.publish(Stream.SCORED, [b"\xff\xff"])
     await send(rig.bus, *make_group("a"), *make_group("b"))

@@ -19,7 +19,7 @@ def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
     """<user A> <assistant> r e s <|im_end|>  \\n <user B> <assistant>"""
     prompts = Conversation(tokenizer, EpisodeSetting())
     first = prompts.begin("A")
-    response = np.asarray([*encode(tokenizer, "res"), tokenizer.eos_token_id], dtype=np.int32)
+    response = np.asarray([*encode(tokenizer, "res"), tokenizer.stops.closing_id], dtype=np.int32)
     second = prompts.extend(response, StopReason.END_OF_TURN, "act", "B")
     assert first.token_ids.tolist() == encode(tokenizer, HEAD.format("A"))
     assert second.token_ids.tolist() == encode(
@@ -58,7 +58,7 @@ def test_instructions_become_the_system_message(tokenizer):
 def test_a_conversation_shows_the_task_once(tokenizer, observation, shown):
     prompts = Conversation(tokenizer, EpisodeSetting(task_description="clean the mug"))
     assert user_text(prompts.begin(observation)) == shown
-    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")) == "B"
+    assert user_text(prompts.extend(NOTHING, StopReason.LENGTH, "act", "B")) == "B"
 
 
 def test_skills_stand_before_the_first_observation_and_nowhere_else(tokenizer):
