@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from loadtest.comparison import Measurement
@@ -51,10 +52,7 @@ def main() -> None:
         write_page()
         return
 
-    names: list[str] = []
-    for name in arguments.only or MEASUREMENTS:
-        names += GROUPS.get(name, (name,))
-
+    names = _list_names(arguments.only or MEASUREMENTS)
     failed = []
     for number, name in enumerate(names, start=1):
         if not _measure(name, f"{number}/{len(names)}", arguments.dry_run):
@@ -63,6 +61,14 @@ def main() -> None:
         sys.exit(
             f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay."
         )
+
+
+def _list_names(asked: Iterable[str]) -> list[str]:
+    """The measurements asked for, those of a group in its place."""
+    names: list[str] = []
+    for name in asked:
+        names += GROUPS.get(name, (name,))
+    return names
 
 
 def _parse() -> argparse.Namespace:

@@ -317,4 +317,5 @@ def _build_rules() -> EpisodeRules:
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,
+        shows_actions=False,
     )

@@ -211,20 +211,15 @@ def _format_ramp(ramp: Ramp) -> tuple[str, ...]:
     times_ms = map(format_figure, (best.p50_ms, best.p95_ms, best.p99_ms))
 
     # Neither is known of a remote server.
-    per_cpu_s = ""
-    if best.requests_per_cpu_s is not None:
-        per_cpu_s = format_figure(best.requests_per_cpu_s)
-    memory_mib = ""
-    if ramp.memory_per_100_bytes is not None:
-        memory_mib = format_figure(max(0.0, ramp.memory_per_100_bytes) / 2**20)
-
+    per_cpu_s = best.requests_per_cpu_s
+    memory = ramp.memory_per_100_bytes
     return (
         ramp.what,
         f"{best.num_users} {ramp.unit}",
         format_figure(best.requests_per_s),
         ", ".join(times_ms),
-        per_cpu_s,
-        memory_mib,
+        "" if per_cpu_s is None else format_figure(per_cpu_s),
+        "" if memory is None else format_figure(max(0.0, memory) / 2**20),
         ramp.limit,
     )
 

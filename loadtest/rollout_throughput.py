@@ -278,6 +278,7 @@ async def _serving(
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,
+        shows_actions=False,
     )
     worker = RolloutWorker(
         bus,

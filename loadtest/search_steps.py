@@ -105,13 +105,13 @@ def _measure(
         through_service_ms = min(_time_steps(outside, queries), _time_steps(outside, queries))
         session_kib = _measure_sessions(data)
 
+    rates = {size: _measure_service(url, queries, size) for size in REQUEST_SIZES}
+    num_passages = sum(1 for _ in iterate_corpus(data / "corpus.jsonl"))
     figures = SearchFigures(
-        num_passages=sum(1 for _ in iterate_corpus(data / "corpus.jsonl")),
+        num_passages=num_passages,
         in_process_ms=statistics.median_high(ours for ours, _ in pairs),
         through_service_ms=through_service_ms,
-        service_queries_per_s={
-            size: _measure_service(url, queries, size) for size in REQUEST_SIZES
-        },
+        service_queries_per_s=rates,
         index_mib=_mapped_mib(psutil.Process()),
         service_mib=process.memory_info().rss / 2**20,
         session_kib=session_kib,

@@ -128,11 +128,7 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         say(f"{size.name}: starting vLLM")
         async with _engine(model_path, directory / "store") as engine:
             for index in range(1 + size.num_pairs):
-                began = time.perf_counter()
-                manifest = await asyncio.to_thread(store.publish, index + 1, tensors, IDENTITY)
-                publish_s = time.perf_counter() - began
-                await engine.update_weights(manifest)
-                ours_s = time.perf_counter() - began
+                publish_s, ours_s = await _time_update(store, engine, index + 1, tensors)
                 theirs_s = await asyncio.to_thread(_time_copy, file, directory / "copy")
                 store.collect_garbage(keep_newest=1)
                 if index:  # the first pair warms up
@@ -149,6 +145,17 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         tuple(pairs),
     )
     return comparison, (size.name, *map(format_figure, parts))
+
+
+async def _time_update(
+    store: WeightStore, engine: VllmEngine, version: int, tensors: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """Seconds until a version is published, and until the engine samples from it."""
+    began = time.perf_counter()
+    manifest = await asyncio.to_thread(store.publish, version, tensors, IDENTITY)
+    publish_s = time.perf_counter() - began
+    await engine.update_weights(manifest)
+    return publish_s, time.perf_counter() - began
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> Path:

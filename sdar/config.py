@@ -168,6 +168,9 @@ class RolloutConfig(Section):
     """Earlier turns that a prompt shows: every turn is then a fresh prompt with the task, these
     turns, the observation and the admissible actions. null is one conversation that grows and is
     never tokenised anew."""
+    show_actions: bool = True
+    """Prompts say how an action is written and which are admissible. false is for a model that was
+    trained on prompts without, as `models/household-tiny` was."""
     max_concurrent_episodes: int = Field(default=128, ge=1, le=100_000)
     """Episodes one rollout worker keeps in flight."""
     num_workers: int = Field(default=1, ge=1, le=1024)

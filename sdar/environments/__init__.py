@@ -14,8 +14,9 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
 from sdar.environments.registry import Option, locate_class
+from sdar.environments.thoughts import drop_thoughts
 
-__all__ = ["Environment", "Observation", "StepResult", "Task", "serve"]
+__all__ = ["Environment", "Observation", "StepResult", "Task", "drop_thoughts", "serve"]
 
 
 def serve(

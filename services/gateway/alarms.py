@@ -13,6 +13,7 @@ from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
 
+from .history import Misread
 from .state import RunPhase
 
 log = structlog.get_logger()
@@ -32,6 +33,10 @@ LENGTH_DRIFT = 0.25
 """A quarter of all episodes would have to be of other lengths for what is trained to look like what
 is played.
 """
+LEAST_MISREAD_EPISODES = 16
+"""Episodes without one valid action, below which a model that is new to the task may just have
+fumbled.
+"""
 MISMATCH_TOLERANCE = {"float32": 0.01, "bfloat16": 0.3}
 """Most nats by which a sampler's log-probs may differ from the learner's of the same weights, on
 average, by the number format. Measured at most: 3e-5 in float32 and 0.13 in bfloat16, where an
@@ -47,6 +52,9 @@ NO_PROGRESS_S = 600.0
 """No group played or closed, no evaluation episode, no new policy: longer than the longest episode
 should take.
 """
+
+_SHOWN_CHARACTERS = 200
+"""Of a response in an alarm."""
 
 _ACTIVE = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
 
@@ -91,6 +99,8 @@ class Situation:
         is_asleep: the idle guard holds the workers at zero: nobody can be missed.
         expected_at_s: until when workers of a run that was woken may take to come up.
         scaling_problem: why the scaler cannot do its work.
+        misread: the newest episodes, if none of their actions was valid.
+        action_format: how the environment wants an action to be written; empty if it does not say.
         figures: of the newest update and of the rollout workers, by their names in docs/metrics.md;
             what was not measured is absent.
         dtype: number format of the policy.
@@ -111,6 +121,8 @@ class Situation:
     is_asleep: bool = False
     expected_at_s: float = 0.0
     scaling_problem: str = ""
+    misread: Misread | None = None
+    action_format: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "float32"
 
@@ -230,6 +242,23 @@ def find_length_drift(situation: Situation) -> str:
     )
 
 
+def find_invalid_actions(situation: Situation) -> str:
+    misread = situation.misread
+    if misread is None or misread.num_episodes < LEAST_MISREAD_EPISODES:
+        return ""
+    return (
+        f"No action was valid in the newest {misread.num_episodes} episodes, so nothing can be "
+        f"learned. The newest response: {_shorten(misread.response)!r}. The environment expects: "
+        f"{_shorten(situation.action_format) or 'it does not say; set its action_format'}. Let "
+        "prompts say so (rollout.show_actions), leave room for whole responses "
+        "(rollout.max_response_tokens), or take a model that follows it."
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def find_engine_mismatch(situation: Situation) -> str:
     """Whether what is sampled is what is trained: by each figure there is.
 
@@ -289,6 +318,7 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "dead_letters": find_dead_letters,
     "ledger_gap": find_ledger_gap,
     "length_drift": find_length_drift,
+    "invalid_actions": find_invalid_actions,
     "engine_mismatch": find_engine_mismatch,
     "steps_skipped": find_steps_skipped,
     "no_progress": find_no_progress,

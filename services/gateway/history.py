@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import structlog
 
@@ -55,6 +55,14 @@ class MetricEntry:
 
     entry_id: str
     record: MetricRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Misread:
+    """Episodes in which no action was valid, and how the newest of them began."""
+
+    num_episodes: int
+    response: str
 
 
 class History:
@@ -177,6 +185,14 @@ class History:
     def trajectory_ids(self, limit: int) -> list[str]:
         """The newest trajectories' ids, newest first."""
         return list(reversed(self._trajectories))[:limit]
+
+    def find_misread(self) -> Misread | None:
+        """The newest episodes if none of their turns had a valid action; None otherwise."""
+        played = [scored.trajectory for scored in self._trajectories.values()]
+        turns = chain.from_iterable(trajectory.turns for trajectory in played)
+        if not played or any(turn.is_action_valid for turn in turns):
+            return None
+        return Misread(len(played), played[-1].turns[0].response_text)
 
     def trajectory(self, trajectory_id: str) -> ScoredTrajectory:
         """Raises UnknownResourceError if it isn't among the newest."""

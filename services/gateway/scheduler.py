@@ -27,6 +27,7 @@ from sdar.process.telemetry import Health
 from .account import build_mismatch_error, find_unaccounted
 from .admission import Admission
 from .bookkeeping import Bookkeeper
+from .capacity import count_waiting_groups
 from .commit import Committer
 from .control import RunControl
 from .environments import EnvironmentCatalog, RegisteredEnvironment, check_registration
@@ -265,8 +266,13 @@ class Scheduler:
         draft = self._committer.draft
         if draft.state.phase in UNDER_WAY:
             self._evaluator.begin_due(draft, is_last=self._is_drained)
+            self.control.give_up_if_hopeless(
+                num_updates=self.policy.num_updates,
+                num_waiting=count_waiting_groups(
+                    self.config.training, self.ledger, self.policy.num_updates
+                ),
+            )
         if draft.state.phase is RunPhase.RUNNING:
-            self.control.give_up_if_hopeless()
             self.control.give_up_if_not_finite(self.history.newest_record(Role.LEARNER))
         if draft.state.phase is RunPhase.RUNNING:
             num_workers = self.history.count_instances("rollout")

@@ -168,9 +168,15 @@ class Watch:
             is_asleep=scheduler.state.sleep is not None,
             expected_at_s=expected_s if woken_s else 0.0,
             scaling_problem=self.scaling_problem,
+            misread=scheduler.history.find_misread(),
+            action_format=self._find_action_format(),
             figures=scheduler.history.collect_figures(),
             dtype=scheduler.config.model.dtype,
         )
+
+    def _find_action_format(self) -> str:
+        found = self._scheduler.environments.get(self._scheduler.config.environment.name)
+        return found.action_format if found else ""
 
     def _list_heard(self, expected_s: float) -> dict[str, float]:
         """When each role reported last, Unix time; `expected_s` if not since the run awoke."""

@@ -33,7 +33,13 @@ from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
 from sdar.contracts.streams import ConsumerGroup
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
+from sdar.contracts.types import (
+    FailureStage,
+    GroupOutcome,
+    LedgerEvent,
+    Purpose,
+    ScoredTrajectory,
+)
 from sdar.process import tracing
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
@@ -496,8 +502,15 @@ class GroupSource:
     def _event(
         self, group_id: str, outcome: GroupOutcome, reason: str, num_trajectories: int
     ) -> LedgerEvent:
-        version = self._progress.policy_version
-        return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
+        return LedgerEvent(
+            self._config.name,
+            group_id,
+            outcome,
+            num_trajectories,
+            self._progress.policy_version,
+            reason,
+            stage=FailureStage.LEARNER if outcome is GroupOutcome.FAILED else "",
+        )
 
 
 def _trace_dropped(group: Dropped) -> None:
@@ -535,6 +548,7 @@ def book_refused(config: RunConfig, group: Group, policy_version: int) -> Ledger
         len(group.items),
         policy_version,
         NOT_FINITE,
+        stage=FailureStage.LEARNER,
     )
 
 

@@ -15,13 +15,27 @@ from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from sdar.contracts.errors import InvalidInputError
-from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
+from sdar.contracts.errors import InvalidInputError, SdarError
+from sdar.contracts.types import (
+    EpisodeEnd,
+    FailureStage,
+    ModelIdentity,
+    TaskGroup,
+    Trajectory,
+    Turn,
+)
 from sdar.model.chat import ChatTokenizer
 from sdar.process import tracing
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
-from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, PromptStyleFactory
+from services.rollout.prompting import (
+    EpisodeSetting,
+    Prompt,
+    PromptStyle,
+    PromptStyleFactory,
+    asks_for_thoughts,
+    complete_response,
+)
 
 INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
@@ -67,6 +81,16 @@ class EpisodeClock:
             self.environment_s += time.monotonic() - started
 
 
+@contextlib.contextmanager
+def blame(stage: FailureStage) -> Iterator[None]:
+    """Note on an error of the calls within whose it is."""
+    try:
+        yield
+    except SdarError as error:
+        error.stage = stage
+        raise
+
+
 class EpisodeSlots:
     """Bounds how many episodes run at once, over all groups."""
 
@@ -104,6 +128,7 @@ class EpisodeRules:
         invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn
             of the first one; 0 where the learner applies it turn by turn.
         max_sequence_tokens: longest prompt plus response of a turn.
+        shows_actions: whether prompts say how an action is written and which are admissible.
     """
 
     tokenizer: ChatTokenizer
@@ -111,6 +136,7 @@ class EpisodeRules:
     model: ModelIdentity
     max_sequence_tokens: int
     invalid_action_penalty: float
+    shows_actions: bool = True
     clock: EpisodeClock = field(default_factory=EpisodeClock)
 
     def count_setting(self, setting: EpisodeSetting) -> None:
@@ -205,15 +231,17 @@ async def play_episode(
     """
     started = time.monotonic()
     trajectory_id = _name_trajectory(group, episode_index, attempt)
-    with rules.clock.stepping(), tracing.span("environment.open"):
+    with _asking_environment(rules.clock), tracing.span("environment.open"):
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
+        action_format = profile.action_format if rules.shows_actions else ""
         setting = EpisodeSetting(
-            profile.instructions, profile.action_format, group.task.description, skill_text
+            profile.instructions, action_format, group.task.description, skill_text
         )
         rules.count_setting(setting)
-        play = _Play(group, attempt, session, engine, environment, rules)
+        wants_thoughts = asks_for_thoughts(profile.instructions, profile.action_format)
+        play = _Play(group, attempt, session, engine, environment, rules, wants_thoughts)
         turns, last = await play.play_turns(rules.build_prompts(setting))
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
@@ -238,6 +266,12 @@ async def play_episode(
     )
 
 
+@contextlib.contextmanager
+def _asking_environment(clock: EpisodeClock) -> Iterator[None]:
+    with clock.stepping(), blame(FailureStage.ENVIRONMENT):
+        yield
+
+
 def _name_trajectory(group: TaskGroup, episode_index: int, attempt: Attempt) -> str:
     return f"{group.group_id}.{episode_index}.a{attempt.number}"
 
@@ -252,17 +286,19 @@ class _Play:
     engine: Engine
     environment: EnvironmentClient
     rules: EpisodeRules
+    wants_thoughts: bool
 
     async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
         """All turns and the last answer of the environment."""
         turns: list[Turn] = []
         shown = (self.session.observation, *self.session.admissible_actions)
         self.rules.count_texts(TextSource.OBSERVATION, *shown)
-        prompt = prompts.begin(self.session.observation, self.session.admissible_actions)
+        actions = self._list_shown(self.session.admissible_actions)
+        prompt = prompts.begin(self.session.observation, actions)
         self._check_first(prompt)
         while True:
             generation = await self._sample(len(turns), prompt)
-            text = self.rules.tokenizer.decode_response(generation.response_token_ids)
+            text = self._read_response(prompt, generation)
             outcome = await self._step(len(turns), text)
             turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
             if _is_over(outcome) or len(turns) == self.group.max_turns:
@@ -271,6 +307,15 @@ class _Play:
             # The next response would not fit. What was played counts, as a truncated episode.
             if len(prompt.token_ids) > self._max_prompt_tokens:
                 return turns, outcome
+
+    def _read_response(self, prompt: Prompt, generation: Generation) -> str:
+        """What the environment gets, and what is recorded; the token ids stay as sampled."""
+        tokenizer = self.rules.tokenizer
+        text = tokenizer.decode_response(generation.response_token_ids)
+        return complete_response(tokenizer, prompt, text, wants_thoughts=self.wants_thoughts)
+
+    def _list_shown(self, admissible_actions: Sequence[str]) -> Sequence[str]:
+        return admissible_actions if self.rules.shows_actions else ()
 
     @property
     def _max_prompt_tokens(self) -> int:
@@ -300,7 +345,8 @@ class _Play:
         return generation
 
     async def _step(self, turn: int, text: str) -> StepOutcome:
-        with self.rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
+        clock = self.rules.clock
+        with _asking_environment(clock), tracing.span("environment.step", turn=turn) as span:
             outcome = await self.environment.step(self.session.session_id, turn, text)
             span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
         shown = (outcome.observation, *outcome.admissible_actions)
@@ -314,7 +360,7 @@ class _Play:
             generation.stop_reason,
             outcome.action,
             outcome.observation,
-            outcome.admissible_actions,
+            self._list_shown(outcome.admissible_actions),
         )
         self.rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
         return prompt

@@ -101,6 +101,7 @@ def build_rules(config: RunConfig) -> EpisodeRules:
         # With advantages per turn each invalid turn is penalised on its own, which the learner
         # does.
         invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
+        shows_actions=config.rollout.show_actions,
     )
 
 

@@ -198,7 +198,7 @@ async def test_logprobs_are_of_the_tempered_distribution(
     assert policies.measure_error(prompt, generation, temperature) < TOLERANCE
 
 
-def test_the_least_temperature_of_a_run_is_the_least_that_vllm_keeps() -> None:
+async def test_the_least_temperature_of_a_run_is_the_least_that_vllm_keeps() -> None:
     from vllm import SamplingParams
 
     assert SamplingParams(temperature=LEAST_TEMPERATURE).temperature == LEAST_TEMPERATURE

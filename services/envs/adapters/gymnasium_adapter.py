@@ -67,7 +67,7 @@ class GymnasiumEnvironment(SeededEnvironment):
             )
         self._facts = _inspect(str(id))
         super().__init__(num_tasks=num_tasks, game=self._facts.id)
-        self.version = f"1/{self._facts.id}/gymnasium-{gymnasium.__version__}"
+        self.version = f"2/{self._facts.id}/gymnasium-{gymnasium.__version__}"
         self.instructions = self._facts.instructions
         written = describe_space(self._facts.action_space)
         self.action_format = f"{written}, alone or in <action> tags."

@@ -77,7 +77,7 @@ class OpenEnvEnvironment(SeededEnvironment):
         self._server = _look_up(str(url), self._timeout_s)
         super().__init__(num_tasks=num_tasks, game=self._server.name)
         self._action_field = self._server.find_action_field(action_field)
-        self.version = f"1/{self._server.name}-{self._server.version}"
+        self.version = f"2/{self._server.name}-{self._server.version}"
         self.instructions = self._server.description
         self.action_format = self._server.describe_action(self._action_field)
         self.max_turns = max_turns

@@ -16,6 +16,7 @@ from typing import Any
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment
+from sdar.environments.thoughts import drop_thoughts
 
 MAX_TASKS = 1_000_000
 HELDOUT_SHARE = 10
@@ -73,12 +74,14 @@ class SeededEnvironment(Environment):
 
 
 def find_action(text: str) -> str:
-    """The last <action>...</action> of the text, or the whole text if it has none.
+    """The last <action>...</action> behind the text's thoughts, or all that stands there if there
+    is none.
 
     White space around it is left out.
     """
-    tagged = _ACTION.findall(text)
-    action: str = tagged[-1] if tagged else text
+    said = drop_thoughts(text)
+    tagged = _ACTION.findall(said)
+    action: str = tagged[-1] if tagged else said
     return action.strip()
 
 

@@ -107,12 +107,15 @@ def translate(domain: str, problem: str) -> Translation:
     types_by_name = {thing.name: thing.type_name for thing in task.objects}
     # The others set the cost of a plan and equate each thing with itself.
     atoms = [atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "="]
+    propositions = tuple(_to_proposition(atom, types_by_name) for atom in atoms)
+    parameters = {action.name: _list_placeholders(action) for action in task.actions}
+    types = tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types)
     return Translation(
         sas=sas.encode(),
-        parameters={action.name: _list_placeholders(action) for action in task.actions},
-        types=tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types),
+        parameters=parameters,
+        types=types,
         types_by_name=types_by_name,
-        propositions=tuple(_to_proposition(atom, types_by_name) for atom in atoms),
+        propositions=propositions,
     )
 
 

@@ -11,6 +11,7 @@ from sdar.contracts.streams import Stream
 from services.gateway.alarms import (
     JUDGES,
     LEARNER_LEAST_SILENCE_S,
+    LEAST_MISREAD_EPISODES,
     LENGTH_DRIFT,
     NO_PROGRESS_S,
     SILENCE_S,
@@ -19,7 +20,9 @@ from services.gateway.alarms import (
     BusCondition,
     BusState,
     Situation,
+    find_invalid_actions,
 )
+from services.gateway.history import Misread
 from services.gateway.state import RunPhase
 
 NOW = 10_000.0
@@ -70,6 +73,7 @@ def test_a_run_that_goes_well_has_no_alarm() -> None:
         ("dead_letters", {"num_dead_letters": 1}),
         ("ledger_gap", {"ledger_gap": 1}),
         ("length_drift", {"length_drift": LENGTH_DRIFT + 0.01}),
+        ("invalid_actions", {"misread": Misread(LEAST_MISREAD_EPISODES, "hm")}),
         ("engine_mismatch", {"figures": {"engine_mismatch_abs": 0.011}}),
         ("steps_skipped", {"figures": {"num_skipped_steps_in_a_row": 1.0}}),
         ("no_progress", {"progress_at_s": NOW - NO_PROGRESS_S - 1}),
@@ -176,3 +180,15 @@ def test_an_alarm_stays_up_since_it_was_raised_and_comes_down_when_its_trouble_e
     assert "2 entries" in board.alarms[0].message
     board.update(FINE)
     assert board.alarms == []
+
+
+def test_invalid_actions_are_shown_with_a_response_and_what_is_expected() -> None:
+    misread = Misread(16, "I\x1b[2J think " + "x" * 1000)
+    text = find_invalid_actions(
+        dataclasses.replace(FINE, misread=misread, action_format="One whole number.")
+    )
+    assert "newest 16 episodes" in text
+    assert "'I\\x1b[2J think xxx" in text
+    assert "The environment expects: One whole number." in text
+    assert len(text) < 700
+    assert not find_invalid_actions(dataclasses.replace(FINE, misread=Misread(15, "hm")))

@@ -9,7 +9,7 @@ from sdar.contracts.types import MetricRecord
 from sdar.in_process.memory_bus import MemoryBus
 from services.gateway.commit import Committer
 from services.gateway.control import RunControl
-from services.gateway.state import GatewayState, RunPhase, Sleep, compute_digest
+from services.gateway.state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 from .fakes import Clock, build_config
 
@@ -106,15 +106,15 @@ def test_a_run_that_nothing_scales_any_more_is_awake() -> None:
 
 def test_a_run_gives_up_after_enough_failures_in_a_row_and_no_earlier() -> None:
     state = GatewayState(
-        phase=RunPhase.RUNNING, num_failed_in_a_row=7, failure_reasons={"g": "broken"}
+        phase=RunPhase.RUNNING, failed_training=FailureRow(7, {"environment": "broken"})
     )
     control = build_control(state)
-    control.give_up_if_hopeless()
+    control.give_up_if_hopeless(num_updates=0, num_waiting=0)
     assert state.phase is RunPhase.RUNNING
-    state.num_failed_in_a_row = 8
-    control.give_up_if_hopeless()
+    state.failed_training.num_failed = 8
+    control.give_up_if_hopeless(num_updates=0, num_waiting=0)
     assert state.phase is RunPhase.FAILED
-    assert control.detail == "8 groups failed in a row, the last one because: broken"
+    assert control.detail.startswith("8 groups failed in a row")
 
 
 def say_skipped(num_steps: float, at_s: float) -> MetricRecord:

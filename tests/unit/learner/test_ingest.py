@@ -14,7 +14,7 @@ from sdar.bus.protocol import Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import LeaseLostError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.contracts.types import FailureStage, GroupOutcome, Purpose
 from services.learner.ingest import (
     GroupBuffer,
     GroupSource,
@@ -212,7 +212,9 @@ async def test_an_entry_that_would_poison_an_update_fails_its_group(rig, fault, 
     await send(rig.bus, make_item("a", 0))
     await rig.bus.publish(Stream.SCORED, [codec.encode_scored_trajectory(bad)])
     assert await rig.next_ids() is None
-    assert await read_ledger(rig.bus) == [("a", "failed")]
+    (event,) = await read_journal(rig.bus)
+    found = (event.group_id, event.outcome, event.stage)
+    assert found == ("a", GroupOutcome.FAILED, FailureStage.LEARNER)
     assert reason in (await rig.bus.list_dead_letters())[0].reason
     assert await count_pending(rig.bus) == 0
 

@@ -249,3 +249,29 @@ async def test_episodes_of_all_groups_share_the_slots(tokenizer):
     ]
     await asyncio.gather(*played)
     assert (environment.max_open, len(environment.opened), slots.num_running) == (3, 12, 0)
+
+
+@pytest.mark.parametrize("shows_actions", [True, False])
+async def test_prompts_show_format_and_actions_unless_the_model_was_trained_without(
+    tokenizer, shows_actions
+):
+    rules = dataclasses.replace(make_rules(tokenizer), shows_actions=shows_actions)
+    environment = ScriptedEnvironment(
+        answer("two", actions=("go",)), answer(over=True), action_format="One action."
+    )
+    trajectory = await play_episode(
+        make_group(size=1),
+        0,
+        Attempt(0),
+        engine=ScriptedEngine([A, EOS]),
+        environment=environment,
+        rules=rules,
+    )
+    shown = [turn.messages[-1].content for turn in trajectory.turns]
+    if shows_actions:
+        assert shown == [
+            "Task: clean the mug .\nstart\nOne action.",
+            "two\nPossible actions:\ngo",
+        ]
+    else:
+        assert shown == ["Task: clean the mug .\nstart", "two"]
