@@ -19,7 +19,9 @@ from sdar.contracts.types import LogProbs, WeightsManifest
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 32
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.3}
-"""By the model's dtype: the largest mean difference in nats that two right implementations show.
+"""By the model's dtype: most nats by which an engine's log-probs may differ from the learner's of
+the same weights, on average. Measured: at most 3e-5 in float32 and 0.13 in bfloat16, where an
+engine that serves other weights, or scales its logits otherwise, is off by 1.4 to 14.
 """
 
 
@@ -68,5 +70,5 @@ def check_mismatch(manifest: WeightsManifest, mismatch: Mismatch, dtype: str) ->
             f"learner: off by {mismatch.mean:.3g} nats on average and {mismatch.largest:.3g} at "
             f"most over the {num_tokens} tokens of its probe, where {TOLERANCE[dtype]} on average "
             f"are right for {dtype}. Its weights were installed wrongly, or this engine does not "
-            "compute this model as transformers does: see `sdar model check --engine`."
+            "compute this model as transformers does: see docs/models.md."
         )

@@ -12,6 +12,7 @@ import structlog
 from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
+from sdar.weights.probe import TOLERANCE
 
 from .history import Misread
 from .state import RunPhase
@@ -36,11 +37,6 @@ is played.
 LEAST_MISREAD_EPISODES = 16
 """Episodes without one valid action, below which a model that is new to the task may just have
 fumbled.
-"""
-MISMATCH_TOLERANCE = {"float32": 0.01, "bfloat16": 0.3}
-"""Most nats by which a sampler's log-probs may differ from the learner's of the same weights, on
-average, by the number format. Measured at most: 3e-5 in float32 and 0.13 in bfloat16, where an
-engine that serves other weights, or scales its logits otherwise, is off by 1.4 to 14.
 """
 MOST_POLICY_GAP = 1.0
 """Nats by which they may differ over all tokens; in older ones is what the policy has learnt since.
@@ -264,7 +260,7 @@ def find_engine_mismatch(situation: Situation) -> str:
 
     One of them, that over all tokens, is there at any staleness.
     """
-    tolerance = MISMATCH_TOLERANCE[situation.dtype]
+    tolerance = TOLERANCE[situation.dtype]
     judged = (
         ("engine_mismatch_abs", tolerance, "on tokens of the weights that are trained"),
         ("probe_mismatch", tolerance, "on the probe of the version that is sampled from"),

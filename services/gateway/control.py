@@ -9,15 +9,19 @@ import structlog
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.roles import WORKERS
 from sdar.contracts.types import FailureStage, MetricRecord
 
 from .commit import Committer
+from .history import History
 from .state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 log = structlog.get_logger()
 
 _HOPELESS_SKIPPED_STEPS = 3
 """Optimizer steps skipped in a row. One may be the fault of a group, three are that of the run."""
+_HOPELESS_DISPROOFS = 3
+"""Times in a row that an engine was wrong with a version that it had installed."""
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
 _HOPELESS_UPDATES = 4
@@ -185,12 +189,10 @@ class RunControl:
             self._give_up("evaluation episodes", "none was played", state.failed_evaluation)
 
     def _give_up(self, what: str, otherwise: str, row: FailureRow) -> None:
-        self.detail = (
+        self._give_up_because(
             f"{row.num_failed} {what} failed in a row and {otherwise} in between. "
             f"{' '.join(starmap(_explain, row.reasons.items()))}"
         )
-        log.error("run_failed", detail=self.detail)
-        self._change_phase(RunPhase.FAILED)
 
     def give_up_if_not_finite(self, newest: MetricRecord | None) -> None:
         """Steps that are skipped one after another train nothing: fail, and say why.
@@ -203,13 +205,35 @@ class RunControl:
             return
         num_skipped = newest.values.get("num_skipped_steps_in_a_row", 0.0)
         if num_skipped >= _HOPELESS_SKIPPED_STEPS:
-            self.detail = (
+            self._give_up_because(
                 f"The learner skipped {num_skipped:.0f} optimizer steps in a row: a loss or the "
                 "gradient norm was no finite number, and the weights were left as they were. Lower "
                 "training.learning_rate or mend the rewards, and resume the run."
             )
-            log.error("run_failed", detail=self.detail)
-            self._change_phase(RunPhase.FAILED)
+
+    def give_up_if_disproven(self, history: History) -> None:
+        """An engine that computes something else than the learner samples nothing to train on:
+        fail, and say which.
+
+        What was said before this try is not held against the run.
+        """
+        for role in WORKERS:
+            newest = history.newest_by_instance(role, self._tried_since_s)
+            for instance, values in newest.items():
+                num_disproofs = values.get("num_disproofs", 0.0)
+                if num_disproofs >= _HOPELESS_DISPROOFS:
+                    self._give_up_because(
+                        f"{num_disproofs:.0f} times in a row, the log-probs of {instance} were not "
+                        "the learner's after it had installed a policy version, and it went back "
+                        "to the one before. Its log has the figures. Its engine does not compute "
+                        "this model as transformers does, or installs its weights wrongly: use "
+                        "another version of the engine, or another model."
+                    )
+
+    def _give_up_because(self, detail: str) -> None:
+        self.detail = detail
+        log.error("run_failed", detail=detail)
+        self._change_phase(RunPhase.FAILED)
 
     def finish(self, unaccounted: list[int]) -> None:
         """End the run, with the numbers of the groups that its last check found wanting."""

@@ -152,13 +152,18 @@ class History:
         figures = {name: update[name] for name in _FIGURES if name in update}
         if records and _SKIPPED in records[0]:
             figures[_SKIPPED] = records[0][_SKIPPED]
-        oldest_s = self._clock() - _INSTANCE_SILENCE_S
-        newest_of_workers = (
-            values[0] for values in self.values_since(Role.ROLLOUT, oldest_s).values()
-        )
-        probes = [values[_PROBE] for values in newest_of_workers if _PROBE in values]
         # The worst: each worker serves weights of its own.
+        workers = self.newest_by_instance(Role.ROLLOUT).values()
+        probes = [values[_PROBE] for values in workers if _PROBE in values]
         return figures | ({_PROBE: max(probes, key=_rank_worst)} if probes else {})
+
+    def newest_by_instance(self, service: str, since_s: float = 0.0) -> dict[str, dict[str, float]]:
+        """The newest values of each process of a service that was heard from lately, and since a
+        Unix time.
+        """
+        oldest_s = max(since_s, self._clock() - _INSTANCE_SILENCE_S)
+        found = self.values_since(service, oldest_s)
+        return {instance: values[0] for instance, values in found.items()}
 
     def values_since(self, service: str, since_s: float) -> dict[str, list[dict[str, float]]]:
         """Values of a service's records since a Unix time, newest first, by instance."""

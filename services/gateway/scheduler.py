@@ -274,6 +274,8 @@ class Scheduler:
             )
         if draft.state.phase is RunPhase.RUNNING:
             self.control.give_up_if_not_finite(self.history.newest_record(Role.LEARNER))
+        if draft.state.phase in UNDER_WAY:
+            self.control.give_up_if_disproven(self.history)
         if draft.state.phase is RunPhase.RUNNING:
             num_workers = self.history.count_instances("rollout")
             self._admission.issue_due(draft, self.ledger, num_workers)

@@ -98,8 +98,16 @@ REFUSED_POLICIES = TEACHER.declare(
     Counter(
         "sdar_teacher_refused_policies_total",
         "publications",
-        "Times that a published policy could not be read.",
+        "Times that a published policy could not be read, or was wrong in the scorer.",
         key="num_refused_policies",
+    )
+)
+DISPROOFS = TEACHER.declare(
+    Gauge(
+        "sdar_teacher_disproofs",
+        "publications",
+        "Times that a policy was wrong in the scorer, since the last one that was right.",
+        key="num_disproofs",
     )
 )
 SCORING_SECONDS = TEACHER.declare(

@@ -17,6 +17,7 @@ from sdar.contracts.types import WeightsManifest
 from sdar.weights.follower import PolicyFollower
 from sdar.weights.pins import PinnedVersions
 from services.teacher.metrics import (
+    DISPROOFS,
     REFUSED_POLICIES,
     WEIGHT_LOAD_SECONDS,
     TeacherMetrics,
@@ -125,7 +126,9 @@ class ScoringPolicy:
         self._published.forgive()
         reasons: list[str] = []
         while (version := self._published.find_usable(least)) is not None:
-            if await self._published.load(version, self._install):
+            is_loaded = await self._published.load(version, self._install)
+            self._metrics.set(DISPROOFS, self._published.num_disproofs)
+            if is_loaded:
                 return
             reasons.append(str(self._published.get_refusal(version)))
             # Loading takes long: a version that was published meanwhile is newer still.

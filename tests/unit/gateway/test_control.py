@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.streams import Stream
 from sdar.contracts.types import MetricRecord
 from sdar.in_process.memory_bus import MemoryBus
 from services.gateway.commit import Committer
 from services.gateway.control import RunControl
+from services.gateway.history import History, MetricEntry
 from services.gateway.state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 from .fakes import Clock, build_config
@@ -115,6 +117,27 @@ def test_a_run_gives_up_after_enough_failures_in_a_row_and_no_earlier() -> None:
     control.give_up_if_hopeless(num_updates=0, num_waiting=0)
     assert state.phase is RunPhase.FAILED
     assert control.detail.startswith("8 groups failed in a row")
+
+
+def test_a_run_gives_up_after_three_disproofs_of_one_engine() -> None:
+    state = GatewayState(phase=RunPhase.RUNNING)
+    control = build_control(state)
+    history = History(Stream.TRAJECTORIES, clock=control._clock)
+    began_s = control._clock()
+
+    def report(num_disproofs: float, at_s: float) -> None:
+        values = {"num_disproofs": num_disproofs}
+        record = MetricRecord("test", "rollout", "rollout-1", 3, at_s, values)
+        history.metrics.append(MetricEntry("1-1", record))
+
+    report(3.0, began_s - 1)  # of before this process began
+    report(2.0, began_s)
+    control.give_up_if_disproven(history)
+    assert state.phase is RunPhase.RUNNING
+    report(3.0, began_s)
+    control.give_up_if_disproven(history)
+    assert state.phase is RunPhase.FAILED
+    assert "log-probs of rollout-1 were not the learner's" in control.detail
 
 
 def say_skipped(num_steps: float, at_s: float) -> MetricRecord:
