@@ -7,7 +7,6 @@ rows by tests/unit/test_roles.py, which names each part that a role lacks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,11 +39,13 @@ class Port(StrEnum):
 
 
 class Presence(StrEnum):
-    """Which runs have a role."""
+    """Which runs have a role, or a call from one to another."""
 
     ALWAYS = "always"
     WITH_TEACHER = "with_teacher"
     """Where the method asks a teacher, for scores or for skills."""
+    WITH_SHOWN_SKILLS = "with_shown_skills"
+    """Where the method shows the teacher's skills to the student."""
     WITH_OWN_ENVIRONMENT = "with_own_environment"
     """Where environment.address names no server elsewhere."""
 
@@ -81,6 +82,21 @@ class Signal(StrEnum):
     """Episodes that wait for an environment session."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """That a role calls the gRPC of another.
+
+    Attributes:
+        role: the one that is called.
+        presence: which runs have the call.
+        is_told: the address comes with each entry; otherwise it is the setting `<role>_address`.
+    """
+
+    role: Role
+    presence: Presence
+    is_told: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSpec:
     """One row: a service of a run.
@@ -93,7 +109,7 @@ class RoleSpec:
             difference.
         reports: its processes publish MetricRecords, so the gateway knows which of them live.
         listens: servers it has; the first of HTTP and PROBE is where it is probed and scraped.
-        calls: roles whose gRPC it calls; their address is the setting `<role>_address`.
+        calls: whose gRPC it calls.
         is_sole: only one process at a time may hold the role.
         drains: it lets episodes end after SIGTERM, for the setting drain_s.
         signal: what its number of replicas is derived from.
@@ -110,7 +126,7 @@ class RoleSpec:
     reads_unscored: tuple[Stream, ...] | None = None
     reports: bool = False
     listens: tuple[Port, ...] = (Port.PROBE, Port.GRPC)
-    calls: tuple[Role, ...] = ()
+    calls: tuple[Call, ...] = ()
     is_sole: bool = False
     drains: bool = False
     signal: Signal = Signal.NONE
@@ -167,7 +183,7 @@ _ROWS = (
         name=Role.GATEWAY,
         reads=(Stream.LEDGER, Stream.EVALUATIONS),
         listens=(Port.HTTP, Port.GRPC),
-        calls=(Role.ENVS,),
+        calls=(Call(Role.ENVS, Presence.WITH_OWN_ENVIRONMENT),),
         is_sole=True,
         model=ModelUse.TOKENIZER,
         config_keys=(
@@ -189,7 +205,10 @@ _ROWS = (
         name=Role.ROLLOUT,
         reads=(Stream.TASKS,),
         reports=True,
-        calls=(Role.ENVS, Role.TEACHER),
+        calls=(
+            Call(Role.ENVS, Presence.WITH_OWN_ENVIRONMENT, is_told=True),
+            Call(Role.TEACHER, Presence.WITH_SHOWN_SKILLS),
+        ),
         drains=True,
         signal=Signal.LEARNER_WAITS,
         copies="rollout.num_workers",
@@ -276,7 +295,7 @@ SLEEPING = tuple(role for role, row in ROLES.items() if row.sleeps)
 SCALABLE = tuple(role for role, row in ROLES.items() if row.is_scalable)
 """What a scaling file may name."""
 
-_CALLED = frozenset(itertools.chain.from_iterable(row.calls for row in _ROWS))
+_CALLED = frozenset(call.role for row in _ROWS for call in row.calls)
 
 CALLED = tuple(role for role in ROLES if role in _CALLED)
 """Roles whose gRPC others call, so that their address has to be known before they start."""

@@ -28,8 +28,10 @@ from sdar.contracts.roles import (
     SCALABLE,
     SLEEPING,
     WORKERS,
+    Call,
     ModelUse,
     Port,
+    Presence,
     Role,
     RoleSpec,
     Signal,
@@ -58,7 +60,7 @@ TOY = RoleSpec(
     reads=(Stream.SCORED,),
     reports=True,
     listens=(Port.PROBE, Port.GRPC),
-    calls=(Role.TEACHER,),
+    calls=(Call(Role.TEACHER, Presence.WITH_TEACHER),),
     signal=Signal.SCORES_WAIT,
     model=ModelUse.WEIGHTS,
     threads="critic.num_threads",
@@ -116,7 +118,7 @@ def has_a_container(row: RoleSpec) -> bool:
     service = yaml.safe_load(read("docker-compose.yml"))["services"].get(row.name)
     if service is None:
         return False
-    addresses = {f"SDAR_{callee.upper()}_ADDRESS" for callee in row.calls}
+    addresses = {f"SDAR_{call.role.upper()}_ADDRESS" for call in row.calls if not call.is_told}
     is_beside_redis = "redis" in service.get("networks", ())
     return (
         service["build"]["target"] == row.name
@@ -239,6 +241,14 @@ def test_the_chart_has_the_table_as_it_is() -> None:
 
 # ---- a row says what the code does
 
+# Who answers each gRPC service of proto/sdar/v1.
+SERVED_BY = {
+    "Environment": Role.ENVS,
+    "Gateway": Role.GATEWAY,
+    "Policy": Role.ROLLOUT,
+    "Teacher": Role.TEACHER,
+}
+
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_row_says_what_its_service_does(role: Role) -> None:
@@ -249,6 +259,10 @@ def test_a_row_says_what_its_service_does(role: Role) -> None:
     assert ("settings.drain_s" in code) == row.drains
     assert ("claim_role(" in code) == row.is_sole
     assert ("build_bus(" in code) == row.uses_bus
+    called = {Role(role) for role in re.findall(r"settings\.([a-z]+)_address\b", code)}
+    assert called == {call.role for call in row.calls if not call.is_told}
+    stubs = set(re.findall(r"\.(\w+)ServiceStub\(", code))
+    assert {SERVED_BY[stub] for stub in stubs} == {call.role for call in row.calls}
     assert ("weights_url" in code or "build_weight_store(" in code) == row.may_hold_gpus
 
 
