@@ -19,8 +19,9 @@ import yaml
 
 from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.cli.run import list_services
-from sdar.cli.serve import find_library_environment
-from sdar.config import RunConfig, load_config
+from sdar.cli.serve import check_addresses, find_library_environment, serve_service
+from sdar.config import RunConfig, load_config, save_config
+from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.roles import (
     CALLED,
     REPORTING,
@@ -333,8 +334,9 @@ def test_a_stream_has_its_line_on_the_page_and_a_reader_of_its_dead_letters(
 
 def test_ports_and_addresses_are_settings() -> None:
     names = [port.setting for port in Port]
-    names += [f"{role}_address" for role in CALLED]
     assert set(names) <= Settings.model_fields.keys()
+    addresses = {name for name in Settings.model_fields if name.endswith("_address")}
+    assert addresses == {f"{role}_address" for role in CALLED}
 
 
 # ---- what is derived from the rows
@@ -402,6 +404,41 @@ def test_vllms_switches_are_set_where_vllm_runs(role: Role, scorer: str, has_vll
     config = load_config(EXAMPLES / "household.yaml", {"teacher.scorer": scorer})
     variables = find_library_environment(ROLES[role], config)
     assert ("VLLM_LOGGING_LEVEL" in variables) == has_vllm
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "missing"),
+    [
+        (Role.GATEWAY, {}, "SDAR_ENVS_ADDRESS"),
+        (Role.GATEWAY, {"environment.address": "127.0.0.1:50051"}, None),
+        (Role.ROLLOUT, {"method.name": "skill_grpo"}, "SDAR_TEACHER_ADDRESS"),
+        # Its teacher reads streams, and tasks name their environment servers.
+        (Role.ROLLOUT, {}, None),
+        (Role.TEACHER, {}, None),
+        (Role.ENVS, {}, None),
+        (Role.LEARNER, {}, None),
+    ],
+)
+def test_a_service_that_does_not_know_whom_to_call_is_refused_before_its_model_is_looked_for(
+    role: Role,
+    changes: dict[str, str],
+    missing: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("SDAR_ENVS_ADDRESS", "SDAR_TEACHER_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    config = load_config(EXAMPLES / "household.yaml", changes)
+    if missing is None:
+        check_addresses(ROLES[role], config, Settings())
+        return
+    no_model = config.model.model_copy(update={"path": tmp_path / "none"})
+    save_config(config.model_copy(update={"model": no_model}), tmp_path / "run.yaml")
+    with pytest.raises(ConfigurationError, match=f"^{missing} is not set"):
+        serve_service(role, tmp_path / "run.yaml")
+    monkeypatch.setenv(missing, "127.0.0.1:9090")
+    with pytest.raises(ConfigurationError, match=r"^model\.path"):
+        serve_service(role, tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("role", ROLES)
