@@ -176,8 +176,8 @@ _BOUNDS = (
     "training.group_size",
 )
 
-# `config_keys` decide which pods an upgrade restarts: a service that reads a key which its row
-# lacks goes on with the old value.
+# `config_keys` decide which pods an upgrade restarts: a service goes on with the old value of a key
+# that its row lacks, and restarts for nothing where its row has one that it does not read.
 _ROWS = (
     RoleSpec(
         name=Role.GATEWAY,
@@ -194,11 +194,9 @@ _ROWS = (
             "method",
             "training",
             "evaluation",
-            # It issues no more groups than workers can play, each stamped with its sampling.
-            "rollout.max_concurrent_episodes",
-            "rollout.max_response_tokens",
-            "rollout.temperature",
-            "rollout.num_workers",
+            # It shows the whole run, and wakes one that sleeps when any key is another.
+            "rollout",
+            "teacher",
         ),
     ),
     RoleSpec(
@@ -223,7 +221,14 @@ _ROWS = (
             "environment.step_timeout_s",
             "method.name",
             "method.advantage_level",
-            "rollout",
+            "rollout.max_response_tokens",
+            "rollout.history_turns",
+            "rollout.max_concurrent_episodes",
+            "rollout.tensor_parallel_size",
+            "rollout.num_threads",
+            "rollout.kv_cache_gib",
+            "rollout.gpu_memory_utilization",
+            "rollout.max_group_attempts",
             *_BOUNDS,
         ),
     ),
@@ -255,7 +260,12 @@ _ROWS = (
         presence=Presence.WITH_OWN_ENVIRONMENT,
         drains=True,
         signal=Signal.SESSIONS_WAIT,
-        config_keys=("name", "model.path", "environment"),
+        config_keys=(
+            "environment.name",
+            "environment.options",
+            "environment.capacity",
+            "environment.step_timeout_s",
+        ),
     ),
     RoleSpec(
         name=Role.LEARNER,
@@ -270,7 +280,8 @@ _ROWS = (
         config_keys=(
             "name",
             "seed",
-            "model",
+            "model.path",
+            "model.dtype",
             "environment.invalid_action_penalty",
             "method",
             "rollout.temperature",

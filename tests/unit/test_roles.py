@@ -30,6 +30,7 @@ from sdar.contracts.roles import (
     SLEEPING,
     WORKERS,
     Call,
+    Libraries,
     ModelUse,
     Port,
     Presence,
@@ -51,6 +52,7 @@ from services.gateway.alarms import (
 from services.gateway.describe import PAYLOADS
 from services.gateway.state import RunPhase
 from tests.support import EXAMPLES
+from tests.unit.config_reads import expand, find_keys
 from tools import chart_schema, image_requirements
 
 ROOT = Path(__file__).parents[2]
@@ -268,33 +270,22 @@ def test_a_row_says_what_its_service_does(role: Role) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_row_names_every_key_of_the_run_that_its_service_reads(role: Role) -> None:
-    sections = [name for name in RunConfig.model_fields if is_key(f"{name}.{first_key(name)}")]
-    code = read_code(role)
-    named = rf"\bconfig\.({'|'.join(sections)})\b(?:\.([a-z_]+))?"
-    keys = {".".join(filter(None, found)) for found in re.findall(named, code)}
-    keys |= set(re.findall(r"\bconfig\.(name|seed)\b", code))
-    read_keys = {find_key(key) for key in keys}
-    listed = ROLES[role].config_keys
-    unlisted = [
-        key
-        for key in sorted(read_keys)
-        if not any(key == one or key.startswith(f"{one}.") for one in listed)
-    ]
-    assert read_keys
-    assert unlisted == []
+def test_a_row_names_the_keys_of_the_run_that_its_service_reads_and_no_others(role: Role) -> None:
+    row = ROLES[role]
+    named, read_keys = expand(row.config_keys), find_keys(row.name) | list_keys_of_start(row)
+    assert read_keys - named == set(), "an upgrade that changes them leaves old values in its pods"
+    assert named - read_keys == set(), "an upgrade that changes them restarts its pods for nothing"
 
 
-def find_key(name: str) -> str:
-    """The key that an attribute of a section stands for: itself, or what it is worked out of."""
-    if name == "method.row":
-        return "method.name"
-    return name if is_key(name) else name.partition(".")[0]
-
-
-def first_key(section: str) -> str:
-    fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
-    return next(iter(fields), "")
+def list_keys_of_start(row: RoleSpec) -> set[str]:
+    """What `sdar serve` reads for a role, before the service's own code."""
+    reads = {
+        row.threads: True,
+        "name": row.uses_bus,
+        "model.path": row.model is not ModelUse.NOTHING,
+        "teacher.scorer": row.libraries is Libraries.AS_SCORER,
+    }
+    return {key for key, is_read in reads.items() if key and is_read}
 
 
 @pytest.mark.parametrize(
