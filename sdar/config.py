@@ -27,7 +27,7 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
-from sdar.contracts.roles import ROLES, Role
+from sdar.contracts.roles import ROLES, Presence, Role
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
@@ -320,6 +320,18 @@ class RunConfig(Section):
     def needs_teacher(self) -> bool:
         """Whether trajectories pass the teacher on their way to the learner."""
         return self.method.row.needs_teacher
+
+    def has(self, presence: Presence) -> bool:
+        """Whether the run is one of those that have such a role or call."""
+        match presence:
+            case Presence.ALWAYS:
+                return True
+            case Presence.WITH_TEACHER:
+                return self.method.row.runs_teacher
+            case Presence.WITH_SHOWN_SKILLS:
+                return self.method.row.student_sees_skills
+            case Presence.WITH_OWN_ENVIRONMENT:
+                return self.environment.address is None
 
     @property
     def stream_consumers(self) -> dict[Stream, tuple[ConsumerGroup, ...]]:

@@ -32,8 +32,10 @@ from sdar.process.settings import Settings
 CHART = Path(__file__).resolve().parents[1] / "helm"
 DEMO = CHART.parent / "examples" / "household.yaml"
 _ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py. Of each role:
+# presence: which runs have it, by a name that the template sdar.has judges.
 # ports: by name, with the number it listens on; probePort: the one that is probed and scraped.
-# usesRedis: it reads and writes streams, and is traced. calls: roles whose gRPC it calls.
+# usesRedis: it reads and writes streams, and is traced.
+# calls: roles whose gRPC it calls, in which runs; isTold: the address comes with its entries.
 # readsWeights: it mounts the weight store and may hold GPUs. sleeps: the idle guard takes it to 0.
 # isScalable: the gateway may set its size. drains: it takes SDAR_DRAIN_S.
 # configKeys: keys of the run that it reads; a change of one restarts its pods.
@@ -305,10 +307,14 @@ def build_roles() -> dict[str, Any]:
 def describe_role(row: roles.RoleSpec) -> dict[str, Any]:
     """One row as templates read it; the head of the file says what each key means."""
     return {
+        "presence": str(row.presence),
         "ports": {str(port): find_port_number(port) for port in row.listens},
         "probePort": str(row.probe_port),
         "usesRedis": row.uses_bus,
-        "calls": [str(role) for role in row.calls],
+        "calls": [
+            {"role": str(call.role), "presence": str(call.presence), "isTold": call.is_told}
+            for call in row.calls
+        ],
         "readsWeights": row.may_hold_gpus,
         "sleeps": row.sleeps,
         "isScalable": row.is_scalable,

@@ -87,10 +87,22 @@ text or a number of the role's replaces the default, and an empty one does so to
 {{/* "true" if the release has pods of a role. Takes (list $ "role"). */}}
 {{- define "sdar.isPresent" -}}
 {{- $root := index . 0 -}}{{- $role := index . 1 -}}
-{{- if eq $role "teacher" }}{{ include "sdar.hasTeacher" $root }}
-{{- else if eq $role "envs" }}{{ include "sdar.hasEnvs" $root }}
-{{- else if eq $role "redis" }}{{ if $root.Values.redis.enabled }}true{{ end }}
-{{- else }}true{{ end -}}
+{{- if eq $role "redis" }}{{ if $root.Values.redis.enabled }}true{{ end }}
+{{- else }}{{ include "sdar.has" (list $root (include "sdar.role" . | fromYaml).presence) }}{{ end -}}
+{{- end }}
+
+{{/*
+"true" if the run is one of those that have such roles and calls. Takes (list $ "presence"), which
+files/roles.yaml has of each role and call.
+*/}}
+{{- define "sdar.has" -}}
+{{- $root := index . 0 -}}{{- $presence := index . 1 -}}
+{{- $method := include "sdar.method" $root | fromYaml -}}
+{{- if eq $presence "always" }}true
+{{- else if eq $presence "with_teacher" }}{{ if $method.runs_teacher }}true{{ end }}
+{{- else if eq $presence "with_shown_skills" }}{{ if $method.student_sees_skills }}true{{ end }}
+{{- else if eq $presence "with_own_environment" }}{{ include "sdar.hasEnvs" $root }}
+{{- else }}{{ fail (printf "sdar.has knows no presence %s" $presence) }}{{ end -}}
 {{- end }}
 
 {{- define "sdar.image" -}}
@@ -129,21 +141,12 @@ else; otherwise it is the demo, with the keys that `run` has in place of the dem
 {{- get $methods (include "sdar.run" . | fromYaml).method.name | toYaml -}}
 {{- end }}
 
-{{/* "true" or "": whether a teacher runs, which scores trajectories or hands out skills. */}}
-{{- define "sdar.hasTeacher" -}}
-{{- if (include "sdar.method" . | fromYaml).runs_teacher }}true{{ end -}}
-{{- end }}
-
 {{/* Whether trajectories pass the teacher. */}}
 {{- define "sdar.isScoring" -}}
 {{- if (include "sdar.method" . | fromYaml).needs_teacher }}true{{ end -}}
 {{- end }}
 
-{{/* Whether rollouts ask the teacher for skills. */}}
-{{- define "sdar.showsSkills" -}}
-{{- if (include "sdar.method" . | fromYaml).student_sees_skills }}true{{ end -}}
-{{- end }}
-
+{{/* Whether the run names no environment elsewhere. */}}
 {{- define "sdar.hasEnvs" -}}
 {{- if not (include "sdar.run" . | fromYaml).environment.address }}true{{ end -}}
 {{- end }}

@@ -236,9 +236,8 @@ Helm 4's, has one.
     secretKeyRef: {name: {{ include "sdar.redisSecret" $root }}, key: redis-url}
 {{- end }}
 {{- range $row.calls }}
-{{- /* Environments elsewhere have their address in the run, which comes first. */}}
-{{- if or (eq . "envs") (include "sdar.isPresent" (list $root .)) }}
-- {name: SDAR_{{ upper . }}_ADDRESS, value: "{{ include "sdar.address" (list $root .) }}"}
+{{- if and (not .isTold) (include "sdar.has" (list $root .presence)) }}
+- {name: SDAR_{{ upper .role }}_ADDRESS, value: "{{ include "sdar.address" (list $root .role) }}"}
 {{- end }}
 {{- end }}
 {{- if $row.readsWeights }}

@@ -21,6 +21,7 @@ from sdar.cli.gateway import GatewayClient, open_gateway
 from sdar.cli.main import fail
 from sdar.config import RunConfig, load_config
 from sdar.contracts.errors import SdarError, UnavailableError, UnknownResourceError
+from sdar.contracts.roles import Role
 from sdar.process.settings import load_settings
 from sdar.v1 import (
     environment_pb2,
@@ -217,7 +218,7 @@ def main() -> None:
         settings = load_settings()
         config = load_config(settings.config)
         with open_gateway(None, Path()) as gateway:
-            envs = config.environment.address or settings.envs_address
+            envs = config.environment.address or settings.find_address(Role.ENVS)
             asyncio.run(check_release(config, gateway, envs, arguments.policy, arguments.timeout_s))
     except SdarError as error:
         fail(error, sys.argv[1:])

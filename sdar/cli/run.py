@@ -27,7 +27,7 @@ from sdar.cli.status import format_gap
 from sdar.config import RunConfig
 from sdar.connect import locate_model
 from sdar.contracts.errors import BusUnavailableError, CorruptionError
-from sdar.contracts.roles import CALLED, REPORTING, ROLES, Port, Presence, Role
+from sdar.contracts.roles import CALLED, REPORTING, ROLES, Port, Role
 from sdar.process.settings import load_settings
 from sdar.process.text import hide_credentials
 from sdar.wire.http_client import find_base_url, open_http
@@ -57,15 +57,10 @@ def list_services(config: RunConfig) -> dict[Role, list[str]]:
     Engines come up slowest, so those through which data flow come first. The gateway is last: it
     is ready once a policy is there, which the learner publishes and everyone waits for.
     """
-    is_there = {
-        Presence.ALWAYS: True,
-        Presence.WITH_TEACHER: config.method.row.runs_teacher,
-        Presence.WITH_OWN_ENVIRONMENT: config.environment.address is None,
-    }
     names: dict[Role, list[str]] = {}
     for role in (*REPORTING, *reversed(_AROUND)):
         row = ROLES[role]
-        if not is_there[row.presence]:
+        if not config.has(row.presence):
             continue
         names[role] = [role.value]
         if row.copies:

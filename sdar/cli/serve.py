@@ -28,6 +28,7 @@ def serve_service(role: Role, config_path: Path | None) -> None:
     row = ROLES[role]
     settings = load_settings()
     config = load_config(config_path or settings.config)
+    check_addresses(row, config, settings)
     if row.model is not ModelUse.NOTHING:
         config = locate_model(config, with_weights=row.model is ModelUse.WEIGHTS)
     configure_logging(role, settings.instance, settings.log_level, settings.log_format)
@@ -45,6 +46,17 @@ async def _serve(
     serve: Callable[[RunConfig, Settings], Awaitable[None]], config: RunConfig, settings: Settings
 ) -> None:
     await serve(config, settings)
+
+
+def check_addresses(row: RoleSpec, config: RunConfig, settings: Settings) -> None:
+    """See that a role knows where those that it calls in this run listen.
+
+    Raises:
+        ConfigurationError: the variable of one of them is not set.
+    """
+    for call in row.calls:
+        if config.has(call.presence) and not call.is_told:
+            settings.find_address(call.role)
 
 
 def find_library_environment(row: RoleSpec, config: RunConfig) -> dict[str, str]:

@@ -7,7 +7,6 @@ rows by tests/unit/test_roles.py, which names each part that a role lacks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,11 +40,13 @@ class Port(StrEnum):
 
 
 class Presence(StrEnum):
-    """Which runs have a role."""
+    """Which runs have a role, or a call from one to another."""
 
     ALWAYS = "always"
     WITH_TEACHER = "with_teacher"
     """Where the method asks a teacher, for scores or for skills."""
+    WITH_SHOWN_SKILLS = "with_shown_skills"
+    """Where the method shows the teacher's skills to the student."""
     WITH_OWN_ENVIRONMENT = "with_own_environment"
     """Where environment.address names no server elsewhere."""
 
@@ -82,6 +83,21 @@ class Signal(StrEnum):
     """Episodes that wait for an environment session."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """That a role calls the gRPC of another.
+
+    Attributes:
+        role: the one that is called.
+        presence: which runs have the call.
+        is_told: the address comes with each entry; otherwise it is the setting `<role>_address`.
+    """
+
+    role: Role
+    presence: Presence
+    is_told: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSpec:
     """One row: a service of a run.
@@ -94,7 +110,7 @@ class RoleSpec:
             difference.
         reports: its processes publish MetricRecords, so the gateway knows which of them live.
         listens: servers it has; the first of HTTP and PROBE is where it is probed and scraped.
-        calls: roles whose gRPC it calls; their address is the setting `<role>_address`.
+        calls: whose gRPC it calls.
         is_sole: only one process at a time may hold the role.
         drains: it lets episodes end after SIGTERM, for the setting drain_s.
         signal: what its number of replicas is derived from.
@@ -111,7 +127,7 @@ class RoleSpec:
     reads_unscored: tuple[Stream, ...] | None = None
     reports: bool = False
     listens: tuple[Port, ...] = (Port.PROBE, Port.GRPC)
-    calls: tuple[Role, ...] = ()
+    calls: tuple[Call, ...] = ()
     is_sole: bool = False
     drains: bool = False
     signal: Signal = Signal.NONE
@@ -161,14 +177,14 @@ _BOUNDS = (
     "training.group_size",
 )
 
-# `config_keys` decide which pods an upgrade restarts: a service that reads a key which its row
-# lacks goes on with the old value.
+# `config_keys` decide which pods an upgrade restarts: a service goes on with the old value of a key
+# that its row lacks, and restarts for nothing where its row has one that it does not read.
 _ROWS = (
     RoleSpec(
         name=Role.GATEWAY,
         reads=(Stream.LEDGER, Stream.EVALUATIONS),
         listens=(Port.HTTP, Port.GRPC),
-        calls=(Role.ENVS,),
+        calls=(Call(Role.ENVS, Presence.WITH_OWN_ENVIRONMENT),),
         is_sole=True,
         model=ModelUse.TOKENIZER,
         config_keys=(
@@ -179,18 +195,19 @@ _ROWS = (
             "method",
             "training",
             "evaluation",
-            # It issues no more groups than workers can play, each stamped with its sampling.
-            "rollout.max_concurrent_episodes",
-            "rollout.max_response_tokens",
-            "rollout.temperature",
-            "rollout.num_workers",
+            # It shows the whole run, and wakes one that sleeps when any key is another.
+            "rollout",
+            "teacher",
         ),
     ),
     RoleSpec(
         name=Role.ROLLOUT,
         reads=(Stream.TASKS,),
         reports=True,
-        calls=(Role.ENVS, Role.TEACHER),
+        calls=(
+            Call(Role.ENVS, Presence.WITH_OWN_ENVIRONMENT, is_told=True),
+            Call(Role.TEACHER, Presence.WITH_SHOWN_SKILLS),
+        ),
         drains=True,
         signal=Signal.LEARNER_WAITS,
         copies="rollout.num_workers",
@@ -205,7 +222,15 @@ _ROWS = (
             "environment.step_timeout_s",
             "method.name",
             "method.advantage_level",
-            "rollout",
+            "rollout.max_response_tokens",
+            "rollout.history_turns",
+            "rollout.show_actions",
+            "rollout.max_concurrent_episodes",
+            "rollout.tensor_parallel_size",
+            "rollout.num_threads",
+            "rollout.kv_cache_gib",
+            "rollout.gpu_memory_utilization",
+            "rollout.max_group_attempts",
             *_BOUNDS,
         ),
     ),
@@ -237,7 +262,12 @@ _ROWS = (
         presence=Presence.WITH_OWN_ENVIRONMENT,
         drains=True,
         signal=Signal.SESSIONS_WAIT,
-        config_keys=("environment",),
+        config_keys=(
+            "environment.name",
+            "environment.options",
+            "environment.capacity",
+            "environment.step_timeout_s",
+        ),
     ),
     RoleSpec(
         name=Role.LEARNER,
@@ -252,7 +282,10 @@ _ROWS = (
         config_keys=(
             "name",
             "seed",
-            "model",
+            "model.path",
+            "model.dtype",
+            # Its probe is of what engines can score.
+            "model.max_sequence_tokens",
             "environment.invalid_action_penalty",
             "method",
             "rollout.temperature",
@@ -277,7 +310,7 @@ SLEEPING = tuple(role for role, row in ROLES.items() if row.sleeps)
 SCALABLE = tuple(role for role, row in ROLES.items() if row.is_scalable)
 """What a scaling file may name."""
 
-_CALLED = frozenset(itertools.chain.from_iterable(row.calls for row in _ROWS))
+_CALLED = frozenset(call.role for row in _ROWS for call in row.calls)
 
 CALLED = tuple(role for role in ROLES if role in _CALLED)
 """Roles whose gRPC others call, so that their address has to be known before they start."""

@@ -16,6 +16,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.roles import Role
 
 MAX_CALLS_PER_S = 10_000.0
 """A bound against floods, above what one server process can answer. Set less to share it fairly."""
@@ -59,10 +60,12 @@ class Settings(BaseSettings):
     """Port of this service's gRPC API."""
     probe_port: int = Field(default=9100, ge=0, le=65535)
     """Port of /healthz, /readyz and /metrics."""
-    envs_address: str = "127.0.0.1:9093"
-    """Where the run's own environment service listens."""
-    teacher_address: str = "127.0.0.1:9092"
-    """Where the teacher's gRPC API listens."""
+    envs_address: str = ""
+    """Where the run's own environment service listens, HOST:PORT; the gateway needs it."""
+    teacher_address: str = ""
+    """Where the teacher's gRPC API listens, HOST:PORT; rollouts need it whose method shows skills
+    to the student.
+    """
     tls_cert: Path | None = None
     """This process's certificate chain (PEM): what its servers show, and its clients where they are
     asked for one.
@@ -114,6 +117,20 @@ class Settings(BaseSettings):
     """Least level that is logged."""
     log_format: Literal["text", "json"] = "text"
     """How log lines look."""
+
+    def find_address(self, role: Role) -> str:
+        """Where the gRPC API of a role listens that others call.
+
+        Raises:
+            ConfigurationError: its variable is not set.
+        """
+        address = str(getattr(self, f"{role}_address"))
+        if not address:
+            raise ConfigurationError(
+                f"SDAR_{role.upper()}_ADDRESS is not set. Set it to HOST:PORT of the gRPC API of "
+                f"this run's {role} service."
+            )
+        return address
 
 
 def load_settings() -> Settings:

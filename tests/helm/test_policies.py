@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sdar.contracts.roles import ROLES
+from sdar.config import RunConfig
 from tests.helm.chart import (
     CHART,
     VALUES_FILES,
@@ -19,6 +19,7 @@ from tests.helm.chart import (
     pods,
     render,
 )
+from tests.unit.connections import list_connections
 
 every_values_file = pytest.mark.parametrize("values", VALUES_FILES)
 SERVICES = {"gateway", "rollout", "teacher", "envs", "learner", "redis"}
@@ -169,28 +170,23 @@ def test_every_pod_is_denied_what_no_policy_names(values):
             )
 
 
-ARROWS = {
-    *((role, "redis", 6379) for role, row in ROLES.items() if row.uses_bus),
-    *((role, callee, 9090) for role, row in ROLES.items() for callee in row.calls),
-    *(("check", "gateway", 8080), ("check", "envs", 9090), ("check", "rollout", 9090)),
-}
-"""Who opens a connection to whom: what the table of roles says, and the chart's own test."""
-NO_SKILLS = {("rollout", "teacher", 9090)}
-"""Only a student that is shown skills asks for them."""
+CHECKED = {("check", "gateway", 8080), ("check", "envs", 9090), ("check", "rollout", 9090)}
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "more"),
     [
-        ("defaults", ARROWS - NO_SKILLS),
-        ("skill_grpo", ARROWS),
-        ("everything", ARROWS - NO_SKILLS | {("learner", "learner", None)}),
+        ("defaults", CHECKED),
+        ("skill_grpo", CHECKED),
+        # The ranks of a learner of several pods.
+        ("everything", CHECKED | {("learner", "learner", None)}),
     ],
 )
-def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, expected):
+def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, more):
     role_of = "app.kubernetes.io/component"
     ways_in, ways_out = set(), set()
-    for policy in of_kind(render(values), "NetworkPolicy"):
+    things = render(values)
+    for policy in of_kind(things, "NetworkPolicy"):
         own = policy["spec"]["podSelector"]["matchLabels"].get(role_of)
         for direction, key, ways in (("ingress", "from", ways_in), ("egress", "to", ways_out)):
             for rule in policy["spec"].get(direction, []):
@@ -202,8 +198,9 @@ def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, expect
                             ways.add((*ends, port.get("port")))
     # The gateway answers both its ports to whoever may call it.
     ways_in.discard(("check", "gateway", 9090))
-    # Redis knows nobody's method: it lets every reader of streams in.
-    assert ways_in == ways_out == expected
+    run = next(thing["data"]["run.yaml"] for thing in things if "run.yaml" in thing.get("data", {}))
+    config = RunConfig.model_validate(yaml.safe_load(run))
+    assert ways_in == ways_out == list_connections(config) | more
 
 
 def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():

@@ -330,12 +330,17 @@ def test_openssl_accepts_the_generated_certificate_too(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "restarted"),
     [
-        ("run.teacher.num_skills=2", {"teacher"}),
+        ("run.teacher.num_skills=2", {"gateway", "teacher"}),
         ("run.training.num_updates=120", {"gateway", "learner"}),
         ("run.training.learning_rate=0.001", {"gateway", "learner"}),
         ("run.evaluation.every_updates=10", {"gateway"}),
         ("run.rollout.max_response_tokens=16", {"gateway", "rollout"}),
+        ("run.rollout.temperature=0.9", {"gateway", "learner"}),
+        ("run.rollout.num_workers=2", {"gateway"}),
         ("run.environment.capacity=64", {"gateway", "envs"}),
+        ("run.environment.max_turns=9", {"gateway"}),
+        ("run.model.dtype=bfloat16", {"gateway", "rollout", "teacher", "learner"}),
+        ("run.seed=7", {"gateway", "rollout", "learner"}),
         ("run.training.zero_stage=0", set()),  # the default, written down
         ("rollout.replicas.max=4", set()),
         ("autoscaling.idleAfterSeconds=60", set()),

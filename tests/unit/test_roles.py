@@ -10,7 +10,7 @@ import ast
 import re
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import yaml
 
 from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.cli.run import list_services
-from sdar.cli.serve import find_library_environment
-from sdar.config import RunConfig, load_config
+from sdar.cli.serve import check_addresses, find_library_environment, serve_service
+from sdar.config import RunConfig, load_config, save_config
+from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.roles import (
     CALLED,
     REPORTING,
@@ -28,8 +29,11 @@ from sdar.contracts.roles import (
     SCALABLE,
     SLEEPING,
     WORKERS,
+    Call,
+    Libraries,
     ModelUse,
     Port,
+    Presence,
     Role,
     RoleSpec,
     Signal,
@@ -48,7 +52,7 @@ from services.gateway.alarms import (
 from services.gateway.describe import PAYLOADS
 from services.gateway.state import RunPhase
 from tests.support import EXAMPLES
-from tests.unit.read_keys import read_keys
+from tests.unit.config_reads import expand, find_keys
 from tools import chart_schema, image_requirements
 
 ROOT = Path(__file__).parents[2]
@@ -59,17 +63,13 @@ TOY = RoleSpec(
     reads=(Stream.SCORED,),
     reports=True,
     listens=(Port.PROBE, Port.GRPC),
-    calls=(Role.TEACHER,),
+    calls=(Call(Role.TEACHER, Presence.WITH_TEACHER),),
     signal=Signal.SCORES_WAIT,
     model=ModelUse.WEIGHTS,
     threads="critic.num_threads",
     config_keys=("name", "critic"),
 )
 """A service that somebody has only just written down."""
-
-
-STUBS = {"EnvironmentService": Role.ENVS, "TeacherService": Role.TEACHER}
-"""Whose gRPC a service calls that makes such a stub."""
 
 
 def read(path: str) -> str:
@@ -121,7 +121,7 @@ def has_a_container(row: RoleSpec) -> bool:
     service = yaml.safe_load(read("docker-compose.yml"))["services"].get(row.name)
     if service is None:
         return False
-    addresses = {f"SDAR_{callee.upper()}_ADDRESS" for callee in row.calls}
+    addresses = {f"SDAR_{call.role.upper()}_ADDRESS" for call in row.calls if not call.is_told}
     is_beside_redis = "redis" in service.get("networks", ())
     return (
         service["build"]["target"] == row.name
@@ -187,7 +187,8 @@ def is_missed_by_an_alert(row: RoleSpec) -> bool:
 
 
 def is_in_the_architecture(row: RoleSpec) -> bool:
-    return re.search(rf"^\| {row.name} \|", read("docs/architecture.md"), re.M) is not None
+    lines = (f"| {row.name} | `", f"| `services/{row.name}` |")
+    return all(f"\n{line}" in read("docs/architecture.md") for line in lines)
 
 
 # "file: what is in it", with the role's name for {}: docs/architecture.md lists the files.
@@ -206,7 +207,7 @@ PARTS: dict[str, Callable[[RoleSpec], bool]] = {
     "services/{}/metrics.py: what it measures, then make docs": is_on_the_metrics_page,
     "tools/make_dashboards.py: a panel of {}, then make docs": is_on_a_dashboard,
     "helm/alerts/sdar.yaml: {}_silent": is_missed_by_an_alert,
-    "docs/architecture.md: its line in the table of services": is_in_the_architecture,
+    "docs/architecture.md: its lines in the tables of services and rooms": is_in_the_architecture,
 }
 
 
@@ -244,6 +245,14 @@ def test_the_chart_has_the_table_as_it_is() -> None:
 
 # ---- a row says what the code does
 
+# Who answers each gRPC service of proto/sdar/v1.
+SERVED_BY = {
+    "Environment": Role.ENVS,
+    "Gateway": Role.GATEWAY,
+    "Policy": Role.ROLLOUT,
+    "Teacher": Role.TEACHER,
+}
+
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_row_says_what_its_service_does(role: Role) -> None:
@@ -252,56 +261,32 @@ def test_a_row_says_what_its_service_does(role: Role) -> None:
     listens = set(re.findall(r"settings\.((?:http|grpc|probe)_port)\b", code))
     assert listens == {port.setting for port in row.listens}
     assert ("settings.drain_s" in code) == row.drains
-    called = {STUBS[stub] for stub in re.findall(r"_pb2_grpc\.(\w+)Stub\(", code)}
-    assert called == set(row.calls)
     assert ("claim_role(" in code) == row.is_sole
     assert ("build_bus(" in code) == row.uses_bus
+    called = {Role(role) for role in re.findall(r"settings\.([a-z]+)_address\b", code)}
+    assert called == {call.role for call in row.calls if not call.is_told}
+    stubs = set(re.findall(r"\.(\w+)ServiceStub\(", code))
+    assert {SERVED_BY[stub] for stub in stubs} == {call.role for call in row.calls}
     assert ("weights_url" in code or "build_weight_store(" in code) == row.may_hold_gpus
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_row_names_the_keys_of_the_run_that_its_service_reads_and_no_others(role: Role) -> None:
     row = ROLES[role]
-    keys = read_keys_of((ROOT / "services" / role).rglob("*.py"))
-    if row.uses_bus:
-        keys |= read_keys_of([ROOT / "sdar" / "connect.py"])
-    listed = row.config_keys
-    unlisted = [key for key in sorted(keys) if not any(covers(one, key) for one in listed)]
-    assert unlisted == []
-    unread = [one for one in listed if not any(covers(one, key) for key in keys)]
-    # Also what is read by way of the whole section.
-    assert [one for one in unread if not any(covers(key, one) for key in keys)] == []
+    named, read_keys = expand(row.config_keys), find_keys(row.name) | list_keys_of_start(row)
+    assert read_keys - named == set(), "an upgrade that changes them leaves old values in its pods"
+    assert named - read_keys == set(), "an upgrade that changes them restarts its pods for nothing"
 
 
-def read_keys_of(paths: Iterable[Path]) -> set[str]:
-    keys: set[str] = set()
-    for path in paths:
-        keys |= read_keys(path.read_text())
-    return keys
-
-
-def covers(section: str, key: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
-
-
-def test_keys_are_found_under_whatever_name_they_are_read() -> None:
-    code = """
-class Part:
-    def __init__(self, config: RunConfig, training: TrainingConfig) -> None:
-        self._config = config
-        self._section = config.teacher
-        rollout = self._config.rollout
-        print(rollout.temperature, self._section.max_lag, training.num_updates, config.method)
-        print(scheduler.config.train_sampling, config.needs_teacher)
-"""
-    assert read_keys(code) == {
-        "rollout.temperature",
-        "teacher.max_lag",
-        "training.num_updates",
-        "method",
-        "rollout.max_response_tokens",
-        "method.name",
+def list_keys_of_start(row: RoleSpec) -> set[str]:
+    """What `sdar serve` reads for a role, before the service's own code."""
+    reads = {
+        row.threads: True,
+        "name": row.uses_bus,
+        "model.path": row.model is not ModelUse.NOTHING,
+        "teacher.scorer": row.libraries is Libraries.AS_SCORER,
     }
+    return {key for key, is_read in reads.items() if key and is_read}
 
 
 @pytest.mark.parametrize(
@@ -341,8 +326,9 @@ def test_a_stream_has_its_line_on_the_page_and_a_reader_of_its_dead_letters(
 
 def test_ports_and_addresses_are_settings() -> None:
     names = [port.setting for port in Port]
-    names += [f"{role}_address" for role in CALLED]
     assert set(names) <= Settings.model_fields.keys()
+    addresses = {name for name in Settings.model_fields if name.endswith("_address")}
+    assert addresses == {f"{role}_address" for role in CALLED}
 
 
 # ---- what is derived from the rows
@@ -410,6 +396,41 @@ def test_vllms_switches_are_set_where_vllm_runs(role: Role, scorer: str, has_vll
     config = load_config(EXAMPLES / "household.yaml", {"teacher.scorer": scorer})
     variables = find_library_environment(ROLES[role], config)
     assert ("VLLM_LOGGING_LEVEL" in variables) == has_vllm
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "missing"),
+    [
+        (Role.GATEWAY, {}, "SDAR_ENVS_ADDRESS"),
+        (Role.GATEWAY, {"environment.address": "127.0.0.1:50051"}, None),
+        (Role.ROLLOUT, {"method.name": "skill_grpo"}, "SDAR_TEACHER_ADDRESS"),
+        # Its teacher reads streams, and tasks name their environment servers.
+        (Role.ROLLOUT, {}, None),
+        (Role.TEACHER, {}, None),
+        (Role.ENVS, {}, None),
+        (Role.LEARNER, {}, None),
+    ],
+)
+def test_a_service_that_does_not_know_whom_to_call_is_refused_before_its_model_is_looked_for(
+    role: Role,
+    changes: dict[str, str],
+    missing: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("SDAR_ENVS_ADDRESS", "SDAR_TEACHER_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    config = load_config(EXAMPLES / "household.yaml", changes)
+    if missing is None:
+        check_addresses(ROLES[role], config, Settings())
+        return
+    no_model = config.model.model_copy(update={"path": tmp_path / "none"})
+    save_config(config.model_copy(update={"model": no_model}), tmp_path / "run.yaml")
+    with pytest.raises(ConfigurationError, match=f"^{missing} is not set"):
+        serve_service(role, tmp_path / "run.yaml")
+    monkeypatch.setenv(missing, "127.0.0.1:9090")
+    with pytest.raises(ConfigurationError, match=r"^model\.path"):
+        serve_service(role, tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("role", ROLES)
