@@ -154,7 +154,7 @@ class RunDirectory:
             try:
                 chosen[name] = choose_port(host, before.get(name, 0))
             except ConflictError:
-                # Somebody else took it since. Tasks in flight that name it are played again.
+                # Somebody else took the port since.
                 chosen[name] = choose_port(host)
         self.write_json(self.ports, chosen)
         return chosen
@@ -178,7 +178,8 @@ class RunDirectory:
         if free < _LEAST_FREE_BYTES:
             raise UnavailableError(
                 f"Only {free / 2**20:.0f} MiB are free under {self.root}; a run needs "
-                f"{_LEAST_FREE_BYTES // 2**20} MiB to begin. Free some space or choose another --runs-dir."
+                f"{_LEAST_FREE_BYTES // 2**20} MiB to begin. Free some space or choose another "
+                "--runs-dir."
             )
 
 

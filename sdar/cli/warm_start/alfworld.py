@@ -38,7 +38,8 @@ from services.envs.alfworld.rooms import (
     TWO_OBJECTS_TASK,
 )
 
-_ACT, _END = "<think></think><action>", "</action>"
+_ACT = "<think></think><action>"
+_END = "</action>"
 _GO = "go to "
 _OPEN = "open "
 _MOVE = "move "
@@ -47,81 +48,71 @@ _CAN_TAKE = re.compile(r"take (\w+) \d+ from ")
 _TAKEN = re.compile(r"You pick up the (\w+ \d+)")
 _TREATED = re.compile(r"You (?:clean|heat|cool) the ")
 _WORDS = (
-    *(
-        _ACT,
-        _END,
-        _GO,
-        _OPEN,
-        _MOVE,
-        "close ",
-        "take ",
-        "use ",
-        "examine ",
-        "clean ",
-        "heat ",
-        "cool ",
-        " from ",
-        " to ",
-        " with ",
-    ),
-    *(
-        "inventory\n",
-        "look\n",
-        "You are in the middle of a room. Looking quickly around you, you see a ",
-        ", a ",
-        ", and a ",
-    ),
-    *(
-        "You arrive at ",
-        ". On the ",
-        ". The ",
-        " is closed.",
-        " is open.",
-        " In it, you see a ",
-        " In it, you see nothing.",
-    ),
-    *(
-        ", you see a ",
-        ", you see nothing.",
-        "You pick up the ",
-        "You move the ",
-        "You open the ",
-        "You close the ",
-        " from the ",
-    ),
-    *(
-        " to the ",
-        "You clean the ",
-        "You heat the ",
-        "You cool the ",
-        " using the ",
-        "Nothing happens.",
-        "You turn on the ",
-    ),
-    *(
-        "put a ",
-        "put some ",
-        "clean some ",
-        "heat some ",
-        "cool some ",
-        "put a clean ",
-        "put a hot ",
-        "put a cool ",
-        "look at ",
-    ),
-    *(
-        " in ",
-        " on ",
-        " and put it in ",
-        " under the ",
-        "examine the ",
-        " with the ",
-        " 1",
-        " 2",
-        " 3",
-        "inventory",
-        "look",
-    ),
+    # Responses, and commands as they are listed.
+    _ACT,
+    _END,
+    _GO,
+    _OPEN,
+    _MOVE,
+    "close ",
+    "take ",
+    "use ",
+    "examine ",
+    "clean ",
+    "heat ",
+    "cool ",
+    " from ",
+    " to ",
+    " with ",
+    # What a game says.
+    "inventory\n",
+    "look\n",
+    "You are in the middle of a room. Looking quickly around you, you see a ",
+    ", a ",
+    ", and a ",
+    "You arrive at ",
+    ". On the ",
+    ". The ",
+    " is closed.",
+    " is open.",
+    " In it, you see a ",
+    " In it, you see nothing.",
+    ", you see a ",
+    ", you see nothing.",
+    "You pick up the ",
+    "You move the ",
+    "You open the ",
+    "You close the ",
+    " from the ",
+    " to the ",
+    "You clean the ",
+    "You heat the ",
+    "You cool the ",
+    " using the ",
+    "Nothing happens.",
+    "You turn on the ",
+    # What a task asks for.
+    "put a ",
+    "put some ",
+    "clean some ",
+    "heat some ",
+    "cool some ",
+    "put a clean ",
+    "put a hot ",
+    "put a cool ",
+    "look at ",
+    " in ",
+    " on ",
+    " and put it in ",
+    " under the ",
+    "examine the ",
+    " with the ",
+    # Numbers of things and places.
+    " 1",
+    " 2",
+    " 3",
+    "inventory",
+    "look",
 )
 
 
@@ -166,22 +157,23 @@ class AlfworldDemonstrator(WindowDemonstrator):
         )
         super().__init__(recipe, AlfworldEnvironment(data_dir=str(games)))
         self._forgetful_share = recipe.forgetful_share
+
         _, most_receptacles = ROOM_SIZES["small"].num_receptacles
-        small = {
-            entry.task_id
-            for entry in load_entries(games)["train"]
-            if entry.num_receptacles <= most_receptacles and entry.task_type != TWO_OBJECTS_TASK
-        }
-        self.tasks = [task for task in self.tasks if task.task_id in small]
+        played = set()
+        for entry in load_entries(games)["train"]:
+            is_small = entry.num_receptacles <= most_receptacles
+            if is_small and entry.task_type != TWO_OBJECTS_TASK:
+                played.add(entry.task_id)
+        self.tasks = [task for task in self.tasks if task.task_id in played]
+        # What could be taken in each game, as the players have seen it so far.
         self._takeable: dict[str, set[str]] = defaultdict(set)
 
     def list_phrases(self) -> Sequence[str]:
-        kinds = {
-            name.lower()
-            for room in ROOM_KINDS.values()
-            for name in (*room.always, *room.at_most, *room.objects, room.lamp)
-            if name
-        }
+        kinds: set[str] = set()
+        for room in ROOM_KINDS.values():
+            names = (*room.always, *room.at_most, *room.objects, room.lamp)
+            # Not every room has a lamp.
+            kinds.update(name.lower() for name in names if name)
         return sorted({*self.list_common_phrases(), *kinds, *_WORDS})
 
     def open_player(self, task: Task) -> Player:
@@ -193,10 +185,10 @@ class AlfworldDemonstrator(WindowDemonstrator):
         """
         task = rng.choice(self.tasks)
         target = read_aim(task.description).target
+        # Sorted, for the order of a set is not the same in every process.
         wished = rng.choice(sorted(self._takeable[task.task_id] | {target}))
-        return dataclasses.replace(
-            task, description=re.sub(rf"\b{target}\b", wished, task.description)
-        )
+        description = re.sub(rf"\b{target}\b", wished, task.description)
+        return dataclasses.replace(task, description=description)
 
 
 class _Housekeeper:
@@ -206,7 +198,9 @@ class _Housekeeper:
 
     def __init__(self, task: Task, forgetful_share: float, takeable: set[str]) -> None:
         self._takeable = takeable
-        self._task_type, self._aim = task.task_type, read_aim(task.description)
+        self._task_type = task.task_type
+        self._aim = read_aim(task.description)
+        # Where the object is cleaned, heated or cooled; None for tasks without that.
         self._station = STATIONS.get(task.task_type)
         self._forgetful_share = forgetful_share
         self._place = ""
@@ -218,23 +212,31 @@ class _Housekeeper:
         self._note(observation)
         admissible = observation.admissible_actions
         expert = self._choose(admissible, rng, is_forgetful=False)
-        is_forgetful = rng.random() < self._forgetful_share
-        erring = self._choose(admissible, rng, is_forgetful=True) if is_forgetful else expert
+
+        erring = expert
+        if rng.random() < self._forgetful_share:
+            erring = self._choose(admissible, rng, is_forgetful=True)
+        # Where forgetting changes nothing, the erring player fumbles.
         if erring == expert:
             erring = rng.choice(admissible)
         return Choice(f"{_ACT}{expert}{_END}", f"{_ACT}{erring}{_END}")
 
     def _note(self, observation: Observation) -> None:
-        self._takeable.update(
-            found[1]
-            for action in observation.admissible_actions
-            if (found := _CAN_TAKE.match(action))
-        )
-        if arrived := _PLACE.search(observation.text):
+        """Remember what the game just said."""
+        for action in observation.admissible_actions:
+            found = _CAN_TAKE.match(action)
+            if found is not None:
+                self._takeable.add(found[1])
+
+        arrived = _PLACE.search(observation.text)
+        if arrived is not None:
             self._place = arrived[1]
             self._visited.add(self._place)
-        if taken := _TAKEN.search(observation.text):
-            self._holding, self._is_treated = taken[1], False
+        taken = _TAKEN.search(observation.text)
+        if taken is not None:
+            self._holding = taken[1]
+            self._is_treated = False
+            # With another thing in hand, every place is worth a visit again.
             self._visited.clear()
         if observation.text.startswith("You move the "):
             self._holding = ""
@@ -242,45 +244,55 @@ class _Housekeeper:
             self._is_treated = True
 
     def _choose(self, admissible: Sequence[str], rng: random.Random, *, is_forgetful: bool) -> str:
-        target, destination = self._aim.target, self._aim.destination
+        """The next command towards the aim; a forgetful player leaves out the treatment."""
+        target = self._aim.target
+        destination = self._aim.destination
         if not self._holding.startswith(f"{target} "):
             return _find(admissible, f"take {target} ") or self._explore(admissible, rng)
         if self._task_type == LOOK_TASK:
             return _find(admissible, f"use {destination} ") or self._explore(admissible, rng)
+
         if self._station is not None and not (self._is_treated or is_forgetful):
-            station = self._station.kind.lower()
-            if treatment := _find(admissible, f"{self._station.verb} "):
+            treatment = _find(admissible, f"{self._station.verb} ")
+            if treatment:
                 return treatment
+            station = self._station.kind.lower()
             if not self._place.startswith(f"{station} "):
                 return _go(admissible, station, rng)
-        if self._place.startswith(f"{destination} "):
-            return (
-                _find(admissible, _MOVE)
-                or _find(admissible, _OPEN)
-                or self._explore(admissible, rng)
-            )
-        return _go(admissible, destination, rng)
+
+        if not self._place.startswith(f"{destination} "):
+            return _go(admissible, destination, rng)
+        # A closed destination takes nothing until it is open.
+        here = _find(admissible, _MOVE) or _find(admissible, _OPEN)
+        return here or self._explore(admissible, rng)
 
     def _explore(self, admissible: Sequence[str], rng: random.Random) -> str:
-        """Open what is closed here; then anywhere else, new places first. With the wrong thing in
-        hand, put it down.
+        """Put down the wrong thing, open what is closed here, else go to another place: to one that
+        is new, if there is one.
         """
-        if here := _find(admissible, _MOVE) if self._task_type != LOOK_TASK else "":
+        here = ""
+        # To look at a thing under the lamp, it has to stay in hand.
+        if self._task_type != LOOK_TASK:
+            here = _find(admissible, _MOVE)
+        here = here or _find(admissible, _OPEN)
+        if here:
             return here
-        if here := _find(admissible, _OPEN):
-            return here
-        places = [command for command in admissible if command.startswith(_GO)]
-        return rng.choice(
-            [place for place in places if place.removeprefix(_GO) not in self._visited] or places
-        )
+
+        going = _list_starting(admissible, _GO)
+        new = [command for command in going if command.removeprefix(_GO) not in self._visited]
+        return rng.choice(new or going)
 
 
 def _find(admissible: Sequence[str], start: str) -> str:
     """The first command that starts so, "" if there is none."""
-    return next((command for command in admissible if command.startswith(start)), "")
+    return next(iter(_list_starting(admissible, start)), "")
 
 
 def _go(admissible: Sequence[str], kind: str, rng: random.Random) -> str:
     """To a place of a kind; anywhere, if the only one is here."""
-    places = [command for command in admissible if command.startswith(_GO)]
-    return rng.choice([place for place in places if place.startswith(f"{_GO}{kind} ")] or places)
+    there = _list_starting(admissible, f"{_GO}{kind} ")
+    return rng.choice(there or _list_starting(admissible, _GO))
+
+
+def _list_starting(admissible: Sequence[str], start: str) -> list[str]:
+    return [command for command in admissible if command.startswith(start)]

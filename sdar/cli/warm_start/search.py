@@ -6,10 +6,11 @@ in one, is ever seen: what remains to be learnt is to copy names out of question
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,10 +31,8 @@ from services.envs.search.demonstrations import parse_question, read_fact
 from services.envs.search.environment import SearchEnvironment
 from services.envs.search.generate import generate
 
-_SEARCH, _ANSWER = (
-    ("<think></think><search>", "</search>"),
-    ("<think></think><answer>", "</answer>"),
-)
+_SEARCH = ("<think></think><search>", "</search>")
+_ANSWER = ("<think></think><answer>", "</answer>")
 _TITLE = re.compile(r'^Doc \d+ \(Title: "(.*?)"\)', re.MULTILINE)
 
 
@@ -89,19 +88,23 @@ class _Reader:
         self._thing, self._relations = parse_question(task.description)
 
     def __call__(self, observation: Observation, rng: random.Random) -> Choice:
-        found = (
-            read_fact(observation.text, self._thing, self._relations[0])
-            if self._relations
-            else None
-        )
-        if found is not None:
-            self._thing, self._relations = found, self._relations[1:]
+        has_found = False
+        if self._relations:
+            found = read_fact(observation.text, self._thing, self._relations[0])
+            has_found = found is not None
+            if found is not None:
+                self._thing = found
+                self._relations = self._relations[1:]
         expert = _write(_SEARCH if self._relations else _ANSWER, self._thing)
+
         titles = _TITLE.findall(observation.text)
         if not titles:
+            # Half a name finds many things.
             return Choice(expert, _write(_SEARCH, self._thing.split()[-1]))
-        is_hasty = bool(self._relations) and found is not None
-        return Choice(expert, _write(_ANSWER, self._thing if is_hasty else rng.choice(titles)))
+        # Too early: a step on the way to the answer is taken for the answer.
+        if has_found and self._relations:
+            return Choice(expert, _write(_ANSWER, self._thing))
+        return Choice(expert, _write(_ANSWER, rng.choice(titles)))
 
 
 def _write(tags: tuple[str, str], words: str) -> str:
@@ -113,12 +116,15 @@ def _write(tags: tuple[str, str], words: str) -> str:
 def _list_own_phrases() -> list[str]:
     """What stands between the names in questions, passages and responses."""
     wordings = [
-        *_flatten(world.QUESTIONS),
-        *_flatten(world.STATEMENTS),
-        *_flatten(world.ASIDES),
-        *(sentence for _, _, sentences in world.DISTRACTORS for sentence in sentences),
+        *_flatten(world.QUESTIONS.values()),
+        *_flatten(world.STATEMENTS.values()),
+        *_flatten(world.ASIDES.values()),
+        *_flatten(sentences for _, _, sentences in world.DISTRACTORS),
     ]
-    between = {part.strip() for wording in wordings for part in re.split(r"\{\w*\}", wording)}
+    between: set[str] = set()
+    for wording in wordings:
+        between.update(map(str.strip, re.split(r"\{\w*\}", wording)))
+    # These stand in front of a name or inside it as well, where they would cut it up.
     between -= {"", ".", "?", "The", "the"}
     shown = [
         '<information>\nDoc 1 (Title: "',
@@ -130,5 +136,5 @@ def _list_own_phrases() -> list[str]:
     return [*sorted(between), *shown, *_SEARCH, *_ANSWER]
 
 
-def _flatten(wordings: Mapping[Any, Sequence[str]]) -> list[str]:
-    return [wording for several in wordings.values() for wording in several]
+def _flatten(wordings: Iterable[Sequence[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(wordings))
