@@ -164,6 +164,17 @@ class _Player:
 
     async def open(self) -> environment_pb2.OpenSessionResponse:
         """A session of the first task of the training split."""
+        request = environment_pb2.OpenSessionRequest(
+            environment=self.config.environment.name,
+            task_id=await self._find_first_task(),
+            idempotency_key=uuid.uuid4().hex,
+        )
+        opened: environment_pb2.OpenSessionResponse = await self._ask(
+            self.stub.OpenSession, request
+        )
+        return opened
+
+    async def _find_first_task(self) -> str:
         environment = self.config.environment
         listing = environment_pb2.ListTasksRequest(
             environment=environment.name, split=environment.train_split, page_size=1
@@ -173,16 +184,7 @@ class _Player:
             raise UnknownResourceError(
                 f"environment.train_split {environment.train_split!r} has no tasks. Name another."
             )
-
-        request = environment_pb2.OpenSessionRequest(
-            environment=environment.name,
-            task_id=tasks[0].task_id,
-            idempotency_key=uuid.uuid4().hex,
-        )
-        opened: environment_pb2.OpenSessionResponse = await self._ask(
-            self.stub.OpenSession, request
-        )
-        return opened
+        return str(tasks[0].task_id)
 
     async def take_turns(
         self,
