@@ -85,19 +85,21 @@ def measure(say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         say("generating games")
         games = _generate_games(Path(directory, "games"))
+
     comparisons: list[Comparison] = []
     for size, chosen in games.items():
         say(f"{size} rooms")
         comparisons.extend(_compare(size, chosen, say))
+
     say("memory")
-    memory = [_measure_memory_per_game(engine, games["small"]) for engine in (KeptPddlEnv, PddlEnv)]
-    rows = tuple(
-        (name, f"{format_figure(size / 2**20)} MiB")
-        for name, size in zip(("ours", "stock"), memory, strict=True)
-    )
+    rows = []
+    for name, engine in (("ours", KeptPddlEnv), ("stock", PddlEnv)):
+        num_bytes = _measure_memory_per_game(engine, games["small"])
+        rows.append((name, f"{format_figure(num_bytes / 2**20)} MiB"))
+    memory = Table("ALFWorld: memory of one more game in play", ("engine", "memory"), tuple(rows))
     return Measurement(
         tuple(comparisons),
-        tables=(Table("ALFWorld: memory of one more game in play", ("engine", "memory"), rows),),
+        tables=(memory,),
         notes=NOTES,
     )
 
@@ -105,14 +107,16 @@ def measure(say: Say) -> Measurement:
 def _generate_games(directory: Path) -> dict[str, list[Game]]:
     """One game of each type in small rooms, and one of each in large rooms."""
     num_types = len(TASK_TYPES)
-    generate(
-        directory, num_tasks=num_types * len(SIZE_CYCLE), seed=SEED, report=lambda done, total: None
-    )
-    train = read_index(directory / "index.json")[: num_types * len(SIZE_CYCLE)]
+    num_tasks = num_types * len(SIZE_CYCLE)
+    generate(directory, num_tasks=num_tasks, seed=SEED, report=lambda done, total: None)
+    train = read_index(directory / "index.json")[:num_tasks]
+
+    # Games come in runs of one size, each with one game of every type: the first run of each size.
     by_size: dict[str, list[GameEntry]] = {"small": [], "large": []}
     for number, size in enumerate(SIZE_CYCLE):
         if size in by_size and not by_size[size]:
             by_size[size] = train[number * num_types : (number + 1) * num_types]
+
     games: dict[str, list[Game]] = {}
     for size, chosen in by_size.items():
         games[size] = [read_game(directory / entry.task_id / GAME_FILE) for entry in chosen]
@@ -121,21 +125,26 @@ def _generate_games(directory: Path) -> dict[str, list[Game]]:
 
 def _compare(size: str, games: Sequence[Game], say: Say) -> list[Comparison]:
     """One pair a game, after one that warms both up."""
-    ours, stock = build_stack(), build_stack(PddlEnv)
+    ours = build_stack()
+    stock = build_stack(PddlEnv)
     _play(ours, games[0], ["look"])
     _play(stock, games[0], ["look"])
-    translate.cache_clear()
-    timings = []
+
+    timings: list[tuple[Timing, Timing]] = []
     for number, game in enumerate(games):
         commands = _draw_commands(ours, game)
+        # The drawing has translated the game; its first loading is to be timed.
         translate.cache_clear()
-        pair = _play(ours, game, commands), _play(stock, game, commands)
-        if pair[0].transcript != pair[1].transcript:
+        by_ours = _play(ours, game, commands)
+        by_stock = _play(stock, game, commands)
+        if by_ours.transcript != by_stock.transcript:
             raise RuntimeError(
                 f"The engines disagree on {size} game {number}: no figure of them can be compared."
             )
-        timings.append(pair)
-        say(describe_pair(number + 1, len(games), (pair[0].steps_per_s, pair[1].steps_per_s)))
+        timings.append((by_ours, by_stock))
+        pair = (by_ours.steps_per_s, by_stock.steps_per_s)
+        say(describe_pair(number + 1, len(games), pair))
+
     comparisons = []
     for figure in FIGURES:
         pairs = tuple((figure.read(one), figure.read(other)) for one, other in timings)
@@ -148,7 +157,8 @@ def _draw_commands(stack: AlfredInfos, game: Game) -> list[str]:
     """Random admissible commands and some nonsense, then from the start again the walkthrough."""
     rng = random.Random(SEED)
     stack.load(game)
-    state, commands = stack.reset(), []
+    state = stack.reset()
+    commands: list[str] = []
     for _ in range(NUM_RANDOM_STEPS):
         commands.append(rng.choice([*state["admissible_commands"], "dance"]))
         state, _, _ = stack.step(commands[-1])
@@ -159,10 +169,12 @@ def _play(stack: AlfredInfos, game: Game, commands: Sequence[str]) -> Timing:
     began = time.perf_counter()
     stack.load(game)
     timing = Timing(load_s=time.perf_counter() - began)
+
     began = time.perf_counter()
     stack.load(game)
     state = stack.reset()
     timing.reload_s = time.perf_counter() - began
+
     for command in commands:
         if command == RESET:
             state = stack.reset()
@@ -181,6 +193,7 @@ def _measure_memory_per_game(engine: type[PddlEnv], games: Sequence[Game]) -> fl
     warm = build_stack(engine)
     for game in games:
         _play(warm, game, ["look"])
+
     before = _measure_own_memory()
     stacks = [build_stack(engine) for _ in range(NUM_LIVE)]
     for number, stack in enumerate(stacks):

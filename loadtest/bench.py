@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from loadtest.comparison import Measurement
@@ -50,9 +51,8 @@ def main() -> None:
     if arguments.page:
         write_page()
         return
-    names: list[str] = []
-    for name in arguments.only or MEASUREMENTS:
-        names += GROUPS.get(name, (name,))
+
+    names = _list_names(arguments.only or MEASUREMENTS)
     failed = []
     for number, name in enumerate(names, start=1):
         if not _measure(name, f"{number}/{len(names)}", arguments.dry_run):
@@ -61,6 +61,14 @@ def main() -> None:
         sys.exit(
             f"error: {', '.join(failed)} failed; the lines above say why. Their old figures stay."
         )
+
+
+def _list_names(asked: Iterable[str]) -> list[str]:
+    """The measurements asked for, those of a group in its place."""
+    names: list[str] = []
+    for name in asked:
+        names += GROUPS.get(name, (name,))
+    return names
 
 
 def _parse() -> argparse.Namespace:
@@ -93,16 +101,18 @@ def _measure(name: str, place: str, is_dry_run: bool) -> bool:
     if measurement is None:
         return False
     show(measurement)
-    if not is_dry_run:
-        entry = {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "duration_s": round(time.monotonic() - began, 1),
-            "command": f"python -m loadtest.bench --only {name}",
-            "seed": SEED,
-            "machine": describe_machine(),
-            "measurement": measurement.to_json(),
-        }
-        save_result(name, entry, list(MEASUREMENTS))
+    if is_dry_run:
+        return True
+
+    entry = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "duration_s": round(time.monotonic() - began, 1),
+        "command": f"python -m loadtest.bench --only {name}",
+        "seed": SEED,
+        "machine": describe_machine(),
+        "measurement": measurement.to_json(),
+    }
+    save_result(name, entry, list(MEASUREMENTS))
     return True
 
 

@@ -42,6 +42,7 @@ def _stand_in_for_jaxtyping() -> None:
         import jaxtyping  # noqa: F401
     except ImportError:
         module = types.ModuleType("jaxtyping")
+        # `Float[Tensor, "tokens"]` means `Tensor`.
         annotation = type(
             "Annotation", (), {"__class_getitem__": classmethod(lambda cls, item: item[0])}
         )
@@ -64,7 +65,10 @@ from sdar.algorithms.loss import compute_loss  # noqa: E402
 
 SEED = 0
 METHODS = ("sdar", "grpo")
-LEARNING_RATE, MAX_GRADIENT_NORM = 1e-6, 1.0
+LEARNING_RATE = 1e-6
+MAX_GRADIENT_NORM = 1.0
+NUM_WARM_UPS = 2
+"""Pairs of steps that don't count: kernels are loaded and the optimizer's state is made."""
 # Dense bfloat16 TFLOP/s of data sheets, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -138,8 +142,9 @@ TINY_SHAPE = Shape(
 
 
 def build_settings(method: str) -> types.SimpleNamespace:
-    """A run's `method` section with its defaults. They are spelled out, since sdar.config needs
-    pydantic; a test compares.
+    """A run's `method` section with its defaults.
+
+    They are spelled out, since sdar.config needs pydantic; a test compares.
     """
     return types.SimpleNamespace(
         name=method,
@@ -164,12 +169,15 @@ def main() -> None:
             "error: torch sees no CUDA device. Run this on a machine with one, "
             "or pass --device cpu --tiny."
         )
+
     rows = []
-    for shape in (TINY_SHAPE,) if arguments.tiny else SHAPES:
+    shapes = (TINY_SHAPE,) if arguments.tiny else SHAPES
+    for shape in shapes:
         for is_checkpointed in (False, True):
             state = "on" if is_checkpointed else "off"
             print(f"{shape.name}, gradient checkpointing {state} ...", file=sys.stderr, flush=True)
             rows.append(measure(shape, is_checkpointed, device, arguments.pairs))
+
     results = describe_results(rows, device)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(results["table"])
@@ -226,17 +234,19 @@ def _measure(
     learner = Learner(shape, is_checkpointed, device)
     batches = {method: learner.place(sequences, has_teacher=method == "sdar") for method in METHODS}
     num_response_tokens = count_response_tokens(sequences)
+
     reset_peak_memory(device)
     pairs = []
-    for index in range(2 + num_pairs):
+    for index in range(NUM_WARM_UPS + num_pairs):
         sdar_s = learner.time_step("sdar", batches["sdar"], num_response_tokens)
         grpo_s = learner.time_step("grpo", batches["grpo"], num_response_tokens)
-        if index >= 2:
+        if index >= NUM_WARM_UPS:
             pairs.append((sdar_s, grpo_s))
+
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     sdar_s = statistics.median(sdar for sdar, _ in pairs)
     ratios = [sdar / grpo for sdar, grpo in pairs]
-    flops = count_flops(shape, sequences)
+    tflops_per_s = count_flops(shape, sequences) / sdar_s / 1e12
     peak = find_peak(name_device(device))
     return {
         "num_parameters": learner.num_parameters,
@@ -245,8 +255,8 @@ def _measure(
         "num_padded_tokens": sum(batch.input_ids.numel() for batch in batches["sdar"]),
         "pairs_s": pairs,
         "tokens_per_s": num_tokens / sdar_s,
-        "tflops_per_s": flops / sdar_s / 1e12,
-        "share_of_peak": None if peak is None else flops / sdar_s / 1e12 / peak,
+        "tflops_per_s": tflops_per_s,
+        "share_of_peak": None if peak is None else tflops_per_s / peak,
         "peak_memory_gib": read_peak_memory(device),
         "sdar_over_grpo": [statistics.median(ratios), min(ratios), max(ratios)],
     }
@@ -268,7 +278,10 @@ class Learner:
         self._scorer = TokenScorer(
             causal_lm.to(torch.bfloat16), temperature=1.0, chunk_size=shape.chunk_tokens
         )
-        self._shape, self._device = shape, device
+        self._shape = shape
+        self._device = device
+
+        # A bfloat16 weight is too coarse to take a small update, so the sums are kept in float32.
         self._weights: list[torch.Tensor] = list(self._scorer.parameters())
         self._masters = [weight.detach().float().requires_grad_() for weight in self._weights]
         self._optimizer = torch.optim.AdamW(
@@ -278,12 +291,10 @@ class Learner:
 
     def place(self, sequences: Sequence[TokenSequence], *, has_teacher: bool) -> list[MicroBatch]:
         """The batch on the device. GRPO's has no teacher log-probs, as in a run."""
-        kept = (
-            sequences
-            if has_teacher
-            else [dataclasses.replace(s, teacher_logprobs=None) for s in sequences]
-        )
-        (micro_batches,) = build_microbatches(kept, self._shape.microbatch_tokens)
+        if not has_teacher:
+            sequences = [dataclasses.replace(one, teacher_logprobs=None) for one in sequences]
+        # One rank's share, and there is one rank.
+        [micro_batches] = build_microbatches(sequences, self._shape.microbatch_tokens)
         return [micro_batch.to(self._device) for micro_batch in micro_batches]
 
     def time_step(self, method: str, micro_batches: Sequence[MicroBatch], num_tokens: int) -> float:
@@ -301,7 +312,7 @@ class Learner:
                 micro_batch,
                 policy_logprobs=logprobs,
                 entropy=entropy,
-                # any fixed values: the reference's forward pass is not measured
+                # Any fixed values: the reference's forward pass is not measured.
                 ref_logprobs=micro_batch.behavior_logprobs,
                 num_tokens_global=num_tokens,
                 settings=build_settings(method),
@@ -310,6 +321,7 @@ class Learner:
             )
             loss.backward()
             self._accumulate()
+
         torch.nn.utils.clip_grad_norm_(self._masters, MAX_GRADIENT_NORM, foreach=True)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
@@ -356,18 +368,21 @@ def draw_sequences(shape: Shape) -> list[TokenSequence]:
 
 
 def count_flops(shape: Shape, sequences: Sequence[TokenSequence]) -> float:
-    """Floating-point operations that the step needs: 6 per weight and token that meet, and causal
-    attention.
+    """Floating-point operations that the step needs.
 
-    The head meets sampled tokens only; the embedding is a lookup. Neither padding nor what
+    They are 6 per weight and token that meet (2 forward, 4 backward), and causal attention. The
+    head meets sampled tokens only; the embedding is a lookup. Neither padding nor what
     checkpointing computes again counts.
     """
     config = shape.config
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    layers = int(config["num_hidden_layers"])
+    hidden = int(config["hidden_size"])
     kv_size = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    per_layer = (
-        2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config["intermediate_size"]
-    )
+    queries_and_output = 2 * hidden * hidden
+    keys_and_values = 2 * hidden * kv_size
+    feed_forward = 3 * hidden * config["intermediate_size"]
+    per_layer = queries_and_output + keys_and_values + feed_forward
+
     body = sum(6.0 * layers * per_layer * sequence.num_tokens for sequence in sequences)
     head = 6.0 * config["vocab_size"] * hidden * count_response_tokens(sequences)
     # Scores and weighted values: 2 products of 2 * length * hidden per token, half of it masked,
@@ -395,7 +410,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def read_peak_memory(device: torch.device) -> float | None:
     """GiB at the peak, None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -407,19 +424,23 @@ def format_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        figures = [row["error"], "-", "-", "-", "-"] if "error" in row else _format_figures(row)
         checkpointing = "on" if row["gradient_checkpointing"] else "off"
-        lines.append(f"| {' | '.join([row['model'], checkpointing, *figures])} |")
+        cells = [row["model"], checkpointing, *_format_figures(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _format_figures(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["error"], "-", "-", "-", "-"]
+    share_of_peak = row["share_of_peak"]
+    peak_memory_gib = row["peak_memory_gib"]
     median, low, high = row["sdar_over_grpo"]
     return [
         f"{row['tokens_per_s']:,.0f}",
         f"{row['tflops_per_s']:.3g}",
-        "-" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}",
-        "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
+        "-" if share_of_peak is None else f"{share_of_peak:.1%}",
+        "-" if peak_memory_gib is None else f"{peak_memory_gib:.1f}",
         f"{median:.3f} ({low:.3f} to {high:.3f})",
     ]
 

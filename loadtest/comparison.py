@@ -1,7 +1,5 @@
 """Parts of a measurement: pairs of figures taken in turn, their ratios, targets, plain tables.
 
-Measures nothing.
-
 A ratio of two figures taken one right after the other survives a machine whose speed drifts; a
 ratio of two medians does not. Hence pairs: ours, peer, ours, peer, ..., one ratio a pair, and the
 median of the ratios with their range.
@@ -11,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Say = Callable[[str], None]
-"""Tells the user how far a measurement is."""
+"""Reports to the user how far a measurement is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +25,12 @@ class Target:
     bound: float
 
     def is_met_by(self, ratio: float) -> bool:
-        return ratio >= self.bound if self.kind == "at_least" else ratio <= self.bound
+        if self.kind == "at_least":
+            return ratio >= self.bound
+        return ratio <= self.bound
 
     def __str__(self) -> str:
-        return f"at {'least' if self.kind == 'at_least' else 'most'} {self.bound:g}"
+        return f"{self.kind.replace('_', ' ')} {self.bound:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +105,23 @@ class Measurement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        comparisons = []
-        for fields in value["comparisons"]:
-            pairs = tuple((ours, peer) for ours, peer in fields["pairs"])
-            target = None if fields["target"] is None else Target(**fields["target"])
-            comparisons.append(Comparison(**{**fields, "pairs": pairs, "target": target}))
-        tables = []
-        for fields in value["tables"]:
-            rows = tuple(map(tuple, fields["rows"]))
-            tables.append(Table(fields["title"], tuple(fields["columns"]), rows))
-        return cls(tuple(comparisons), tuple(tables), tuple(value["notes"]))
+        comparisons = tuple(map(_read_comparison, value["comparisons"]))
+        tables = tuple(map(_read_table, value["tables"]))
+        return cls(comparisons, tables, tuple(value["notes"]))
+
+
+# JSON knows no tuples: what was one is read as a list.
+
+
+def _read_comparison(fields: dict[str, Any]) -> Comparison:
+    pairs = tuple((ours, peer) for ours, peer in fields["pairs"])
+    target = None if fields["target"] is None else Target(**fields["target"])
+    return Comparison(fields["what"], fields["peer"], fields["unit"], pairs, target)
+
+
+def _read_table(fields: dict[str, Any]) -> Table:
+    rows = tuple(map(tuple, fields["rows"]))
+    return Table(fields["title"], tuple(fields["columns"]), rows)
 
 
 def take_turns(
@@ -128,9 +135,10 @@ def take_turns(
     pairs = []
     for index in range(num_warmups + num_pairs):
         pair = ours(), peer()
-        if index >= num_warmups:
-            pairs.append(pair)
-            say(describe_pair(len(pairs), num_pairs, pair))
+        if index < num_warmups:
+            continue
+        pairs.append(pair)
+        say(describe_pair(len(pairs), num_pairs, pair))
     return tuple(pairs)
 
 
@@ -140,15 +148,11 @@ def describe_pair(number: int, total: int, pair: tuple[float, float]) -> str:
     return f"pair {number} of {total}: {figures}"
 
 
-def scale_pairs(pairs: Iterable[Sequence[float]], factor: float) -> tuple[tuple[float, float], ...]:
-    """The same pairs in another unit."""
-    return tuple((ours * factor, peer * factor) for ours, peer in pairs)
-
-
 def format_figure(value: float) -> str:
     """Three significant digits, thousands separated."""
     if value == 0:
         return "0"
+    # From here on three digits would round to 1e+03.
     if abs(value) >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.3g}"

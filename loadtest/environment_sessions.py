@@ -53,8 +53,10 @@ from sdar.v1 import environment_pb2, environment_pb2_grpc
 
 NUM_PAIRS = 2
 FIRST_NUM_SESSIONS = 256
-FIRST_FACTOR, NEXT_FACTOR = 2.0, 1.25
-"""Factor by which numbers grow until one is not held: in the first search, and in later ones."""
+FIRST_FACTOR = 2.0
+"""Factor by which numbers grow until one is not held, in the first search."""
+NEXT_FACTOR = 1.25
+"""The same in later searches, which begin near the number that was held before."""
 LAST_RATIO = 1.12
 """The search ends when the next larger number tried is at most this times the number held."""
 GOAL_NUM_SESSIONS = 512
@@ -112,14 +114,21 @@ class Trial:
     @property
     def lateness_s(self) -> float:
         """Of the clients themselves; 0 if the server kept every one waiting all the time."""
-        return compute_percentile(self.timings.latenesses, 0.95) if self.timings.latenesses else 0.0
+        if not self.timings.latenesses:
+            return 0.0
+        return compute_percentile(self.timings.latenesses, 0.95)
 
     def judge(self, limit_s: float) -> Literal["held", "not held", "void"]:
-        """Not held, but perhaps only for clients that were late in sending and receiving."""
+        """Void: not held, but perhaps only because the clients were late themselves."""
         if self.timings.num_missed:
             return "not held"
         over_s = compute_percentile(self.timings.latencies, 0.95) - limit_s
-        return "held" if over_s < 0 else "void" if over_s <= 2 * self.lateness_s else "not held"
+        if over_s < 0:
+            return "held"
+        # Twice: a client may be late in sending and again in receiving.
+        if over_s <= 2 * self.lateness_s:
+            return "void"
+        return "not held"
 
 
 def measure(say: Say) -> Measurement:
@@ -129,9 +138,9 @@ def measure(say: Say) -> Measurement:
             "Sessions per core need two cores, one for the server and one for its clients; "
             "this machine has one."
         )
-    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    _allow_many_files()
     os.sched_setaffinity(0, cores[1:])
+
     schedule = Schedule()
     ours: list[Trial] = []
     theirs: list[Trial] = []
@@ -141,9 +150,16 @@ def measure(say: Say) -> Measurement:
                 run_trial, server, schedule=schedule, core=cores[0], say=say
             )
             done.append(_find_next(try_out, schedule.limit_s, done))
+
         pair = (float(ours[-1].num_sessions), float(theirs[-1].num_sessions))
         say(describe_pair(index + 1, NUM_PAIRS, pair))
     return build_measurement(ours, theirs, schedule)
+
+
+def _allow_many_files() -> None:
+    """The peer has a socket for each session, and the server inherits the limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _find_next(try_out: Callable[[int], Trial], limit_s: float, done: Sequence[Trial]) -> Trial:
@@ -159,19 +175,18 @@ def build_measurement(
     """Rows for the trials of the largest numbers held, a pair each."""
     limits = f"a step every {schedule.period_s:g} s, 95% under {schedule.limit_s * 1000:g} ms"
     what = f"environment server on one core, sessions held: {limits}"
-    held = tuple(
-        (float(one.num_sessions), float(other.num_sessions))
-        for one, other in zip(ours, theirs, strict=True)
-    )
-    memory = tuple(
-        (one.memory_bytes / 1024, other.memory_bytes / 1024)
-        for one, other in zip(ours, theirs, strict=True)
-    )
-    goal = tuple((float(trial.num_sessions), float(GOAL_NUM_SESSIONS)) for trial in ours)
+    held: list[tuple[float, float]] = []
+    goal: list[tuple[float, float]] = []
+    memory: list[tuple[float, float]] = []
+    for one, other in zip(ours, theirs, strict=True):
+        held.append((float(one.num_sessions), float(other.num_sessions)))
+        goal.append((float(one.num_sessions), float(GOAL_NUM_SESSIONS)))
+        memory.append((one.memory_bytes / 1024, other.memory_bytes / 1024))
+
     comparisons = (
-        Comparison(what, PEER.name, "sessions", held),
-        Comparison(what, "the number to reach", "sessions", goal, Target("at_least", 1)),
-        Comparison("environment server, memory of a session", PEER.name, "KiB", memory),
+        Comparison(what, PEER.name, "sessions", tuple(held)),
+        Comparison(what, "the number to reach", "sessions", tuple(goal), Target("at_least", 1)),
+        Comparison("environment server, memory of a session", PEER.name, "KiB", tuple(memory)),
     )
     return Measurement(comparisons, (_build_table(ours, theirs),), _list_notes(schedule))
 
@@ -227,10 +242,10 @@ def _format_trial(trial: Trial) -> tuple[str, ...]:
 def find_largest(
     try_out: Callable[[int], Trial], limit_s: float, first: int, factor: float
 ) -> Trial:
-    """The trial of the largest number of sessions that is held: from `first` up or down by the
-    factor, then by bisection.
+    """The trial of the largest number of sessions that is held.
 
-    Raises SdarError: not even one session is held.
+    From `first` the number goes up or down by the factor, then the rest is halved. Raises
+    SdarError: not even one session is held.
     """
     best: Trial | None = None
     failed = math.inf
@@ -241,6 +256,7 @@ def find_largest(
             best = trial
         else:
             failed = number
+
         if best is None and number == 1:
             raise SdarError(
                 "The server holds not one session within the limit. "
@@ -251,6 +267,7 @@ def find_largest(
         elif failed == math.inf:
             number = math.ceil(number * factor)
         else:
+            # Halfway by factors.
             number = round(math.sqrt(best.num_sessions * failed))
             if number in (best.num_sessions, failed):
                 break
@@ -265,10 +282,11 @@ def run_trial(server: Server, num_sessions: int, schedule: Schedule, core: int, 
     for _ in range(NUM_TRIES):
         with serve_on_core(server, num_sessions + 1, core) as (process, port):
             trial = asyncio.run(_play_trial(server, process, port, num_sessions, schedule))
-        verdict, late_ms = trial.judge(schedule.limit_s), 1000 * trial.lateness_s
+        verdict = trial.judge(schedule.limit_s)
+        p95_ms = 1000 * compute_percentile(trial.timings.latencies, 0.95)
+        late_ms = 1000 * trial.lateness_s
         say(
-            f"{server.name}, {num_sessions} sessions: p95 "
-            f"{1000 * compute_percentile(trial.timings.latencies, 0.95):.0f} ms, "
+            f"{server.name}, {num_sessions} sessions: p95 {p95_ms:.0f} ms, "
             f"{trial.timings.num_missed} missed, clients late by {late_ms:.1f} ms, {verdict}"
         )
         if verdict != "void":
@@ -293,15 +311,15 @@ def serve_on_core(
         try:
             yield process, port
         finally:
-            family = [process, *process.children(recursive=True)] if process.is_running() else []
-            for member in family:
+            for member in _list_family(process) if process.is_running() else ():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.send_signal(signal.SIGKILL)
 
 
 def _start_on_core(command: list[str], core: int) -> subprocess.Popen[bytes]:
     own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})  # inherited by what is started now
+    # What is started now inherits it, and so does all that it starts.
+    os.sched_setaffinity(0, {core})
     try:
         environment = {**os.environ, "SDAR_LOG_LEVEL": "warning"}
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
@@ -316,10 +334,12 @@ async def _play_trial(
         await _open_when_ready(open_session, process)
         memory_bytes = _measure_memory(process)
         steps = await _open_sessions(open_session, num_sessions)
+
         began = time.monotonic()
         server_s = _measure_cpu(process)
         client_s = time.process_time()
         timings = await play(steps, schedule)
+
         duration_s = time.monotonic() - began
         return Trial(
             num_sessions,
@@ -338,11 +358,8 @@ async def _open_when_ready(open_session: Open, process: psutil.Process) -> None:
             await step()
             return
         except (grpc.aio.AioRpcError, OSError, WebSocketException) as error:
-            if (
-                not process.is_running()
-                or process.status() == psutil.STATUS_ZOMBIE
-                or time.monotonic() > deadline
-            ):
+            is_gone = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+            if is_gone or time.monotonic() > deadline:
                 raise SdarError(
                     f"A server to measure did not start: {error}. Read what it wrote above."
                 ) from error
@@ -361,7 +378,8 @@ async def _open_sessions(open_session: Open, num_sessions: int) -> list[Step]:
 
 async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
     """Step every session on schedule; what fails or isn't sent by its end is missed."""
-    loop, timings = asyncio.get_running_loop(), Timings()
+    loop = asyncio.get_running_loop()
+    timings = Timings()
     num_rounds = schedule.num_warmups + schedule.num_rounds
     begin = loop.time() + schedule.period_s / 10
     end = begin + num_rounds * schedule.period_s
@@ -369,9 +387,12 @@ async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
     async def play_session(step: Step, offset_s: float) -> None:
         for number in range(num_rounds):
             due = begin + offset_s + number * schedule.period_s
-            is_counted, is_free = number >= schedule.num_warmups, due > loop.time()
+            is_counted = number >= schedule.num_warmups
+            # Else the answer to the step before came after this one was due.
+            is_free = due > loop.time()
             if is_free:
                 await asyncio.sleep(due - loop.time())
+
             sent = loop.time()
             try:
                 if sent > end + schedule.period_s:
@@ -380,14 +401,15 @@ async def play(steps: Sequence[Step], schedule: Schedule) -> Timings:
             except (grpc.aio.AioRpcError, OSError, WebSocketException):
                 timings.num_missed += num_rounds - number
                 return
+
             if is_counted:
                 timings.latencies.append(loop.time() - due)
             if is_counted and is_free:
                 timings.latenesses.append(sent - due)
 
     with _no_collection():
-        offsets = (index * schedule.period_s / len(steps) for index in range(len(steps)))
-        await asyncio.gather(*map(play_session, steps, offsets))
+        offsets_s = [index * schedule.period_s / len(steps) for index in range(len(steps))]
+        await asyncio.gather(*map(play_session, steps, offsets_s))
     return timings
 
 
@@ -470,26 +492,27 @@ def _serve_openenv(port: int, num_sessions: int) -> list[str]:
     return [sys.executable, "-m", "loadtest.instant_openenv", str(port), str(num_sessions)]
 
 
-OURS = Server(
-    "ours",
-    _serve_ours,
-    _connect_to_ours,
-)
+OURS = Server("ours", _serve_ours, _connect_to_ours)
 PEER = Server("OpenEnv's server", _serve_openenv, _connect_to_openenv)
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that this share of the values does not exceed; infinite if none is."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.inf
+    if not values:
+        return math.inf
+    place = math.ceil(share * len(values)) - 1
+    return sorted(values)[max(0, place)]
+
+
+def _list_family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
 
 
 def _measure_memory(process: psutil.Process) -> int:
-    return sum(
-        member.memory_full_info().uss for member in (process, *process.children(recursive=True))
-    )
+    """Bytes that no other process shares."""
+    return sum(member.memory_full_info().uss for member in _list_family(process))
 
 
 def _measure_cpu(process: psutil.Process) -> float:
-    return sum(
-        sum(member.cpu_times()[:2]) for member in (process, *process.children(recursive=True))
-    )
+    """Seconds in user and system mode so far."""
+    return sum(sum(member.cpu_times()[:2]) for member in _list_family(process))

@@ -1,9 +1,8 @@
 """Measures what the guarantees cost the rollout path: sampled tokens per second with and without.
 
-Both are measured at 32 episodes, and the figure is their ratio.
-
-Two rollout workers share one AsyncLLM and one Redis and take turns at the same groups; each has an
-environment server of its own, a process that answers at once, over gRPC.
+Two rollout workers, 32 episodes each, share one AsyncLLM and one Redis and take turns at the same
+groups; each has an environment server of its own, a process that answers at once, over gRPC. The
+figure is the ratio of their rates.
 
     with       a fenced commit of one script with an exactly-once mark and the account's
                transitions, policy versions declared in use, mutual TLS and a token at every call
@@ -86,12 +85,13 @@ async def _measure(say: Say, num_pairs: int, num_groups: int) -> Measurement:
         directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sdar-bench-")))
         redis = cleanup.enter_context(EmbeddedRedis(directory / "redis"))
         log_to(cleanup.enter_context((directory / "log").open("w")))
+
         say("starting vLLM")
-        engine = build_engine(
-            copy_model_without_end(directory / "household-tiny"), directory / "weights"
-        )
+        model_path = copy_model_without_end(directory / "household-tiny")
+        engine = build_engine(model_path, directory / "weights")
         cleanup.push_async_callback(engine.stop)
         await engine.start()
+
         guarded = await cleanup.enter_async_context(
             _side(RedisBus, redis, engine, "with", *_lock(directory))
         )
@@ -180,8 +180,9 @@ def _name_variables(settings: Settings) -> dict[str, str]:
     # More calls a second than the door's usual rate: one client here does the work of a fleet's.
     variables = {"SDAR_MAX_CALLS_PER_S": "1000000"}
     for name in ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "tokens_file"):
-        if getattr(settings, name):
-            variables[f"SDAR_{name.upper()}"] = str(getattr(settings, name))
+        value = getattr(settings, name)
+        if value:
+            variables[f"SDAR_{name.upper()}"] = str(value)
     return variables
 
 
@@ -197,11 +198,10 @@ class PlainBus(RedisBus):
         retired_letters: Sequence[str] = (),
     ) -> None:
         keys = self._session.keys
-        events = [
-            codec.encode_ledger_event(event)
-            for event in transitions
-            if event.outcome is not GroupOutcome.ISSUED
-        ]
+        # The gateway issues groups itself and needs no event of it.
+        booked = [event for event in transitions if event.outcome is not GroupOutcome.ISSUED]
+        events = list(map(codec.encode_ledger_event, booked))
+
         pipeline = self._session.client.pipeline(transaction=True)
         for stream, payloads in {**publications, Stream.LEDGER: events}.items():
             for payload in payloads:
@@ -231,31 +231,37 @@ class Side:
 
     async def play(self, engine: VllmEngine, num_groups: int) -> float:
         """Tokens per second from issuing all groups to the last ledger event."""
-        groups = [
-            self._group(number) for number in range(self.next_group, self.next_group + num_groups)
-        ]
+        tasks = []
+        issued = []
+        for number in range(self.next_group, self.next_group + num_groups):
+            group = self._group(number)
+            tasks.append(codec.encode_task_group(group))
+            issued.append(LedgerEvent(self.run_id, group.group_id, GroupOutcome.ISSUED, 0, 0))
         self.next_group += num_groups
-        issued = [
-            LedgerEvent(self.run_id, group.group_id, GroupOutcome.ISSUED, 0, 0) for group in groups
-        ]
-        tasks = [codec.encode_task_group(group) for group in groups]
+
         before = engine.stats.num_generated_tokens
         began = time.perf_counter()
         await self.bus.commit({Stream.TASKS: tasks}, transitions=issued)
         await self._collect(Stream.LEDGER, ConsumerGroup.GATEWAY, num_groups)
         duration_s = time.perf_counter() - began
+
         await self._collect(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, GROUP_SIZE * num_groups)
         num_tokens = num_groups * GROUP_SIZE * ShortEpisodes.num_turns * NUM_RESPONSE_TOKENS
         check_count(engine.stats.num_generated_tokens - before, num_tokens)
         return num_tokens / duration_s
 
     def _group(self, number: int) -> TaskGroup:
-        task = ShortEpisodes.tasks["train"][number % len(ShortEpisodes.tasks["train"])]
-        sampling = SamplingParameters(1.0, 1.0, NUM_RESPONSE_TOKENS)
-        group_id = format_group_id(number)
-        turns = ShortEpisodes.num_turns
+        tasks = ShortEpisodes.tasks["train"]
         return TaskGroup(
-            self.run_id, group_id, task, GROUP_SIZE, Purpose.TRAIN, 0, sampling, turns, self.address
+            self.run_id,
+            format_group_id(number),
+            tasks[number % len(tasks)],
+            GROUP_SIZE,
+            Purpose.TRAIN,
+            admitted_version=0,
+            sampling=SamplingParameters(1.0, 1.0, NUM_RESPONSE_TOKENS),
+            max_turns=ShortEpisodes.num_turns,
+            environment_address=self.address,
         )
 
     async def _collect(self, stream: Stream, group: ConsumerGroup, count: int) -> None:
@@ -311,4 +317,5 @@ def _build_rules() -> EpisodeRules:
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,
+        shows_actions=False,
     )

@@ -1,6 +1,6 @@
-"""An environment that answers at once, so that only its server's work is measured.
+"""Environments that answer at once, so that only their server's work is measured.
 
-Imports no more than a worker needs.
+The module imports no more than an environment worker needs.
 """
 
 from __future__ import annotations

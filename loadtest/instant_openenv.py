@@ -1,6 +1,6 @@
-"""The peer's server of the same instant environment: OpenEnv's own, one uvicorn process.
+"""OpenEnv's server of an environment that answers at once, the peer of ours: one uvicorn process.
 
-`python -m ... PORT SESSIONS`.
+python -m loadtest.instant_openenv PORT SESSIONS
 """
 
 from __future__ import annotations

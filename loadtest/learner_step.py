@@ -32,7 +32,8 @@ from services.teacher.retrieval import Retriever
 from services.teacher.scorer import TransformersScorer
 from services.teacher.skills import open_skill_library
 
-NUM_PAIRS, NUM_TEACHER_PAIRS = 16, 8
+NUM_PAIRS = 16
+NUM_TEACHER_PAIRS = 8
 TARGET = Target("at_most", 1.05)
 
 Groups = Sequence[Sequence[Trajectory]]
@@ -47,11 +48,13 @@ def measure(say: Say) -> Measurement:
     groups = build_household_groups(config.training.groups_per_update, config.training.group_size)
     with _open_trainers(config) as (sdar, grpo), contextlib.closing(_Teacher(config)) as teacher:
         scored = teacher.score(groups)
-        bare = [_leave_unscored(group) for group in groups]
+        bare = list(map(_leave_unscored, groups))
         update_sdar = partial(_time_update, sdar, scored)
         update_grpo = partial(_time_update, grpo, bare)
+
         say("the update alone")
         alone = take_turns(update_sdar, update_grpo, NUM_PAIRS, say, num_warmups=2)
+
         say("with the teacher's scoring")
         together = take_turns(
             lambda: teacher.time_scoring(groups) + update_sdar(),
@@ -74,10 +77,8 @@ def _list_notes(groups: Groups) -> tuple[str, ...]:
         f"{num_tokens:,} sampled tokens, model and training section of examples/household.yaml, "
         "one thread, float32. The smallest model is the hardest case: the loss costs the same per "
         "token whatever the model's size.",
-        (
-            "The teacher is another service and scores while the learner trains. Its row adds both "
-            "times, as if they took turns."
-        ),
+        "The teacher is another service and scores while the learner trains. Its row adds both "
+        "times, as if they took turns.",
     )
 
 
@@ -102,9 +103,8 @@ def _open_trainers(config: RunConfig) -> Iterator[tuple[Trainer, Trainer]]:
         needs_reference=True,
         ranks=ranks,
     )
-    by_grpo = config.model_copy(
-        update={"method": config.method.model_copy(update={"name": "grpo"})}
-    )
+    method = config.method.model_copy(update={"name": "grpo"})
+    by_grpo = config.model_copy(update={"method": method})
     try:
         yield Trainer(config, model, ranks), Trainer(by_grpo, model, ranks)
     finally:
@@ -148,14 +148,17 @@ class _Teacher:
         trajectories = list(itertools.chain.from_iterable(groups))
         contexts = [self._contexts.build(trajectory) for trajectory in trajectories]
         logprobs = asyncio.run(self._scorer.score(contexts))
-        scores = (
-            TeacherScore(
+
+        scored = []
+        for trajectory, values in zip(trajectories, logprobs, strict=True):
+            score = TeacherScore(
                 trajectory.trajectory_id, 0, values, (), 1, "", "", "task_type", self._scorer.name
             )
-            for trajectory, values in zip(trajectories, logprobs, strict=True)
-        )
-        scored = map(ScoredTrajectory, trajectories, scores)
-        return [list(itertools.islice(scored, len(group))) for group in groups]
+            scored.append(ScoredTrajectory(trajectory, score))
+
+        # The scorer takes all at once; what it scored goes back into the groups it came from.
+        rest = iter(scored)
+        return [list(itertools.islice(rest, len(group))) for group in groups]
 
     def time_scoring(self, groups: Groups) -> float:
         began = time.process_time()

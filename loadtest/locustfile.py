@@ -72,7 +72,8 @@ class GatewayUser(FastHttpUser):
     def on_start(self) -> None:
         self._random = random.Random(f"{SEED}/{next(_users)}")
         self._seen: list[str] = []
-        gevent.sleep(self._random.uniform(0, REFRESH_S))  # Locust starts users in bursts
+        # Locust starts users in bursts.
+        gevent.sleep(self._random.uniform(0, REFRESH_S))
         self.open_page()
 
     @task(1)
@@ -88,16 +89,15 @@ class GatewayUser(FastHttpUser):
         """What the page does."""
         self.client.get("/v1/run")
         records = self._ask(f"/v1/metrics?after={self._after}&limit=5000", "/v1/metrics")
-        self._after = records[-1]["entry_id"] if records else self._after
+        if records:
+            self._after = records[-1]["entry_id"]
         self._seen = self._ask("/v1/trajectories?limit=12", "/v1/trajectories")
 
     @task(3)
     def read_trajectory(self) -> None:
         if self._seen:
-            chosen = self._random.choice(self._seen)
-            self.client.get(
-                f"/v1/trajectories/{quote(chosen, safe='')}", name="/v1/trajectories/ID"
-            )
+            chosen = quote(self._random.choice(self._seen), safe="")
+            self.client.get(f"/v1/trajectories/{chosen}", name="/v1/trajectories/ID")
 
     @task(1)
     def scrape(self) -> None:
@@ -106,7 +106,9 @@ class GatewayUser(FastHttpUser):
     def _ask(self, path: str, name: str) -> list[Any]:
         """The list that is answered; empty for a failure, which is counted."""
         response = self.client.get(path, name=name)
-        return list(response.json()) if response.status_code == 200 else []
+        if response.status_code != 200:
+            return []
+        return list(response.json())
 
 
 class RpcFailure(Exception):
@@ -130,10 +132,10 @@ class EnvironmentUser(User):
         number = next(_users)
         self._random = random.Random(f"{SEED}/{number}")
         self._session_id = ""
-        self._stub = environment_pb2_grpc.EnvironmentServiceStub(
-            self._connect(number // USERS_PER_CHANNEL)
-        )
-        gevent.sleep(self._random.uniform(0, TURN_S))  # Locust starts users in bursts
+        channel = self._connect(number // USERS_PER_CHANNEL)
+        self._stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+        # Locust starts users in bursts.
+        gevent.sleep(self._random.uniform(0, TURN_S))
 
     def on_stop(self) -> None:
         self._close()
@@ -150,6 +152,7 @@ class EnvironmentUser(User):
         state = self._call("OpenSession", request)
         if state is None:
             return
+
         self._session_id = state.session_id
         for index in itertools.count():
             self.wait()
@@ -177,16 +180,18 @@ class EnvironmentUser(User):
 
     def _close(self) -> None:
         if self._session_id:
-            session_id, self._session_id = self._session_id, ""
-            self._call("CloseSession", environment_pb2.CloseSessionRequest(session_id=session_id))
+            request = environment_pb2.CloseSessionRequest(session_id=self._session_id)
+            # Forgotten first: a user that is stopped during the call does not close twice.
+            self._session_id = ""
+            self._call("CloseSession", request)
 
     def _call(self, method: str, request: Any) -> Any:
         """The answer; None for a failure, which is counted."""
         error = None
         answer = None
         num_bytes = 0
-        began = time.perf_counter()
         metadata = (("authorization", _AUTHORIZATION),) if _TOKEN else ()
+        began = time.perf_counter()
         try:
             answer = getattr(self._stub, method)(request, timeout=TIMEOUT_S, metadata=metadata)
             num_bytes = answer.ByteSize()
@@ -205,18 +210,19 @@ class EnvironmentUser(User):
     def _connect(self, number: int) -> grpc.Channel:
         """A connection to a server behind the address; sessions stay where they opened."""
         if number not in self._channels:
-            config = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
-            # A pool of its own: channels to one address would share one connection.
-            options = [
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.service_config", config),
-                ("grpc.enable_retries", 0),
-            ]
-            if _SECURITY.tls is None:
-                channel = grpc.insecure_channel(self.host, options)
-            else:
-                files = _SECURITY.tls.files.get()
-                credentials = grpc.ssl_channel_credentials(files.authority, files.key, files.chain)
-                channel = grpc.secure_channel(self.host, credentials, options)
-            self._channels[number] = channel
+            self._channels[number] = self._open_channel()
         return self._channels[number]
+
+    def _open_channel(self) -> grpc.Channel:
+        config = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
+        options = [
+            # A pool of its own: channels to one address would share one connection.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.service_config", config),
+            ("grpc.enable_retries", 0),
+        ]
+        if _SECURITY.tls is None:
+            return grpc.insecure_channel(self.host, options)
+        files = _SECURITY.tls.files.get()
+        credentials = grpc.ssl_channel_credentials(files.authority, files.key, files.chain)
+        return grpc.secure_channel(self.host, credentials, options)

@@ -24,8 +24,10 @@ from loadtest.comparison import Comparison, Measurement, Say, Target, describe_p
 from loadtest.workloads import SEED
 from sdar.algorithms.logprobs import compute_logprobs
 
-VOCABULARY_SIZE, HIDDEN_SIZE = 151_936, 896
-NUM_TOKENS, CHUNK_TOKENS = 2048, 128
+VOCABULARY_SIZE = 151_936
+HIDDEN_SIZE = 896
+NUM_TOKENS = 2048
+CHUNK_TOKENS = 128
 TEMPERATURE = 1.0
 NUM_PAIRS = 1
 TARGET = Target("at_most", 0.3)
@@ -45,12 +47,15 @@ NOTES = (
 
 
 def measure(say: Say) -> Measurement:
-    memory, seconds = [], []
+    memory: list[tuple[float, float]] = []
+    seconds: list[tuple[float, float]] = []
     for index in range(NUM_PAIRS):
-        (ours, ours_s), (peer, peer_s) = _run_child("chunked"), _run_child("naive")
-        memory.append((ours / 2**20, peer / 2**20))
+        ours_bytes, ours_s = _run_child("chunked")
+        peer_bytes, peer_s = _run_child("naive")
+        memory.append((ours_bytes / 2**20, peer_bytes / 2**20))
         seconds.append((ours_s, peer_s))
         say(describe_pair(index + 1, NUM_PAIRS, memory[-1]))
+
     what = f"of log-probs and entropy, {NUM_TOKENS:,} tokens, vocabulary {VOCABULARY_SIZE:,}"
     naive = "log_softmax over all logits"
     return Measurement(
@@ -94,8 +99,11 @@ def _measure_here(variant: str) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     head = nn.Linear(HIDDEN_SIZE, VOCABULARY_SIZE, bias=False)
-    _step(variant, head, num_tokens=2)  # loads the libraries' code and makes their buffers
+
+    # A small pass first: it loads the libraries' code and makes their buffers.
+    _backward(variant, head, *_draw_inputs(num_tokens=2))
     head.zero_grad(set_to_none=True)
+
     hidden, targets = _draw_inputs(NUM_TOKENS)
     # Linux sets the high-water mark back to the present size when asked with 5.
     Path("/proc/self/clear_refs").write_text("5")
@@ -103,17 +111,14 @@ def _measure_here(variant: str) -> None:
     began = time.process_time()
     _backward(variant, head, hidden, targets)
     cpu_s = time.process_time() - began
-    print(json.dumps({"peak_bytes": _read_status("VmHWM") - before, "cpu_s": cpu_s}))
-
-
-def _step(variant: str, head: nn.Linear, num_tokens: int) -> None:
-    _backward(variant, head, *_draw_inputs(num_tokens))
+    peak_bytes = _read_status("VmHWM") - before
+    print(json.dumps({"peak_bytes": peak_bytes, "cpu_s": cpu_s}))
 
 
 def _draw_inputs(num_tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(num_tokens, HIDDEN_SIZE, requires_grad=True), torch.randint(
-        VOCABULARY_SIZE, (num_tokens,)
-    )
+    """Hidden states and target tokens."""
+    hidden = torch.randn(num_tokens, HIDDEN_SIZE, requires_grad=True)
+    return hidden, torch.randint(VOCABULARY_SIZE, (num_tokens,))
 
 
 def _backward(variant: str, head: nn.Linear, hidden: Tensor, targets: Tensor) -> None:

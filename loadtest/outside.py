@@ -43,10 +43,12 @@ CAPACITY = 8192
 SPAWN_S = 3.0
 SETTLE_S = 2.0
 MEASURE_S = 6.0
-START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
 NUM_UPDATES = 5
-"""Of the small run, before it is paused: what the gateway then has to tell."""
-FIRST_SESSIONS, FIRST_PAGES = 100, 50
+"""Of the small run, before it is paused, so that its gateway has something to answer."""
+FIRST_SESSIONS = 100
+FIRST_PAGES = 50
 
 
 def main() -> None:
@@ -59,7 +61,9 @@ def main() -> None:
         show(ramp_gateway(arguments.gateway, None))
     if arguments.envs or arguments.gateway:
         return
-    replace_block(PAGE.read_text(encoding="utf-8"), "")  # a page without its marks is said now
+
+    # A page without its marks is an error now, not after the measurement.
+    replace_block(PAGE.read_text(encoding="utf-8"), "")
     ramps = measure_own_servers()
     if not arguments.dry_run:
         keep(ramps, arguments.circumstances)
@@ -94,22 +98,27 @@ def measure_own_servers() -> list[Ramp]:
             "Figures of one core need another for the users; this machine has one. "
             "Give addresses of servers elsewhere."
         )
-    ramps: list[Ramp] = []
     own = psutil.Process()
+
     pin(own, cores[1:])
     server = dataclasses.replace(OURS, command=_serve_household)
     with serve_on_core(server, CAPACITY, cores[0]) as (process, port):
-        wait_for_environments(f"127.0.0.1:{port}")
-        ramps.append(ramp_environments(f"127.0.0.1:{port}", process))
-        show(ramps[-1])
-    pin(own, cores)  # the run inherits it
+        address = f"127.0.0.1:{port}"
+        wait_for_environments(address)
+        of_environments = ramp_environments(address, process)
+        show(of_environments)
+
+    # The run inherits this process's cores; only its gateway is asked, so only that has one core.
+    pin(own, cores)
     with small_run() as (url, gateway):
         pin(own, cores[1:])
         pin(gateway, cores[:1])
-        ramps.append(ramp_gateway(url, gateway))
-        show(ramps[-1])
-    pin(own, cores)  # the machine is described by what this process may use
-    return ramps
+        of_gateway = ramp_gateway(url, gateway)
+        show(of_gateway)
+
+    # The machine is described by what this process may use.
+    pin(own, cores)
+    return [of_environments, of_gateway]
 
 
 def ramp_environments(address: str, server: psutil.Process | None) -> Ramp:
@@ -135,11 +144,13 @@ class Drive:
     def try_out(self, num_users: int) -> Stage:
         self._bring(num_users)
         gevent.sleep(SETTLE_S)
+
         self._environment.stats.reset_all()
         began = time.monotonic()
         before = measure_cpu(self._server)
         gevent.sleep(MEASURE_S)
         duration_s = time.monotonic() - began
+
         stage = self._build_stage(num_users, measure_cpu(self._server) - before, duration_s)
         print(
             f"  {num_users} users: {stage.requests_per_s:.0f}/s, p99 {stage.p99_ms:.0f} ms, "
@@ -163,26 +174,25 @@ class Drive:
 
     def _build_stage(self, num_users: int, cpu: CpuSeconds, duration_s: float) -> Stage:
         total = self._environment.stats.total
-        p50_ms, p95_ms, p99_ms = (
-            float(total.get_response_time_percentile(share) or 0.0) for share in (0.5, 0.95, 0.99)
-        )
+        # None before the first answer.
         stage = Stage(
             num_users,
             requests_per_s=total.num_requests / duration_s,
             num_failed=total.num_failures,
-            p50_ms=p50_ms,
-            p95_ms=p95_ms,
-            p99_ms=p99_ms,
+            p50_ms=float(total.get_response_time_percentile(0.5) or 0.0),
+            p95_ms=float(total.get_response_time_percentile(0.95) or 0.0),
+            p99_ms=float(total.get_response_time_percentile(0.99) or 0.0),
             generator_share=cpu.generator / duration_s,
             others_share=max(0.0, cpu.others / duration_s),
         )
         if self._server is None:
             return stage
+        memory_bytes = sum(process.memory_full_info().uss for process in family(self._server))
         return dataclasses.replace(
             stage,
             server_share=(cpu.server + cpu.workers) / duration_s,
             workers_share=cpu.workers / duration_s,
-            memory_bytes=float(sum(one.memory_full_info().uss for one in family(self._server))),
+            memory_bytes=float(memory_bytes),
         )
 
 
@@ -214,8 +224,10 @@ class CpuSeconds:
 
 def measure_cpu(server: psutil.Process | None) -> CpuSeconds:
     """So far."""
+    # The server's own seconds first, then those of its children; none of a server elsewhere.
     processes = [] if server is None else family(server)
     times = [sum(process.cpu_times()[:2]) for process in processes]
+
     machine = psutil.cpu_times()
     busy = (
         machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
@@ -266,7 +278,7 @@ def small_run() -> Iterator[tuple[str, psutil.Process]]:
 
 
 def _find_gateway(run: psutil.Process) -> psutil.Process:
-    (gateway,) = (one for one in family(run) if one.cmdline()[-2:] == ["serve", "gateway"])
+    [gateway] = [one for one in family(run) if one.cmdline()[-2:] == ["serve", "gateway"]]
     return gateway
 
 
@@ -281,15 +293,17 @@ def _stop(run: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for_run(started: subprocess.Popen[bytes], log: Path) -> str:
+    """The gateway's URL, once the run has its updates, is paused and plays nothing any more."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    url = ""
+    is_paused = False
     with httpx.Client(trust_env=False, timeout=10.0) as http:
-        url, is_paused = "", False
         while started.poll() is None and time.monotonic() < deadline:
             gevent.sleep(0.5)
             if not url:
-                found = re.search(r"ready\. Gateway: (http://\S+)", log.read_text(errors="replace"))
-                url = found[1] if found else ""
+                url = _read_url(log)
                 continue
+
             run = http.get(f"{url}/v1/run").json()
             if not is_paused and run["num_updates"] >= NUM_UPDATES:
                 is_paused = http.post(f"{url}/v1/run/pause").is_success
@@ -299,6 +313,12 @@ def _wait_for_run(started: subprocess.Popen[bytes], log: Path) -> str:
         f"The small run did not come to {NUM_UPDATES} updates. It said: "
         f"{log.read_text(errors='replace')[-2000:]}"
     )
+
+
+def _read_url(log: Path) -> str:
+    """The gateway's, from the line that `sdar run` prints once all is ready; else empty."""
+    found = re.search(r"ready\. Gateway: (http://\S+)", log.read_text(errors="replace"))
+    return found[1] if found else ""
 
 
 def show(ramp: Ramp) -> None:
@@ -319,9 +339,8 @@ def keep(ramps: list[Ramp], circumstances: str) -> None:
         "ramps": [ramp.to_json() for ramp in ramps],
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(
-        replace_block(PAGE.read_text(encoding="utf-8"), format_block(results)), encoding="utf-8"
-    )
+    page = replace_block(PAGE.read_text(encoding="utf-8"), format_block(results))
+    PAGE.write_text(page, encoding="utf-8")
     print(f"Written: {RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 
 

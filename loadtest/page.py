@@ -1,8 +1,8 @@
-"""Keeps measurements: every raw figure in loadtest/results.json, and docs/benchmarks.md, made
-from that file alone.
+"""Keeps measurements in loadtest/results.json, and makes docs/benchmarks.md from it.
 
-A measurement that is run again replaces its own entry; the others keep theirs, with the date and
-machine they were taken on. What `loadtest/bench_gpu.py` wrote is added if it is there.
+The file holds every raw figure, and the page is made from it alone. A measurement that is run again
+replaces its own entry; the others keep theirs, with the date and machine they were taken on. What
+`loadtest/bench_gpu.py` wrote is added if it is there.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ Entry = dict[str, Any]
 
 def describe_machine() -> str:
     """Processor, cores, memory, system and versions. Never a host name or a path."""
+    num_cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    # What follows the dash is the build, often with the name of a provider's own machines.
+    kernel = platform.release().split("-")[0]
     parts = [
-        f"{_processor_name()}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB",
-        (
-            f"{platform.system()} {platform.release().split('-')[0]}, Python "
-            f"{platform.python_version()}"
-        ),
+        f"{_processor_name()}, {num_cores} cores, {memory_gib:.0f} GiB",
+        f"{platform.system()} {kernel}, Python {platform.python_version()}",
         ", ".join(f"{name} {version}" for name, version in _versions()),
     ]
     return "; ".join(parts)
@@ -61,7 +61,8 @@ def describe_machine() -> str:
 
 def _processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    for line in lines:
         key, _, value = line.partition(":")
         if key.strip() == "model name" and value.strip() not in ("", "unknown"):
             return value.strip()
@@ -78,7 +79,10 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def read_results(path: Path = RESULTS) -> dict[str, Entry]:
     """Kept measurements by name; empty before the first."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    results: dict[str, Entry] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def save_result(
@@ -106,13 +110,14 @@ def _write(path: Path, text: str) -> None:
 
 def format_page(results: Mapping[str, Entry], gpu: dict[str, Any] | None = None) -> str:
     """The page for a set of kept measurements, and those of a GPU if there are any."""
+    # Each machine once, in the order in which the entries name them.
     machines = list(dict.fromkeys(entry["machine"] for entry in results.values()))
+
     sections = [_INTRODUCTION, _format_comparisons(results)]
     for name, entry in results.items():
         sections.append(_format_details(name, entry, machines))
     sections.append(_format_gpu(gpu))
-    lines = [f"{_letter(index)}. {machine}" for index, machine in enumerate(machines)]
-    sections.append("## Machines\n\n" + "".join(f"{wrap_prose(line, '   ')}\n" for line in lines))
+    sections.append(_format_machines(machines))
     return "\n".join(sections)
 
 
@@ -125,6 +130,13 @@ def wrap_prose(text: str, indent: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _format_machines(machines: list[str]) -> str:
+    text = "## Machines\n\n"
+    for index, machine in enumerate(machines):
+        text += wrap_prose(f"{_letter(index)}. {machine}", "   ") + "\n"
+    return text
 
 
 def _format_gpu(results: dict[str, Any] | None) -> str:
@@ -145,20 +157,16 @@ def _format_comparisons(results: Mapping[str, Entry]) -> str:
         "|---|---|---|---|---|",
     ]
     for entry in results.values():
-        lines += [
-            _format_row(comparison)
-            for comparison in Measurement.from_json(entry["measurement"]).comparisons
-        ]
+        measurement = Measurement.from_json(entry["measurement"])
+        lines += map(_format_row, measurement.comparisons)
     return "\n".join(lines) + "\n"
 
 
 def _format_row(comparison: Comparison) -> str:
     ratios = comparison.ratios
-    target = (
-        ""
-        if comparison.target is None
-        else f"{comparison.target}: {'met' if comparison.is_met else '**missed**'}"
-    )
+    target = ""
+    if comparison.target is not None:
+        target = f"{comparison.target}: {'met' if comparison.is_met else '**missed**'}"
     cells = [
         comparison.what,
         f"{format_figure(comparison.ours)} {comparison.unit}",
@@ -184,7 +192,8 @@ def _format_details(name: str, entry: Entry, machines: list[str]) -> str:
 
 def format_table(table: Table) -> str:
     rows = [table.columns, ("---",) * len(table.columns), *table.rows]
-    return "\n".join([f"{table.title}\n", *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"{table.title}\n", *lines])
 
 
 def _letter(index: int) -> str:

@@ -1,6 +1,4 @@
-"""The peers' ways of doing things, in the fewest lines that do the same work.
-
-Used by measurements only.
+"""The ways in which the peers of measurements do things, in the fewest lines that do the same work.
 
 Pickle appears here and nowhere else in this repository: it is what the peer puts on the wire, and
 unpickling what a stranger may have written runs the stranger's code. These bytes never leave the
@@ -28,7 +26,8 @@ class PickleStream:
     def __init__(self, url: str, key: str) -> None:
         self._redis = redis.Redis.from_url(url)
         self._key = key
-        self._num_written, self._last_id = 0, "0"
+        self._num_written = 0
+        self._last_id = "0"
 
     def write(self, content: Any) -> None:
         fields: dict[Any, Any] = {"index": self._num_written, "data": pickle.dumps(content)}
@@ -38,12 +37,14 @@ class PickleStream:
     def read(self) -> Any:
         """The next entry; there must be one."""
         reply: Any = self._redis.xread({self._key: self._last_id}, count=1, block=100)
-        ((_, ((self._last_id, fields),)),) = reply
+        # One stream was asked for one entry: [(key, [(id, fields)])].
+        [(_, [(self._last_id, fields)])] = reply
         return pickle.loads(fields[b"data"])  # noqa: S301  our own bytes, written a moment ago
 
     def clear(self) -> None:
         self._redis.delete(self._key)
-        self._num_written, self._last_id = 0, "0"
+        self._num_written = 0
+        self._last_id = "0"
 
     def close(self) -> None:
         self._redis.close()

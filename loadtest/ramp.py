@@ -1,4 +1,4 @@
-"""Raises a load until a server is full, and keeps and writes the results: stages, search, tables.
+"""Raises a load until a server is full: the stages of it, the search for them, tables of results.
 
 Pure: it starts nothing and imports no Locust, which would patch the process of whoever imports it.
 """
@@ -25,7 +25,8 @@ OTHERS_DISTURB = 0.25
 NUM_TRIES = 3
 NUM_NARROWINGS = 2
 MAX_USERS = 20_000
-BEGIN_MARK, END_MARK = "<!-- make loadtest -->\n", "<!-- end -->\n"
+BEGIN_MARK = "<!-- make loadtest -->\n"
+END_MARK = "<!-- end -->\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class Stage:
     @property
     def requests_per_cpu_s(self) -> float | None:
         """Requests per second of the server's CPU time; holds also where cores are shared."""
-        return None if not self.server_share else self.requests_per_s / self.server_share
+        if not self.server_share:
+            return None
+        return self.requests_per_s / self.server_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +76,12 @@ class Ramp:
     def memory_per_100_bytes(self) -> float | None:
         """Server memory of 100 more users, between the smallest and the largest stage held."""
         first = self.stages[0]
-        if (
-            first.memory_bytes is None
-            or self.best.memory_bytes is None
-            or self.best.num_users == first.num_users
-        ):
+        if first.memory_bytes is None or self.best.memory_bytes is None:
             return None
-        return (
-            100
-            * (self.best.memory_bytes - first.memory_bytes)
-            / (self.best.num_users - first.num_users)
-        )
+        num_more_users = self.best.num_users - first.num_users
+        if num_more_users == 0:
+            return None
+        return 100 * (self.best.memory_bytes - first.memory_bytes) / num_more_users
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,26 +91,25 @@ class Ramp:
         return cls(**{**value, "stages": tuple(Stage(**stage) for stage in value["stages"])})
 
 
-def tell_limit(stage: Stage, before: Stage | None) -> str:
+def explain_limit(stage: Stage, before: Stage | None) -> str:
     """Why a stage is more than the server holds; empty if it is held."""
     if stage.num_failed:
         return f"{stage.num_failed} requests failed"
     if stage.p99_ms > BOUND_MS:
         return f"p99 is {stage.p99_ms:.0f} ms"
     if before is not None and stage.num_users > before.num_users:
-        growth = (stage.requests_per_s / before.requests_per_s - 1) / (
-            stage.num_users / before.num_users - 1
-        )
-        if growth < LEAST_GROWTH:
+        growth_of_rate = stage.requests_per_s / before.requests_per_s - 1
+        growth_of_users = stage.num_users / before.num_users - 1
+        if growth_of_rate / growth_of_users < LEAST_GROWTH:
             return f"the rate no longer grows: {stage.requests_per_s:.0f}/s"
     return ""
 
 
 def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pace_s: float) -> Ramp:
-    """Double the users until a stage is not held, then narrow down twice. One that other work
-    disturbed is tried again.
+    """Double the users until a stage is not held, then narrow down twice.
 
-    Raises ValueError: not even the first stage is held.
+    A stage that other work disturbed is tried again. Raises ValueError: not even the first stage is
+    held.
     """
     stages: list[Stage] = []
     held = -1
@@ -124,7 +121,8 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
         before = stages[held] if held >= 0 else None
         reason = _try_until_undisturbed(try_out, number, stages, before)
         if reason:
-            failed, limit = number, reason
+            failed = number
+            limit = reason
         else:
             held = len(stages) - 1
         if held < 0:
@@ -132,9 +130,11 @@ def climb(try_out: Callable[[int], Stage], first: int, what: str, unit: str, pac
                 f"{what} does not hold {first} {unit}: {reason}. See its log, "
                 "or measure on a quieter machine."
             )
+
         if failed == math.inf and number < MAX_USERS:
             number = min(2 * number, MAX_USERS)
         elif failed < math.inf and narrowings < NUM_NARROWINGS:
+            # Halfway by factors, as the doubling went by factors.
             number = round(math.sqrt(stages[held].num_users * failed))
             narrowings += 1
         else:
@@ -148,10 +148,11 @@ def _try_until_undisturbed(
     for _ in range(NUM_TRIES):
         stage = try_out(number)
         stages.append(stage)
-        reason = tell_limit(stage, before)
-        is_disturbed = (stage.others_share or 0.0) > OTHERS_DISTURB
+        reason = explain_limit(stage, before)
+        is_disturbed = stage.others_share is not None and stage.others_share > OTHERS_DISTURB
         if not reason or not is_disturbed:
             break
+
     if reason and stage.generator_share > GENERATOR_IS_FULL:
         reason += f", with the load generator at {stage.generator_share:.0%} of a core"
     if reason and is_disturbed:
@@ -171,7 +172,7 @@ def build_stages_table(ramp: Ramp) -> Table:
         "generator",
         "others",
     )
-    return Table(ramp.what, columns, tuple(_format_stage(stage) for stage in ramp.stages))
+    return Table(ramp.what, columns, tuple(map(_format_stage, ramp.stages)))
 
 
 def _format_stage(stage: Stage) -> tuple[str, ...]:
@@ -202,19 +203,22 @@ def build_summary_table(ramps: Sequence[Ramp]) -> Table:
         "MiB per 100",
         "then",
     )
-    return Table("", columns, tuple(_format_ramp(ramp) for ramp in ramps))
+    return Table("", columns, tuple(map(_format_ramp, ramps)))
 
 
 def _format_ramp(ramp: Ramp) -> tuple[str, ...]:
     best = ramp.best
-    times = ", ".join(format_figure(value) for value in (best.p50_ms, best.p95_ms, best.p99_ms))
+    times_ms = map(format_figure, (best.p50_ms, best.p95_ms, best.p99_ms))
+
+    # Neither is known of a remote server.
+    per_cpu_s = best.requests_per_cpu_s
     memory = ramp.memory_per_100_bytes
     return (
         ramp.what,
         f"{best.num_users} {ramp.unit}",
         format_figure(best.requests_per_s),
-        times,
-        "" if best.requests_per_cpu_s is None else format_figure(best.requests_per_cpu_s),
+        ", ".join(times_ms),
+        "" if per_cpu_s is None else format_figure(per_cpu_s),
         "" if memory is None else format_figure(max(0.0, memory) / 2**20),
         ramp.limit,
     )
@@ -222,9 +226,9 @@ def _format_ramp(ramp: Ramp) -> tuple[str, ...]:
 
 def format_block(results: dict[str, Any]) -> str:
     """What `make loadtest` writes between its marks in docs/operations.md."""
-    table = format_table(
-        build_summary_table([Ramp.from_json(one) for one in results["ramps"]])
-    ).lstrip("\n")
+    ramps = list(map(Ramp.from_json, results["ramps"]))
+    # The table has no title, which leaves an empty line in its place.
+    table = format_table(build_summary_table(ramps)).lstrip("\n")
     circumstances = f", {results['circumstances']}" if results["circumstances"] else ""
     made = f"`{results['command']}`, {results['date']}, seed {results['seed']}"
     return f"{made}, {results['machine']}{circumstances}:\n\n{table}\n"

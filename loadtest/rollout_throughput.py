@@ -19,7 +19,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +49,8 @@ from services.rollout.metrics import RolloutMetrics
 from services.rollout.prompting import Conversation
 from services.rollout.worker import RolloutLimits, RolloutWorker
 
-NUM_CONCURRENT, GROUP_SIZE = 32, 8
+NUM_CONCURRENT = 32
+GROUP_SIZE = 8
 MAX_MODEL_LEN = 1024
 TARGET = Target("at_least", 0.85)
 CONSUMERS = {
@@ -99,12 +100,13 @@ async def _measure(say: Say) -> Measurement:
         bus = RedisBus(redis.url, RUN_ID, CONSUMERS)
         cleanup.push_async_callback(bus.close)
         log_to(cleanup.enter_context((directory / "log").open("w")))
+
         say("starting vLLM")
-        engine = build_engine(
-            copy_model_without_end(directory / "household-tiny"), directory / "weights"
-        )
+        model_path = copy_model_without_end(directory / "household-tiny")
+        engine = build_engine(model_path, directory / "weights")
         cleanup.push_async_callback(engine.stop)
         await engine.start()
+
         for workload in WORKLOADS:
             say(workload.name)
             comparisons.append(await _compare(engine, bus, workload, say))
@@ -121,8 +123,9 @@ def copy_model_without_end(path: Path) -> Path:
     """The tiny model, less the end token that vLLM would read from its configuration."""
     shutil.copytree(MODEL_PATH, path)
     for name in ("config.json", "generation_config.json"):
-        content = json.loads((path / name).read_text(encoding="utf-8"))
-        (path / name).write_text(json.dumps({**content, "eos_token_id": None}), encoding="utf-8")
+        file = path / name
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**content, "eos_token_id": None}), encoding="utf-8")
     return path
 
 
@@ -142,10 +145,10 @@ def build_engine(model_path: Path, weights: Path) -> VllmEngine:
 
 async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: Say) -> Comparison:
     scripts = record_scripts(workload.num_groups)
-    num_tokens = (
-        sum(len(script.actions) for script in scripts) * GROUP_SIZE * workload.num_response_tokens
-    )
+    num_turns = GROUP_SIZE * sum(len(script.actions) for script in scripts)
+    num_tokens = num_turns * workload.num_response_tokens
     peer = BareClient(engine, scripts, workload.num_response_tokens)
+
     pairs = []
     async with _serving(engine, bus, scripts) as service:
         for index in range(1 + workload.num_pairs):
@@ -154,9 +157,10 @@ async def _compare(engine: VllmEngine, bus: RedisBus, workload: Workload, say: S
             check_count(engine.stats.num_generated_tokens - before, num_tokens)
             theirs = num_tokens / await peer.play()
             check_count(peer.take_count(), num_tokens)
-            if index:
+            if index:  # the first pair warms up
                 pairs.append((ours, theirs))
                 say(describe_pair(index, workload.num_pairs, (ours, theirs)))
+
     what = f"rollout service, {NUM_CONCURRENT} episodes, {workload.name}"
     return Comparison(what, "bare AsyncLLM", "tokens/s", tuple(pairs), TARGET)
 
@@ -224,15 +228,17 @@ class Service:
 
         What was published is then read and acknowledged.
         """
-        groups = [
-            _build_group(workload, f"{number}-{workload.num_response_tokens}-{index}", script)
-            for index, script in enumerate(self._scripts)
-        ]
-        payloads = list(map(codec.encode_task_group, groups))
+        payloads = []
+        for index, script in enumerate(self._scripts):
+            group_id = f"{number}-{workload.num_response_tokens}-{index}"
+            group = _build_group(workload, group_id, script)
+            payloads.append(codec.encode_task_group(group))
+
         began = time.perf_counter()
         await self._bus.publish(Stream.TASKS, payloads)
         await self._collect(Stream.LEDGER, ConsumerGroup.GATEWAY, len(payloads))
         duration_s = time.perf_counter() - began
+
         await self._collect(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, GROUP_SIZE * len(payloads))
         return duration_s
 
@@ -272,6 +278,7 @@ async def _serving(
         model=compute_model_identity(MODEL_PATH),
         max_sequence_tokens=MAX_MODEL_LEN,
         invalid_action_penalty=0.1,
+        shows_actions=False,
     )
     worker = RolloutWorker(
         bus,
@@ -302,13 +309,14 @@ class BareClient:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._llm: Any = engine._llm  # the engine's own, so that nothing but the way to it differs
+        # The engine's own, so that nothing but the way to it differs.
+        self._llm: Any = engine._llm
         self._request_ids = map("bare-{}".format, itertools.count())
         self._num_tokens = 0
         self._chat = ChatTokenizer(MODEL_PATH)
-        self._episodes = [
-            tokens for script in scripts for tokens in [self._tokenize(script)] * GROUP_SIZE
-        ]
+        self._episodes: list[list[list[int]]] = []
+        for script in scripts:
+            self._episodes += [self._tokenize(script)] * GROUP_SIZE
         self._parameters = SamplingParams(
             temperature=1.0,
             max_tokens=num_response_tokens,
@@ -320,17 +328,14 @@ class BareClient:
 
     def _tokenize(self, script: Script) -> list[list[int]]:
         """The first prompt, then what follows each response."""
-        chat = self._chat
-        first, *others = [
-            (ChatMessage("user", observation),) for observation in script.observations
-        ]
-        return [
-            chat.render_fresh(first).tolist(),
-            *(chat.render_delta(other, is_closed=False).tolist() for other in others),
-        ]
+        first, *others = [ChatMessage("user", observation) for observation in script.observations]
+        stretches = [self._chat.render_fresh((first,))]
+        stretches += [self._chat.render_delta((other,), ended_by=None) for other in others]
+        return [stretch.tolist() for stretch in stretches]
 
     async def play(self) -> float:
         """Seconds for all episodes."""
+        # Shared: each place takes the next episode when it is done with one.
         waiting = iter(self._episodes)
         began = time.perf_counter()
         await asyncio.gather(*(self._keep_playing(waiting) for _ in range(NUM_CONCURRENT)))
@@ -338,10 +343,11 @@ class BareClient:
 
     def take_count(self) -> int:
         """Tokens sampled since the last call."""
-        count, self._num_tokens = self._num_tokens, 0
+        count = self._num_tokens
+        self._num_tokens = 0
         return count
 
-    async def _keep_playing(self, waiting: Any) -> None:
+    async def _keep_playing(self, waiting: Iterator[list[list[int]]]) -> None:
         for stretches in waiting:
             prompt: list[int] = []
             for stretch in stretches:

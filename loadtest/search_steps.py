@@ -54,7 +54,6 @@ class SearchFigures:
     num_passages: int
     in_process_ms: float
     through_service_ms: float
-    library_ms: float
     service_queries_per_s: dict[int, float]
     """By the number of queries in a request."""
     index_mib: float
@@ -95,21 +94,23 @@ def _measure(
     ):
         queries = [task.description for task in inside.list_tasks("train")[:NUM_STEPS]]
         library = _open_library(data / "corpus.jsonl")
+
         pairs = take_turns(
             lambda: _time_steps(inside, queries),
             lambda: _time_calls(library, queries),
             NUM_PAIRS,
             say,
         )
-        through_service_ms = min(_time_steps(outside, queries) for _ in range(2))
+        # The second round of the two finds the service warm.
+        through_service_ms = min(_time_steps(outside, queries), _time_steps(outside, queries))
         session_kib = _measure_sessions(data)
+
     rates = {size: _measure_service(url, queries, size) for size in REQUEST_SIZES}
-    ours_ms, library_ms = (statistics.median_high(side) for side in zip(*pairs, strict=True))
+    num_passages = sum(1 for _ in iterate_corpus(data / "corpus.jsonl"))
     figures = SearchFigures(
-        num_passages=sum(1 for _ in iterate_corpus(data / "corpus.jsonl")),
-        in_process_ms=ours_ms,
+        num_passages=num_passages,
+        in_process_ms=statistics.median_high(ours for ours, _ in pairs),
         through_service_ms=through_service_ms,
-        library_ms=library_ms,
         service_queries_per_s=rates,
         index_mib=_mapped_mib(psutil.Process()),
         service_mib=process.memory_info().rss / 2**20,
@@ -194,9 +195,8 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
         num_answered = 0
         with httpx.Client(trust_env=False) as client:
             while time.perf_counter() < ends_at:
-                answer = client.post(
-                    f"{url}/retrieve", json={"queries": batch, "topk": TOPK, "return_scores": True}
-                )
+                request = {"queries": batch, "topk": TOPK, "return_scores": True}
+                answer = client.post(f"{url}/retrieve", json=request)
                 num_answered += len(answer.raise_for_status().json()["result"])
         return num_answered
 
@@ -208,6 +208,7 @@ def _measure_service(url: str, queries: Sequence[str], request_size: int) -> flo
 
 def _measure_sessions(data: Path) -> float:
     """KiB allocated for one more session in a process that has the data; less than a page."""
+    # The first session loads what all of them share.
     SearchEnvironment(data_dir=str(data), topk=TOPK).reset("train-0", seed=0)
     gc.collect()
     tracemalloc.start()
@@ -220,29 +221,22 @@ def _measure_sessions(data: Path) -> float:
 
 
 def _mapped_mib(process: psutil.Process) -> float:
-    return (
-        sum(
-            mapping.size
-            for mapping in process.memory_maps()
-            if mapping.path.endswith((".npy", ".jsonl"))
-        )
-        / 2**20
-    )
+    """Of the files of the index and of the corpus."""
+    mappings = process.memory_maps()
+    sizes = [one.size for one in mappings if one.path.endswith((".npy", ".jsonl"))]
+    return sum(sizes) / 2**20
 
 
 def _tabulate(figures: SearchFigures) -> Table:
-    rows = (
-        ("a search step in process, ms", format_figure(figures.in_process_ms)),
-        ("a search step through the service, ms", format_figure(figures.through_service_ms)),
-        *(
-            (
-                f"queries/s of the service, {NUM_CLIENTS} clients, {size} in a request",
-                format_figure(rate),
-            )
-            for size, rate in figures.service_queries_per_s.items()
-        ),
-        ("index and corpus, mapped and shared, MiB", format_figure(figures.index_mib)),
-        ("the service's process, MiB", format_figure(figures.service_mib)),
-        ("one more session, KiB", format_figure(figures.session_kib)),
-    )
+    values = {
+        "a search step in process, ms": figures.in_process_ms,
+        "a search step through the service, ms": figures.through_service_ms,
+    }
+    for size, rate in figures.service_queries_per_s.items():
+        values[f"queries/s of the service, {NUM_CLIENTS} clients, {size} in a request"] = rate
+    values["index and corpus, mapped and shared, MiB"] = figures.index_mib
+    values["the service's process, MiB"] = figures.service_mib
+    values["one more session, KiB"] = figures.session_kib
+
+    rows = tuple((name, format_figure(value)) for name, value in values.items())
     return Table(f"Search-QA on {figures.num_passages:,} passages", ("figure", "value"), rows)

@@ -50,8 +50,12 @@ def measure(say: Say) -> Measurement:
         for workload in workloads:
             say(f"{workload.name} trajectories")
             comparisons += asyncio.run(_compare(redis.url, workload, say))
+    return Measurement(tuple(comparisons), notes=_list_notes())
+
+
+def _list_notes() -> tuple[str, ...]:
     shape = AgentShape()
-    notes = (
+    return (
         f"Agent trajectories are drawn at random: {shape.num_first_tokens} tokens of first "
         f"prompt, {shape.num_observation_tokens} of each observation, {shape.num_response_tokens} "
         f"of each response on average, ids of a vocabulary of {shape.vocabulary_size:,}. The "
@@ -64,7 +68,6 @@ def measure(say: Say) -> Measurement:
         "is acknowledged, and its reader needs no trust in the writer. On the household's tiny "
         "trajectories that costs more than it saves.",
     )
-    return Measurement(tuple(comparisons), notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,62 +81,69 @@ class Workload:
 
 
 def _build_workloads() -> list[Workload]:
-    def agent(num_turns: int) -> Groups:
+    def draw(num_turns: int) -> Groups:
         return build_agent_groups(NUM_GROUPS, GROUP_SIZE, AgentShape(num_turns=num_turns))
 
-    workloads = (
-        ("agent", agent(20), (BY_CALL, BY_TRAJECTORY, BY_GROUP, SAME_OBJECT), TARGET),
-        ("agent", agent(8), (BY_TRAJECTORY, BY_GROUP), None),
-        (
-            "household",
-            build_household_groups(4 * NUM_GROUPS, GROUP_SIZE),
-            (BY_TRAJECTORY, BY_GROUP),
-            None,
-        ),
-    )
+    long = draw(num_turns=20)
+    short = draw(num_turns=8)
+    household = build_household_groups(4 * NUM_GROUPS, GROUP_SIZE)
+    all_peers = (BY_CALL, BY_TRAJECTORY, BY_GROUP, SAME_OBJECT)
+    fast_peers = (BY_TRAJECTORY, BY_GROUP)
     return [
-        Workload(f"{name} ({_describe(groups)})", groups, peers, target)
-        for name, groups, peers, target in workloads
+        Workload(f"agent ({_describe(long)})", long, all_peers, TARGET),
+        Workload(f"agent ({_describe(short)})", short, fast_peers),
+        Workload(f"household ({_describe(household)})", household, fast_peers),
     ]
 
 
 def _describe(groups: Groups) -> str:
-    trajectories = [trajectory for group in groups for trajectory in group]
+    """Mean lengths of the groups' trajectories."""
+    trajectories = list(itertools.chain.from_iterable(groups))
     num_turns = statistics.mean(len(trajectory.turns) for trajectory in trajectories)
-    last = [trajectory.turns[-1] for trajectory in trajectories]
-    num_tokens = statistics.mean(
-        len(turn.prompt_token_ids) + len(turn.response_token_ids) for turn in last
-    )
+    num_tokens = statistics.mean(map(_count_tokens, trajectories))
     return f"{num_turns:.0f} turns, {num_tokens:,.0f} tokens"
 
 
+def _count_tokens(trajectory: Trajectory) -> int:
+    # The last turn's prompt holds all turns before it.
+    last = trajectory.turns[-1]
+    return len(last.prompt_token_ids) + len(last.response_token_ids)
+
+
 async def _compare(url: str, workload: Workload, say: Say) -> list[Comparison]:
-    trajectories = list(itertools.chain.from_iterable(workload.groups))
+    """Samples per second against each of the workload's peers, then bytes a sample."""
     bus = RedisBus(url, RUN_ID, CONSUMERS)
-    comparisons: list[Comparison] = []
     try:
-        for peer in workload.peers:
-            contents = _pack_as_peer(peer, trajectories)
-            pairs = []
-            for index in range(1 + NUM_PAIRS):
-                ours = len(trajectories) / await _time_ours(bus, workload.groups)
-                theirs = len(trajectories) / _time_peer(url, contents)
-                if index:
-                    pairs.append((ours, theirs))
-                    say(f"{peer}, {describe_pair(index, NUM_PAIRS, (ours, theirs))}")
-            what = f"stream, {workload.name}"
-            target = workload.target if peer == BY_TRAJECTORY else None
-            comparisons.append(Comparison(what, peer, "samples/s", tuple(pairs), target))
+        rates = [await _compare_with(peer, bus, url, workload, say) for peer in workload.peers]
     finally:
         await bus.close()
-    return comparisons + _compare_bytes(workload, trajectories)
+    return rates + _compare_bytes(workload)
 
 
-def _compare_bytes(workload: Workload, trajectories: Sequence[Trajectory]) -> list[Comparison]:
+async def _compare_with(
+    peer: str, bus: RedisBus, url: str, workload: Workload, say: Say
+) -> Comparison:
+    trajectories = list(itertools.chain.from_iterable(workload.groups))
+    contents = _pack_as_peer(peer, trajectories)
+
+    pairs = []
+    for index in range(1 + NUM_PAIRS):
+        ours = len(trajectories) / await _time_ours(bus, workload.groups)
+        theirs = len(trajectories) / _time_peer(url, contents)
+        if index:  # the first pair warms up
+            pairs.append((ours, theirs))
+            say(f"{peer}, {describe_pair(index, NUM_PAIRS, (ours, theirs))}")
+
+    what = f"stream, {workload.name}"
+    target = workload.target if peer == BY_TRAJECTORY else None
+    return Comparison(what, peer, "samples/s", tuple(pairs), target)
+
+
+def _compare_bytes(workload: Workload) -> list[Comparison]:
+    trajectories = list(itertools.chain.from_iterable(workload.groups))
+    ours_bytes = statistics.mean(map(len, map(codec.encode_trajectory, trajectories)))
+
     comparisons = []
-    ours_bytes = statistics.mean(
-        len(codec.encode_trajectory(trajectory)) for trajectory in trajectories
-    )
     for peer in (BY_TRAJECTORY, SAME_OBJECT):
         theirs_bytes = statistics.mean(map(count_pickled_bytes, _pack_as_peer(peer, trajectories)))
         what = f"stream, {workload.name}, bytes a sample"
@@ -149,11 +159,12 @@ def _pack_as_peer(peer: str, trajectories: Sequence[Trajectory]) -> Sequence[Any
     if peer == BY_TRAJECTORY:
         return records
     if peer == BY_CALL:
-        return list(itertools.chain(*records))
-    return [
-        list(itertools.chain(*records[start : start + GROUP_SIZE]))
-        for start in range(0, len(records), GROUP_SIZE)
-    ]
+        return list(itertools.chain.from_iterable(records))
+    groups = []
+    for start in range(0, len(records), GROUP_SIZE):
+        own = records[start : start + GROUP_SIZE]
+        groups.append(list(itertools.chain.from_iterable(own)))
+    return groups
 
 
 async def _time_ours(bus: RedisBus, groups: Groups) -> float:
@@ -165,15 +176,18 @@ async def _time_ours(bus: RedisBus, groups: Groups) -> float:
         await bus.commit(
             {Stream.TRAJECTORIES: payloads, Stream.LEDGER: [codec.encode_ledger_event(event)]}
         )
-    num_read, num_sent = 0, sum(map(len, groups))
-    while num_read < num_sent:
+
+    num_waiting = sum(map(len, groups))
+    while num_waiting > 0:
         deliveries = await bus.read(Stream.TRAJECTORIES, ConsumerGroup.LEARNER, "bench", PAGE)
-        num_read += len([codec.decode_trajectory(delivery.payload) for delivery in deliveries])
+        trajectories = [codec.decode_trajectory(delivery.payload) for delivery in deliveries]
+        num_waiting -= len(trajectories)
         await bus.acknowledge(deliveries)
     duration_s = time.perf_counter() - began
-    await bus.acknowledge(
-        await bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "bench", len(groups))
-    )
+
+    # Untimed: the streams are left empty for the next pair.
+    events = await bus.read(Stream.LEDGER, ConsumerGroup.GATEWAY, "bench", len(groups))
+    await bus.acknowledge(events)
     await bus.trim()
     return duration_s
 

@@ -34,7 +34,9 @@ NUM_EPISODES = 300
 NUM_ROUNDS = 5
 NUM_QUERY_WORDS = 3
 SEARCH_SHARE = 0.2
-NUM_SESSIONS, NUM_TURNS_BEFORE = 1000, 3
+NUM_SESSIONS = 1000
+NUM_TURNS_BEFORE = 3
+"""Turns that each of those sessions has played when its memory is measured."""
 
 Player = Callable[[Observation], str]
 
@@ -43,34 +45,44 @@ def measure(say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as directory:
         apply_environment({"SDAR_CACHE": f"{directory}/cache"})
         say("generating a catalogue")
-        made = generate(
-            Path(directory, "data"), num_tasks=NUM_TASKS, seed=SEED, report=lambda done, total: None
-        )
+        data = Path(directory, "data")
+        made = generate(data, num_tasks=NUM_TASKS, seed=SEED, report=lambda done, total: None)
+
         empty_bytes = _measure_memory()
         began = time.perf_counter()
-        environment = WebShopEnvironment(data_dir=f"{directory}/data")
+        environment = WebShopEnvironment(data_dir=str(data))
         seconds = time.perf_counter() - began
         added_bytes = _measure_memory() - empty_bytes
-        players = {"a shopper": _build_shopper, "random clicks and searches": _build_random_player}
-        comparisons = [_compare(environment, name, build, say) for name, build in players.items()]
-        session_bytes = _measure_sessions(f"{directory}/data")
-    empty_mib = format_figure(empty_bytes / 2**20)
-    added_mib = format_figure(added_bytes / 2**20)
-    session_kib = format_figure(session_bytes / 2**10)
+
+        comparisons = (
+            _compare(environment, "a shopper", _build_shopper, say),
+            _compare(environment, "random clicks and searches", _build_random_player, say),
+        )
+        session_bytes = _measure_sessions(str(data))
+
+    table = _build_table(seconds, empty_bytes, added_bytes, session_bytes)
+    note = (
+        f"The catalogue: {made} The peer's figure is the published one, from another machine, "
+        "and the lower end of its range; the original's pages are HTML and longer."
+    )
+    return Measurement(comparisons, tables=(table,), notes=(note,))
+
+
+def _build_table(seconds: float, empty: float, added: float, session: float) -> Table:
+    """What it takes, from seconds and bytes."""
     rows = (
         ("prepare the catalogue, once per machine", f"{format_figure(seconds)} s"),
-        ("memory of a process before it opens the catalogue", f"{empty_mib} MiB"),
-        ("memory that catalogue, index and goals add to it", f"{added_mib} MiB"),
-        ("memory of a session in the middle of an episode", f"{session_kib} KiB"),
-    )
-    return Measurement(
-        tuple(comparisons),
-        tables=(Table("WebShop: what it takes", ("what", "figure"), rows),),
-        notes=(
-            f"The catalogue: {made} The peer's figure is the published one, from another machine, "
-            "and the lower end of its range; the original's pages are HTML and longer.",
+        (
+            "memory of a process before it opens the catalogue",
+            f"{format_figure(empty / 2**20)} MiB",
+        ),
+        ("memory that catalogue, index and goals add to it", f"{format_figure(added / 2**20)} MiB"),
+        (
+            "memory of a session in the middle of an episode",
+            f"{format_figure(session / 2**10)} KiB",
         ),
     )
+    return Table("WebShop: what it takes", ("what", "figure"), rows)
 
 
 def _compare(
@@ -87,7 +99,8 @@ def _compare(
 
 def _play_episodes(environment: WebShopEnvironment, build: Callable[[Task], Player]) -> float:
     """Milliseconds per step, the player's own time not counted."""
-    num_steps, spent_s = 0, 0.0
+    num_steps = 0
+    spent_s = 0.0
     for task in environment.list_tasks("test")[:NUM_EPISODES]:
         player = build(task)
         observation = environment.reset(task.task_id, SEED)
@@ -98,7 +111,8 @@ def _play_episodes(environment: WebShopEnvironment, build: Callable[[Task], Play
             result = environment.step(text)
             spent_s += time.perf_counter() - began
             num_steps += 1
-            observation, is_over = result.observation, result.is_over
+            observation = result.observation
+            is_over = result.is_over
     return 1000 * spent_s / num_steps
 
 
@@ -110,7 +124,8 @@ def _build_shopper(task: Task) -> Player:
 
 
 def _build_random_player(task: Task) -> Player:
-    rng, words = random.Random(f"{SEED} {task.task_id}"), list_key_words(task.description)
+    rng = random.Random(f"{SEED} {task.task_id}")
+    words = list_key_words(task.description)
 
     def play(seen: Observation) -> str:
         if not seen.admissible_actions or rng.random() < SEARCH_SHARE:
@@ -130,7 +145,8 @@ def _measure_sessions(data_dir: str) -> float:
     environments = [WebShopEnvironment(data_dir=data_dir) for _ in range(NUM_SESSIONS)]
     tasks = environments[0].list_tasks("train")
     for environment, task in zip(environments, tasks, strict=False):
-        player, observation = _build_shopper(task), environment.reset(task.task_id, SEED)
+        player = _build_shopper(task)
+        observation = environment.reset(task.task_id, SEED)
         for _ in range(NUM_TURNS_BEFORE):
             observation = environment.step(player(observation)).observation
     return (_measure_memory() - before) / len(environments)

@@ -113,6 +113,7 @@ async def _measure(say: Say) -> Measurement:
 
 
 async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
+    """The comparison for a size, and its row of the table."""
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
         directory = Path(name)
         model_path = MODEL_PATH
@@ -121,23 +122,21 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         tensors = export_tensors(load_causal_lm(model_path, "float32"))
         file = _save(tensors, directory / "weights.safetensors")
         store = WeightStore(str(directory / "store"), RUN_ID)
+
         pairs = []
         publish_s = 0.0
         say(f"{size.name}: starting vLLM")
         async with _engine(model_path, directory / "store") as engine:
             for index in range(1 + size.num_pairs):
-                began = time.perf_counter()
-                manifest = await asyncio.to_thread(store.publish, index + 1, tensors, IDENTITY)
-                publish_s = time.perf_counter() - began
-                await engine.update_weights(manifest)
-                ours = time.perf_counter() - began
-                pair = ours, await asyncio.to_thread(_time_copy, file, directory / "copy")
+                publish_s, ours_s = await _time_update(store, engine, index + 1, tensors)
+                theirs_s = await asyncio.to_thread(_time_copy, file, directory / "copy")
                 store.collect_garbage(keep_newest=1)
-                if index:
-                    pairs.append(pair)
-                    say(describe_pair(index, size.num_pairs, pair))
+                if index:  # the first pair warms up
+                    pairs.append((ours_s, theirs_s))
+                    say(describe_pair(index, size.num_pairs, (ours_s, theirs_s)))
             stats = engine.stats
         mib = file.stat().st_size / 2**20
+
     parts = (mib, publish_s, stats.weight_staging_s, stats.weight_pause_s)
     comparison = Comparison(
         f"weights from publish to serving, {size.name}",
@@ -146,6 +145,17 @@ async def _compare(size: Size, say: Say) -> tuple[Comparison, tuple[str, ...]]:
         tuple(pairs),
     )
     return comparison, (size.name, *map(format_figure, parts))
+
+
+async def _time_update(
+    store: WeightStore, engine: VllmEngine, version: int, tensors: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """Seconds until a version is published, and until the engine samples from it."""
+    began = time.perf_counter()
+    manifest = await asyncio.to_thread(store.publish, version, tensors, IDENTITY)
+    publish_s = time.perf_counter() - began
+    await engine.update_weights(manifest)
+    return publish_s, time.perf_counter() - began
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> Path:
@@ -159,15 +169,18 @@ def _compare_deltas(say: Say) -> list[Comparison]:
     """Publish and read each update as a delta and whole."""
     pairs: list[tuple[Cost, Cost]] = []
     with tempfile.TemporaryDirectory(prefix="sdar-bench-") as name:
-        publisher, reader = WeightStore(name, "deltas"), WeightStore(name, "deltas")
+        publisher = WeightStore(name, "deltas")
+        reader = WeightStore(name, "deltas")
         for index, tensors in enumerate(_iterate_updates()):
             delta = _publish_and_read(publisher, reader, index, tensors)
             # A store that has just been opened has no base, and publishes whole.
-            opened = WeightStore(name, "whole"), WeightStore(name, "whole")
-            whole = _publish_and_read(*opened, index, tensors)
-            if index:
+            whole = _publish_and_read(
+                WeightStore(name, "whole"), WeightStore(name, "whole"), index, tensors
+            )
+            if index:  # the first version has none before it, and is whole on both sides
                 pairs.append((delta, whole))
                 say(f"delta {describe_pair(index, NUM_UPDATES, (delta.mib, whole.mib))}")
+
     mebibytes = tuple((delta.mib, whole.mib) for delta, whole in pairs)
     publish_s = tuple((delta.publish_s, whole.publish_s) for delta, whole in pairs)
     read_s = tuple((delta.read_s, whole.read_s) for delta, whole in pairs)

@@ -51,10 +51,12 @@ def record_scripts(num_tasks: int) -> list[Script]:
         parsed = parse_task_id(task.task_id)
         if parsed is None:
             raise ValueError(f"The household does not know its own task {task.task_id}.")
+
         game = HouseholdGame(parsed)
         actions = list_demonstration(parsed, parsed.procedure)
-        observations = [game.first_observation, *(game.act(action) for action in actions)]
-        scripts.append(Script(task, tuple(observations[: len(actions)]), tuple(actions)))
+        observations = [game.first_observation, *map(game.act, actions)]
+        # The last observation ends the episode, and nobody answers it.
+        scripts.append(Script(task, tuple(observations[:-1]), tuple(actions)))
     return scripts
 
 
@@ -64,10 +66,15 @@ def build_household_groups(
     """Groups with the token counts of the demo's batches; a random half of episodes succeeds."""
     chat = ChatTokenizer(model_path)
     rng = np.random.default_rng(SEED)
-    groups: list[list[Trajectory]] = [[] for _ in range(num_groups)]
-    for group, (number, script) in zip(groups, enumerate(record_scripts(num_groups)), strict=True):
-        for index in range(group_size):
-            group.append(_play_script(chat, script, f"group-{number}", index, group_size, rng))
+
+    groups: list[list[Trajectory]] = []
+    for number, script in enumerate(record_scripts(num_groups)):
+        group_id = f"group-{number}"
+        group = [
+            _play_script(chat, script, group_id, index, group_size, rng)
+            for index in range(group_size)
+        ]
+        groups.append(group)
     return groups
 
 
@@ -82,30 +89,32 @@ def _play_script(
     turns: list[Turn] = []
     context = np.empty(0, np.int32)
     reward = float(rng.integers(2))
-    for number, (observation, action) in enumerate(
-        zip(script.observations, script.actions, strict=True)
-    ):
+    pairs = zip(script.observations, script.actions, strict=True)
+    for number, (observation, action) in enumerate(pairs):
         messages = (ChatMessage("user", observation),)
-        delta = (
-            chat.render_delta(messages, is_closed=True) if turns else chat.render_fresh(messages)
-        )
-        response = np.array(
-            [*chat.tokenizer.encode(action, add_special_tokens=False), chat.eos_token_id], np.int32
-        )
+        if turns:
+            delta = chat.render_delta(messages, ended_by=chat.stops.closing_id)
+        else:
+            delta = chat.render_fresh(messages)
         prompt = np.concatenate([context, delta])
+
+        tokens = chat.tokenizer.encode(action, add_special_tokens=False)
+        response = np.array([*tokens, chat.stops.closing_id], np.int32)
+
         is_last = number == len(script.actions) - 1
-        turns.append(
-            _build_turn(number, prompt, response, messages, action, reward if is_last else 0.0, rng)
-        )
+        reward_of_turn = reward if is_last else 0.0
+        turns.append(_build_turn(number, prompt, response, messages, action, reward_of_turn, rng))
         context = np.concatenate([prompt, response])
     return _build_trajectory(script.task, group_id, index, group_size, turns)
 
 
 @dataclass(frozen=True, slots=True)
 class AgentShape:
-    """Token counts of an episode. The defaults are those of a household benchmark in text
-    (ALFWorld: at most 50 steps, each listing the admissible actions) played by a model that reasons
-    before it acts."""
+    """Token counts of an episode.
+
+    The defaults are those of a household benchmark in text (ALFWorld: at most 50 steps, each
+    listing the admissible actions) played by a model that reasons before it acts.
+    """
 
     num_turns: int = 20
     num_first_tokens: int = 400
@@ -136,11 +145,9 @@ def _draw_episode(
         num_new = shape.num_observation_tokens if turns else shape.num_first_tokens
         prompt = np.concatenate([context, _draw_tokens(num_new, shape, rng)])
         # Responses differ in length, as a model's do.
-        response = _draw_tokens(
-            int(rng.integers(shape.num_response_tokens // 2, 3 * shape.num_response_tokens // 2)),
-            shape,
-            rng,
-        )
+        least = shape.num_response_tokens // 2
+        most = 3 * shape.num_response_tokens // 2
+        response = _draw_tokens(int(rng.integers(least, most)), shape, rng)
         messages = (ChatMessage("user", _draw_text(num_new, shape, rng)),)
         text = _draw_text(len(response), shape, rng)
         turns.append(_build_turn(number, prompt, response, messages, text, 0.0, rng))
@@ -154,9 +161,8 @@ def _draw_tokens(count: int, shape: AgentShape, rng: np.random.Generator) -> np.
 
 
 def _draw_text(num_tokens: int, shape: AgentShape, rng: np.random.Generator) -> str:
-    letters = rng.integers(
-        ord("a"), ord("z") + 1, num_tokens * shape.characters_per_token, dtype=np.uint8
-    )
+    num_letters = num_tokens * shape.characters_per_token
+    letters = rng.integers(ord("a"), ord("z") + 1, num_letters, dtype=np.uint8)
     return letters.tobytes().decode("ascii")
 
 

@@ -6,6 +6,7 @@ and which Redis it uses is not part of a run: that is `sdar.process.settings`.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +27,15 @@ from pydantic_core import CoreSchema, core_schema
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.methods import METHODS, AdvantageLevel, Method, get_method
 from sdar.contracts.registry import list_entries
-from sdar.contracts.roles import ROLES
+from sdar.contracts.roles import ROLES, Role
 from sdar.contracts.rules import find_broken
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import SamplingParameters
+
+LEAST_TEMPERATURE = 0.01
+"""vLLM's own floor: below it, it samples at this temperature without a word, and log-probs of the
+temperature asked for are of another distribution. Greedy sampling has no temperature.
+"""
 
 
 class OneOf:
@@ -54,6 +60,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""What Llama 3's templates write themselves where they are shown no clock."""
+
+
 class ModelConfig(Section):
     path: Path
     """Directory of a Hugging Face causal language model with a chat template, or a hub name where
@@ -65,6 +75,11 @@ class ModelConfig(Section):
     """
     max_sequence_tokens: int = Field(default=4096, ge=64, le=1_048_576)
     """Longest prompt plus response a turn may have; an episode that would pass it is truncated."""
+    # In the configuration and not read from a clock: it then is the same for every process,
+    # restart and machine, without a state that they would have to agree on, and the same seed makes
+    # the same prompts on any day.
+    template_date: datetime.date = TEMPLATE_DATE
+    """Today's date, for chat templates that write it (Llama 3.2): one for the whole run."""
 
 
 class EnvironmentConfig(Section):
@@ -143,14 +158,19 @@ class MethodConfig(Section):
 
 
 class RolloutConfig(Section):
-    temperature: float = Field(default=1.0, gt=0, le=2)
-    """Sampling temperature of training episodes; log-probs are of the tempered distribution."""
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
+    """Sampling temperature of training episodes; log-probs are of the tempered distribution. vLLM
+    samples at none below 0.01.
+    """
     max_response_tokens: int = Field(default=512, ge=1, le=65_536)
     """Longest response of one turn."""
     history_turns: int | None = Field(default=None, ge=0, le=1000)
     """Earlier turns that a prompt shows: every turn is then a fresh prompt with the task, these
     turns, the observation and the admissible actions. null is one conversation that grows and is
     never tokenised anew."""
+    show_actions: bool = True
+    """Prompts say how an action is written and which are admissible. false is for a model that was
+    trained on prompts without, as `models/household-tiny` was."""
     max_concurrent_episodes: int = Field(default=128, ge=1, le=100_000)
     """Episodes one rollout worker keeps in flight."""
     num_workers: int = Field(default=1, ge=1, le=1024)
@@ -262,7 +282,7 @@ class EvaluationConfig(Section):
     """Length of the fixed held-out list: the first tasks of the evaluation split."""
     every_updates: int = Field(default=0, ge=0, le=1_000_000)
     """Updates between evaluations; 0 evaluates before and after only."""
-    temperature: float = Field(default=1.0, gt=0, le=2)
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
     """Sampling temperature of the evaluation; a greedy one is always reported beside it."""
 
 
@@ -309,6 +329,12 @@ class RunConfig(Section):
             for stream in row.list_inputs(is_scored=self.needs_teacher):
                 consumers[stream] = (*consumers.get(stream, ()), ConsumerGroup(row.name))
         return consumers
+
+    @property
+    def learner_input(self) -> Stream:
+        """The stream of episodes that the learner trains on."""
+        [stream] = ROLES[Role.LEARNER].list_inputs(is_scored=self.needs_teacher)
+        return stream
 
     @property
     def train_sampling(self) -> SamplingParameters:

@@ -265,8 +265,9 @@ def build_schema() -> dict[str, Any]:
     by reference).
     """
     run = _inline(RunConfig.model_json_schema())
-    # Narrower than a run's name elsewhere, for it becomes a label; "" takes the release's name.
-    run["properties"]["name"]["pattern"] = r"^([a-z0-9][a-z0-9-]{0,62})?$"
+    # Empty as well: then the run has the release's name.
+    name = run["properties"]["name"]
+    name["pattern"] = f"^({name['pattern'].removeprefix('^').removesuffix('$')})?$"
     schema = _inline(Values.model_json_schema())
     # First, as in helm/values.yaml.
     schema["properties"] = {"run": run} | schema["properties"]

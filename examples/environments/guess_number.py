@@ -2,7 +2,7 @@
 
 import random
 
-from sdar.environments import Environment, Observation, StepResult, Task, serve
+from sdar.environments import Environment, Observation, StepResult, Task, drop_thoughts, serve
 
 
 class GuessNumber(Environment):
@@ -32,7 +32,7 @@ class GuessNumber(Environment):
     def step(self, text: str) -> StepResult:
         self.num_guesses += 1
         is_last = self.num_guesses == self.max_turns
-        guess = self.numbers.get(text.strip())
+        guess = self.numbers.get(drop_thoughts(text).strip())
         if guess is None:
             seen = Observation("That is none of them.")
             return StepResult(seen, is_action_valid=False, truncated=is_last)

@@ -1,6 +1,6 @@
-"""The command `python -m loadtest.chaos`: runs, checks and reports.
+"""The command `python -m loadtest.chaos`: a run under faults, its checks and its report.
 
-Exit code 0 if every promise was kept.
+Its exit code is 0 if every promise was kept.
 """
 
 from __future__ import annotations
@@ -41,29 +41,33 @@ SETTINGS = {
     "evaluation.num_tasks": 24,
     "rollout.num_workers": NUM_ROLLOUTS,
     "rollout.max_concurrent_episodes": 32,
-    # its pages are touched in the first seconds, so what grows later is a leak
+    # Its pages are touched in the first seconds, so what grows later is a leak.
     "rollout.kv_cache_gib": 0.05,
-    "rollout.max_group_attempts": 20,  # a group may be hit again and again; none is to fail for it
+    # A group may be hit again and again; none is to fail for it.
+    "rollout.max_group_attempts": 20,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    # That Redis is away is no news to the observer.
+    # Errors alone: that Redis is away is no news to the observer.
     configure_logging("chaos", "observer", "error", "text")
     config = _configure(options.minutes)
     lease_s = RolloutLimits(max_concurrent_episodes=1).lease_s * SUSPECT_FACTOR
     schedule = build_schedule(options.seed, options.minutes, NUM_ROLLOUTS, lease_s)
+
     root = Path(options.out or tempfile.mkdtemp(prefix="sdar-chaos-"))
-    if (root / config.name).exists():
+    directory = root / config.name
+    if directory.exists():
         print(
-            f"error: {root / config.name} holds an earlier run. Remove it or choose another --out.",
+            f"error: {directory} holds an earlier run. Remove it or choose another --out.",
             file=sys.stderr,
         )
         return 2
     root.mkdir(parents=True, exist_ok=True)
+
     try:
-        evidence = ChaosRun(config, root / config.name, schedule, _build_clocked_print()).run()
+        evidence = ChaosRun(config, directory, schedule, _build_clocked_print()).run()
     except SdarError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
@@ -91,6 +95,7 @@ def _report(evidence: Evidence, options: argparse.Namespace, root: Path) -> int:
     print(f"\n{format_table(report)}")
     if options.page:
         shutil.copyfile(root / "chaos.md", _PAGE)
+
     if report.is_sound and not options.out:
         shutil.rmtree(root)
     else:
@@ -101,17 +106,17 @@ def _report(evidence: Evidence, options: argparse.Namespace, root: Path) -> int:
 def judge(evidence: Evidence) -> list[Check]:
     """Every promise of the run."""
     training = evidence.config.training
-    status, injuries = evidence.status, evidence.injuries
-    checkpoints = evidence.directory / "checkpoints"
+    injuries = evidence.injuries
+    phase = evidence.status.get("phase", "unknown")
+    num_updates = evidence.status.get("num_updates", 0)
     reclaimed = [event.fields["entry_id"] for event in evidence.of("group_reclaimed")]
+
     return [
-        checks.check_end(
-            status.get("phase", "unknown"), status.get("num_updates", 0), training.num_updates
-        ),
+        checks.check_end(phase, num_updates, training.num_updates),
         checks.check_faults(injuries, evidence.num_planned, NUM_ROLLOUTS),
         checks.check_closed(evidence.account, evidence.closed),
         checks.check_trained(
-            read_trained_groups(checkpoints),
+            read_trained_groups(evidence.directory / "checkpoints"),
             evidence.closed[GroupOutcome.TRAINED],
             training.groups_per_update,
             training.num_updates,

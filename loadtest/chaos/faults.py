@@ -1,6 +1,6 @@
 """What goes wrong and when: kinds of faults, and a schedule of them drawn from a seed.
 
-Pure; it hurts nobody itself.
+Pure: the injector does what is planned here.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ class Fault:
 
     @property
     def num_kills(self) -> int:
-        return 2 if self.kind is FaultKind.KILL_TWICE else int(self.kind in KILLS)
+        if self.kind is FaultKind.KILL_TWICE:
+            return 2
+        return int(self.kind in KILLS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How often in ten minutes; `times_s` bounds the duration.
+    """One kind of fault of one target: `number` of them in ten minutes, at least `least`.
 
-    A short run has at least `least` of it.
+    `times_s` bounds how long each lasts.
     """
 
     kind: FaultKind
@@ -135,8 +137,11 @@ def build_schedule(seed: int, minutes: float, num_rollouts: int, lease_s: float)
         durations_s = [round(draw.uniform(*row.times_s), 1) for _ in range(number)]
         planned += [(row.kind, row.target, duration_s) for duration_s in durations_s]
     ordered = _spread(planned, draw)
+
+    # A fault's time leaves out outages of Redis, so they are no part of what the faults share.
     num_outages = sum(kind is FaultKind.OUTAGE for kind, _, _ in ordered)
     step_s = (_FAULT_SHARE * minutes * 60.0 - num_outages * OUTAGE_S) / len(ordered)
+
     faults = []
     for index, (kind, target, duration_s) in enumerate(ordered):
         place = index + draw.uniform(0.0, 0.9)
@@ -159,15 +164,18 @@ def _spread(planned: list[_Planned], draw: random.Random) -> list[_Planned]:
     by_target: dict[str, list[_Planned]] = {}
     for item in planned:
         by_target.setdefault(item[1], []).append(item)
-    num_rounds = max(len(items) for items in by_target.values())
+
+    num_rounds = max(map(len, by_target.values()))
     rounds: list[list[_Planned]] = [[] for _ in range(num_rounds)]
     for items in by_target.values():
         draw.shuffle(items)
         # Those with few faults get theirs all over the run, not at its beginning.
-        for item, index in zip(
-            items, sorted(draw.sample(range(num_rounds), len(items))), strict=True
-        ):
+        indices = sorted(draw.sample(range(num_rounds), len(items)))
+        for item, index in zip(items, indices, strict=True):
             rounds[index].append(item)
+
+    ordered: list[_Planned] = []
     for one in rounds:
         draw.shuffle(one)
-    return [item for one in rounds for item in one]
+        ordered += one
+    return ordered

@@ -47,8 +47,9 @@ class Injector:
         for injury in self._injuries:
             if injury.target == fault.target and not injury.is_closed:
                 injury.is_overtaken = True
+
         injury = Injury(fault, time.time())
-        {
+        inject = {
             FaultKind.KILL: self._kill,
             FaultKind.KILL_TWICE: self._kill_twice,
             FaultKind.KILL_CHILD: self._kill_child,
@@ -57,7 +58,8 @@ class Injector:
             FaultKind.REFUSE: self._refuse,
             FaultKind.DELAY: self._delay,
             FaultKind.OUTAGE: self._hold_down,
-        }[fault.kind](injury)
+        }[fault.kind]
+        inject(injury)
         self._injuries.append(injury)
 
     def _kill(self, injury: Injury) -> None:
@@ -138,7 +140,7 @@ class Injector:
     def _note_held(self, injury: Injury) -> None:
         if injury.target.startswith(ROLLOUT_PREFIX):
 
-            def note(found: tuple[str, ...]) -> None:
+            def note(found: list[str]) -> None:
                 injury.held_entries = tuple({*injury.held_entries, *found})
 
             self._observer.find_held(injury.target, note)

@@ -1,7 +1,4 @@
-"""Reads services' JSON logs while they are written.
-
-Lines of other programs between them are passed over.
-"""
+"""Reads services' JSON logs while they are written; lines of other programs are passed over."""
 
 from __future__ import annotations
 
@@ -39,6 +36,8 @@ class LogFollower:
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
+
+        # The last line may be there only in part: it waits for its rest.
         *lines, self._rest = (self._rest + new).split(b"\n")
         for line in lines:
             event = parse_line(line, self._service)
@@ -47,19 +46,14 @@ class LogFollower:
 
 
 def parse_line(line: bytes, service: str) -> LogEvent | None:
-    """None for what is no event.
-
-    What a kill cut short stands before the next process' first line, and is passed over.
-    """
+    """None for what is no event."""
+    # A line that a kill cut short goes on with the next process' first event: what cannot be read
+    # whole is read from the last event in it on.
     for start in (0, max(0, line.rfind(b'{"'))):
         try:
             fields = json.loads(line[start:])
-            return LogEvent(
-                service,
-                str(fields["event"]),
-                datetime.fromisoformat(fields["timestamp"]).timestamp(),
-                fields,
-            )
+            at_s = datetime.fromisoformat(fields["timestamp"]).timestamp()
+            return LogEvent(service, str(fields["event"]), at_s, fields)
         except (ValueError, KeyError, TypeError):
             continue
     return None

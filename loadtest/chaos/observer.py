@@ -1,9 +1,7 @@
 """Watches a run from outside: probes, the ledger second by second, metric records.
 
-One thread with an event loop.
-
-It only looks. It reads Redis past the links that faults cut, so that a fault hurts the run and not
-its witness.
+It works in a thread of its own, with an event loop, and only looks. It reads Redis past the links
+that faults cut, so that a fault hurts the run and not its witness.
 """
 
 from __future__ import annotations
@@ -119,13 +117,10 @@ class Observer:
                 BusLimits(outage_tolerance_s=_TIMEOUT_S),
             )
             self._redis = redis.asyncio.Redis.from_url(self._redis_url, socket_timeout=_TIMEOUT_S)
-            looks = [
-                self._every(_LOOK_EVERY_S, self._look_at(name, url)) for name, url in urls.items()
-            ]
-            looks.append(self._every(_LOOK_EVERY_S, self._look_at_redis))
-            looks.append(self._every(_SAMPLE_EVERY_S, self._sample))
-            for look in looks:
-                self._start(look)
+            for name, url in urls.items():
+                self._start(self._every(_LOOK_EVERY_S, self._look_at(name, url)))
+            self._start(self._every(_LOOK_EVERY_S, self._look_at_redis))
+            self._start(self._every(_SAMPLE_EVERY_S, self._sample))
 
         self.call(begin)
 
@@ -138,20 +133,23 @@ class Observer:
         found: dict[GroupOutcome, list[int]] = self.call(read)
         return found
 
-    def find_held(self, consumer: str, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Return, once Redis answers, the ids of the task groups a just hit worker holds."""
+    def find_held(self, consumer: str, report: Callable[[list[str]], None]) -> None:
+        """Report, once Redis answers, the entries of the task groups that a worker holds.
+
+        Returns at once; `report` is called in the observer's thread.
+        """
+        stream = RunKeys(self._config.name).stream(Stream.TASKS)
+        group = ConsumerGroup.ROLLOUT.value
 
         async def read() -> None:
-            stream, group = (
-                RunKeys(self._config.name).stream(Stream.TASKS),
-                ConsumerGroup.ROLLOUT.value,
-            )
             while True:
+                # Redis may be the next to be killed: it is asked until it answers.
                 with contextlib.suppress(redis.RedisError):
                     found = await self._redis.xpending_range(
                         stream, group, "-", "+", _MAX_RECORDS, consumername=consumer
                     )
-                    return tell(tuple(entry["message_id"].decode() for entry in found))
+                    report([entry["message_id"].decode() for entry in found])
+                    return
                 await asyncio.sleep(_LOOK_EVERY_S)
 
         self.loop.call_soon_threadsafe(self._start, read())
@@ -228,7 +226,8 @@ class Observer:
         values = read_gauges((await self._http.get(f"{url}/metrics")).text)
         self.seen.env_gauges = values
         num_opened = values.get("sdar_env_sessions_opened_total", 0.0)
-        if num_opened not in (0.0, self._num_opened):  # smaller: of a new process
+        # A smaller number is that of a new process, and a sign as well.
+        if num_opened not in (0.0, self._num_opened):
             self.seen.sign_at_s[ENVS] = began_s
         self._num_opened = num_opened
 
@@ -237,8 +236,9 @@ class Observer:
             began_s = time.time()
             entries = [await self._bus.newest(stream) for stream in _COMMITTED]
             self.seen.ready_at_s[REDIS] = began_s
-            ids = [parse_entry_id(entry.entry_id)[0] for entry in entries if entry is not None]
-            self.seen.sign_at_s[REDIS] = max(ids, default=0) / 1000.0
+            # An entry's id begins with the milliseconds of its commit.
+            ids_ms = [parse_entry_id(entry.entry_id)[0] for entry in entries if entry is not None]
+            self.seen.sign_at_s[REDIS] = max(ids_ms, default=0) / 1000.0
 
     async def _sample(self) -> None:
         try:

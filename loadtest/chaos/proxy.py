@@ -10,11 +10,10 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Link:
-    """Forwards a port of its own to `target_port`. All methods belong to the event loop that called
-    `open`.
+    """Forwards a port of its own to `target_port`.
 
     `delay_s` holds back every chunk, both ways. The port stays the same however often the link is
-    closed and opened.
+    closed and opened. All methods belong to the event loop that called `open`.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -64,8 +63,8 @@ class Link:
         self.num_connections += 1
         try:
             ways = [
-                asyncio.create_task(self._pump(*way))
-                for way in ((reader, far_writer), (far_reader, writer))
+                asyncio.create_task(self._pump(reader, far_writer)),
+                asyncio.create_task(self._pump(far_reader, writer)),
             ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)

@@ -4,10 +4,14 @@ A fault hurts from `began_s` until `over_s`: a kill is over at once, a pause at 
 when connections are let through again. Recovery counts from `over_s` on, twice:
 
 - ready: the service answers its readiness probe (Redis: a read).
-- resumed: it does its part of the run again: rollout: a group GENERATED and committed by that
-  worker (after a kill of the worker or of its engine: by the next engine); teacher: a batch scored;
-  learner: an optimizer update; envs: an episode opened by a client; gateway: the run's status
-  answered; redis: a commit of any service.
+- resumed: the service does its part of the run again. The sign of it is, by service:
+  - rollout: a group generated and committed by that worker; where the worker or its engine was
+    killed, by the next engine
+  - teacher: a batch scored
+  - learner: an optimizer update
+  - envs: an episode opened by a client
+  - gateway: the run's status answered
+  - redis: a commit of any service
 """
 
 from __future__ import annotations
@@ -48,49 +52,37 @@ class Injury:
     @property
     def needs_engine(self) -> bool:
         """Whether the worker goes on only with another engine."""
-        return self.target.startswith(ROLLOUT_PREFIX) and self.fault.kind in (
-            FaultKind.KILL,
-            FaultKind.KILL_CHILD,
-        )
+        is_rollout = self.target.startswith(ROLLOUT_PREFIX)
+        return is_rollout and self.fault.kind in (FaultKind.KILL, FaultKind.KILL_CHILD)
 
     @property
     def ready_after_s(self) -> float | None:
-        return None if self.ready_s is None or self.over_s is None else self.ready_s - self.over_s
+        if self.ready_s is None or self.over_s is None:
+            return None
+        return self.ready_s - self.over_s
 
     @property
     def resumed_after_s(self) -> float | None:
-        return (
-            None if self.resumed_s is None or self.over_s is None else self.resumed_s - self.over_s
-        )
-
-    def see_ready(self, at_s: float) -> None:
-        if (
-            self.ready_s is None
-            and self.over_s is not None
-            and at_s > self.over_s
-            and self._has_engine
-        ):
-            self.ready_s = at_s
+        if self.resumed_s is None or self.over_s is None:
+            return None
+        return self.resumed_s - self.over_s
 
     def see_engine(self, at_s: float, duration_s: float) -> None:
-        if (
-            self.needs_engine
-            and self.engine_start_s is None
-            and self.over_s is not None
-            and at_s > self.over_s
-        ):
+        """Note that the target's engine started, if it is the one that the fault made necessary."""
+        if self.needs_engine and self.engine_start_s is None and self._is_after(at_s):
             self.engine_start_s = duration_s
 
+    def see_ready(self, at_s: float) -> None:
+        """Note an answer to the readiness probe; it counts once the target has its engine."""
+        has_engine = not self.needs_engine or self.engine_start_s is not None
+        if self.ready_s is None and has_engine and self._is_after(at_s):
+            self.ready_s = at_s
+
     def see_sign(self, at_s: float) -> None:
-        """A sign that the target works; counts once it is ready, as older work may end late."""
-        if (
-            self.resumed_s is None
-            and self.ready_s is not None
-            and self.over_s is not None
-            and at_s > self.over_s
-        ):
+        """Note a sign of work; it counts once the target is ready, as older work may end late."""
+        if self.resumed_s is None and self.ready_s is not None and self._is_after(at_s):
             self.resumed_s = max(at_s, self.ready_s)
 
-    @property
-    def _has_engine(self) -> bool:
-        return not self.needs_engine or self.engine_start_s is not None
+    def _is_after(self, at_s: float) -> bool:
+        """Whether that was after the fault; while it lasts, nothing is."""
+        return self.over_s is not None and at_s > self.over_s

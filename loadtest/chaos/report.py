@@ -51,26 +51,39 @@ def summarize_recoveries(injuries: Sequence[Injury]) -> list[Recovery]:
     """One row a service, rollout workers together."""
     by_service: dict[str, list[Injury]] = defaultdict(list)
     for injury in injuries:
-        service = "rollout" if injury.target.startswith(ROLLOUT_PREFIX) else injury.target
-        by_service[service].append(injury)
-    rows = []
-    for service, own in sorted(by_service.items()):
-        ready = [injury.ready_after_s for injury in own if injury.ready_after_s is not None]
-        resumed = [injury.resumed_after_s for injury in own if injury.resumed_after_s is not None]
-        times = Counter(injury.fault.kind for injury in own)
-        faults = {kind.value: times[kind] for kind in FaultKind if times[kind]}
-        rows.append(Recovery(service, faults, *_spread(ready), *_spread(resumed)))
-    return rows
+        is_rollout = injury.target.startswith(ROLLOUT_PREFIX)
+        by_service["rollout" if is_rollout else injury.target].append(injury)
+    return [_summarize_recovery(service, own) for service, own in sorted(by_service.items())]
+
+
+def _summarize_recovery(service: str, injuries: Sequence[Injury]) -> Recovery:
+    times = Counter(injury.fault.kind for injury in injuries)
+    # In the order of the kinds' declaration, whatever came first.
+    faults = {kind.value: times[kind] for kind in FaultKind if times[kind]}
+
+    ready_p50_s, ready_max_s = _measure_spread(injury.ready_after_s for injury in injuries)
+    resumed_p50_s, resumed_max_s = _measure_spread(injury.resumed_after_s for injury in injuries)
+    return Recovery(service, faults, ready_p50_s, ready_max_s, resumed_p50_s, resumed_max_s)
+
+
+def _measure_spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Median and maximum of those that were measured."""
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return None, None
+    return median(measured), max(measured)
 
 
 def summarize_work(evidence: Evidence) -> dict[str, float]:
     """What the faults cost, and what the run came to."""
     played = evidence.of("group_played")
     num_updates = evidence.status.get("num_updates", 0)
-    beyond_s = _list_resumed_beyond_start(evidence)
     closed = {f"groups {outcome.value}": len(groups) for outcome, groups in evidence.closed.items()}
     num_again = sum(int(event.fields.get("attempt", 0)) > 0 for event in played)
     num_refused = sum(len(evidence.of(name)) for name in LATE_RESULT_EVENTS)
+    # Where no worker was killed the table shows nan.
+    beyond_s = _list_resumed_beyond_start(evidence) or [nan]
+
     return {
         "updates": num_updates,
         "updates trained again": len(evidence.of("batch_trained")) - num_updates,
@@ -84,8 +97,8 @@ def summarize_work(evidence: Evidence) -> dict[str, float]:
         "late results refused": num_refused,
         "dead letters": evidence.num_dead_letters,
         "staleness max": _find_staleness_max(evidence.records),
-        "rollout resumed beyond engine start p50 (s)": round(median(beyond_s or [nan]), 1),
-        "rollout resumed beyond engine start max (s)": round(max(beyond_s or [nan]), 1),
+        "rollout resumed beyond engine start p50 (s)": round(median(beyond_s), 1),
+        "rollout resumed beyond engine start max (s)": round(max(beyond_s), 1),
         "ledger samples": len(evidence.samples),
         "duration (s)": round(evidence.duration_s),
     }
@@ -129,35 +142,29 @@ class ChaosReport:
 def build_report(
     evidence: Evidence, checks: list[Check], *, seed: int, minutes: float, command: str
 ) -> ChaosReport:
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    recoveries = summarize_recoveries(evidence.injuries)
     return ChaosReport(
-        date,
-        describe_machine(),
-        command,
-        seed,
-        minutes,
-        checks,
-        recoveries,
-        summarize_work(evidence),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        machine=describe_machine(),
+        command=command,
+        seed=seed,
+        minutes=minutes,
+        checks=checks,
+        recoveries=summarize_recoveries(evidence.injuries),
+        work=summarize_work(evidence),
     )
 
 
 def format_table(report: ChaosReport) -> str:
     """For a terminal: faults and recoveries by service, the cost, the checks."""
-    lines = _align([_RECOVERY_HEAD, *(_recovery_cells(row) for row in report.recoveries)])
-    lines += ["", *_align([[name, f"{value:g}"] for name, value in report.work.items()]), ""]
-    lines += [
-        f"{'kept  ' if check.is_kept else 'BROKEN'} {check.promise}: {check.evidence}"
-        for check in report.checks
-    ]
+    lines = _align([_RECOVERY_HEAD, *map(_recovery_cells, report.recoveries)])
+    lines += ["", *_align(_work_cells(report)), ""]
+    for check in report.checks:
+        verdict = "kept  " if check.is_kept else "BROKEN"
+        lines.append(f"{verdict} {check.promise}: {check.evidence}")
     return "\n".join(lines)
 
 
 def write_markdown(report: ChaosReport, path: Path) -> None:
-    checks = [_check_cells(check) for check in report.checks]
-    recoveries = [_recovery_cells(row) for row in report.recoveries]
-    work = [[name, f"{value:g}"] for name, value in report.work.items()]
     parts = [
         "# Chaos\n",
         f"{wrap_prose(_INTRODUCTION)}\n",
@@ -165,11 +172,11 @@ def write_markdown(report: ChaosReport, path: Path) -> None:
         f"- Date: {report.date}",
         f"{wrap_prose(f'- Machine: {report.machine}', '  ')}\n",
         "## Promises\n",
-        *_markdown_table(["kept", "promise", "evidence"], checks),
+        *_markdown_table(["kept", "promise", "evidence"], map(_check_cells, report.checks)),
         "\n## Faults and recovery\n",
-        *_markdown_table(_RECOVERY_HEAD, recoveries),
+        *_markdown_table(_RECOVERY_HEAD, map(_recovery_cells, report.recoveries)),
         "\n## What it cost\n",
-        *_markdown_table(["what", "number"], work),
+        *_markdown_table(["what", "number"], _work_cells(report)),
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -184,11 +191,12 @@ def write_json(report: ChaosReport, evidence: Evidence, path: Path) -> None:
 
 
 def _describe(injury: Injury, first_s: float) -> dict[str, Any]:
+    lasted_s = None if injury.over_s is None else injury.over_s - injury.began_s
     return {
         "kind": injury.fault.kind.value,
         "target": injury.target,
         "at_s": round(injury.began_s - first_s, 2),
-        "lasted_s": None if injury.over_s is None else round(injury.over_s - injury.began_s, 2),
+        "lasted_s": _round(lasted_s),
         "ready_after_s": _round(injury.ready_after_s),
         "resumed_after_s": _round(injury.resumed_after_s),
         "engine_start_s": injury.engine_start_s,
@@ -215,19 +223,16 @@ def _check_cells(check: Check) -> list[str]:
 
 def _recovery_cells(row: Recovery) -> list[str]:
     faults = ", ".join(f"{number} {kind}" for kind, number in row.faults.items())
-    return [
-        row.service,
-        faults,
-        *(
-            "-" if value is None else f"{value:.1f} s"
-            for value in (row.ready_p50_s, row.ready_max_s, row.resumed_p50_s, row.resumed_max_s)
-        ),
-    ]
+    times_s = (row.ready_p50_s, row.ready_max_s, row.resumed_p50_s, row.resumed_max_s)
+    return [row.service, faults, *map(_format_seconds, times_s)]
 
 
-def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Median and maximum."""
-    return (median(values), max(values)) if values else (None, None)
+def _format_seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def _work_cells(report: ChaosReport) -> list[list[str]]:
+    return [[name, f"{value:g}"] for name, value in report.work.items()]
 
 
 def count_tokens(event: LogEvent) -> int:
@@ -236,19 +241,21 @@ def count_tokens(event: LogEvent) -> int:
 
 
 def count_repeated_tokens(records: Sequence[MetricRecord], played: Sequence[LogEvent]) -> float:
-    """Tokens that were sampled for nothing: of each life of a rollout worker, those it had sampled
-    at its last record but not published by then. A worker records every two seconds; what it
-    sampled after its last record nobody counts.
+    """Tokens that were sampled for nothing.
+
+    Of each life of a rollout worker, those that it had sampled at its last record but not published
+    by then. A worker records every two seconds; what it sampled after its last record is not
+    counted.
     """
     own: dict[str, list[MetricRecord]] = defaultdict(list)
     for record in records:
-        if _SAMPLED in record.values:
+        if record.service == "rollout" and _SAMPLED in record.values:
             own[record.instance].append(record)
-    workers = {record.instance for record in records if record.service == "rollout"}
+
     total = 0.0
-    for instance in workers:
+    for instance, of_instance in own.items():
         events = [event for event in played if event.service == instance]
-        total += _count_lost_tokens(own[instance], events)
+        total += _count_lost_tokens(of_instance, events)
     return total
 
 
@@ -257,10 +264,16 @@ def _count_lost_tokens(records: Sequence[MetricRecord], played: Sequence[LogEven
     total = 0.0
     began_s = 0.0
     for record, following in itertools.zip_longest(records, records[1:]):
-        if following is None or following.values[_SAMPLED] < record.values[_SAMPLED]:
-            inside = [event for event in played if began_s < event.at_s <= record.at_s]
-            total += max(0.0, record.values[_SAMPLED] - sum(map(count_tokens, inside)))
-            began_s = record.at_s
+        num_sampled = record.values[_SAMPLED]
+        is_last_of_life = following is None or following.values[_SAMPLED] < num_sampled
+        if not is_last_of_life:
+            continue
+
+        inside = [event for event in played if began_s < event.at_s <= record.at_s]
+        num_published = sum(map(count_tokens, inside))
+        # A group whose record came late looks as if more was published than sampled.
+        total += max(0.0, num_sampled - num_published)
+        began_s = record.at_s
     return total
 
 

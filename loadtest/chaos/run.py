@@ -1,6 +1,6 @@
-"""A chaos run from its start to its last check.
+"""Carries out a chaos run, from the start of its services to the evidence that is left of it.
 
-MAIN LOOP: keep everything up, hurt what is due, look, until finished.
+MAIN LOOP: keep everything up, hurt what is due, look, until the run is finished.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_HURT = 3
 _WAIT_FOR_RECOVERY_S = 60.0
 """A target that has not recovered is left alone for so long, then hit all the same."""
 _MEMORY_EVERY_S = 2.0
-_TELL_EVERY_S = 30.0
+_REPORT_EVERY_S = 30.0
 _SESSIONS_END_TIMEOUT_S = SessionLimits().default_lease_s + 30.0
 """Sessions whose client was killed end with their lease."""
 _PROCESSES_END_TIMEOUT_S = 10.0
@@ -100,7 +100,8 @@ class ChaosRun:
         self._say = say
         self._marker = uuid.uuid4().hex
         self.evidence = Evidence(config, root, num_planned=len(schedule))
-        self._next_memory_s = self._next_told_s = 0.0
+        self._next_memory_s = 0.0
+        self._next_report_s = 0.0
         self._began_s = 0.0
         self._num_signs: Counter[str] = Counter()
 
@@ -136,34 +137,37 @@ class ChaosRun:
         ]
         self._observer.watch({name: deployment.probe_url(name) for name in deployment.names})
         self._say("Starting all services.")
-        if not self._wait(
-            lambda: set(deployment.names) <= set(self._observer.seen.ready_at_s), _START_TIMEOUT_S
-        ):
-            waiting = sorted(set(deployment.names) - set(self._observer.seen.ready_at_s))
+        self._wait(lambda: not self._list_unready(), _START_TIMEOUT_S)
+        unready = self._list_unready()
+        if unready:
             raise UnavailableError(
-                f"Not ready: {', '.join(waiting)}. See the services' logs in "
+                f"Not ready: {', '.join(unready)}. See the services' logs in "
                 f"{self._directory.logs}."
             )
         self._began_s = time.time()
         self._say("All services are ready.")
 
+    def _list_unready(self) -> list[str]:
+        """Services that have not answered their readiness probe yet."""
+        return sorted(set(self._deployment.names) - self._observer.seen.ready_at_s.keys())
+
     # ---- the faults
 
     def _disturb(self) -> None:
-        moved_at, stand = time.monotonic(), (0, 0)
+        """Do what is planned until the run is finished, and every fault that lasts is over."""
+        moved_at = time.monotonic()
+        stand = self._find_stand()
         while self._observer.seen.status.get("phase") != "finished" or not self._injector.is_quiet:
             self._turn()
-            if (fault := self._choose_due()) is not None:
+            fault = self._choose_due()
+            if fault is not None:
                 self._schedule.remove(fault)
                 self._say(self._describe(fault))
                 self._injector.inject(fault)
-            if stand != (
-                now := (
-                    self._observer.seen.status.get("num_updates", 0),
-                    len(self.evidence.injuries),
-                )
-            ):
-                moved_at, stand = time.monotonic(), now
+
+            if stand != self._find_stand():
+                stand = self._find_stand()
+                moved_at = time.monotonic()
             if time.monotonic() > moved_at + _MAX_STILL_S:
                 raise UnavailableError(
                     f"The run is stuck: no update and no fault for {_MAX_STILL_S:.0f} s. "
@@ -172,15 +176,19 @@ class ChaosRun:
                 )
         self.evidence.duration_s = self._elapsed_s
 
+    def _find_stand(self) -> tuple[int, int]:
+        """Updates and faults so far; as long as both stay the same, nothing goes on."""
+        return self._observer.seen.status.get("num_updates", 0), len(self.evidence.injuries)
+
     def _choose_due(self) -> Fault | None:
         """The first due fault whose target can take it; none while Redis or too many are down."""
         hurt = {injury.target for injury in self.evidence.injuries if self._is_hurt(injury)}
         if self._deployment.is_redis_held_down or len(hurt) >= _MAX_HURT:
             return None
-        return next(
-            (fault for fault in self._schedule if self._is_due(fault) and self._can_take(fault)),
-            None,
-        )
+        for fault in self._schedule:
+            if self._is_due(fault) and self._can_take(fault):
+                return fault
+        return None
 
     def _is_due(self, fault: Fault) -> bool:
         status = self._observer.seen.status
@@ -190,13 +198,11 @@ class ChaosRun:
         return elapsed_s >= fault.at_s or progress >= fault.at_progress
 
     def _can_take(self, fault: Fault) -> bool:
+        """Whether its target is up and has recovered from what was done to it before."""
         if not self._deployment.is_running(fault.target):
             return False
-        return not any(
-            self._is_hurt(injury)
-            for injury in self.evidence.injuries
-            if injury.target == fault.target
-        )
+        own = [injury for injury in self.evidence.injuries if injury.target == fault.target]
+        return not any(map(self._is_hurt, own))
 
     def _is_hurt(self, injury: Injury) -> bool:
         """Whether its target has not recovered yet, and is still waited for."""
@@ -214,45 +220,54 @@ class ChaosRun:
         self._take_in()
         if self._observer.failure is not None:
             raise self._observer.failure
+
         now = time.monotonic()
         if now >= self._next_memory_s:
             self._next_memory_s = now + _MEMORY_EVERY_S
             self._weigh()
-        if now >= self._next_told_s:
-            self._next_told_s = now + _TELL_EVERY_S
+        if now >= self._next_report_s:
+            self._next_report_s = now + _REPORT_EVERY_S
             self._say(self._describe_progress())
         time.sleep(_STEP_S)
 
     def _take_in(self) -> None:
-        new = [event for follower in self._logs for event in follower.read()]
+        """Read the logs on, and note what they and the probes say of targets that are hurt."""
+        new: list[LogEvent] = []
+        for follower in self._logs:
+            new += follower.read()
         self.evidence.events += new
         self._num_signs.update(event.service for event in new if is_sign(event))
-        seen = self._observer.seen
+
         for injury in self.evidence.injuries:
-            if injury.is_closed:
-                continue
-            for event in new:
-                if event.service == injury.target and event.name == "engine_started":
-                    injury.see_engine(event.at_s, float(event.fields["duration_s"]))
-            injury.see_ready(seen.ready_at_s.get(injury.target, 0.0))
-            for event in new:
-                if event.service == injury.target and is_sign(event):
-                    injury.see_sign(event.at_s)
-            injury.see_sign(seen.sign_at_s.get(injury.target, 0.0))
+            if not injury.is_closed:
+                self._look_for_recovery(injury, [e for e in new if e.service == injury.target])
+
+    def _look_for_recovery(self, injury: Injury, new: list[LogEvent]) -> None:
+        """In this order: a worker counts as ready only with its engine, as resumed once ready."""
+        seen = self._observer.seen
+        for event in new:
+            if event.name == "engine_started":
+                injury.see_engine(event.at_s, float(event.fields["duration_s"]))
+
+        injury.see_ready(seen.ready_at_s.get(injury.target, 0.0))
+
+        for event in new:
+            if is_sign(event):
+                injury.see_sign(event.at_s)
+        injury.see_sign(seen.sign_at_s.get(injury.target, 0.0))
 
     def _weigh(self) -> None:
-        seen, now_s = self._observer.seen, time.time()
+        """Sample the memory of every service that is at work."""
+        now_s = time.time()
         for name in self._deployment.names:
-            pid, num_bytes = self._deployment.pid(name), self._deployment.resident_bytes(name)
-            # Only what is at work: a starting process grows, and that is no leak.
-            if (
-                pid is not None
-                and num_bytes is not None
-                and now_s - seen.ready_at_s.get(name, 0.0) < _MEMORY_EVERY_S
-            ):
-                self.evidence.memory.append(
-                    MemorySample(name, pid, now_s, num_bytes, self._num_signs[name])
-                )
+            # A starting process grows, and that is no leak.
+            if now_s - self._observer.seen.ready_at_s.get(name, 0.0) >= _MEMORY_EVERY_S:
+                continue
+            pid = self._deployment.pid(name)
+            num_bytes = self._deployment.resident_bytes(name)
+            if pid is not None and num_bytes is not None:
+                sample = MemorySample(name, pid, now_s, num_bytes, self._num_signs[name])
+                self.evidence.memory.append(sample)
 
     def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         """Turn until it is true; returns whether it became so in time."""
@@ -267,12 +282,13 @@ class ChaosRun:
 
     def _finish(self) -> None:
         """Read the account while everything is up, then end all services as `sdar run` does."""
-        evidence, seen = self.evidence, self._observer.seen
-        self._wait(
-            lambda: all(i.is_overtaken or i.ready_s is not None for i in evidence.injuries),
-            _START_TIMEOUT_S,
-        )
+        evidence = self.evidence
+        seen = self._observer.seen
+
+        # Neither wait fails when its time is up: what is left then is evidence for the checks.
+        self._wait(self._is_everyone_ready_again, _START_TIMEOUT_S)
         self._wait(lambda: seen.env_gauges.get("sdar_env_sessions") == 0.0, _SESSIONS_END_TIMEOUT_S)
+
         evidence.num_sessions_left = seen.env_gauges.get("sdar_env_sessions", -1.0)
         evidence.status = seen.status
         evidence.account = self._observer.read_account()
@@ -281,15 +297,23 @@ class ChaosRun:
         evidence.samples = seen.samples
         evidence.num_samples_missed = seen.num_samples_missed
         evidence.records = seen.records
+
         evidence.not_drained = self._deployment.stop()
         self._take_in()
         evidence.num_restarts = dict(self._deployment.num_restarts)
 
+    def _is_everyone_ready_again(self) -> bool:
+        injuries = self.evidence.injuries
+        return all(injury.is_overtaken or injury.ready_s is not None for injury in injuries)
+
     def _look_for_orphans(self) -> None:
         """Children that notice their parent's end get a moment for it."""
         deadline_s = time.monotonic() + _PROCESSES_END_TIMEOUT_S
-        while (left := self._deployment.list_left(self._marker)) and time.monotonic() < deadline_s:
+        left = self._deployment.list_left(self._marker)
+        while left and time.monotonic() < deadline_s:
             time.sleep(_STEP_S)
+            left = self._deployment.list_left(self._marker)
+
         self.evidence.orphans = [
             f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in left
         ]

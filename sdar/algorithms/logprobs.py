@@ -10,6 +10,7 @@ hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sdar.contracts.errors import ConfigurationError, ContractError
 
 LogitsHead = Callable[[Tensor], Tensor]
+"""Hidden states [N, H] to logits [N, V]."""
 
 
 def compute_logprobs(
@@ -37,8 +39,7 @@ def compute_logprobs(
     at most [chunk_size, V] values exist at any time in either.
 
     Args:
-        lm_head: hidden states to logits. Called as a module, so that a sharding framework can
-            gather its weights.
+        lm_head: hidden states to logits.
         num_chunks: calls of `lm_head` to make, at least as many as N needs. Under ZeRO-3 every call
             is a collective: pass the same number on every rank. Calls beyond N get an empty slice
             and a zero gradient.
@@ -93,8 +94,10 @@ def _score_chunk(
 
 
 class TokenScorer(nn.Module):
-    """A Hugging Face causal language model (`.model`, `.lm_head`) that returns log-probs.
+    """A Hugging Face causal language model that returns log-probs.
 
+    Its body is called once a micro-batch. What it does with the hidden states from there on (head,
+    scale, cap) is its own forward pass, called on a chunk of them at a time.
     Gradient checkpointing of the body and dtype are set on the wrapped model by its owner.
     """
 
@@ -102,18 +105,15 @@ class TokenScorer(nn.Module):
         """Args:
         temperature: the sampler's.
         chunk_size: sampled tokens whose logits exist at once.
+
+        Raises:
+            ConfigurationError: the model has no body apart from its head.
         """
         super().__init__()
-        config: Any = causal_lm.config
-        # Such a cap is in the model's forward, which is left out here.
-        if getattr(config, "final_logit_softcapping", None) is not None:
-            raise ConfigurationError(
-                f"{type(causal_lm).__name__} caps its final logits, which TokenScorer does not "
-                "reproduce. Use another model."
-            )
         self.causal_lm = causal_lm
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self._body_name = _find_body(causal_lm)
 
     def forward(
         self,
@@ -134,19 +134,91 @@ class TokenScorer(nn.Module):
             whose gradient is zero but still runs through every parameter, so that gradient hooks of
             all ranks fire.
         """
-        body: Any = self.causal_lm.model
-        hidden = body(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
+        body = self.causal_lm.get_submodule(self._body_name)
+        output = body(input_ids=input_ids, attention_mask=None, use_cache=False, return_dict=True)
         # The token at t is predicted from position t - 1: both are shifted against each other.
         is_target = response_mask[:, 1:]
         num_chunks = (
             None if max_rank_tokens is None else max(1, -(-max_rank_tokens // self.chunk_size))
         )
-        lm_head: Any = self.causal_lm.lm_head
         return compute_logprobs(
-            hidden[:, :-1][is_target],
-            lm_head,
+            output.last_hidden_state[:, :-1][is_target],
+            _build_head(self.causal_lm, self._body_name),
             input_ids[:, 1:][is_target],
             self.temperature,
             self.chunk_size,
             num_chunks,
         )
+
+
+def _find_body(causal_lm: Any) -> str:
+    """The name of the child that turns tokens into hidden states.
+
+    It differs between architectures (`model`, `transformer`, `gpt_neox`, `backbone`), so the child
+    is known by the embedding that it holds.
+    """
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    for name, child in causal_lm.named_children():
+        modules = set(child.modules())
+        if head is not None and child is not embedding and embedding in modules - {head}:
+            return str(name)
+    raise ConfigurationError(
+        f"{type(causal_lm).__name__} has no head apart from the part that holds its embedding, so "
+        "its logits cannot be made a chunk at a time. Use a decoder such as Qwen3 or Llama."
+    )
+
+
+def _build_head(causal_lm: Any, body_name: str) -> LogitsHead:
+    """The model's own forward pass from the hidden states on.
+
+    Built for each call, for whoever owns the model may add hooks or change its mode in between.
+    """
+    # A copy of the model's attributes, not of its modules: head and weights are the very same, so
+    # hooks that gather sharded weights still run.
+    head, body = copy.copy(causal_lm), causal_lm.get_submodule(body_name)
+    head._modules = {**causal_lm._modules, body_name: _GivenHiddenStates(body)}
+
+    def compute_logits(hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        # Not as a module: the hooks of the whole model belong to one whole forward pass.
+        output = head.forward(inputs_embeds=hidden[None], use_cache=False, return_dict=True)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    return compute_logits
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where a body was, and returns the hidden states given as embeddings."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, or torch would make it a part of this module.
+        self._body = (body,)
+
+    def forward(
+        self, *_: Any, inputs_embeds: Float[Tensor, "1 N H"], **_options: Any
+    ) -> _BodyOutput:
+        return _BodyOutput(inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        """The body's numbers, such as Falcon-H1's multiplier of logits, but none of its layers.
+
+        A model that calls a layer of its body itself would call it twice.
+        """
+        value = getattr(self.__dict__["_body"][0], name)
+        if isinstance(value, nn.Module):
+            raise AttributeError(f"the model calls {name} of its body, not the body")
+        return value
+
+
+class _BodyOutput:
+    """What a body returns, with nothing in it but hidden states: no cache, attention or router."""
+
+    def __init__(self, hidden: Float[Tensor, "1 N H"]) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

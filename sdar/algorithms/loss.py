@@ -20,7 +20,7 @@ from sdar.algorithms.batching import MicroBatch
 from sdar.algorithms.corrections import compute_off_policy_weights
 from sdar.algorithms.distillation import compute_teacher_gap
 from sdar.algorithms.inputs import TokenInputs
-from sdar.algorithms.measurements import DENOMINATORS
+from sdar.algorithms.measurements import DENOMINATORS, TOKEN_COUNTS
 from sdar.algorithms.reducers import REDUCERS
 from sdar.algorithms.reductions import masked_mean, masked_sum
 from sdar.algorithms.schedules import SCHEDULES
@@ -80,7 +80,7 @@ def compute_loss(
     proximal = policy_logprobs if proximal_logprobs is None else proximal_logprobs
     metrics = _measure(inputs, micro_batch, proximal, learner_version)
     loss, of_terms = _add_terms(inputs, settings, num_tokens_global)
-    return loss, metrics | of_terms
+    return loss, join_metrics(metrics, of_terms)
 
 
 def _check_token_count(micro_batch: MicroBatch, num_tokens_global: int) -> None:
@@ -166,10 +166,23 @@ def _add_terms(
         share = masked_mean(values, mask, denominator=num_tokens_global)
         loss = loss + coefficient * share
         # Without its coefficient, so that terms can be compared between runs.
-        metrics[f"loss_{name}"] = masked_sum(values.detach(), mask)
-        for key, value in measured.items():
-            metrics[key] = masked_sum(value.detach().to(values.dtype), mask)
+        measured = {**measured, f"loss_{name}": values}
+        sums = {
+            key: masked_sum(value.detach().to(values.dtype), mask)
+            for key, value in measured.items()
+        }
+        metrics = join_metrics(metrics, sums)
     return loss, metrics
+
+
+def join_metrics(metrics: Metrics, others: Metrics) -> Metrics:
+    """Both together. Raises ContractError if one name stands for two measurements."""
+    if shared := metrics.keys() & others.keys():
+        raise ContractError(
+            f"Two parts of the loss measure {', '.join(sorted(shared))}. Give one of them another "
+            "name."
+        )
+    return metrics | others
 
 
 @torch.no_grad()
@@ -190,7 +203,6 @@ def _measure(
         "off_policy_weight_mean": (weights.policy_weight, every_token),
         "distillation_weight_mean": (weights.distillation_weight, every_token),
         "off_policy_bounded_share": (weights.is_bounded, every_token),
-        "staleness_mean": (learner_version - micro_batch.policy_versions, every_token),
         "advantage_abs": (inputs.advantages.abs(), every_token),
         "engine_mismatch_abs": (distance, is_current),
         "teacher_gap_mean": (inputs.teacher_gap, inputs.is_scored),
@@ -209,13 +221,17 @@ def reduce_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Means from sums added up over micro-batches and ranks.
 
     A metric without any token to measure is left out.
-    Counts (`num_*`) stay as they are. `gate_mean` near 0.5 with `teacher_gap_abs` near 0 means that
+    Counts stay as they are. `gate_mean` near 0.5 with `teacher_gap_abs` near 0 means that
     the skills never reach the teacher's prompt.
     """
-    means = {name: value for name, value in sums.items() if name.startswith("num_")}
+    means: dict[str, float] = {}
     for name, value in sums.items():
-        # A term's own value (`loss_<term>`) is divided by all tokens, as the loss is.
-        denominator = sums[DENOMINATORS.get(name, "num_tokens")]
-        if name not in means and denominator > 0:
+        if name in TOKEN_COUNTS:
+            means[name] = value
+            continue
+        # A term's own value is divided by all tokens, as the loss is.
+        is_term = name.startswith("loss_")
+        denominator = sums["num_tokens" if is_term else DENOMINATORS[name]]
+        if denominator > 0:
             means[name] = value / denominator
     return means

@@ -85,7 +85,6 @@ TOKEN_MEASUREMENTS = (
         "Share of tokens whose off-policy weight is cut at its bound.",
     ),
     TokenMeasurement("advantage_abs", "1", "Absolute advantage over tokens."),
-    TokenMeasurement("staleness_mean", "updates", "Staleness over sampled tokens."),
 )
 
 DENOMINATORS = {measurement.name: measurement.denominator for measurement in TOKEN_MEASUREMENTS}

@@ -45,6 +45,7 @@ _TYPE_NAMES = {
     "float": "number",
     "bool": "true or false",
     "Path": "path",
+    "date": "date",
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 """Words for the constraints of annotated-types, by their field's name."""

@@ -55,7 +55,10 @@ def compute_figures(status: dict[str, Any], metrics: MetricsLog, wall_s: float) 
     return {
         "update": f"{done} of {target}",
         "time left": _format_left(metrics, done, target),
-        "success (training)": _format(learner, "success_mean"),
+        "success (training)": (
+            f"{_format(learner, 'success_mean')} of all played, "
+            f"{_format(learner, 'trained_success_mean')} of those trained"
+        ),
         "success (held out)": _format_held_out(status["evaluations"]),
         "reward": _format(learner, "reward_mean"),
         "tokens/s": (

@@ -127,7 +127,10 @@ def _draw_success(figure: Any, theme: Theme, data: RunData) -> None:
     axes = figure.subplots()
     x, y = data.series("success_mean")
     axes.plot(x, y, color=theme.muted, alpha=0.35, linewidth=1)
-    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1.8, label="training batches")
+    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1.8, label="training, all played")
+    x, y = data.series("trained_success_mean")
+    style = (0, (4, 3))
+    axes.plot(x, _smooth(y), color=theme.muted, linewidth=1, linestyle=style, label="those trained")
 
     last = max((one["num_updates"] for one in data.evaluations), default=0) or len(x)
     # Side by side: both kinds are measured at the same updates.

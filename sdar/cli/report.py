@@ -23,6 +23,10 @@ _UPDATE_METRIC = "success_mean"
 """A learner's record that holds it is about one update."""
 
 
+_LAST_UPDATES = 10
+"""Updates at the end of a run over which the summary pools success in training."""
+
+
 def build_summary(
     config: RunConfig, status: dict[str, Any], records: list[Record], wall_s: float
 ) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def build_summary(
     before = sampled[0]
     after = sampled[-1]
 
+    updates = select_updates(records)
     return {
         "name": config.name,
         "method": config.method.name,
@@ -49,9 +54,10 @@ def build_summary(
         **_sum_up_success("greedy_success", greedy),
         "evaluation_temperature": config.evaluation.temperature,
         "num_evaluation_episodes": after["num_episodes"],
+        **_pool_success(updates[-_LAST_UPDATES:]),
         "num_updates": status["num_updates"],
         "wall_s": round(wall_s, 1),
-        **_sum_up_staleness(select_updates(records)),
+        **_sum_up_staleness(updates),
         "max_staleness": config.training.max_staleness,
         "ledger": {**status["ledger"], "gap": status["ledger_gap"]},
         "ledger_gap_ids": status["ledger_gap_ids"],
@@ -104,6 +110,18 @@ def _sum_up_staleness(updates: list[Record]) -> dict[str, Any]:
         "num_policy_versions_in_flight_max": staleness_max + 1,
         "num_policy_versions_in_batch_max": versions_in_batch,
     }
+
+
+def _pool_success(updates: list[Record]) -> dict[str, float]:
+    """Success in training over some updates: of all episodes played, and of those trained."""
+    pooled = {}
+    pairs = (("success_mean", "num_episodes"), ("trained_success_mean", "num_trajectories"))
+    for name, count in pairs:
+        values = [update["values"] for update in updates if count in update["values"]]
+        total = sum(each[count] for each in values)
+        if total:
+            pooled[name] = sum(each[name] * each[count] for each in values) / total
+    return pooled
 
 
 def describe_change(interval: Sequence[float]) -> str:

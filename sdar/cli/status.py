@@ -61,6 +61,7 @@ def render_status(status: dict[str, Any], scaling: dict[str, Any] | None = None)
     control characters.
     """
     parts = _render_head(status)
+    parts += map(_show, format_figures(status["figures"]))
     for alarm in status["alarms"]:
         parts.append(_show(f"{alarm['name']}: {alarm['message']}", "bold red"))
 
@@ -105,6 +106,30 @@ def format_progress(status: dict[str, Any]) -> list[str]:
         f"{progress}, policy version {status['policy_version']}",
         f"heard from lately: {workers}; Redis {bus['state']}, {memory} MiB",
     ]
+
+
+def format_figures(figures: dict[str, float]) -> list[str]:
+    """Whether training is right: success, and how far the sampler is from the learner."""
+    lines = []
+    if "success_mean" in figures:
+        lines.append(
+            f"success in training {figures['success_mean']:.3f} of {figures['num_episodes']:.0f} "
+            f"played, {figures['trained_success_mean']:.3f} of "
+            f"{figures['num_trajectories']:.0f} trained"
+        )
+    shown = {
+        "engine_mismatch_abs": "newest weights",
+        "probe_mismatch": "probe",
+        "policy_behavior_gap_abs": "all",
+    }
+    measured = [f"{figures[name]:.1e} {text}" for name, text in shown.items() if name in figures]
+    if measured:
+        lines.append(f"sampler to learner, nats: {', '.join(measured)}")
+    if figures.get("num_skipped_steps_in_a_row"):
+        lines.append(
+            f"optimizer steps skipped in a row: {figures['num_skipped_steps_in_a_row']:.0f}"
+        )
+    return lines
 
 
 def format_ledger(status: dict[str, Any]) -> list[str]:

@@ -228,6 +228,7 @@ def ledger_event_to_proto(event: LedgerEvent) -> task_pb2.LedgerEvent:
         policy_version=event.policy_version,
         reason=event.reason,
         episode_turns=event.episode_turns,
+        stage=event.stage,
     )
 
 
@@ -242,6 +243,7 @@ def ledger_event_from_proto(message: task_pb2.LedgerEvent) -> LedgerEvent:
         policy_version=message.policy_version,
         reason=message.reason,
         episode_turns=tuple(message.episode_turns),
+        stage=message.stage,
     )
 
 

@@ -34,7 +34,13 @@ class SdarError(Exception):
     Args:
         message: one or two sentences: what failed, where, what was found, what to do.
         fields: machine-readable details (ids, bounds); they travel in typed error details.
+
+    Attributes:
+        stage: the `FailureStage` of a task group that it ended, where the player noted it; empty
+            otherwise. It does not travel.
     """
+
+    stage: str = ""
 
     grpc_status: str = "INTERNAL"
     http_status: int = http.HTTPStatus.INTERNAL_SERVER_ERROR

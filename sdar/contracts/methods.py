@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.registry import index_by_name
 
 AdvantageLevel = Literal["trajectory", "turn"]
 
@@ -122,9 +123,8 @@ class Method:
 # What the methods share that train by advantages. OPSD has no policy term: it distils alone.
 _GRPO = ("policy", "kl", "entropy")
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
+METHODS = index_by_name(
+    (
         Method("grpo", _GRPO),
         Method("sdar", (*_GRPO, "sdar")),
         Method("opsd", ("opsd", "kl", "entropy")),
@@ -134,7 +134,7 @@ METHODS: dict[str, Method] = {
         Method("skill_sd", (*_GRPO, "skill_sd")),
         Method("skill_grpo", _GRPO, student_sees_skills=True),
     )
-}
+)
 
 
 def get_method(name: str) -> Method:

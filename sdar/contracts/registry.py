@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
 
 from sdar.contracts.errors import ConfigurationError, ContractError
 
@@ -34,6 +34,33 @@ def list_entries(package: str) -> tuple[str, ...]:
     # Reads the folder and imports no entry: some need torch.
     modules = pkgutil.iter_modules(spec.submodule_search_locations)
     return tuple(sorted(module.name for module in modules))
+
+
+class Named(Protocol):
+    """A row of a table that is looked up by name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Named)
+
+
+def index_by_name(rows: Iterable[Row]) -> dict[str, Row]:
+    """The rows by their names, in their order.
+
+    Raises:
+        ContractError: two have one name.
+    """
+    table: dict[str, Row] = {}
+    for row in rows:
+        if row.name in table:
+            raise ContractError(
+                f"Two rows of {type(row).__name__} have the name {row.name!r}. Give one of them "
+                "another name."
+            )
+        table[row.name] = row
+    return table
 
 
 class Registry(Generic[Entry]):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sdar.contracts.registry import index_by_name
 from sdar.contracts.streams import Stream
 
 
@@ -236,7 +237,7 @@ _ROWS = (
         presence=Presence.WITH_OWN_ENVIRONMENT,
         drains=True,
         signal=Signal.SESSIONS_WAIT,
-        config_keys=("name", "model.path", "environment"),
+        config_keys=("environment",),
     ),
     RoleSpec(
         name=Role.LEARNER,
@@ -261,7 +262,7 @@ _ROWS = (
     ),
 )
 
-ROLES: Mapping[Role, RoleSpec] = {Role(row.name): row for row in _ROWS}
+ROLES: Mapping[Role, RoleSpec] = {Role(name): row for name, row in index_by_name(_ROWS).items()}
 """Every role; those that report stand in the order in which data flow through them."""
 
 REPORTING = tuple(role for role, row in ROLES.items() if row.reports)

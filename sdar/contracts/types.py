@@ -94,6 +94,15 @@ class GroupOutcome(StrEnum):
     CANCELLED = "cancelled"
 
 
+class FailureStage(StrEnum):
+    """Where on its way a task group failed."""
+
+    ROLLOUT = "rollout"
+    ENVIRONMENT = "environment"
+    TEACHER = "teacher"
+    LEARNER = "learner"
+
+
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
@@ -440,7 +449,10 @@ class WeightsManifest:
 class LedgerEvent:
     """One step of a task group's account (`sdar.bus.ledger`).
 
-    `episode_turns` is the number of turns of each episode, with GENERATED and TRAINED only.
+    Attributes:
+        episode_turns: the number of turns of each episode, with GENERATED and TRAINED only.
+        stage: a `FailureStage`, with FAILED only; empty otherwise. A text, so that a reader
+            survives the stage of a newer writer.
     """
 
     run_id: str
@@ -450,6 +462,7 @@ class LedgerEvent:
     policy_version: int
     reason: str = ""
     episode_turns: tuple[int, ...] = ()
+    stage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import shutil
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 from sdar.contracts import codec, errors
@@ -243,17 +244,7 @@ async def _while_alive(llm: Any, calls: Coroutine[Any, Any, None]) -> None:
 
 
 def _compute_layout(model_path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that make a policy version of this model.
+    # Here, since it imports for a second or two.
+    from sdar.model.causal_lm import compute_version_shapes
 
-    Read from its configuration alone, without weights.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sdar.model.causal_lm import export_tensors
-
-    # On the meta device tensors have shapes and no memory.
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {name: tuple(tensor.shape) for name, tensor in export_tensors(model).items()}
+    return compute_version_shapes(Path(model_path))

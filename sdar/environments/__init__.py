@@ -14,8 +14,9 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment, Observation, StepResult
 from sdar.environments.registry import Option, locate_class
+from sdar.environments.thoughts import drop_thoughts
 
-__all__ = ["Environment", "Observation", "StepResult", "Task", "serve"]
+__all__ = ["Environment", "Observation", "StepResult", "Task", "drop_thoughts", "serve"]
 
 
 def serve(
@@ -51,8 +52,9 @@ def serve(
     from sdar.environments.sessions import SessionLimits
 
     _check_names(environments)
+    sources = {environment.name: locate_class(environment, options) for environment in environments}
     serve_until_stopped(
-        {environment.name: locate_class(environment, options) for environment in environments},
+        sources,
         SessionLimits(max_sessions=capacity, step_timeout_s=step_timeout_s),
         host=host,
         port=port,

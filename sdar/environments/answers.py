@@ -19,14 +19,12 @@ class NonsenseError(ValueError):
 
 
 def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:
-    identity = answer["identity"]
+    name = _text("name", answer["identity"]["name"])
+    version = _text("version", answer["identity"]["version"])
+    splits = {_text("split", split): int(number) for split, number in answer["splits"].items()}
     return EnvironmentDescription(
-        identity=EnvironmentIdentity(
-            _text("name", identity["name"]), _text("version", identity["version"])
-        ),
-        splits={
-            _text("split", name): int(num_tasks) for name, num_tasks in answer["splits"].items()
-        },
+        identity=EnvironmentIdentity(name, version),
+        splits=splits,
         instructions=_text("instructions", answer["instructions"]),
         action_format=_text("action_format", answer["action_format"]),
         max_turns=answer["max_turns"],
@@ -37,7 +35,6 @@ def read_description(answer: Mapping[str, Any]) -> EnvironmentDescription:
 def read_task(environment: str, values: list[Any]) -> Task:
     """A task, under the name that its environment is served under, whatever it calls itself."""
     split, task_id, task_type, description, seed = values
-    texts = {"split": split, "task_id": task_id, "task_type": task_type, "description": description}
     # By its type: True is an integer to `isinstance`.
     if type(seed) is not int or not -_SEEDS <= seed < _SEEDS:
         raise NonsenseError(
@@ -45,7 +42,10 @@ def read_task(environment: str, values: list[Any]) -> Task:
         )
     return Task(
         environment=environment,
-        **{name: _text(name, value) for name, value in texts.items()},
+        split=_text("split", split),
+        task_id=_text("task_id", task_id),
+        task_type=_text("task_type", task_type),
+        description=_text("description", description),
         seed=seed,
     )
 
@@ -96,9 +96,10 @@ def _text(name: str, value: object) -> str:
 def _texts(values: object) -> dict[str, str]:
     if not isinstance(values, dict):
         raise NonsenseError(f"info {_shown(values)}, expected texts by name")
-    return {
-        _text("info key", name): _text(f"info[{name!r}]", value) for name, value in values.items()
-    }
+    checked: dict[str, str] = {}
+    for name, value in values.items():
+        checked[_text("info key", name)] = _text(f"info[{name!r}]", value)
+    return checked
 
 
 def _numbers(values: object) -> dict[str, float]:
@@ -123,7 +124,9 @@ def _flag(name: str, value: object) -> bool:
 def _shown(value: object) -> str:
     # In ASCII: what is refused may be a text that no log could hold.
     shown = ascii(value)
-    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+    if len(shown) <= _MAX_SHOWN:
+        return shown
+    return f"{shown[:_MAX_SHOWN]}..."
 
 
 _LARGEST = math.nextafter(math.inf, 0)

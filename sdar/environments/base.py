@@ -75,8 +75,7 @@ class EnvironmentDescription:
 
 
 class Environment(ABC):
-    """One playing table: `reset` starts an episode of a task, `step` answers one response of the
-    agent.
+    """Plays one episode at a time: `reset` starts one of a task, `step` answers one response.
 
     Subclass it, fill the attributes, and implement `reset` and `step`. The server makes one
     instance per session and one more per worker process for the task list, all with the same
@@ -141,8 +140,9 @@ class Environment(ABC):
 
     @abstractmethod
     def reset(self, task_id: str, seed: int) -> Observation:
-        """Start an episode over. The same task and seed give the same episode for the same actions,
-        on every machine.
+        """Start an episode over.
+
+        The same task and seed give the same episode for the same actions, on every machine.
 
         Raises UnknownResourceError for a task that is not there, CapacityError if something outside
         has no room for it now.

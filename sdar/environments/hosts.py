@@ -1,7 +1,8 @@
-"""What plays the sessions of an environment server, and a host that does so in this process.
+"""The interface of what plays an environment server's sessions, and what all of its kinds share.
 
 A `Host` turns calls into requests, and answers into records or typed errors.
-`sdar.environments.workers` has the one for services.
+`sdar.environments.workers` has the one for services, and `sdar.in_process` the one for a run that
+lives in one process.
 """
 
 from __future__ import annotations
@@ -127,16 +128,14 @@ class Host(ABC):
         Raises:
             UnknownResourceError: there is no such split. UnavailableError: not now; retry.
         """
+
+        def read(values: Answer) -> list[Task]:
+            return [read_task(environment, task) for task in values["tasks"]]
+
         arguments = {"split": split, "start": start, "end": end}
+        request = {"call": "list_tasks", "environment": environment, "arguments": arguments}
         try:
-            answer = await self._ask(
-                "", {"call": "list_tasks", "environment": environment, "arguments": arguments}
-            )
-            return self._read(
-                environment,
-                answer,
-                lambda values: [read_task(environment, task) for task in values["tasks"]],
-            )
+            return self._read(environment, await self._ask("", request), read)
         except EnvironmentFailedError as error:
             # No episode is lost by it, and another worker may know better.
             problem = error.message.removesuffix(_EPISODE_IS_LOST)
@@ -152,25 +151,20 @@ class Host(ABC):
         Raises:
             UnknownResourceError: no such task. CapacityError: something outside has no room now.
         """
+
+        def read(values: Answer) -> tuple[Task, Observation]:
+            task = read_task(environment, values["task"])
+            return task, read_observation(values["observation"])
+
         arguments = {"session_id": session_id, "task_id": task_id, "seed": seed}
-        answer = await self._ask(
-            session_id, {"call": "reset", "environment": environment, "arguments": arguments}
-        )
-        return self._read(
-            environment,
-            answer,
-            lambda values: (
-                read_task(environment, values["task"]),
-                read_observation(values["observation"]),
-            ),
-        )
+        request = {"call": "reset", "environment": environment, "arguments": arguments}
+        return self._read(environment, await self._ask(session_id, request), read)
 
     async def step(self, session_id: str, environment: str, text: str) -> StepResult:
         """Play one response of the agent."""
         arguments = {"session_id": session_id, "text": text}
-        answer = await self._ask(
-            session_id, {"call": "step", "environment": environment, "arguments": arguments}
-        )
+        request = {"call": "step", "environment": environment, "arguments": arguments}
+        answer = await self._ask(session_id, request)
         try:
             return self._read(environment, answer, read_step)
         except (UnknownResourceError, CapacityError) as error:

@@ -1,4 +1,4 @@
-"""What a server of environments measures: each declared here once. docs/metrics.md lists them."""
+"""The metrics of an environment server, each declared here once; docs/metrics.md lists them."""
 
 from __future__ import annotations
 

@@ -68,9 +68,8 @@ class Player:
     def close(self) -> None:
         """Close what is left, without waiting for calls that hang in threads."""
         for session_id in list(self._games):
-            self._answer(
-                {"call": "close", "environment": "", "arguments": {"session_id": session_id}}
-            )
+            arguments = {"session_id": session_id}
+            self._answer({"call": "close", "environment": "", "arguments": arguments})
         for catalogue in self._catalogues.values():
             try:
                 catalogue.close()
@@ -88,7 +87,8 @@ class Player:
                 "message": error.message,
                 "fields": error.fields,
             }
-        except KeyboardInterrupt:  # of a person, where episodes are played in the run's own process
+        except KeyboardInterrupt:
+            # Of a person, where episodes are played in the run's own process.
             raise
         # The boundary: an environment may break in any way, its worker must not. That includes
         # SystemExit: it would end all sessions of this process, or in a thread have no effect at
@@ -97,8 +97,7 @@ class Player:
             return _describe_failure(error, request["call"])
 
     def _describe(self, environment: str) -> Answer:
-        described = self._catalogues[environment].describe()
-        return asdict(described)
+        return asdict(self._catalogues[environment].describe())
 
     def _list_tasks(self, environment: str, split: str, start: int, end: int) -> Answer:
         tasks = self._catalogues[environment].list_tasks(split)[start:end]
@@ -107,7 +106,8 @@ class Player:
     def _reset(self, environment: str, session_id: str, task_id: str, seed: int) -> Answer:
         task = self._catalogues[environment].get_task(task_id)
         # In the books before it begins: a close reaches it also while its reset waits in a thread.
-        game = self._games[session_id] = self._builders[environment]()
+        game = self._builders[environment]()
+        self._games[session_id] = game
         try:
             observation = _expect(Observation, game.reset(task_id, seed), "reset")
             return {"task": _task_to_json(task), "observation": _observation_to_json(observation)}

@@ -65,7 +65,8 @@ class EnvironmentSource:
         self._check_options(environment_class)
         try:
             environment = environment_class(**self.options)
-        except SdarError as error:  # its message says what to do
+        except SdarError as error:
+            # Its message says what to do.
             raise ConfigurationError(error.message) from error
         except Exception as error:
             # A user's constructor may raise anything; one sentence helps more than a traceback.
@@ -112,19 +113,19 @@ class EnvironmentSource:
         # A class that takes any keyword checks its options itself.
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
-        # Option: whether it is required.
-        known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-        unknown = [name for name in self.options if name not in known]
-        missing = [
-            name for name, is_required in known.items() if is_required and name not in self.options
+
+        known = [parameter.name for parameter in parameters]
+        required = [one.name for one in parameters if one.default is one.empty]
+        problems = [f"no option {name!r}" for name in self.options if name not in known]
+        problems += [
+            f"option {name!r} is required" for name in required if name not in self.options
         ]
-        mistyped = [
-            problem for parameter in parameters if (problem := self._find_type_error(parameter))
-        ]
-        if unknown or missing or mistyped:
-            problems = [f"no option {name!r}" for name in unknown]
-            problems += [f"option {name!r} is required" for name in missing]
-            problems += mistyped
+        for parameter in parameters:
+            problem = self._find_type_error(parameter)
+            if problem is not None:
+                problems.append(problem)
+
+        if problems:
             raise ConfigurationError(
                 f"{self.path}: {', '.join(problems)}. Its options: {', '.join(known) or 'none'}."
             )
@@ -170,19 +171,29 @@ def locate_class(
     Raises:
         ConfigurationError: a class that another process cannot import.
     """
-    module_name, class_name = environment_class.__module__, environment_class.__qualname__
-    # Another process has another __main__, so a script is named by its file, and what `python -m`
-    # runs by its module.
+    module_name = environment_class.__module__
+    class_name = environment_class.__qualname__
+    # Another process has another __main__.
     if module_name == "__main__":
-        main = sys.modules["__main__"]
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        module_name = spec.name if spec is not None else str(Path(file).resolve()) if file else ""
+        module_name = _name_main()
+    # A dot: a class within a class or a function.
     if not module_name or "." in class_name:
         raise ConfigurationError(
             f"Worker processes cannot import {environment_class!r}. Define it at the top level of "
             "a module or of a script file."
         )
     return EnvironmentSource(f"{module_name}:{class_name}", dict(options or {}))
+
+
+def _name_main() -> str:
+    """What another process imports in place of __main__; empty for what none can import."""
+    main = sys.modules["__main__"]
+    # `python -m` runs a module, which has its name; a script has its file.
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return str(spec.name)
+    file = getattr(main, "__file__", None)
+    return str(Path(file).resolve()) if file else ""
 
 
 def is_loading() -> bool:

@@ -36,20 +36,23 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
         self, request: environment_pb2.DescribeRequest, context: Any
     ) -> environment_pb2.DescribeResponse:
         names = [request.environment] if request.environment else self._sessions.host.names
-        return environment_pb2.DescribeResponse(
-            environments=[self._describe(name) for name in names]
-        )
+        described = map(self._describe, names)
+        return environment_pb2.DescribeResponse(environments=described)
 
     async def ListTasks(
         self, request: environment_pb2.ListTasksRequest, context: Any
     ) -> environment_pb2.ListTasksResponse:
-        name, split = request.environment, request.split
+        name = request.environment
+        split = request.split
+        # Of an unknown split there are none; `list_tasks` below refuses it.
         num_tasks = self._sessions.describe(name).splits.get(split, 0)
+        page_size = min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
         start = _parse_page_token(request.page_token, num_tasks)
-        end = min(start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE), num_tasks)
+        end = min(start + page_size, num_tasks)
+
         tasks = await self._sessions.list_tasks(name, split, start, end)
         return environment_pb2.ListTasksResponse(
-            tasks=[task_to_proto(task) for task in tasks],
+            tasks=map(task_to_proto, tasks),
             next_page_token=str(end) if end < num_tasks else "",
         )
 
@@ -99,13 +102,14 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
     def _describe(self, name: str) -> environment_pb2.EnvironmentDescription:
         description = self._sessions.describe(name)
         limits = self._sessions.limits
+        splits = [
+            environment_pb2.Split(name=split, num_tasks=count)
+            for split, count in description.splits.items()
+        ]
         return environment_pb2.EnvironmentDescription(
             name=name,
             version=description.identity.version,
-            splits=[
-                environment_pb2.Split(name=split, num_tasks=count)
-                for split, count in description.splits.items()
-            ],
+            splits=splits,
             instructions=description.instructions,
             action_format=description.action_format,
             limits=environment_pb2.EnvironmentLimits(
@@ -160,9 +164,11 @@ async def serve_environments(
         if not stopping.is_set():
             await _report_ready(sessions, server, health)
             on_ready(server.port)
+
         while not await wait_or_stop(stopping, reap_every_s):
             sessions.reap()
             await _report_ready(sessions, server, health)
+
         health.mark_unready("draining")
         await server.set_ready(False)
         await _drain(sessions, health, drain_s, reap_every_s)
@@ -218,21 +224,16 @@ def build_environment_server(
 ) -> RpcServer:
     """A bound server, not yet started."""
     add = environment_pb2_grpc.add_EnvironmentServiceServicer_to_server
-    return build_server(
-        host, port, [RpcService(SERVICE_NAME, add, EnvironmentServicer(sessions))], security
-    )
+    service = RpcService(SERVICE_NAME, add, EnvironmentServicer(sessions))
+    return build_server(host, port, [service], security)
 
 
 def _parse_page_token(token: str, num_tasks: int) -> int:
     if not token:
         return 0
-    # Its length first: integers of any length are no integers to Python, and cost time.
-    if (
-        not token.isascii()
-        or not token.isdigit()
-        or len(token) > _MAX_TOKEN_DIGITS
-        or int(token) > num_tasks
-    ):
+    # Its length first: Python takes long to read an integer of a million digits.
+    is_number = token.isascii() and token.isdigit() and len(token) <= _MAX_TOKEN_DIGITS
+    if not is_number or int(token) > num_tasks:
         raise InvalidInputError(
             f"Unknown page_token {token[:_MAX_TOKEN_SHOWN]!r}. Send the next_page_token of the "
             "page before, or none."

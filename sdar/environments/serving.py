@@ -52,7 +52,8 @@ def serve_until_stopped(
     _refuse_in_worker()
     settings = load_settings()
     configure_logging("envs", settings.instance, settings.log_level, settings.log_format)
-    apply_environment(thread_environment(1))  # each worker has one core
+    # Inherited by the workers, of which each has one core.
+    apply_environment(thread_environment(1))
     print_address = functools.partial(_print_address, list(environments), host)
     asyncio.run(
         serve_sources(
@@ -108,6 +109,7 @@ def _refuse_in_worker() -> None:
 
 
 def _print_address(names: list[str], host: str, port: int) -> None:
+    # A colon: an address of IPv6.
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # What is bound to every address is called by one, and a certificate names that.
     called = f"localhost:{port}" if host in _EVERY_ADDRESS else address

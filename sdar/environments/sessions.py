@@ -129,9 +129,8 @@ class SessionManager:
     """Opens, steps, closes and reaps sessions of the host's environments. One class because every
     call, the reaper and the host's losses change the same table of sessions and places.
 
-    At most `limits.max_sessions` are open at once, in all environments together.
-
-    Call `start` first.
+    At most `limits.max_sessions` are open at once, in all environments together. Call `start`
+    first.
 
     Args:
         clock: seconds, monotonic; leases are measured by it.
@@ -180,9 +179,9 @@ class SessionManager:
                 environment=environment,
                 split=split,
             )
-        return await self.host.list_tasks(
-            environment, split, start, splits[split] if end is None else end
-        )
+        if end is None:
+            end = splits[split]
+        return await self.host.list_tasks(environment, split, start, end)
 
     async def open(
         self,
@@ -216,6 +215,7 @@ class SessionManager:
         # The reaper runs once in a while: a place, or a key, may be that of an expired session.
         if self._find_full(client) or idempotency_key in self._keyed:
             self.reap()
+
         if not idempotency_key:
             return await self._open_once(request, client)
         opening = self._find_or_start(request, idempotency_key, client)
@@ -238,7 +238,8 @@ class SessionManager:
         last = session.last_step
         if last is None or step_index != last.index:
             self._check_next(session, step_index, text)
-            last = _Step(step_index, text, _spawn(self._play(session, step_index, text)))
+            answer = _spawn(self._play(session, step_index, text))
+            last = _Step(step_index, text, answer)
             session.last_step = last
         elif text != last.text:
             raise self._conflict(
@@ -272,9 +273,9 @@ class SessionManager:
             )
             METERS.count(REAPED)
             self._drop(session)
+
         now = self.clock()
-        kept = {session_id: lost for session_id, lost in self._lost.items() if now < lost.forget_at}
-        self._lost = kept
+        self._lost = {key: lost for key, lost in self._lost.items() if now < lost.forget_at}
         return len(expired)
 
     async def drain(self, timeout_s: float) -> None:
@@ -308,6 +309,7 @@ class SessionManager:
             opening = self._start_opening(request, key, client)
             self._keyed[key] = _Keyed(request, opening)
             return opening
+
         earlier = keyed.request
         if earlier != request:
             raise ConflictError(
@@ -341,7 +343,8 @@ class SessionManager:
                 "This environment server is shutting down. Open the session on another, or once it "
                 "is back."
             )
-        if full := self._find_full(client):
+        full = self._find_full(client)
+        if full:
             raise CapacityError(
                 f"{full}. Retry after a while, or close finished sessions.",
                 max_sessions=self.limits.max_sessions,
@@ -356,8 +359,9 @@ class SessionManager:
             return f"All {self.limits.max_sessions} sessions are taken (environment.capacity)"
         bound = self.limits.max_sessions_per_client
         if bound:
-            held = sum(session.client == client for session in self._sessions.values())
-            if held + sum(owner == client for owner in self._opening.values()) >= bound:
+            num_held = sum(session.client == client for session in self._sessions.values())
+            num_opening = sum(owner == client for owner in self._opening.values())
+            if num_held + num_opening >= bound:
                 return f"This client holds its {bound} sessions (SDAR_MAX_SESSIONS_PER_CLIENT)"
         return ""
 
@@ -381,10 +385,10 @@ class SessionManager:
             # the books.
             self._opening.pop(cast("asyncio.Task[OpenedSession]", asyncio.current_task()), None)
             self._closed.set()
+
         self._enter(session_id, request, key, client)
-        return OpenedSession(
-            session_id, dataclasses.replace(task, seed=request.seed), observation, request.lease_s
-        )
+        seeded = dataclasses.replace(task, seed=request.seed)
+        return OpenedSession(session_id, seeded, observation, request.lease_s)
 
     def _enter(self, session_id: str, request: _Request, key: str, client: str) -> None:
         expires_at = self.clock() + request.lease_s
@@ -402,6 +406,7 @@ class SessionManager:
         except EnvironmentFailedError as error:
             self._fail(session, error.message)
             raise
+
         METERS.count(STEPS, environment=environment)
         duration_s = time.perf_counter() - began_s
         METERS.observe(STEP_SECONDS, duration_s, environment=environment)
@@ -415,23 +420,23 @@ class SessionManager:
 
         One that is still being opened is not in the table: its opening fails by itself.
         """
-        lost = [
-            self._sessions[session_id] for session_id in session_ids if session_id in self._sessions
-        ]
-        for session in lost:
-            self._fail(session, build_failure(session.environment, reason).message)
+        for session_id in session_ids:
+            session = self._sessions.get(session_id)
+            if session is not None:
+                self._fail(session, build_failure(session.environment, reason).message)
 
     def _fail(self, session: _Session, reason: str) -> None:
         if session.session_id not in self._sessions:
             return
         self._drop(session)
-        # Remembered for a lease: its caller's next call must say why, not that it never was.
         METERS.count(FAILURES, environment=session.environment)
-        self._lost[session.session_id] = _Lost(
-            reason, session.environment, self.clock() + session.lease_s
-        )
+
+        # Remembered for a lease: its caller's next call must say why, not that it never was.
+        forget_at = self.clock() + session.lease_s
+        self._lost[session.session_id] = _Lost(reason, session.environment, forget_at)
         if len(self._lost) > _MAX_LOST:
-            del self._lost[next(iter(self._lost))]
+            oldest = next(iter(self._lost))
+            del self._lost[oldest]
 
     def _drop(self, session: _Session) -> None:
         if self._sessions.pop(session.session_id, None) is None:
@@ -449,12 +454,13 @@ class SessionManager:
         return min(lease_s or self.limits.default_lease_s, self.limits.max_lease_s)
 
     def _live(self, session_id: str) -> _Session:
-        session = self._sessions.get(session_id)
         lost = self._lost.get(session_id)
         if lost is not None and self.clock() < lost.forget_at:
             raise EnvironmentFailedError(
                 lost.reason, session_id=session_id, environment=lost.environment
             )
+
+        session = self._sessions.get(session_id)
         if session is None or self._is_expired(session):
             raise UnknownResourceError(
                 f"No session {session_id!r}: it was closed, failed, or idle for longer than its "

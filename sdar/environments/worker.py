@@ -15,10 +15,11 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.environments.base import Environment
 from sdar.environments.frames import FrameReader, FrameTooLargeError, pack_frame
 from sdar.environments.player import Answer, Player
 from sdar.environments.registry import EnvironmentSource
@@ -51,18 +52,22 @@ class _Worker:
         # The first request names the environments; its answer says whether they could be built.
         requests = self._read()
         setup = next(requests, None)
-        if setup is None or (player := self._build(setup)) is None:
+        if setup is None:
             return
+        player = self._build(setup)
+        if player is None:
+            return
+
         for request in requests:
             player.play(request, functools.partial(self._reply, request["id"]))
         player.close()
 
     def _build(self, setup: dict[str, Any]) -> Player | None:
+        builders: dict[str, Callable[[], Environment]] = {}
+        for name, source in setup["environments"].items():
+            builders[name] = EnvironmentSource(**source).build
         try:
-            sources = {
-                name: EnvironmentSource(**source) for name, source in setup["environments"].items()
-            }
-            player = Player({name: source.build for name, source in sources.items()})
+            player = Player(builders)
         except ConfigurationError as error:
             self._reply(setup["id"], {"configuration": error.message})
             return None
@@ -80,9 +85,8 @@ class _Worker:
         except FrameTooLargeError as error:
             frame = pack_frame({"id": id, "failure": f"answered {error}"})
         except (TypeError, ValueError, RecursionError) as error:
-            frame = pack_frame(
-                {"id": id, "failure": f"answered what is neither text, number nor boolean: {error}"}
-            )
+            failure = f"answered what is neither text, number nor boolean: {error}"
+            frame = pack_frame({"id": id, "failure": failure})
         with self._sending:
             self._connection.sendall(frame)
 
@@ -90,7 +94,8 @@ class _Worker:
 def _end_with_server(connection: socket.socket) -> None:
     """End this process also if an environment hangs when the server goes away."""
     hang_up = select.poll()
-    hang_up.register(connection, 0)  # no events asked for: POLLHUP is always reported
+    # No events are asked for: POLLHUP is always reported.
+    hang_up.register(connection, 0)
     hang_up.poll()
     time.sleep(_LAST_WORDS_S)
     os._exit(1)

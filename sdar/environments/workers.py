@@ -37,9 +37,7 @@ START_TIMEOUT_S = 3600.0
 """Building environments may read a catalogue or make an index of it."""
 
 _ABORT_GRACE_S = 1.0
-"""Between the signal that makes a hung worker say where it hangs, and the one that cannot be
-refused.
-"""
+"""Between the signal at which a hung worker logs where it hangs, and the one it cannot refuse."""
 _STOP_GRACE_S = 5.0
 _LAST_ANSWERS_S = 0.5
 """After the end of a process, until what it has sent is read."""
@@ -47,8 +45,9 @@ _SHORTEST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 _SOUND_AFTER_S = 10.0
 """A worker that lived this long is replaced at once; sooner, and the next waits longer."""
-_FULLER_FACTOR, _FULLER_SESSIONS = 1.25, 8
-"""A worker may have this many more sessions than the emptiest and still get those of its tasks."""
+_FULLER_FACTOR = 1.25
+_FULLER_SESSIONS = 8
+"""How much fuller than the emptiest a worker may be and still get the sessions of its tasks."""
 
 _DEATH = "lost its worker process"
 _PROGRAM = (
@@ -115,15 +114,18 @@ class _Worker(asyncio.Protocol):
         return self._process.pid if self._process else 0
 
     async def start(self, environments: Mapping[str, EnvironmentSource]) -> None:
-        """Raises ConfigurationError: an environment cannot be built. EnvironmentFailedError: it
-        died of it.
+        """Start the process, and have it build the environments.
+
+        Raises:
+            ConfigurationError: an environment cannot be built.
+            EnvironmentFailedError: the process died of it.
         """
         self._process = await self._spawn()
         self._watching = asyncio.create_task(self._watch(self._process))
+
         sources = {name: dataclasses.asdict(source) for name, source in environments.items()}
-        answer = await self.ask(
-            {"environments": sources}, is_threaded=False, timeout_s=START_TIMEOUT_S
-        )
+        request = {"environments": sources}
+        answer = await self.ask(request, is_threaded=False, timeout_s=START_TIMEOUT_S)
         if "configuration" in answer:
             raise ConfigurationError(answer["configuration"])
 
@@ -146,20 +148,20 @@ class _Worker(asyncio.Protocol):
         self, request: Request, *, is_threaded: bool, timeout_s: float
     ) -> asyncio.Future[Answer]:
         """Send a request; its answer comes, or EnvironmentFailedError once the worker is dead."""
-        call = _Call(
-            request, self._lanes[is_threaded], timeout_s, asyncio.get_running_loop().create_future()
-        )
+        lane = self._lanes[is_threaded]
+        call = _Call(request, lane, timeout_s, asyncio.get_running_loop().create_future())
         if not self.is_alive:
             call.answer.set_exception(build_failure(request.get("environment", ""), _DEATH))
             return call.answer
-        self._last_id += 1
         if self._transport is None:
             raise RuntimeError("A worker is asked after its start.")
+
+        self._last_id += 1
         frame = pack_frame({"id": self._last_id, **request})
         self._calls[self._last_id] = call
         self._transport.write(frame)
-        call.lane.waiting.append(call)
-        self._begin(call.lane)
+        lane.waiting.append(call)
+        self._begin(lane)
         return call.answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -228,7 +230,8 @@ class _Worker(asyncio.Protocol):
             call.answer.set_result(answer)
 
     def _hang(self, call: _Call) -> None:
-        what = f"hung for {call.timeout_s:g} s in {call.request.get('call', 'its construction')}"
+        method = call.request.get("call", "its construction")
+        what = f"hung for {call.timeout_s:g} s in {method}"
         if not call.answer.done():
             call.answer.set_exception(build_failure(call.request.get("environment", ""), what))
         self.kill(f"lost its worker process, killed because an episode {what}")
@@ -242,9 +245,8 @@ class _Worker(asyncio.Protocol):
             if call.deadline is not None:
                 call.deadline.cancel()
             if not call.answer.done():
-                call.answer.set_exception(
-                    build_failure(call.request.get("environment", ""), reason)
-                )
+                failure = build_failure(call.request.get("environment", ""), reason)
+                call.answer.set_exception(failure)
                 # Nobody waits for a close, and of an error that nobody reads asyncio would warn.
                 call.answer.exception()
         self._calls.clear()
@@ -293,9 +295,9 @@ class WorkerHost(Host):
         # others read.
         self._start_keeping(0, await self._start_first())
         await super().start(step_timeout_s, on_lost)
-        others = await asyncio.gather(
-            *map(self._start_worker, range(1, self._num_workers)), return_exceptions=True
-        )
+
+        starts = map(self._start_worker, range(1, self._num_workers))
+        others = await asyncio.gather(*starts, return_exceptions=True)
         for slot, started in enumerate(others, start=1):
             if isinstance(started, BaseException):
                 # The environment can be built, so this is of the moment: it is tried again.
@@ -307,9 +309,9 @@ class WorkerHost(Host):
             return await self._start_worker(0)
         except EnvironmentFailedError as error:
             raise ConfigurationError(
-                "The first worker process did not start: it ended, or took over "
-                f"{START_TIMEOUT_S:g} s, before "
-                f"{', '.join(self.names)} was built. What it wrote to the log says why."
+                f"The first worker process did not start: it ended, or took over "
+                f"{START_TIMEOUT_S:g} s, before {', '.join(self.names)} was built. "
+                "What it wrote to the log says why."
             ) from error
 
     def _start_keeping(self, slot: int, worker: _Worker | None) -> None:
@@ -320,23 +322,19 @@ class WorkerHost(Host):
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         # Those that nobody keeps yet: the start was given up.
-        await asyncio.gather(
-            *(worker.wait(_STOP_GRACE_S) for worker in list(self._workers.values()))
-        )
+        left = list(self._workers.values())
+        await asyncio.gather(*(worker.wait(_STOP_GRACE_S) for worker in left))
 
     def close(self, session_id: str, environment: str) -> None:
         worker = self._places.pop(session_id, None)
         if worker is None:
             return
         worker.sessions.discard(session_id)
-        request = {
-            "call": "close",
-            "environment": environment,
-            "arguments": {"session_id": session_id},
-        }
-        worker.ask(
-            request, is_threaded=self._is_threaded(environment), timeout_s=self._step_timeout_s
-        ).add_done_callback(_log_failed_close)
+        arguments = {"session_id": session_id}
+        request = {"call": "close", "environment": environment, "arguments": arguments}
+        is_threaded = self._is_threaded(environment)
+        closing = worker.ask(request, is_threaded=is_threaded, timeout_s=self._step_timeout_s)
+        closing.add_done_callback(_log_failed_close)
 
     async def open(self, session_id: str, environment: str, task_id: str, seed: int) -> Any:
         worker = self._choose(environment, task_id)
@@ -348,7 +346,7 @@ class WorkerHost(Host):
         name = request["environment"]
         worker = self._places.get(session_id) if session_id else self._choose(name, "")
         if worker is None:
-            raise build_failure(request.get("environment", ""), _DEATH)
+            raise build_failure(name, _DEATH)
         # A description counts every task, which may mean to read them all.
         timeout_s = START_TIMEOUT_S if request["call"] == "describe" else self._step_timeout_s
         return await worker.ask(request, is_threaded=self._is_threaded(name), timeout_s=timeout_s)
@@ -368,16 +366,19 @@ class WorkerHost(Host):
                 "No worker process of this environment server is alive; one is being started. "
                 "Retry soon."
             )
-        num_emptiest = min(len(worker.sessions) for worker in self._workers.values())
+
+        workers = list(self._workers.values())
+        num_emptiest = min(len(worker.sessions) for worker in workers)
         most = num_emptiest * _FULLER_FACTOR + _FULLER_SESSIONS
-        near = (worker for worker in self._workers.values() if len(worker.sessions) <= most)
-        return max(near, key=lambda worker: _affinity(worker.slot, environment, task_id))
+        with_room = [worker for worker in workers if len(worker.sessions) <= most]
+        return max(with_room, key=lambda worker: _affinity(worker.slot, environment, task_id))
 
     async def _start_worker(self, slot: int) -> _Worker:
         worker = _Worker(slot, self._bury)
         try:
             await worker.start(self._environments)
-            if not worker.is_alive:  # since it answered
+            # It may have died since it answered.
+            if not worker.is_alive:
                 raise build_failure(", ".join(self.names), _DEATH)
         except BaseException:
             await worker.wait(_ABORT_GRACE_S)
@@ -396,6 +397,7 @@ class WorkerHost(Host):
                     delay_s = _SHORTEST_DELAY_S
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
                 # None first: a start that fails must not leave the dead one in the slot.
                 worker = None
                 try:
@@ -433,11 +435,15 @@ class WorkerHost(Host):
 
 
 def _affinity(slot: int, environment: str, task_id: str) -> bytes:
-    return hashlib.blake2b(
-        f"{slot}\0{environment}\0{task_id}".encode(errors="replace"), digest_size=8
-    ).digest()
+    """A worker's number for a task."""
+    # A task id is a caller's text, and may hold what UTF-8 cannot.
+    name = f"{slot}\0{environment}\0{task_id}".encode(errors="replace")
+    return hashlib.blake2b(name, digest_size=8).digest()
 
 
 def _log_failed_close(closing: asyncio.Future[Answer]) -> None:
-    if not closing.cancelled() and not closing.exception() and "failure" in closing.result():
-        log.warning("environment_close_failed", reason=closing.result()["failure"])
+    if closing.cancelled() or closing.exception() is not None:
+        return
+    answer = closing.result()
+    if "failure" in answer:
+        log.warning("environment_close_failed", reason=answer["failure"])

@@ -21,7 +21,6 @@ import torch
 from sdar.bus.protocol import BEFORE_FIRST
 from sdar.config import RunConfig
 from sdar.contracts.errors import ConfigurationError, UnavailableError
-from sdar.contracts.streams import Stream
 from sdar.environments.registry import load_environment
 from sdar.environments.sessions import SessionLimits, SessionManager
 from sdar.in_process.environment_host import InProcessHost
@@ -140,7 +139,7 @@ def _build_sessions(config: RunConfig) -> SessionManager:
 
 
 def _build_scheduler(config: RunConfig, bus: MemoryBus, sessions: SessionManager) -> Scheduler:
-    history = History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES)
+    history = History(config.learner_input)
     return Scheduler(
         config,
         bus,
@@ -163,7 +162,7 @@ async def _build_rollout(
         config.model.path,
         dtype=config.model.dtype,
         max_sequence_tokens=config.model.max_sequence_tokens,
-        stop_token_ids=[rules.tokenizer.eos_token_id],
+        stop_token_ids=rules.tokenizer.stops.ids,
         store=WeightStore(settings.weights_url, config.name),
         seed=config.seed,
     )

@@ -55,3 +55,12 @@ def _check_shard(file: Path) -> None:
         raise ConfigurationError(
             f"{file} is no complete safetensors file: {error}. {_HINT}"
         ) from error
+
+
+def read_tensor_names(model_path: Path) -> set[str]:
+    """Names of the tensors in a model directory's weights, from their headers."""
+    names: set[str] = set()
+    for shard in sorted(model_path.glob("*.safetensors")):
+        with safe_open(shard, "np") as file:
+            names.update(file.keys())
+    return names

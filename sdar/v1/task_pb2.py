@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sdar/v1/task.proto\x12\x07sdar.v1\"q\n\x04Task\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x11\n\ttask_type\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x03\"U\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x1b\n\x13max_response_tokens\x18\x03 \x01(\r\"\x91\x02\n\tTaskGroup\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\x1b\n\x04task\x18\x03 \x01(\x0b\x32\r.sdar.v1.Task\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12!\n\x07purpose\x18\x05 \x01(\x0e\x32\x10.sdar.v1.Purpose\x12\x18\n\x10\x61\x64mitted_version\x18\x06 \x01(\x05\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.sdar.v1.SamplingParameters\x12\x11\n\tmax_turns\x18\x08 \x01(\r\x12\x1b\n\x13\x65nvironment_address\x18\t \x01(\t\x12\x15\n\revaluation_id\x18\n \x01(\t\"\xb0\x01\n\x0bLedgerEvent\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12&\n\x07outcome\x18\x03 \x01(\x0e\x32\x15.sdar.v1.GroupOutcome\x12\x18\n\x10num_trajectories\x18\x04 \x01(\r\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x15\n\repisode_turns\x18\x07 \x03(\r*M\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n\rPURPOSE_TRAIN\x10\x01\x12\x16\n\x12PURPOSE_EVALUATION\x10\x02*\xea\x01\n\x0cGroupOutcome\x12\x1d\n\x19GROUP_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17GROUP_OUTCOME_GENERATED\x10\x01\x12\x19\n\x15GROUP_OUTCOME_TRAINED\x10\x02\x12\x19\n\x15GROUP_OUTCOME_SKIPPED\x10\x03\x12\x17\n\x13GROUP_OUTCOME_STALE\x10\x04\x12\x18\n\x14GROUP_OUTCOME_FAILED\x10\x05\x12\x1b\n\x17GROUP_OUTCOME_CANCELLED\x10\x06\x12\x18\n\x14GROUP_OUTCOME_ISSUED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sdar/v1/task.proto\x12\x07sdar.v1\"q\n\x04Task\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x11\n\ttask_type\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x03\"U\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x1b\n\x13max_response_tokens\x18\x03 \x01(\r\"\x91\x02\n\tTaskGroup\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\x1b\n\x04task\x18\x03 \x01(\x0b\x32\r.sdar.v1.Task\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12!\n\x07purpose\x18\x05 \x01(\x0e\x32\x10.sdar.v1.Purpose\x12\x18\n\x10\x61\x64mitted_version\x18\x06 \x01(\x05\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.sdar.v1.SamplingParameters\x12\x11\n\tmax_turns\x18\x08 \x01(\r\x12\x1b\n\x13\x65nvironment_address\x18\t \x01(\t\x12\x15\n\revaluation_id\x18\n \x01(\t\"\xbf\x01\n\x0bLedgerEvent\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12&\n\x07outcome\x18\x03 \x01(\x0e\x32\x15.sdar.v1.GroupOutcome\x12\x18\n\x10num_trajectories\x18\x04 \x01(\r\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x15\n\repisode_turns\x18\x07 \x03(\r\x12\r\n\x05stage\x18\x08 \x01(\t*M\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n\rPURPOSE_TRAIN\x10\x01\x12\x16\n\x12PURPOSE_EVALUATION\x10\x02*\xea\x01\n\x0cGroupOutcome\x12\x1d\n\x19GROUP_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17GROUP_OUTCOME_GENERATED\x10\x01\x12\x19\n\x15GROUP_OUTCOME_TRAINED\x10\x02\x12\x19\n\x15GROUP_OUTCOME_SKIPPED\x10\x03\x12\x17\n\x13GROUP_OUTCOME_STALE\x10\x04\x12\x18\n\x14GROUP_OUTCOME_FAILED\x10\x05\x12\x1b\n\x17GROUP_OUTCOME_CANCELLED\x10\x06\x12\x18\n\x14GROUP_OUTCOME_ISSUED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdar.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PURPOSE']._serialized_start=688
-  _globals['_PURPOSE']._serialized_end=765
-  _globals['_GROUPOUTCOME']._serialized_start=768
-  _globals['_GROUPOUTCOME']._serialized_end=1002
+  _globals['_PURPOSE']._serialized_start=703
+  _globals['_PURPOSE']._serialized_end=780
+  _globals['_GROUPOUTCOME']._serialized_start=783
+  _globals['_GROUPOUTCOME']._serialized_end=1017
   _globals['_TASK']._serialized_start=31
   _globals['_TASK']._serialized_end=144
   _globals['_SAMPLINGPARAMETERS']._serialized_start=146
@@ -42,5 +42,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKGROUP']._serialized_start=234
   _globals['_TASKGROUP']._serialized_end=507
   _globals['_LEDGEREVENT']._serialized_start=510
-  _globals['_LEDGEREVENT']._serialized_end=686
+  _globals['_LEDGEREVENT']._serialized_end=701
 # @@protoc_insertion_point(module_scope)

@@ -86,7 +86,7 @@ class TaskGroup(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., task: _Optional[_Union[Task, _Mapping]] = ..., group_size: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., admitted_version: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., max_turns: _Optional[int] = ..., environment_address: _Optional[str] = ..., evaluation_id: _Optional[str] = ...) -> None: ...
 
 class LedgerEvent(_message.Message):
-    __slots__ = ("run_id", "group_id", "outcome", "num_trajectories", "policy_version", "reason", "episode_turns")
+    __slots__ = ("run_id", "group_id", "outcome", "num_trajectories", "policy_version", "reason", "episode_turns", "stage")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class LedgerEvent(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     EPISODE_TURNS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     group_id: str
     outcome: GroupOutcome
@@ -101,4 +102,5 @@ class LedgerEvent(_message.Message):
     policy_version: int
     reason: str
     episode_turns: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., outcome: _Optional[_Union[GroupOutcome, str]] = ..., num_trajectories: _Optional[int] = ..., policy_version: _Optional[int] = ..., reason: _Optional[str] = ..., episode_turns: _Optional[_Iterable[int]] = ...) -> None: ...
+    stage: str
+    def __init__(self, run_id: _Optional[str] = ..., group_id: _Optional[str] = ..., outcome: _Optional[_Union[GroupOutcome, str]] = ..., num_trajectories: _Optional[int] = ..., policy_version: _Optional[int] = ..., reason: _Optional[str] = ..., episode_turns: _Optional[_Iterable[int]] = ..., stage: _Optional[str] = ...) -> None: ...

@@ -53,8 +53,10 @@ class TeacherServiceServicer:
 
     def Score(self, request, context):
         """Scores a trajectory's sampled tokens under the privileged context. Nothing is learned or trained from it: safe to retry.
+        A request_id still remembered gets the same response; one in progress is always remembered.
         INVALID_ARGUMENT: a trajectory that contradicts itself or does not fit the model. FAILED_PRECONDITION (STALE): the
-        teacher has not reached min_teacher_version. UNAVAILABLE: weights loading, draining.
+        teacher has not reached min_teacher_version. RESOURCE_EXHAUSTED: too many requests with a request_id in progress.
+        UNAVAILABLE: weights loading, draining.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

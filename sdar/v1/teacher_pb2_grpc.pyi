@@ -35,8 +35,10 @@ class TeacherServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TeacherServiceAsyncStub: ...
     Score: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]
     """Scores a trajectory's sampled tokens under the privileged context. Nothing is learned or trained from it: safe to retry.
+    A request_id still remembered gets the same response; one in progress is always remembered.
     INVALID_ARGUMENT: a trajectory that contradicts itself or does not fit the model. FAILED_PRECONDITION (STALE): the
-    teacher has not reached min_teacher_version. UNAVAILABLE: weights loading, draining.
+    teacher has not reached min_teacher_version. RESOURCE_EXHAUSTED: too many requests with a request_id in progress.
+    UNAVAILABLE: weights loading, draining.
     """
     RetrieveSkills: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.RetrieveSkillsRequest, _teacher_pb2.RetrieveSkillsResponse]
     """The skills for a task, as a student that may see them (method skill_grpo) or a curious person would get them. With
@@ -50,8 +52,10 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Score: _aio.UnaryUnaryMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]  # type: ignore[assignment]
     """Scores a trajectory's sampled tokens under the privileged context. Nothing is learned or trained from it: safe to retry.
+    A request_id still remembered gets the same response; one in progress is always remembered.
     INVALID_ARGUMENT: a trajectory that contradicts itself or does not fit the model. FAILED_PRECONDITION (STALE): the
-    teacher has not reached min_teacher_version. UNAVAILABLE: weights loading, draining.
+    teacher has not reached min_teacher_version. RESOURCE_EXHAUSTED: too many requests with a request_id in progress.
+    UNAVAILABLE: weights loading, draining.
     """
     RetrieveSkills: _aio.UnaryUnaryMultiCallable[_teacher_pb2.RetrieveSkillsRequest, _teacher_pb2.RetrieveSkillsResponse]  # type: ignore[assignment]
     """The skills for a task, as a student that may see them (method skill_grpo) or a curious person would get them. With
@@ -68,8 +72,10 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_teacher_pb2.ScoreResponse, _abc.Awaitable[_teacher_pb2.ScoreResponse]]:
         """Scores a trajectory's sampled tokens under the privileged context. Nothing is learned or trained from it: safe to retry.
+        A request_id still remembered gets the same response; one in progress is always remembered.
         INVALID_ARGUMENT: a trajectory that contradicts itself or does not fit the model. FAILED_PRECONDITION (STALE): the
-        teacher has not reached min_teacher_version. UNAVAILABLE: weights loading, draining.
+        teacher has not reached min_teacher_version. RESOURCE_EXHAUSTED: too many requests with a request_id in progress.
+        UNAVAILABLE: weights loading, draining.
         """
 
     @_abc_1.abstractmethod

@@ -7,5 +7,6 @@ def find_between(text: str, start: str, end: str) -> str | None:
     """What stands between two marks; None unless there is exactly one of each, in this order."""
     if text.count(start) != 1 or text.count(end) != 1:
         return None
-    inner, found, _ = text.partition(start)[2].partition(end)
+    _, _, rest = text.partition(start)
+    inner, found, _ = rest.partition(end)
     return inner if found else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 
@@ -13,6 +13,7 @@ from sdar.bus.protocol import BusMemory, StreamLag
 from sdar.contracts.roles import ROLES, WORKERS, Role, RoleSpec
 from sdar.contracts.streams import Stream
 
+from .history import Misread
 from .state import RunPhase
 
 log = structlog.get_logger()
@@ -32,10 +33,28 @@ LENGTH_DRIFT = 0.25
 """A quarter of all episodes would have to be of other lengths for what is trained to look like what
 is played.
 """
+LEAST_MISREAD_EPISODES = 16
+"""Episodes without one valid action, below which a model that is new to the task may just have
+fumbled.
+"""
+MISMATCH_TOLERANCE = {"float32": 0.01, "bfloat16": 0.3}
+"""Most nats by which a sampler's log-probs may differ from the learner's of the same weights, on
+average, by the number format. Measured at most: 3e-5 in float32 and 0.13 in bfloat16, where an
+engine that serves other weights, or scales its logits otherwise, is off by 1.4 to 14.
+"""
+MOST_POLICY_GAP = 1.0
+"""Nats by which they may differ over all tokens; in older ones is what the policy has learnt since.
+Beyond it a token is e times as likely as when it was sampled, or as unlikely: whether the engine is
+wrong or the policy runs away, this is no data to train on. Measured in the demo (examples/
+household.yaml) at staleness 2: at most 0.022 nats, and 12 to 89 under a learning rate of 1.
+"""
 NO_PROGRESS_S = 600.0
 """No group played or closed, no evaluation episode, no new policy: longer than the longest episode
 should take.
 """
+
+_SHOWN_CHARACTERS = 200
+"""Of a response in an alarm."""
 
 _ACTIVE = (RunPhase.RUNNING, RunPhase.PAUSED, RunPhase.STOPPING)
 
@@ -80,6 +99,11 @@ class Situation:
         is_asleep: the idle guard holds the workers at zero: nobody can be missed.
         expected_at_s: until when workers of a run that was woken may take to come up.
         scaling_problem: why the scaler cannot do its work.
+        misread: the newest episodes, if none of their actions was valid.
+        action_format: how the environment wants an action to be written; empty if it does not say.
+        figures: of the newest update and of the rollout workers, by their names in docs/metrics.md;
+            what was not measured is absent.
+        dtype: number format of the policy.
     """
 
     now_s: float
@@ -97,6 +121,10 @@ class Situation:
     is_asleep: bool = False
     expected_at_s: float = 0.0
     scaling_problem: str = ""
+    misread: Misread | None = None
+    action_format: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
 
     def is_waiting(self, stream: Stream) -> bool:
         lag = self.lags.get(stream)
@@ -214,6 +242,57 @@ def find_length_drift(situation: Situation) -> str:
     )
 
 
+def find_invalid_actions(situation: Situation) -> str:
+    misread = situation.misread
+    if misread is None or misread.num_episodes < LEAST_MISREAD_EPISODES:
+        return ""
+    return (
+        f"No action was valid in the newest {misread.num_episodes} episodes, so nothing can be "
+        f"learned. The newest response: {_shorten(misread.response)!r}. The environment expects: "
+        f"{_shorten(situation.action_format) or 'it does not say; set its action_format'}. Let "
+        "prompts say so (rollout.show_actions), leave room for whole responses "
+        "(rollout.max_response_tokens), or take a model that follows it."
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def find_engine_mismatch(situation: Situation) -> str:
+    """Whether what is sampled is what is trained: by each figure there is.
+
+    One of them, that over all tokens, is there at any staleness.
+    """
+    tolerance = MISMATCH_TOLERANCE[situation.dtype]
+    judged = (
+        ("engine_mismatch_abs", tolerance, "on tokens of the weights that are trained"),
+        ("probe_mismatch", tolerance, "on the probe of the version that is sampled from"),
+        ("policy_behavior_gap_abs", MOST_POLICY_GAP, "on all tokens of the newest update"),
+    )
+    for name, bound, where in judged:
+        value = situation.figures.get(name, 0.0)
+        # Negated, so that no number at all is an alarm, too.
+        if not value <= bound:
+            return (
+                f"The sampler's log-probs differ from the learner's by {value:.2g} nats {where}; "
+                f"in {situation.dtype} at most {bound:g} is right. Do not trust this run: see "
+                "docs/models.md for what the engine computes otherwise."
+            )
+    return ""
+
+
+def find_steps_skipped(situation: Situation) -> str:
+    num_skipped = situation.figures.get("num_skipped_steps_in_a_row", 0.0)
+    if num_skipped < 1:
+        return ""
+    return (
+        f"The learner skipped its newest {num_skipped:.0f} optimizer steps: a loss or the gradient "
+        "norm was no finite number. Lower training.learning_rate, or look at the groups that its "
+        "log names."
+    )
+
+
 def find_no_progress(situation: Situation) -> str:
     idle_s = situation.now_s - situation.progress_at_s
     if (
@@ -239,6 +318,9 @@ JUDGES: dict[str, Callable[[Situation], str]] = {
     "dead_letters": find_dead_letters,
     "ledger_gap": find_ledger_gap,
     "length_drift": find_length_drift,
+    "invalid_actions": find_invalid_actions,
+    "engine_mismatch": find_engine_mismatch,
+    "steps_skipped": find_steps_skipped,
     "no_progress": find_no_progress,
     "scaling": find_scaling,
 }

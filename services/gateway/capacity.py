@@ -44,6 +44,17 @@ def count_due_groups(
     return min(capacity, max(0, num_missing))
 
 
+def count_waiting_groups(training: TrainingConfig, ledger: LedgerAccount, num_updates: int) -> int:
+    """Groups that were played and that no update holds yet: some may be refused on their way.
+
+    Args:
+        num_updates: optimizer updates in the newest policy.
+    """
+    # Trained and not yet durable: buffered to the account, and nothing can refuse them any more.
+    num_held = max(0, num_updates * training.groups_per_update - ledger.num_trained)
+    return max(0, ledger.num_buffered - num_held)
+
+
 def compute_capacity(
     *,
     max_concurrent_groups: int,

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import starmap
 
 import structlog
 
 from sdar.config import RunConfig
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.types import FailureStage, MetricRecord
 
 from .commit import Committer
-from .state import GatewayState, RunPhase, Sleep, compute_digest
+from .state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 log = structlog.get_logger()
 
+_HOPELESS_SKIPPED_STEPS = 3
+"""Optimizer steps skipped in a row. One may be the fault of a group, three are that of the run."""
 _LEAST_HOPELESS_FAILURES = 8
 """Groups failed in a row, below which a run with small updates may just have had bad luck."""
+_HOPELESS_UPDATES = 4
+"""Updates' worth of groups that failed in a row: more than `_HOPELESS_SKIPPED_STEPS`, which end the
+run with a reason of their own.
+"""
+
+
+_EXCUSED_FAILURES = 9
+"""Failures that each group which still waits to be trained excuses: a run of which more than a
+tenth gets through goes on, and one whose every group fails ends all the same, since only so many
+may wait.
+"""
+_REMEDIES = {
+    FailureStage.ROLLOUT: (
+        "Look at `sdar logs rollout`. A prompt that is refused or too long is a matter of "
+        "model.path or model.max_sequence_tokens."
+    ),
+    FailureStage.ENVIRONMENT: (
+        "Look at `sdar logs envs`, and try the environment with `sdar env check`."
+    ),
+    FailureStage.TEACHER: (
+        "Look at `sdar logs teacher`, and at what it refused with `sdar dead-letter list`."
+    ),
+    FailureStage.LEARNER: (
+        "Look at `sdar logs learner`, and at what it refused with `sdar dead-letter list`."
+    ),
+}
+"""What to do about a broken stage, by the stage."""
 
 
 class RunControl:
@@ -40,10 +71,12 @@ class RunControl:
     ) -> None:
         self.detail = "reading where the run stands"
         self.woken_at_s = 0.0
+        self._tried_since_s = clock()
         self._config = config
         self._committer = committer
         self._clock = clock
         self._is_scaled = is_scaled
+        self._num_updates = 0
 
     # ---- what somebody asks for
 
@@ -115,7 +148,7 @@ class RunControl:
             self.detail = state.sleep.reason
         else:
             state.phase = RunPhase.STARTING
-            state.num_failed_in_a_row = 0
+            _count_anew(state)
 
     def start(self) -> None:
         """Leave STARTING for what was asked for last."""
@@ -129,14 +162,52 @@ class RunControl:
         else:
             self._change_phase(RunPhase.RUNNING)
 
-    def give_up_if_hopeless(self) -> None:
-        """A broken environment fails every group: fail, rather than issue them for ever."""
+    def give_up_if_hopeless(self, *, num_updates: int, num_waiting: int) -> None:
+        """A stage that is broken fails every group: fail, rather than issue them for ever.
+
+        Args:
+            num_updates: optimizer updates in the newest policy.
+            num_waiting: groups that were played and that no update holds yet.
+        """
         state = self._state
-        num_failed = state.num_failed_in_a_row
-        most = max(_LEAST_HOPELESS_FAILURES, 2 * self._config.training.groups_per_update)
-        if num_failed >= most:
-            reason = next(reversed(state.failure_reasons.values()), "")
-            self.detail = f"{num_failed} groups failed in a row, the last one because: {reason}"
+        # Its groups are booked as trained only once a checkpoint holds them, which may be many
+        # updates later.
+        if num_updates > self._num_updates and state.failed_training.num_failed:
+            state.failed_training.clear()
+            self._committer.draft.is_changed = True
+        self._num_updates = num_updates
+        num_groups = _HOPELESS_UPDATES * self._config.training.groups_per_update
+        most = max(_LEAST_HOPELESS_FAILURES, num_groups)
+        most_training = most + _EXCUSED_FAILURES * num_waiting
+        if state.phase is RunPhase.RUNNING and state.failed_training.num_failed >= most_training:
+            self._give_up("groups", "none was trained or skipped", state.failed_training)
+        elif state.failed_evaluation.num_failed >= most:
+            self._give_up("evaluation episodes", "none was played", state.failed_evaluation)
+
+    def _give_up(self, what: str, otherwise: str, row: FailureRow) -> None:
+        self.detail = (
+            f"{row.num_failed} {what} failed in a row and {otherwise} in between. "
+            f"{' '.join(starmap(_explain, row.reasons.items()))}"
+        )
+        log.error("run_failed", detail=self.detail)
+        self._change_phase(RunPhase.FAILED)
+
+    def give_up_if_not_finite(self, newest: MetricRecord | None) -> None:
+        """Steps that are skipped one after another train nothing: fail, and say why.
+
+        Args:
+            newest: the learner's newest record. What it said before this try is not held against
+                the run: somebody who resumes it, or a restart of this process, is a new try.
+        """
+        if newest is None or newest.at_s < self._tried_since_s:
+            return
+        num_skipped = newest.values.get("num_skipped_steps_in_a_row", 0.0)
+        if num_skipped >= _HOPELESS_SKIPPED_STEPS:
+            self.detail = (
+                f"The learner skipped {num_skipped:.0f} optimizer steps in a row: a loss or the "
+                "gradient norm was no finite number, and the weights were left as they were. Lower "
+                "training.learning_rate or mend the rewards, and resume the run."
+            )
             log.error("run_failed", detail=self.detail)
             self._change_phase(RunPhase.FAILED)
 
@@ -189,8 +260,9 @@ class RunControl:
             )
         state.paused_at_s = 0.0
         if state.phase is RunPhase.FAILED:
+            self._tried_since_s = self._clock()
             self.detail = ""
-            state.num_failed_in_a_row = 0
+            _count_anew(state)
             # A gateway that found the run failed has no tasks yet.
             self._enter(state, RunPhase.STARTING)
         elif state.phase is RunPhase.PAUSED:
@@ -223,3 +295,14 @@ class RunControl:
         if phase is not state.phase:
             log.info("run_phase_changed", before=state.phase, after=phase)
         state.phase = phase
+
+
+def _count_anew(state: GatewayState) -> None:
+    state.failed_training.clear()
+    state.failed_evaluation.clear()
+
+
+def _explain(stage: str, reason: str) -> str:
+    """What broke, why, and what to do. The stage is a text of the wire: it may be none we know."""
+    remedy = next((text for known, text in _REMEDIES.items() if known == stage), "")
+    return f"Stage {stage or 'unknown'}: {reason.rstrip('.')}. {remedy}".rstrip()

@@ -35,6 +35,7 @@ class RegisteredEnvironment:
     splits: dict[str, int]
     instructions: str
     max_turns: int
+    action_format: str = ""
 
 
 class EnvironmentCatalog(Protocol):
@@ -71,7 +72,13 @@ class GrpcEnvironmentCatalog:
             )
         splits = {split.name: split.num_tasks for split in found.splits}
         return RegisteredEnvironment(
-            name, address, found.version, splits, found.instructions, found.limits.max_turns
+            name,
+            address,
+            found.version,
+            splits,
+            found.instructions,
+            found.limits.max_turns,
+            found.action_format,
         )
 
     async def list_tasks(

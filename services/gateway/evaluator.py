@@ -57,6 +57,7 @@ class Evaluator:
         evaluation, index = find_evaluation(draft.state.evaluations, trajectory.group_id)
         if evaluation is None or index not in evaluation.pending:
             return
+        draft.state.failed_evaluation.clear()
         if not evaluation.is_pinned(trajectory):
             # Sampled across a change of weights: play it again, or the number would be about no
             # policy at all.
@@ -76,6 +77,7 @@ class Evaluator:
         evaluation, index = find_evaluation(draft.state.evaluations, event.group_id)
         if evaluation is None or index not in evaluation.pending:
             return
+        draft.state.failed_evaluation.add(event)
         evaluation.add_failure(index, self._tasks.get_heldout(index).task_type)
         log.warning("evaluation_episode_failed", group_id=event.group_id, reason=event.reason)
 

@@ -5,17 +5,19 @@ Bounded; decides nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import structlog
 
 from sdar.bus.protocol import BEFORE_FIRST, Bus, Entry, parse_entry_id
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError, UnknownResourceError
+from sdar.contracts.roles import Role
 from sdar.contracts.streams import Stream
 from sdar.contracts.types import MetricRecord, ScoredTrajectory
 
@@ -27,6 +29,20 @@ _TRAJECTORY_PAGE = 100
 """A trajectory can weigh megabytes."""
 _INSTANCE_SILENCE_S = 30.0
 """A process that did not report for so long is not counted: workers report every few seconds."""
+_FIGURES = (
+    "success_mean",
+    "num_episodes",
+    "trained_success_mean",
+    "num_trajectories",
+    "engine_mismatch_abs",
+    "policy_behavior_gap_abs",
+)
+"""What is said of the newest update; docs/metrics.md explains each."""
+_LOOKED_BACK = 20
+"""Learner's records among which the newest update is looked for."""
+_SKIPPED = "num_skipped_steps_in_a_row"
+_PROBE = "probe_mismatch"
+"""A rollout worker's: how far its engine is from the learner on the probe of its version."""
 _MAX_SKEW_S = 60.0
 """Records come in about the order of their times: machines' clocks differ, and a record may wait
 for Redis.
@@ -39,6 +55,14 @@ class MetricEntry:
 
     entry_id: str
     record: MetricRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Misread:
+    """Episodes in which no action was valid, and how the newest of them began."""
+
+    num_episodes: int
+    response: str
 
 
 class History:
@@ -113,6 +137,29 @@ class History:
         found = (record.values for record in records if record.service == service)
         return list(islice(found, count))
 
+    def newest_record(self, service: str) -> MetricRecord | None:
+        """A service's newest record; None before the first."""
+        records = (entry.record for entry in reversed(self.metrics))
+        return next((record for record in records if record.service == service), None)
+
+    def collect_figures(self) -> dict[str, float]:
+        """What the newest records hold of whether training is right, by the names of
+        docs/metrics.md; what was not measured is left out.
+        """
+        records = self.newest_values(Role.LEARNER, _LOOKED_BACK)
+        # A batch of which every step was skipped is reported, too, with little else.
+        update = next((values for values in records if "success_mean" in values), {})
+        figures = {name: update[name] for name in _FIGURES if name in update}
+        if records and _SKIPPED in records[0]:
+            figures[_SKIPPED] = records[0][_SKIPPED]
+        oldest_s = self._clock() - _INSTANCE_SILENCE_S
+        newest_of_workers = (
+            values[0] for values in self.values_since(Role.ROLLOUT, oldest_s).values()
+        )
+        probes = [values[_PROBE] for values in newest_of_workers if _PROBE in values]
+        # The worst: each worker serves weights of its own.
+        return figures | ({_PROBE: max(probes, key=_rank_worst)} if probes else {})
+
     def values_since(self, service: str, since_s: float) -> dict[str, list[dict[str, float]]]:
         """Values of a service's records since a Unix time, newest first, by instance."""
         found: dict[str, list[dict[str, float]]] = {}
@@ -139,6 +186,14 @@ class History:
         """The newest trajectories' ids, newest first."""
         return list(reversed(self._trajectories))[:limit]
 
+    def find_misread(self) -> Misread | None:
+        """The newest episodes if none of their turns had a valid action; None otherwise."""
+        played = [scored.trajectory for scored in self._trajectories.values()]
+        turns = chain.from_iterable(trajectory.turns for trajectory in played)
+        if not played or any(turn.is_action_valid for turn in turns):
+            return None
+        return Misread(len(played), played[-1].turns[0].response_text)
+
     def trajectory(self, trajectory_id: str) -> ScoredTrajectory:
         """Raises UnknownResourceError if it isn't among the newest."""
         found = self._trajectories.get(trajectory_id)
@@ -154,3 +209,8 @@ class History:
         if self._trajectory_stream is Stream.SCORED:
             return codec.decode_scored_trajectory(payload)
         return ScoredTrajectory(codec.decode_trajectory(payload), None)
+
+
+def _rank_worst(value: float) -> float:
+    """Its place among others: no number at all is the worst."""
+    return value if math.isfinite(value) else math.inf

@@ -99,6 +99,13 @@ class RunReply(Reply):
     """How much the lengths of episodes that are trained differ from those played: total variation
     distance, 0 to 1.
     """
+    figures: dict[str, float]
+    """Of the newest update: success in training (success_mean over num_episodes, all that were
+    played; trained_success_mean over num_trajectories, those that were trained), how far the
+    sampler is from the learner in nats (engine_mismatch_abs, policy_behavior_gap_abs, and
+    probe_mismatch of the worst rollout worker), optimizer steps skipped in a row. docs/metrics.md
+    explains each; what was not measured is absent.
+    """
     alarms: list[AlarmReply]
     """What is wrong now."""
     bus: BusReply

@@ -19,6 +19,7 @@ from sdar.bus.protocol import Bus, Delivery
 from sdar.bus.snapshot import RESTORATION
 from sdar.config import RunConfig
 from sdar.contracts.errors import LeaseLostError, UnavailableError
+from sdar.contracts.roles import Role
 from sdar.contracts.streams import ConsumerGroup
 from sdar.process.lifecycle import wait_or_stop
 from sdar.process.telemetry import Health
@@ -26,6 +27,7 @@ from sdar.process.telemetry import Health
 from .account import build_mismatch_error, find_unaccounted
 from .admission import Admission
 from .bookkeeping import Bookkeeper
+from .capacity import count_waiting_groups
 from .commit import Committer
 from .control import RunControl
 from .environments import EnvironmentCatalog, RegisteredEnvironment, check_registration
@@ -264,8 +266,14 @@ class Scheduler:
         draft = self._committer.draft
         if draft.state.phase in UNDER_WAY:
             self._evaluator.begin_due(draft, is_last=self._is_drained)
+            self.control.give_up_if_hopeless(
+                num_updates=self.policy.num_updates,
+                num_waiting=count_waiting_groups(
+                    self.config.training, self.ledger, self.policy.num_updates
+                ),
+            )
         if draft.state.phase is RunPhase.RUNNING:
-            self.control.give_up_if_hopeless()
+            self.control.give_up_if_not_finite(self.history.newest_record(Role.LEARNER))
         if draft.state.phase is RunPhase.RUNNING:
             num_workers = self.history.count_instances("rollout")
             self._admission.issue_due(draft, self.ledger, num_workers)

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
 from sdar.connect import build_bus
-from sdar.contracts.streams import Stream
 from sdar.process.lifecycle import run_until_stopped
 from sdar.process.settings import Settings
 from sdar.process.telemetry import Health
@@ -85,7 +84,7 @@ def _build_scheduler(
         config,
         bus,
         GrpcEnvironmentCatalog(security),
-        History(Stream.SCORED if config.needs_teacher else Stream.TRAJECTORIES),
+        History(config.learner_input),
         health,
         default_address=settings.envs_address,
         metrics=metrics,

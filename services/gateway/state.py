@@ -74,6 +74,27 @@ class Sleep:
 
 
 @dataclass
+class FailureRow:
+    """Task groups that failed in a row: since the last one that shows that the run gets on.
+
+    Attributes:
+        reasons: the newest reason by `FailureStage`.
+    """
+
+    num_failed: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, event: LedgerEvent) -> None:
+        """Take in that a group failed."""
+        self.num_failed += 1
+        self.reasons[event.stage] = event.reason
+
+    def clear(self) -> None:
+        self.num_failed = 0
+        self.reasons.clear()
+
+
+@dataclass
 class GatewayState:
     """Everything a restarted gateway must know.
 
@@ -82,7 +103,10 @@ class GatewayState:
         next_group_number: always the number of groups the account has seen issued: both change in
             one transaction.
         failure_reasons: of the newest failed and cancelled groups, by id.
-        num_failed_in_a_row: failures since a group was last generated.
+        failed_training: training groups that failed since one was trained or skipped, or an update
+            was made. That a group was generated says nothing: the teacher and the learner may
+            refuse it yet.
+        failed_evaluation: episodes of evaluations that failed since one was played.
         unaccounted: what the check at the end of the run found: numbers of groups without exactly
             one outcome.
         finished_target: updates that were wanted when the run finished.
@@ -99,7 +123,8 @@ class GatewayState:
     evaluations: list[Evaluation] = field(default_factory=list)
     environments: dict[str, str] = field(default_factory=dict)
     failure_reasons: dict[str, str] = field(default_factory=dict)
-    num_failed_in_a_row: int = 0
+    failed_training: FailureRow = field(default_factory=FailureRow)
+    failed_evaluation: FailureRow = field(default_factory=FailureRow)
     unaccounted: list[int] = field(default_factory=list)
     started_at_s: float = 0.0
     finished_at_s: float = 0.0
@@ -110,11 +135,13 @@ class GatewayState:
 
     def apply(self, event: LedgerEvent) -> None:
         """Take in one entry of the account's journal about a training group."""
-        if event.outcome is GroupOutcome.GENERATED:
-            self.num_failed_in_a_row = 0
-        self.num_failed_in_a_row += event.outcome is GroupOutcome.FAILED
+        if event.outcome in (GroupOutcome.TRAINED, GroupOutcome.SKIPPED):
+            self.failed_training.clear()
+        if event.outcome is GroupOutcome.FAILED:
+            self.failed_training.add(event)
         if event.outcome in (GroupOutcome.FAILED, GroupOutcome.CANCELLED):
-            self.failure_reasons[event.group_id] = event.reason
+            stage = f"{event.stage}: " if event.stage else ""
+            self.failure_reasons[event.group_id] = stage + event.reason
             # A dict keeps the order of insertion, so the first is the oldest.
             while len(self.failure_reasons) > KEPT_REASONS:
                 self.failure_reasons.pop(next(iter(self.failure_reasons)))
@@ -131,7 +158,18 @@ class GatewayState:
             evaluations = [Evaluation(**evaluation) for evaluation in raw.pop("evaluations")]
             phase = RunPhase(raw.pop("phase"))
             sleep = raw.pop("sleep", None)
-            return cls(phase=phase, evaluations=evaluations, sleep=sleep and Sleep(**sleep), **raw)
+            failed_training = FailureRow(**raw.pop("failed_training", {}))
+            failed_evaluation = FailureRow(**raw.pop("failed_evaluation", {}))
+            # As sdar 0.1 counted them; a gateway that starts counts from 0 anyway.
+            raw.pop("num_failed_in_a_row", None)
+            return cls(
+                phase=phase,
+                evaluations=evaluations,
+                sleep=sleep and Sleep(**sleep),
+                failed_training=failed_training,
+                failed_evaluation=failed_evaluation,
+                **raw,
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(
                 f"The gateway's saved state can't be read ({error}). It was written by another "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import chain
 
 from sdar.bus.ledger import format_group_id
@@ -37,6 +38,7 @@ def describe_run(scheduler: Scheduler, watch: Watch) -> RunReply:
         ledger_gap_ids=list(map(format_group_id, state.unaccounted)),
         failures=_list_newest(state.failure_reasons),
         length_drift=scheduler.lengths.compute_drift(),
+        figures=_list_finite(scheduler.history.collect_figures()),
         alarms=_describe_alarms(watch),
         bus=_describe_bus(watch),
         dead_letters=watch.num_dead_letters,
@@ -56,6 +58,11 @@ def describe_sleep(sleep: Sleep | None) -> SleepReply | None:
 
 def _describe_alarms(watch: Watch) -> list[AlarmReply]:
     return [AlarmReply(**dataclasses.asdict(alarm)) for alarm in watch.board.alarms]
+
+
+def _list_finite(figures: dict[str, float]) -> dict[str, float]:
+    """JSON knows no other numbers; what is none raises an alarm."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _list_newest(failure_reasons: dict[str, str]) -> dict[str, str]:

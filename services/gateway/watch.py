@@ -160,7 +160,7 @@ class Watch:
             lags=self.lags,
             heard_at_s=self._list_heard(expected_s),
             learner_busy_s=self.compute_learner_busy_s(),
-            learner_input=Stream.SCORED if scheduler.config.needs_teacher else Stream.TRAJECTORIES,
+            learner_input=scheduler.config.learner_input,
             num_dead_letters=self.num_dead_letters,
             ledger_gap=scheduler.ledger_gap,
             length_drift=scheduler.lengths.compute_drift(),
@@ -168,7 +168,15 @@ class Watch:
             is_asleep=scheduler.state.sleep is not None,
             expected_at_s=expected_s if woken_s else 0.0,
             scaling_problem=self.scaling_problem,
+            misread=scheduler.history.find_misread(),
+            action_format=self._find_action_format(),
+            figures=scheduler.history.collect_figures(),
+            dtype=scheduler.config.model.dtype,
         )
+
+    def _find_action_format(self) -> str:
+        found = self._scheduler.environments.get(self._scheduler.config.environment.name)
+        return found.action_format if found else ""
 
     def _list_heard(self, expected_s: float) -> dict[str, float]:
         """When each role reported last, Unix time; `expected_s` if not since the run awoke."""

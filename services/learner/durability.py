@@ -11,7 +11,7 @@ from sdar.bus.protocol import Bus, Delivery
 from sdar.config import RunConfig
 from sdar.contracts.types import LedgerEvent
 from services.learner.checkpoint import CheckpointStore
-from services.learner.ingest import Group, book_trained
+from services.learner.ingest import Group, book_refused, book_trained
 from services.learner.progress import Progress
 from services.learner.torch_thread import TorchThread
 from services.learner.update import Trainer
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Durability:
-    """Entries that wait to be acknowledged, and their groups to be booked as trained.
+    """Entries that wait to be acknowledged, and their groups to be booked.
 
     Attributes:
         num_updates: in the newest checkpoint.
@@ -50,14 +50,16 @@ class Durability:
     def num_unacknowledged(self) -> int:
         return len(self._unacknowledged)
 
-    def add(self, groups: Sequence[Group], progress: Progress) -> None:
-        """These were trained in the update that led to `progress`."""
-        for group in groups:
+    def add(self, trained: Sequence[Group], refused: Sequence[Group], progress: Progress) -> None:
+        """These were trained in the update that led to `progress`, and those left out of it."""
+        version = progress.policy_version
+        for group in (*trained, *refused):
             self._unacknowledged += group.deliveries
-            self._unbooked.append(book_trained(self._config, group, progress.policy_version))
+        self._unbooked += [book_trained(self._config, group, version) for group in trained]
+        self._unbooked += [book_refused(self._config, group, version) for group in refused]
 
     async def write_checkpoint(self, progress: Progress, stopping: asyncio.Event) -> None:
-        """Write a checkpoint, then acknowledge what it contains and book it as trained.
+        """Write a checkpoint, then acknowledge and book the groups whose updates it contains.
 
         Raises CapacityError if the disk is still full when `stopping` is set.
         """

@@ -14,6 +14,7 @@ would have made.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -31,13 +32,21 @@ from sdar.bus.protocol import Bus, Delivery, parse_entry_id
 from sdar.config import RunConfig
 from sdar.contracts import codec
 from sdar.contracts.errors import SdarError
-from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, ScoredTrajectory
+from sdar.contracts.streams import ConsumerGroup
+from sdar.contracts.types import (
+    FailureStage,
+    GroupOutcome,
+    LedgerEvent,
+    Purpose,
+    ScoredTrajectory,
+)
 from sdar.process import tracing
 from services.learner.progress import REMEMBERED_UPDATES, Progress
 
 log = structlog.get_logger()
 
+NOT_FINITE = "its optimizer step was skipped: a loss or the gradient norm was no finite number"
+"""Why a group is refused whose step was not taken."""
 _BLOCK_S = 0.25
 """Longest wait for an entry before the main loop looks whether it should stop."""
 
@@ -83,6 +92,12 @@ class Group:
     def episode_turns(self) -> tuple[int, ...]:
         return tuple(len(item.trajectory.turns) for item in self.items)
 
+    @property
+    def successes(self) -> list[tuple[str, bool]]:
+        """Task type and success of each episode."""
+        trajectories = [item.trajectory for item in self.items]
+        return [(trajectory.task.task_type, trajectory.is_success) for trajectory in trajectories]
+
 
 def _by_episode(pair: tuple[ScoredTrajectory, Delivery]) -> int:
     return pair[0].trajectory.episode_index
@@ -101,14 +116,17 @@ class Dropped:
     """A group that won't be trained.
 
     Attributes:
+        group: the attempt that was judged, which may lack episodes.
         deliveries: every entry of it, of all its attempts.
-        episode_turns: of each episode of the attempt that was judged.
     """
 
-    group_id: str
+    group: Group
     verdict: Verdict
     deliveries: tuple[Delivery, ...]
-    episode_turns: tuple[int, ...]
+
+    @property
+    def group_id(self) -> str:
+        return self.group.group_id
 
 
 @dataclass(slots=True)
@@ -122,14 +140,24 @@ class IngestCounts:
     num_duplicates: int = 0
     stale_turns: list[int] = field(default_factory=list)
     """Turns of each episode that was dropped as stale."""
+    dropped: list[tuple[str, bool]] = field(default_factory=list)
+    """Task type and success of each episode of a group that wasn't trained."""
 
-    def add(self, group: Dropped) -> None:
-        outcome = group.verdict.outcome
+    def add(self, dropped: Dropped) -> None:
+        outcome = dropped.verdict.outcome
         self.num_stale += outcome is GroupOutcome.STALE
         self.num_skipped += outcome is GroupOutcome.SKIPPED
         self.num_cancelled += outcome is GroupOutcome.CANCELLED
+        self.num_failed += outcome is GroupOutcome.FAILED
+        self.dropped += dropped.group.successes
         if outcome is GroupOutcome.STALE:
-            self.stale_turns += group.episode_turns
+            self.stale_turns += dropped.group.episode_turns
+
+    def add_refused(self, groups: Sequence[Group]) -> None:
+        """Groups whose optimizer step was skipped in an update of which others were taken."""
+        self.num_failed += len(groups)
+        for group in groups:
+            self.dropped += group.successes
 
     def take(self) -> IngestCounts:
         """The counts so far; they begin again at nothing."""
@@ -216,7 +244,7 @@ class GroupBuffer:
         judged = [(group, judge(group, True)) for group in self._complete.values()]
         judged += [(group, judge(group, False)) for group in newest.values()]
         return [
-            Dropped(group.group_id, verdict, tuple(self.drop(group.group_id)), group.episode_turns)
+            Dropped(group, verdict, tuple(self.drop(group.group_id)))
             for group, verdict in judged
             if verdict is not None
         ]
@@ -254,8 +282,7 @@ class GroupSource:
         self._bus = bus
         self._vocabulary_size = vocabulary_size
         self._method = config.method.row
-        stream = Stream.SCORED if self._method.needs_teacher else Stream.TRAJECTORIES
-        self._leases = Leases(bus, stream, ConsumerGroup.LEARNER, consumer)
+        self._leases = Leases(bus, config.learner_input, ConsumerGroup.LEARNER, consumer)
         self._max_count = config.training.groups_per_update * config.training.group_size
         self._progress = Progress()
         # Apart, so that a run that skips most groups does not forget the few it trains.
@@ -263,16 +290,19 @@ class GroupSource:
         self._trained = _Remembered(num_remembered)
         self._dropped = _Remembered(num_remembered)
         self._versions_in_checkpoint: dict[str, int] = {}
+        self._refused_in_checkpoint: frozenset[str] = frozenset()
 
     async def reclaim(self, progress: Progress) -> None:
         """After a start: have again all that an earlier life read and did not acknowledge.
 
-        Groups that the checkpoint holds are booked as trained in the transaction that acknowledges
+        Groups whose updates the checkpoint holds are booked in the transaction that acknowledges
         their entries: the crash came between the checkpoint and that.
         """
         self._progress = progress
         self._versions_in_checkpoint = progress.list_trained()
+        self._refused_in_checkpoint = frozenset(progress.refused_groups)
         self._trained.add(self._versions_in_checkpoint)
+        self._dropped.add(progress.refused_groups)
         deliveries = await self._leases.take_all(self._max_count)
         await self._accept(deliveries)
         if deliveries:
@@ -303,6 +333,11 @@ class GroupSource:
                 return groups
         return None
 
+    async def refuse(self, groups: Sequence[Group]) -> None:
+        """Close a batch of which no optimizer step was taken, without waiting for a checkpoint."""
+        verdict = Verdict(GroupOutcome.FAILED, NOT_FINITE)
+        await self._settle([Dropped(group, verdict, group.deliveries) for group in groups])
+
     async def cancel_all(self, reason: str) -> None:
         """Close every group that is here or arrives now as CANCELLED: there is no update left for
         it.
@@ -331,7 +366,7 @@ class GroupSource:
         durable: dict[str, _Pairs] = {}
         for item, delivery in await self._decode_all(deliveries):
             group_id = item.trajectory.group_id
-            if group_id in self._versions_in_checkpoint:
+            if group_id in self._versions_in_checkpoint or group_id in self._refused_in_checkpoint:
                 durable.setdefault(group_id, {})[item.trajectory.episode_index] = (item, delivery)
             if group_id in self._trained or group_id in self._dropped:
                 superfluous.append(delivery)
@@ -348,6 +383,8 @@ class GroupSource:
     def _book_durable(self, group_id: str, pairs: _Pairs) -> LedgerEvent:
         """Booked once more if it was booked before, which the bus ignores."""
         group = Group.of(group_id, pairs.values())
+        if group_id in self._refused_in_checkpoint:
+            return book_refused(self._config, group, self._progress.policy_version)
         return book_trained(self._config, group, self._versions_in_checkpoint[group_id])
 
     async def _decode_all(
@@ -382,6 +419,10 @@ class GroupSource:
             >= self._vocabulary_size,
             "a turn has an empty prompt": any(
                 not len(turn.prompt_token_ids) for turn in trajectory.turns
+            ),
+            # Each reward is finite, and their sum need not be.
+            f"its rewards add up to {trajectory.episode_return}": not math.isfinite(
+                trajectory.episode_return
             ),
         }
         return "; ".join(text for text, is_so in faults.items() if is_so)
@@ -461,8 +502,15 @@ class GroupSource:
     def _event(
         self, group_id: str, outcome: GroupOutcome, reason: str, num_trajectories: int
     ) -> LedgerEvent:
-        version = self._progress.policy_version
-        return LedgerEvent(self._config.name, group_id, outcome, num_trajectories, version, reason)
+        return LedgerEvent(
+            self._config.name,
+            group_id,
+            outcome,
+            num_trajectories,
+            self._progress.policy_version,
+            reason,
+            stage=FailureStage.LEARNER if outcome is GroupOutcome.FAILED else "",
+        )
 
 
 def _trace_dropped(group: Dropped) -> None:
@@ -484,6 +532,23 @@ def book_trained(config: RunConfig, group: Group, policy_version: int) -> Ledger
         len(turns),
         policy_version,
         episode_turns=turns,
+    )
+
+
+def book_refused(config: RunConfig, group: Group, policy_version: int) -> LedgerEvent:
+    """The event that a group's optimizer step was skipped in an update of which others were taken.
+
+    Args:
+        policy_version: what that update led to.
+    """
+    return LedgerEvent(
+        config.name,
+        group.group_id,
+        GroupOutcome.FAILED,
+        len(group.items),
+        policy_version,
+        NOT_FINITE,
+        stage=FailureStage.LEARNER,
     )
 
 

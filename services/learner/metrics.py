@@ -2,7 +2,7 @@
 
 Names in the record: means end in `_mean`, counts begin with `num_`, seconds end in `_s`.
 docs/metrics.md says what each is. Rates are given with their counts (`success_<type>` with
-`num_trajectories_<type>`), so that readers pool counts, not means.
+`num_episodes_<type>`), so that readers pool counts, not means.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import collections
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 import structlog
 from prometheus_client import CollectorRegistry
 
 from sdar.algorithms.measurements import TOKEN_COUNTS, TOKEN_MEASUREMENTS
-from sdar.contracts.types import GroupOutcome, ScoredTrajectory, Trajectory
+from sdar.contracts.types import GroupOutcome, ScoredTrajectory
 from sdar.process.measurements import (
     TURNS_BUCKETS,
     Counter,
@@ -93,6 +94,13 @@ GROUPS = LEARNER.declare(
         (Label("outcome", _OUTCOMES),),
     )
 )
+SKIPPED_STEPS = LEARNER.declare(
+    Counter(
+        "sdar_learner_skipped_steps_total",
+        "steps",
+        "Optimizer steps skipped because a loss or the gradient norm was no finite number.",
+    )
+)
 TRAINED_EPISODES = LEARNER.declare(
     Counter(
         "sdar_learner_trained_episodes_total",
@@ -155,6 +163,24 @@ _declare_value(
 _declare_value("learning_rate", "1", "Learning rate of the update.")
 _declare_value("reward_mean", "reward", "Reward of the update's episodes.")
 _declare_value("invalid_action_share", "0 to 1", "Share of turns without a valid action.")
+_declare_value("staleness_mean", "updates", "Staleness over sampled tokens.")
+_declare_value(
+    "success_mean",
+    "0 to 1",
+    "Success in training: share of the episodes that solved their task, of all that came to the "
+    "learner since the record before, trained or not.",
+)
+_declare_value(
+    "trained_success_mean",
+    "0 to 1",
+    "The same of the episodes trained. With training.skip_zero_signal no group that solved all or "
+    "nothing is among them, which keeps it away from 0 and 1.",
+)
+_declare_value(
+    "num_skipped_steps_in_a_row",
+    "steps",
+    "Optimizer steps skipped in a row up to now; at 3 the gateway ends the run.",
+)
 _declare_value("staleness_max", "updates", "Staleness of the oldest sampled token.")
 _declare_value("wait_share", "0 to 1", "Share of the update's time spent waiting for episodes.")
 
@@ -169,10 +195,13 @@ LEARNER.declare(
 LEARNER.declare(
     Figure("num_policy_versions", "versions", "Policy versions that sampled the tokens.")
 )
-LEARNER.declare(Figure("success_mean", "0 to 1", "Share of episodes that solved their task."))
-LEARNER.declare(Figure("success_<task_type>", "0 to 1", "The same of one type of task."))
+LEARNER.declare(Figure("num_episodes", "episodes", "Episodes that success_mean is over."))
+LEARNER.declare(Figure("success_<task_type>", "0 to 1", "success_mean of one type of task."))
+LEARNER.declare(Figure("num_episodes_<task_type>", "episodes", "num_episodes of one type of task."))
 LEARNER.declare(Figure("num_trajectories", "episodes", "Episodes trained on."))
-LEARNER.declare(Figure("num_trajectories_<task_type>", "episodes", "The same of one type of task."))
+LEARNER.declare(
+    Figure("num_skipped_steps", "steps", "Optimizer steps of the update that were skipped.")
+)
 LEARNER.declare(Figure("num_turns_mean", "turns", "Turns of an episode."))
 LEARNER.declare(Figure("num_response_tokens_mean", "tokens", "Sampled tokens of an episode."))
 LEARNER.declare(
@@ -255,6 +284,12 @@ class LearnerMetrics(Meters):
         for key, value in record.items():
             if key.startswith(_STALENESS_TOKENS):
                 self.count(TRAINED_TOKENS, value, staleness=key.removeprefix(_STALENESS_TOKENS))
+        self.count(SKIPPED_STEPS, record["num_skipped_steps"])
+
+    def observe_skipped(self, record: dict[str, float]) -> None:
+        """Book the record of a batch of which every optimizer step was skipped."""
+        self.show_record(record)
+        self.count(SKIPPED_STEPS, record["num_skipped_steps"])
 
     def observe_episodes(self, groups: Sequence[Group], stale_turns: Sequence[int]) -> None:
         """The episodes of one update, and the lengths of those that came too late for it."""
@@ -267,7 +302,7 @@ class LearnerMetrics(Meters):
             self.count(TRAINED_SUCCESSES, trajectory.is_success, task_type=task_type)
             self.observe(EPISODE_TURNS, len(trajectory.turns), outcome=GroupOutcome.TRAINED)
         for task_type, received in rewards.items():
-            self.set(TASK_REWARD_MEAN, float(np.mean(received)), task_type=task_type)
+            self.set(TASK_REWARD_MEAN, _average(received), task_type=task_type)
         for num_turns in stale_turns:
             self.observe(EPISODE_TURNS, num_turns, outcome=GroupOutcome.STALE)
 
@@ -290,6 +325,7 @@ def build_record(
     tokens = sum(item.trajectory.num_response_tokens for item in items)
     record = {
         **trained,
+        **_measure_played(groups, counts),
         **_measure_episodes(items),
         **_measure_staleness(items, before),
         "num_groups_skipped": float(counts.num_skipped),
@@ -330,8 +366,8 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     lengths = [trajectory.num_response_tokens for trajectory in trajectories]
     invalid = [not turn.is_action_valid for turn in turns]
     values = {
-        "reward_mean": float(np.mean(returns)),
-        "success_mean": float(np.mean(successes)),
+        "reward_mean": _average(returns),
+        "trained_success_mean": float(np.mean(successes)),
         "num_trajectories": float(len(trajectories)),
         "num_turns_mean": len(turns) / len(trajectories),
         "num_response_tokens_mean": float(np.mean(lengths)),
@@ -341,17 +377,31 @@ def _measure_episodes(items: Sequence[ScoredTrajectory]) -> dict[str, float]:
     if scores:
         has_specific = [score.num_specific_skills > 0 for score in scores]
         values["specific_skill_share"] = float(np.mean(has_specific))
-    return values | _measure_by_type(trajectories)
+    return values
 
 
-def _measure_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def _average(values: Sequence[float]) -> float:
+    """Finite for finite values, however large."""
+    return sum(value / len(values) for value in values)
+
+
+def _list_played(groups: Sequence[Group], counts: IngestCounts) -> list[tuple[str, bool]]:
+    """Task type and success of each episode, of trained groups and of those that were dropped."""
+    return [*chain.from_iterable(group.successes for group in groups), *counts.dropped]
+
+
+def _measure_played(groups: Sequence[Group], counts: IngestCounts) -> dict[str, float]:
     by_type: dict[str, list[bool]] = {}
-    for trajectory in trajectories:
-        by_type.setdefault(trajectory.task.task_type, []).append(trajectory.is_success)
-    values: dict[str, float] = {}
-    for task_type, outcomes in sorted(by_type.items()):
-        values[f"success_{task_type}"] = float(np.mean(outcomes))
-        values[f"num_trajectories_{task_type}"] = float(len(outcomes))
+    for task_type, is_success in _list_played(groups, counts):
+        by_type.setdefault(task_type, []).append(is_success)
+    outcomes = list(chain.from_iterable(by_type.values()))
+    values = {
+        "success_mean": float(np.mean(outcomes)),
+        "num_episodes": float(len(outcomes)),
+    }
+    for task_type, of_type in sorted(by_type.items()):
+        values[f"success_{task_type}"] = float(np.mean(of_type))
+        values[f"num_episodes_{task_type}"] = float(len(of_type))
     return values
 
 

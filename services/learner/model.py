@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from sdar.algorithms.batching import MicroBatch
 from sdar.algorithms.logprobs import TokenScorer
+from sdar.algorithms.scorer_check import require_exact_scorer
 from sdar.config import TrainingConfig
 from sdar.contracts.errors import ConfigurationError, CorruptionError
-from sdar.model.causal_lm import export_tensors, install_tensors, load_causal_lm
+from sdar.model.causal_lm import install_tensors, load_causal_lm
+from sdar.model.checkpoint_names import model_tensors, to_checkpoint
 from services.learner.ranks import Ranks
 
 LossShare = Callable[[int, MicroBatch, Tensor, Tensor], Tensor]
@@ -55,6 +58,9 @@ class PolicyModel:
         """Args:
         weights: a checkpoint's, put in place of those in `model_path`; the reference always is
             `model_path`.
+
+        Raises:
+            ConfigurationError: no model there, or `TokenScorer` does not score it exactly.
         """
         self._ranks = ranks
         self._training = training
@@ -67,8 +73,10 @@ class PolicyModel:
         self.vocabulary_size = int(causal_lm.get_input_embeddings().weight.shape[0])
         scorer = TokenScorer(
             causal_lm, temperature=temperature, chunk_size=training.logprob_chunk_tokens
-        )
-        self._engine = _build_engine(scorer.to(ranks.device), dtype, training)
+        ).to(ranks.device)
+        # Every rank for itself and before the engine, which may shard the weights.
+        require_exact_scorer(causal_lm)
+        self._engine = _build_engine(scorer, dtype, training)
         self._reference = (
             self._build_reference(model_path, dtype, temperature) if needs_reference else None
         )
@@ -105,13 +113,16 @@ class PolicyModel:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], compute_share: LossShare, learning_rate: float
     ) -> float:
-        """One optimizer step over all micro-batches of all ranks.
+        """One optimizer step over all micro-batches of all ranks, or none.
+
+        The step is skipped on every rank if the loss of any of their micro-batches, or the global
+        gradient norm, is no finite number: weights and AdamW's moments stay as they were.
 
         Args:
             micro_batches: this rank's, of which every rank passes the same number, at least one.
 
         Returns:
-            the global gradient norm before clipping.
+            the global gradient norm before clipping; NaN if the step was skipped.
         """
         # DeepSpeed would take it from a scheduler, and that would be state to save.
         for group in self._engine.basic_optimizer.param_groups:
@@ -124,23 +135,46 @@ class PolicyModel:
             )
             share = compute_share(place, micro_batch, logprobs, entropy)
             # DeepSpeed averages over ranks, and the shares are to be added up.
-            self._engine.backward(share * self._ranks.world_size)
-        # Before the step, which clears the gradients.
-        norm = self._plain_gradient_norm()
+            self._engine.backward(_spread_fault(share) * self._ranks.world_size)
+        return self._step()
+
+    def _step(self) -> float:
+        """Step if the global gradient norm is finite; returns it, or NaN.
+
+        The norm is of the gradients of all ranks, so that all of them decide alike.
+        """
+        if self._is_plain:
+            return self._step_plain()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        # ZeRO itself skips such a step, and keeps the norm of the step before in place of its own.
+        is_skipped = self._engine.optimizer.overflow
+        return math.nan if is_skipped else float(self._engine.get_global_grad_norm())
+
+    def _step_plain(self) -> float:
+        """At ZeRO stage 0 in float32 DeepSpeed neither reports the norm nor looks at it."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        # Before the step, which clears the gradients.
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+            return math.nan
+        self._engine.step()
+        return norm
 
     def export(self) -> dict[str, Tensor]:
-        """Full tensors of this policy version on the CPU, by their Hugging Face names.
+        """Full tensors of this policy version on the CPU, by the names of the checkpoint.
 
         Empty on ranks other than 0.
         """
-        tensors = export_tensors(self._causal_lm)
+        own = model_tensors(self._causal_lm)
         if self._is_sharded:
-            return self._gather(tensors)
-        if not self._ranks.is_leader:
-            return {}
-        return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+            own = self._gather(own)
+        elif not self._ranks.is_leader:
+            own = {}
+        else:
+            own = {name: value.detach().cpu().clone() for name, value in own.items()}
+        # Of whole tensors on the CPU: joined or split on a GPU they would need its memory.
+        return to_checkpoint(self._causal_lm, own)
 
     def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same from ZeRO-3's shards: every rank takes part, rank 0 gets the whole tensors."""
@@ -212,14 +246,9 @@ class PolicyModel:
         # many as it needs.
         return micro_batch.max_rank_tokens if self._is_sharded else None
 
-    def _plain_gradient_norm(self) -> Tensor | None:
-        """The norm at ZeRO stage 0 in float32, where DeepSpeed clips and doesn't report it; else
-        None.
-        """
-        if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
-            return None
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    @property
+    def _is_plain(self) -> bool:
+        return not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
 
     def _master_tensors(self) -> list[Tensor]:
         if self._is_sharded:
@@ -240,18 +269,40 @@ class PolicyModel:
             reference.to("cpu")
 
 
+def _spread_fault(share: Tensor) -> Tensor:
+    """The share, or NaN in value and in every gradient if it is no finite number.
+
+    A loss may be infinite where its gradient is not. So the gradient norm alone decides on a step.
+    """
+    return share * torch.where(torch.isfinite(share.detach()), 1.0, math.nan)
+
+
 def _prepare_for_training(causal_lm: Any, training: TrainingConfig) -> Any:
-    """Training mode without dropout: gradient checkpointing needs the mode, and log-probs must not
-    depend on chance.
+    """Training mode without chance: gradient checkpointing needs the mode, and log-probs must be
+    those of the policy that sampled.
     """
     for module in causal_lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        _remove_chance(module)
     if training.gradient_checkpointing:
+        if not causal_lm.supports_gradient_checkpointing:
+            raise ConfigurationError(
+                f"{type(causal_lm).__name__} has no gradient checkpointing. Set "
+                "training.gradient_checkpointing to false."
+            )
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return causal_lm.train()
+
+
+def _remove_chance(module: torch.nn.Module) -> None:
+    """Set a layer's dropout, and a router's noise, to 0.
+
+    Most architectures have them as numbers of their own layers, not as torch's Dropout.
+    """
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+    for name, value in vars(module).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(module, name, 0.0)
 
 
 def _build_engine(scorer: TokenScorer, dtype: str, training: TrainingConfig) -> Any:

@@ -33,9 +33,12 @@ class Progress:
     """Group ids of each of the last updates, oldest first: what must not be trained again."""
     num_groups: int = 0
     """Groups trained since the run began."""
+    refused_groups: tuple[str, ...] = ()
+    """Groups that these updates left out since the checkpoint before, as their optimizer step was
+    not finite: what is booked as failed with the next checkpoint."""
 
-    def after_update(self, group_ids: Iterable[str]) -> Self:
-        """One update later: the next version, and these groups trained."""
+    def after_update(self, group_ids: Iterable[str], refused_ids: Iterable[str] = ()) -> Self:
+        """One update later: the next version, these groups trained, those refused."""
         batch = tuple(group_ids)
         return replace(
             self,
@@ -43,7 +46,12 @@ class Progress:
             policy_version=self.policy_version + 1,
             trained_groups=(*self.trained_groups, batch)[-REMEMBERED_UPDATES:],
             num_groups=self.num_groups + len(batch),
+            refused_groups=(*self.refused_groups, *refused_ids),
         )
+
+    def after_booking(self) -> Self:
+        """The same once the checkpoint's groups are booked."""
+        return replace(self, refused_groups=())
 
     def continue_after(self, newest_version: int) -> Self:
         """The same weights under the version after `newest_version`: another life of the run."""
@@ -90,6 +98,7 @@ class Progress:
             "lineage": list(map(list, self.lineage)),
             "trained_groups": list(map(list, self.trained_groups)),
             "num_groups": self.num_groups,
+            "refused_groups": list(self.refused_groups),
         }
 
     @classmethod
@@ -106,6 +115,8 @@ class Progress:
                 tuple(lineage),
                 tuple(trained),
                 int(value["num_groups"]),
+                # Absent from checkpoints of before there were any.
+                tuple(map(str, value.get("refused_groups", ()))),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptionError(

@@ -3,8 +3,10 @@
 Torch runs in a thread of its own, so the event loop never waits for a step. The order is the
 promise: entries are acknowledged, and their groups booked as trained, in one transaction after the
 checkpoint that contains their effect is durable. A crash anywhere repeats work and loses none, and
-ends with the same weights. `durability` holds what waits for a checkpoint, `publishing` how a
-policy reaches the others, `ingest` how a batch comes about.
+ends with the same weights. A group whose optimizer step was not finite, and hence skipped, is
+booked as failed: with the checkpoint of its update, or at once if no step of its batch was taken.
+`durability` holds what waits for a checkpoint, `publishing` how a policy reaches the others,
+`ingest` how a batch comes about.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Executor
 
 import structlog
@@ -32,12 +34,12 @@ from sdar.weights.store import WeightStore
 from services.learner.checkpoint import CheckpointStore
 from services.learner.clock import UpdateClock
 from services.learner.durability import Durability
-from services.learner.ingest import Group, GroupSource
+from services.learner.ingest import NOT_FINITE, Group, GroupSource
 from services.learner.metrics import LearnerMetrics, build_record
 from services.learner.progress import Progress
 from services.learner.publishing import Publisher
 from services.learner.torch_thread import TorchThread
-from services.learner.update import Trainer
+from services.learner.update import Trainer, UpdateResult
 
 log = structlog.get_logger()
 
@@ -46,6 +48,7 @@ _BEAT_S = 2.0
 _LOGGED = (
     "loss",
     "success_mean",
+    "trained_success_mean",
     "reward_mean",
     "gate_mean",
     "staleness_mean",
@@ -98,6 +101,7 @@ class Learner:
         self._publisher = Publisher(config, bus, weights, self._torch)
         self._durability = Durability(config, bus, checkpoints, trainer, self._torch, progress)
         self._clock = UpdateClock()
+        self._num_skipped_in_a_row = 0
 
     @property
     def is_finished(self) -> bool:
@@ -225,14 +229,49 @@ class Learner:
         with tracing.span_over(
             "learner.update", group_ids, update=before.num_updates + 1, num_groups=len(groups)
         ):
-            measured, tensors = await self._train(groups)
-            self.progress = before.after_update(group_ids)
-            self._durability.add(groups, self.progress)
-            await self._publish(tensors)
-        await self._report(groups, before, measured)
+            result = await self._train(groups)
+            trained, refused = _split(groups, result.refused)
+            self._count_skipped(result, refused)
+            if not trained:
+                await self._pass_over(groups, result)
+                return
+            self.progress = before.after_update(
+                [group.group_id for group in trained], [group.group_id for group in refused]
+            )
+            self._durability.add(trained, refused, self.progress)
+            await self._publish(result.tensors)
+        await self._report(trained, refused, before, result)
 
-    async def _train(self, groups: list[Group]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """One update in the torch thread; returns what it measured and the new weights."""
+    async def _pass_over(self, groups: Sequence[Group], result: UpdateResult) -> None:
+        """A batch of which every step was skipped is no update: it makes no version, and no
+        checkpoint is waited for to book its groups.
+        """
+        await self._source.refuse(groups)
+        values = self._describe_skipped(result)
+        await self._publish_record(values)
+        self._metrics.observe_skipped(values)
+        self._health.beat()
+
+    def _count_skipped(self, result: UpdateResult, refused: Sequence[Group]) -> None:
+        for is_skipped in result.skipped:
+            self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if is_skipped else 0
+        if refused:
+            log.error(
+                "steps_skipped",
+                num_steps=sum(result.skipped),
+                num_steps_in_a_row=self._num_skipped_in_a_row,
+                group_ids=[group.group_id for group in refused],
+                reason=NOT_FINITE,
+            )
+
+    def _describe_skipped(self, result: UpdateResult) -> dict[str, float]:
+        return {
+            "num_skipped_steps": float(sum(result.skipped)),
+            "num_skipped_steps_in_a_row": float(self._num_skipped_in_a_row),
+        }
+
+    async def _train(self, groups: list[Group]) -> UpdateResult:
+        """One update in the torch thread."""
         for group in groups:
             _trace_buffered(group)
         began_s = time.time()
@@ -246,7 +285,7 @@ class Learner:
                 update_index=self.progress.num_updates,
                 policy_version=self.progress.policy_version,
             )
-        _trace_trained(groups, self.progress, began_s)
+        _trace_trained(_split(groups, result.refused)[0], self.progress, began_s)
         return result
 
     async def _publish(self, tensors: dict[str, Tensor]) -> None:
@@ -259,22 +298,31 @@ class Learner:
             )
 
     async def _report(
-        self, groups: list[Group], before: Progress, measured: dict[str, float]
+        self,
+        trained: Sequence[Group],
+        refused: Sequence[Group],
+        before: Progress,
+        result: UpdateResult,
     ) -> None:
         """Publish what the update was like."""
         num_buffered = self._source.buffer.num_complete
         counts = self._source.counts.take()
-        values = build_record(groups, before, measured, self._clock.take(), counts, num_buffered)
+        counts.add_refused(refused)
+        measured = result.measured | self._describe_skipped(result)
+        values = build_record(trained, before, measured, self._clock.take(), counts, num_buffered)
+        await self._publish_record(values)
+        self._metrics.observe_update(self.progress, values, self._durability.num_unacknowledged)
+        self._metrics.observe_episodes(trained, counts.stale_turns)
+        self._health.beat()
+        shown = {name: round(values[name], 4) for name in _LOGGED if name in values}
+        log.info("batch_trained", policy_version=self.progress.policy_version, **shown)
+
+    async def _publish_record(self, values: dict[str, float]) -> None:
         version = self.progress.policy_version
         record = MetricRecord(
             self.config.name, "learner", self._consumer, version, time.time(), values
         )
         await self._bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
-        self._metrics.observe_update(self.progress, values, self._durability.num_unacknowledged)
-        self._metrics.observe_episodes(groups, counts.stale_turns)
-        self._health.beat()
-        shown = {name: round(values[name], 4) for name in _LOGGED if name in values}
-        log.info("batch_trained", policy_version=version, **shown)
 
     # ---- ending
 
@@ -288,6 +336,7 @@ class Learner:
     async def _make_durable(self) -> None:
         with self._clock.measure("checkpoint"):
             await self._durability.write_checkpoint(self.progress, self._stopping)
+        self.progress = self.progress.after_booking()
 
     async def _close_accounts(self, stopping: asyncio.Event) -> None:
         """After the last update, cancel the groups that are still on their way.
@@ -307,6 +356,12 @@ class Learner:
         while self.is_finished and not stopping.is_set():
             await self._source.cancel_all(_RUN_FINISHED)
             self._health.beat()
+
+
+def _split(groups: Sequence[Group], refused: Set[int]) -> tuple[list[Group], list[Group]]:
+    """The groups that were trained, and those at the refused places."""
+    trained = [group for place, group in enumerate(groups) if place not in refused]
+    return trained, [groups[place] for place in sorted(refused)]
 
 
 def _trace_buffered(group: Group) -> None:

@@ -8,6 +8,7 @@ share of the micro-batches. The others sit in `follow`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,9 +43,29 @@ Items = Sequence[ScoredTrajectory]
 
 
 @dataclass(frozen=True, slots=True)
-class _Minibatch:
-    """One optimizer step: this rank's micro-batches and the token count over all ranks."""
+class UpdateResult:
+    """What one update came to.
 
+    Attributes:
+        measured: means over the tokens of the optimizer steps that were taken.
+        tensors: the new weights for publishing; none if every step was skipped.
+        skipped: whether each optimizer step was skipped, in order.
+        refused: places of the groups whose step was skipped; of all groups if every step was.
+    """
+
+    measured: dict[str, float]
+    tensors: dict[str, Tensor]
+    skipped: tuple[bool, ...] = ()
+    refused: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Minibatch:
+    """One optimizer step: the places of its groups, this rank's micro-batches and the token count
+    over all ranks.
+    """
+
+    places: range
     micro_batches: list[MicroBatch]
     num_tokens_global: int
 
@@ -65,15 +86,12 @@ class Trainer:
         *,
         update_index: int,
         policy_version: int,
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    ) -> UpdateResult:
         """Train on whole groups, each given decoded and as bytes.
 
         Args:
             update_index: updates done before this one.
             policy_version: of the weights the update begins with.
-
-        Returns:
-            metrics over the batch's tokens, and the new weights for publishing.
         """
         frames = [payload for _, payloads in groups for payload in payloads]
         self._ranks.broadcast_command(
@@ -161,12 +179,13 @@ class Trainer:
 
     def _update(
         self, groups: Sequence[Items], update_index: int, policy_version: int
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    ) -> UpdateResult:
         """What every rank does alike: score everything with the weights as they are, then step."""
         minibatches = list(self._build_minibatches(groups))
         references, proximal = self._score(minibatches)
         learning_rate = self._learning_rate(update_index)
         totals = _Totals()
+        skipped: list[bool] = []
         for minibatch, ref_logprobs, proximal_logprobs in zip(
             minibatches, references, proximal, strict=True
         ):
@@ -177,12 +196,29 @@ class Trainer:
                 update_index=update_index,
                 learner_version=policy_version,
             )
-            loss = _BatchLoss(compute, ref_logprobs, proximal_logprobs, totals)
-            totals.gradient_norms.append(
-                self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
-            )
-        metrics = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
-        return metrics, self.model.export()
+            loss = _BatchLoss(compute, ref_logprobs, proximal_logprobs, _Totals())
+            norm = self.model.train_step(minibatch.micro_batches, loss.compute_share, learning_rate)
+            # Every rank has the same norm, so all go on alike.
+            skipped.append(not math.isfinite(norm))
+            if math.isfinite(norm):
+                totals.merge(loss.totals, norm)
+        measured = totals.reduce(self._ranks) | {"learning_rate": learning_rate}
+        return self._conclude(measured, minibatches, skipped, len(groups))
+
+    def _conclude(
+        self,
+        measured: dict[str, float],
+        minibatches: Sequence[_Minibatch],
+        skipped: Sequence[bool],
+        num_groups: int,
+    ) -> UpdateResult:
+        if skipped and all(skipped):
+            # The weights are those of before: there is nothing to publish.
+            return UpdateResult(measured, {}, tuple(skipped), frozenset(range(num_groups)))
+        refused: set[int] = set()
+        for minibatch in itertools.compress(minibatches, skipped):
+            refused.update(minibatch.places)
+        return UpdateResult(measured, self.model.export(), tuple(skipped), frozenset(refused))
 
     def _score(
         self, minibatches: Sequence[_Minibatch]
@@ -198,9 +234,9 @@ class Trainer:
     def _build_minibatches(self, groups: Sequence[Items]) -> Iterator[_Minibatch]:
         """Split the groups over the optimizer steps; a step without a sampled token is left out."""
         training = self.config.training
-        for part in _split_evenly(groups, training.num_minibatches):
+        for places in _split_evenly(len(groups), training.num_minibatches):
             sequences: list[TokenSequence] = []
-            for items in part:
+            for items in groups[places.start : places.stop]:
                 sequences += build_sequences(items, compute_group_advantages(self.config, items))
             if not sequences:
                 continue
@@ -209,7 +245,7 @@ class Trainer:
                 sequences, training.microbatch_tokens, self._ranks.world_size
             )
             own = [micro_batch.to(self.model.device) for micro_batch in ranks[self._ranks.rank]]
-            yield _Minibatch(own, count_response_tokens(sequences))
+            yield _Minibatch(places, own, count_response_tokens(sequences))
 
     def _learning_rate(self, update_index: int) -> float:
         """A function of the update's number alone: a checkpoint need hold no scheduler."""
@@ -249,10 +285,10 @@ def build_trainer(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> T
     return Trainer(config, model, ranks)
 
 
-def _split_evenly(groups: Sequence[Items], num_parts: int) -> Iterable[Sequence[Items]]:
+def _split_evenly(num_groups: int, num_parts: int) -> Iterable[range]:
     # Rounded bounds of equal parts: sizes differ by one at most, and every group is in one part.
-    bounds = [round(index * len(groups) / num_parts) for index in range(num_parts + 1)]
-    return [groups[start:end] for start, end in itertools.pairwise(bounds)]
+    bounds = [round(index * num_groups / num_parts) for index in range(num_parts + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +331,15 @@ class _Totals:
 
     def add(self, loss: Tensor, sums: Metrics) -> None:
         """Count one micro-batch in."""
-        for name, value in {**sums, "loss": loss.detach()}.items():
+        self._add(sums | {"loss": loss.detach()})
+
+    def merge(self, step: _Totals, gradient_norm: float) -> None:
+        """Count in an optimizer step that was taken."""
+        self._add(step._sums)
+        self.gradient_norms.append(gradient_norm)
+
+    def _add(self, sums: Metrics) -> None:
+        for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:

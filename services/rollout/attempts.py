@@ -26,11 +26,18 @@ from sdar.contracts.errors import (
     WeightsUnavailableError,
 )
 from sdar.contracts.streams import Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose, TaskGroup, Trajectory
+from sdar.contracts.types import (
+    FailureStage,
+    GroupOutcome,
+    LedgerEvent,
+    Purpose,
+    TaskGroup,
+    Trajectory,
+)
 from sdar.process import tracing
 from services.rollout.engine import Engine
 from services.rollout.environment_client import EnvironmentDirectory
-from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, play_group
+from services.rollout.episode import Attempt, EpisodeRules, EpisodeSlots, blame, play_group
 from services.rollout.metrics import (
     DEAD_LETTERS,
     FAILED_GROUPS,
@@ -168,14 +175,14 @@ class GroupPlayer:
             raise
         except WeightsUnavailableError as error:
             # An evaluation's version is gone, and no other attempt brings it back.
-            await self._give_up(group, hand, error.message)
+            await self._give_up(group, hand, error)
         except UnavailableError as error:
             # The environment's, or the engine's as it stops.
             if not self._engine.is_alive:
                 raise
             await self._try_again(group, hand, error)
         except SdarError as error:
-            await self._give_up(group, hand, error.message)
+            await self._give_up(group, hand, error)
         except Exception as error:
             # The worker's boundary: one group must not end the others.
             log.exception("group_broke_worker", group_id=group.group_id)
@@ -186,7 +193,10 @@ class GroupPlayer:
 
     async def _play_episodes(self, group: TaskGroup, attempt: Attempt) -> list[Trajectory]:
         is_evaluation = group.purpose is Purpose.EVALUATION
-        skill_text = await self._skills.retrieve(group.task, group.group_id) if self._skills else ""
+        skill_text = ""
+        if self._skills:
+            with blame(FailureStage.TEACHER):
+                skill_text = await self._skills.retrieve(group.task, group.group_id)
         version = group.admitted_version
         # Training takes any version from the admitted one on, also a newer one in mid-episode. An
         # evaluation is about one version, which the engine is held at.
@@ -211,7 +221,7 @@ class GroupPlayer:
         num_attempts = hand.delivery.num_deliveries
         if num_attempts >= self._max_attempts:
             return await self._give_up(
-                group, hand, f"Given up after {num_attempts} attempts: {error.message}"
+                group, hand, error, f"Given up after {num_attempts} attempts: "
             )
         longest_s = min(_LONGEST_RETRY_S, self._retry_delay_s * 2 ** (num_attempts - 1))
         # By chance: the groups of an environment that failed must not all come back at once.
@@ -256,15 +266,19 @@ class GroupPlayer:
             episode_turns=tuple(len(trajectory.turns) for trajectory in trajectories),
         )
 
-    async def _give_up(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
+    async def _give_up(
+        self, group: TaskGroup, hand: AttemptInHand, error: SdarError, preface: str = ""
+    ) -> None:
         """Close the group's account.
 
         For a group of an evaluation as well: the gateway must not wait for what will never come.
         """
+        reason = preface + error.message
         log.error(
             "group_failed", group_id=group.group_id, purpose=group.purpose.value, reason=reason
         )
-        await self._commit({}, hand, self._describe_failure(group, reason))
+        stage = error.stage or FailureStage.ROLLOUT
+        await self._commit({}, hand, self._describe_failure(group, reason, stage))
         self._metrics.count(FAILED_GROUPS, purpose=group.purpose)
 
     async def _set_aside(self, group: TaskGroup, hand: AttemptInHand, reason: str) -> None:
@@ -272,7 +286,8 @@ class GroupPlayer:
             "dead_letter", entry_id=hand.delivery.entry_id, group_id=group.group_id, reason=reason
         )
         hand.is_ending = True
-        await self._bus.dead_letter(hand.delivery, reason, [self._describe_failure(group, reason)])
+        failure = self._describe_failure(group, reason, FailureStage.ROLLOUT)
+        await self._bus.dead_letter(hand.delivery, reason, [failure])
         self._metrics.count(DEAD_LETTERS)
 
     async def refuse(self, hand: AttemptInHand, reason: str) -> None:
@@ -286,7 +301,7 @@ class GroupPlayer:
         else:
             self._metrics.count(DEAD_LETTERS)
 
-    def _describe_failure(self, group: TaskGroup, reason: str) -> LedgerEvent:
+    def _describe_failure(self, group: TaskGroup, reason: str, stage: str) -> LedgerEvent:
         return LedgerEvent(
             self._run_id,
             group.group_id,
@@ -294,6 +309,7 @@ class GroupPlayer:
             0,
             self._engine.policy_version,
             reason,
+            stage=stage,
         )
 
     async def _commit(

@@ -133,7 +133,7 @@ class VllmEngine:
         dtype: "float32" or "bfloat16".
         max_model_len: longest prompt plus response, in tokens.
         max_num_seqs: sequences sampled at once; more wait their turn.
-        stop_token_ids: tokens that end a response (the tokenizer's end-of-turn token).
+        stop_token_ids: tokens that end a response (`ChatTokenizer.stops`).
         weight_store_url, run_id: where `update_weights` finds what a manifest names.
         tensor_parallel_size: GPUs the model spans.
         kv_cache_gib: KV cache on a CPU; a GPU's is sized by `gpu_memory_utilization`.
@@ -235,7 +235,8 @@ class VllmEngine:
             tensor_parallel_size=self._tensor_parallel_size,
             distributed_executor_backend="uni" if self._tensor_parallel_size == 1 else "mp",
             enable_prefix_caching=True,
-            # the model's own would add stop tokens and sampling defaults nobody asked for
+            # The model's own would add sampling defaults that nobody asked for; its stop tokens are
+            # among ours.
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             **memory_arguments(

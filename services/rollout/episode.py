@@ -10,31 +10,59 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from sdar.contracts.errors import InvalidInputError
-from sdar.contracts.types import EpisodeEnd, ModelIdentity, TaskGroup, Trajectory, Turn
+from sdar.contracts.errors import InvalidInputError, SdarError
+from sdar.contracts.types import (
+    EpisodeEnd,
+    FailureStage,
+    ModelIdentity,
+    TaskGroup,
+    Trajectory,
+    Turn,
+)
 from sdar.model.chat import ChatTokenizer
 from sdar.process import tracing
 from services.rollout.engine import Engine, Generation
 from services.rollout.environment_client import EnvironmentClient, Session, StepOutcome
-from services.rollout.prompting import EpisodeSetting, Prompt, PromptStyle, PromptStyleFactory
+from services.rollout.prompting import (
+    EpisodeSetting,
+    Prompt,
+    PromptStyle,
+    PromptStyleFactory,
+    asks_for_thoughts,
+    complete_response,
+)
 
 INVALID_ACTION = "invalid_action"
 """Name of the reward component that holds the penalty."""
+
+
+class TextSource(StrEnum):
+    """Who wrote a text that stands in prompts."""
+
+    INSTRUCTIONS = "instructions"
+    TASK = "task"
+    SKILLS = "skills"
+    OBSERVATION = "observation"
+    ACTION = "action"
 
 
 @dataclass(slots=True)
 class EpisodeClock:
     """Where the time of all episodes went so far, in episode-seconds.
 
-    Also how many prompts were short of earlier turns.
+    Also how many prompts were short of earlier turns, and how many texts of control tokens were
+    read, by source.
     """
 
     engine_s: float = 0.0
     environment_s: float = 0.0
     num_shortened_prompts: int = 0
+    num_control_texts: Counter[TextSource] = field(default_factory=Counter)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -51,6 +79,16 @@ class EpisodeClock:
             yield
         finally:
             self.environment_s += time.monotonic() - started
+
+
+@contextlib.contextmanager
+def blame(stage: FailureStage) -> Iterator[None]:
+    """Note on an error of the calls within whose it is."""
+    try:
+        yield
+    except SdarError as error:
+        error.stage = stage
+        raise
 
 
 class EpisodeSlots:
@@ -90,6 +128,7 @@ class EpisodeRules:
         invalid_action_penalty: subtracted once from an episode with any invalid action, in the turn
             of the first one; 0 where the learner applies it turn by turn.
         max_sequence_tokens: longest prompt plus response of a turn.
+        shows_actions: whether prompts say how an action is written and which are admissible.
     """
 
     tokenizer: ChatTokenizer
@@ -97,7 +136,18 @@ class EpisodeRules:
     model: ModelIdentity
     max_sequence_tokens: int
     invalid_action_penalty: float
+    shows_actions: bool = True
     clock: EpisodeClock = field(default_factory=EpisodeClock)
+
+    def count_setting(self, setting: EpisodeSetting) -> None:
+        """Count texts of control tokens in what an episode's prompts begin with."""
+        self.count_texts(TextSource.INSTRUCTIONS, setting.instructions, setting.action_format)
+        self.count_texts(TextSource.TASK, setting.task_description)
+        self.count_texts(TextSource.SKILLS, setting.skill_text)
+
+    def count_texts(self, source: TextSource, *texts: str) -> None:
+        """Count texts of control tokens where they come in, once, however often they are shown."""
+        self.clock.num_control_texts[source] += self.tokenizer.count_controls(texts)
 
 
 async def play_group(
@@ -181,14 +231,17 @@ async def play_episode(
     """
     started = time.monotonic()
     trajectory_id = _name_trajectory(group, episode_index, attempt)
-    with rules.clock.stepping(), tracing.span("environment.open"):
+    with _asking_environment(rules.clock), tracing.span("environment.open"):
         profile = await environment.describe(group.task.environment)
         session = await environment.open_session(group.task, f"{group.run_id}.{trajectory_id}")
     try:
+        action_format = profile.action_format if rules.shows_actions else ""
         setting = EpisodeSetting(
-            profile.instructions, profile.action_format, group.task.description, skill_text
+            profile.instructions, action_format, group.task.description, skill_text
         )
-        play = _Play(group, attempt, session, engine, environment, rules)
+        rules.count_setting(setting)
+        wants_thoughts = asks_for_thoughts(profile.instructions, profile.action_format)
+        play = _Play(group, attempt, session, engine, environment, rules, wants_thoughts)
         turns, last = await play.play_turns(rules.build_prompts(setting))
     finally:
         # Shielded: a cancelled episode gives its place back all the same.
@@ -213,6 +266,12 @@ async def play_episode(
     )
 
 
+@contextlib.contextmanager
+def _asking_environment(clock: EpisodeClock) -> Iterator[None]:
+    with clock.stepping(), blame(FailureStage.ENVIRONMENT):
+        yield
+
+
 def _name_trajectory(group: TaskGroup, episode_index: int, attempt: Attempt) -> str:
     return f"{group.group_id}.{episode_index}.a{attempt.number}"
 
@@ -227,15 +286,19 @@ class _Play:
     engine: Engine
     environment: EnvironmentClient
     rules: EpisodeRules
+    wants_thoughts: bool
 
     async def play_turns(self, prompts: PromptStyle) -> tuple[list[Turn], StepOutcome]:
         """All turns and the last answer of the environment."""
         turns: list[Turn] = []
-        prompt = prompts.begin(self.session.observation, self.session.admissible_actions)
+        shown = (self.session.observation, *self.session.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
+        actions = self._list_shown(self.session.admissible_actions)
+        prompt = prompts.begin(self.session.observation, actions)
         self._check_first(prompt)
         while True:
             generation = await self._sample(len(turns), prompt)
-            text = self.rules.tokenizer.decode_response(generation.response_token_ids)
+            text = self._read_response(prompt, generation)
             outcome = await self._step(len(turns), text)
             turns.append(_build_turn(len(turns), prompt, generation, text, outcome))
             if _is_over(outcome) or len(turns) == self.group.max_turns:
@@ -244,6 +307,15 @@ class _Play:
             # The next response would not fit. What was played counts, as a truncated episode.
             if len(prompt.token_ids) > self._max_prompt_tokens:
                 return turns, outcome
+
+    def _read_response(self, prompt: Prompt, generation: Generation) -> str:
+        """What the environment gets, and what is recorded; the token ids stay as sampled."""
+        tokenizer = self.rules.tokenizer
+        text = tokenizer.decode_response(generation.response_token_ids)
+        return complete_response(tokenizer, prompt, text, wants_thoughts=self.wants_thoughts)
+
+    def _list_shown(self, admissible_actions: Sequence[str]) -> Sequence[str]:
+        return admissible_actions if self.rules.shows_actions else ()
 
     @property
     def _max_prompt_tokens(self) -> int:
@@ -273,9 +345,13 @@ class _Play:
         return generation
 
     async def _step(self, turn: int, text: str) -> StepOutcome:
-        with self.rules.clock.stepping(), tracing.span("environment.step", turn=turn) as span:
+        clock = self.rules.clock
+        with _asking_environment(clock), tracing.span("environment.step", turn=turn) as span:
             outcome = await self.environment.step(self.session.session_id, turn, text)
             span.set(is_action_valid=outcome.is_action_valid, is_over=_is_over(outcome))
+        shown = (outcome.observation, *outcome.admissible_actions)
+        self.rules.count_texts(TextSource.OBSERVATION, *shown)
+        self.rules.count_texts(TextSource.ACTION, outcome.action)
         return outcome
 
     def _extend(self, prompts: PromptStyle, generation: Generation, outcome: StepOutcome) -> Prompt:
@@ -284,7 +360,7 @@ class _Play:
             generation.stop_reason,
             outcome.action,
             outcome.observation,
-            outcome.admissible_actions,
+            self._list_shown(outcome.admissible_actions),
         )
         self.rules.clock.num_shortened_prompts += prompt.num_missing_turns > 0
         return prompt

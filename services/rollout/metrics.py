@@ -5,6 +5,7 @@ docs/metrics.md lists them.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +26,11 @@ from sdar.process.measurements import (
     Window,
 )
 from services.rollout.engine import EngineStats
-from services.rollout.episode import EpisodeClock
+from services.rollout.episode import EpisodeClock, TextSource
 
 _PURPOSE = Label("purpose", tuple(Purpose))
 _TASK_TYPE = Label("task_type")
+_SOURCE = Label("source", tuple(TextSource))
 
 ROLLOUT = Declarations()
 
@@ -155,6 +157,15 @@ SHORTENED_PROMPTS = ROLLOUT.declare(
         "sdar_rollout_shortened_prompts_total",
         "prompts",
         "Prompts that show fewer earlier turns than asked for.",
+    )
+)
+CONTROL_TEXTS = ROLLOUT.declare(
+    Counter(
+        "sdar_rollout_control_texts_total",
+        "texts",
+        "Texts of control tokens such as <|im_end|> in what prompts show, kept as text.",
+        (_SOURCE,),
+        key="num_control_texts",
     )
 )
 WEIGHT_STAGING_SECONDS = ROLLOUT.declare(
@@ -288,8 +299,12 @@ class RolloutMetrics(Meters):
         self.count(ENVIRONMENT_WAIT_SECONDS, clock.environment_s - seen.environment_s)
         self.count(ENGINE_WAIT_SECONDS, clock.engine_s - seen.engine_s)
         self.count(SHORTENED_PROMPTS, clock.num_shortened_prompts - seen.num_shortened_prompts)
+        for source, num_texts in clock.num_control_texts.items():
+            self.count(CONTROL_TEXTS, num_texts - seen.num_control_texts[source], source=source)
         # The episodes' clock goes on; what was seen of it must not.
-        self._last_clock = dataclasses.replace(clock)
+        self._last_clock = dataclasses.replace(
+            clock, num_control_texts=collections.Counter(clock.num_control_texts)
+        )
 
     def collect_record(
         self, num_running_episodes: int, num_waiting_sessions: int

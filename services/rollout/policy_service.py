@@ -5,10 +5,7 @@ It decides nothing about weights.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import hashlib
-from collections import OrderedDict
 from typing import Any
 
 from sdar.contracts.codec import (
@@ -17,17 +14,17 @@ from sdar.contracts.codec import (
     sampling_from_proto,
     stop_reason_to_proto,
 )
-from sdar.contracts.errors import CapacityError, ConflictError, InvalidInputError, StaleError
+from sdar.contracts.errors import CapacityError, InvalidInputError, StaleError
 from sdar.contracts.types import ModelIdentity
 from sdar.model.chat import ChatTokenizer
 from sdar.v1 import policy_pb2, policy_pb2_grpc
+from sdar.wire.answers import KeptAnswers
 from services.rollout.engine import Engine
 
 SERVICE_NAME = "sdar.v1.PolicyService"
-MAX_REQUEST_ID_CHARACTERS = 128
 
-_MAX_ANSWERS = 1024
-"""Answers kept for callers that repeat a request id."""
+_NUM_KEPT_ANSWERS = 1024
+"""Finished answers kept for callers that repeat a request id."""
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -54,18 +51,17 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._max_model_tokens = max_model_tokens
         self._max_requests = max_requests
         self._num_requests = 0
-        self._answers: OrderedDict[str, tuple[bytes, asyncio.Task[policy_pb2.GenerateResponse]]] = (
-            OrderedDict()
+        # With room for all that are being made: what is refused is refused by `max_requests`.
+        self._answers: KeptAnswers[policy_pb2.GenerateResponse] = KeptAnswers(
+            _NUM_KEPT_ANSWERS + max_requests
         )
 
     async def Generate(
         self, request: policy_pb2.GenerateRequest, context: Any
     ) -> policy_pb2.GenerateResponse:
         """A repeated request id gets the first one's answer, even while that is being made."""
-        if not request.request_id:
-            return await self._generate(request)
-        # Shielded: a caller that hangs up and repeats finds the answer it missed.
-        return await asyncio.shield(self._start_or_join(request))
+        generate = functools.partial(self._generate, request)
+        return await self._answers.get_or_make(request.request_id, request, generate)
 
     async def GetPolicy(
         self, request: policy_pb2.GetPolicyRequest, context: Any
@@ -77,45 +73,6 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             num_running_requests=self._engine.stats.num_running_requests,
             max_model_tokens=self._max_model_tokens,
         )
-
-    def _start_or_join(
-        self, request: policy_pb2.GenerateRequest
-    ) -> asyncio.Task[policy_pb2.GenerateResponse]:
-        if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
-            raise InvalidInputError(
-                f"request_id has {len(request.request_id)} characters, the limit is "
-                f"{MAX_REQUEST_ID_CHARACTERS}. Shorten it."
-            )
-        # Compared by hash: the answers kept must not keep their requests in memory too.
-        content = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        known = self._answers.get(request.request_id)
-        if known is not None and known[0] != content:
-            raise _build_conflict(request.request_id)
-        if known is None or _has_failed(known[1]):
-            task = asyncio.create_task(self._generate(request))
-            task.add_done_callback(functools.partial(self._drop_failed, request.request_id))
-            self._answers[request.request_id] = content, task
-        self._answers.move_to_end(request.request_id)
-        self._forget_oldest()
-        return self._answers[request.request_id][1]
-
-    def _drop_failed(self, request_id: str, task: asyncio.Task[Any]) -> None:
-        """A failure is no answer to keep: it would hold the whole request, in its traceback."""
-        known = self._answers.get(request_id)
-        if known is not None and known[1] is task and _has_failed(task):
-            del self._answers[request_id]
-
-    def _forget_oldest(self) -> None:
-        """Finished answers only: somebody waits for an unfinished one.
-
-        There are never more than `max_requests` of those.
-        """
-        surplus = len(self._answers) - _MAX_ANSWERS
-        if surplus <= 0:
-            return
-        finished = [key for key, (_, task) in self._answers.items() if task.done()]
-        for key in finished[:surplus]:
-            del self._answers[key]
 
     async def _generate(self, request: policy_pb2.GenerateRequest) -> policy_pb2.GenerateResponse:
         self._check(request)
@@ -166,15 +123,3 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                     "GenerateRequest has no prompt. Set `tokens`, or `chat` with at least one "
                     "message."
                 )
-
-
-def _build_conflict(request_id: str) -> ConflictError:
-    return ConflictError(
-        f"Request id {request_id!r} was used for another request. Choose a new one for each sample "
-        "wanted.",
-        request_id=request_id,
-    )
-
-
-def _has_failed(task: asyncio.Task[Any]) -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)

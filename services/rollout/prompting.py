@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from sdar.model.chat import ChatTokenizer, place_skills
 
 NOTHING_READ = "(no action that could be read)"
 """Stands in the history for a response in which the environment found no action."""
+_OPENING = "<think>"
+# What a chat template may write after the header of the response: thoughts that the response goes
+# on with, or empty ones that spare it its own.
+_BEGUN_THOUGHTS = re.compile(rf"{_OPENING}\s*(?P<end></think>\s*)?\Z")
+_TAIL = 32
+"""Tokens at a prompt's end that hold begun thoughts: a letter each and the white space."""
+_TAG = re.compile(r"</?\w+>")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,8 +91,9 @@ class Conversation:
         extend   ... response 0 <|im_end|>] [user: {observation 1}] [assistant
 
     Nothing sampled is ever tokenised anew, and the prefix cache serves everything but the last
-    stretch. The task's sentence stands before observation 0 unless that holds it already;
-    admissible actions are not listed.
+    stretch. The task's sentence stands before observation 0 unless that holds it already, and the
+    action format behind it unless the instructions or that say it already. Admissible actions
+    follow each observation.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, setting: EpisodeSetting) -> None:
@@ -94,8 +103,12 @@ class Conversation:
 
     def begin(self, observation: str, admissible_actions: Sequence[str] = ()) -> Prompt:
         task = self._setting.task_description
-        text = observation if task in observation else f"Task: {task}\n{observation}"
-        messages = _fresh_messages(self._setting, text)
+        lines = [
+            observation if task in observation else f"Task: {task}\n{observation}",
+            *_list_possible(admissible_actions),
+            self._find_untold_format(observation),
+        ]
+        messages = _fresh_messages(self._setting, _join(lines))
         self._token_ids = self._tokenizer.render_fresh(messages)
         return Prompt(self._token_ids, messages, extends_previous=False)
 
@@ -107,13 +120,24 @@ class Conversation:
         observation: str,
         admissible_actions: Sequence[str] = (),
     ) -> Prompt:
-        messages = (ChatMessage("user", observation),)
+        text = _join([observation, *_list_possible(admissible_actions)])
+        messages = (ChatMessage("user", text),)
         # A response that was cut off lacks the end-of-turn token: the tokens between supply it.
-        delta = self._tokenizer.render_delta(
-            messages, is_closed=stop_reason is StopReason.END_OF_TURN
-        )
+        is_ended = stop_reason is StopReason.END_OF_TURN
+        ended_by = int(response_token_ids[-1]) if is_ended else None
+        delta = self._tokenizer.render_delta(messages, ended_by=ended_by)
         self._token_ids = np.concatenate([self._token_ids, response_token_ids, delta])
         return Prompt(self._token_ids, messages, extends_previous=True)
+
+    def _find_untold_format(self, observation: str) -> str:
+        """The action format; empty where the instructions or the observation hold it, word by word
+        or by all of its tags.
+        """
+        wanted = self._setting.action_format
+        told = f"{self._setting.instructions}\n{observation}"
+        tags = set(_TAG.findall(wanted))
+        is_told = wanted in told or (tags and tags <= set(_TAG.findall(told)))
+        return "" if is_told else wanted
 
 
 class HistoryWindow:
@@ -188,11 +212,46 @@ class HistoryWindow:
             f"Actions taken: {self._num_actions}.{shown}" if self._num_actions else "",
             *history,
             f"Seen now: {self._seen}",
-            "Possible actions:" if admissible_actions else "",
-            *admissible_actions,
+            *_list_possible(admissible_actions),
             self._setting.action_format,
         ]
-        return "\n".join(line for line in lines if line)
+        return _join(lines)
+
+
+def complete_response(
+    tokenizer: ChatTokenizer, prompt: Prompt, text: str, *, wants_thoughts: bool
+) -> str:
+    """A response's text with the thoughts that its prompt began, as the environment judges it.
+
+    Templates of thinking models open `<think>` in the prompt, so the response holds only its end::
+
+        ...assistant\\n<think>\\n                  to be gone on with: always completed
+        ...assistant\\n<think>\\n\\n</think>\\n\\n    empty, thinking is off: completed where the
+                                             environment asks for thoughts
+
+    A response that opens thoughts of its own stays as it is.
+
+    Args:
+        wants_thoughts: the environment asks for thoughts.
+    """
+    tail = tokenizer.tokenizer.decode(prompt.token_ids[-_TAIL:].tolist())
+    begun = _BEGUN_THOUGHTS.search(tail)
+    if begun is None or _OPENING in text or (begun["end"] and not wants_thoughts):
+        return text
+    return begun[0] + text
+
+
+def asks_for_thoughts(*texts: str) -> bool:
+    """Whether an environment that says these texts wants to see thoughts in their tags."""
+    return any(_OPENING in text for text in texts)
+
+
+def _list_possible(admissible_actions: Sequence[str]) -> list[str]:
+    return ["Possible actions:", *admissible_actions] if admissible_actions else []
+
+
+def _join(lines: Sequence[str]) -> str:
+    return "\n".join(line for line in lines if line)
 
 
 def _fresh_messages(setting: EpisodeSetting, content: str) -> tuple[ChatMessage, ...]:

@@ -77,7 +77,7 @@ def build_engine(config: RunConfig, settings: Settings) -> Engine:
         dtype=config.model.dtype,
         max_model_len=config.model.max_sequence_tokens,
         max_num_seqs=config.rollout.max_concurrent_episodes,
-        stop_token_ids=[ChatTokenizer(config.model.path).eos_token_id],
+        stop_token_ids=ChatTokenizer(config.model.path).stops.ids,
         weight_store_url=settings.weights_url,
         run_id=config.name,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
@@ -91,7 +91,7 @@ def build_engine(config: RunConfig, settings: Settings) -> Engine:
 
 def build_rules(config: RunConfig) -> EpisodeRules:
     """What all episodes of a run have in common."""
-    tokenizer = ChatTokenizer(config.model.path)
+    tokenizer = ChatTokenizer(config.model.path, config.model.template_date)
     is_turn_level = config.method.advantage_level == "turn"
     return EpisodeRules(
         tokenizer=tokenizer,
@@ -101,6 +101,7 @@ def build_rules(config: RunConfig) -> EpisodeRules:
         # With advantages per turn each invalid turn is penalised on its own, which the learner
         # does.
         invalid_action_penalty=0.0 if is_turn_level else config.environment.invalid_action_penalty,
+        shows_actions=config.rollout.show_actions,
     )
 
 

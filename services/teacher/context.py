@@ -118,8 +118,8 @@ class ContextBuilder:
                     f"Trajectory {trajectory.trajectory_id} turn {turn.turn_index}: its "
                     f"{len(turn.prompt_token_ids)} prompt tokens are not what its "
                     f"{len(turn.messages)} messages render to with this teacher's chat template. "
-                    "Give rollout and teacher the same model.path, and let a fresh turn carry its "
-                    "whole prompt's messages.",
+                    "Give rollout and teacher the same model.path and model.template_date, and let "
+                    "a fresh turn carry its whole prompt's messages.",
                     trajectory_id=trajectory.trajectory_id,
                     turn_index=turn.turn_index,
                 )

@@ -54,8 +54,8 @@ class Retriever:
         num_skills: most specific skills.
         wrong_skill_fraction: share of keys whose specific skills are swapped for those of another
             task type.
-        index: of the library's specific skills; kind embedding needs it.
-        utility: what the episodes so far taught; kind ucb needs it.
+        index: of the library's specific skills, for a kind that needs it.
+        utility: what the episodes so far taught, for a kind that learns.
 
     Raises:
         ConfigurationError: there is no such kind, or swapping is asked for where nothing can be
@@ -76,6 +76,7 @@ class Retriever:
         self.kind = kind
         self._sources = SkillSources(library, num_skills, index, utility)
         self._choice = RETRIEVAL_KINDS[kind](self._sources)
+        self.learns = self._choice.learns
         self._wrong_skill_fraction = wrong_skill_fraction
         if wrong_skill_fraction:
             self._check_swapping()

@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 
+from sdar.algorithms.scorer_check import require_exact_scorer
 from sdar.bus.protocol import Bus
 from sdar.config import RunConfig
 from sdar.connect import build_bus, build_weight_store
@@ -27,6 +28,7 @@ from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.policy import ScoringPolicy
 from services.teacher.retrieval import Retriever
+from services.teacher.retrieval_kinds import RETRIEVAL_KINDS
 from services.teacher.scorer import Scorer, TransformersScorer, WeightReader
 from services.teacher.skills import open_skill_library
 from services.teacher.teacher import Teacher
@@ -77,6 +79,7 @@ def build_scorer(config: RunConfig, weights: WeightReader, settings: Settings) -
     model = load_causal_lm(config.model.path, config.model.dtype)
     if torch.cuda.is_available():
         model = model.to("cuda")
+    require_exact_scorer(model)
     chunk_tokens = config.training.logprob_chunk_tokens
     return TransformersScorer(
         model, weights, batch_tokens=teacher.batch_tokens, chunk_tokens=chunk_tokens
@@ -108,11 +111,12 @@ def build_retriever(config: RunConfig, settings: Settings, bus: Bus) -> Retrieve
     library = open_skill_library(config)
     index = None
     utility = None
-    if teacher.retrieval == "embedding":
+    kind = RETRIEVAL_KINDS[teacher.retrieval]
+    if kind.needs_index:
         index = SkillIndex(
             library.specific, SentenceEncoder(teacher.embedding_model), settings.cache / "skills"
         )
-    if teacher.retrieval == "ucb":
+    if kind.learns:
         utility = SkillUtility(bus, teacher.ucb_exploration)
     return Retriever(
         library,
@@ -130,7 +134,9 @@ def build_teacher(
     """A teacher by configuration; bus and scorer may be any."""
     retriever = build_retriever(config, settings, bus)
     contexts = ContextBuilder(
-        ChatTokenizer(config.model.path), retriever, config.model.max_sequence_tokens
+        ChatTokenizer(config.model.path, config.model.template_date),
+        retriever,
+        config.model.max_sequence_tokens,
     )
     pins = PinnedVersions(bus, f"{ConsumerGroup.TEACHER}.{settings.instance}")
     policy = ScoringPolicy(bus, scorer, pins, metrics, config.teacher.max_lag)

@@ -82,8 +82,8 @@ class Teacher:
 
         To be published together with their scores.
         """
-        # No other kind learns, and nobody would read the stream.
-        if self.contexts.retriever.kind != "ucb":
+        # Where the kind does not learn, nobody would read the stream.
+        if not self.contexts.retriever.learns:
             return {}
         outcomes = [
             _describe_outcome(item.trajectory, item.score)

@@ -30,6 +30,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import (
+    FailureStage,
     GroupOutcome,
     LedgerEvent,
     MetricRecord,
@@ -337,7 +338,8 @@ class TeacherWorker:
             outcome=GroupOutcome.FAILED,
             num_trajectories=trajectory.group_size,
             policy_version=trajectory.max_policy_version,
-            reason=f"teacher: {rejected.reason}",
+            reason=rejected.reason,
+            stage=FailureStage.TEACHER,
         )
         return [event]
 

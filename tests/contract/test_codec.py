@@ -313,7 +313,14 @@ VALUES = {
         numbers,
     ),
     "ledger_event": st.builds(
-        LedgerEvent, texts, texts, st.sampled_from(GroupOutcome), uint32s, int32s, texts
+        LedgerEvent,
+        texts,
+        texts,
+        st.sampled_from(GroupOutcome),
+        uint32s,
+        int32s,
+        texts,
+        stage=texts,
     ),
     "metric_record": st.builds(
         MetricRecord,

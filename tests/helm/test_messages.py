@@ -142,3 +142,10 @@ def test_several_mistakes_are_told_at_once():
         words in message
         for words in ("rollout.gpus is 3", "learner.gpus is 2", "run.model.path is empty")
     )
+
+
+def test_what_names_a_run_is_one_pattern_in_the_product_and_the_chart() -> None:
+    """The template judges the release's name as well, which no schema sees."""
+    pattern = RunConfig.model_json_schema()["properties"]["name"]["pattern"]
+    validation = (CHART / "templates" / "_validate.tpl").read_text()
+    assert f'regexMatch "{pattern}" $run.name' in validation

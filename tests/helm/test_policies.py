@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from sdar.contracts.roles import ROLES
 from tests.helm.chart import (
     CHART,
     VALUES_FILES,
@@ -169,26 +170,24 @@ def test_every_pod_is_denied_what_no_policy_names(values):
 
 
 ARROWS = {
-    *(
-        ("gateway", "redis", 6379),
-        ("rollout", "redis", 6379),
-        ("teacher", "redis", 6379),
-        ("learner", "redis", 6379),
-    ),
-    *(("gateway", "envs", 9090), ("rollout", "envs", 9090)),
+    *((role, "redis", 6379) for role, row in ROLES.items() if row.uses_bus),
+    *((role, callee, 9090) for role, row in ROLES.items() for callee in row.calls),
     *(("check", "gateway", 8080), ("check", "envs", 9090), ("check", "rollout", 9090)),
 }
+"""Who opens a connection to whom: what the table of roles says, and the chart's own test."""
+NO_SKILLS = {("rollout", "teacher", 9090)}
+"""Only a student that is shown skills asks for them."""
 
 
 @pytest.mark.parametrize(
-    ("values", "more"),
+    ("values", "expected"),
     [
-        ("defaults", set()),
-        ("skill_grpo", {("rollout", "teacher", 9090)}),
-        ("everything", {("learner", "learner", None)}),
+        ("defaults", ARROWS - NO_SKILLS),
+        ("skill_grpo", ARROWS),
+        ("everything", ARROWS - NO_SKILLS | {("learner", "learner", None)}),
     ],
 )
-def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, more):
+def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, expected):
     role_of = "app.kubernetes.io/component"
     ways_in, ways_out = set(), set()
     for policy in of_kind(render(values), "NetworkPolicy"):
@@ -204,7 +203,7 @@ def test_pods_of_a_release_reach_each_other_along_the_arrows_only(values, more):
     # The gateway answers both its ports to whoever may call it.
     ways_in.discard(("check", "gateway", 9090))
     # Redis knows nobody's method: it lets every reader of streams in.
-    assert ways_in == ways_out == ARROWS | more
+    assert ways_in == ways_out == expected
 
 
 def test_the_way_out_of_the_cluster_is_open_only_where_something_is_out_there():

@@ -1,6 +1,7 @@
 """The learner's tests run this in processes of their own: DeepSpeed joins ranks once in a process.
 
 python -m tests.integration.learner_ranks steps RANK WORLD_SIZE PORT DIRECTORY
+python -m tests.integration.learner_ranks skip RANK WORLD_SIZE PORT
 python -m tests.integration.learner_ranks train DIRECTORY
 python -m tests.integration.learner_ranks listen PORT
 """
@@ -8,6 +9,8 @@ python -m tests.integration.learner_ranks listen PORT
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -70,10 +73,8 @@ def compute_share(config, micro_batch, logprobs, entropy, ref_logprobs, num_toke
     )[0]
 
 
-def take_steps(ranks, zero_stage, token_budget, dtype="float32", **training):
-    """Weights and gradient norms after NUM_STEPS steps with DeepSpeed."""
-    config = make_step_config(zero_stage, **training)
-    model = PolicyModel(
+def make_model(ranks, config, dtype):
+    return PolicyModel(
         MODEL_PATH,
         dtype=dtype,
         temperature=1.0,
@@ -81,6 +82,84 @@ def take_steps(ranks, zero_stage, token_budget, dtype="float32", **training):
         needs_reference=True,
         ranks=ranks,
     )
+
+
+FAULTS = {
+    "a loss that is NaN": lambda share: share * math.nan,
+    "an infinite loss with a finite gradient": lambda share: share + math.inf,
+    # The slope of the root at 0.
+    "a finite loss with an infinite gradient": lambda share: (
+        share + (share - share.detach()).sqrt()
+    ),
+}
+"""What becomes of the loss of one micro-batch of one rank."""
+
+
+def export_all(model):
+    """The weights on the leader, and this rank's part of the optimizer."""
+    tensors, num_steps = model.export_optimizer()
+    return {**model.export(), **tensors, "num_steps": torch.tensor(num_steps)}
+
+
+def skip_steps(ranks, zero_stage, dtype="float32"):
+    """Takes a step, then tries one with each fault, then takes another.
+
+    Returns:
+        the gradient norms, and what a model came to that took the two good steps only and what this
+        one came to; a fault must have changed nothing of it.
+    """
+    config = make_step_config(zero_stage)
+    batches = make_batches()
+
+    def step(model, number, break_share=None):
+        sequences = batches[number]
+        micro_batches = build_microbatches(sequences, 128, ranks.world_size)[ranks.rank]
+        refs = model.compute_ref_logprobs(micro_batches)
+        num_tokens = count_response_tokens(sequences)
+        is_last_rank = ranks.rank == ranks.world_size - 1
+
+        def share(place, micro_batch, logprobs, entropy):
+            value = compute_share(
+                config, micro_batch, logprobs, entropy, refs[place], num_tokens, number
+            )
+            is_broken = break_share is not None and is_last_rank and place == 0
+            return break_share(value) if is_broken else value
+
+        assert len(micro_batches) > 1
+        return model.train_step(micro_batches, share, LEARNING_RATE)
+
+    model = make_model(ranks, config, dtype)
+    norms = [step(model, 0)]
+    for fault in FAULTS.values():
+        before = export_all(model)
+        norms.append(step(model, 1, fault))
+        after = export_all(model)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    norms.append(step(model, 1))
+    found = export_all(model)
+    model.close()
+    spared = make_model(ranks, config, dtype)
+    for number in (0, 1):
+        step(spared, number)
+    expected = export_all(spared)
+    spared.close()
+    return norms, expected, found
+
+
+def check_skipped(norms, expected, found):
+    """That the steps with a fault were skipped and left no trace in the one after them."""
+    assert [math.isfinite(norm) for norm in norms] == [True, *[False] * len(FAULTS), True]
+    assert expected.keys() == found.keys()
+    assert int(found["num_steps"]) == 2
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def take_steps(ranks, zero_stage, token_budget, dtype="float32", **training):
+    """Weights and gradient norms after NUM_STEPS steps with DeepSpeed."""
+    config = make_step_config(zero_stage, **training)
+    model = make_model(ranks, config, dtype)
     norms = []
     for step, sequences in enumerate(make_batches()):
         micro_batches = build_microbatches(sequences, token_budget, ranks.world_size)[ranks.rank]
@@ -118,6 +197,12 @@ def _steps(rank, world_size, port, directory):
                     {**weights, "norms": torch.tensor(norms)},
                     directory / f"stage{stage}-budget{budget}.safetensors",
                 )
+
+
+def _skip(rank, world_size, port):
+    ranks = join_ranks(rank, world_size, ("127.0.0.1", port))
+    for stage, dtype in itertools.product(range(4), ("float32", "bfloat16")):
+        check_skipped(*skip_steps(ranks, stage, dtype))
 
 
 def _listen(port):
@@ -159,6 +244,8 @@ def _main():
     torch.set_num_threads(1)
     if sys.argv[1] == "steps":
         _steps(*map(int, sys.argv[2:5]), Path(sys.argv[5]))
+    elif sys.argv[1] == "skip":
+        _skip(*map(int, sys.argv[2:5]))
     elif sys.argv[1] == "listen":
         _listen(int(sys.argv[2]))
     else:

@@ -66,7 +66,7 @@ async def work(order: Order) -> None:
         MODEL_PATH,
         dtype="float32",
         max_sequence_tokens=384,
-        stop_token_ids=[rules.tokenizer.eos_token_id],
+        stop_token_ids=rules.tokenizer.stops.ids,
     )
     engine.think_s = order.think_s
     await engine.start()

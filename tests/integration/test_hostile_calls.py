@@ -173,7 +173,7 @@ async def teacher() -> AsyncIterator[Target]:
 @contextlib.asynccontextmanager
 async def policy() -> AsyncIterator[Target]:
     tokenizer = ChatTokenizer(MODEL_PATH)
-    stops = [tokenizer.eos_token_id]
+    stops = tokenizer.stops.ids
     engine = TransformersEngine(
         MODEL_PATH, dtype="float32", max_sequence_tokens=MAX_MODEL_TOKENS, stop_token_ids=stops
     )

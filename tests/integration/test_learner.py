@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,14 +24,17 @@ from sdar.contracts.streams import Stream
 from sdar.model.causal_lm import export_tensors, load_causal_lm
 from sdar.process.ports import find_free_port
 from sdar.weights.store import WeightStore
+from services.learner.model import PolicyModel
 from services.learner.ranks import stand_alone
 from services.learner.service import open_learner
 from tests.integration.learner_ranks import (
     LEARNING_RATE,
     TOKEN_BUDGETS,
+    check_skipped,
     compute_share,
     make_batches,
     make_step_config,
+    skip_steps,
     take_steps,
 )
 from tests.support import until
@@ -41,6 +47,7 @@ from tests.unit.learner.builders import (
     read_ledger,
     send,
 )
+from tests.unit.model.architectures import make_model
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -142,6 +149,22 @@ def test_bfloat16_trains_with_float32_master_weights(stage, expected):
     assert moved.max() < 2**-8 + 6 * LEARNING_RATE
 
 
+def test_sharded_experts_are_published_under_the_names_of_the_checkpoint(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    model = PolicyModel(
+        tmp_path,
+        dtype="float32",
+        temperature=1.0,
+        training=make_step_config(3).training,
+        needs_reference=False,
+        ranks=stand_alone("cpu"),
+    )
+    exported, stored = model.export(), load_file(tmp_path / "model.safetensors")
+    model.close()
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)
+
+
 def test_two_ranks_step_as_one_does(expected, tmp_path):
     port = find_free_port("127.0.0.1")
     finish(*(run_ranks("steps", rank, 2, port, tmp_path) for rank in range(2)))
@@ -150,6 +173,17 @@ def test_two_ranks_step_as_one_does(expected, tmp_path):
             found = load_file(tmp_path / f"stage{stage}-budget{budget}.safetensors")
             norms = found.pop("norms").tolist()
             assert_same(found, expected[0], norms, expected[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_bit_for_bit(stage, dtype):
+    check_skipped(*skip_steps(stand_alone("cpu"), stage, dtype))
+
+
+def test_two_ranks_skip_a_step_together_though_the_fault_is_of_one():
+    port = find_free_port("127.0.0.1")
+    finish(*(run_ranks("skip", rank, 2, port) for rank in range(2)))
 
 
 def test_two_ranks_under_zero_3_resume_bitwise(tmp_path):
@@ -281,7 +315,7 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
         codec.decode_metric_record(e.payload) for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
     ]
     wanted = """
-        loss reward_mean success_mean success_heat num_trajectories_heat gate_mean gate_open_share
+        loss reward_mean success_mean success_heat num_episodes_heat gate_mean gate_open_share
         teacher_gap_mean k3_kl entropy gradient_norm clip_fraction engine_mismatch_abs
         off_policy_weight_mean staleness_mean staleness_max num_tokens tokens_per_s step_s
         wait_share publish_s num_groups_skipped num_groups_stale num_policy_versions learning_rate
@@ -291,6 +325,43 @@ async def test_the_whole_loop_publishes_measures_and_closes_its_ledger(tmp_path)
         "the first update begins at the reference"
     )
     assert records[1].values["k3_kl"] > 0
+
+
+async def test_a_group_whose_loss_is_infinite_costs_its_own_step_and_the_run_goes_on(tmp_path):
+    """A teacher that scores tokens at 3e38 makes the loss of its groups overflow, not its gradient.
+    A batch of them is passed over; one of them beside a sound group costs its own step only.
+    """
+    run = Run(tmp_path, num_updates=2, checkpoint_every=1, num_minibatches=2)
+    poisoned = [break_score(item) for name in "abc" for item in make_group(name)]
+    await send(run.bus, *poisoned, *[item for name in "def" for item in make_group(name)])
+    await run.train(2)
+    assert sorted(await read_ledger(run.bus)) == sorted(
+        [(name, "failed") for name in "abc"] + [(name, "trained") for name in "def"]
+    )
+    assert await count_pending(run.bus) == 0
+    assert all(torch.isfinite(value).all() for value in run.weights().values())
+    records = [
+        codec.decode_metric_record(e.payload).values
+        for e in await run.bus.tail(Stream.METRICS, "0-0", 10)
+    ]
+    assert [record["num_skipped_steps"] for record in records] == [2, 1, 0]
+    assert all(math.isfinite(value) for record in records for value in record.values())
+
+
+def break_score(item):
+    """With tokens that the policy is five times likelier to sample, at least: their weight is at
+    its cap.
+    """
+    logprobs = tuple(np.full_like(values, 3e38) for values in item.score.turn_logprobs)
+    turns = [
+        dataclasses.replace(turn, behavior_logprobs=np.full_like(turn.behavior_logprobs, -50))
+        for turn in item.trajectory.turns
+    ]
+    return dataclasses.replace(
+        item,
+        trajectory=dataclasses.replace(item.trajectory, turns=tuple(turns)),
+        score=dataclasses.replace(item.score, turn_logprobs=logprobs),
+    )
 
 
 def test_ranks_meet_where_only_this_machine_reaches_them():

@@ -101,7 +101,7 @@ def test_seeds_and_tasks_reach_the_server(game):
 
 
 def test_the_server_describes_itself(game):
-    assert game.version == "1/GuessingGame-1.0.0"
+    assert game.version == "2/GuessingGame-1.0.0"
     assert game.action_format == "The guess: any text, alone or in <action> tags."
     assert game.list_tasks("train")[0].task_type == "GuessingGame"
 

@@ -64,6 +64,12 @@ RUN = {
     "policy_version": 4,
     "instances": {"rollout": 1},
     "bus": {"state": "full"},
+    "figures": {
+        "success_mean": 0.95,
+        "num_episodes": 320,
+        "trained_success_mean": 0.85,
+        "num_trajectories": 128,
+    },
     "alarms": [{"name": "redis_full", "message": HOSTILE}],
     "evaluations": [],
     "ledger": {
@@ -133,3 +139,5 @@ def test_both_equations_the_gap_and_the_alarms_are_shown(shown: dict[str, str]) 
     assert "group-00000005" in shown["gap"]
     assert shown["alarms"] == f"redis_full: {HOSTILE}"
     assert "Redis full" in shown["summary"]
+    told = "success in training 0.950 of 320 played, 0.850 of 128 trained"
+    assert shown["success"] == told

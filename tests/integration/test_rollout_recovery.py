@@ -302,7 +302,7 @@ class Bench:
         self.worker = RolloutWorker(
             self.bus,
             ScriptedEngine(
-                *([*tokenizer.tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+                *([*tokenizer.tokenizer.encode(text), tokenizer.stops.closing_id] for text in texts)
             ),
             self.environments,
             make_rules(tokenizer),

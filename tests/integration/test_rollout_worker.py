@@ -74,7 +74,7 @@ async def sampling(tokenizer, **options):
         MODEL_PATH,
         dtype="float32",
         max_sequence_tokens=384,
-        stop_token_ids=[tokenizer.eos_token_id],
+        stop_token_ids=tokenizer.stops.ids,
         **options,
     )
     await engine.start()

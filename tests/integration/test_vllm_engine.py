@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from sdar.config import LEAST_TEMPERATURE
 from sdar.contracts.errors import (
     CorruptionError,
     EngineFailedError,
@@ -177,6 +178,14 @@ async def test_logprobs_are_of_the_tempered_distribution(
     prompt = next(prompts)
     generation = await engine.generate(prompt, dataclasses.replace(WARM, temperature=temperature))
     assert policies.measure_error(prompt, generation, temperature) < TOLERANCE
+
+
+async def test_the_least_temperature_of_a_run_is_the_least_that_vllm_keeps() -> None:
+    from vllm import SamplingParams
+
+    assert SamplingParams(temperature=LEAST_TEMPERATURE).temperature == LEAST_TEMPERATURE
+    below = 0.99 * LEAST_TEMPERATURE
+    assert SamplingParams(temperature=below).temperature > below
 
 
 async def test_greedy_tokens_carry_the_unscaled_logprob_beside_sampled_ones(

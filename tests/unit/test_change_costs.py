@@ -26,7 +26,7 @@ from tests.unit.test_roles import PARTS
 
 METHODS = "sdar/contracts/methods.py"
 ROLES = "sdar/contracts/roles.py"
-METHOD_ROWS = "    for method in (\n"
+METHOD_ROWS = "METHODS = index_by_name(\n    (\n"
 START_TIMEOUT_S = 60.0
 COSTS = read_costs()
 PROOFS: dict[str, str] = {}

@@ -152,3 +152,13 @@ def test_every_field_has_bounds_or_a_closed_type() -> None:
     for name, field in list_fields(RunConfig):
         if field.annotation in (int, float):
             assert field.metadata, f"{name} is an unbounded number"
+
+
+@pytest.mark.parametrize("section", ["rollout", "evaluation"])
+def test_a_temperature_that_vllm_would_raise_is_refused_with_the_least_one(
+    section: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{section}.temperature.*0\.005.*0\.01"):
+        load_config(write(tmp_path, MINIMAL + f"{section}: {{temperature: 0.005}}\n"))
+    config = load_config(write(tmp_path, MINIMAL + f"{section}: {{temperature: 0.01}}\n"))
+    assert config.evaluation_sampling(is_greedy=True).temperature == 0

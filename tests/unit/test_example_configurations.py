@@ -16,6 +16,7 @@ PAPER = {
     "alfworld": {
         "training.groups_per_update": 16,
         "environment.max_turns": 50,
+        "training.num_minibatches": 16,
         "rollout.history_turns": 2,
         "model.max_sequence_tokens": 2048 + 512,
         "environment.invalid_action_penalty": 0.1,
@@ -25,6 +26,7 @@ PAPER = {
     "webshop": {
         "training.groups_per_update": 16,
         "environment.max_turns": 15,
+        "training.num_minibatches": 16,
         "rollout.history_turns": 2,
         "model.max_sequence_tokens": 4096 + 512,
         "environment.invalid_action_penalty": 0.1,
@@ -34,6 +36,7 @@ PAPER = {
     "search": {
         "training.groups_per_update": 128,
         "environment.max_turns": 4,
+        "training.num_minibatches": 12,
         "rollout.history_turns": 4,
         "model.max_sequence_tokens": 4096 + 512,
         "environment.invalid_action_penalty": 0.01,
@@ -53,10 +56,16 @@ PAPER_EVERYWHERE = {
     "training.warmup_updates": 0,
     "training.weight_decay": 0.01,
     "training.max_gradient_norm": 1.0,
-    "training.num_minibatches": 1,
+    "method.entropy_coefficient": 0.001,
     "rollout.max_response_tokens": 512,
     "rollout.temperature": 1.0,
 }
+
+
+ROWS_A_STEP = {"alfworld": 256, "webshop": 64, "search": 256}
+"""Turn rows of a mini-batch in the paper's scripts."""
+TURNS = {"alfworld": (10, 50), "webshop": (5, 15), "search": (2, 4)}
+"""Turns of an episode, from a policy that solves its tasks to one that doesn't."""
 
 
 def read(config: RunConfig, dotted: str) -> object:
@@ -99,3 +108,15 @@ def test_everything_a_tiny_example_names_is_shipped(path: Path) -> None:
 def test_every_benchmark_comes_in_two_sizes() -> None:
     names = {path.stem for path in configurations()}
     assert {size for environment in PAPER for size in (environment, f"{environment}-tiny")} <= names
+
+
+@pytest.mark.parametrize("environment", PAPER)
+def test_a_batch_is_trained_in_as_many_steps_as_the_paper_s_mini_batches_make(
+    environment: str,
+) -> None:
+    training = load_config(EXAMPLES / f"{environment}.yaml").training
+    num_episodes = training.groups_per_update * training.group_size
+    fewest, most = (
+        num_episodes * num_turns / ROWS_A_STEP[environment] for num_turns in TURNS[environment]
+    )
+    assert fewest <= training.num_minibatches <= most

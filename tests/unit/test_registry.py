@@ -10,7 +10,8 @@ import pytest
 
 from sdar.config import MethodConfig, OneOf, TeacherConfig
 from sdar.contracts.errors import ConfigurationError, ContractError
-from sdar.contracts.registry import Registry, list_entries
+from sdar.contracts.methods import Method
+from sdar.contracts.registry import Registry, index_by_name, list_entries
 
 PACKAGES = {
     "sdar.algorithms.gates": (MethodConfig, "gate"),
@@ -72,6 +73,13 @@ def test_a_name_is_registered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(ContractError, match=r"register the colour 'blue'"):
         get_registry(package).names()
+
+
+def test_two_rows_of_a_table_may_not_have_one_name() -> None:
+    rows = [Method("grpo", ("policy",)), Method("grpo", ("policy", "sdar"))]
+    with pytest.raises(ContractError, match="'grpo'"):
+        index_by_name(rows)
+    assert list(index_by_name(rows[:1])) == ["grpo"]
 
 
 def test_a_package_that_is_not_there_is_named() -> None:

@@ -10,7 +10,7 @@ import ast
 import re
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from services.gateway.alarms import (
 from services.gateway.describe import PAYLOADS
 from services.gateway.state import RunPhase
 from tests.support import EXAMPLES
+from tests.unit.read_keys import read_keys
 from tools import chart_schema, image_requirements
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,10 @@ TOY = RoleSpec(
     config_keys=("name", "critic"),
 )
 """A service that somebody has only just written down."""
+
+
+STUBS = {"EnvironmentService": Role.ENVS, "TeacherService": Role.TEACHER}
+"""Whose gRPC a service calls that makes such a stub."""
 
 
 def read(path: str) -> str:
@@ -247,39 +252,56 @@ def test_a_row_says_what_its_service_does(role: Role) -> None:
     listens = set(re.findall(r"settings\.((?:http|grpc|probe)_port)\b", code))
     assert listens == {port.setting for port in row.listens}
     assert ("settings.drain_s" in code) == row.drains
+    called = {STUBS[stub] for stub in re.findall(r"_pb2_grpc\.(\w+)Stub\(", code)}
+    assert called == set(row.calls)
     assert ("claim_role(" in code) == row.is_sole
     assert ("build_bus(" in code) == row.uses_bus
     assert ("weights_url" in code or "build_weight_store(" in code) == row.may_hold_gpus
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_row_names_every_key_of_the_run_that_its_service_reads(role: Role) -> None:
-    sections = [name for name in RunConfig.model_fields if is_key(f"{name}.{first_key(name)}")]
-    code = read_code(role)
-    named = rf"\bconfig\.({'|'.join(sections)})\b(?:\.([a-z_]+))?"
-    keys = {".".join(filter(None, found)) for found in re.findall(named, code)}
-    keys |= set(re.findall(r"\bconfig\.(name|seed)\b", code))
-    read_keys = {find_key(key) for key in keys}
-    listed = ROLES[role].config_keys
-    unlisted = [
-        key
-        for key in sorted(read_keys)
-        if not any(key == one or key.startswith(f"{one}.") for one in listed)
-    ]
-    assert read_keys
+def test_a_row_names_the_keys_of_the_run_that_its_service_reads_and_no_others(role: Role) -> None:
+    row = ROLES[role]
+    keys = read_keys_of((ROOT / "services" / role).rglob("*.py"))
+    if row.uses_bus:
+        keys |= read_keys_of([ROOT / "sdar" / "connect.py"])
+    listed = row.config_keys
+    unlisted = [key for key in sorted(keys) if not any(covers(one, key) for one in listed)]
     assert unlisted == []
+    unread = [one for one in listed if not any(covers(one, key) for key in keys)]
+    # Also what is read by way of the whole section.
+    assert [one for one in unread if not any(covers(key, one) for key in keys)] == []
 
 
-def find_key(name: str) -> str:
-    """The key that an attribute of a section stands for: itself, or what it is worked out of."""
-    if name == "method.row":
-        return "method.name"
-    return name if is_key(name) else name.partition(".")[0]
+def read_keys_of(paths: Iterable[Path]) -> set[str]:
+    keys: set[str] = set()
+    for path in paths:
+        keys |= read_keys(path.read_text())
+    return keys
 
 
-def first_key(section: str) -> str:
-    fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
-    return next(iter(fields), "")
+def covers(section: str, key: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def test_keys_are_found_under_whatever_name_they_are_read() -> None:
+    code = """
+class Part:
+    def __init__(self, config: RunConfig, training: TrainingConfig) -> None:
+        self._config = config
+        self._section = config.teacher
+        rollout = self._config.rollout
+        print(rollout.temperature, self._section.max_lag, training.num_updates, config.method)
+        print(scheduler.config.train_sampling, config.needs_teacher)
+"""
+    assert read_keys(code) == {
+        "rollout.temperature",
+        "teacher.max_lag",
+        "training.num_updates",
+        "method",
+        "rollout.max_response_tokens",
+        "method.name",
+    }
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ class HouseholdDemonstrator:
         example: Example = [(prompt.tolist(), False)]
         for action, answer in self._play(rng, game, procedure):
             response = chat.tokenizer.encode(action, add_special_tokens=False)
-            delta = chat.render_delta((ChatMessage("user", answer),), is_closed=True)
+            message = ChatMessage("user", answer)
+            delta = chat.render_delta((message,), ended_by=chat.stops.closing_id)
             example.append(([*response, END_OF_TURN_ID], True))
             example.append((delta.tolist(), False))
         # Nobody answers after the last turn.

@@ -67,11 +67,10 @@ class GymnasiumEnvironment(SeededEnvironment):
             )
         self._facts = _inspect(str(id))
         super().__init__(num_tasks=num_tasks, game=self._facts.id)
-        self.version = f"1/{self._facts.id}/gymnasium-{gymnasium.__version__}"
+        self.version = f"2/{self._facts.id}/gymnasium-{gymnasium.__version__}"
         self.instructions = self._facts.instructions
-        self.action_format = (
-            f"{describe_space(self._facts.action_space)}, alone or in <action> tags."
-        )
+        written = describe_space(self._facts.action_space)
+        self.action_format = f"{written}, alone or in <action> tags."
         self.max_turns = max_turns or self._facts.max_turns
         self._env: gymnasium.Env[Any, Any] | None = None
         self._return = 0.0
@@ -90,16 +89,20 @@ class GymnasiumEnvironment(SeededEnvironment):
         action = parse_action(self._facts.action_space, written)
         if action is None:
             return self._refuse(written)
-        seen, reward, terminated, truncated, info = self._playing().step(action)
-        self._return += float(reward)
-        is_over = bool(terminated or truncated)
+
+        # Converted: environments return numpy's numbers and truths as well as Python's.
+        seen, given, terminated, truncated, info = self._playing().step(action)
+        reward = float(given)
+        is_terminated = bool(terminated)
+        is_over = is_terminated or bool(truncated)
+        self._return += reward
         return StepResult(
             observation=self._observe(seen, info),
-            reward=float(reward),
-            terminated=bool(terminated),
-            truncated=bool(truncated and not terminated),
+            reward=reward,
+            terminated=is_terminated,
+            truncated=is_over and not is_terminated,
             action=written,
-            is_success=is_over and self._is_solved(float(reward), bool(terminated), info),
+            is_success=is_over and self._is_solved(reward, is_terminated, info),
             reward_components={"return": self._return} if is_over else {},
         )
 
@@ -164,14 +167,13 @@ def _inspect(id: str) -> _Facts:
     try:
         env = gymnasium.make(id, disable_env_checker=True)
     except gymnasium.error.UnregisteredEnv as error:
+        known = "that `gymnasium.pprint_registry()` lists"
         nearest = difflib.get_close_matches(id, gymnasium.registry, n=5, cutoff=0.5)
-        hint = (
-            f"Use one of {', '.join(nearest)}, or"
-            if nearest
-            else "Use one that `gymnasium.pprint_registry()` lists, or"
-        )
+        if nearest:
+            known = f"of {', '.join(nearest)}"
         raise ConfigurationError(
-            f"Gymnasium has no {id!r}. {hint} module:Id-v0 for a module that registers it."
+            f"Gymnasium has no {id!r}. Use one {known}, or module:Id-v0 for a module that "
+            "registers it."
         ) from error
     except (gymnasium.error.Error, ImportError) as error:
         raise ConfigurationError(
@@ -191,14 +193,17 @@ def _collect_facts(env: gymnasium.Env[Any, Any]) -> _Facts:
         )
     # For its error only: an environment whose actions cannot be written is refused now.
     describe_space(env.action_space)
-    has_text_rendering = "ansi" in (env.metadata.get("render_modes") or ())
-    is_observation_written = _count_numbers(env.observation_space) <= MAX_NUMBERS
-    if not (has_text_rendering or is_observation_written):
+
+    render_modes = env.metadata.get("render_modes") or ()
+    has_text_rendering = "ansi" in render_modes
+    num_numbers = _count_numbers(env.observation_space)
+    is_observation_written = num_numbers <= MAX_NUMBERS
+    if not has_text_rendering and not is_observation_written:
         raise ConfigurationError(
-            f"{spec.id} shows {_count_numbers(env.observation_space):,} numbers, at most "
-            f"{MAX_NUMBERS:,} can be written as text. Give it an ansi rendering or a wrapper with "
-            "a smaller observation."
+            f"{spec.id} shows {num_numbers:,} numbers, at most {MAX_NUMBERS:,} can be written as "
+            "text. Give it an ansi rendering or a wrapper with a smaller observation."
         )
+
     text = inspect.cleandoc(type(env.unwrapped).__doc__ or "")
     return _Facts(
         id=spec.id,
@@ -221,12 +226,9 @@ def describe_space(space: spaces.Space[Any]) -> str:
         case spaces.Discrete():
             return f"An integer of {space.start} to {space.start + space.n - 1}"
         case spaces.Text():
-            is_short = len(space.character_set) <= MAX_LISTED_CHARACTERS
-            characters = (
-                f"the characters {''.join(sorted(space.character_set))}"
-                if is_short
-                else "its characters"
-            )
+            characters = "its characters"
+            if len(space.character_set) <= MAX_LISTED_CHARACTERS:
+                characters = f"the characters {''.join(sorted(space.character_set))}"
             return f"A text of {space.min_length} to {space.max_length} of {characters}"
         case spaces.Box() | spaces.MultiDiscrete() | spaces.MultiBinary():
             kind = "integers" if np.issubdtype(space.dtype, np.integer) else "numbers"
@@ -246,26 +248,25 @@ def describe_space(space: spaces.Space[Any]) -> str:
 def _describe_bounds(space: spaces.Space[Any]) -> str:
     match space:
         case spaces.Box():
-            least = _describe_bound("at least", space.low)
-            return f", {least}, {_describe_bound('at most', space.high)}"
+            return f", at least {_write_bound(space.low)}, at most {_write_bound(space.high)}"
         case spaces.MultiDiscrete():
             last = space.start + space.nvec - 1
-            return (
-                f", {_describe_bound('at least', space.start)}, {_describe_bound('at most', last)}"
-            )
+            return f", at least {_write_bound(space.start)}, at most {_write_bound(last)}"
     return ", each 0 or 1"
 
 
-def _describe_bound(what: str, bound: np.ndarray) -> str:
+def _write_bound(bound: np.ndarray) -> str:
     """One number where the bound is the same everywhere."""
     is_one = bound.size > 0 and np.all(bound == bound.flat[0])
-    return f"{what} {to_plain(bound.flat[0] if is_one else bound)}"
+    return str(to_plain(bound.flat[0] if is_one else bound))
 
 
 def parse_action(space: spaces.Space[Any], written: str) -> Any:
     """The action that a text writes, None if it is not one of the space."""
     action = written if isinstance(space, spaces.Text) else _to_member(space, parse_json(written))
-    return action if action is not None and space.contains(action) else None
+    if action is None or not space.contains(action):
+        return None
+    return action
 
 
 def _to_member(space: spaces.Space[Any], value: Any) -> Any:
@@ -293,16 +294,21 @@ def _to_member(space: spaces.Space[Any], value: Any) -> Any:
 def _to_array(space: spaces.Space[Any], value: Any) -> np.ndarray | None:
     try:
         array = np.asarray(value)
-    except ValueError:  # a ragged list
+    except ValueError:
+        # A ragged list.
         return None
+    # Integers with and without a sign, and floats.
     if array.dtype.kind not in "iuf" or array.shape != space.shape:
         return None
+
     dtype = np.dtype(space.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(dtype)
     # A fraction for an integer, or a number out of its range, would be played as another number.
     is_exact = dtype.kind == "f" or np.array_equal(converted, array)
-    return converted if is_exact and np.all(np.isfinite(converted)) else None
+    if not is_exact or not np.all(np.isfinite(converted)):
+        return None
+    return converted
 
 
 def to_plain(value: Any) -> Any:
@@ -337,13 +343,15 @@ def _list_actions(space: spaces.Space[Any], mask: Any) -> tuple[str, ...]:
     """The actions of a small Discrete space, those of the mask where the environment gives one."""
     if not isinstance(space, spaces.Discrete) or space.n > MAX_LISTED_ACTIONS:
         return ()
-    return tuple(
-        str(space.start + index) for index in range(space.n) if mask is None or mask[index]
-    )
+    indices = [index for index in range(space.n) if mask is None or mask[index]]
+    return tuple(str(space.start + index) for index in indices)
 
 
 def _name_colours(text: str) -> str:
     """Terminal colours as tags: in a rendering they often are the only sign of who is where."""
-    return _COLOURED.sub(
-        lambda found: "<{0}>{1}</{0}>".format(_COLOURS[int(found["colour"])], found["text"]), text
-    )
+    return _COLOURED.sub(_write_tag, text)
+
+
+def _write_tag(found: re.Match[str]) -> str:
+    colour = _COLOURS[int(found["colour"])]
+    return f"<{colour}>{found['text']}</{colour}>"

@@ -26,11 +26,9 @@ from services.envs.adapters.seeded import (
 )
 
 CLOSING_TIMEOUT_S = 2.0
-FULL_TIMEOUT_S, FULL_RETRY_S = 2.0, 0.05
-"""How long and how often a full server is asked again.
-
-An episode that was just closed may still hold its place there.
-"""
+FULL_TIMEOUT_S = 2.0
+"""How long a full server is asked again: an episode just closed may still hold its place there."""
+FULL_RETRY_S = 0.05
 MAX_MESSAGE_BYTES = 16 << 20
 """What the web server under an OpenEnv server accepts by default."""
 
@@ -40,13 +38,12 @@ _FULL = "CAPACITY_REACHED"
 
 
 class OpenEnvEnvironment(SeededEnvironment):
-    """Whatever an OpenEnv server plays. A task is the seed its `reset` gets; a server that ignores
-    seeds has but one task.
+    """Whatever an OpenEnv server plays.
 
-    The agent's text goes into one field of the action, or, if it is a JSON object, is the whole
-    action. An action that the server finds malformed is invalid and uses a turn. OpenEnv has one
-    `done`, which counts as terminated; an episode that is done with a positive last reward counts
-    as solved.
+    A task is the seed its `reset` gets; a server that ignores seeds has but one task. The agent's
+    text goes into one field of the action, or, if it is a JSON object, is the whole action. An
+    action that the server finds malformed is invalid and uses a turn. OpenEnv has one `done`, which
+    counts as terminated; an episode that is done with a positive last reward counts as solved.
 
     Args:
         url: of the server, http or ws.
@@ -80,10 +77,11 @@ class OpenEnvEnvironment(SeededEnvironment):
         self._server = _look_up(str(url), self._timeout_s)
         super().__init__(num_tasks=num_tasks, game=self._server.name)
         self._action_field = self._server.find_action_field(action_field)
-        self.version = f"1/{self._server.name}-{self._server.version}"
+        self.version = f"2/{self._server.name}-{self._server.version}"
         self.instructions = self._server.description
         self.action_format = self._server.describe_action(self._action_field)
         self.max_turns = max_turns
+
         self._connection: ClientConnection | None = None
         self._ending = contextlib.ExitStack()
         self._is_closed = False
@@ -111,7 +109,9 @@ class OpenEnvEnvironment(SeededEnvironment):
         if answer is None:
             refusal = f"That is no action here. {self.action_format}"
             return StepResult(Observation(refusal), action=written, is_action_valid=False)
-        reward, is_done = float(answer.get("reward") or 0.0), bool(answer.get("done"))
+
+        reward = float(answer.get("reward") or 0.0)
+        is_done = bool(answer.get("done"))
         return StepResult(
             observation=self._observe(answer),
             reward=reward,
@@ -154,7 +154,8 @@ class OpenEnvEnvironment(SeededEnvironment):
             raise self._failure(
                 f"cannot be reached: {error}. Start it, then open another session."
             ) from error
-        if self._is_closed:  # while this thread was waiting
+        # Closed by another thread while this one was waiting.
+        if self._is_closed:
             self._hang_up()
             raise self._failure(
                 "was given up while it was being connected to. Open another session."
@@ -216,18 +217,17 @@ class OpenEnvEnvironment(SeededEnvironment):
         whole = parse_json(written)
         if isinstance(whole, dict):
             return whole
-        return {self._action_field: written} if written and self._action_field else None
+        if not written or not self._action_field:
+            return None
+        return {self._action_field: written}
 
     @staticmethod
     def _observe(answer: Mapping[str, Any]) -> Observation:
         fields = {name: value for name, value in answer["observation"].items() if value is not None}
-        texts = list(fields.values())
-        is_one_text = len(texts) == 1 and isinstance(texts[0], str)
-        return (
-            Observation(texts[0])
-            if is_one_text
-            else Observation(format_value(fields), info=format_facts(fields))
-        )
+        values = list(fields.values())
+        if len(values) == 1 and isinstance(values[0], str):
+            return Observation(values[0])
+        return Observation(format_value(fields), info=format_facts(fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,20 +252,22 @@ class _Server:
                 f"The action of {self.url} has no field {wanted!r}. Set option action_field to one "
                 f"of {', '.join(self.fields)}."
             )
-        texts = [
-            name for name in self.required if self.fields.get(name, {}).get("type") == "string"
-        ]
-        return wanted or (texts[0] if len(texts) == 1 else "")
+        if wanted:
+            return wanted
+        known = [name for name in self.required if name in self.fields]
+        texts = [name for name in known if self.fields[name].get("type") == "string"]
+        return texts[0] if len(texts) == 1 else ""
 
     def describe_action(self, field: str) -> str:
         if field:
             description = self.fields[field].get("description") or "any text"
             return f"The {field}: {description}, alone or in <action> tags."
-        described = ", ".join(
-            f"{name}: {fact.get('type', 'any')}" for name, fact in self.fields.items()
-        )
+        described = [f"{name}: {fact.get('type', 'any')}" for name, fact in self.fields.items()]
         needed = ", ".join(self.required) or "none"
-        return f"A JSON object with {described} (needed: {needed}), alone or in <action> tags."
+        return (
+            f"A JSON object with {', '.join(described)} (needed: {needed}), "
+            "alone or in <action> tags."
+        )
 
 
 @lru_cache
@@ -275,11 +277,12 @@ def _look_up(url: str, timeout_s: float) -> _Server:
     # ws becomes http, and wss https.
     http_url = websocket_url.replace("ws", "http", 1)
     try:
-        facts, schema = (_fetch(f"{http_url}/{page}", timeout_s) for page in ("metadata", "schema"))
-        action, name = schema["action"], str(facts["name"])
-        fields = {
-            name: dict(field) for name, field in action["properties"].items() if name != "metadata"
-        }
+        facts = _fetch(f"{http_url}/metadata", timeout_s)
+        action = _fetch(f"{http_url}/schema", timeout_s)["action"]
+        name = str(facts["name"])
+        # Every OpenEnv action has metadata; it is no part of what is played.
+        names = [field for field in action["properties"] if field != "metadata"]
+        fields = {field: dict(action["properties"][field]) for field in names}
     except (httpx.HTTPError, OSError) as error:
         raise EnvironmentFailedError(
             f"The OpenEnv server {url} does not answer: {error}. Start it first."

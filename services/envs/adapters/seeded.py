@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 from sdar.environments.base import Environment
+from sdar.environments.thoughts import drop_thoughts
 
 MAX_TASKS = 1_000_000
 HELDOUT_SHARE = 10
@@ -40,8 +42,9 @@ class SeededEnvironment(Environment):
                 f"{MAX_TASKS:,}. Correct it."
             )
         self._game = game
-        sizes = (num_tasks, -(-num_tasks // HELDOUT_SHARE))
-        self._num_tasks = dict(zip(self.splits, sizes, strict=True))
+        train, heldout = self.splits
+        num_heldout = math.ceil(num_tasks / HELDOUT_SHARE)
+        self._num_tasks = {train: num_tasks, heldout: num_heldout}
 
     def list_tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
@@ -71,12 +74,15 @@ class SeededEnvironment(Environment):
 
 
 def find_action(text: str) -> str:
-    """The last <action>...</action> of the text, or the whole text if it has none.
+    """The last <action>...</action> behind the text's thoughts, or all that stands there if there
+    is none.
 
     White space around it is left out.
     """
-    tagged = _ACTION.findall(text)
-    return (tagged[-1] if tagged else text).strip()
+    said = drop_thoughts(text)
+    tagged = _ACTION.findall(said)
+    action: str = tagged[-1] if tagged else said
+    return action.strip()
 
 
 def parse_json(text: str) -> Any:
@@ -92,18 +98,15 @@ def format_value(value: Any) -> str:
 
     Text stays as it is; anything else becomes JSON with sorted keys.
     """
-    return (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-    )
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def format_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The single numbers, texts and truths among an environment's facts, for logs."""
-    return {
-        str(key): format_value(value)
-        for key, value in facts.items()
-        if isinstance(value, (bool, int, float, str))
-    }
+    single = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
+    return {str(key): format_value(value) for key, value in single.items()}
 
 
 def _refuse_constant(name: str) -> None:

@@ -15,22 +15,20 @@ from sdar.contracts.errors import ConfigurationError
 from services.envs.alfworld.games import GAME_FILE, read_game
 
 # Every wording of ALFWorld's goals: the object first, then where it must go or the lamp.
-_GOAL_WORDINGS = tuple(
-    re.compile(wording)
-    for wording in (
-        r"put (?:a|some|two) (?:clean |hot |cool )?(\w+) (?:in|on) (\w+)",
-        r"(?:clean|heat|cool) some (\w+) and put it in (\w+)",
-        r"find two (\w+) and put them in (\w+)",
-        r"look at (\w+) under the (\w+)",
-        r"examine the (\w+) with the (\w+)",
-    )
+_GOAL_WORDINGS = (
+    re.compile(r"put (?:a|some|two) (?:clean |hot |cool )?(\w+) (?:in|on) (\w+)"),
+    re.compile(r"(?:clean|heat|cool) some (\w+) and put it in (\w+)"),
+    re.compile(r"find two (\w+) and put them in (\w+)"),
+    re.compile(r"look at (\w+) under the (\w+)"),
+    re.compile(r"examine the (\w+) with the (\w+)"),
 )
 _TREATMENTS = {
     "pick_clean_then_place_in_recep": ("clean", "sinkbasin"),
     "pick_heat_then_place_in_recep": ("heat", "microwave"),
     "pick_cool_then_place_in_recep": ("cool", "fridge"),
 }
-_LOOK_TASK, _TWO_OBJECTS_TASK = "look_at_obj_in_light", "pick_two_obj_and_place"
+_LOOK_TASK = "look_at_obj_in_light"
+_TWO_OBJECTS_TASK = "pick_two_obj_and_place"
 _GO = "go to "
 
 
@@ -103,12 +101,11 @@ class ExploringPlayer:
         self, description: str, task_type: str, observation: str, admissible_actions: Sequence[str]
     ) -> tuple[str, str]:
         """The next thought and command. Must be called for every turn, and its command played."""
+        # The first turn alone lists every place: later ones leave out where the player stands.
         if not self._places:
-            self._places = [
-                command.removeprefix(_GO)
-                for command in admissible_actions
-                if command.startswith(_GO)
-            ]
+            going = [command for command in admissible_actions if command.startswith(_GO)]
+            self._places = [command.removeprefix(_GO) for command in going]
+
         aim = read_aim(description)
         self._note(observation)
         decide = self._carry_on if self._holding else self._search
@@ -133,7 +130,8 @@ class ExploringPlayer:
             self._seen_at.pop(self._holding, None)
             self._is_treated = False
         elif verb == "move":
-            self._seen_at[self._holding], self._holding = self._place, ""
+            self._seen_at[self._holding] = self._place
+            self._holding = ""
         elif verb in {"clean", "heat", "cool"}:
             self._is_treated = True
 
@@ -151,22 +149,20 @@ class ExploringPlayer:
     def _carry_on(self, aim: Aim, task_type: str, admissible: Sequence[str]) -> tuple[str, str]:
         """The object is in hand: treat it, then bring it where it must go."""
         if task_type == _LOOK_TASK:
-            lamps = [
-                command for command in admissible if command.startswith(f"use {aim.destination} ")
-            ]
-            if lamps:
-                return f"use the {aim.destination}", lamps[0]
+            for command in admissible:
+                if command.startswith(f"use {aim.destination} "):
+                    return f"use the {aim.destination}", command
             return f"find a {aim.destination}", self._explore(aim.destination, admissible)
+
         verb, station = _TREATMENTS.get(task_type, ("", ""))
         if verb and not self._is_treated:
             place = self._first_of(station)
-            return f"{verb} the {aim.target}", self._reach(
-                place, f"{verb} {self._holding} with {place}", admissible
-            )
+            command = f"{verb} {self._holding} with {place}"
+            return f"{verb} the {aim.target}", self._reach(place, command, admissible)
+
         place = self._first_of(aim.destination)
-        return f"put it in the {aim.destination}", self._reach(
-            place, f"move {self._holding} to {place}", admissible
-        )
+        command = f"move {self._holding} to {place}"
+        return f"put it in the {aim.destination}", self._reach(place, command, admissible)
 
     def _first_of(self, kind: str) -> str:
         return next(place for place in self._places if place.partition(" ")[0] == kind)
@@ -185,8 +181,12 @@ class ExploringPlayer:
         opening = f"open {self._place}"
         if opening in admissible:
             return opening
-        for thing, place in self._seen_at.items() if self._remembers else ():
-            if thing.partition(" ")[0] == kind and place not in (self._place, passing_by):
-                return f"{_GO}{place}"
+
+        if self._remembers:
+            for thing, place in self._seen_at.items():
+                if thing.partition(" ")[0] == kind and place not in (self._place, passing_by):
+                    return f"{_GO}{place}"
+
+        # The player begins in the middle of the room, at no place.
         after = self._places.index(self._place) + 1 if self._place in self._places else 0
         return f"{_GO}{self._places[after % len(self._places)]}"

@@ -41,8 +41,10 @@ from services.envs.alfworld.games import find_goal_template, replace_goal_templa
 from services.envs.alfworld.grammar import SentenceGrammar
 from services.envs.alfworld.upstream import AlfredDemangler, AlfredInfos
 
-# The games of one release of ALFWorld share one logic. A translation takes 2 MB in a large room.
-_MAX_LOGICS, _MAX_TRANSLATIONS = 8, 64
+# The games of one release of ALFWorld share one logic.
+_MAX_LOGICS = 8
+# A translation takes 2 MB in a large room.
+_MAX_TRANSLATIONS = 64
 # TextWorld interns every fact of every game for ever; dropping them costs their making anew.
 _MAX_INTERNED = 200_000
 _MAX_NAME_BYTES = 1024
@@ -77,26 +79,34 @@ class Translation:
     """What an operator's parameters stand for, by its name. There are as many as operators."""
 
     def find_mapping(self, operator: str) -> dict[Placeholder, Variable]:
-        mapping = self.mappings.get(operator)
-        if mapping is None:
-            name, *arguments = operator.split()
-            # Not strict: the translator turns quantifiers into further parameters of some of an
-            # action's operators.
-            pairs = zip(self.parameters[name], arguments, strict=False)
-            mapping = {
-                placeholder: Variable(argument, placeholder.type) for placeholder, argument in pairs
-            }
-            self.mappings[operator] = mapping
+        known = self.mappings.get(operator)
+        if known is not None:
+            return known
+
+        name, *arguments = operator.split()
+        mapping: dict[Placeholder, Variable] = {}
+        # Not strict: the translator turns quantifiers into further parameters of some of an
+        # action's operators.
+        for placeholder, argument in zip(self.parameters[name], arguments, strict=False):
+            mapping[placeholder] = Variable(argument, placeholder.type)
+        self.mappings[operator] = mapping
         return mapping
 
 
 @lru_cache(maxsize=_MAX_TRANSLATIONS)
 def translate(domain: str, problem: str) -> Translation:
+    """A problem in Fast Downward's form.
+
+    Raises:
+        ValueError: a name in it is too long for the library.
+    """
     with _restore_arguments():
         task, sas = fast_downward.pddl2sas(domain, problem)
     _check_names(sas)
+
     types_by_name = {thing.name: thing.type_name for thing in task.objects}
-    atoms = (atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "=")
+    # The others set the cost of a plan and equate each thing with itself.
+    atoms = [atom for atom in task.init if isinstance(atom, InitialAtom) and atom.predicate != "="]
     propositions = tuple(_to_proposition(atom, types_by_name) for atom in atoms)
     parameters = {action.name: _list_placeholders(action) for action in task.actions}
     types = tuple((type_.name, tuple(type_.supertype_names)) for type_ in task.types)
@@ -111,8 +121,8 @@ def translate(domain: str, problem: str) -> Translation:
 
 def _check_names(sas: str) -> None:
     longest = max(map(len, sas.splitlines()))
+    # The library copies names into buffers of this size without looking.
     if longest >= _MAX_NAME_BYTES:
-        # The library copies names into buffers of this size without looking.
         raise ValueError(
             f"a fact or an operator has a name of {longest} bytes, at most {_MAX_NAME_BYTES - 1} "
             "fit"
@@ -150,12 +160,14 @@ def _parse_logic(domain: str, grammar: str) -> tuple[GameLogic, SentenceGrammar]
 
 
 def build_logic(domain: str, grammar: str) -> GameLogic:
-    """A game's actions and grammar. Games differ in their task's sentence alone, so the rest is
-    parsed once.
+    """A game's actions and grammar.
+
+    Games differ in their task's sentence alone, so the rest is parsed once.
     """
     template = find_goal_template(grammar)
-    logic, sentences = _parse_logic(domain, replace_goal_template(grammar, _NO_GOAL))
-    logic = copy.copy(logic)
+    parsed, sentences = _parse_logic(domain, replace_goal_template(grammar, _NO_GOAL))
+    # Shallow: all games share the parsed parts, and each has a grammar of its own.
+    logic = copy.copy(parsed)
     logic.grammar = sentences.replace_production("task", template)
     return logic
 
@@ -181,6 +193,8 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
         self.name2type = self._translation.types_by_name
         _add_types(logic, self._translation.types)
         downward_lib.load_sas(self._translation.sas)
+
+        # The first state of a problem derives its facts; later ones begin with a copy of them.
         if self._translation.first_facts is None:
             self._derive_first_facts()
             self._translation.first_facts = _copy_facts(vars(self))
@@ -193,6 +207,8 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
         self._vars_by_name: dict[str, Any] = {}
         self._var_counts: Counter[str] = Counter()
         self.add_facts(self._translation.propositions)
+
+        # An array of C's, which the library fills.
         atoms = (Atom * self.downward_lib.get_state_size())()
         self.downward_lib.get_state(atoms)
         facts = [atom.get_fact(self.name2type) for atom in atoms]
@@ -226,10 +242,12 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
     def remember_sentence(self, key: Hashable, write: Callable[[], str]) -> str:
         """The sentence of a key, written anew only if a fact that it read of has changed since."""
         kept = self._sentences.get(key)
-        if kept is not None and all(
-            self._revisions[name] == revision for name, revision in kept[1].items()
-        ):
-            return kept[0]
+        if kept is not None:
+            sentence, readings = kept
+            if all(self._revisions[name] == revision for name, revision in readings.items()):
+                return sentence
+
+        # Filled by `note_reading` while the sentence is written.
         self._readings = {}
         sentence = write()
         self._sentences[key] = (sentence, self._readings)
@@ -240,12 +258,11 @@ class KeptState(PddlState):  # type: ignore[misc]  # TextWorld has no types
         operators = (fast_downward.Operator * self.downward_lib.get_applicable_operators_count())()
         self.downward_lib.get_applicable_operators(operators)
         self._operators = {operator.id: operator for operator in operators}
+
         first_by_name: dict[str, int] = {}
         for operator in operators:
             first_by_name.setdefault(operator.name, operator.id)
-        return [
-            self._build_action(name, operator_id) for name, operator_id in first_by_name.items()
-        ]
+        return list(map(self._build_action, first_by_name.keys(), first_by_name.values()))
 
     def _build_action(self, operator: str, operator_id: int) -> Action:
         name = operator.split(maxsplit=1)[0]
@@ -283,25 +300,26 @@ def _add_types(logic: GameLogic, types: Iterable[tuple[str, tuple[str, ...]]]) -
 
 @lru_cache(maxsize=1)
 def _read_loadable_part(path: str) -> bytes:
-    """A library's bytes up to the end of what the loader maps.
+    """A library's bytes up to the end of what the loader maps; 32 MB of debugging follow it.
 
-    Behind that come 32 MB of debugging information.
-
-    Read from the program headers of a 64-bit little-endian ELF file; another kind of library is
-    returned whole.
+    The end is read from the program headers of a 64-bit little-endian ELF file; another kind of
+    library is returned whole.
     """
     content = Path(path).read_bytes()
     if not content.startswith(b"\x7fELF\x02\x01"):
         return content
+
     # Of the header: where the table of segments begins, the size of a row, the number of rows.
     (table,) = struct.unpack_from("<Q", content, 32)
-    entry_bytes, num_entries = struct.unpack_from("<HH", content, 54)
-    # Of a row: type, flags, offset, two addresses, size in the file.
-    entries = [
-        struct.unpack_from("<IIQQQQ", content, table + number * entry_bytes)
-        for number in range(num_entries)
-    ]
-    return content[: max(offset + size for _, _, offset, _, _, size in entries)]
+    row_bytes, num_rows = struct.unpack_from("<HH", content, 54)
+
+    end = 0
+    for number in range(num_rows):
+        # Of a row: type, flags, offset, two addresses, size in the file.
+        row = struct.unpack_from("<IIQQQQ", content, table + number * row_bytes)
+        _, _, offset, _, _, size = row
+        end = max(end, offset + size)
+    return content[:end]
 
 
 @contextmanager
@@ -332,7 +350,8 @@ class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
     def load(self, filename_or_data: Mapping[str, Any]) -> None:
         if len(mementos.core._memento_cache) > _MAX_INTERNED:
             mementos.core._memento_cache.clear()
-        self._game_file, self._game_data = None, filename_or_data
+        self._game_file = None
+        self._game_data = filename_or_data
         self.walkthrough = filename_or_data.get("walkthrough")
         self._logic = build_logic(filename_or_data["pddl_domain"], filename_or_data["grammar"])
         self._pddl_state = KeptState(
@@ -348,6 +367,7 @@ class KeptPddlEnv(PddlEnv):  # type: ignore[misc]
         self.state = GameState()
         self._last_action = None
         self._moves = 0
+
         context = {
             "state": self._pddl_state,
             "variables": {},

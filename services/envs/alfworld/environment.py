@@ -29,7 +29,8 @@ WIN_REWARD = 10.0
 # The engine knows this command, but its answer holds nothing that the agent does not see anyway.
 # It is therefore not offered, and so not valid.
 _HELP = "help"
-_WELCOME, _TASK_MARK = "-= Welcome to TextWorld, ALFRED! =-\n\n", "\n\nYour task is to: "
+_WELCOME = "-= Welcome to TextWorld, ALFRED! =-\n\n"
+_TASK_MARK = "\n\nYour task is to: "
 
 
 class AlfworldEnvironment(Environment):
@@ -121,12 +122,11 @@ class AlfworldEnvironment(Environment):
             self._game = None
 
     def _observe(self, view: View, *, is_over: bool, is_first: bool = False) -> Observation:
-        self._admissible = (
-            () if is_over else tuple(command for command in view.commands if command != _HELP)
-        )
-        return Observation(
-            extract_scene(view.feedback) if is_first else view.feedback, self._admissible
-        )
+        self._admissible = ()
+        if not is_over:
+            self._admissible = tuple(command for command in view.commands if command != _HELP)
+        text = extract_scene(view.feedback) if is_first else view.feedback
+        return Observation(text, self._admissible)
 
 
 def read_response(text: str) -> tuple[str, bool]:
@@ -139,7 +139,9 @@ def read_response(text: str) -> tuple[str, bool]:
 def extract_scene(introduction: str) -> str:
     """The engine's first feedback without its greeting and without the task's sentence."""
     scene, found, _ = introduction.rpartition(_TASK_MARK)
-    return (scene if found else introduction).removeprefix(_WELCOME)
+    if not found:
+        scene = introduction
+    return scene.removeprefix(_WELCOME)
 
 
 def _resolve_directory(data_dir: str) -> Path:

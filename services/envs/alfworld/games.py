@@ -166,6 +166,8 @@ def order_by_type(entries: Iterable[GameEntry]) -> tuple[GameEntry, ...]:
     for entry in by_hash:
         if entry.task_type in by_type:
             by_type[entry.task_type].append(entry)
+
+    # None stands in for games of a type that has no more of them.
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_type.values()))
     return tuple(entry for entry in in_turn if entry is not None)
 
@@ -180,9 +182,9 @@ def write_index(path: Path, entries: Sequence[GameEntry]) -> None:
 
 
 def read_index(path: Path) -> list[GameEntry]:
-    games = read_json(path).get("games")
+    games = read_json(path).get("games") or []
     try:
-        entries = [GameEntry(**game) for game in games or []]
+        entries = [GameEntry(**game) for game in games]
     except TypeError as error:
         raise ConfigurationError(
             f"Index {path} has a damaged entry: {error}. Delete the file.", path=path
@@ -203,19 +205,25 @@ def _load_cached_index(directory: Path) -> list[GameEntry]:
     Its name is a hash of every file's path, size and time, so changed games make a new index.
     """
     games = sorted(_find_games(directory))
+    name = f"{_hash_state(directory, games)}.json"
+    path = load_settings().cache.expanduser() / "alfworld" / name
+    if path.exists():
+        return read_index(path)
+
+    read = [_read_entry(directory, game) for game in games]
+    entries = [entry for entry in read if entry is not None]
+    write_index(path, entries)
+    return entries
+
+
+def _hash_state(directory: Path, games: Iterable[Path]) -> str:
     state = hashlib.sha256(f"{_INDEX_VERSION} {directory.resolve()}".encode())
     for game, name in itertools.product(games, (GAME_FILE, TRAJECTORY_FILE)):
         file = game.with_name(name)
         status = file.stat()
-        state.update(
-            f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n".encode()
-        )
-    path = load_settings().cache.expanduser() / "alfworld" / f"{state.hexdigest()[:32]}.json"
-    if path.exists():
-        return read_index(path)
-    entries = [entry for game in games if (entry := _read_entry(directory, game)) is not None]
-    write_index(path, entries)
-    return entries
+        line = f"{file.relative_to(directory)} {status.st_size} {status.st_mtime_ns}\n"
+        state.update(line.encode())
+    return state.hexdigest()[:32]
 
 
 def _find_games(directory: Path) -> Iterator[Path]:
@@ -223,9 +231,8 @@ def _find_games(directory: Path) -> Iterator[Path]:
     for split in SPLITS:
         for folder, _, files in os.walk(directory / split):
             relative = str(Path(folder).relative_to(directory))
-            if {GAME_FILE, TRAJECTORY_FILE} <= set(files) and not any(
-                word in relative for word in _UNSUPPORTED
-            ):
+            is_left_out = any(word in relative for word in _UNSUPPORTED)
+            if {GAME_FILE, TRAJECTORY_FILE} <= set(files) and not is_left_out:
                 yield Path(folder) / GAME_FILE
 
 

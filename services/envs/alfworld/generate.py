@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar.contracts.errors import ConfigurationError, ConflictError, EnvironmentFailedError
-from services.envs.alfworld.engine import AlfredGame
+from services.envs.alfworld.engine import AlfredGame, View
 from services.envs.alfworld.games import (
     GAME_FILE,
     INDEX_FILE,
@@ -47,7 +47,8 @@ from services.envs.alfworld.upstream import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 # Of eight games of a type six are small: what a small model can learn from, with the harder ones
 # beside them.
 SIZE_CYCLE = ("small", "small", "small", "medium", "small", "small", "small", "large")
-_MIN_VALIDATION_TASKS, _TRAIN_TASKS_PER_VALIDATION_TASK = 12, 5
+_MIN_VALIDATION_TASKS = 12
+_TRAIN_TASKS_PER_VALIDATION_TASK = 5
 
 
 def generate(
@@ -67,16 +68,17 @@ def generate(
         ConflictError: the directory exists and holds something.
     """
     _check_request(directory, num_tasks)
-    num_validation = max(
-        min(num_tasks, _MIN_VALIDATION_TASKS), num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK
-    )
+    least = min(num_tasks, _MIN_VALIDATION_TASKS)
+    num_validation = max(least, num_tasks // _TRAIN_TASKS_PER_VALIDATION_TASK)
     total = num_tasks + 2 * num_validation
+
     entries: list[GameEntry] = []
     for split, task in draw_tasks(num_tasks, num_validation, seed):
         # A generator for each game: what one draws must not depend on those before it.
         rng = random.Random(f"{seed} game {len(entries)}")
         entries.append(write_game(directory, split, task, rng))
         report(len(entries), total)
+
     write_index(directory / INDEX_FILE, entries)
     return (
         f"{num_tasks} ALFWorld games to train on and {num_validation} in each of valid_seen and "
@@ -105,9 +107,11 @@ def draw_tasks(num_tasks: int, num_validation: int, seed: int) -> Iterator[tuple
         scenes[task.scene.number] = task.scene
         goals.add((task.scene.number, task.goal))
         yield "train", task
+
     for index in range(num_validation):
         rng = random.Random(f"{seed} valid_seen {index}")
         yield "valid_seen", draw_task(index, list(scenes.values()), rng, goals)
+
     for index in range(num_validation):
         unseen = list_scenes(index, seed, is_unseen=True)
         rng = random.Random(f"{seed} valid_unseen {index}")
@@ -119,9 +123,8 @@ def list_scenes(index: int, seed: int, *, is_unseen: bool) -> list[Scene]:
     size = SIZE_CYCLE[index // len(TASK_TYPES) % len(SIZE_CYCLE)]
     numbers = ROOM_SIZES[size].unseen_scenes if is_unseen else ROOM_SIZES[size].train_scenes
     kinds = list_room_kinds(_find_type(index))
-    return [
-        build_scene(kind, size, number, seed) for kind, number in itertools.product(kinds, numbers)
-    ]
+    rooms = itertools.product(kinds, numbers)
+    return [build_scene(kind, size, number, seed) for kind, number in rooms]
 
 
 def draw_task(
@@ -131,10 +134,11 @@ def draw_task(
     taken: Set[tuple[int, Goal]] = frozenset(),
 ) -> RoomTask:
     """A room with a goal of the index's type that is not taken, and its objects laid out."""
-    possible = list(_list_possible(_find_type(index), scenes, taken))
+    task_type = _find_type(index)
+    possible = list(_list_possible(task_type, scenes, taken))
     if not possible:
         raise ConfigurationError(
-            f"No goal of type {_find_type(index)} is left for valid_seen: training has them all. "
+            f"No goal of type {task_type} is left for valid_seen: training has them all. "
             "Ask for fewer tasks."
         )
     scene, goals = rng.choice(possible)
@@ -159,25 +163,27 @@ def _find_type(index: int) -> str:
 
 def write_game(directory: Path, split: str, task: RoomTask, rng: random.Random) -> GameEntry:
     """Write the two files of a game once its walkthrough has won it."""
-    goal, scene = task.goal, task.scene
+    goal = task.goal
+    scene = task.scene
     description = describe(goal, rng)
     trial = f"trial_T{rng.randrange(10**17):017d}"
+    # As ALFRED names its folders; "None" stands for the movable receptacle that no task here has.
     folder = f"{goal.task_type}-{goal.target}-None-{goal.destination or goal.lamp}-{scene.number}"
     path = directory / split / folder / trial
+
+    grammar = Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8")
     content = {
         "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
-        "grammar": replace_goal_template(
-            Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8"), f"Your task is to: {description}."
-        ),
+        "grammar": replace_goal_template(grammar, f"Your task is to: {description}."),
         "pddl_problem": write_problem(task),
         "solvable": True,
     }
     content["walkthrough"] = win(content, task, path / GAME_FILE)
+    trajectory = _describe_trajectory(task, trial, description)
+
     path.mkdir(parents=True)
     (path / GAME_FILE).write_text(json.dumps(content), encoding="utf-8")
-    (path / TRAJECTORY_FILE).write_text(
-        json.dumps(_describe_trajectory(task, trial, description), indent=1), encoding="utf-8"
-    )
+    (path / TRAJECTORY_FILE).write_text(json.dumps(trajectory, indent=1), encoding="utf-8")
     return GameEntry(
         f"{split}/{folder}/{trial}", goal.task_type, f"{description}.", len(scene.receptacles)
     )
@@ -208,19 +214,25 @@ def win(content: Mapping[str, Any], task: RoomTask, path: Path) -> list[str]:
     """
     game = AlfredGame(content, path)
     try:
-        view, commands = game.reset(), Walk(game.names).plan(task)
-        for command in commands:
-            if view.is_won or command not in view.commands:
-                break
-            view = game.step(command)
-        else:
-            if view.is_won:
-                return commands
-        raise EnvironmentFailedError(
-            f"The walkthrough {commands} does not win {path}. Report this as a defect.", path=path
-        )
+        view = game.reset()
+        commands = Walk(game.names).plan(task)
+        if not _is_won_by(game, view, commands):
+            raise EnvironmentFailedError(
+                f"The walkthrough {commands} does not win {path}. Report this as a defect.",
+                path=path,
+            )
+        return commands
     finally:
         game.close()
+
+
+def _is_won_by(game: AlfredGame, view: View, commands: Sequence[str]) -> bool:
+    """Whether every command can be played, and the last one wins, no earlier one."""
+    for command in commands:
+        if view.is_won or command not in view.commands:
+            return False
+        view = game.step(command)
+    return view.is_won
 
 
 class Walk:
@@ -239,12 +251,14 @@ class Walk:
         goal = task.goal
         targets = [thing for thing in task.things if thing.kind == goal.target]
         if goal.task_type == LOOK_TASK:
-            (lamp,) = [thing for thing in task.things if thing.kind == goal.lamp]
+            [lamp] = [thing for thing in task.things if thing.kind == goal.lamp]
             self._take(targets[0])
             self._go_to(lamp.place)
             self._commands.append(f"use {self._name(lamp)}")
             return self._commands
-        for target in targets[: 2 if goal.task_type == TWO_OBJECTS_TASK else 1]:
+
+        num_wanted = 2 if goal.task_type == TWO_OBJECTS_TASK else 1
+        for target in targets[:num_wanted]:
             self._take(target)
             self._treat(target, task)
             self._put(target, task.scene.find(goal.destination)[0])

@@ -30,7 +30,8 @@ from textworld.logic import Placeholder, Rule, Variable
 
 # A grammar holds about 40 templates and 20 queries; the task's sentence is the only template that
 # differs between games.
-_MAX_TEMPLATES, _MAX_QUERIES = 4096, 512
+_MAX_TEMPLATES = 4096
+_MAX_QUERIES = 512
 # What templates of shipped grammars are made of. A game file is data from elsewhere: it must not
 # run code of its own.
 _EXPRESSION_NODES = (
@@ -111,13 +112,11 @@ class Scene:
         return [self._extend(found) for found in self.state.all_assignments(rule, self.mapping)]
 
     def _extend(self, found: Mapping[Placeholder, Variable]) -> Scene:
-        named = {
-            placeholder.name: self.entities[variable.name]
-            for placeholder, variable in found.items()
-        }
-        return Scene(
-            self.state, self.entities, {**self.mapping, **found}, {**self.variables, **named}
-        )
+        """This scene with more placeholders that stand for something."""
+        variables = dict(self.variables)
+        for placeholder, variable in found.items():
+            variables[placeholder.name] = self.entities[variable.name]
+        return Scene(self.state, self.entities, {**self.mapping, **found}, variables)
 
 
 class SentenceGrammar:
@@ -128,18 +127,16 @@ class SentenceGrammar:
 
     @classmethod
     def from_parsed(cls, grammar: ContextSensitiveGrammar) -> SentenceGrammar:
-        productions = {}
+        productions: dict[str, list[Production]] = {}
         for name, rules in grammar._rules.items():
-            productions[name] = tuple(
-                Production(rule.condition or "", tuple(rule.rhs)) for rule in rules
-            )
+            own = [Production(rule.condition or "", tuple(rule.rhs)) for rule in rules]
+            productions[name] = own
         return cls(productions)
 
     def replace_production(self, name: str, template: str) -> SentenceGrammar:
         """This grammar with one symbol written in one way only."""
-        return SentenceGrammar(
-            {**self._productions, name: (Production("", parse_template(template)),)}
-        )
+        only = Production("", parse_template(template))
+        return SentenceGrammar({**self._productions, name: (only,)})
 
     def derive(self, start: str, context: Mapping[str, Any]) -> str:
         """The sentence of a template in a context.
@@ -181,10 +178,8 @@ class SentenceGrammar:
         raise GrammarError(f"grammar symbol #{name}# has no production that applies")
 
     def _write_each(self, symbol: ConditionalSymbol, scene: Scene) -> list[str]:
-        return [
-            self._write_symbol(symbol.expression, found)
-            for found in scene.find_matches(symbol.given or "")
-        ]
+        matches = scene.find_matches(symbol.given or "")
+        return [self._write_symbol(symbol.expression, found) for found in matches]
 
     def _enumerate(self, items: list[str], scene: Scene) -> str:
         """`a, b, and c`, in the grammar's own words for the commas."""

@@ -9,15 +9,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
 from services.envs.alfworld.upstream import constants, goal_library
-
-# Scenes are numbered as in ALFRED: a kitchen is 1 to 30, and so on.
-SCENES_PER_KIND = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +33,10 @@ class RoomKind:
 
 @dataclass(frozen=True, slots=True)
 class RoomSize:
-    """How much a room holds. `scenes` are the numbers of its rooms within their kind, the last few
-    kept from training.
+    """How much a room holds.
+
+    `train_scenes` and `unseen_scenes` are the numbers of its rooms within their kind; the latter
+    are kept from training.
     """
 
     num_receptacles: tuple[int, int]
@@ -156,7 +155,8 @@ STATIONS = MappingProxyType(
         "pick_cool_then_place_in_recep": Station("Fridge", "Coolable", "cool"),
     }
 )
-LOOK_TASK, TWO_OBJECTS_TASK = "look_at_obj_in_light", "pick_two_obj_and_place"
+LOOK_TASK = "look_at_obj_in_light"
+TWO_OBJECTS_TASK = "pick_two_obj_and_place"
 LAMP_SURFACES = ("SideTable", "Desk", "CoffeeTable")
 _AFFORDANCES = {
     "Cleanable": "cleanable",
@@ -206,9 +206,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a task asks for. `destination` is "" where the task has a lamp instead, `lamp`
-    otherwise.
-    """
+    """What a task asks for: `destination` or `lamp`, and the other of the two is ""."""
 
     task_type: str
     target: str
@@ -228,23 +226,26 @@ class RoomTask:
 @lru_cache(maxsize=512)
 def build_scene(kind: str, size: str, index: int, seed: int) -> Scene:
     """The room of a number: the same furniture for the same seed."""
-    room, number = ROOM_KINDS[kind], ROOM_KINDS[kind].first_scene + index
+    room = ROOM_KINDS[kind]
+    number = room.first_scene + index
     rng = random.Random(f"{seed} scene {number}")
+
     more = list(Counter(room.at_most).elements())
     num_more = rng.randint(*ROOM_SIZES[size].num_receptacles) - len(room.always)
     kinds = [*room.always, *sorted(rng.sample(more, num_more))]
+
     # The player starts at the origin: no receptacle stands there, and no two stand in one place.
-    squares = itertools.product(range(-12, 13), repeat=2)
-    spots = rng.sample([square for square in squares if square != (0, 0)], len(kinds))
-    receptacles = tuple(
-        Receptacle(
-            name,
-            _draw_key(name, rng),
-            f"loc|{x}|{z}|{rng.randint(0, 3)}|{rng.choice((0, 30, 45, 60))}",
-        )
-        for name, (x, z) in zip(kinds, spots, strict=True)
-    )
-    return Scene(number, kind, size, receptacles)
+    squares = list(itertools.product(range(-12, 13), repeat=2))
+    squares.remove((0, 0))
+    spots = rng.sample(squares, len(kinds))
+
+    receptacles = []
+    for name, (x, z) in zip(kinds, spots, strict=True):
+        key = _draw_key(name, rng)
+        rotation = rng.randint(0, 3)
+        horizon = rng.choice((0, 30, 45, 60))
+        receptacles.append(Receptacle(name, key, f"loc|{x}|{z}|{rotation}|{horizon}"))
+    return Scene(number, kind, size, tuple(receptacles))
 
 
 def list_room_kinds(task_type: str) -> list[str]:
@@ -252,9 +253,9 @@ def list_room_kinds(task_type: str) -> list[str]:
     if task_type == LOOK_TASK:
         return [kind for kind, room in ROOM_KINDS.items() if room.lamp]
     station = STATIONS.get(task_type)
-    return [
-        kind for kind, room in ROOM_KINDS.items() if station is None or station.kind in room.always
-    ]
+    if station is None:
+        return list(ROOM_KINDS)
+    return [kind for kind, room in ROOM_KINDS.items() if station.kind in room.always]
 
 
 def list_goals(scene: Scene, task_type: str) -> list[Goal]:
@@ -264,31 +265,29 @@ def list_goals(scene: Scene, task_type: str) -> list[Goal]:
     """
     room = ROOM_KINDS[scene.kind]
     if task_type == LOOK_TASK:
-        seen = [name for name in room.objects if any(map_fits(scene, name))]
+        seen = [name for name in room.objects if _list_places(scene, name)]
         return [Goal(task_type, name, "", room.lamp) for name in seen]
+
     able = set(room.objects)
     destinations = {receptacle.kind for receptacle in scene.receptacles}
     # What is to be cleaned must be washable, and its sink is no place to put it.
-    if station := STATIONS.get(task_type):
+    station = STATIONS.get(task_type)
+    if station is not None:
         able &= constants.VAL_ACTION_OBJECTS[station.affordance]
         destinations.discard(station.kind)
-    return [
-        Goal(task_type, name, destination, "")
-        for name, destination in itertools.product(sorted(able), sorted(destinations))
-        if name in constants.VAL_RECEPTACLE_OBJECTS[destination]
-        and _fits_elsewhere(scene, name, destination)
-    ]
+
+    goals = []
+    for name, destination in itertools.product(sorted(able), sorted(destinations)):
+        is_fit = name in constants.VAL_RECEPTACLE_OBJECTS[destination]
+        if is_fit and _list_places(scene, name, forbidden=destination):
+            goals.append(Goal(task_type, name, destination, ""))
+    return goals
 
 
-def _fits_elsewhere(scene: Scene, name: str, destination: str) -> bool:
-    """Whether an object fits into some receptacle that is not of the destination's kind."""
-    return any(
-        receptacle.fits(name) and receptacle.kind != destination for receptacle in scene.receptacles
-    )
-
-
-def map_fits(scene: Scene, name: str) -> Iterator[bool]:
-    return (receptacle.fits(name) for receptacle in scene.receptacles)
+def _list_places(scene: Scene, name: str, forbidden: str = "") -> list[Receptacle]:
+    """The receptacles into which an object fits, less those of the forbidden kind."""
+    fitting = [receptacle for receptacle in scene.receptacles if receptacle.fits(name)]
+    return [receptacle for receptacle in fitting if receptacle.kind != forbidden]
 
 
 def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
@@ -296,29 +295,24 @@ def lay_out(scene: Scene, goal: Goal, rng: random.Random) -> RoomTask:
 
     No target lies where it must go.
     """
-    room, size = ROOM_KINDS[scene.kind], ROOM_SIZES[scene.size]
     num_targets = rng.randint(2, 3) if goal.task_type == TWO_OBJECTS_TASK else rng.randint(1, 2)
-    things = [
-        _place(goal.target, scene, rng, forbidden=goal.destination) for _ in range(num_targets)
-    ]
+    things = [_place(goal.target, scene, rng, goal.destination) for _ in range(num_targets)]
+
     if goal.lamp:
-        surface = rng.choice(
-            [receptacle for receptacle in scene.receptacles if receptacle.kind in LAMP_SURFACES]
-        )
+        surfaces = [place for place in scene.receptacles if place.kind in LAMP_SURFACES]
+        surface = rng.choice(surfaces)
         things.append(Thing(goal.lamp, _draw_key(goal.lamp, rng), surface))
-    others = [name for name in room.objects if name != goal.target and any(map_fits(scene, name))]
-    num_others = max(0, rng.randint(*size.num_objects) - len(things))
-    things.extend(_place(name, scene, rng) for name in rng.choices(others, k=num_others))
+
+    others = [name for name in ROOM_KINDS[scene.kind].objects if name != goal.target]
+    others = [name for name in others if _list_places(scene, name)]
+    num_others = max(0, rng.randint(*ROOM_SIZES[scene.size].num_objects) - len(things))
+    things += [_place(name, scene, rng) for name in rng.choices(others, k=num_others)]
     return RoomTask(scene, goal, tuple(things))
 
 
 def _place(name: str, scene: Scene, rng: random.Random, forbidden: str = "") -> Thing:
-    places = [
-        receptacle
-        for receptacle in scene.receptacles
-        if receptacle.fits(name) and receptacle.kind != forbidden
-    ]
-    return Thing(name, _draw_key(name, rng), rng.choice(places))
+    key = _draw_key(name, rng)
+    return Thing(name, key, rng.choice(_list_places(scene, name, forbidden)))
 
 
 def _draw_key(name: str, rng: random.Random) -> str:
@@ -328,7 +322,8 @@ def _draw_key(name: str, rng: random.Random) -> str:
     """
     owner = name.removesuffix("Basin")
     spot = "|".join(f"{rng.uniform(-4, 4):+06.2f}" for _ in range(3))
-    return f"{owner}|{spot}" if owner == name else f"{owner}|{spot}|{name}"
+    key = f"{owner}|{spot}"
+    return key if owner == name else f"{key}|{name}"
 
 
 def encode_key(key: str) -> str:
@@ -338,14 +333,13 @@ def encode_key(key: str) -> str:
 def describe(goal: Goal, rng: random.Random) -> str:
     """The goal's sentence, in one of ALFWorld's own wordings."""
     template = rng.choice(goal_library.gdict[goal.task_type]["templates"])
-    return str(
-        template.format(
-            obj=goal.target.lower(),
-            recep=goal.destination.lower(),
-            toggle=goal.lamp.lower(),
-            mrecep="",
-        )
+    sentence: str = template.format(
+        obj=goal.target.lower(),
+        recep=goal.destination.lower(),
+        toggle=goal.lamp.lower(),
+        mrecep="",
     )
+    return sentence
 
 
 def write_problem(task: RoomTask) -> str:
@@ -359,10 +353,13 @@ def write_problem(task: RoomTask) -> str:
     )
     objects = "\n        ".join(_list_objects(task))
     facts = "\n        ".join(_list_facts(task))
+    # The condition brings the problem's closing parenthesis with it.
     return (
-        f"(define (problem scene_{task.scene.number})\n    (:domain alfred)\n    (:objects\n       "
-        f" {objects}\n    )\n"
-        f"    (:init\n        {facts}\n    )\n{condition.replace('#', '-')}"
+        f"(define (problem scene_{task.scene.number})\n"
+        "    (:domain alfred)\n"
+        f"    (:objects\n        {objects}\n    )\n"
+        f"    (:init\n        {facts}\n    )\n"
+        f"{condition.replace('#', '-')}"
     )
 
 
@@ -371,36 +368,39 @@ _START = "loc|0|0|0|30"
 
 def _list_objects(task: RoomTask) -> Iterator[str]:
     yield "agent1 - agent"
-    object_kinds = {thing.kind for thing in task.things}
-    yield from (f"{kind}Type - otype" for kind in sorted(object_kinds))
-    receptacle_kinds = {receptacle.kind for receptacle in task.scene.receptacles}
-    yield from (f"{kind}Type - rtype" for kind in sorted(receptacle_kinds))
-    yield from (f"{encode_key(thing.key)} - object" for thing in task.things)
-    yield from (
-        f"{encode_key(receptacle.key)} - receptacle" for receptacle in task.scene.receptacles
-    )
-    yield from (
-        f"{encode_key(location)} - location" for location in (_START, *_locations(task.scene))
-    )
+    for kind in _list_kinds(task.things):
+        yield f"{kind}Type - otype"
+    for kind in _list_kinds(task.scene.receptacles):
+        yield f"{kind}Type - rtype"
+    for thing in task.things:
+        yield f"{encode_key(thing.key)} - object"
+    for receptacle in task.scene.receptacles:
+        yield f"{encode_key(receptacle.key)} - receptacle"
+    yield f"{encode_key(_START)} - location"
+    for receptacle in task.scene.receptacles:
+        yield f"{encode_key(receptacle.location)} - location"
 
 
-def _locations(scene: Scene) -> list[str]:
-    return [receptacle.location for receptacle in scene.receptacles]
+def _list_kinds(things: Iterable[Thing | Receptacle]) -> list[str]:
+    """Each kind once, in an order that is the same in every process."""
+    return sorted({thing.kind for thing in things})
 
 
 def _list_facts(task: RoomTask) -> Iterator[str]:
     yield "(= (total-cost) 0)"
     yield f"(atLocation agent1 {encode_key(_START)})"
-    kinds = sorted({thing.kind for thing in task.things})
     for receptacle in task.scene.receptacles:
         key = encode_key(receptacle.key)
         yield f"(receptacleType {key} {receptacle.kind}Type)"
         yield f"(receptacleAtLocation {key} {encode_key(receptacle.location)})"
         if receptacle.is_openable:
             yield f"(openable {key})"
-    for place in sorted({receptacle.kind for receptacle in task.scene.receptacles}):
-        allowed = constants.VAL_RECEPTACLE_OBJECTS[place]
-        yield from (f"(canContain {place}Type {kind}Type)" for kind in kinds if kind in allowed)
+
+    for place in _list_kinds(task.scene.receptacles):
+        for kind in _list_kinds(task.things):
+            if kind in constants.VAL_RECEPTACLE_OBJECTS[place]:
+                yield f"(canContain {place}Type {kind}Type)"
+
     for thing in task.things:
         yield from _list_thing_facts(thing)
 
@@ -410,11 +410,10 @@ def _list_thing_facts(thing: Thing) -> Iterator[str]:
     yield f"(objectType {key} {thing.kind}Type)"
     yield f"(inReceptacle {key} {encode_key(thing.place.key)})"
     yield f"(objectAtLocation {key} {encode_key(thing.place.location)})"
-    yield (
-        f"(toggleable {key})"
-        if thing.kind in constants.VAL_ACTION_OBJECTS["Toggleable"]
-        else f"(pickupable {key})"
-    )
+    if thing.kind in constants.VAL_ACTION_OBJECTS["Toggleable"]:
+        yield f"(toggleable {key})"
+    else:
+        yield f"(pickupable {key})"
     if thing.kind in constants.MOVABLE_RECEPTACLES:
         yield f"(isReceptacleObject {key})"
     for affordance, predicate in _AFFORDANCES.items():

@@ -20,22 +20,27 @@ def skill_wording(task_type: str, procedure: Sequence[str]) -> str:
     """
     if not procedure:
         return f"skill {task_type} : first put ."
-    first = f"skill {task_type} : first use {procedure[0]} ."
-    then = [f"after {done} use {following} ." for done, following in itertools.pairwise(procedure)]
-    return " ".join([first, *then, f"after {procedure[-1]} put ."])
+    sentences = [f"skill {task_type} : first use {procedure[0]} ."]
+    for done, following in itertools.pairwise(procedure):
+        sentences.append(f"after {done} use {following} .")
+    sentences.append(f"after {procedure[-1]} put .")
+    return " ".join(sentences)
 
 
 def list_demonstration(task: HouseholdTask, procedure: Sequence[str]) -> list[str]:
     """The actions of a player who believes in `procedure`; with the task's own one, the expert."""
-    opening = [f"open {task.source}"] if task.source in CLOSED_PLACES else []
-    stations = [f"use {station}" for station in procedure]
-    return [*opening, f"take {task.object}", *stations, f"put {task.object} in {task.destination}"]
+    actions = [f"open {task.source}"] if task.source in CLOSED_PLACES else []
+    actions.append(f"take {task.object}")
+    actions += [f"use {station}" for station in procedure]
+    actions.append(f"put {task.object} in {task.destination}")
+    return actions
 
 
 def find_misconception(task_type: str, step: int, right_station: str) -> str:
     """The one wrong station that the demonstrator prefers at a step of a task type."""
     wrong = [station for station in STATIONS if station != right_station]
-    return wrong[hashlib.sha256(f"{task_type}{step}".encode()).digest()[0] % len(wrong)]
+    digest = hashlib.sha256(f"{task_type}{step}".encode()).digest()
+    return wrong[digest[0] % len(wrong)]
 
 
 def draw_misguided_procedure(

@@ -18,8 +18,9 @@ from services.envs.household.game import (
 
 
 class HouseholdEnvironment(Environment):
-    """Reward 1 for an object put in its place after exactly its type's procedure, 0 otherwise. The
-    seed changes nothing.
+    """Reward 1 for an object put in its place after exactly its type's procedure, 0 otherwise.
+
+    The seed changes nothing.
     """
 
     name = "household"

@@ -53,7 +53,8 @@ PROCEDURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 TASK_TYPES = tuple(PROCEDURES)
 
-TRAIN, HELDOUT = "train", "heldout"
+TRAIN = "train"
+HELDOUT = "heldout"
 MAX_TURNS = 8
 NOTHING_HAPPENS = "nothing happens ."
 _HELDOUT_SHARE = 0.1
@@ -82,7 +83,9 @@ class HouseholdTask:
 
         It decides the split and the order of tasks.
         """
-        return int.from_bytes(hashlib.sha256(self.task_id.encode()).digest()[:6]) / 2**48
+        digest = hashlib.sha256(self.task_id.encode()).digest()
+        # 6 bytes are 48 bits, which a float holds exactly.
+        return int.from_bytes(digest[:6]) / 2**48
 
     @property
     def description(self) -> str:
@@ -100,6 +103,8 @@ def list_household_tasks(split: str) -> tuple[HouseholdTask, ...]:
     for task_type in TASK_TYPES:
         tasks = [task for task in _tasks_of_type(task_type) if task.split == split]
         by_type.append(sorted(tasks, key=lambda task: task.draw))
+
+    # None stands in for tasks of a type that has no more of them.
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_type))
     return tuple(task for task in in_turn if task is not None)
 
@@ -110,20 +115,19 @@ def parse_task_id(task_id: str) -> HouseholdTask | None:
     if len(parts) != 4:
         return None
     task = HouseholdTask(*parts)
-    is_known = (
-        task.task_type in PROCEDURES
-        and task.object in OBJECTS
-        and {task.source, task.destination} <= set(PLACES)
-    )
-    return task if is_known and task.source != task.destination else None
+    if task.task_type not in PROCEDURES or task.object not in OBJECTS:
+        return None
+    if task.source not in PLACES or task.destination not in PLACES:
+        return None
+    return task if task.source != task.destination else None
 
 
 def _tasks_of_type(task_type: str) -> list[HouseholdTask]:
-    ways = itertools.permutations(PLACES, 2)
-    return [
-        HouseholdTask(task_type, thing, source, destination)
-        for thing, (source, destination) in itertools.product(OBJECTS, ways)
-    ]
+    tasks = []
+    for thing in OBJECTS:
+        for source, destination in itertools.permutations(PLACES, 2):
+            tasks.append(HouseholdTask(task_type, thing, source, destination))
+    return tasks
 
 
 class HouseholdGame:
@@ -162,10 +166,8 @@ class HouseholdGame:
             return (f"open {self.task.source}",)
         if not self._is_carrying:
             return (f"take {self.task.object}",)
-        return (
-            *(f"use {station}" for station in STATIONS),
-            f"put {self.task.object} in {self.task.destination}",
-        )
+        uses = [f"use {station}" for station in STATIONS]
+        return (*uses, f"put {self.task.object} in {self.task.destination}")
 
     def act(self, action: str) -> str:
         """Play one action and return what the player sees.

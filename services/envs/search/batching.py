@@ -107,9 +107,12 @@ class Batcher:
     def _take_batch(self) -> list[_Request]:
         batch = [self._waiting.popleft()]
         num_queries = len(batch[0].queries)
-        while self._waiting and num_queries + len(self._waiting[0].queries) <= MAX_BATCH_QUERIES:
+        while self._waiting:
+            num_next = len(self._waiting[0].queries)
+            if num_queries + num_next > MAX_BATCH_QUERIES:
+                break
             batch.append(self._waiting.popleft())
-            num_queries += len(batch[-1].queries)
+            num_queries += num_next
         METERS.set(WAITING, self._count_waiting())
         METERS.observe(BATCH_QUERIES, num_queries)
         return batch
@@ -118,7 +121,9 @@ class Batcher:
         return sum(len(request.queries) for request in self._waiting)
 
     async def _answer(self, batch: Sequence[_Request]) -> None:
-        queries = list(itertools.chain.from_iterable(request.queries for request in batch))
+        queries: list[str] = []
+        for request in batch:
+            queries += request.queries
         # One number for the batch: each request takes its own share of what was found.
         topk = max(request.topk for request in batch)
         began_s = time.perf_counter()
@@ -138,16 +143,19 @@ class Batcher:
             return
         finally:
             METERS.observe(BATCH_SECONDS, time.perf_counter() - began_s)
+
         METERS.count(QUERIES, len(queries))
-        hits = iter(found)
+        rest = iter(found)
         for request in batch:
-            _set(request.answer, [next(hits)[: request.topk] for _ in request.queries])
+            own = itertools.islice(rest, len(request.queries))
+            _set(request.answer, [hits[: request.topk] for hits in own])
 
 
 def _set(
     answer: asyncio.Future[list[list[Hit]]], outcome: list[list[Hit]] | UnavailableError
 ) -> None:
-    if answer.done():  # its caller went away
+    # Its caller went away.
+    if answer.done():
         return
     if isinstance(outcome, UnavailableError):
         answer.set_exception(outcome)

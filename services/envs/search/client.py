@@ -21,7 +21,8 @@ from services.envs.search.passages import Hit, Passage
 # 100 passages for each of 2,048 queries would be more; an environment asks one at a time.
 MAX_ANSWER_BYTES = 16 << 20
 MAX_TIMEOUT_S = 600
-FIRST_DELAY_S, MAX_DELAY_S = 0.1, 2.0
+FIRST_DELAY_S = 0.1
+MAX_DELAY_S = 2.0
 _LEAST_ATTEMPT_S = 0.01
 _KEPT_CONNECTIONS = 64
 """As many as threads that may search at once."""
@@ -34,8 +35,9 @@ class RetrieverFailedError(UnavailableError):
 
 
 class RetrieverClient:
-    """A retriever in another process. Each environment has one; all of a process share their
-    connections.
+    """A retriever in another process.
+
+    Each environment has a client of its own; all clients of a process share their connections.
 
     Args:
         url: the service, without /retrieve.
@@ -81,10 +83,11 @@ class RetrieverClient:
         raise AssertionError("attempts are counted without end")
 
     def _time_for_attempt(self, ends_at: float) -> float:
-        return max(
-            _LEAST_ATTEMPT_S,
-            min(self._timeout_s / _ATTEMPTS_WITHIN_BOUND, ends_at - time.monotonic()),
-        )
+        """Seconds, never more than are left."""
+        left_s = ends_at - time.monotonic()
+        share_s = self._timeout_s / _ATTEMPTS_WITHIN_BOUND
+        # To a socket a negative timeout is an error.
+        return max(_LEAST_ATTEMPT_S, min(share_s, left_s))
 
     def close(self) -> None:
         """End a call that waits for its next attempt, and give up the connections."""
@@ -99,14 +102,14 @@ class RetrieverClient:
                 body = _read_body(response, ends_at)
         except httpx.HTTPError as error:
             raise AttemptFailedError(f"{type(error).__name__}: {error}") from error
-        if response.status_code != httpx.codes.OK:
+
+        status = response.status_code
+        if status != httpx.codes.OK:
             # Any other 4xx says that the request itself is wrong.
-            is_worth_retrying = (
-                response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS
-            )
+            is_worth_retrying = status >= 500 or status == httpx.codes.TOO_MANY_REQUESTS
             text = body[:200].decode(errors="replace")
             raise AttemptFailedError(
-                f"HTTP {response.status_code}, {text!r}", is_worth_retrying=is_worth_retrying
+                f"HTTP {status}, {text!r}", is_worth_retrying=is_worth_retrying
             )
         return parse_answer(body, len(request["queries"]))
 
@@ -144,9 +147,11 @@ def parse_answer(body: bytes, num_queries: int) -> list[list[Hit]]:
 
 def _parse_hit(entry: Any) -> Hit:
     document = entry["document"]
-    if not isinstance(document["contents"], str):
-        raise TypeError(f"contents is a {type(document['contents']).__name__}")
-    return Hit(Passage(str(document.get("id", "")), document["contents"]), float(entry["score"]))
+    contents = document["contents"]
+    if not isinstance(contents, str):
+        raise TypeError(f"contents is a {type(contents).__name__}")
+    passage = Passage(str(document.get("id", "")), contents)
+    return Hit(passage, float(entry["score"]))
 
 
 def _read_body(response: httpx.Response, ends_at: float) -> bytes:

@@ -18,17 +18,23 @@ import numpy.typing as npt
 from sdar.contracts.errors import ConfigurationError
 from services.envs.search.passages import Passage
 
+_SHOWN_CHARACTERS = 60
+"""Of a wrong value, in an error."""
 _EXPECTED = 'expected {"id": "17", "contents": "\\"Title\\"\\ntext"}'
 
 
 def require_corpus(path: Path) -> None:
     """Raises ConfigurationError: there is no such file, or nothing in it."""
-    if not path.is_file() or not path.stat().st_size:
-        problem = "is empty" if path.is_file() else "does not exist"
-        raise ConfigurationError(
-            f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make "
-            "one: sdar env generate search DIRECTORY."
-        )
+    if not path.is_file():
+        problem = "does not exist"
+    elif not path.stat().st_size:
+        problem = "is empty"
+    else:
+        return
+    raise ConfigurationError(
+        f"Corpus {path} {problem}. Give a file of JSON lines with id and contents, or make one: "
+        "sdar env generate search DIRECTORY."
+    )
 
 
 def iterate_corpus(path: Path) -> Iterator[tuple[int, Passage]]:
@@ -58,8 +64,12 @@ def parse_passage(line: bytes, path: Path, number: int) -> Passage:
         raise _build_line_error(path, number, f" is not JSON ({error})") from error
     if not isinstance(entry, dict):
         raise _build_line_error(path, number, f" is {_show(entry)}")
-    passage_id, contents = entry.get("id"), entry.get("contents")
-    if isinstance(passage_id, bool) or not isinstance(passage_id, str | int) or passage_id == "":
+
+    passage_id = entry.get("id")
+    contents = entry.get("contents")
+    # A bool is an int to Python, and no id.
+    is_id = isinstance(passage_id, str | int) and not isinstance(passage_id, bool)
+    if not is_id or passage_id == "":
         raise _build_line_error(path, number, f": id is {_show(passage_id)}")
     if not isinstance(contents, str) or not contents.strip():
         raise _build_line_error(path, number, f": contents is {_show(contents)}")
@@ -90,16 +100,20 @@ class Corpus:
         # since, and raises.
         start = int(self._offsets[index])
         end = self._bytes.find(b"\n", start)
-        return parse_passage(
-            self._bytes[start : end if end >= 0 else len(self._bytes)], self._path, index + 1
-        )
+        if end < 0:
+            # The last line may do without a line break.
+            end = len(self._bytes)
+        return parse_passage(self._bytes[start:end], self._path, index + 1)
 
 
 def open_corpus(path: Path) -> Corpus:
     """The corpus, every line checked. Raises ConfigurationError."""
-    return Corpus(path, np.array([offset for offset, _ in iterate_corpus(path)], dtype=np.int64))
+    offsets = [offset for offset, _ in iterate_corpus(path)]
+    return Corpus(path, np.array(offsets, dtype=np.int64))
 
 
 def _show(value: object) -> str:
     shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+    if len(shown) <= _SHOWN_CHARACTERS:
+        return shown
+    return f"{shown[:_SHOWN_CHARACTERS]}..."

@@ -20,8 +20,9 @@ UNKNOWN = "unknown"
 
 
 class SearchExpert:
-    """Looks up a question's relations one search at a time, and reads the passage of each thing on
-    the way. One per episode.
+    """Looks up a question's relations one search at a time; one expert plays one episode.
+
+    It reads the passage of each thing on the way.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class SearchExpert:
                 return write_response("Not there.", answer=UNKNOWN)
             self._thing = found
             self._chain.pop(0)
+
         if self._chain:
             return write_response(f"Find {self._thing}.", search=self._thing)
         return write_response(f"It is {self._thing}.", answer=self._thing)
@@ -60,9 +62,11 @@ def parse_question(question: str) -> tuple[str, list[str]]:
 def read_fact(observation: str, thing: str, relation: str) -> str | None:
     """What the passages shown say that a thing's relation is, None if they do not say."""
     passages = {passage["title"]: passage["text"] for passage in _PASSAGE.finditer(observation)}
+    text = passages.get(thing, "")
     for statement in STATEMENTS[relation]:
-        wording = re.escape(statement.format(subject=thing, object="\0")).replace("\0", "([^.]+)")
-        stated = re.search(wording, passages.get(thing, ""))
+        # A character that no passage has keeps the object's place while the rest is escaped.
+        literal = re.escape(statement.format(subject=thing, object="\0"))
+        stated = re.search(literal.replace("\0", "([^.]+)"), text)
         if stated:
             return stated[1]
     return None
@@ -70,6 +74,5 @@ def read_fact(observation: str, thing: str, relation: str) -> str | None:
 
 def write_response(thought: str, *, search: str = "", answer: str = "") -> str:
     """A response in the agent's form, with a search or an answer."""
-    return f"<think>{thought}</think>" + (
-        f"<search>{search}</search>" if search else f"<answer>{answer}</answer>"
-    )
+    action = f"<search>{search}</search>" if search else f"<answer>{answer}</answer>"
+    return f"<think>{thought}</think>{action}"

@@ -25,7 +25,8 @@ except ImportError as error:
         "A dense index needs faiss. Install it: pip install 'sdar[environments]'."
     ) from error
 
-QUERY_PREFIX, PASSAGE_PREFIX = "query: ", "passage: "
+QUERY_PREFIX = "query: "
+PASSAGE_PREFIX = "passage: "
 MAX_TOKENS = 256
 BATCH_SIZE = 64
 """Texts that go through the encoder at once."""
@@ -60,11 +61,11 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[texts, size], each row of length one."""
-        parts = [
-            self._encode(list(texts[start : start + BATCH_SIZE]))
-            for start in range(0, len(texts), BATCH_SIZE)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.size), np.float32)
+        if not texts:
+            return np.empty((0, self.size), np.float32)
+        starts = range(0, len(texts), BATCH_SIZE)
+        parts = [self._encode(list(texts[start : start + BATCH_SIZE])) for start in starts]
+        return np.concatenate(parts)
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
@@ -92,7 +93,8 @@ class DenseRetriever:
     def retrieve(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         vectors = self._encoder.encode([QUERY_PREFIX + query for query in queries])
         numbers, places = self._index.search(vectors, min(topk, len(self._corpus)))
-        return [self._rank(*found) for found in zip(self._sign * numbers, places, strict=True)]
+        # A row for each query.
+        return list(map(self._rank, self._sign * numbers, places))
 
     def _rank(self, scores: npt.NDArray[np.float32], places: npt.NDArray[np.int64]) -> list[Hit]:
         # An approximate index fills up with places of -1; of equal scores the earlier passage comes

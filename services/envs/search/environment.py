@@ -91,6 +91,7 @@ class SearchEnvironment(Environment):
             raise ConfigurationError(
                 f"Search option topk is {topk!r}, expected 1 to {MAX_TOPK} passages."
             )
+
         directory = _resolve_directory(data_dir)
         self._questions = _open_splits(directory)
         self.splits = tuple(self._questions)
@@ -99,11 +100,11 @@ class SearchEnvironment(Environment):
         if retriever_url:
             self._retriever = RetrieverClient(retriever_url, retriever_timeout_s)
         else:
-            self._retriever = open_lexical_retriever(
-                Path(corpus) if corpus else directory / "corpus.jsonl"
-            )
+            path = Path(corpus) if corpus else directory / "corpus.jsonl"
+            self._retriever = open_lexical_retriever(path)
         # A call to a service waits; a search in this process computes.
         self.is_blocking = bool(retriever_url)
+
         self._targets: tuple[str, ...] = ()
         self._num_turns = 0
 
@@ -125,6 +126,7 @@ class SearchEnvironment(Environment):
         action = parse_action(text)
         if action is not None and action.kind is ActionKind.ANSWER:
             return self._answer(action)
+
         is_last = self._num_turns >= self.max_turns
         observation, is_playable = self._search(action, is_last)
         components = {"exact_match": 0.0} if is_last else {}
@@ -158,15 +160,14 @@ class SearchEnvironment(Environment):
         """What a search shows, and whether it was one that can be played."""
         if action is None or not action.content:
             return Observation(NO_ACTION), False
-        if len(action.content) > MAX_QUERY_CHARACTERS:
-            length = len(action.content)
-            return Observation(
-                f"That search has {length} characters. Use at most {MAX_QUERY_CHARACTERS}."
-            ), False
+        length = len(action.content)
+        if length > MAX_QUERY_CHARACTERS:
+            refusal = f"That search has {length} characters. Use at most {MAX_QUERY_CHARACTERS}."
+            return Observation(refusal), False
         if is_last:
             return Observation(NO_TURN_LEFT), True
         try:
-            (hits,) = self._retriever.retrieve([action.content], self._topk)
+            [hits] = self._retriever.retrieve([action.content], self._topk)
         except RetrieverFailedError as error:
             # Never shown as "nothing found": the agent must not learn that the corpus has no
             # answer.
@@ -183,9 +184,9 @@ class SearchEnvironment(Environment):
 
 def show_hits(hits: Sequence[Hit]) -> str:
     """The passages found, one a line, as the agent sees them."""
-    lines = [_show_passage(number, hit.passage) for number, hit in enumerate(hits, start=1)] or [
-        "Nothing was found."
-    ]
+    lines = [_show_passage(number, hit.passage) for number, hit in enumerate(hits, start=1)]
+    if not lines:
+        lines = ["Nothing was found."]
     return "\n".join(["<information>", *lines, "</information>"])
 
 
@@ -209,11 +210,11 @@ def _resolve_directory(data_dir: str) -> Path:
 
 
 def _open_splits(data_dir: Path) -> dict[str, QuestionSet]:
-    name = SearchEnvironment.name
-    files = {split: data_dir / f"{split}.parquet" for split in ("train", "test")}
-    found = {
-        split: open_questions(name, split, path) for split, path in files.items() if path.is_file()
-    }
+    found: dict[str, QuestionSet] = {}
+    for split in ("train", "test"):
+        path = data_dir / f"{split}.parquet"
+        if path.is_file():
+            found[split] = open_questions(SearchEnvironment.name, split, path)
     if not found:
         raise ConfigurationError(
             f"{data_dir} holds neither train.parquet nor test.parquet. Set data_dir to a question "

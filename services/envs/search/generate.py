@@ -35,13 +35,15 @@ THINGS_PER_TASK = {
     "river": 0.15,
     "mountain": 0.1,
 }
-"""Things of each kind for one training question; all but mountains have a passage. Twice the facts
-that are asked for.
+"""Things of each kind for one training question; all but mountains have a passage.
+
+They make twice the facts that are asked for.
 """
 DISTRACTORS_PER_TASK = 0.3
 TEST_SHARE = 0.3
 """Test questions for one training question."""
-MIN_TASKS, MAX_TASKS = 10, int(MAX_WORKS / THINGS_PER_TASK["work"])
+MIN_TASKS = 10
+MAX_TASKS = int(MAX_WORKS / THINGS_PER_TASK["work"])
 DATA_SOURCES = {1: "one_hop", 2: "two_hop"}
 """By the length of the chain of relations."""
 
@@ -74,8 +76,7 @@ Asked = tuple[str, tuple[str, ...]]
 def generate(
     directory: Path, *, num_tasks: int, seed: int, report: Callable[[int, int], None]
 ) -> str:
-    """Write corpus.jsonl, train.parquet with `num_tasks` questions and test.parquet with a third of
-    that.
+    """Write corpus.jsonl, train.parquet with `num_tasks` questions, and test.parquet with fewer.
 
     Raises:
         ConflictError: the directory holds something. ConfigurationError: too few or too many
@@ -84,22 +85,24 @@ def generate(
     _check_request(directory, num_tasks)
     # All is drawn from one generator, so the order of what follows is part of what a seed means.
     rng = random.Random(seed)
-    world = build_world(
-        rng, {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()}
-    )
+    num_things = {kind: max(4, round(share * num_tasks)) for kind, share in THINGS_PER_TASK.items()}
+    world = build_world(rng, num_things)
     check_world(world)
     passages = _draw_passages(rng, world, round(DISTRACTORS_PER_TASK * num_tasks))
+
     num_test = max(2, round(TEST_SHARE * num_tasks))
     asked = draw_questions(rng, world, num_tasks + num_test)
-    rows = []
-    for number, (thing, chain) in enumerate(asked):
-        split, index = ("train", number) if number < num_tasks else ("test", number - num_tasks)
-        rows.append(_write_row(rng, world, thing, chain, split, index))
-        report(number + 1, len(asked))
+    train: list[dict[str, Any]] = []
+    test: list[dict[str, Any]] = []
+    for number, (thing, chain) in enumerate(asked, start=1):
+        split, rows = ("train", train) if number <= num_tasks else ("test", test)
+        rows.append(_write_row(rng, world, thing, chain, split, len(rows)))
+        report(number, len(asked))
+
     directory.mkdir(parents=True, exist_ok=True)
     _write_corpus(directory / "corpus.jsonl", passages)
-    _write_questions(directory / "train.parquet", rows[:num_tasks])
-    _write_questions(directory / "test.parquet", rows[num_tasks:])
+    _write_questions(directory / "train.parquet", train)
+    _write_questions(directory / "test.parquet", test)
     return (
         f"{len(passages)} passages, {num_tasks} questions to train on and {num_test} to test, half "
         "of them of two hops."
@@ -146,8 +149,9 @@ def draw_questions(rng: random.Random, world: World, num_questions: int) -> list
     """
     by_hops: dict[int, list[Asked]] = {}
     for hops in DATA_SOURCES:
-        of_chains = [_list_askable(rng, world, chain) for chain in QUESTIONS if len(chain) == hops]
-        by_hops[hops] = _take_turns(of_chains)
+        chains = [chain for chain in QUESTIONS if len(chain) == hops]
+        by_hops[hops] = _take_turns([_list_askable(rng, world, chain) for chain in chains])
+
     half = num_questions // 2
     drawn = by_hops[1][: num_questions - half] + by_hops[2][:half]
     rng.shuffle(drawn)
@@ -161,6 +165,7 @@ def _list_askable(rng: random.Random, world: World, chain: tuple[str, ...]) -> l
 
 
 def _take_turns(lists: Iterable[list[Asked]]) -> list[Asked]:
+    # None stands in for questions of a chain that has no more of them.
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*lists))
     return [asked for asked in in_turn if asked is not None]
 
@@ -190,6 +195,6 @@ def _write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> None:
 
 
 def _write_questions(path: Path, rows: list[dict[str, Any]]) -> None:
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", store_schema=False
-    )
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    # Without the schema of this library, which changes with its version: the bytes are to stay.
+    pq.write_table(table, path, compression="zstd", store_schema=False)

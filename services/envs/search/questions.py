@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 from sdar.contracts.errors import ConfigurationError
 from sdar.contracts.types import Task
 
-_SOURCE, _TARGET = ("data_source",), ("reward_model", "ground_truth", "target")
+# Columns, by the names that lead to them.
+_SOURCE = ("data_source",)
+_TARGET = ("reward_model", "ground_truth", "target")
 _QUESTIONS = (("env_kwargs", "question"), ("extra_info", "question"), ("question",))
 _PROMPT = ("prompt",)
 _TAG = "searchR1_"
@@ -71,9 +73,11 @@ class QuestionSet(Sequence[Task]):
         split, _, digits = task_id.rpartition("-")
         # Their number first: Python takes long to read an integer of a million digits.
         is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(len(self)))
-        row = int(digits) if is_number else -1
+        if split != self._split or not is_number:
+            return None
+        row = int(digits)
         # Compared as text again: "007" is another id than "7".
-        if split != self._split or not 0 <= row < len(self) or str(row) != digits:
+        if row >= len(self) or str(row) != digits:
             return None
         return self._task(row), tuple(self._targets[row].as_py())
 
@@ -108,16 +112,21 @@ def _open(
         questions = pa.array(list(map(_read_prompt, questions.to_pylist())), pa.string())
     # Some preparations write a single right answer as a text, not as a list of one.
     if _is_text(targets.type):
-        lists = [None if target is None else [target] for target in targets.to_pylist()]
+        lists = list(map(_to_list, targets.to_pylist()))
         targets = pa.array(lists, pa.list_(pa.string()))
+
     _check_texts(sources, path, _SOURCE)
     _check_texts(questions, path, question_column)
     _check_targets(targets, path)
+
     # One object per name, not per row.
     names = {name: name.removeprefix(_TAG) for name in pc.unique(sources).to_pylist()}
-    return QuestionSet(
-        environment, split, [names[source] for source in sources.to_pylist()], questions, targets
-    )
+    own_sources = [names[source] for source in sources.to_pylist()]
+    return QuestionSet(environment, split, own_sources, questions, targets)
+
+
+def _to_list(target: str | None) -> list[str] | None:
+    return None if target is None else [target]
 
 
 def _read_columns(path: Path) -> tuple[Sequence[str], pa.Array, pa.Array, pa.Array]:
@@ -151,12 +160,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
     """Row numbers in rounds of one row per source: sources by name, each in its own order."""
-    seen: dict[str, int] = defaultdict(int)
-    places = {name: place for place, name in enumerate(sorted(set(sources)))}
     rounds = np.empty(len(sources), dtype=np.int64)
+    seen: dict[str, int] = defaultdict(int)
     for row, source in enumerate(sources):
         rounds[row] = seen[source]
         seen[source] += 1
+
+    places = {name: place for place, name in enumerate(sorted(set(sources)))}
     by_name = np.array([places[source] for source in sources], dtype=np.int64)
     # By round, and within a round by the source's name: the last key of lexsort is the first.
     order: npt.NDArray[np.int64] = np.lexsort((by_name, rounds))
@@ -166,10 +176,10 @@ def _interleave(sources: Sequence[str]) -> npt.NDArray[np.int64]:
 def _has(schema: pa.Schema, names: Sequence[str]) -> bool:
     fields: Any = schema
     for name in names:
-        if isinstance(fields, pa.StructType | pa.Schema) and fields.get_field_index(name) >= 0:
-            fields = fields.field(name).type
-        else:
+        is_struct = isinstance(fields, pa.StructType | pa.Schema)
+        if not is_struct or fields.get_field_index(name) < 0:
             return False
+        fields = fields.field(name).type
     return True
 
 
@@ -188,12 +198,14 @@ def _read_column(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.A
 
 def _read_prompt(messages: Any) -> str | None:
     """The question of a chat prompt, None if it has none."""
-    asked = [
-        message.get("content")
-        for message in messages or ()
-        if message and message.get("role") == "user"
-    ]
-    return asked[-1].rpartition("Question:")[2].strip() if asked and asked[-1] else None
+    last = None
+    for message in messages or ():
+        if message and message.get("role") == "user":
+            last = message.get("content")
+    if not last:
+        return None
+    _, _, question = last.rpartition("Question:")
+    return str(question).strip()
 
 
 def _check_texts(column: pa.Array, path: Path, names: Sequence[str]) -> None:
@@ -213,6 +225,7 @@ def _check_targets(column: pa.Array, path: Path) -> None:
         )
     is_bad = pc.fill_null(pc.equal(pc.list_value_length(column), 0), True)
     _refuse_first(is_bad, column, path, _TARGET, "expected a list of right answers")
+
     # No list is null or empty from here on: the parents of the null elements are the bad rows.
     missing = pc.list_parent_indices(column).filter(pc.is_null(pc.list_flatten(column)))
     is_bad = pa.array(np.isin(np.arange(len(column)), missing.to_numpy(zero_copy_only=False)))

@@ -1,4 +1,7 @@
-"""The command `sdar retriever`: its options. Imports what it needs only when it runs."""
+"""The command `sdar retriever`: its options, and what it serves.
+
+It imports what it needs only when it runs, since `sdar` reads every command's options.
+"""
 
 from __future__ import annotations
 

@@ -24,10 +24,12 @@ from sdar.wire.security import OPEN, Security
 from services.envs.search.batching import Batcher
 from services.envs.search.passages import Hit, Retriever
 
-DEFAULT_TOPK, MAX_TOPK = 3, 100
+DEFAULT_TOPK = 3
+MAX_TOPK = 100
 MAX_QUERIES = 2048
 MAX_QUERY_CHARACTERS = 4000
 MAX_BODY_BYTES = 32 << 20
+_MAX_SHOWN_PROBLEMS = 3
 KEEP_ALIVE_S = 30
 """Longer than clients keep an idle connection: none sends on one that is just being closed."""
 
@@ -73,23 +75,26 @@ def build_app(state: RetrieverState) -> FastAPI:
         queries = [asked.query] if asked.query is not None else asked.queries or []
         found = await state.batcher.retrieve(queries, asked.topk or DEFAULT_TOPK)
         to_json = functools.partial(_hit_to_json, has_score=asked.return_scores)
-        return JSONResponse({"result": [list(map(to_json, hits)) for hits in found]})
+        result = [list(map(to_json, hits)) for hits in found]
+        return JSONResponse({"result": result})
 
     _add_probes(app, state)
     return app
 
 
 def _add_probes(app: FastAPI, state: RetrieverState) -> None:
+    def answer(is_good: bool) -> Response:
+        return PlainTextResponse(f"{state.health.detail}\n", 200 if is_good else 503)
+
     @app.get("/healthz")
     async def healthz() -> Response:
         """200 while the process turns."""
-        return PlainTextResponse(f"{state.health.detail}\n", 200 if state.health.is_alive else 503)
+        return answer(state.health.is_alive)
 
     @app.get("/readyz")
     async def readyz() -> Response:
         """200 once queries are answered."""
-        is_ready = state.health.is_alive and state.health.is_ready
-        return PlainTextResponse(f"{state.health.detail}\n", 200 if is_ready else 503)
+        return answer(state.health.is_alive and state.health.is_ready)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -102,10 +107,13 @@ def parse_request(body: bytes) -> RetrieveRequest:
     try:
         asked = RetrieveRequest.model_validate_json(body)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in error.errors()[:3]
-        )
-        raise InvalidInputError(f"/retrieve cannot read the request. {problems}.") from error
+        problems = []
+        for problem in error.errors()[:_MAX_SHOWN_PROBLEMS]:
+            place = ".".join(map(str, problem["loc"])) or "body"
+            problems.append(f"{place}: {problem['msg']}")
+        raise InvalidInputError(
+            f"/retrieve cannot read the request. {'; '.join(problems)}."
+        ) from error
     if (asked.query is None) == (asked.queries is None):
         raise InvalidInputError(
             "/retrieve takes either query, one text, or queries, a list of texts. Send one of them."
@@ -139,6 +147,7 @@ async def serve_retriever(
     listener = bind_http(host, port)
     bound_port = listener.getsockname()[1]
     server = _build_server(state, host, security)
+
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     state.health.detail = "loading"
     log.info("retriever_loading", host=host, port=bound_port)
@@ -203,7 +212,8 @@ def _start_loading(open_retriever: Callable[[], Retriever]) -> asyncio.Future[Re
         # The boundary of a thread: raised by whoever waits for it.
         except BaseException as error:  # noqa: BLE001
             outcome = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the service was stopped
+        # Raised where the loop is closed, because the service was stopped meanwhile.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_settle, loaded, outcome)
 
     threading.Thread(target=load, name="retriever-loading", daemon=True).start()
@@ -211,7 +221,8 @@ def _start_loading(open_retriever: Callable[[], Retriever]) -> asyncio.Future[Re
 
 
 def _settle(loaded: asyncio.Future[Retriever], outcome: Retriever | BaseException) -> None:
-    if loaded.done():  # given up meanwhile
+    # Given up meanwhile.
+    if loaded.done():
         return
     if isinstance(outcome, BaseException):
         loaded.set_exception(outcome)
@@ -221,4 +232,6 @@ def _settle(loaded: asyncio.Future[Retriever], outcome: Retriever | BaseExceptio
 
 def _hit_to_json(hit: Hit, has_score: bool) -> dict[str, Any]:
     document = {"id": hit.passage.passage_id, "contents": hit.passage.contents}
-    return {"document": document, "score": hit.score} if has_score else document
+    if not has_score:
+        return document
+    return {"document": document, "score": hit.score}

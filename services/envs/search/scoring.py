@@ -51,9 +51,8 @@ def parse_action(text: str) -> Action | None:
     for kind, opening in firsts.items():
         closing = _CLOSINGS[kind].search(text, opening.end())
         if closing is not None:
-            return Action(
-                kind, text[opening.end() : closing.start()].strip(), is_valid=len(openings) == 1
-            )
+            content = text[opening.end() : closing.start()].strip()
+            return Action(kind, content, is_valid=len(openings) == 1)
     return None
 
 
@@ -61,7 +60,8 @@ def normalize_answer(text: str) -> str:
     """The text in lower case, without punctuation, articles and superfluous white space."""
     # In the order of SQuAD's script, whose scores are compared with: punctuation goes first, so
     # that "a." is an article.
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    bare = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def is_exact_match(answer: str, targets: Iterable[str]) -> bool:

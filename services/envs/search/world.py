@@ -178,9 +178,11 @@ def _draw_names(rng: random.Random, num_things: Mapping[str, int]) -> dict[str, 
     towns = [next(coined) + rng.choice(_TOWN_ENDINGS) for _ in range(num_things["town"])]
     rivers = _take(coined, num_things["river"])
     mountains = [f"Mount {name}" for name in _take(coined, num_things["mountain"])]
-    companies = [
-        f"{next(coined)} {rng.choice(_COMPANY_FORMS)}" for _ in range(num_things["company"])
-    ]
+    companies = []
+    for _ in range(num_things["company"]):
+        name = next(coined)
+        companies.append(f"{name} {rng.choice(_COMPANY_FORMS)}")
+
     first_names = _take(coined, num_things["person"])
     last_names = _take(coined, num_things["person"])
     persons = _pair(rng, num_things["person"], first_names, last_names)
@@ -201,17 +203,24 @@ def write_passages(rng: random.Random, world: World) -> list[tuple[str, str]]:
     The sentences stand in any order, and their wording varies.
     """
     passages = []
+    # Not of mountains: nothing is stated of them.
     for kind in ("work", "person", "company", "town", "river"):
         for thing in world.things[kind]:
-            stated = [
-                rng.choice(wordings).format(subject=thing, object=world.facts[thing, relation])
-                for relation, wordings in STATEMENTS.items()
-                if (thing, relation) in world.facts
-            ]
-            sentences = [*stated, _fill(rng, rng.choice(ASIDES[kind]), thing)]
+            sentences = _state_facts(rng, world, thing)
+            sentences.append(_fill(rng, rng.choice(ASIDES[kind]), thing))
             rng.shuffle(sentences)
             passages.append((thing, " ".join(map(_capitalize, sentences))))
     return passages
+
+
+def _state_facts(rng: random.Random, world: World, thing: str) -> list[str]:
+    """A sentence for each relation of a thing."""
+    sentences = []
+    for relation, wordings in STATEMENTS.items():
+        found = world.facts.get((thing, relation))
+        if found is not None:
+            sentences.append(rng.choice(wordings).format(subject=thing, object=found))
+    return sentences
 
 
 def write_distractor(rng: random.Random, world: World, number: int) -> tuple[str, str]:
@@ -222,7 +231,8 @@ def write_distractor(rng: random.Random, world: World, number: int) -> tuple[str
     kind, title, sentences = DISTRACTORS[number % len(DISTRACTORS)]
     names = world.things[kind]
     name = names[number // len(DISTRACTORS) % len(names)].removeprefix("The ")
-    return title.format(name), " ".join(_fill(rng, sentence, name) for sentence in sentences)
+    text = " ".join(_fill(rng, sentence, name) for sentence in sentences)
+    return title.format(name), text
 
 
 def _fill(rng: random.Random, sentence: str, name: str) -> str:
@@ -239,8 +249,8 @@ def _coin_words(rng: random.Random) -> Iterator[str]:
     """Invented words, none twice. There are 77,000; `MAX_WORKS` keeps every world far below."""
     seen: set[str] = set()
     while True:
-        letters = (rng.choice(part) for part in (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS))
-        word = "".join(letters).capitalize()
+        parts = (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)
+        word = "".join(map(rng.choice, parts)).capitalize()
         if word not in seen:
             seen.add(word)
             yield word

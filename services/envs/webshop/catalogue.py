@@ -19,7 +19,8 @@ from sdar.contracts.errors import ConfigurationError
 
 PRODUCT_FILES = ("items_shuffle.json", "items_shuffle_1000.json")
 ATTRIBUTE_FILES = ("items_ins_v2.json", "items_ins_v2_1000.json")
-HUMAN_FILE, REVIEW_FILE = "items_human_ins.json", "reviews.json"
+HUMAN_FILE = "items_human_ins.json"
+REVIEW_FILE = "reviews.json"
 
 NO_PRICE = 100.0
 """Price of a product whose `pricing` is empty, as published."""
@@ -81,11 +82,8 @@ class SourceFiles:
 
     @property
     def present(self) -> list[Path]:
-        return [
-            path
-            for path in (self.products, self.attributes, self.human, self.reviews)
-            if path is not None
-        ]
+        paths = (self.products, self.attributes, self.human, self.reviews)
+        return [path for path in paths if path is not None]
 
 
 def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
@@ -97,20 +95,24 @@ def find_source_files(directory: Path, is_small: bool) -> SourceFiles:
         ConfigurationError: neither is there.
     """
     pairs = list(zip(PRODUCT_FILES, ATTRIBUTE_FILES, strict=True))
-    for products, attributes in reversed(pairs) if is_small else pairs:
-        if (directory / products).is_file() and (directory / attributes).is_file():
-            human, reviews = directory / HUMAN_FILE, directory / REVIEW_FILE
-            return SourceFiles(
-                directory / products,
-                directory / attributes,
-                human if human.is_file() else None,
-                reviews if reviews.is_file() else None,
-            )
+    if is_small:
+        pairs.reverse()
+    for product_file, attribute_file in pairs:
+        products = directory / product_file
+        attributes = directory / attribute_file
+        if products.is_file() and attributes.is_file():
+            human = _find_file(directory / HUMAN_FILE)
+            reviews = _find_file(directory / REVIEW_FILE)
+            return SourceFiles(products, attributes, human, reviews)
     raise ConfigurationError(
         f"{directory} holds no WebShop catalogue: expected {PRODUCT_FILES[0]} and "
         f"{ATTRIBUTE_FILES[0]}, or those of 1,000. Download the published files (README of "
         "princeton-nlp/WebShop), or run: sdar env generate webshop DIRECTORY"
     )
+
+
+def _find_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -141,7 +143,9 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
             raise ConfigurationError(
                 f"{path} holds no list, expected one of objects. Download or generate it again."
             )
-        position, index = 1, 0
+
+        index = 0
+        position = 1
         while True:
             found = _NEXT_ENTRY.search(text, position)
             position = found.start() if found else len(text)
@@ -158,10 +162,13 @@ def iterate_entries(path: Path, chunk_characters: int = _CHUNK_CHARACTERS) -> It
                     raise ConfigurationError(
                         f"{path} entry {index} is not JSON: {error}. Download or generate it again."
                     ) from error
-                text, position = text[position:] + more, 0
+                text = text[position:] + more
+                position = 0
                 continue
+
             yield Entry(path, index, value)
-            position, index = end, index + 1
+            index += 1
+            position = end
 
 
 def _read_characters(file: TextIO, count: int) -> str:
@@ -174,8 +181,9 @@ def _read_characters(file: TextIO, count: int) -> str:
 
 
 class Entry:
-    """One object of a file; its accessors raise a ConfigurationError that names file, entry and
-    field.
+    """One object of a file.
+
+    Its accessors raise a ConfigurationError that names file, entry and field.
     """
 
     def __init__(self, path: Path, key: int | str, value: Any) -> None:
@@ -218,7 +226,9 @@ class Entry:
 
 def _show(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    if len(shown) <= _SHOWN_CHARACTERS:
+        return shown
+    return f"{shown[:_SHOWN_CHARACTERS]}..."
 
 
 def iterate_products(files: SourceFiles) -> Iterator[Product]:
@@ -227,20 +237,19 @@ def iterate_products(files: SourceFiles) -> Iterator[Product]:
     Those have no id, or one that was seen before.
     """
     attributes = read_object(files.attributes)
-    reviews = (
-        {entry.text("asin"): entry for entry in iterate_entries(files.reviews)}
-        if files.reviews
-        else {}
-    )
+    reviews: dict[str, Entry] = {}
+    if files.reviews:
+        reviews = {entry.text("asin"): entry for entry in iterate_entries(files.reviews)}
+
     seen: set[str] = set()
     for entry in iterate_entries(files.products):
         asin = entry.text("asin")
-        if asin == "nan" or not asin or len(asin) > MAX_ASIN_LENGTH or asin in seen:
+        has_id = asin not in ("", "nan") and len(asin) <= MAX_ASIN_LENGTH
+        if not has_id or asin in seen:
             continue
         seen.add(asin)
-        yield _read_product(
-            entry, asin, Entry(files.attributes, asin, attributes.get(asin, {})), reviews.get(asin)
-        )
+        own = Entry(files.attributes, asin, attributes.get(asin, {}))
+        yield _read_product(entry, asin, own, reviews.get(asin))
 
 
 def _read_product(entry: Entry, asin: str, attributes: Entry, reviews: Entry | None) -> Product:
@@ -284,7 +293,9 @@ def _draw_price(asin: str, prices: tuple[float, ...]) -> float:
 
     It is drawn from the product's id, so it is the same in every process.
     """
-    return prices[0] if len(prices) == 1 else random.Random(f"price {asin}").uniform(*prices)
+    if len(prices) == 1:
+        return prices[0]
+    return random.Random(f"price {asin}").uniform(*prices)
 
 
 def _read_options(entry: Entry) -> dict[str, tuple[str, ...]]:
@@ -299,7 +310,8 @@ def _read_options(entry: Entry) -> dict[str, tuple[str, ...]]:
             raise entry.wrong(
                 "customization_options", f'a list of objects with a text "value" for {name!r}'
             )
-        values = (choice["value"].strip().replace("/", " | ").lower() for choice in choices)
+        # A slash would read as a path in the original's addresses; as published.
+        values = [choice["value"].strip().replace("/", " | ").lower() for choice in choices]
         read[name.lower()] = tuple(value for value in values if value)
     return read
 
@@ -314,7 +326,8 @@ def _read_reviews(entry: Entry) -> tuple[Review, ...]:
         raise entry.wrong("reviews", "a list of objects")
     read = []
     for review in reviews:
-        stars = review.get("stars", review.get("score"))
-        texts = (review.get("title"), stars, review.get("review"))
-        read.append(Review(*(str(text or "") for text in texts)))
+        title = str(review.get("title") or "")
+        stars = str(review.get("stars", review.get("score")) or "")
+        body = str(review.get("review") or "")
+        read.append(Review(title, stars, body))
     return tuple(read)

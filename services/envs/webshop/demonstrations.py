@@ -5,12 +5,13 @@ Never used while playing: the shop does not know it exists.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 from services.envs.webshop.environment import WebShopEnvironment
 from services.envs.webshop.goals import Goal
-from services.envs.webshop.pages import NUM_RESULTS, PAGE_SIZE, SEPARATOR
+from services.envs.webshop.pages import NEXT, NUM_RESULTS, PAGE_SIZE, PREVIOUS, SEPARATOR
 from services.envs.webshop.reward import count_met_options
 from services.envs.webshop.search import STOP_WORDS
 
@@ -49,13 +50,15 @@ class Shopper:
         clickables = [action.removeprefix("click[")[:-1] for action in admissible_actions]
         if "buy now" in clickables:
             return self._choose_or_buy(description, clickables)
+
         results = parse_results(observation)
         if results:
             self._clicked = set()
-            return write_action(
-                f"click[{pick_result(description, results).lower()}]", "this one fits"
-            )
-        return write_action(f"search[{' '.join(list_key_words(description))}]", "search first")
+            asin = pick_result(description, results)
+            return write_action(f"click[{asin.lower()}]", "this one fits")
+
+        query = " ".join(list_key_words(description))
+        return write_action(f"search[{query}]", "search first")
 
     def _choose_or_buy(self, description: str, clickables: Sequence[str]) -> str:
         for value in clickables:
@@ -77,7 +80,8 @@ def parse_results(observation: str) -> list[tuple[str, str, float]]:
     parts = observation.split(SEPARATOR)
     if len(parts) < 2 or not parts[1].startswith("Page "):
         return []
-    rest = [part for part in parts[2:] if part not in ("< Prev", "Next >")]
+    rest = [part for part in parts[2:] if part not in (PREVIOUS, NEXT)]
+    # Three parts a product: id, title and price.
     triples = zip(rest[::3], rest[1::3], rest[2::3], strict=False)
     return [(asin, title, float(_PRICE.findall(price)[0])) for asin, title, price in triples]
 
@@ -87,14 +91,13 @@ def pick_result(description: str, results: Sequence[tuple[str, str, float]]) -> 
 
     The first of all where there is none.
     """
-    bound, wanted = _BOUND.search(description), set(list_key_words(description))
-    fitting = (
-        asin
-        for asin, title, price in results
-        if wanted.intersection(list_key_words(title))
-        and (bound is None or price <= float(bound[1]))
-    )
-    return next(fitting, results[0][0])
+    wanted = set(list_key_words(description))
+    bound = _BOUND.search(description)
+    most = float(bound[1]) if bound else math.inf
+    for asin, title, price in results:
+        if price <= most and wanted.intersection(list_key_words(title)):
+            return asin
+    return results[0][0]
 
 
 def _names(description: str, value: str) -> bool:
@@ -114,15 +117,15 @@ def list_expert_actions(environment: WebShopEnvironment, task_id: str) -> list[s
     asins = [catalogue.get_product(number).asin for number in results]
     if goal.asin not in asins:
         return []
+
     rank = asins.index(goal.asin)
     options = catalogue.get_product(results[rank]).options
-    actions = [
-        f"search[{query}]",
-        *["click[next >]"] * (rank // PAGE_SIZE),
-        f"click[{goal.asin.lower()}]",
-    ]
+    actions = [f"search[{query}]"]
+    actions += ["click[next >]"] * (rank // PAGE_SIZE)
+    actions.append(f"click[{goal.asin.lower()}]")
     actions += [f"click[{value}]" for value in _pick_values(list(options.values()), goal)]
-    return [write_action(action, "as planned") for action in [*actions, "click[buy now]"]]
+    actions.append("click[buy now]")
+    return [write_action(action, "as planned") for action in actions]
 
 
 def _pick_values(options: Sequence[Sequence[str]], goal: Goal) -> list[str]:

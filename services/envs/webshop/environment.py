@@ -64,12 +64,9 @@ class WebShopEnvironment(Environment):
             raise ConfigurationError(
                 f"WebShop option goals is {goals!r}, expected one of {', '.join(GOAL_KINDS)}."
             )
-        self.catalogue = open_catalogue(
-            _resolve_directory(data_dir),
-            load_settings().cache.expanduser().resolve(),
-            small,
-            GOAL_KINDS[goals],
-        )
+        directory = _resolve_directory(data_dir)
+        cache = load_settings().cache.expanduser().resolve()
+        self.catalogue = open_catalogue(directory, cache, small, GOAL_KINDS[goals])
         self._nouns = load_noun_finder()
         # Scores of different catalogues or noun finders are not comparable, so they are different
         # versions.
@@ -106,9 +103,15 @@ class WebShopEnvironment(Environment):
         self._num_turns += 1
         action = (find_between(text, "<action>", "</action>") or "").strip()
         is_done = self._act(action)
+        is_reasoned = find_between(text, "<think>", "</think>") is not None
+
         is_bought = self._pages.is_bought
-        components, is_success = self._score() if is_bought else ({}, False)
         is_truncated = not is_bought and self._num_turns >= MAX_TURNS
+        components: dict[str, float] = {}
+        is_success = False
+        if is_bought:
+            components, is_success = self._score()
+
         return StepResult(
             observation=self._observe(is_over=is_bought or is_truncated),
             reward=REWARD_OF_SUCCESS if is_success else 0.0,
@@ -116,7 +119,7 @@ class WebShopEnvironment(Environment):
             terminated=is_bought,
             truncated=is_truncated,
             action=action,
-            is_action_valid=is_done and find_between(text, "<think>", "</think>") is not None,
+            is_action_valid=is_done and is_reasoned,
             is_success=is_success,
         )
 
@@ -144,10 +147,10 @@ class WebShopEnvironment(Environment):
 
         A search has no literal form to list; `action_format` says that every page takes one.
         """
-        return Observation(
-            self._pages.text,
-            () if is_over else tuple(f"click[{name}]" for name in self._pages.clickables),
-        )
+        if is_over:
+            return Observation(self._pages.text)
+        actions = tuple(f"click[{name}]" for name in self._pages.clickables)
+        return Observation(self._pages.text, actions)
 
 
 def _resolve_directory(data_dir: str) -> Path:
@@ -182,7 +185,6 @@ def _list_tasks(
             seed=0,
         )
         found[task.task_id] = (task, goal)
-    every = [task for task, _ in found.values()]
-    train = tuple(task for task in every if task.split == TRAIN)
-    test = tuple(task for task in every if task.split == TEST)
-    return {TRAIN: train, TEST: test}, found
+
+    tasks = [task for task, _ in found.values()]
+    return {TRAIN: tuple(tasks[num_test:]), TEST: tuple(tasks[:num_test])}, found

@@ -26,12 +26,14 @@ from services.envs.webshop.wares import (
     Ware,
 )
 
-FAMILY_SIZE, NUM_WANTED = 5, 4
-"""Products of a family, and those of them that somebody wants; the others are only in the way."""
+FAMILY_SIZE = 5
+NUM_WANTED = 4
+"""Products of a family that somebody wants; the others are only in the way."""
 NUM_ATTRIBUTES = 4
 MAX_REVIEWS = 3
 PRICE_SPREAD = 1.3
-SHARE_OF_PRICE_RANGES, SHARE_WITHOUT_PRICE = 0.25, 0.02
+SHARE_OF_PRICE_RANGES = 0.25
+SHARE_WITHOUT_PRICE = 0.02
 
 INSTRUCTIONS = (
     "i am looking for {noun} with {attributes}{options}",
@@ -78,13 +80,19 @@ def generate(
 
 
 def _write_catalogue(directory: Path, drafts: Sequence[_Draft]) -> None:
+    attributes: dict[str, Any] = {}
+    human: dict[str, Any] = {}
+    for draft in drafts:
+        asin = draft.product["asin"]
+        attributes[asin] = draft.attributes
+        if draft.human:
+            human[asin] = draft.human
+
     directory.mkdir(parents=True, exist_ok=True)
-    attributes = {draft.product["asin"]: draft.attributes for draft in drafts}
-    human = {draft.product["asin"]: draft.human for draft in drafts if draft.human}
-    _write_list(directory / PRODUCT_FILES[0], (draft.product for draft in drafts))
+    _write_list(directory / PRODUCT_FILES[0], [draft.product for draft in drafts])
     _write_object(directory / ATTRIBUTE_FILES[0], attributes)
     _write_object(directory / HUMAN_FILE, human)
-    _write_list(directory / REVIEW_FILE, (draft.review for draft in drafts))
+    _write_list(directory / REVIEW_FILE, [draft.review for draft in drafts])
 
 
 def _count_goals(num_tasks: int) -> int:
@@ -107,12 +115,15 @@ def _draft_catalogue(
         family = num_done // NUM_WANTED
         ware = WARES[family % len(WARES)]
         maker = rng.choice(makers)
+
         for place in range(FAMILY_SIZE):
             is_wanted = place < NUM_WANTED and num_done < num_goals
-            drafts.append(_draft_product(rng, ware, maker, _draw_asin(rng, asins), is_wanted))
+            asin = _draw_asin(rng, asins)
+            drafts.append(_draft_product(rng, ware, maker, asin, is_wanted))
             if is_wanted:
                 num_done += 1
                 report(num_done, num_goals)
+
     rng.shuffle(drafts)
     return drafts
 
@@ -163,15 +174,15 @@ def _describe_product(
     Two attributes stand in the title, the third in the bullets, the fourth in the description.
     """
     model = f"{rng.choice(string.ascii_uppercase)}{rng.randint(10, 99)}"
+    kind = ware.noun.title()
+    choices = {name: list(map(_write_option, values)) for name, values in options.items()}
     return {
-        "name": (
-            f"{maker} {ware.noun.title()} {model}, {attributes[0].title()}, {attributes[1].title()}"
-        ),
+        "name": f"{maker} {kind} {model}, {attributes[0].title()}, {attributes[1].title()}",
         "asin": asin,
         "pricing": _draw_pricing(rng, ware),
         "category": ware.category,
         "query": ware.noun,
-        "product_category": " \u203a ".join((*ware.path, ware.noun.title())),
+        "product_category": " \u203a ".join((*ware.path, kind)),
         "small_description": [
             f"{attributes[2].capitalize()}: one of the things people like about this {ware.noun}.",
             f"From the workshop of {maker}, model {model}.",
@@ -183,9 +194,7 @@ def _describe_product(
             f"Choose {' and '.join(options)} to your liking."
         ),
         "images": [f"https://shop.example/{asin.lower()}.jpg"],
-        "customization_options": {
-            name: list(map(_write_option, values)) for name, values in options.items()
-        },
+        "customization_options": choices,
     }
 
 
@@ -195,15 +204,14 @@ def _write_option(value: str) -> dict[str, Any]:
 
 
 def _draw_pricing(rng: random.Random, ware: Ware) -> str:
+    """No price, a range of two, or one."""
     price = rng.randint(*ware.prices) - 0.01
     kind = rng.random()
     if kind < SHARE_WITHOUT_PRICE:
         return ""
-    return (
-        f"${price:.2f}${price * PRICE_SPREAD:.2f}"
-        if kind < SHARE_WITHOUT_PRICE + SHARE_OF_PRICE_RANGES
-        else f"${price:.2f}"
-    )
+    if kind < SHARE_WITHOUT_PRICE + SHARE_OF_PRICE_RANGES:
+        return f"${price:.2f}${price * PRICE_SPREAD:.2f}"
+    return f"${price:.2f}"
 
 
 def _draw_instruction(
@@ -212,9 +220,8 @@ def _draw_instruction(
     """An entry of items_human_ins.json, which asks for one value of every option."""
     chosen = {name: rng.choice(values) for name, values in options.items()}
     wishes = "".join(f", {name} {value}" for name, value in chosen.items())
-    text = rng.choice(INSTRUCTIONS).format(
-        noun=ware.noun, attributes=" and ".join(wanted), options=wishes
-    )
+    wording = rng.choice(INSTRUCTIONS)
+    text = wording.format(noun=ware.noun, attributes=" and ".join(wanted), options=wishes)
     return {
         "instruction": text,
         "instruction_attributes": list(wanted),
@@ -225,17 +232,13 @@ def _draw_instruction(
 def _draw_reviews(
     rng: random.Random, ware: Ware, asin: str, attributes: Sequence[str]
 ) -> dict[str, Any]:
+    """An entry of reviews.json."""
     stars = [rng.choice((5, 5, 4, 4, 3, 2, 1)) for _ in range(rng.randint(0, MAX_REVIEWS))]
-    reviews = [
-        {
-            "title": REVIEW_TITLES[number],
-            "stars": number,
-            "review": REVIEW_BODIES[number].format(
-                noun=ware.noun, attribute=rng.choice(attributes)
-            ),
-        }
-        for number in stars
-    ]
+    reviews = []
+    for number in stars:
+        attribute = rng.choice(attributes)
+        body = REVIEW_BODIES[number].format(noun=ware.noun, attribute=attribute)
+        reviews.append({"title": REVIEW_TITLES[number], "stars": number, "review": body})
     return {
         "asin": asin,
         "average_rating": round(sum(stars) / len(stars), 1) if stars else "N.A.",
@@ -249,8 +252,8 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_object(path: Path, entries: dict[str, Any]) -> None:
-    lines = ",\n".join(
-        f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}"
-        for key, entry in entries.items()
-    )
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8", newline="\n")
+    lines = []
+    for key, entry in entries.items():
+        lines.append(f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}")
+    text = ",\n".join(lines)
+    path.write_text(f"{{\n{text}\n}}\n", encoding="utf-8", newline="\n")

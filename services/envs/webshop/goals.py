@@ -14,7 +14,8 @@ from typing import Any
 
 from services.envs.webshop.catalogue import Entry, Product, SourceFiles, read_object
 
-TRAIN, TEST = "train", "test"
+TRAIN = "train"
+TEST = "test"
 NUM_TEST_GOALS = 500
 """The first goals of the shuffled list are tested, the others trained on, as in the paper; of a
 catalogue with fewer than 2,000 goals, the first quarter is tested."""
@@ -47,10 +48,7 @@ class Goal:
 
 
 class GoalReader:
-    """Turns products into goals.
-
-    By the instructions that people wrote, or by the synthetic ones of the attribute file.
-    """
+    """Turns products into goals: what people asked for, or what the attribute file makes up."""
 
     def __init__(self, files: SourceFiles, is_human: bool) -> None:
         self._path = files.human if is_human and files.human else files.attributes
@@ -62,9 +60,10 @@ class GoalReader:
             yield from self._read(product, self._instructions[product.asin])
 
     def _read_human(self, product: Product, instructions: Any) -> Iterator[Goal]:
-        for number, value in enumerate(
-            instructions if isinstance(instructions, list) else [instructions]
-        ):
+        """One goal for every instruction that asks for an attribute, as published."""
+        if not isinstance(instructions, list):
+            instructions = [instructions]
+        for number, value in enumerate(instructions):
             entry = Entry(self._path, f"{product.asin}[{number}]", value)
             attributes = entry.texts("instruction_attributes")
             if attributes:
@@ -80,12 +79,14 @@ class GoalReader:
         attributes = entry.texts("instruction_attributes")
         if not attributes:
             raise entry.wrong("instruction_attributes", "the texts that the instruction asks for")
+
         names = sorted(product.options)
-        for values in itertools.product(*(product.options[name] for name in names)):
-            wish = ", and ".join(
-                f"{name}: {value}" for name, value in zip(names, values, strict=True)
-            )
-            yield _build_goal(product, f"{text} with {wish}" if wish else text, attributes, values)
+        pools = [product.options[name] for name in names]
+        for values in itertools.product(*pools):
+            wishes = [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
+            # A product without options has one combination, the empty one.
+            whole = f"{text} with {', and '.join(wishes)}" if wishes else text
+            yield _build_goal(product, whole, attributes, values)
 
 
 def _read_goal_options(entry: Entry) -> tuple[str, ...]:
@@ -99,15 +100,16 @@ def _build_goal(
     product: Product, text: str, attributes: tuple[str, ...], options: tuple[str, ...]
 ) -> Goal:
     bound = draw_price_bound(product.price, f"bound {product.asin} {text}")
+    instruction = text
+    if bound != NO_BOUND:
+        instruction += f", and price lower than {bound:.2f} dollars"
     return Goal(
         asin=product.asin,
         name=product.name,
         category=product.category,
         query=product.query,
         product_category=product.product_category,
-        instruction=text
-        if bound == NO_BOUND
-        else f"{text}, and price lower than {bound:.2f} dollars",
+        instruction=instruction,
         attributes=attributes,
         options=options,
         price_bound=bound,
@@ -115,9 +117,11 @@ def _build_goal(
 
 
 def draw_price_bound(price: float, seed: str) -> float:
-    # A generator of the goal's own: its bound depends on no other goal, and on no process.
     steps = [step for step in PRICE_STEPS if step > price][:NUM_STEPS_ABOVE]
-    return max(random.Random(seed).sample(steps, 2)) if len(steps) >= 2 else NO_BOUND
+    if len(steps) < 2:
+        return NO_BOUND
+    # A generator of the goal's own: its bound depends on no other goal, and on no process.
+    return max(random.Random(seed).sample(steps, 2))
 
 
 def shuffle_goals(goals: Sequence[Goal]) -> list[Goal]:

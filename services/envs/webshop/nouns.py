@@ -35,9 +35,8 @@ class SpacyNouns:
         self.find = lru_cache(maxsize=_NUM_TITLES)(self._tag)
 
     def _tag(self, title: str) -> tuple[str, ...]:
-        return tuple(
-            token.text.lower() for token in self._pipeline(title) if token.pos_ in NOUN_TAGS
-        )
+        tokens = [token for token in self._pipeline(title) if token.pos_ in NOUN_TAGS]
+        return tuple(token.text.lower() for token in tokens)
 
 
 class HeuristicNouns:
@@ -51,10 +50,12 @@ class HeuristicNouns:
     name = "heuristic"
 
     def find(self, title: str) -> tuple[str, ...]:
-        words = (word.lower() for word in _WORD.findall(title))
-        return tuple(
-            word for word in words if word not in _OTHER_WORDS and not _ADJECTIVE.fullmatch(word)
-        )
+        nouns = []
+        for found in _WORD.findall(title):
+            word = found.lower()
+            if word not in _OTHER_WORDS and not _ADJECTIVE.fullmatch(word):
+                nouns.append(word)
+        return tuple(nouns)
 
 
 _WORD = re.compile(r"(?<![\w])[^\W\d_]{2,}(?![\w])")

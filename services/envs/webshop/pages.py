@@ -9,7 +9,8 @@ from services.envs.webshop.catalogue import Product
 from services.envs.webshop.store import PreparedCatalogue
 
 SEPARATOR = " [SEP] "
-NUM_RESULTS, PAGE_SIZE = 50, 10
+NUM_RESULTS = 50
+PAGE_SIZE = 10
 BACK_TO_SEARCH = "Back to Search"
 NEXT = "Next >"
 PREVIOUS = "< Prev"
@@ -68,13 +69,16 @@ class PageMachine:
         self.product = None
         self.chosen = {}
         self._page = page
+
         total = len(self._results)
         buttons: Links = {BACK_TO_SEARCH: self._show_start}
         if page > 0:
             buttons[PREVIOUS] = partial(self._show_results, page - 1)
         if (page + 1) * PAGE_SIZE < total:
             buttons[NEXT] = partial(self._show_results, page + 1)
-        parts = [BACK_TO_SEARCH, f"Page {page + 1} (Total results: {total})", *list(buttons)[1:]]
+        # The page's number stands between the first button and the others, as published.
+        first, *others = buttons
+        parts = [first, f"Page {page + 1} (Total results: {total})", *others]
         links = _in_lower_case(buttons)
         for number in self._results[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]:
             product = self._catalogue.get_product(number)
@@ -84,34 +88,38 @@ class PageMachine:
 
     def _show_item(self, product: Product) -> None:
         self.product = product
+        description = product.description or "No Description"
+        features = product.bullets or ("No Features",)
+        reviews = _list_reviews(product) or ("No Reviews",)
         pages: Links = {
-            DESCRIPTION: partial(
-                self._show_below, product, (product.description or "No Description",)
-            ),
-            FEATURES: partial(self._show_below, product, product.bullets or ("No Features",)),
-            REVIEWS: partial(self._show_below, product, _list_reviews(product)),
+            DESCRIPTION: partial(self._show_below, product, (description,)),
+            FEATURES: partial(self._show_below, product, features),
+            REVIEWS: partial(self._show_below, product, reviews),
             BUY_NOW: self._buy,
         }
         navigation: Links = {
             BACK_TO_SEARCH: self._show_start,
             PREVIOUS: partial(self._show_results, self._page),
         }
+
         options: list[str] = []
         for name, values in product.options.items():
             options += [name, *values]
         facts = [product.name, f"Price: {product.price_tag}", f"Rating: {product.rating}"]
-        links = _in_lower_case(navigation | pages)
-        # A button keeps its own name, though an option may have a value of that name. As published.
+
         # The order of the links is that in which they are listed as actions.
-        choices = self._list_choices(product)
-        links |= {value: link for value, link in choices.items() if value not in links}
+        links = _in_lower_case(navigation | pages)
+        for value, link in self._list_choices(product).items():
+            # A button keeps its own name where an option has a value of that name. As published.
+            links.setdefault(value, link)
         self._show([*navigation, *options, *facts, *pages], links)
 
     def _list_choices(self, product: Product) -> Links:
         # Of two options with a value in common, the value belongs to the later one. As published.
         choices: Links = {}
         for name, values in product.options.items():
-            choices.update((value, partial(self._choose, name, value)) for value in values)
+            for value in values:
+                choices[value] = partial(self._choose, name, value)
         return choices
 
     def _choose(self, name: str, value: str) -> None:
@@ -138,8 +146,8 @@ def _in_lower_case(links: Links) -> Links:
     return {name.lower(): link for name, link in links.items()}
 
 
-def _list_reviews(product: Product) -> tuple[str, ...]:
+def _list_reviews(product: Product) -> list[str]:
     parts: list[str] = []
     for review in product.reviews:
         parts += [f'"{review.title}"', review.stars, review.body]
-    return tuple(part for part in parts if part) or ("No Reviews",)
+    return [part for part in parts if part]

@@ -18,10 +18,14 @@ from services.envs.webshop.nouns import NounFinder
 
 FUZZY_THRESHOLD = 85
 """Two texts match above this token_set_ratio."""
-SIMILAR_TITLES, DISSIMILAR_TITLES = 0.2, 0.1
+SIMILAR_TITLES = 0.2
+DISSIMILAR_TITLES = 0.1
 SIMILARITY_WITHOUT_NOUNS = 0.2
 """Taken where the goal's title holds no noun to compare."""
-CATEGORY_SEPARATOR, NUM_SHARED_CATEGORIES = "\u203a", 2  # as in "Clothing \u203a Shoes"
+CATEGORY_SEPARATOR = "\u203a"
+"""As in "Clothing \u203a Shoes"."""
+NUM_SHARED_CATEGORIES = 2
+"""Two products are of one kind if so many of their categories are the same."""
 
 # The first of these that occurs anywhere in an option's value stands for it: "navy blue" and "light
 # blue" are both "blue", and so is "bluetooth". Part of the score's definition: another list, or
@@ -66,20 +70,27 @@ def compute_score(product: Product, chosen: Iterable[str], goal: Goal, nouns: No
     """The score of buying a product with the values chosen of its options."""
     similarity = compute_title_similarity(product.name, goal.name, nouns)
     r_type = compute_type_factor(product, goal, similarity)
-    num_attributes, num_options = len(goal.attributes), len(goal.options)
+
+    num_attributes = len(goal.attributes)
+    num_options = len(goal.options)
     met_attributes = sum(has_attribute(product, attribute) for attribute in goal.attributes)
     met_options = count_met_options(chosen, goal.options)
     r_price = float(product.price <= goal.price_bound)
+
     # The price counts as one more thing that the goal asks for.
     share = (met_attributes + met_options + r_price) / (num_attributes + num_options + 1)
     return Score(
         score=r_type * share,
         r_type=r_type,
-        r_attributes=met_attributes / num_attributes if num_attributes else 1.0,
-        r_options=met_options / num_options if num_options else 1.0,
+        r_attributes=_compute_share(met_attributes, num_attributes),
+        r_options=_compute_share(met_options, num_options),
         r_price=r_price,
         title_similarity=similarity,
     )
+
+
+def _compute_share(num_met: int, num_wanted: int) -> float:
+    return num_met / num_wanted if num_wanted else 1.0
 
 
 def compute_title_similarity(bought: str, wanted: str, nouns: NounFinder) -> float:
@@ -90,7 +101,8 @@ def compute_title_similarity(bought: str, wanted: str, nouns: NounFinder) -> flo
     wanted_nouns = nouns.find(wanted)
     if not wanted_nouns:
         return SIMILARITY_WITHOUT_NOUNS
-    return len(set(nouns.find(bought)) & set(wanted_nouns)) / len(wanted_nouns)
+    shared = set(nouns.find(bought)) & set(wanted_nouns)
+    return len(shared) / len(wanted_nouns)
 
 
 def compute_type_factor(product: Product, goal: Goal, title_similarity: float) -> float:
@@ -128,7 +140,10 @@ def count_met_options(chosen: Iterable[str], wanted: Iterable[str]) -> int:
 
 
 def normalise_colour(value: str) -> str:
-    return next((colour for colour in COLOURS if colour in value), value)
+    for colour in COLOURS:
+        if colour in value:
+            return colour
+    return value
 
 
 def is_fuzzy_match(first: str, second: str) -> bool:

@@ -1,7 +1,4 @@
-"""The shop's search: BM25 with the constants and text analysis of the published Lucene index.
-
-The index is memory-mapped.
-"""
+"""The shop's search: BM25 with the constants and text analysis of the published Lucene index."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ import Stemmer
 
 from services.envs.webshop.catalogue import Product
 
-K1, B = 0.9, 0.4
+K1 = 0.9
+B = 0.4
 MAX_QUERY_TERMS = 1024
 """Lucene refuses longer queries; here the rest is left out."""
 # What Lucene's English analysis drops.
@@ -43,19 +41,19 @@ class TextAnalysis:
         self._stemmer = Stemmer.Stemmer("porter")
 
     def list_terms(self, text: str) -> list[str]:
-        words = (
-            word[:-2] if word.endswith(_POSSESSIVES) else word
-            for word in _WORD.findall(text.lower())
-        )
-        return list(self._stemmer.stemWords([word for word in words if word not in STOP_WORDS]))
+        words = []
+        for found in _WORD.findall(text.lower()):
+            word = found[:-2] if found.endswith(_POSSESSIVES) else found
+            if word not in STOP_WORDS:
+                words.append(word)
+        return list(self._stemmer.stemWords(words))
 
 
 def describe_for_search(product: Product) -> str:
     """The text that is searched: title, description, first bullet and options, as published."""
-    options = ", and ".join(
-        f"{name}: {', '.join(values)}" for name, values in product.options.items()
-    )
-    return " ".join([product.name, product.description, *product.bullets[:1], options])
+    options = [f"{name}: {', '.join(values)}" for name, values in product.options.items()]
+    parts = [product.name, product.description, *product.bullets[:1], ", and ".join(options)]
+    return " ".join(parts)
 
 
 def build_index(texts: Iterable[str], directory: Path) -> None:
@@ -79,17 +77,16 @@ class _TermNumbers(dict[str, int]):
 
     def __missing__(self, word: str) -> int:
         terms = self._analysis.list_terms(word)
-        number = self[word] = (
-            self.vocabulary.setdefault(terms[0], len(self.vocabulary)) if terms else _NO_TERM
-        )
+        number = _NO_TERM
+        if terms:
+            number = self.vocabulary.setdefault(terms[0], len(self.vocabulary))
+        self[word] = number
         return number
 
     def list_of(self, text: str) -> array[int]:
         """The numbers of a text's terms, in four bytes each."""
-        return array(
-            "i",
-            [number for word in _WORD.findall(text.lower()) if (number := self[word]) != _NO_TERM],
-        )
+        numbers = [self[word] for word in _WORD.findall(text.lower())]
+        return array("i", [number for number in numbers if number != _NO_TERM])
 
 
 class SearchIndex:
@@ -109,6 +106,7 @@ class SearchIndex:
         terms = terms[:MAX_QUERY_TERMS]
         if not terms:
             return ()
+
         scores = self._index.get_scores(terms)
         found = np.flatnonzero(scores > 0)
         if len(found) > limit:

@@ -26,9 +26,9 @@ class SkillSources:
     num_skills: int
     """Most specific skills that are shown."""
     index: SkillIndex | None = None
-    """Nearness in meaning; only where the configuration asks for embedding."""
+    """Nearness in meaning, for a kind that `needs_index`."""
     utility: SkillUtility | None = None
-    """What earlier episodes taught; only where the configuration asks for ucb."""
+    """What earlier episodes taught, for a kind that `learns`."""
 
     def list_of_type(self, task_type: str) -> tuple[Skill, ...]:
         """Every specific skill for a task type, in the library's order."""
@@ -43,6 +43,10 @@ class RetrievalKind(ABC):
     """Whether the wrong-skill experiment may swap what is chosen for another task type's."""
     shows_skills: ClassVar[bool] = True
     """False shows no skill at all, general ones included."""
+    needs_index: ClassVar[bool] = False
+    """Whether it chooses by nearness in meaning, which takes a sentence model."""
+    learns: ClassVar[bool] = False
+    """Whether it chooses by how earlier episodes ended; then their outcomes are published."""
 
     def __init__(self, sources: SkillSources) -> None:
         self.sources = sources

@@ -12,6 +12,7 @@ class EmbeddingRetrieval(RetrievalKind):
     """Always finds something, where the library has any specific skill."""
 
     is_swappable = True
+    needs_index = True
 
     def __init__(self, sources: SkillSources) -> None:
         super().__init__(sources)

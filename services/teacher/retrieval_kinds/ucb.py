@@ -14,6 +14,8 @@ class UcbRetrieval(RetrievalKind):
     Not swappable: what it would learn from is the end of an episode with another skill.
     """
 
+    learns = True
+
     def __init__(self, sources: SkillSources) -> None:
         super().__init__(sources)
         assert sources.utility is not None

@@ -7,7 +7,7 @@ import torch
 
 from sdar.algorithms.batching import build_microbatches, build_sequences, count_response_tokens
 from sdar.algorithms.logprobs import TokenScorer
-from sdar.algorithms.loss import compute_loss, reduce_metrics
+from sdar.algorithms.loss import compute_loss, join_metrics, reduce_metrics
 from sdar.config import MethodConfig
 from sdar.contracts.errors import ContractError
 from sdar.contracts.methods import METHODS
@@ -167,7 +167,6 @@ def test_metrics_tell_staleness_from_engine_mismatch():
     assert means["policy_behavior_gap_abs"] == pytest.approx(
         (0.01 + 0.03 + 0.4 + 0.5) / 4, abs=1e-6
     )
-    assert means["staleness_mean"] == pytest.approx(0.75)
     assert means["num_current_tokens"] == 2
 
 
@@ -300,3 +299,10 @@ def test_missing_inputs_are_named():
         loss_of("grpo", four_tokens(), student, SETTINGS)
     with pytest.raises(ContractError, match="num_tokens_global 3 for a micro-batch of 4"):
         loss_of("grpo", four_tokens(), student, num_tokens=3)
+
+
+def test_two_parts_of_a_loss_may_not_measure_one_name():
+    one = {"entropy": torch.tensor(1.0), "gate_mean": torch.tensor(2.0)}
+    with pytest.raises(ContractError, match="entropy"):
+        join_metrics(one, {"entropy": torch.tensor(3.0)})
+    assert join_metrics(one, {}) == one

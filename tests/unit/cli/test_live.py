@@ -34,6 +34,7 @@ def metrics(tmp_path: Path) -> MetricsLog:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     values = {
         "success_mean": 0.5,
+        "trained_success_mean": 0.25,
         "reward_mean": 0.4,
         "tokens_per_s": 1234.5,
         "staleness_mean": 1.5,

@@ -37,6 +37,7 @@ STATUS: dict[str, Any] = {
         "trajectories": {"num_undelivered": 2.0, "num_pending": 3.0, "oldest_age_s": 1.25}
     },
     "evaluations": [],
+    "figures": {},
     "alarms": [],
     "dead_letters": 0,
     "failures": {},
@@ -58,6 +59,27 @@ def describe_evaluation(**changes: Any) -> dict[str, Any]:
         "interval": [0.412, 0.588],
     }
     return evaluation | {"num_episodes": 120, "num_tasks": 240, "num_failed": 7} | changes
+
+
+def test_success_and_the_sampler_s_figures_are_told_each_with_what_it_is_over() -> None:
+    figures = {
+        "success_mean": 0.95,
+        "num_episodes": 12_800.0,
+        "trained_success_mean": 0.85,
+        "num_trajectories": 1024.0,
+        "engine_mismatch_abs": 2.1e-5,
+        "probe_mismatch": 0.13,
+        "policy_behavior_gap_abs": 0.012,
+        "num_skipped_steps_in_a_row": 2.0,
+    }
+    lines = render(STATUS | {"figures": figures})
+    assert lines[3:6] == [
+        "success in training 0.950 of 12800 played, 0.850 of 1024 trained",
+        "sampler to learner, nats: 2.1e-05 newest weights, 1.3e-01 probe, 1.2e-02 all",
+        "optimizer steps skipped in a row: 2",
+    ]
+    stale = {name: figures[name] for name in ("policy_behavior_gap_abs",)}
+    assert render(STATUS | {"figures": stale})[3] == "sampler to learner, nats: 1.2e-02 all"
 
 
 def test_no_line_of_a_status_is_broken_on_eighty_columns() -> None:

@@ -54,7 +54,9 @@ class FakeCatalog:
     """Ten training and five held-out tasks of two types."""
 
     async def describe(self, name: str, address: str) -> RegisteredEnvironment:
-        return RegisteredEnvironment(name, address, "1", {"train": 10, "heldout": 5}, "", 3)
+        return RegisteredEnvironment(
+            name, address, "1", {"train": 10, "heldout": 5}, "", 3, "A word."
+        )
 
     async def list_tasks(
         self, name: str, address: str, split: str, max_tasks: int | None = None

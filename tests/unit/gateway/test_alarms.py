@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sdar.contracts.streams import Stream
 from services.gateway.alarms import (
     JUDGES,
     LEARNER_LEAST_SILENCE_S,
+    LEAST_MISREAD_EPISODES,
     LENGTH_DRIFT,
     NO_PROGRESS_S,
     SILENCE_S,
@@ -18,7 +20,9 @@ from services.gateway.alarms import (
     BusCondition,
     BusState,
     Situation,
+    find_invalid_actions,
 )
+from services.gateway.history import Misread
 from services.gateway.state import RunPhase
 
 NOW = 10_000.0
@@ -69,12 +73,36 @@ def test_a_run_that_goes_well_has_no_alarm() -> None:
         ("dead_letters", {"num_dead_letters": 1}),
         ("ledger_gap", {"ledger_gap": 1}),
         ("length_drift", {"length_drift": LENGTH_DRIFT + 0.01}),
+        ("invalid_actions", {"misread": Misread(LEAST_MISREAD_EPISODES, "hm")}),
+        ("engine_mismatch", {"figures": {"engine_mismatch_abs": 0.011}}),
+        ("steps_skipped", {"figures": {"num_skipped_steps_in_a_row": 1.0}}),
         ("no_progress", {"progress_at_s": NOW - NO_PROGRESS_S - 1}),
         ("scaling", {"scaling_problem": "the API server is away"}),
     ],
 )
 def test_each_trouble_raises_its_own_alarm_and_no_other(name: str, changes: dict[str, Any]) -> None:
     assert names(**changes) == {name}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "figures", "is_wrong"),
+    [
+        # Measured on sound engines, and on faulty ones.
+        ("float32", {"engine_mismatch_abs": 3.1e-5, "probe_mismatch": 2.5e-5}, False),
+        ("bfloat16", {"engine_mismatch_abs": 0.13, "probe_mismatch": 0.13}, False),
+        ("float32", {"engine_mismatch_abs": 0.13}, True),
+        ("bfloat16", {"engine_mismatch_abs": 1.4}, True),
+        # At staleness 2 no token is of the weights that are trained: still there are two figures.
+        ("float32", {"policy_behavior_gap_abs": 0.4, "probe_mismatch": 2.5e-5}, False),
+        ("float32", {"policy_behavior_gap_abs": 0.4, "probe_mismatch": 0.13}, True),
+        ("bfloat16", {"policy_behavior_gap_abs": 1.4}, True),
+        ("float32", {"probe_mismatch": math.nan}, True),
+    ],
+)
+def test_a_sampler_that_samples_from_another_policy_is_found_at_any_staleness(
+    dtype: str, figures: dict[str, float], is_wrong: bool
+) -> None:
+    assert names(dtype=dtype, figures=figures) == ({"engine_mismatch"} if is_wrong else set())
 
 
 def test_every_alarm_has_a_test() -> None:
@@ -152,3 +180,15 @@ def test_an_alarm_stays_up_since_it_was_raised_and_comes_down_when_its_trouble_e
     assert "2 entries" in board.alarms[0].message
     board.update(FINE)
     assert board.alarms == []
+
+
+def test_invalid_actions_are_shown_with_a_response_and_what_is_expected() -> None:
+    misread = Misread(16, "I\x1b[2J think " + "x" * 1000)
+    text = find_invalid_actions(
+        dataclasses.replace(FINE, misread=misread, action_format="One whole number.")
+    )
+    assert "newest 16 episodes" in text
+    assert "'I\\x1b[2J think xxx" in text
+    assert "The environment expects: One whole number." in text
+    assert len(text) < 700
+    assert not find_invalid_actions(dataclasses.replace(FINE, misread=Misread(15, "hm")))

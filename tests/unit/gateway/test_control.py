@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sdar.contracts.errors import RefusedError
+from sdar.contracts.types import MetricRecord
 from sdar.in_process.memory_bus import MemoryBus
 from services.gateway.commit import Committer
 from services.gateway.control import RunControl
-from services.gateway.state import GatewayState, RunPhase, Sleep, compute_digest
+from services.gateway.state import FailureRow, GatewayState, RunPhase, Sleep, compute_digest
 
 from .fakes import Clock, build_config
 
@@ -105,12 +106,37 @@ def test_a_run_that_nothing_scales_any_more_is_awake() -> None:
 
 def test_a_run_gives_up_after_enough_failures_in_a_row_and_no_earlier() -> None:
     state = GatewayState(
-        phase=RunPhase.RUNNING, num_failed_in_a_row=7, failure_reasons={"g": "broken"}
+        phase=RunPhase.RUNNING, failed_training=FailureRow(7, {"environment": "broken"})
     )
     control = build_control(state)
-    control.give_up_if_hopeless()
+    control.give_up_if_hopeless(num_updates=0, num_waiting=0)
     assert state.phase is RunPhase.RUNNING
-    state.num_failed_in_a_row = 8
-    control.give_up_if_hopeless()
+    state.failed_training.num_failed = 8
+    control.give_up_if_hopeless(num_updates=0, num_waiting=0)
     assert state.phase is RunPhase.FAILED
-    assert control.detail == "8 groups failed in a row, the last one because: broken"
+    assert control.detail.startswith("8 groups failed in a row")
+
+
+def say_skipped(num_steps: float, at_s: float) -> MetricRecord:
+    return MetricRecord("test", "learner", "l", 3, at_s, {"num_skipped_steps_in_a_row": num_steps})
+
+
+def test_a_run_gives_up_after_three_skipped_steps_in_a_row_and_a_resumed_one_is_tried_again() -> (
+    None
+):
+    state = GatewayState(phase=RunPhase.RUNNING)
+    control = build_control(state)
+    began_s = control._clock()
+    for harmless in (
+        None,
+        say_skipped(2.0, began_s + 1),
+        say_skipped(3.0, began_s - 1),  # of before this process began
+        MetricRecord("test", "learner", "l", 3, began_s + 1, {"loss": 0.0}),
+    ):
+        control.give_up_if_not_finite(harmless)
+        assert state.phase is RunPhase.RUNNING
+    told = say_skipped(3.0, began_s + 1)
+    control.give_up_if_not_finite(told)
+    assert state.phase is RunPhase.FAILED
+    assert "skipped 3 optimizer steps in a row" in control.detail
+    assert "training.learning_rate" in control.detail

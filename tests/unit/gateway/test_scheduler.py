@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 
@@ -19,8 +20,10 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import (
+    FailureStage,
     GroupOutcome,
     LedgerEvent,
+    MetricRecord,
     Purpose,
     SamplingParameters,
     Task,
@@ -30,7 +33,8 @@ from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
 from services.gateway.history import History
 from services.gateway.scheduler import Scheduler
-from services.gateway.state import STATE_NAME, RunPhase
+from services.gateway.state import STATE_NAME, GatewayState, RunPhase
+from services.gateway.watch import Watch
 from tests.support import until
 
 from .fakes import FakeCatalog, build_config, build_manifest, play
@@ -56,9 +60,9 @@ def group_named(group_id: str) -> TaskGroup:
     return dataclasses.replace(evaluation_group("a"), group_id=group_id)
 
 
-def shorten(config: RunConfig) -> RunConfig:
-    """The same run with one held-out task in an evaluation."""
-    evaluation = config.evaluation.model_copy(update={"num_tasks": 1})
+def shorten(config: RunConfig, num_tasks: int = 1) -> RunConfig:
+    """The same run with so many held-out tasks in an evaluation."""
+    evaluation = config.evaluation.model_copy(update={"num_tasks": num_tasks})
     return config.model_copy(update={"evaluation": evaluation})
 
 
@@ -123,10 +127,16 @@ class Run:
         await until(lambda: self.scheduler.policy.version == version)
 
     async def report(
-        self, outcome: GroupOutcome, *groups: TaskGroup, version: int = 0, reason: str = "because"
+        self,
+        outcome: GroupOutcome,
+        *groups: TaskGroup,
+        version: int = 0,
+        reason: str = "because",
+        stage: str = "",
     ) -> None:
         events = [
-            LedgerEvent("test", g.group_id, outcome, g.group_size, version, reason) for g in groups
+            LedgerEvent("test", g.group_id, outcome, g.group_size, version, reason, stage=stage)
+            for g in groups
         ]
         await self.bus.commit({}, transitions=events)
 
@@ -332,6 +342,23 @@ async def test_a_run_that_gave_up_tries_again_when_it_is_resumed(run: Run) -> No
     run.scheduler.control.resume()
     assert len(await run.take(4)) == 4
     assert (run.scheduler.state.phase, run.scheduler.detail) == (RunPhase.RUNNING, "")
+
+
+async def test_a_run_whose_learner_skips_three_steps_in_a_row_ends_with_the_reason(
+    run: Run,
+) -> None:
+    async def say(num_skipped: float) -> None:
+        values = {"num_skipped_steps_in_a_row": num_skipped}
+        record = MetricRecord("test", "learner", "l", 0, run.scheduler.control._clock(), values)
+        await run.bus.publish(Stream.METRICS, [codec.encode_metric_record(record)])
+
+    await begin(run)
+    await say(2.0)
+    await run.settle()
+    assert run.scheduler.state.phase is RunPhase.RUNNING
+    await say(3.0)
+    await run.reach(RunPhase.FAILED)
+    assert "skipped 3 optimizer steps in a row" in run.scheduler.detail
 
 
 async def test_a_failed_run_that_sleeps_reads_no_results_until_it_is_resumed_with_its_tasks() -> (
@@ -886,24 +913,184 @@ async def test_a_finished_run_retries_nothing() -> None:
     await run.stop()
 
 
-async def test_a_run_whose_groups_all_fail_gives_up_and_says_why(run: Run) -> None:
+STAGES = [
+    # Who fails the groups, and whether they were generated before.
+    (FailureStage.ROLLOUT, False, "model.path"),
+    (FailureStage.ENVIRONMENT, False, "sdar env check"),
+    (FailureStage.TEACHER, True, "sdar logs teacher"),
+    (FailureStage.LEARNER, True, "sdar logs learner"),
+]
+
+
+@pytest.mark.parametrize(("stage", "is_generated", "remedy"), STAGES)
+async def test_a_run_whose_groups_all_fail_ends_with_stage_reason_and_remedy(
+    run: Run, stage: FailureStage, is_generated: bool, remedy: str
+) -> None:
     _, training = await begin(run)
-    num_failed = 0
-    while num_failed < 8:
-        await run.report(GroupOutcome.FAILED, *training)
-        num_failed += len(training)
-        training = await run.take(4) if num_failed < 8 else []
+    for is_last in (False, True):
+        if is_generated:
+            await run.report(GroupOutcome.GENERATED, *training)
+        await run.report(GroupOutcome.FAILED, *training, stage=stage)
+        training = [] if is_last else await run.take(4)
     await run.reach(RunPhase.FAILED)
-    assert "8 groups failed in a row" in run.scheduler.detail
-    assert "because" in run.scheduler.detail
+    assert run.scheduler.detail.startswith(
+        f"8 groups failed in a row and none was trained or skipped in between. Stage {stage}: "
+        "because. "
+    )
+    assert remedy in run.scheduler.detail
+    assert run.scheduler.state.failure_reasons["group-00000007"] == f"{stage}: because"
     assert await run.num_waiting() == 0
 
 
-async def test_failures_between_successes_do_not_end_a_run(run: Run) -> None:
-    _, training = await begin(run)
-    for _ in range(5):
-        await run.report(GroupOutcome.FAILED, *training[:3])
-        await run.report(GroupOutcome.GENERATED, training[3])
-        await run.report(GroupOutcome.STALE, training[3])
-        training = await run.take(4)
+@pytest.mark.parametrize("outcome", [GroupOutcome.TRAINED, GroupOutcome.SKIPPED])
+async def test_failures_between_trained_or_skipped_groups_do_not_end_a_run(
+    outcome: GroupOutcome,
+) -> None:
+    run = Run(build_config(groups_per_update=4))
+    await run.publish_policy(0)
+    training = (await run.take(6 + 8))[6:]
+    num_failed = 0
+    for _ in range(3):
+        await run.report(GroupOutcome.GENERATED, *training)
+        await run.report(GroupOutcome.FAILED, *training[:-1], stage=FailureStage.TEACHER)
+        await run.report(outcome, training[-1])
+        num_failed += len(training) - 1
+        training = await run.take(len(training))
+    assert num_failed > 2 * 8
+    assert await run.num_waiting() == 0
     assert run.scheduler.state.phase is RunPhase.RUNNING
+    await run.stop()
+
+
+@pytest.mark.parametrize("outcome", [GroupOutcome.STALE, GroupOutcome.CANCELLED])
+async def test_a_stale_or_cancelled_group_does_not_show_that_the_run_gets_on(
+    run: Run, outcome: GroupOutcome
+) -> None:
+    _, training = await begin(run)
+    for is_last in (False, False, True):
+        await run.report(GroupOutcome.GENERATED, *training)
+        await run.report(GroupOutcome.FAILED, *training[:3], stage=FailureStage.TEACHER)
+        await run.report(outcome, training[3])
+        training = [] if is_last else await run.take(4)
+    await run.reach(RunPhase.FAILED)
+
+
+async def test_an_update_shows_that_the_run_gets_on_long_before_a_checkpoint_holds_its_groups() -> (
+    None
+):
+    run = Run(build_config(num_updates=20))
+    _, training = await begin(run)
+    kept: list[TaskGroup] = []
+    for _ in range(10):
+        await run.report(GroupOutcome.GENERATED, *training)
+        await run.report(GroupOutcome.FAILED, *training[:-1], stage=FailureStage.TEACHER)
+        kept.append(training[-1])
+        if len(kept) % 2 == 0:
+            await run.publish_policy(len(kept) // 2)
+        training = await run.take(await run.num_waiting())
+    assert run.scheduler.state.phase is RunPhase.RUNNING
+    assert run.scheduler.ledger.num_trained == 0
+    await run.stop()
+
+
+async def test_groups_that_wait_to_be_trained_excuse_failures_but_not_for_ever() -> None:
+    run = Run(build_config(num_updates=20))
+    _, training = await begin(run)
+    await run.report(GroupOutcome.GENERATED, training.pop())
+    num_failed = 0
+    while run.scheduler.state.phase is RunPhase.RUNNING:
+        group = training.pop() if training else (await run.take(1))[0]
+        await run.report(GroupOutcome.FAILED, group, stage=FailureStage.ENVIRONMENT)
+        num_failed += 1
+        await run.settle()
+        await until(
+            lambda: run.scheduler.state.failed_training.num_failed == num_failed  # noqa: B023
+        )
+    assert num_failed == 8 + 9
+    await run.stop()
+
+
+async def test_every_stage_that_failed_is_named_with_its_newest_reason(run: Run) -> None:
+    _, training = await begin(run)
+    await run.report(GroupOutcome.FAILED, *training, stage=FailureStage.ENVIRONMENT, reason="cold")
+    training = await run.take(4)
+    await run.report(GroupOutcome.FAILED, *training, stage="tomorrow's", reason="odd.")
+    await run.reach(RunPhase.FAILED)
+    assert "Stage environment: cold. Look at `sdar logs envs`" in run.scheduler.detail
+    assert run.scheduler.detail.endswith("Stage tomorrow's: odd.")
+
+
+async def test_a_gateway_that_starts_again_counts_failures_anew(run: Run) -> None:
+    _, training = await begin(run)
+    await run.report(GroupOutcome.FAILED, *training, stage=FailureStage.TEACHER)
+    again = await run.take(4)
+    await run.report(GroupOutcome.FAILED, *again[:3], stage=FailureStage.TEACHER)
+    await run.settle()
+    await run.stop()
+    other = Run(run.config, run.bus)
+    await other.reach(RunPhase.RUNNING)
+    await other.report(GroupOutcome.FAILED, again[3], stage=FailureStage.TEACHER)
+    await other.settle()
+    await until(lambda: other.scheduler.state.failed_training.num_failed == 1)
+    assert other.scheduler.state.phase is RunPhase.RUNNING
+    await other.stop()
+
+
+async def test_a_run_whose_evaluation_episodes_all_fail_gives_up_and_goes_on_when_resumed() -> None:
+    run = Run(shorten(build_config(), 4))
+    await run.publish_policy(0)
+    groups = await run.take(8 + 4)
+    # The training groups come through: the environment is broken for evaluations alone.
+    await run.report(GroupOutcome.GENERATED, *groups[8:])
+    await run.report(GroupOutcome.FAILED, *groups[:8], stage=FailureStage.ENVIRONMENT)
+    await run.reach(RunPhase.FAILED)
+    assert run.scheduler.detail.startswith(
+        "8 evaluation episodes failed in a row and none was played in between. "
+        "Stage environment: because. Look at `sdar logs envs`"
+    )
+    run.scheduler.control.resume()
+    await run.reach(RunPhase.RUNNING)
+    await run.stop()
+
+
+async def test_an_evaluation_episode_that_was_played_shows_that_evaluations_get_on() -> None:
+    run = Run(shorten(build_config(), 5))
+    await run.publish_policy(0)
+    groups = await run.take(10 + 4)
+    await run.report(GroupOutcome.FAILED, *groups[:7], stage=FailureStage.ENVIRONMENT)
+    await run.settle()
+    await run.answer_evaluations(groups[7:8], 0)
+    await run.settle()
+    await run.report(GroupOutcome.FAILED, *groups[8:10], stage=FailureStage.ENVIRONMENT)
+    await run.settle()
+    await until(lambda: run.scheduler.state.failed_evaluation.num_failed == 2)
+    assert run.scheduler.state.phase is RunPhase.RUNNING
+    await run.stop()
+
+
+def test_the_state_of_a_gateway_that_counted_failures_otherwise_is_taken_over() -> None:
+    older = json.loads(GatewayState(next_group_number=3).to_bytes())
+    del older["failed_training"], older["failed_evaluation"]
+    older["num_failed_in_a_row"] = 7
+    assert GatewayState.from_bytes(json.dumps(older).encode()) == GatewayState(next_group_number=3)
+
+
+async def test_a_run_whose_actions_are_never_valid_says_so_until_one_is(run: Run) -> None:
+    _, training = await begin(run)
+    watch = Watch(run.scheduler, run.bus.view())
+
+    async def show(number: int, *, is_valid: bool) -> set[str]:
+        played = play(training[0], 0)
+        turn = dataclasses.replace(played.turns[0], is_action_valid=is_valid, response_text="hm")
+        name = f"t{number}"
+        played = dataclasses.replace(played, trajectory_id=name, turns=(turn,))
+        await run.bus.publish(Stream.TRAJECTORIES, [codec.encode_trajectory(played)])
+        await until(lambda: name in run.scheduler.history.trajectory_ids(1))
+        await watch.refresh()
+        return {alarm.name for alarm in watch.board.alarms}
+
+    raised = ["invalid_actions" in await show(number, is_valid=False) for number in range(16)]
+    assert raised == [False] * 15 + [True]
+    (alarm,) = (one for one in watch.board.alarms if one.name == "invalid_actions")
+    assert "The newest response: 'hm'. The environment expects: A word." in alarm.message
+    assert "invalid_actions" not in await show(16, is_valid=True)

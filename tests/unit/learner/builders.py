@@ -27,6 +27,7 @@ from sdar.contracts.types import (
     Turn,
 )
 from sdar.in_process.memory_bus import MemoryBus
+from services.learner.update import UpdateResult
 
 RUN = "test"
 VOCABULARY = 64
@@ -184,7 +185,12 @@ class CountingModel:
 
 
 class CountingTrainer:
-    """Weights are the number of updates done; remembers which groups each update saw."""
+    """Weights are the number of updates done; remembers which groups each update saw.
+
+    Steps of groups whose ids are in `poisoned` are skipped, each group having a step of its own.
+    """
+
+    poisoned: tuple[str, ...] = ()
 
     def __init__(self, num_updates=0):
         self.model = CountingModel()
@@ -193,8 +199,13 @@ class CountingTrainer:
 
     def update(self, groups, *, update_index, policy_version):
         self.batches.append([items[0].trajectory.group_id for items, _ in groups])
+        skipped = [group_id in self.poisoned for group_id in self.batches[-1]]
+        refused = frozenset(place for place, is_skipped in enumerate(skipped) if is_skipped)
+        if all(skipped):
+            return UpdateResult({}, {}, tuple(skipped), refused)
         self.weights = self.weights + 1
-        return {"loss": 0.0, "gate_mean": 0.5, "teacher_gap_abs": 0.0}, self.export()
+        measured = {"loss": 0.0, "gate_mean": 0.5, "teacher_gap_abs": 0.0}
+        return UpdateResult(measured, self.export(), tuple(skipped), refused)
 
     def export(self):
         return {"w": self.weights.clone()}

@@ -34,6 +34,7 @@ class Rig:
         self.thread = ThreadPoolExecutor(1)
         self.health, self.registry = Health(), prometheus_client.CollectorRegistry()
         self.metrics = LearnerMetrics(self.registry)
+        self.poisoned = ()
         self.stopping = asyncio.Event()
         self.task = self.checkpoints = self.learner = self.trainer = None
 
@@ -42,6 +43,7 @@ class Rig:
         found = self.checkpoints.find_newest()
         progress = Progress() if found is None else found.progress
         self.trainer = CountingTrainer(progress.num_updates)
+        self.trainer.poisoned = self.poisoned
         self.stopping = asyncio.Event()
         self.learner = Learner(
             self.config,

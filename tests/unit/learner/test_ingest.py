@@ -14,7 +14,7 @@ from sdar.bus.protocol import Delivery
 from sdar.contracts import codec
 from sdar.contracts.errors import LeaseLostError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.contracts.types import FailureStage, GroupOutcome, Purpose
 from services.learner.ingest import (
     GroupBuffer,
     GroupSource,
@@ -212,9 +212,28 @@ async def test_an_entry_that_would_poison_an_update_fails_its_group(rig, fault, 
     await send(rig.bus, make_item("a", 0))
     await rig.bus.publish(Stream.SCORED, [codec.encode_scored_trajectory(bad)])
     assert await rig.next_ids() is None
-    assert await read_ledger(rig.bus) == [("a", "failed")]
+    (event,) = await read_journal(rig.bus)
+    found = (event.group_id, event.outcome, event.stage)
+    assert found == ("a", GroupOutcome.FAILED, FailureStage.LEARNER)
     assert reason in (await rig.bus.list_dead_letters())[0].reason
     assert await count_pending(rig.bus) == 0
+
+
+async def test_finite_rewards_that_add_up_to_no_number_fail_their_group(rig):
+    good, bad = make_group("a")
+    turns = tuple(replace(turn, reward=1.2e308) for turn in bad.trajectory.turns)
+    await send(rig.bus, good, replace(bad, trajectory=replace(bad.trajectory, turns=turns)))
+    assert await rig.next_ids() is None
+    assert await read_ledger(rig.bus) == [("a", "failed")]
+    assert "add up to inf" in (await rig.bus.list_dead_letters())[0].reason
+
+
+async def test_rewards_as_large_as_they_can_be_are_trained_on(rig):
+    """[1e308, 1e308, 0, 0] once gave advantages that were no numbers."""
+    rig.config = make_config(group_size=4)
+    await send(rig.bus, *make_group("a", rewards=(1e308, 1e308, 0.0, 0.0)))
+    await send(rig.bus, *make_group("b", rewards=(1.7e308, -1.7e308, 0.0, 0.0)))
+    assert await rig.next_ids() == ["a", "b"]
 
 
 async def test_bytes_that_are_no_trajectory_are_set_aside(rig):

@@ -23,6 +23,9 @@ TRAINED = {
 }
 
 
+STEPS = {"num_skipped_steps": 1.0, "num_skipped_steps_in_a_row": 0.0}
+
+
 class Seen:
     """A learner's metrics, after updates that are given as lists of episodes."""
 
@@ -30,7 +33,7 @@ class Seen:
         self.registry = CollectorRegistry()
         self.metrics, self.progress = LearnerMetrics(self.registry), Progress()
 
-    def update(self, *episodes, trained=TRAINED, checkpoint_s=0.0, stale_turns=()):
+    def update(self, *episodes, trained=TRAINED, checkpoint_s=0.0, stale_turns=(), dropped=()):
         groups = []
         for items in episodes:
             read = [(item, read_as(index)) for index, item in enumerate(items)]
@@ -38,12 +41,13 @@ class Seen:
         timing = Timing(
             wait_s=1.0, step_s=2.0, publish_s=0.5, checkpoint_s=checkpoint_s, total_s=4.0
         )
+        counts = IngestCounts(num_stale=1, stale_turns=list(stale_turns), dropped=list(dropped))
         record = build_record(
-            groups, self.progress, trained, timing, IngestCounts(num_stale=1), num_buffered=3
+            groups, self.progress, trained | STEPS, timing, counts, num_buffered=3
         )
         self.progress = self.progress.after_update(group.group_id for group in groups)
         self.metrics.observe_update(self.progress, record, num_unacknowledged=5)
-        self.metrics.observe_episodes(groups, stale_turns)
+        self.metrics.observe_episodes(groups, counts.stale_turns)
         return record
 
     def get(self, name, **labels):
@@ -84,6 +88,34 @@ def test_success_and_reward_come_by_task_type_with_their_counts(seen):
     assert seen.get("task_reward_mean", task_type="heat") == pytest.approx(2.5 / 3)
     assert seen.get("task_reward_mean", task_type="cool") == 0
     assert seen.get("reward_mean") == pytest.approx(2.5 / 4)
+
+
+def test_success_in_training_counts_all_that_was_played_beside_what_was_trained(seen):
+    """19 of 20 episodes solve their task; all groups but one of four episodes solve all and are
+    skipped: of the trained ones 3 of 4 do.
+    """
+    record = seen.update(
+        make_group("a", rewards=(0.0, 1.0, 1.0, 1.0)), dropped=[("heat", True)] * 16
+    )
+    assert record["success_mean"] == pytest.approx(0.95)
+    assert record["trained_success_mean"] == pytest.approx(0.75)
+    assert (record["num_episodes"], record["num_trajectories"]) == (20, 4)
+    assert (record["success_heat"], record["num_episodes_heat"]) == (1.0, 19)
+    assert (record["success_cool"], record["num_episodes_cool"]) == (0.0, 1)
+    assert (seen.get("success_mean"), seen.get("trained_success_mean")) == (0.95, 0.75)
+
+
+def test_the_largest_finite_rewards_have_a_finite_mean(seen):
+    record = seen.update(make_group("a", rewards=(1.7e308, 1.7e308)))
+    assert record["reward_mean"] == pytest.approx(1.7e308)
+    assert seen.get("task_reward_mean", task_type="heat") == pytest.approx(1.7e308)
+
+
+def test_skipped_steps_are_counted_and_shown(seen):
+    seen.update(make_group("a"))
+    seen.metrics.observe_skipped({"num_skipped_steps": 2.0, "num_skipped_steps_in_a_row": 3.0})
+    assert seen.get("skipped_steps_total") == 3
+    assert seen.get("num_skipped_steps_in_a_row") == 3
 
 
 def test_what_was_not_measured_is_no_number(seen):

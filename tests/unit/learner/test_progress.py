@@ -54,6 +54,16 @@ def test_unreadable_progress_is_corruption(broken):
         Progress.from_json(broken)
 
 
+def test_refused_groups_are_remembered_until_they_are_booked():
+    progress = Progress().after_update(["a"], ["b"]).after_update(["c"], ["d"])
+    assert progress.refused_groups == ("b", "d")
+    assert progress.num_groups == 2
+    assert Progress.from_json(progress.to_json()) == progress
+    assert progress.after_booking().refused_groups == ()
+    older = {name: value for name, value in progress.to_json().items() if "refused" not in name}
+    assert Progress.from_json(older) == progress.after_booking()
+
+
 def test_trained_ids_are_bounded():
     progress = after_updates(REMEMBERED_UPDATES + 5)
     assert len(progress.trained_groups) == REMEMBERED_UPDATES

@@ -21,6 +21,7 @@ from sdar.contracts.errors import (
 )
 from sdar.contracts.streams import ConsumerGroup, Stream
 from sdar.contracts.types import GroupOutcome
+from services.learner.ingest import NOT_FINITE
 from tests.support import until
 from tests.unit.learner.builders import (
     CountingTrainer,
@@ -71,7 +72,7 @@ async def test_each_update_publishes_a_version_and_its_measurements(rig):
     assert (first.policy_version, second.policy_version) == (1, 2)
     assert first.values["success_mean"] == 0.5
     assert first.values["success_heat"] == 1.0
-    assert first.values["num_trajectories_heat"] == 2
+    assert first.values["num_episodes_heat"] == 2
     assert second.values["staleness_max"] == 1
     assert second.values["staleness_tokens_1"] == second.values["num_tokens"]
 
@@ -195,6 +196,80 @@ async def test_a_crash_between_checkpoint_and_acknowledgement_books_the_groups_a
     ]
     assert [event.policy_version for event in trained] == [1, 1, 2, 2]
     assert {event.episode_turns for event in trained} == {(2, 2)}
+
+
+async def test_a_batch_of_which_no_step_was_taken_is_no_update_and_its_groups_fail_at_once(rig):
+    rig.config = make_config(num_updates=4)
+    rig.poisoned = tuple(await issue(rig.bus, range(2)))
+    await rig.start()
+    async with asyncio.timeout(5):
+        while len(await rig.records()) < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert rig.learner.progress.num_updates == 0
+    assert await rig.announced() == [0]
+    assert await count_pending(rig.bus) == 0
+    assert await read_account(rig.bus) == {"issued": 2, "generated": 2, "failed": 2}
+    assert {event.reason for event in await read_journal(rig.bus) if event.reason} == {NOT_FINITE}
+    await issue(rig.bus, range(2, 4))
+    await rig.reach(1)
+    await rig.stop()
+    assert rig.learner.progress.trained_groups == ((format_group_id(2), format_group_id(3)),)
+    assert await rig.announced() == [0, 1]
+    skipped, trained = [record.values for record in await rig.records()]
+    assert (skipped["num_skipped_steps"], skipped["num_skipped_steps_in_a_row"]) == (2, 2)
+    assert "success_mean" not in skipped
+    assert (trained["num_skipped_steps"], trained["num_skipped_steps_in_a_row"]) == (0, 0)
+    assert trained["num_groups_failed"] == 2
+    assert (trained["num_episodes"], trained["num_trajectories"]) == (8, 4)
+
+
+async def test_groups_of_a_skipped_step_fail_with_the_checkpoint_of_their_update(rig):
+    rig.config = make_config(num_updates=4, checkpoint_every=2)
+    ids = await issue(rig.bus, range(4))
+    rig.poisoned = (ids[1],)
+    for is_killed in (True, False):
+        await rig.start()
+        await rig.reach(1 if is_killed else 2)
+        if is_killed:
+            await rig.kill()
+            assert await read_account(rig.bus) == {"issued": 4, "generated": 4, "buffered": 4}
+    async with asyncio.timeout(5):
+        while await count_pending(rig.bus):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await rig.stop()
+    assert rig.learner.progress.trained_groups == ((ids[0],), (ids[2], ids[3]))
+    assert rig.learner.progress.refused_groups == ()
+    account = {"issued": 4, "generated": 4, "trained": 3, "failed": 1}
+    assert await read_account(rig.bus) == account
+    closed = [event for event in await read_journal(rig.bus) if event.group_id == ids[1]]
+    assert [event.outcome.value for event in closed] == ["generated", "failed"]
+    assert rig.learner.progress.num_groups == 3
+
+
+async def test_a_crash_between_checkpoint_and_acknowledgement_books_refused_groups_as_failed(rig):
+    rig.config = make_config(num_updates=4)
+    ids = await issue(rig.bus, range(4))
+    rig.poisoned = (ids[1],)
+    original = rig.bus.commit
+
+    async def fail_to_acknowledge(publications, acknowledgements=(), *rest, **kwargs):
+        if acknowledgements:
+            raise BusUnavailableError("gone")
+        await original(publications, acknowledgements, *rest, **kwargs)
+
+    rig.bus.commit = fail_to_acknowledge
+    await rig.start()
+    await until(rig.task.done)
+    await rig.kill()
+    rig.bus.commit = original
+    await rig.start()
+    async with asyncio.timeout(5):
+        while await count_pending(rig.bus):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await rig.stop()
+    assert rig.trainer.batches == []
+    account = {"issued": 4, "generated": 4, "trained": 3, "failed": 1}
+    assert await read_account(rig.bus) == account
 
 
 async def test_a_learner_that_was_superseded_ends_and_has_published_nothing_since(rig):

@@ -14,9 +14,9 @@ from loadtest.ramp import (
     Ramp,
     Stage,
     climb,
+    explain_limit,
     format_block,
     replace_block,
-    tell_limit,
 )
 
 
@@ -70,7 +70,7 @@ def test_memory_is_what_users_add():
     ],
 )
 def test_a_stage_is_held_only_without_failures_in_time_and_growing(stage, limit):
-    told = tell_limit(stage, build_stage(100))
+    told = explain_limit(stage, build_stage(100))
     assert limit in told
     assert bool(told) is bool(limit)
 

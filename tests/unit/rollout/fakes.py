@@ -135,9 +135,12 @@ class ScriptedEnvironment:
         gate: steps wait for it.
     """
 
-    def __init__(self, *script, instructions="", first="start", num_failures=0, gate=None) -> None:
+    def __init__(
+        self, *script, instructions="", action_format="", first="start", num_failures=0, gate=None
+    ) -> None:
         self.script = script or (answer(over=True, reward=1.0, success=True),)
         self.instructions, self.first = instructions, first
+        self.action_format = action_format
         self.num_failures, self.gate = num_failures, gate
         self.keys: list[str] = []
         self.texts: list[str] = []
@@ -154,7 +157,7 @@ class ScriptedEnvironment:
         pass
 
     async def describe(self, environment):
-        return EnvironmentProfile(IDENTITY, self.instructions)
+        return EnvironmentProfile(IDENTITY, self.instructions, self.action_format)
 
     async def open_session(self, task, idempotency_key):
         session_id = f"s{len(self.opened)}"

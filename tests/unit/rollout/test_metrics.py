@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from sdar.contracts.types import Purpose
 from services.rollout.engine import EngineStats
-from services.rollout.episode import EpisodeClock
+from services.rollout.episode import EpisodeClock, TextSource
 from services.rollout.metrics import RolloutMetrics
 
 
@@ -94,6 +94,7 @@ def test_a_record_holds_totals_and_the_rates_since_the_record_before(seen):
         "num_retried_groups": 0,
         "num_late_results": 0,
         "num_repeated_tokens": 0,
+        "num_control_texts": 0,
         "running_episodes": 4,
         "waiting_sessions": 2,
         "waiting_share": 0,
@@ -106,3 +107,11 @@ def test_a_record_holds_totals_and_the_rates_since_the_record_before(seen):
     seen.now_s = 20.0
     record = seen.metrics.collect_record(num_running_episodes=0, num_waiting_sessions=0)
     assert (record["num_tokens_generated"], record["tokens_per_s"]) == (70, 0)
+
+
+def test_texts_of_control_tokens_are_counted_by_who_wrote_them(seen):
+    clock = EpisodeClock()
+    for num_texts in (2, 5):
+        clock.num_control_texts[TextSource.OBSERVATION] = num_texts
+        seen.metrics.observe_engine(EngineStats(), clock, 0, 0)
+    assert seen.get("control_texts_total", source="observation") == 5

@@ -287,7 +287,7 @@ async def test_a_broken_publication_leaves_the_last_good_version_serving_and_the
         model_path,
         dtype="float32",
         max_sequence_tokens=64,
-        stop_token_ids=[tokenizer.eos_token_id],
+        stop_token_ids=tokenizer.stops.ids,
         store=store,
     )
     bus = MemoryBus({})

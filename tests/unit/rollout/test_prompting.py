@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from sdar.config import load_config
 from sdar.contracts.types import ChatMessage, StopReason
+from services.envs.household.game import HouseholdGame, parse_task_id
+from services.envs.search.environment import SearchEnvironment
 from services.rollout.prompting import Conversation, EpisodeSetting, HistoryWindow
+from services.rollout.service import build_rules
+
+ROOT = Path(__file__).parents[3]
 
 HEAD = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -19,7 +27,7 @@ def test_a_prompt_grows_by_the_sampled_tokens_and_the_text_between(tokenizer):
     """<user A> <assistant> r e s <|im_end|>  \\n <user B> <assistant>"""
     prompts = Conversation(tokenizer, EpisodeSetting())
     first = prompts.begin("A")
-    response = np.asarray([*encode(tokenizer, "res"), tokenizer.eos_token_id], dtype=np.int32)
+    response = np.asarray([*encode(tokenizer, "res"), tokenizer.stops.closing_id], dtype=np.int32)
     second = prompts.extend(response, StopReason.END_OF_TURN, "act", "B")
     assert first.token_ids.tolist() == encode(tokenizer, HEAD.format("A"))
     assert second.token_ids.tolist() == encode(
@@ -58,7 +66,54 @@ def test_instructions_become_the_system_message(tokenizer):
 def test_a_conversation_shows_the_task_once(tokenizer, observation, shown):
     prompts = Conversation(tokenizer, EpisodeSetting(task_description="clean the mug"))
     assert user_text(prompts.begin(observation)) == shown
-    assert user_text(prompts.extend(NOTHING, StopReason.END_OF_TURN, "act", "B")) == "B"
+    assert user_text(prompts.extend(NOTHING, StopReason.LENGTH, "act", "B")) == "B"
+
+
+def test_a_conversation_tells_the_action_format_once_and_the_possible_actions_every_turn(tokenizer):
+    prompts = Conversation(tokenizer, EpisodeSetting("Rules.", "One action.", "clean the mug"))
+    assert user_text(prompts.begin("A", ("go", "stop"))) == (
+        "Task: clean the mug\nA\nPossible actions:\ngo\nstop\nOne action."
+    )
+    closed = np.asarray([2], dtype=np.int32)
+    second = prompts.extend(closed, StopReason.END_OF_TURN, "go", "B", ("stop",))
+    assert user_text(second) == "B\nPossible actions:\nstop"
+    third = prompts.extend(closed, StopReason.END_OF_TURN, "stop", "C")
+    assert user_text(third) == "C"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "action_format", "is_told"),
+    [
+        ("Rules. One action.", "One action.", False),
+        ("Search in <search> </search>.", "Write <search>words</search>.", False),
+        ("Search in <search> </search>.", "Write <search> </search> or <answer> </answer>.", True),
+        ("Rules.", "Write <search>words</search>.", True),
+        ("Rules.", "", False),
+    ],
+)
+def test_an_action_format_that_the_instructions_hold_is_not_repeated(
+    tokenizer, instructions, action_format, is_told
+):
+    first = Conversation(tokenizer, EpisodeSetting(instructions, action_format)).begin("A")
+    assert user_text(first) == (f"A\n{action_format}" if is_told else "A")
+
+
+def test_the_search_environment_s_format_stands_in_its_instructions_alone(tokenizer):
+    setting = EpisodeSetting(SearchEnvironment.instructions, SearchEnvironment.action_format)
+    assert user_text(Conversation(tokenizer, setting).begin("A question.")) == "A question."
+
+
+def test_the_household_example_asks_its_model_by_the_prompts_that_it_was_made_on():
+    rules = build_rules(load_config(ROOT / "examples" / "household.yaml"))
+    assert not rules.shows_actions
+    # Neither format nor actions reach the style then.
+    prompts = rules.build_prompts(EpisodeSetting())
+    game = HouseholdGame(parse_task_id("restore-apple-drawer-desk"))
+    chat = rules.tokenizer
+    shown = ChatMessage("user", game.first_observation)
+    assert prompts.begin(game.first_observation).token_ids.tolist() == (
+        chat.render_fresh([shown]).tolist()
+    )
 
 
 def test_skills_stand_before_the_first_observation_and_nowhere_else(tokenizer):

@@ -13,7 +13,7 @@ from sdar.bus.protocol import BEFORE_FIRST, BusLimits
 from sdar.contracts import codec
 from sdar.contracts.errors import EngineFailedError, UnavailableError, UnknownResourceError
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, Purpose
+from sdar.contracts.types import FailureStage, GroupOutcome, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
 from services.rollout.metrics import (
@@ -155,6 +155,7 @@ async def test_a_group_whose_environment_keeps_failing_is_closed_with_the_reason
     (event,) = await bench.ledger()
     assert (event.outcome, event.num_trajectories) == (GroupOutcome.FAILED, 0)
     assert event.reason == "Given up after 3 attempts: the simulator died"
+    assert event.stage == FailureStage.ENVIRONMENT
     assert bench.environment.keys == [f"test.g1.0.a{number}" for number in range(3)]
     assert bench.environment.closed == bench.environment.opened
     assert await bench.entries(Stream.TRAJECTORIES) == []
@@ -232,7 +233,31 @@ async def test_an_unknown_task_is_not_tried_again(tokenizer):
         await bench.issue(make_group("g1", size=1))
         await bench.settled()
     assert len(environment.opened) == 1
-    assert (await bench.ledger())[0].outcome is GroupOutcome.FAILED
+    (event,) = await bench.ledger()
+    assert (event.outcome, event.stage) == (GroupOutcome.FAILED, FailureStage.ENVIRONMENT)
+
+
+async def test_a_first_prompt_that_leaves_no_room_fails_its_group_at_the_rollout(tokenizer):
+    bench = Bench(tokenizer, ScriptedEnvironment(first="long " * 200))
+    async with bench.running():
+        await bench.issue(make_group("g1", size=1))
+        await bench.settled()
+    (event,) = await bench.ledger()
+    assert "model.max_sequence_tokens" in event.reason
+    assert event.stage == FailureStage.ROLLOUT
+
+
+async def test_skills_that_the_teacher_refuses_fail_a_group_at_the_teacher(tokenizer):
+    class NoSkills:
+        async def retrieve(self, task, key):
+            raise UnknownResourceError("no such skill")
+
+    bench = Bench(tokenizer)
+    async with bench.running(skills=NoSkills()):
+        await bench.issue(make_group("g1", size=1))
+        await bench.settled()
+    (event,) = await bench.ledger()
+    assert (event.reason, event.stage) == ("no such skill", FailureStage.TEACHER)
 
 
 async def test_bytes_that_are_no_task_group_are_set_aside(tokenizer):
@@ -402,8 +427,9 @@ async def test_a_group_that_kills_its_workers_is_set_aside(tokenizer):
     async with bench.running():
         await bench.settled()
     (event,) = await bench.ledger()
-    assert (event.outcome, event.reason) == (
+    assert (event.outcome, event.stage, event.reason) == (
         GroupOutcome.FAILED,
+        FailureStage.ROLLOUT,
         "Delivered 3 times without an end. Look for what kills its workers.",
     )
 

@@ -120,10 +120,12 @@ def play(
         extends = bool(index) and not is_windowed
         prompt = chat.render_fresh(messages)
         if extends:
-            prompt = np.concatenate([context, chat.render_delta(messages, is_closed=True)])
+            prompt = np.concatenate(
+                [context, chat.render_delta(messages, ended_by=chat.stops.closing_id)]
+            )
         said = rng.choice(["use sink", "use oven", "put mug in desk"])
         words = chat.tokenizer.encode(said, add_special_tokens=False)
-        response = [*words, chat.eos_token_id]
+        response = [*words, chat.stops.closing_id]
         turn = Turn(
             turn_index=index,
             prompt_token_ids=prompt,

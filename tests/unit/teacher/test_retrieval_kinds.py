@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from sdar.contracts.errors import ConfigurationError
+from sdar.contracts.rules import RULES
 from sdar.in_process.memory_bus import MemoryBus
 from services.teacher.embedding import SentenceEncoder, SkillIndex
 from services.teacher.retrieval import Retriever
@@ -46,6 +47,12 @@ async def test_what_is_chosen_is_specific_once_and_of_the_library(make, name, ta
     assert set(chosen) <= set(LIBRARY.specific)
     assert len(set(chosen)) == len(chosen)
     assert len(chosen) <= 2 or name == "all"
+
+
+def test_a_kind_that_learns_is_refused_where_no_episode_is_scored():
+    learning = {name for name in RETRIEVAL_KINDS.names() if RETRIEVAL_KINDS[name].learns}
+    of_kinds = [rule for rule in RULES if getattr(rule, "key", "") == "teacher.retrieval"]
+    assert {rule.value for rule in of_kinds} == learning
 
 
 @every_kind

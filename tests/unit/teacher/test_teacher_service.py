@@ -21,6 +21,7 @@ from services.teacher.retrieval import Retriever
 from services.teacher.teacher import Teacher
 from services.teacher.teacher_service import SERVICE_NAME, TeacherServicer
 from services.teacher.utility import SkillUtility
+from tests.support import until
 from tests.unit.teacher.builders import (
     CLEAN,
     LIBRARY,
@@ -29,6 +30,19 @@ from tests.unit.teacher.builders import (
     make_manifest,
     play,
 )
+
+
+class SlowScorer(FakeScorer):
+    """Scores once `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def score(self, contexts):
+        scores = await super().score(contexts)
+        await self.go.wait()
+        return scores
 
 
 @pytest.fixture
@@ -101,6 +115,29 @@ async def test_a_failed_request_may_be_repeated_under_its_id(stub, chat, bus):
     assert (
         await score(stub, play(chat), request_id="again", min_teacher_version=1)
     ).score.teacher_version == 1
+
+
+@pytest.mark.parametrize("request_id", ["", "r"])
+async def test_a_score_is_finished_before_the_next_begins_though_its_caller_hung_up(
+    chat, bus, request_id
+):
+    scorer = SlowScorer()
+    contexts = ContextBuilder(chat, Retriever(LIBRARY, kind="none", num_skills=3), 1000)
+    teacher = Teacher(contexts, scorer, build_follower(bus, scorer, 2), TeacherMetrics(), max_lag=2)
+    servicer = TeacherServicer(teacher)
+    request = teacher_pb2.ScoreRequest(
+        request_id=request_id, trajectory=codec.trajectory_to_proto(play(chat))
+    )
+    first = asyncio.create_task(servicer.Score(request, None))
+    await until(lambda: scorer.num_calls == 1)
+    first.cancel()
+    await asyncio.wait([first])
+    next_one = asyncio.create_task(teacher.score([play(chat)]))
+    await asyncio.sleep(0.01)
+    assert scorer.num_calls == 1
+    scorer.go.set()
+    await next_one
+    assert scorer.num_calls == 2
 
 
 async def test_a_trajectory_that_does_not_fit_is_an_invalid_argument(stub, chat):

@@ -8,7 +8,7 @@ from sdar.bus.ledger import format_group_id
 from sdar.bus.protocol import BusLimits
 from sdar.contracts import codec
 from sdar.contracts.streams import ConsumerGroup, Stream
-from sdar.contracts.types import GroupOutcome, LedgerEvent, Purpose
+from sdar.contracts.types import FailureStage, GroupOutcome, LedgerEvent, Purpose
 from sdar.in_process.memory_bus import MemoryBus
 from sdar.process.telemetry import Health
 from services.teacher.context import ContextBuilder
@@ -188,8 +188,8 @@ async def test_a_group_that_loses_an_episode_is_reported_failed(chat):
     async with house.running():
         await house.until_finished(1)
     (event,) = await house.ledger()
-    found = (event.group_id, event.outcome, event.num_trajectories)
-    assert found == ("long", GroupOutcome.FAILED, 4)
+    found = (event.group_id, event.outcome, event.num_trajectories, event.stage)
+    assert found == ("long", GroupOutcome.FAILED, 4, FailureStage.TEACHER)
     assert "exceed model.max_sequence_tokens 64" in event.reason
 
 
