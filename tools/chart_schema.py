@@ -1,4 +1,4 @@
-"""What of the chart is written by a program: `make docs` runs it, and a test compares.
+"""Writes what the chart takes from the code; `make docs` runs it, and a test compares.
 
 - helm/values.schema.json: RunConfig's own schema under `run`, and `Values` for the rest, each key
   with the words that stand over it in helm/values.yaml.
@@ -40,7 +40,12 @@ _ROLES_HEAD = """# Written by `make docs` from sdar/contracts/roles.py. Of each 
 # isScalable: the gateway may set its size. drains: it takes SDAR_DRAIN_S.
 # configKeys: keys of the run that it reads; a change of one restarts its pods.
 """
-_BEGIN, _END = "<!-- values: written by `make docs` -->", "<!-- end of values -->"
+_BEGIN = "<!-- values: written by `make docs` -->"
+_END = "<!-- end of values -->"
+_OPENING = re.compile(r"\s*# -- (.*)")
+_CONTINUATION = re.compile(r"\s*# (.*)")
+_KEY = re.compile(r"( *)([A-Za-z_]+):")
+"""Lines of helm/values.yaml: the first line of a key's words, a further one, and the key."""
 
 
 class _Part(BaseModel):
@@ -266,12 +271,15 @@ def build_schema() -> dict[str, Any]:
     name = run["properties"]["name"]
     name["pattern"] = f"^({name['pattern'].removeprefix('^').removesuffix('$')})?$"
     schema = _inline(Values.model_json_schema())
+    # First, as in helm/values.yaml.
     schema["properties"] = {"run": run} | schema["properties"]
     _describe(schema, read_words((CHART / "values.yaml").read_text()), "")
-    return {
+
+    head = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the chart sdar",
-    } | schema
+    }
+    return head | schema
 
 
 def build_run_defaults() -> dict[str, Any]:
@@ -342,40 +350,52 @@ def build_demo() -> str:
     """examples/household.yaml as part of a chart: without its name, its model where the images have
     it.
     """
-    lines = [line for line in DEMO.read_text().splitlines() if not line.startswith(("#", "name:"))]
-    text = "\n".join(lines).replace("path: models/", "path: /opt/sdar/examples/models/", 1)
+    lines = DEMO.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("#", "name:"))]
+    text = "\n".join(kept).replace("path: models/", "path: /opt/sdar/examples/models/", 1)
     return f"# Written by `make docs` from examples/household.yaml.\n{text}\n"
 
 
 def build_table() -> str:
     """Markdown: every described key of the chart's own part, its default and its words."""
     text = (CHART / "values.yaml").read_text()
-    values, rows = yaml.safe_load(text), ["| key | default | |", "|---|---|---|"]
+    values = yaml.safe_load(text)
+    rows = ["| key | default | |", "|---|---|---|"]
     for key, words in read_words(text).items():
         value = values
         for part in key.split("."):
             value = value[part]
-        rows.append(f"| `{key}` | `{json.dumps(value)}` | {words} |".replace('`""`', ""))
+        row = f"| `{key}` | `{json.dumps(value)}` | {words} |"
+        # An empty text is shown as an empty cell.
+        rows.append(row.replace('`""`', ""))
     return "\n".join(rows)
 
 
 def read_words(text: str) -> dict[str, str]:
     """What stands over each key of a values file after `# --`, by the key's dotted path."""
     words: dict[str, str] = {}
+    # The key of this line and those that it is in, each with its indentation.
     path: list[tuple[int, str]] = []
     comment: list[str] = []
     for line in text.splitlines():
-        if found := re.match(r"\s*# -- (.*)", line):
-            comment = [found[1]]
-        elif comment and (found := re.match(r"\s*# (.*)", line)):
-            comment.append(found[1])
-        elif found := re.match(r"( *)([A-Za-z_]+):", line):
-            path = [*(part for part in path if part[0] < len(found[1])), (len(found[1]), found[2])]
-            if comment:
-                words[".".join(name for _, name in path)] = " ".join(comment)
-            comment = []
-        else:
-            comment = []
+        opening = _OPENING.match(line)
+        continuation = _CONTINUATION.match(line)
+        key = _KEY.match(line)
+        if opening is not None:
+            comment = [opening[1]]
+            continue
+        if comment and continuation is not None:
+            comment.append(continuation[1])
+            continue
+
+        if key is not None:
+            indentation = len(key[1])
+            path = [part for part in path if part[0] < indentation]
+            path.append((indentation, key[2]))
+        if key is not None and comment:
+            dotted = ".".join(name for _, name in path)
+            words[dotted] = " ".join(comment)
+        comment = []
     return words
 
 
@@ -389,18 +409,21 @@ def write() -> None:
     _write_data("rules", "sdar/contracts/rules.py", build_rules())
     (CHART / "files/household.yaml").write_text(build_demo())
     (CHART / "files/roles.yaml").write_text(render_roles())
-    page = (CHART / "README.md").read_text()
-    before, rest = page.split(_BEGIN)
-    (CHART / "README.md").write_text(
-        f"{before}{_BEGIN}\n{build_table()}\n{_END}{rest.split(_END)[1]}"
-    )
+    _write_table()
+
+
+def _write_table() -> None:
+    """Put the table between its two marks in helm/README.md."""
+    page = CHART / "README.md"
+    before, rest = page.read_text().split(_BEGIN)
+    _, after = rest.split(_END)
+    page.write_text(f"{before}{_BEGIN}\n{build_table()}\n{_END}{after}")
 
 
 def _write_data(name: str, source: str, data: object) -> None:
     head = f"# Written by `make docs` from {source}.\n"
-    (CHART / f"files/{name}.yaml").write_text(
-        head + yaml.safe_dump(data, sort_keys=False, width=96)
-    )
+    text = yaml.safe_dump(data, sort_keys=False, width=96)
+    (CHART / f"files/{name}.yaml").write_text(head + text)
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:
@@ -412,14 +435,20 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
             return [visit(item) for item in node]
         if not isinstance(node, dict):
             return node
-        if is_named:  # the keys of `properties` are names, not keywords
+        # The keys of `properties` are names, not keywords.
+        if is_named:
             return {name: visit(value) for name, value in node.items()}
+
         if "$ref" in node:
-            rest = {key: value for key, value in node.items() if key != "$ref"}
-            return visit(definitions[node["$ref"].rpartition("/")[2]] | rest)
+            rest = dict(node)
+            name = rest.pop("$ref").rpartition("/")[2]
+            # What stands beside a reference, such as a default, wins over the definition.
+            return visit(definitions[name] | rest)
+
         kept = {key: value for key, value in node.items() if key not in ("title", "format")}
         if isinstance(kept.get("description"), str):
             kept["description"] = " ".join(kept["description"].split())
+        # Draft 7 has no types by position; those of a pair are the same.
         if "prefixItems" in kept:
             kept["items"] = kept.pop("prefixItems")[0]
         return {key: visit(value, is_named=key == "properties") for key, value in kept.items()}
@@ -429,17 +458,21 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], words: dict[str, str], path: str) -> None:
-    """Give each key of ours its words; a role's own has those of `podDefaults`. A key that is left
-    out has the file's default, or the demo's, so nothing is required.
+    """Give each key of the chart's own part its words, in place. A key of a role's section that has
+    none of its own gets those of `podDefaults`.
     """
+    # A key that is left out has the file's default, or the demo's.
     schema.pop("required", None)
+    # Outside the run, descriptions are docstrings of the classes above.
     if not path.startswith("run."):
         schema.pop("description", None)
+
     for name, child in schema.get("properties", {}).items():
         key = f"{path}{name}"
         _describe(child, words, f"{key}.")
         common = f"podDefaults.{key.partition('.')[2]}"
-        if found := words.get(key, words.get(common)):
+        found = words.get(key, words.get(common))
+        if found:
             schema["properties"][name] = {"description": found} | child
 
 

@@ -1,10 +1,10 @@
-"""Do the dashboards show something? Asks a Prometheus every query of every panel.
+"""Checks that the dashboards show something: asks a Prometheus every query of every panel.
 
     python -m tools.check_dashboards --prometheus http://127.0.0.1:9090 --run household
 
 It lists the queries without data. A query has data if it gave a number at any moment of the newest
-minutes, so the run may just have ended. Exits with 1 if one has none, or if Prometheus cannot
-scrape one of the run's processes. It writes nothing.
+minutes, so the run may just have ended. It exits with 1 if a query has no data, or if Prometheus
+cannot scrape one of the run's processes. It writes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Query:
     text: str
 
     def fill(self, run: str, *, window: str, seconds: int) -> str:
-        """With the variables that Grafana replaces."""
+        """The query with values for the variables that Grafana replaces."""
         values = {"$__rate_interval": window, "$__range": f"{seconds}s", "$run": run, "$role": ".+"}
         text = self.text
         for name, value in values.items():
@@ -44,7 +44,9 @@ class Query:
 def list_queries(folder: Path = DASHBOARDS) -> Iterator[Query]:
     """Every query of every panel, as written."""
     for path in sorted(folder.glob("*.json")):
-        for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]:
+        dashboard = json.loads(path.read_text(encoding="utf-8"))
+        for panel in dashboard["panels"]:
+            # Rows are panels as well, without targets.
             for target in panel.get("targets", ()):
                 yield Query(path.stem, panel["title"], target["legendFormat"], target["expr"])
 
@@ -73,13 +75,19 @@ def find_down(prometheus: str, run: str) -> list[str]:
         found = _ask(client, f'up{{run="{run}"}}', _STEP_S)
     if not found:
         return ["no process"]
-    return [str(series["metric"]) for series in found if float(series["values"][-1][1]) != 1]
+    down = []
+    for series in found:
+        _, newest = series["values"][-1]
+        if float(newest) != 1:
+            down.append(str(series["metric"]))
+    return down
 
 
 def _ask(client: httpx.Client, query: str, seconds: int) -> list[dict[str, Any]]:
     now = time.time()
     form = {"query": query, "start": now - seconds, "end": now, "step": _STEP_S}
     answer = client.post("/api/v1/query_range", data=form)
+    # Prometheus says in the body what is wrong with the query.
     if answer.status_code == httpx.codes.BAD_REQUEST:
         raise httpx.HTTPError(f"Prometheus does not take {query}: {answer.json()['error']}")
     answer.raise_for_status()
@@ -87,10 +95,14 @@ def _ask(client: httpx.Client, query: str, seconds: int) -> list[dict[str, Any]]
 
 
 def _has_number(found: list[dict[str, Any]]) -> bool:
-    return any(math.isfinite(float(value)) for series in found for _, value in series["values"])
+    """Whether any value is a number; Prometheus answers NaN for a share of nothing."""
+    for series in found:
+        if any(math.isfinite(float(value)) for _, value in series["values"]):
+            return True
+    return False
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,11 +117,16 @@ def main() -> int:
         metavar="PANEL",
         help="a panel that may show nothing",
     )
-    chosen = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    chosen = build_parser().parse_args()
     queries = list(list_queries())
-    empty = find_empty(chosen.prometheus, chosen.run, minutes=chosen.minutes, window=chosen.window)
-    empty = [query for query in empty if query.panel not in chosen.allow_empty]
+    found = find_empty(chosen.prometheus, chosen.run, minutes=chosen.minutes, window=chosen.window)
+    empty = [query for query in found if query.panel not in chosen.allow_empty]
     down = find_down(chosen.prometheus, chosen.run)
+
     for query in empty:
         print(f"no data: {query.dashboard} / {query.panel} / {query.legend}: {query.text}")
     for process in down:

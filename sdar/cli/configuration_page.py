@@ -39,6 +39,18 @@ a variable of its own, such as the directory of its data ([environments.md](envi
 """
 
 
+_TYPE_NAMES = {
+    "str": "text",
+    "int": "integer",
+    "float": "number",
+    "bool": "true or false",
+    "Path": "path",
+    "date": "date",
+}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+"""Words for the constraints of annotated-types, by their field's name."""
+
+
 def render_page() -> str:
     """The whole page as Markdown."""
     parts = [_HEADER, _render_section("The run", RunConfig, prefix="")]
@@ -46,12 +58,14 @@ def render_page() -> str:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             parts.append(_render_section(f"`{name}`", section, prefix=f"{name}."))
-    rows = [
-        f"| `{field.validation_alias or f'SDAR_{name.upper()}'}` | {_format_default(field)} | "
-        f"{_describe(field)} |"
-        for name, field in Settings.model_fields.items()
-    ]
+    rows = [_render_setting(name, field) for name, field in Settings.model_fields.items()]
     return "\n".join(parts) + _SETTINGS_HEADER + "\n".join(rows) + "\n"
+
+
+def _render_setting(name: str, field: FieldInfo) -> str:
+    # Variables that other tools know too keep the name that they have there.
+    variable = field.validation_alias or f"SDAR_{name.upper()}"
+    return f"| `{variable}` | {_format_default(field)} | {_describe(field)} |"
 
 
 def _render_section(title: str, section: type[BaseModel], prefix: str) -> str:
@@ -94,41 +108,35 @@ def _format_names(names: Iterable[str]) -> str:
 
 def _format_type(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
+    parts = typing.get_args(annotation)
     if origin is Literal:
-        return _format_names(typing.get_args(annotation))
+        return _format_names(parts)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(
-            _format_type(part) for part in typing.get_args(annotation) if part is not type(None)
-        )
+        # That a value may be left out is in the column of defaults.
+        kinds = [_format_type(part) for part in parts if part is not type(None)]
+        return " or ".join(kinds)
     if origin is typing.Annotated:
-        return _format_type(typing.get_args(annotation)[0])
+        return _format_type(parts[0])
     if origin is tuple:
-        return "[" + ", ".join(_format_type(part) for part in typing.get_args(annotation)) + "]"
+        return f"[{', '.join(map(_format_type, parts))}]"
     if origin is dict:
-        return "mapping to " + _format_type(typing.get_args(annotation)[1])
-    names = {
-        "str": "text",
-        "int": "integer",
-        "float": "number",
-        "bool": "true or false",
-        "Path": "path",
-        "date": "date",
-    }
-    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+        return f"mapping to {_format_type(parts[1])}"
+    return _TYPE_NAMES.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def _format_bounds(field: FieldInfo) -> str:
-    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    found = [
-        f"{signs[name]} {getattr(constraint, name):g}"
-        for constraint in field.metadata
-        for name in signs
-        if getattr(constraint, name, None) is not None
-    ]
-    return f", {', '.join(found)}" if found else ""
+    """The bounds of a number, each with a comma before it."""
+    text = ""
+    for constraint in field.metadata:
+        for name, words in _BOUNDS.items():
+            bound = getattr(constraint, name, None)
+            if bound is not None:
+                text += f", {words} {bound:g}"
+    return text
 
 
 def _format_default(field: FieldInfo) -> str:
+    # One setting has a factory: the name of an instance.
     if field.default_factory is not None:
         return "host name and process id"
     if field.default is PydanticUndefined:
@@ -137,7 +145,9 @@ def _format_default(field: FieldInfo) -> str:
         return "none"
     if isinstance(field.default, tuple):
         return f"`{list(field.default)}`"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return f"`{field.default}`"
 
 
 if __name__ == "__main__":

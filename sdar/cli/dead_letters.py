@@ -1,4 +1,4 @@
-"""The verbs `sdar dead-letter list | show | retry`: what a run set aside, and its second chance.
+"""The verbs of `sdar dead-letter`: list the entries that a run set aside, show one, retry one.
 
 The gateway does the work. What draws and what speaks HTTP is imported when a verb is called.
 """
@@ -27,6 +27,16 @@ LetterArgument = Annotated[
 
 _PATH = "/v1/dead-letters"
 _MAX_REASON = 100
+_SHOWN_FIELDS = (
+    "letter_id",
+    "stream",
+    "group",
+    "entry_id",
+    "num_deliveries",
+    "reason",
+    "age_s",
+    "size_bytes",
+)
 
 
 @dead_letter_app.command("list")
@@ -42,7 +52,9 @@ def list_letters(
     place: Place,
 ) -> None:
     """List what was set aside, newest first."""
-    query: dict[str, str | int] = {"limit": limit} | ({} if before is None else {"before": before})
+    query: dict[str, str | int] = {"limit": limit}
+    if before is not None:
+        query["before"] = before
     with open_gateway_at(place) as client:
         letters = client.get(_PATH, **query)
     if is_json:
@@ -73,8 +85,8 @@ def retry_letter(letter_id: LetterArgument, is_json: JsonOption = False, *, plac
     """
     with open_gateway_at(place) as client:
         answer = client.post(f"{_PATH}/{quote(letter_id, safe='')}/retry")
-    told = f"Issued {answer['group_id']} for dead letter {answer['letter_id']}, which is gone."
-    print(json.dumps(answer) if is_json else told, flush=True)
+    text = f"Issued {answer['group_id']} for dead letter {answer['letter_id']}, which is gone."
+    print(json.dumps(answer) if is_json else text, flush=True)
 
 
 def render_letters(letters: list[dict[str, Any]]) -> Table:
@@ -90,9 +102,18 @@ def render_letters(letters: list[dict[str, Any]]) -> Table:
     )
     for letter in letters:
         reason = letter["reason"]
-        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
-        values = (letter["letter_id"], letter["stream"], letter["group"], letter["num_deliveries"])
-        row = (*values, f"{letter['age_s']:.0f} s", letter["size_bytes"], reason)
+        if len(reason) > _MAX_REASON:
+            reason = f"{reason[:_MAX_REASON]}..."
+        row = (
+            letter["letter_id"],
+            letter["stream"],
+            letter["group"],
+            letter["num_deliveries"],
+            f"{letter['age_s']:.0f} s",
+            letter["size_bytes"],
+            reason,
+        )
+        # Text, not str: a reason may look like markup.
         table.add_row(*(Text(escape_controls(str(cell))) for cell in row))
     return table
 
@@ -101,20 +122,10 @@ def format_letter(letter: dict[str, Any]) -> str:
     """Everything known of one, its payload last; as text without control characters."""
     from sdar.process.text import escape_controls
 
-    payload, error = letter["payload"], letter["payload_error"]
-    names = (
-        "letter_id",
-        "stream",
-        "group",
-        "entry_id",
-        "num_deliveries",
-        "reason",
-        "age_s",
-        "size_bytes",
-    )
-    lines = [f"{name}: {letter[name]}" for name in names]
-    if payload is None:
+    lines = [f"{name}: {letter[name]}" for name in _SHOWN_FIELDS]
+    if letter["payload"] is None:
+        error = letter["payload_error"]
         lines += [f"payload (base64), which cannot be read: {error}", letter["payload_base64"]]
     else:
-        lines += ["payload:", json.dumps(payload, indent=2, ensure_ascii=False)]
+        lines += ["payload:", json.dumps(letter["payload"], indent=2, ensure_ascii=False)]
     return "\n".join(escape_controls(line, keep="\n") for line in lines)

@@ -72,8 +72,9 @@ def serve(
     from sdar.environments.serving import serve_until_stopped
     from sdar.environments.sessions import SessionLimits
 
+    environment = load_environment(name, parse_options(options))
     serve_until_stopped(
-        {name: load_environment(name, parse_options(options))},
+        {name: environment},
         SessionLimits(max_sessions=capacity),
         host=host,
         port=port,
@@ -104,9 +105,8 @@ def check(
     from sdar.process.settings import load_settings
     from sdar.wire.security import Security
 
-    try_all = functools.partial(
-        check_server, parse_address(address), environment, Security.from_settings(load_settings())
-    )
+    security = Security.from_settings(load_settings())
+    try_all = functools.partial(check_server, parse_address(address), environment, security)
     if is_json:
         report = asyncio.run(try_all())
         typer.echo(json.dumps(to_json(report)))
@@ -165,20 +165,23 @@ def generate(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    # On stderr: stdout is for what was generated.
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         row = progress.add_task(name.value, total=None)
 
         def report(done: int, total: int) -> None:
             progress.update(row, completed=done, total=total)
 
-        told = generator.generate(directory, num_tasks=num_tasks, seed=seed, report=report)
-    typer.echo(told)
+        summary = generator.generate(directory, num_tasks=num_tasks, seed=seed, report=report)
+    typer.echo(summary)
 
 
 def parse_address(address: str) -> str:
     """The address itself. Raises ConfigurationError unless it is HOST:PORT."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
+    # isdigit alone takes digits of other scripts as well.
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 0 < int(port) <= 65535:
         raise ConfigurationError(
             f"{address!r} is no address. Write HOST:PORT, for example 127.0.0.1:50051."
         )
@@ -189,8 +192,9 @@ def parse_options(pairs: list[str] | None) -> dict[str, bool | int | float | str
     """{"limit": 3} of ["limit=3"]; values are YAML scalars."""
     options: dict[str, bool | int | float | str] = {}
     for pair in pairs or []:
-        key, found, text = pair.partition("=")
-        if not found or not key.isidentifier():
+        key, equals, text = pair.partition("=")
+        # A key becomes a keyword argument of the environment.
+        if not equals or not key.isidentifier():
             raise ConfigurationError(
                 f"--option takes KEY=VALUE, got {pair!r}. Write for example --option limit=100."
             )
@@ -204,7 +208,8 @@ def _parse_scalar(key: str, text: str) -> bool | int | float | str:
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # not YAML, such as `a: b: c`: a plain text
+        # Such as `a: b: c`.
+        return text
     if value is None or not text:
         return text
     if isinstance(value, bool | int | float | str):

@@ -1,8 +1,8 @@
-"""How the command line asks a run's gateway: at which address, with which token, and refusals.
+"""Calls of a run's gateway from the command line: its address, the token, and its refusals.
 
-`python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container it runs in, which is how
-one that only the cluster reaches is asked from outside (`sdar.cli.places`): where the address, the
-token and the certificates are.
+`python -m sdar.cli.gateway METHOD PATH` asks the gateway of the container that it runs in. That is
+how a gateway that only its cluster reaches is asked from outside (`sdar.cli.places`): the address,
+the token and the certificates are in the container.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ _ERRORS: dict[int, type[SdarError]] = {
 
 
 class Gateway(ABC):
-    """Calls to one gateway; answers are parsed JSON, refusals are raised as the errors they tell
-    of.
+    """Calls to one gateway. Answers are parsed JSON; a refusal is raised as its status' error.
 
     Args:
         address: what it is called in errors.
@@ -89,8 +88,10 @@ class Gateway(ABC):
         status, body = self.exchange(method, path)
         if status < _LEAST_ERROR:
             return body
-        told = body.get("error", {}) if isinstance(body, dict) else {}
-        message = told.get(
+
+        # What stands between, such as an ingress, answers with a body of its own.
+        error = body.get("error", {}) if isinstance(body, dict) else {}
+        message = error.get(
             "message", f"The gateway at {self.address} answers {status} to {method} {path}."
         )
         raise _ERRORS.get(status, UnavailableError)(message)
@@ -116,6 +117,7 @@ class GatewayClient(Gateway):
             answer = self._http.request(method, path)
             return answer.status_code, answer.json()
         except (httpx.HTTPError, json.JSONDecodeError) as error:
+            # Some errors of httpx have no text.
             reason = str(error).rstrip(".") or type(error).__name__
             raise UnavailableError(
                 f"No gateway answers at {self.address}: {reason}. {self._hint}"
@@ -149,41 +151,44 @@ def open_gateway(url: str | None, runs_dir: Path) -> GatewayClient:
     running under `runs_dir`.
 
     Raises:
-        ConfigurationError: none is told and none or several are running.
+        ConfigurationError: no address is given, and none or several runs are running.
     """
     settings = load_settings()
-    told = url or settings.gateway_url
-    return GatewayClient(
-        _read_address(told) if told else _find_running(runs_dir), Security.from_settings(settings)
-    )
+    given = url or settings.gateway_url
+    address = _read_address(given) if given else _find_running(runs_dir)
+    return GatewayClient(address, Security.from_settings(settings))
 
 
 def _read_address(url: str) -> str:
     """`host:port` of a URL; its scheme is chosen by this process's TLS settings."""
+    # Without the slashes, the host of HOST:PORT would be read as a scheme.
     parts = urlsplit(url if "://" in url else f"//{url}")
     try:
         port = parts.port
     except ValueError:
         port = None
-    if (
-        parts.scheme not in ("", "http", "https")
-        or not parts.hostname
-        or port is None
-        or parts.path.strip("/")
-    ):
+
+    is_http = parts.scheme in ("", "http", "https")
+    has_address = bool(parts.hostname) and port is not None
+    has_path = bool(parts.path.strip("/"))
+    if not is_http or not has_address or has_path:
         raise ConfigurationError(f"{url!r} is no gateway's address. Write http://HOST:PORT.")
+    # Without a user and a password.
     return parts.netloc.rpartition("@")[2]
 
 
 def _find_running(runs_dir: Path) -> str:
-    from sdar.cli.run_directory import list_running  # half a second, which containers save
+    # Its import takes half a second, which a call inside a container saves.
+    from sdar.cli.run_directory import list_running
 
     running = list_running(runs_dir)
     if len(running) == 1:
         return next(iter(running.values()))
-    found = ", ".join(f"{name} (--gateway {address})" for name, address in sorted(running.items()))
     if running:
-        raise ConfigurationError(f"Several runs are running under {runs_dir}: {found}. Say which.")
+        found = [f"{name} (--gateway {address})" for name, address in sorted(running.items())]
+        raise ConfigurationError(
+            f"Several runs are running under {runs_dir}: {', '.join(found)}. Say which."
+        )
     raise ConfigurationError(
         f"No run is running under {runs_dir}. Give its gateway with --gateway http://HOST:PORT or "
         "SDAR_GATEWAY_URL."
@@ -194,13 +199,16 @@ def answer_in_container(method: str, path: str) -> dict[str, Any]:
     """What this container's own gateway says, or why it says nothing."""
     settings = load_settings()
     security = Security.from_settings(settings)
-    # Certificates name hosts rather than addresses.
-    here = f"{'127.0.0.1' if security.tls is None else 'localhost'}:{settings.http_port}"
-    address = _read_address(settings.gateway_url) if settings.gateway_url else here
+    if settings.gateway_url:
+        address = _read_address(settings.gateway_url)
+    else:
+        # Certificates name hosts rather than addresses.
+        host = "127.0.0.1" if security.tls is None else "localhost"
+        address = f"{host}:{settings.http_port}"
+
+    hint = "It may be starting: see `sdar logs gateway`."
     try:
-        with GatewayClient(
-            address, security, "It may be starting: see `sdar logs gateway`."
-        ) as client:
+        with GatewayClient(address, security, hint) as client:
             status, body = client.exchange(method, path)
     except UnavailableError as error:
         return {"unavailable": error.message}

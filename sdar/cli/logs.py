@@ -361,18 +361,19 @@ def _list_files(runs_dir: Path, run: str | None) -> list[Source]:
 def _find_run(runs_dir: Path, run: str | None) -> Path:
     """The run of that name; without a name the one that is running, or else that logged last."""
     known = {path.parent.name: path.stat().st_mtime for path in runs_dir.glob("*/logs")}
-    if run is not None:
-        if run not in known:
-            names = ", ".join(sorted(known)) or "none"
-            raise UnknownResourceError(
-                f"No run {run!r} has logged under {runs_dir}. There are {names}."
-            )
+    if run in known:
         return runs_dir / run
+    if run is not None:
+        names = ", ".join(sorted(known)) or "none"
+        raise UnknownResourceError(
+            f"No run {run!r} has logged under {runs_dir}. There are {names}."
+        )
     if not known:
         raise UnknownResourceError(
             f"No run has logged under {runs_dir}. Give another --runs-dir, --compose, or --release "
             "NAME for one in Kubernetes."
         )
+
     running = list_running(runs_dir)
     if len(running) > 1:
         raise UnknownResourceError(

@@ -1,4 +1,4 @@
-"""docs/metrics.md: what every service measures, written from the declarations in the code.
+"""Writes docs/metrics.md: what every service measures, from the declarations in the code.
 
 Dashboards and alerts are checked against `list_services`: they may read no other metric.
 """
@@ -54,8 +54,8 @@ class Service:
 
 
 def list_services() -> list[Service]:
-    """What each service measures; the first is what all of them do."""
-    # Here, so that nobody else who imports this module waits for it.
+    """What each service measures; the first part is about what all of them measure."""
+    # Here, so that others who import this module do not wait for it.
     from services.envs.search.batching import RETRIEVER
 
     of_process = (*_list_process_metrics(), *EVERY_SERVICE.measurements)
@@ -70,6 +70,7 @@ def _build_role(row: RoleSpec) -> Service:
     """The part of the page about a service: what the modules `metrics` of its folder declare."""
     declared: list[Declarations] = []
     for path in sorted((_SERVICES / row.name).rglob("metrics.py")):
+        # services/gateway/metrics.py is services.gateway.metrics.
         name = ".".join(path.relative_to(_SERVICES.parent).with_suffix("").parts)
         found = vars(importlib.import_module(name)).values()
         declared += [value for value in found if isinstance(value, Declarations)]
@@ -80,9 +81,13 @@ def _build_role(row: RoleSpec) -> Service:
 
 def build_service(title: str, text: str, *declarations: Declarations) -> Service:
     """The part of the page about a service that measures what was declared."""
-    measurements = [found for declared in declarations for found in declared.measurements]
-    reported = [found for declared in declarations for found in declared.reported.values()]
-    figures = [found for found in reported if isinstance(found, Figure)]
+    measurements: list[Measurement] = []
+    figures: list[Figure] = []
+    for declared in declarations:
+        measurements += declared.measurements
+        # What is measured is reported as well; figures are in the records alone.
+        reported = declared.reported.values()
+        figures += [found for found in reported if isinstance(found, Figure)]
     return Service(title, text, tuple(measurements), tuple(figures))
 
 
@@ -93,6 +98,7 @@ def _list_process_metrics() -> list[Measurement]:
 
 
 def _declare_process_metric(family: Metric) -> Measurement:
+    # Prometheus has the unit at the end of the name.
     ending = family.name.rpartition("_")[2]
     unit = "files" if ending == "fds" else ending
     if family.type == "counter":
@@ -133,7 +139,8 @@ def _render_figure(figure: Figure) -> str:
 
 def _render_row(*cells: str) -> str:
     # A bar would end the cell.
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> No
     """Make the model of the environment's default recipe in `directory`.
 
     Raises:
-        ConflictError: the directory exists already. ConfigurationError: no such model, see
-            `load_recipe`.
+        ConflictError: the directory exists already.
+        ConfigurationError: there is no such model, see `load_recipe`.
     """
+    # Torch and transformers take seconds, and a wrong directory is refused without them.
     from sdar.cli.warm_start.making import create_model
     from sdar.cli.warm_start.recipe import load_recipe
 
@@ -26,17 +27,19 @@ def create_tiny_model(directory: Path, environment: str, *, is_json: bool) -> No
         raise ConflictError(f"{directory} exists already. Remove it or choose another directory.")
     recipe = load_recipe(environment)
     cache_dir = Path.home() / ".cache" / "sdar" / "models"
-    with Progress(
-        *Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"), disable=is_json
-    ) as bar:
+    columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"))
+    with Progress(*columns, disable=is_json) as bar:
         row = bar.add_task("warm start", total=None, loss=float("nan"))
 
         def report(num_done: int, num_updates: int, loss: float) -> None:
             bar.update(row, completed=num_done, total=num_updates, loss=loss)
 
         made = create_model(recipe, cache_dir, report)
+
+    # A copy: whoever changes the model leaves the cache as it is.
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(made, directory)
-    typer.echo(
-        json.dumps({"event": "created", "path": str(directory)}) if is_json else f"Made {directory}"
-    )
+    if is_json:
+        typer.echo(json.dumps({"event": "created", "path": str(directory)}))
+    else:
+        typer.echo(f"Made {directory}")

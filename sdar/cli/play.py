@@ -1,7 +1,7 @@
-"""`sdar env play`: one episode of a running server, played by hand or through a pipe.
+"""`sdar env play`: plays one episode of a running server by hand or through a pipe.
 
-Between calls nothing runs but the reading of a line, so that Ctrl-C is felt at once and the session
-is still closed.
+The event loop runs during calls only. While a line is read nothing else runs, so that Ctrl-C takes
+effect at once and the session is still closed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
         split: where the first task is taken from if no task_id is given; "" for the first split.
 
     Raises:
-        ConfigurationError: nobody answers, or no such environment. UnknownResourceError: no such
-            split or task.
+        ConfigurationError: nobody answers, or there is no such environment.
+        UnknownResourceError: there is no such split or task.
     """
     security = Security.from_settings(load_settings())
     with asyncio.Runner() as runner:
@@ -53,9 +53,8 @@ def play_task(address: str, environment: str, split: str, task_id: str, seed: in
         channel, bench = runner.run(begin())
         try:
             runner.run(_find_action_form(bench, address))
-            game = _Game(
-                runner, environment_pb2_grpc.EnvironmentServiceStub(channel), address, bench
-            )
+            stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
+            game = _Game(runner, stub, address, bench)
             game.play(task_id or game.first_task(split), seed)
         finally:
             runner.run(channel.close(None))
@@ -87,6 +86,7 @@ class _Game:
         self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def first_task(self, split: str) -> str:
+        """Id of the first task of a split; "" for the first split."""
         name = split or self._first_split
         request = environment_pb2.ListTasksRequest(
             environment=self._described.name, split=name, page_size=1
@@ -118,14 +118,14 @@ class _Game:
             )
 
     def _introduce(self, opened: environment_pb2.OpenSessionResponse) -> None:
-        told = self._described
+        described = self._described
         task = opened.task
         self._say(
-            f"{told.name}, version {told.version}: {task.split} task {task.task_id}, seed "
-            f"{task.seed}",
+            f"{described.name}, version {described.version}: {task.split} task {task.task_id}, "
+            f"seed {task.seed}",
             "bold",
         )
-        for text in (told.instructions, task.description, told.action_format):
+        for text in (described.instructions, task.description, described.action_format):
             if text:
                 self._say(text)
         self._say("A number chooses an action of the list. Ctrl-D leaves the game.", "dim")
@@ -136,12 +136,14 @@ class _Game:
         observation = opened.observation
         actions = list(opened.admissible_actions)
         total = 0.0
-        for index in itertools.count():  # the server ends it; one that does not is left by Ctrl-D
+        # The server ends the episode; one that never ends is left by Ctrl-D.
+        for index in itertools.count():
             self._show(observation, actions)
             text = self._ask(actions)
             if text is None:
                 self._say("Left the game before its end.", "yellow")
                 return
+
             request = environment_pb2.StepRequest(
                 session_id=opened.session_id, step_index=index, text=text
             )
@@ -164,39 +166,43 @@ class _Game:
             self._say(f"{number:3}  {action}", "cyan")
 
     def _ask(self, actions: Sequence[str]) -> str | None:
-        """The text to send; None at the end of the input. A number that is not in the list is asked
-        for again.
+        """The text to send; None at the end of the input. After a number that is not in the list,
+        or bytes that are no text, the next line is read.
         """
         while True:
             try:
                 line = input(_PROMPT if sys.stdin.isatty() else "")
+                # By the locale, bytes that are no text may also be read as lone surrogates, which
+                # no request can hold.
                 line.encode()
             except EOFError:
                 return None
-            except (
-                UnicodeError
-            ):  # by either call: how bytes that are no text are read is the locale's choice
+            except UnicodeError:
                 self._say("That was no text. Write UTF-8.", "yellow")
                 continue
+
             if not actions or not line.strip().isdecimal():
+                # A line with a tag is a whole response already.
                 return line if "<" in line else self._action_form.write(line)
+            # Python refuses to read a number of thousands of digits.
             number = int(line) if len(line) <= _MAX_NUMBER_CHARACTERS else sys.maxsize
             if 1 <= number <= len(actions):
                 return self._action_form.write(actions[number - 1])
             self._say(f"No action {number}: choose 1 to {len(actions)}, or write one.", "yellow")
 
     def _end(self, answer: environment_pb2.StepResponse, num_turns: int, total: float) -> None:
-        why = (
-            "solved" if answer.is_success else "out of turns" if answer.truncated else "not solved"
-        )
-        parts = ", ".join(
-            f"{name} {value:g}" for name, value in sorted(answer.reward_components.items())
-        )
-        self._say(
-            f"The end after {num_turns} turns: {why}, reward "
-            f"{total:g}{f' ({parts})' if parts else ''}.",
-            "bold",
-        )
+        end = "not solved"
+        if answer.is_success:
+            end = "solved"
+        elif answer.truncated:
+            end = "out of turns"
+
+        reward = f"{total:g}"
+        components = sorted(answer.reward_components.items())
+        if components:
+            shown = ", ".join(f"{name} {value:g}" for name, value in components)
+            reward += f" ({shown})"
+        self._say(f"The end after {num_turns} turns: {end}, reward {reward}.", "bold")
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(escape_controls(text, keep="\n\t"), style=style)

@@ -1,4 +1,4 @@
-"""What `helm test` runs: an episode played by the policy, and a policy version that moves.
+"""Checks a release for `helm test`: its policy plays an episode, and its policy version moves.
 
 python -m sdar.cli.release_check --policy HOST:PORT
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ class Patience:
 async def check_release(
     config: RunConfig, gateway: GatewayClient, envs: str, policy: str, timeout_s: float
 ) -> None:
-    """Play one episode of the run and see its policy move; says on stdout what was seen.
+    """Play one episode of the run and see its policy move. What was seen is printed.
 
     Args:
         envs, policy: HOST:PORT of the environments' and the rollouts' gRPC.
@@ -78,6 +80,8 @@ async def check_release(
         f"{status['num_updates']}",
         flush=True,
     )
+
+    # The rollouts of a run that is over may be gone.
     player = None if _is_over(status) else policy
     turns, reward = await patience.retry(lambda: _play(config, envs, player))
     chosen = "the policy" if player else "no policy, since the run is over,"
@@ -86,12 +90,13 @@ async def check_release(
         f"{reward:g}",
         flush=True,
     )
+
     version = await patience.retry(lambda: _see_move(gateway, first))
     print(f"Policy version {version}: it moves.", flush=True)
 
 
 def _is_over(status: dict[str, Any]) -> bool:
-    """Finished: its rollouts may be gone, and no version follows."""
+    """Whether the run is finished, so that no version follows."""
     return bool(status["phase"] == "finished")
 
 
@@ -105,11 +110,12 @@ async def _see_move(gateway: GatewayClient, first: int) -> int:
     """
     status = await _read_status(gateway)
     version = int(status["policy_version"])
-    if version > first or (_is_over(status) and version > 0):
+    least = 1 if _is_over(status) else first + 1
+    if version >= least:
         return version
     raise UnavailableError(
         f"The policy is still at version {version}: {status['phase']}, "
-        f"{status['detail'] or 'no detail'}. `sdar status` tells "
+        f"{status['detail'] or 'no detail'}. `sdar status` says "
         "what is waited for; a paused run moves once it is resumed, a large model needs a longer "
         "--timeout-s."
     )
@@ -120,77 +126,117 @@ async def _play(config: RunConfig, envs: str, policy: str | None) -> tuple[int, 
     action is taken.
     """
     security = Security.from_settings(load_settings())
-    sessions, policies = connect(envs, security, is_sticky=True), connect(policy or envs, security)
-    async with sessions as env_channel, policies as policy_channel:
-        environment: Any = environment_pb2_grpc.EnvironmentServiceStub(env_channel)
-        generate: Any = (
-            policy_pb2_grpc.PolicyServiceStub(policy_channel).Generate if policy else None
+    async with contextlib.AsyncExitStack() as stack:
+        env_channel = await stack.enter_async_context(connect(envs, security, is_sticky=True))
+        player = _Player(config, envs, environment_pb2_grpc.EnvironmentServiceStub(env_channel))
+        if policy is not None:
+            policy_channel = await stack.enter_async_context(connect(policy, security))
+            player.policy = policy
+            player.generate = policy_pb2_grpc.PolicyServiceStub(policy_channel).Generate
+
+        described = await player.describe()
+        opened = await player.open()
+        try:
+            return await player.take_turns(described, opened)
+        finally:
+            await player.close(opened.session_id)
+
+
+@dataclass
+class _Player:
+    """The calls of one episode.
+
+    Args:
+        envs, policy: HOST:PORT, which errors name.
+        stub: of the environments.
+        generate: the policy's method; None where the first possible action is taken.
+    """
+
+    config: RunConfig
+    envs: str
+    stub: Any
+    policy: str = ""
+    generate: Any = None
+
+    async def describe(self) -> environment_pb2.EnvironmentDescription:
+        request = environment_pb2.DescribeRequest(environment=self.config.environment.name)
+        response: environment_pb2.DescribeResponse = await self._ask(self.stub.Describe, request)
+        return next(iter(response.environments))
+
+    async def open(self) -> environment_pb2.OpenSessionResponse:
+        """A session of the first task of the training split."""
+        request = environment_pb2.OpenSessionRequest(
+            environment=self.config.environment.name,
+            task_id=await self._find_first_task(),
+            idempotency_key=uuid.uuid4().hex,
         )
+        opened: environment_pb2.OpenSessionResponse = await self._ask(
+            self.stub.OpenSession, request
+        )
+        return opened
 
-        async def ask(method: Any, request: Any, peer: str = envs) -> Any:
-            return await call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=peer)
-
-        name = config.environment.name
-        described = (
-            await ask(environment.Describe, environment_pb2.DescribeRequest(environment=name))
-        ).environments[0]
+    async def _find_first_task(self) -> str:
+        environment = self.config.environment
         listing = environment_pb2.ListTasksRequest(
-            environment=name, split=config.environment.train_split, page_size=1
+            environment=environment.name, split=environment.train_split, page_size=1
         )
-        tasks = (await ask(environment.ListTasks, listing)).tasks
+        tasks = (await self._ask(self.stub.ListTasks, listing)).tasks
         if not tasks:
             raise UnknownResourceError(
-                f"environment.train_split {config.environment.train_split!r} has no tasks. Name "
-                "another."
+                f"environment.train_split {environment.train_split!r} has no tasks. Name another."
             )
-        opened = await ask(
-            environment.OpenSession,
-            environment_pb2.OpenSessionRequest(
-                environment=name, task_id=tasks[0].task_id, idempotency_key=uuid.uuid4().hex
-            ),
-        )
-        try:
-            answer, reward = opened, 0.0
-            for index in range(config.environment.max_turns):
-                text = next(iter(answer.admissible_actions), "look")
-                if generate is not None:
-                    request = _ask_policy(
-                        config, described, opened.task.description, answer.observation
-                    )
-                    text = (await ask(generate, request, str(policy))).text
-                step = environment_pb2.StepRequest(
-                    session_id=opened.session_id, step_index=index, text=text
-                )
-                answer = await ask(environment.Step, step)
-                reward += answer.reward
-                if answer.terminated or answer.truncated:
-                    break
-            return index + 1, reward
-        finally:
-            await ask(
-                environment.CloseSession,
-                environment_pb2.CloseSessionRequest(session_id=opened.session_id),
+        return str(tasks[0].task_id)
+
+    async def take_turns(
+        self,
+        described: environment_pb2.EnvironmentDescription,
+        opened: environment_pb2.OpenSessionResponse,
+    ) -> tuple[int, float]:
+        """Turns and reward of the episode, played to its end or to max_turns."""
+        answer: Any = opened
+        reward = 0.0
+        for index in range(self.config.environment.max_turns):
+            text = await self._choose(described, opened.task.description, answer)
+            step = environment_pb2.StepRequest(
+                session_id=opened.session_id, step_index=index, text=text
             )
+            answer = await self._ask(self.stub.Step, step)
+            reward += answer.reward
+            if answer.terminated or answer.truncated:
+                break
+        return index + 1, reward
+
+    async def _choose(self, described: Any, task: str, answer: Any) -> str:
+        """The text of a turn. `answer` is the one before: that of OpenSession or of Step."""
+        if self.generate is None:
+            return next(iter(answer.admissible_actions), "look")
+        request = _ask_policy(self.config, described, task, answer.observation)
+        response = await call(self.generate, request, timeout_s=_CALL_TIMEOUT_S, peer=self.policy)
+        return str(response.text)
+
+    async def close(self, session_id: str) -> None:
+        request = environment_pb2.CloseSessionRequest(session_id=session_id)
+        await self._ask(self.stub.CloseSession, request)
+
+    async def _ask(self, method: Any, request: Any) -> Any:
+        return await call(method, request, timeout_s=_CALL_TIMEOUT_S, peer=self.envs)
 
 
 def _ask_policy(
     config: RunConfig, described: Any, task: str, observation: str
 ) -> policy_pb2.GenerateRequest:
     """A fresh prompt: what the environment says of itself, the task, and what is seen now."""
-    messages = [
-        ("system", described.instructions),
-        ("user", f"Task: {task}\n{observation}\n{described.action_format}"),
-    ]
+    text = f"Task: {task}\n{observation}\n{described.action_format}"
+    messages = [trajectory_pb2.ChatMessage(role="user", content=text)]
+    # Not every environment has instructions, and a chat template may refuse an empty message.
+    if described.instructions.strip():
+        system = trajectory_pb2.ChatMessage(role="system", content=described.instructions)
+        messages.insert(0, system)
+
     sampling = config.train_sampling
     return policy_pb2.GenerateRequest(
         request_id=uuid.uuid4().hex,
-        chat=policy_pb2.ChatPrompt(
-            messages=[
-                trajectory_pb2.ChatMessage(role=role, content=text)
-                for role, text in messages
-                if text.strip()
-            ]
-        ),
+        chat=policy_pb2.ChatPrompt(messages=messages),
         sampling=task_pb2.SamplingParameters(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -217,6 +263,7 @@ def main() -> None:
     try:
         settings = load_settings()
         config = load_config(settings.config)
+        # Its address is in SDAR_GATEWAY_URL; there are no local runs to look for.
         with open_gateway(None, Path()) as gateway:
             envs = config.environment.address or settings.find_address(Role.ENVS)
             asyncio.run(check_release(config, gateway, envs, arguments.policy, arguments.timeout_s))

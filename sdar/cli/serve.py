@@ -1,11 +1,10 @@
-"""How a process becomes a service: settings, logs, library switches, then the service's main."""
+"""`sdar serve`: makes the process a service, with its settings, logs and libraries set up first."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import importlib
-from collections.abc import Awaitable, Callable
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from sdar.config import RunConfig, load_config
 from sdar.connect import locate_model
 from sdar.contracts.roles import ROLES, Libraries, ModelUse, Role, RoleSpec
 from sdar.engines.vllm_weights import vllm_environment
-from sdar.process.settings import Settings, apply_environment, load_settings, thread_environment
+from sdar.process.settings import apply_environment, load_settings, thread_environment
 from sdar.process.telemetry import configure_logging
 from sdar.process.tracing import serve_traces
 
@@ -31,21 +30,17 @@ def serve_service(role: Role, config_path: Path | None) -> None:
     check_addresses(row, config, settings)
     if row.model is not ModelUse.NOTHING:
         config = locate_model(config, with_weights=row.model is ModelUse.WEIGHTS)
+
     configure_logging(role, settings.instance, settings.log_level, settings.log_format)
     apply_environment(find_library_environment(row, config))
-    serve: Callable[[RunConfig, Settings], Awaitable[None]] = importlib.import_module(
-        f"services.{role}.service"
-    ).serve
-    # Who has no bus is seen from those who call it; a learner's ranks from the first one.
+    # Only now, for its libraries read these variables as they are imported.
+    service = importlib.import_module(f"services.{role}.service")
+
+    # A service without the bus is seen in the spans of those who call it, and the ranks of a
+    # learner in those of the first one.
     is_traced = row.uses_bus and settings.rank == 0
     with serve_traces(settings, role, config.name) if is_traced else contextlib.nullcontext():
-        asyncio.run(_serve(serve, config, settings))
-
-
-async def _serve(
-    serve: Callable[[RunConfig, Settings], Awaitable[None]], config: RunConfig, settings: Settings
-) -> None:
-    await serve(config, settings)
+        asyncio.run(service.serve(config, settings))
 
 
 def check_addresses(row: RoleSpec, config: RunConfig, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Calls of the tools that run containers: kubectl, docker, Compose. Errors keep their words."""
+"""Calls the tools that run containers, kubectl, docker and Compose, and passes on their errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from sdar.contracts.errors import ConfigurationError, UnavailableError
 
 _TIMEOUT_S = 60.0
+_SHOWN_WORDS = 4
+_LAST_LINES = 3
 
 
 def find_compose() -> list[str]:
@@ -17,11 +19,11 @@ def find_compose() -> list[str]:
     Raises:
         ConfigurationError: there is neither.
     """
-    if (
-        shutil.which("docker")
-        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
-    ):
-        return ["docker", "compose"]
+    if shutil.which("docker"):
+        # docker may be here without the plugin.
+        version = subprocess.run(["docker", "compose", "version"], capture_output=True)
+        if version.returncode == 0:
+            return ["docker", "compose"]
     if shutil.which("docker-compose"):
         return ["docker-compose"]
     raise ConfigurationError(
@@ -33,8 +35,10 @@ def run_tool(command: Sequence[str]) -> str:
     """What kubectl, docker or Compose prints.
 
     Raises:
-        ConfigurationError: it is not installed. UnavailableError: it fails; its own words say why.
+        ConfigurationError: it is not installed.
+        UnavailableError: it fails; its own words say why.
     """
+    shown = f"`{' '.join(command[:_SHOWN_WORDS])} ...`"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL
@@ -42,22 +46,21 @@ def run_tool(command: Sequence[str]) -> str:
     except FileNotFoundError as error:
         raise missing_tool(command[0]) from error
     except subprocess.TimeoutExpired as error:
-        raise UnavailableError(
-            f"`{' '.join(command[:4])} ...` said nothing for {_TIMEOUT_S:.0f} s."
-        ) from error
+        raise UnavailableError(f"{shown} printed nothing for {_TIMEOUT_S:.0f} s.") from error
     if done.returncode:
-        words = [
-            line
-            for line in done.stderr.splitlines()
-            if line and not line.startswith("command terminated with")
-        ]
-        # Compose 1 says nothing of a container that is not there.
-        told = (
-            " ".join(words[-3:])
-            or f"it says nothing, code {done.returncode}. Look whether that container runs."
-        )
-        raise UnavailableError(f"`{' '.join(command[:4])} ...` failed: {told}")
+        raise UnavailableError(f"{shown} failed: {_describe_failure(done)}")
     return done.stdout
+
+
+def _describe_failure(done: subprocess.CompletedProcess[str]) -> str:
+    # kubectl's remark on the exit code of a command in a container explains nothing.
+    remark = "command terminated with"
+    words = filter(None, done.stderr.splitlines())
+    lines = [line for line in words if not line.startswith(remark)]
+    if lines:
+        return " ".join(lines[-_LAST_LINES:])
+    # Compose 1 prints nothing about a container that is not there.
+    return f"it printed nothing, code {done.returncode}. Look whether that container runs."
 
 
 def missing_tool(name: str) -> ConfigurationError:

@@ -1,4 +1,4 @@
-"""One run of a comparison: a process that plays it in itself and reports to its parent.
+"""Runs one run of a comparison, whole in this process, and reports to the parent process.
 
 python -m sdar.cli.trial CONFIG RUN_DIRECTORY
 """
@@ -21,34 +21,36 @@ from sdar.process.telemetry import configure_logging
 
 
 def main(config_path: Path, run_dir: Path) -> int:
-    """Run a configuration and leave metrics.jsonl and, last, summary.json in `run_dir`, if it
-    finishes.
+    """Run a configuration, and leave metrics.jsonl and summary.json in `run_dir` if it finishes.
 
-    Tells a parent process about it on stdout, one JSON object a line: updates done, an error, the
-    summary.
+    The summary is written last: its existence says that the run is finished. Updates done, an error
+    or the summary are reported on stdout, one JSON object a line.
     """
     configure_logging("in-process", run_dir.name, "warning", "text")
     began = time.monotonic()
     try:
         config = load_config(config_path)
         with RunDirectory(run_dir) as directory:
+            # Of an attempt that did not finish: such a run is not resumed but played again.
             directory.metrics.unlink(missing_ok=True)
-            outcome = run_in_process(
-                config, lambda num_updates: _tell("progress", num_updates=num_updates)
-            )
+            outcome = run_in_process(config, _report_progress)
+            wall_s = time.monotonic() - began
+
             MetricsLog(directory.metrics).extend(outcome.records)
-            summary = build_summary(
-                config, outcome.status, outcome.records, time.monotonic() - began
-            )
+            summary = build_summary(config, outcome.status, outcome.records, wall_s)
             directory.write_json(directory.summary, summary)
     except SdarError as error:
-        _tell("error", message=error.message)
+        _report("error", message=error.message)
         return 1
-    _tell("finished", summary=summary)
+    _report("finished", summary=summary)
     return 0
 
 
-def _tell(event: str, **fields: Any) -> None:
+def _report_progress(num_updates: int) -> None:
+    _report("progress", num_updates=num_updates)
+
+
+def _report(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 

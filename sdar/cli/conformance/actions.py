@@ -1,7 +1,8 @@
-"""How a check writes an action for an environment it doesn't know: from what the server lists."""
+"""Writes actions for an environment that nothing is known of but what its server says."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,17 +34,30 @@ class ActionForm:
 
 
 def list_forms(action_format: str, *, is_listed: bool) -> list[ActionForm]:
-    """The ways worth trying: bare, or in a tag that action_format names; if unlisted, as words,
-    `verb[words]` or a number.
+    """The ways worth trying: bare, or in a tag that `action_format` names. Where the server lists
+    no actions, each of them with words, with `verb[words]` and with a number.
     """
-    tags = [tag for tag in dict.fromkeys(re.findall(r"<(\w+)>", action_format)) if tag != "think"]
-    outer = [_BLANK, *(f"{_THOUGHT}<{tag}>{_BLANK}</{tag}>" for tag in tags)]
-    verbs = dict.fromkeys(re.findall(r"(\w+)\[", action_format))
-    inner = [_BLANK] if is_listed else [_BLANK, *(f"{verb}[{_BLANK}]" for verb in verbs), _NUMBER]
-    return [ActionForm(one, other) for one in outer for other in inner]
+    tags = _find_distinct(r"<(\w+)>", action_format)
+    # What is in <think> is no action.
+    outer = [f"{_THOUGHT}<{tag}>{_BLANK}</{tag}>" for tag in tags if tag != "think"]
+    outer.insert(0, _BLANK)
+
+    inner = [_BLANK]
+    if not is_listed:
+        verbs = _find_distinct(r"(\w+)\[", action_format)
+        inner += [f"{verb}[{_BLANK}]" for verb in verbs]
+        inner.append(_NUMBER)
+
+    return [ActionForm(*form) for form in itertools.product(outer, inner)]
+
+
+def _find_distinct(pattern: str, text: str) -> list[str]:
+    """What the pattern finds, each once, in the order of the text."""
+    return list(dict.fromkeys(re.findall(pattern, text)))
 
 
 def choose_words(description: str, turn: int) -> str:
     """Some words of the task, others on every turn."""
     words: Sequence[str] = description.split() or ["anything"]
-    return " ".join(words[turn % len(words) :][:_NUM_WORDS])
+    begin = turn % len(words)
+    return " ".join(words[begin : begin + _NUM_WORDS])

@@ -49,18 +49,16 @@ async def errors_typed(bench: Bench) -> None:
 )
 async def none_left(bench: Bench) -> None:
     num_before = bench.described.capacity.num_open_sessions
-    told = num_before
+    num_open = num_before
 
+    # Sessions that were left to their lease end a while later.
     async def is_settled() -> bool:
-        nonlocal told
-        told = (await bench.describe()).capacity.num_open_sessions
-        return bool(told <= num_before)
+        nonlocal num_open
+        num_open = (await bench.describe()).capacity.num_open_sessions
+        return bool(num_open <= num_before)
 
-    expect(
-        await poll(is_settled, bench.settle_timeout_s),
-        f"num_open_sessions {num_before}, as before the checks",
-        told,
-    )
+    has_settled = await poll(is_settled, bench.settle_timeout_s)
+    expect(has_settled, f"num_open_sessions {num_before}, as before the checks", num_open)
 
 
 CHECKS = (errors_typed, none_left)

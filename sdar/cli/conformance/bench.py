@@ -1,12 +1,13 @@
-"""How checks reach a server: calls with their refusals, and episodes from fixed seeds.
+"""How the checks reach a server: its calls with their refusals, and episodes from fixed seeds.
 
-Knows the wire and no environment: actions are those the server lists, written in the first form
-that it finds valid.
+It knows the wire and no environment: actions are those that the server lists, written in the first
+form that the server takes as valid.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,11 +43,11 @@ class Refusal(Exception):
     """
 
     def __init__(self, method: str, error: grpc.aio.AioRpcError) -> None:
-        self.method, self.code = method, error.code()
-        self.details, self.detail = error.details() or "", read_error_detail(error)
-        super().__init__(
-            f"{method} answered {self.code.name}: {shorten(self.details) or 'no message'}"
-        )
+        self.method = method
+        self.code = error.code()
+        self.detail = read_error_detail(error)
+        message = shorten(error.details() or "") or "no message"
+        super().__init__(f"{method} answered {self.code.name}: {message}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Bench:
     @property
     def max_turns(self) -> int:
         """As described; at least 1, so that a server that leaves it out is tried like any other.
-        One check tells.
+        The check describe.complete fails it.
         """
         return max(1, self.described.limits.max_turns)
 
@@ -158,10 +159,9 @@ class Bench:
 
     async def step_bytes(self, request: bytes) -> None:
         """A Step whose request was serialised by hand. Raises Refusal."""
+        step = self.channel.unary_unary(f"/{SERVICE_NAME}/Step", None, None)
         try:
-            await self.channel.unary_unary(f"/{SERVICE_NAME}/Step", None, None)(
-                request, timeout=CALL_TIMEOUT_S
-            )
+            await step(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise Refusal("Step", error) from error
 
@@ -185,11 +185,10 @@ class Bench:
         failed a check already.
         """
         for session_id in list(self._opened):
+            # Forgotten first: one that cannot be closed is not tried again after every check.
             self._opened.discard(session_id)
-            try:
+            with contextlib.suppress(Refusal):
                 await self.close(session_id)
-            except Refusal:
-                continue
 
     # ---- tasks
 
@@ -229,7 +228,7 @@ class Bench:
     # ---- episodes
 
     async def need_places(self, count: int) -> None:
-        """Raises CheckNotRun where so many sessions cannot be open at once."""
+        """Raise CheckNotRun where so many sessions cannot be open at once."""
         capacity = (await self.describe()).capacity
         free = capacity.max_sessions - capacity.num_open_sessions
         if free < count:
@@ -244,19 +243,25 @@ class Bench:
         opened = await self.open(task.task_id)
         is_listed = bool(opened.admissible_actions)
         await self.close(opened.session_id)
-        valid: list[tuple[bool, ActionForm]] = []
+        going_on: list[ActionForm] = []
+        ending: list[ActionForm] = []
         for form in list_forms(self.described.action_format, is_listed=is_listed):
             self.action_form = form
-            answer = (await self.play(task, 0, self.actor(task, 0), max_turns=1)).answers[0]
-            if answer.is_action_valid:
-                valid.append((is_over(answer), form))
+            script = await self.play(task, 0, self.actor(task, 0), max_turns=1)
+            (answer,) = script.answers
+            if answer.is_action_valid and is_over(answer):
+                ending.append(form)
+            elif answer.is_action_valid:
+                going_on.append(form)
+
+        # A form that goes on shows more than one that ends the episode.
+        valid = [*going_on, *ending]
         self.is_action_known = bool(valid)
-        # One that goes on shows more than one that ends the episode.
-        self.action_form = min(valid, key=lambda one: one[0])[1] if valid else ActionForm()
+        self.action_form = valid[0] if valid else ActionForm()
 
     def actor(self, task: task_pb2.Task, seed: int) -> Chooser:
-        """Plays listed actions at random, the same ones every time; words of the task where none
-        are listed.
+        """A chooser of listed actions at random, the same ones every time; of words of the task
+        where none are listed.
         """
         dice = random.Random(f"{task.task_id} {seed}")
 
@@ -273,10 +278,14 @@ class Bench:
         texts: list[str] = []
         answers: list[environment_pb2.StepResponse] = []
         actions = opened.admissible_actions
-        while len(texts) < max_turns and not (answers and is_over(answers[-1])):
-            texts.append(choose(len(texts), actions))
-            answers.append(await self.step(opened.session_id, len(answers), texts[-1]))
-            actions = answers[-1].admissible_actions
+        for index in range(max_turns):
+            text = choose(index, actions)
+            answer = await self.step(opened.session_id, index, text)
+            texts.append(text)
+            answers.append(answer)
+            if is_over(answer):
+                break
+            actions = answer.admissible_actions
         await self.close(opened.session_id)
         return Script(task, seed, opened, tuple(texts), tuple(answers))
 
@@ -284,8 +293,9 @@ class Bench:
         """An undisturbed episode to compare others with; played at the first use. Without a task,
         the longest of some.
 
-        Raises CheckNotRun where it does not go the same way twice: a comparison would blame what is
-        not at fault.
+        Raises:
+            CheckNotRun: it does not go the same way twice, so a comparison would blame what is not
+                at fault.
         """
         if task is None:
             scripts = [await self.script(one) for one in await self.some_tasks(_NUM_SCRIPTS_TRIED)]
@@ -293,7 +303,8 @@ class Bench:
             return max(scripts, key=lambda script: len(script.texts))
         key = (task.task_id, seed)
         if key not in self._scripts:
-            script, again = await self.play_prefix(task, seed), await self.play_prefix(task, seed)
+            script = await self.play_prefix(task, seed)
+            again = await self.play_prefix(task, seed)
             if compare_scripts(script, again):
                 raise CheckNotRun(
                     "the same episode goes differently each time: see episode.deterministic"
@@ -310,29 +321,34 @@ class Bench:
         """Whole episodes of the first and the last task of every split, with possible actions and
         with nonsense.
         """
-        if not self._tour:
-            for split in self.described.splits:
-                tasks = await self.list_tasks(split.name)
-                for task in (tasks[0], tasks[-1]) if tasks else ():
-                    for choose in (self.actor(task, 1), speak_nonsense):
-                        self._tour.append(await self.play(task, 1, choose, self.max_turns))
+        if self._tour:
+            return self._tour
+        for split in self.described.splits:
+            tasks = await self.list_tasks(split.name)
+            if not tasks:
+                continue
+            for task in (tasks[0], tasks[-1]):
+                for choose in (self.actor(task, 1), speak_nonsense):
+                    script = await self.play(task, 1, choose, self.max_turns)
+                    self._tour.append(script)
         return self._tour
 
     async def replay(self, script: Script, session_id: str, begin: int = 0) -> None:
-        """Play the rest of a script in a session and hold every answer against it. Raises
-        FailedCheck at a difference.
-        """
+        """Play the rest of a script in a session. Raises FailedCheck where an answer differs."""
         for index in range(begin, len(script.texts)):
-            self.compare(script, index, await self.step(session_id, index, script.texts[index]))
+            answer = await self.step(session_id, index, script.texts[index])
+            self.compare(script, index, answer)
 
     def compare(self, script: Script, index: int, answer: environment_pb2.StepResponse) -> None:
-        told = difference(script.answers[index], answer)
-        if told:
+        """Raises FailedCheck where the answer to a step differs from the script's."""
+        change = difference(script.answers[index], answer)
+        if change:
+            expected, got = change
             what = (
                 f"step {index} of task {script.task.task_id!r}, seed {script.seed}, as in an "
                 "undisturbed episode"
             )
-            raise FailedCheck(f"{what}: {told[0]}", told[1])
+            raise FailedCheck(f"{what}: {expected}", got)
 
 
 def speak_nonsense(turn: int, actions: Sequence[str]) -> str:
@@ -351,8 +367,11 @@ def difference(
     Between episodes, `info` may differ: it is for logs. Nothing else may.
     """
     for name in expected.DESCRIPTOR.fields_by_name:
-        one, other = _show(getattr(expected, name)), _show(getattr(got, name))
-        if name not in ignore and one != other:
+        if name in ignore:
+            continue
+        one = _show(getattr(expected, name))
+        other = _show(getattr(got, name))
+        if one != other:
             return f"{name} {shorten(one)}", f"{name} {shorten(other)}"
     return None
 
@@ -362,25 +381,28 @@ def compare_scripts(script: Script, other: Script) -> tuple[str, str] | None:
     there is none.
     """
     what = f"of task {script.task.task_id!r}, seed {script.seed}, as the first time"
-    told = difference(script.opened, other.opened)
-    if told:
-        return f"the opening {what}: {told[0]}", told[1]
+    change = difference(script.opened, other.opened)
+    if change:
+        expected, got = change
+        return f"the opening {what}: {expected}", got
+
+    # Not strict: an episode that ends earlier differs in its last answer.
     for index, (one, two) in enumerate(zip(script.answers, other.answers, strict=False)):
-        told = difference(one, two)
-        if told:
-            return f"step {index} {what}: {told[0]}", told[1]
+        change = difference(one, two)
+        if change:
+            expected, got = change
+            return f"step {index} {what}: {expected}", got
     return None
 
 
 def _show(value: Any) -> str:
     """A field's value as text: so a NaN equals another one, and maps have an order."""
     if hasattr(value, "items"):
-        value = dict(sorted(value.items()))
-    return (
-        repr(list(value))
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else repr(value)
-    )
+        return repr(dict(sorted(value.items())))
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return repr(value)
+    # Repeated fields.
+    return repr(list(value))
 
 
 def shorten(text: str) -> str:
@@ -398,7 +420,7 @@ async def expect_refusal(calling: Awaitable[Any], code: grpc.StatusCode, what: s
 
 
 async def poll(is_reached: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
-    """Ask until it is so, or until the time is over; tells which."""
+    """Ask until it is so, or until the time is over; returns whether it came to be so."""
     deadline = time.monotonic() + timeout_s
     while not await is_reached():
         if time.monotonic() > deadline:

@@ -1,9 +1,10 @@
-"""The checks of what a server says of itself: description, health, reflection, tasks, names."""
+"""The checks of what a server says about itself: description, health, reflection, tasks, names."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from sdar.v1 import environment_pb2, task_pb2
 UNKNOWN_NAME = "sdar-check-nobody-has-this-name"
 
 _NUM_PAGES_COMPARED = 3
+_MOST_ON_SMALL_PAGE = 7
 
 
 @check(
@@ -29,18 +31,21 @@ _NUM_PAGES_COMPARED = 3
 async def describe_complete(bench: Bench) -> None:
     described = await bench.describe()
     expect(bool(described.version), "a version", "an empty one")
-    names = [split.name for split in described.splits]
-    expect(
-        bool(names) and all(names) and len(set(names)) == len(names),
-        "splits with names of their own",
-        names,
-    )
-    expect(
-        any(split.num_tasks for split in described.splits),
-        "at least one split with tasks",
-        "num_tasks 0 everywhere",
-    )
-    limits = described.limits
+    _expect_splits(described.splits)
+    _expect_limits(described.limits)
+    _expect_capacity(described.capacity)
+
+
+def _expect_splits(splits: Sequence[environment_pb2.Split]) -> None:
+    names = [split.name for split in splits]
+    are_named = bool(names) and all(names)
+    are_different = len(set(names)) == len(names)
+    expect(are_named and are_different, "splits with names of their own", names)
+    has_tasks = any(split.num_tasks for split in splits)
+    expect(has_tasks, "at least one split with tasks", "num_tasks 0 everywhere")
+
+
+def _expect_limits(limits: environment_pb2.EnvironmentLimits) -> None:
     expect(limits.max_turns >= 1, "limits.max_turns of at least 1", limits.max_turns)
     expect(limits.max_text_bytes >= 1, "limits.max_text_bytes of at least 1", limits.max_text_bytes)
     expect(_is_time(limits.step_timeout_s), "limits.step_timeout_s above 0", limits.step_timeout_s)
@@ -53,7 +58,9 @@ async def describe_complete(bench: Bench) -> None:
         "limits.max_lease_s of at least default_lease_s",
         leases,
     )
-    capacity = described.capacity
+
+
+def _expect_capacity(capacity: environment_pb2.EnvironmentCapacity) -> None:
     expect(capacity.max_sessions >= 1, "capacity.max_sessions of at least 1", capacity.max_sessions)
     room = f"{capacity.num_open_sessions} open of {capacity.max_sessions}"
     expect(
@@ -113,6 +120,7 @@ async def reflection_listed(bench: Bench) -> None:
         try:
             names = await _reflect(bench.channel, version)
         except grpc.aio.AioRpcError as error:
+            # Servers offer the one or the other; only both refusals together fail the check.
             refusals.append(str(Refusal(f"grpc.reflection.{version}", error)))
             continue
         expect(SERVICE_NAME in names, f"{SERVICE_NAME} among the services", sorted(names))
@@ -122,16 +130,15 @@ async def reflection_listed(bench: Bench) -> None:
 
 async def _reflect(channel: grpc.aio.Channel, version: str) -> set[str]:
     # By its path: the two versions have the same messages, and the generated stub knows only one of
-    # them.
+    # the versions.
     ask: Any = channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     names: set[str] = set()
-    async for answer in ask(
-        iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=CALL_TIMEOUT_S
-    ):
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async for answer in ask(iter([request]), timeout=CALL_TIMEOUT_S):
         names |= {service.name for service in answer.list_services_response.service}
     return names
 
@@ -157,12 +164,9 @@ async def tasks_complete(bench: Bench) -> None:
             _repeated(ids),
         )
         for task in tasks:
-            told = (task.environment, task.split)
-            expect(
-                told == (bench.environment, split.name),
-                f"{(bench.environment, split.name)} on task {task.task_id!r}",
-                told,
-            )
+            wanted = (bench.environment, split.name)
+            got = (task.environment, task.split)
+            expect(got == wanted, f"{wanted} on task {task.task_id!r}", got)
 
 
 @check(
@@ -173,6 +177,7 @@ async def tasks_complete(bench: Bench) -> None:
 async def tasks_unique(bench: Bench) -> None:
     splits: dict[str, str] = {}
     for split in bench.described.splits:
+        # An id twice in one split is the claim of another check.
         for task_id in {task.task_id for task in await bench.list_tasks(split.name)}:
             expect(bool(task_id), f"ids in split {split.name!r}", "an empty task_id")
             other = splits.setdefault(task_id, split.name)
@@ -198,22 +203,27 @@ async def tasks_stable(bench: Bench) -> None:
             f"the same order of split {split.name!r} twice",
             _first_change(tasks, again),
         )
-        size = max(1, min(len(tasks) // 2, 7))
-        small: list[task_pb2.Task] = []
-        token = ""
-        for _ in range(_NUM_PAGES_COMPARED):
-            page = await bench.list_page(split.name, page_size=size, page_token=token)
-            expect(
-                len(page.tasks) <= size,
-                f"at most page_size {size} tasks on a page",
-                len(page.tasks),
-            )
-            small.extend(page.tasks)
-            token = page.next_page_token
-            if not token:
-                break
+
+        # Small enough that there are several pages, where there are several tasks.
+        size = max(1, min(len(tasks) // 2, _MOST_ON_SMALL_PAGE))
+        small = await _read_small_pages(bench, split.name, size)
         same = _ids(small) == _ids(tasks[: len(small)])
         expect(same, f"pages of {size} to begin like the whole list", _first_change(tasks, small))
+
+
+async def _read_small_pages(bench: Bench, split: str, size: int) -> list[task_pb2.Task]:
+    """The tasks of the first pages of that size."""
+    tasks: list[task_pb2.Task] = []
+    token = ""
+    for _ in range(_NUM_PAGES_COMPARED):
+        page = await bench.list_page(split, page_size=size, page_token=token)
+        num_tasks = len(page.tasks)
+        expect(num_tasks <= size, f"at most page_size {size} tasks on a page", num_tasks)
+        tasks.extend(page.tasks)
+        token = page.next_page_token
+        if not token:
+            break
+    return tasks
 
 
 @check(
@@ -237,11 +247,10 @@ async def tasks_bad_token(bench: Bench) -> None:
     "NOT_FOUND.",
 )
 async def unknown_names(bench: Bench) -> None:
-    task, split = await bench.first_task(), bench.first_split
-    request, not_found = (
-        environment_pb2.DescribeRequest(environment=UNKNOWN_NAME),
-        grpc.StatusCode.NOT_FOUND,
-    )
+    task = await bench.first_task()
+    split = bench.first_split
+    not_found = grpc.StatusCode.NOT_FOUND
+    request = environment_pb2.DescribeRequest(environment=UNKNOWN_NAME)
     await expect_refusal(
         bench.call("Describe", request), not_found, "Describe of an unknown environment"
     )
@@ -274,10 +283,15 @@ def _ids(tasks: list[task_pb2.Task]) -> list[str]:
 
 
 def _repeated(ids: list[str]) -> str:
-    return ", ".join(f"{task_id!r} {count} times" for task_id, count in Counter(ids).most_common(1))
+    """The id that comes most often; the text is read only where one comes twice."""
+    if not ids:
+        return ""
+    ((task_id, count),) = Counter(ids).most_common(1)
+    return f"{task_id!r} {count} times"
 
 
 def _first_change(one: list[task_pb2.Task], other: list[task_pb2.Task]) -> str:
+    """Where two lists of tasks begin to differ."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a.task_id != b.task_id:
             return f"{a.task_id!r}, then {b.task_id!r} at place {place}"

@@ -1,4 +1,4 @@
-"""The checks of whole episodes: repeatable by seed, untouched by others, ending, finite numbers."""
+"""The checks of whole episodes: repeatable by seed, alone in their session, ending, finite."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _NUM_AT_ONCE = 4
 async def episode_deterministic(bench: Bench) -> None:
     for task in await bench.some_tasks(2):
         for seed in _SEEDS:
-            told = compare_scripts(
-                await bench.play_prefix(task, seed), await bench.play_prefix(task, seed)
-            )
-            if told:
-                raise FailedCheck(*told)
+            first = await bench.play_prefix(task, seed)
+            again = await bench.play_prefix(task, seed)
+            change = compare_scripts(first, again)
+            if change:
+                raise FailedCheck(*change)
 
 
 @check(
@@ -42,17 +42,21 @@ async def episode_deterministic(bench: Bench) -> None:
 async def episode_interleaved(bench: Bench) -> None:
     await bench.need_places(_NUM_AT_ONCE)
     one, other = await bench.some_tasks(2)
+    # The same episode twice, then with another seed, then another task.
     scripts = [
-        await bench.script(task, seed)
-        for task, seed in ((one, 0), (one, 0), (one, _SEEDS[1]), (other, 0))
+        await bench.script(one, 0),
+        await bench.script(one, 0),
+        await bench.script(one, _SEEDS[1]),
+        await bench.script(other, 0),
     ]
     opened = [await bench.open(script.task.task_id, seed=script.seed) for script in scripts]
-    for index in range(max(len(script.texts) for script in scripts)):
+
+    num_turns = max(len(script.texts) for script in scripts)
+    for index in range(num_turns):
         for script, session in zip(scripts, opened, strict=True):
             if index < len(script.texts):
-                bench.compare(
-                    script, index, await bench.step(session.session_id, index, script.texts[index])
-                )
+                answer = await bench.step(session.session_id, index, script.texts[index])
+                bench.compare(script, index, answer)
 
 
 @check(
@@ -66,13 +70,15 @@ async def episode_concurrent(bench: Bench) -> None:
 
     async def play(script: Script) -> None:
         opened = await bench.open(script.task.task_id, seed=script.seed)
-        told = difference(script.opened, opened)
-        if told:
+        change = difference(script.opened, opened)
+        if change:
+            expected, got = change
             raise FailedCheck(
-                f"the opening of task {script.task.task_id!r} as it is alone: {told[0]}", told[1]
+                f"the opening of task {script.task.task_id!r} as it is alone: {expected}", got
             )
         await bench.replay(script, opened.session_id)
 
+    # All to their end, so that none is being played while the sessions are closed.
     results = await asyncio.gather(*map(play, scripts), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -117,7 +123,8 @@ async def episode_one_end(bench: Bench) -> None:
 )
 async def episode_numbers(bench: Bench) -> None:
     for index, answer in await _answers(bench):
-        for name, value in {"reward": answer.reward, **answer.reward_components}.items():
+        numbers = {"reward": answer.reward, **answer.reward_components}
+        for name, value in numbers.items():
             expect(math.isfinite(value), f"a finite {name} at step {index}", value)
 
 
@@ -136,6 +143,7 @@ async def episode_observations(bench: Bench) -> None:
 
 
 async def _tour(bench: Bench) -> list[Script]:
+    """Whole episodes; CheckNotRun where they may be too long to be played."""
     if bench.described.limits.max_turns > MAX_TURNS_TRIED:
         raise CheckNotRun(
             f"max_turns is {bench.described.limits.max_turns}: episodes up to {MAX_TURNS_TRIED} "
@@ -145,7 +153,11 @@ async def _tour(bench: Bench) -> list[Script]:
 
 
 async def _answers(bench: Bench) -> list[tuple[int, environment_pb2.StepResponse]]:
-    return [one for script in await _tour(bench) for one in enumerate(script.answers)]
+    """Every answer of these episodes with its step index."""
+    answers: list[tuple[int, environment_pb2.StepResponse]] = []
+    for script in await _tour(bench):
+        answers.extend(enumerate(script.answers))
+    return answers
 
 
 CHECKS = (

@@ -1,4 +1,4 @@
-"""How verdicts are shown: a table with remedies for people, one JSON object for programs."""
+"""Shows the verdicts: a table with remedies for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "y
 def print_report(report: Report, console: Console) -> None:
     title = f"{report.environment}, version {report.version}, at {report.address}"
     table = Table(title=escape(title), title_justify="left")
-    for name, justify in (
-        ("check", "left"),
-        ("claim", "left"),
-        ("verdict", "left"),
-        ("seconds", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("check")
+    table.add_column("claim")
+    table.add_column("verdict")
+    table.add_column("seconds", justify="right")
     for outcome in report.outcomes:
         verdict = f"[{_COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
         table.add_row(
             outcome.check.check_id, escape(outcome.check.claim), verdict, f"{outcome.seconds:.2f}"
         )
     console.print(table)
+
     for outcome in report.outcomes:
         _explain(outcome, console)
     if not report.is_action_known:
@@ -38,6 +36,7 @@ def print_report(report: Report, console: Console) -> None:
             "No valid action was found: the texts played were invalid ones, so the episodes show "
             "less."
         )
+
     counts = ", ".join(f"{report.count(verdict)} {words}" for verdict, words in _WORDS.items())
     console.print(f"{counts}, in {report.seconds:.1f} s.", highlight=False)
 
@@ -46,7 +45,7 @@ _WORDS = {Verdict.PASS: "passed", Verdict.FAIL: "failed", Verdict.NOT_RUN: "not 
 
 
 def escape(text: str) -> str:
-    """What a server told, as text: no markup of ours, no control characters of the terminal's."""
+    """What a server wrote, as plain text: without rich's markup and without control characters."""
     return markup.escape(escape_controls(text))
 
 

@@ -1,4 +1,4 @@
-"""The order of the checks and the verdict of each: passed, failed with its reason, or not run."""
+"""Runs the checks against a server in their order, and gives each its verdict."""
 
 from __future__ import annotations
 
@@ -70,36 +70,51 @@ async def check_server(
     """
     began_s = time.monotonic()
     async with connect(address, security, is_sticky=True) as channel:
-        bench = Bench(
-            channel, await find_environment(channel, address, environment), settle_timeout_s
-        )
-        outcomes = [await _try(_FIND_ACTIONS, bench)]
+        described = await find_environment(channel, address, environment)
+        bench = Bench(channel, described, settle_timeout_s)
+
+        outcomes: list[Outcome] = []
+        beginning = await _try(_FIND_ACTIONS, bench)
+        # Finding actions is a means; as a verdict it counts only where it breaks.
+        if beginning.verdict is Verdict.FAIL:
+            outcomes.append(beginning)
         for check in checks:
             on_begin(check)
             outcomes.append(await _try(check, bench))
-    # Finding actions is a means; as a verdict it counts only where it breaks.
-    shown = tuple(
-        outcome
-        for outcome in outcomes
-        if outcome.check is not _FIND_ACTIONS or outcome.verdict is Verdict.FAIL
-    )
-    seconds = time.monotonic() - began_s
+
     return Report(
         address,
-        bench.described.name,
-        bench.described.version,
+        described.name,
+        described.version,
         bench.is_action_known,
-        shown,
-        seconds,
+        tuple(outcomes),
+        time.monotonic() - began_s,
     )
 
 
 async def find_environment(
     channel: grpc.aio.Channel, address: str, name: str
 ) -> environment_pb2.EnvironmentDescription:
-    """What the server at `address` says of the environment, or of its only one. Raises
-    ConfigurationError.
+    """How the server at `address` describes the environment, or its only one.
+
+    Raises:
+        ConfigurationError: nobody answers there, or the server has no such environment.
     """
+    by_name = {one.name: one for one in await _describe_all(channel, address)}
+    if not name and len(by_name) == 1:
+        return next(iter(by_name.values()))
+    if name in by_name:
+        return by_name[name]
+
+    asked = "name one of them with --environment"
+    if name:
+        asked = f"--environment {name!r} is not one of them"
+    raise ConfigurationError(f"{address} serves {', '.join(by_name) or 'no environment'}; {asked}.")
+
+
+async def _describe_all(
+    channel: grpc.aio.Channel, address: str
+) -> Sequence[environment_pb2.EnvironmentDescription]:
     stub = environment_pb2_grpc.EnvironmentServiceStub(channel)
     try:
         response: environment_pb2.DescribeResponse = await call(
@@ -118,38 +133,31 @@ async def find_environment(
         raise ConfigurationError(
             f"{address} does not answer {SERVICE_NAME}.Describe: {error.message}"
         ) from error
-    by_name = {one.name: one for one in response.environments}
-    if not name and len(by_name) == 1:
-        return next(iter(by_name.values()))
-    if name not in by_name:
-        asked = (
-            f"--environment {name!r} is not one of them"
-            if name
-            else "name one of them with --environment"
-        )
-        raise ConfigurationError(
-            f"{address} serves {', '.join(by_name) or 'no environment'}; {asked}."
-        )
-    return by_name[name]
+    return response.environments
 
 
 async def _try(check: Check, bench: Bench) -> Outcome:
+    """Run one check, and close the sessions that it left open."""
     began_s = time.monotonic()
-    found = (Verdict.PASS, "", "")  # the verdict, what was expected, what came
+    verdict, expected, got = await _judge(check, bench)
+    await bench.close_opened()
+    return Outcome(check, verdict, time.monotonic() - began_s, expected, got)
+
+
+async def _judge(check: Check, bench: Bench) -> tuple[Verdict, str, str]:
+    """The verdict, what was expected, and what came."""
     try:
         async with asyncio.timeout(_CHECK_TIMEOUT_S):
             await check.run(bench)
     except FailedCheck as failed:
-        found = (Verdict.FAIL, failed.expected, failed.got)
+        return Verdict.FAIL, failed.expected, failed.got
     except Refusal as refusal:
-        found = (Verdict.FAIL, "an answer", str(refusal))
+        return Verdict.FAIL, "an answer", str(refusal)
     except TimeoutError:
-        found = (Verdict.FAIL, f"an end within {_CHECK_TIMEOUT_S:g} s", "none")
+        return Verdict.FAIL, f"an end within {_CHECK_TIMEOUT_S:g} s", "none"
     except CheckNotRun as reason:
-        found = (Verdict.NOT_RUN, "", str(reason))
-    await bench.close_opened()
-    verdict, expected, got = found
-    return Outcome(check, verdict, time.monotonic() - began_s, expected, got)
+        return Verdict.NOT_RUN, "", str(reason)
+    return Verdict.PASS, "", ""
 
 
 _FIND_ACTIONS = Check(

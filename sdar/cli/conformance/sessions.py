@@ -26,9 +26,8 @@ MAX_CAPACITY_TRIED = 256
 _EXTREME_SEEDS = (1, -1, 2**63 - 1, -(2**63))
 _SHORT_LEASE_S = 0.5
 _RENEWED_LEASE_S = 2.0
-_STEP_AT_LEASE = (
-    0.7  # twice this share is over one lease, so the second step needs the first one's renewal
-)
+# Twice this share is over one lease, so the second step needs the first one's renewal.
+_STEP_AT_LEASE = 0.7
 _SMALL_CAPACITY = 64
 
 
@@ -41,20 +40,25 @@ _SMALL_CAPACITY = 64
 )
 async def open_answer(bench: Bench) -> None:
     await bench.need_places(2)
-    task, limits = await bench.first_task(), bench.described.limits
+    task = await bench.first_task()
+    limits = bench.described.limits
+
+    # A lease of 0 leaves the choice to the server.
     first = await bench.open(task.task_id, lease_s=0)
     expect(bool(first.observation), "a first observation", "an empty one")
-    told = difference(task, first.task, ignore=("seed",))
-    expect(told is None, "the task as ListTasks gives it", told)
+    change = difference(task, first.task, ignore=("seed",))
+    expect(change is None, "the task as ListTasks gives it", change)
     is_default = math.isclose(first.lease_s, limits.default_lease_s)
     expect(
         is_default,
         f"default_lease_s {limits.default_lease_s} without a wish for another",
         first.lease_s,
     )
+
     second = await bench.open(task.task_id, lease_s=2 * limits.max_lease_s)
     is_bounded = 0 < second.lease_s <= limits.max_lease_s
     expect(is_bounded, f"a lease cut to max_lease_s {limits.max_lease_s}", second.lease_s)
+
     ids = (first.session_id, second.session_id)
     expect(all(ids) and ids[0] != ids[1], "a session id of its own for each session", ids)
 
@@ -82,15 +86,19 @@ async def open_seed(bench: Bench) -> None:
 )
 async def open_retry(bench: Bench) -> None:
     await bench.need_places(3)
-    task, key = await bench.first_task(), _new_key()
+    task = await bench.first_task()
     script = await bench.script(task, 3)
+    key = _new_key()
     first = await bench.open(task.task_id, seed=3, key=key)
     again = await bench.open(task.task_id, seed=3, key=key)
-    told = difference(first, again, ignore=())
-    expect(told is None, "the same answer to the same key", told)
+    change = difference(first, again, ignore=())
+    expect(change is None, "the same answer to the same key", change)
+
     other = await bench.open(task.task_id, seed=3)
     expect(other.session_id != first.session_id, "a new session without a key", "the same one")
+    # The session is as the first opening left it.
     await bench.replay(script, first.session_id)
+
     key = _new_key()
     answers = await asyncio.gather(*(bench.open(task.task_id, key=key) for _ in range(3)))
     ids = {answer.session_id for answer in answers}
@@ -103,18 +111,17 @@ async def open_retry(bench: Bench) -> None:
     "Compare a repeated request with the one that the key opened, and refuse what differs.",
 )
 async def open_key_conflict(bench: Bench) -> None:
-    (task, other), key = await bench.some_tasks(2), _new_key()
+    task, other = await bench.some_tasks(2)
+    key = _new_key()
     await bench.open(task.task_id, seed=1, key=key)
+
     code = grpc.StatusCode.FAILED_PRECONDITION
-    await expect_refusal(
-        bench.open(task.task_id, seed=2, key=key), code, "OpenSession with a key of another seed"
-    )
+    calling = bench.open(task.task_id, seed=2, key=key)
+    await expect_refusal(calling, code, "OpenSession with a key of another seed")
+    # The first split may have one task only.
     if other.task_id != task.task_id:
-        await expect_refusal(
-            bench.open(other.task_id, seed=1, key=key),
-            code,
-            "OpenSession with a key of another task",
-        )
+        calling = bench.open(other.task_id, seed=1, key=key)
+        await expect_refusal(calling, code, "OpenSession with a key of another task")
 
 
 @check(
@@ -127,13 +134,12 @@ async def close_twice(bench: Bench) -> None:
     opened = await bench.open(script.task.task_id)
     await bench.step(opened.session_id, 0, script.texts[0])
     await bench.close(opened.session_id)
+    # The step that was taken, which a session would answer again, and the next one.
     for step_index in (0, 1):
         calling = bench.step(opened.session_id, step_index, script.texts[0])
         await expect_refusal(calling, grpc.StatusCode.NOT_FOUND, "Step in a closed session")
-    for session_id, what in (
-        (opened.session_id, "closed already"),
-        ("sdar-check-nobody", "unknown"),
-    ):
+    absent = {opened.session_id: "closed already", "sdar-check-nobody": "unknown"}
+    for session_id, what in absent.items():
         try:
             await bench.close(session_id)
         except Refusal as refusal:
@@ -195,24 +201,27 @@ async def lease_renewed(bench: Bench) -> None:
     "Count open sessions against max_sessions before building one, and count down in CloseSession.",
 )
 async def capacity_bounded(bench: Bench) -> None:
-    capacity, task = (await bench.describe()).capacity, await bench.first_task()
+    task = await bench.first_task()
+    capacity = (await bench.describe()).capacity
     num_free = capacity.max_sessions - capacity.num_open_sessions
     if num_free > MAX_CAPACITY_TRIED:
         raise CheckNotRun(
             f"{num_free} places are free, more than the {MAX_CAPACITY_TRIED} that are tried: "
             f"serve with --capacity {_SMALL_CAPACITY} to run it"
         )
+
     opened = [await bench.open(task.task_id) for _ in range(num_free)]
-    told = (await bench.describe()).capacity.num_open_sessions
+    num_open = (await bench.describe()).capacity.num_open_sessions
     expect(
-        told == capacity.max_sessions,
+        num_open == capacity.max_sessions,
         f"num_open_sessions {capacity.max_sessions} in a full server",
-        told,
+        num_open,
     )
     full = grpc.StatusCode.RESOURCE_EXHAUSTED
     await expect_refusal(bench.open(task.task_id), full, "OpenSession in a full server")
     await bench.close(opened[-1].session_id)
 
+    # A server may free a place a moment after it has answered the close.
     async def is_opened() -> bool:
         try:
             await bench.open(task.task_id)

@@ -158,12 +158,7 @@ class AlfworldDemonstrator(WindowDemonstrator):
         super().__init__(recipe, AlfworldEnvironment(data_dir=str(games)))
         self._forgetful_share = recipe.forgetful_share
 
-        _, most_receptacles = ROOM_SIZES["small"].num_receptacles
-        played = set()
-        for entry in load_entries(games)["train"]:
-            is_small = entry.num_receptacles <= most_receptacles
-            if is_small and entry.task_type != TWO_OBJECTS_TASK:
-                played.add(entry.task_id)
+        played = _find_easy(games)
         self.tasks = [task for task in self.tasks if task.task_id in played]
         # What could be taken in each game, as the players have seen it so far.
         self._takeable: dict[str, set[str]] = defaultdict(set)
@@ -189,6 +184,17 @@ class AlfworldDemonstrator(WindowDemonstrator):
         wished = rng.choice(sorted(self._takeable[task.task_id] | {target}))
         description = re.sub(rf"\b{target}\b", wished, task.description)
         return dataclasses.replace(task, description=description)
+
+
+def _find_easy(games: Path) -> set[str]:
+    """Ids of the tasks in small rooms with one object to carry."""
+    _, most_receptacles = ROOM_SIZES["small"].num_receptacles
+    found = set()
+    for entry in load_entries(games)["train"]:
+        is_small = entry.num_receptacles <= most_receptacles
+        if is_small and entry.task_type != TWO_OBJECTS_TASK:
+            found.add(entry.task_id)
+    return found
 
 
 class _Housekeeper:

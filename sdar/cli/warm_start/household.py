@@ -57,19 +57,17 @@ class HouseholdRecipe(WarmStartRecipe):
 
     def describe_wording(self) -> list[Any]:
         example = HouseholdTask("restore", OBJECTS[0], "drawer", "desk")
+        skills = [demonstrations.skill_wording(*item) for item in PROCEDURES.items()]
         return [
             _first_message(HouseholdGame(example), "skill").content,
-            [
-                demonstrations.skill_wording(task_type, procedure)
-                for task_type, procedure in PROCEDURES.items()
-            ],
+            skills,
             demonstrations.list_demonstration(example, example.procedure),
         ]
 
 
 class HouseholdDemonstrator:
-    """Writes demonstrated episodes in the tokens an agent would see and write: prompt, response,
-    what comes between.
+    """Writes demonstrated episodes in the tokens that an agent sees and writes: prompt, responses,
+    and what comes between them.
     """
 
     def __init__(self, recipe: HouseholdRecipe) -> None:
@@ -84,9 +82,9 @@ class HouseholdDemonstrator:
             task = rng.choice(self._tasks)
             procedure = _draw_procedure(rng)
             game = HouseholdGame(task)
-            yield _first_message(
-                game, demonstrations.skill_wording(task.task_type, procedure)
-            ).content
+            skill = demonstrations.skill_wording(task.task_type, procedure)
+            yield _first_message(game, skill).content
+            # The skill of a task without steps on the way is worded differently.
             yield demonstrations.skill_wording(task.task_type, ())
             yield from ("system\n", "user\n", "assistant\n", NOTHING_HAPPENS)
             for action in demonstrations.list_demonstration(task, procedure):
@@ -95,39 +93,45 @@ class HouseholdDemonstrator:
 
     def write(self, chat: ChatTokenizer, rng: random.Random, hinted_share: float) -> Example:
         """One episode; with probability `hinted_share` it shows a skill and obeys it."""
+        task = rng.choice(self._tasks)
+        hint, procedure = self._draw_plan(rng, task, hinted_share)
+        game = HouseholdGame(task)
+
+        prompt = chat.render_fresh([_first_message(game, hint)])
+        example: Example = [(prompt.tolist(), False)]
+        for action, answer in self._play(rng, game, procedure):
+            response = chat.tokenizer.encode(action, add_special_tokens=False)
+            message = ChatMessage("user", answer)
+            delta = chat.render_delta((message,), ended_by=chat.stops.closing_id)
+            example.append(([*response, END_OF_TURN_ID], True))
+            example.append((delta.tolist(), False))
+        # Nobody answers after the last turn.
+        return example[:-1]
+
+    def _draw_plan(
+        self, rng: random.Random, task: HouseholdTask, hinted_share: float
+    ) -> tuple[str, list[str]]:
+        """The skill that is shown, "" for none, and the procedure that is followed."""
         recipe = self._recipe
-        task, hint = rng.choice(self._tasks), ""
-        if rng.random() < hinted_share:
-            procedure = _draw_procedure(rng)
-            label = (
-                rng.choice(TASK_TYPES)
-                if rng.random() < recipe.mislabelled_share
-                else task.task_type
-            )
-            hint = demonstrations.skill_wording(label, procedure)
-        else:
+        if rng.random() >= hinted_share:
             procedure = demonstrations.draw_misguided_procedure(
                 rng, task, recipe.right_share, recipe.misconception_share
             )
-        game = HouseholdGame(task)
-        example: Example = [(chat.render_fresh([_first_message(game, hint)]).tolist(), False)]
-        for action, answer in self._play(rng, game, procedure):
-            example.append(
-                ([*chat.tokenizer.encode(action, add_special_tokens=False), END_OF_TURN_ID], True)
-            )
-            message = ChatMessage("user", answer)
-            delta = chat.render_delta((message,), ended_by=chat.stops.closing_id)
-            example.append((delta.tolist(), False))
-        return example[:-1]
+            return "", procedure
+
+        procedure = _draw_procedure(rng)
+        label = task.task_type
+        if rng.random() < recipe.mislabelled_share:
+            label = rng.choice(TASK_TYPES)
+        return demonstrations.skill_wording(label, procedure), procedure
 
     def _play(
         self, rng: random.Random, game: HouseholdGame, procedure: list[str]
     ) -> Iterator[tuple[str, str]]:
-        """Action and answer, turn by turn. A clumsy action is shown without being played: it must
-        not use up a turn.
-        """
+        """Action and answer, turn by turn."""
         for action in demonstrations.list_demonstration(game.task, procedure):
             clumsy = f"{rng.choice(_CLUMSY_VERBS)} {rng.choice(OBJECTS + STATIONS)}"
+            # Shown without being played: it must not use up a turn.
             if rng.random() < self._recipe.clumsy_share and clumsy not in game.list_actions():
                 yield clumsy, NOTHING_HAPPENS
             yield action, game.act(action)

@@ -1,6 +1,6 @@
-"""What decides a tiny model: its recipe with sentences and examples, and the recipe's digest.
+"""Recipes of tiny models: everything that decides a model's weights, and the digest over it.
 
-Never trains; `sdar.cli.warm_start.making` does.
+Nothing is trained here; `sdar.cli.warm_start.making` does that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from sdar.contracts.errors import ConfigurationError
 from sdar.model.chat import ChatTokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PAD_ID, END_OF_TURN_ID = 0, 2
+# Places in SPECIAL_TOKENS, which come first in every vocabulary.
+PAD_ID = 0
+END_OF_TURN_ID = 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
     "}}<|im_end|>\n{% endfor %}"
@@ -43,7 +45,7 @@ class Demonstrator(Protocol):
     """One environment's part of a warm start. It plays the training split only."""
 
     def list_phrases(self) -> Sequence[str]:
-        """Texts that are one token each, wherever they stand; the rest of the vocabulary is learnt
+        """Texts that are one token each, wherever they stand. The rest of the vocabulary is learnt
         from sentences.
         """
 
@@ -134,11 +136,10 @@ class WarmStartRecipe(ABC):
         environment adds.
         """
         fields = dataclasses.asdict(self)
-        ordered = {
-            name: fields[name]
-            for name in sorted(fields, key=lambda name: name in ("phases", "seed"))
-        }
-        return {"digest": self.digest, "code_version": self.code_version, "recipe": ordered}
+        # Fields of a subclass stand behind those that it inherits.
+        for name in ("phases", "seed"):
+            fields[name] = fields.pop(name)
+        return {"digest": self.digest, "code_version": self.code_version, "recipe": fields}
 
 
 def load_recipe(environment: str) -> WarmStartRecipe:
@@ -155,9 +156,10 @@ def load_recipe(environment: str) -> WarmStartRecipe:
         )
     module_name, _, class_name = RECIPES[environment].partition(":")
     try:
-        recipe: WarmStartRecipe = getattr(importlib.import_module(module_name), class_name)()
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigurationError(
             f"Environment {environment!r} cannot be imported: {error}. Install what it needs."
         ) from error
+    recipe: WarmStartRecipe = getattr(module, class_name)()
     return recipe

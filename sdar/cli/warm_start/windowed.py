@@ -20,21 +20,22 @@ from sdar.contracts.types import StopReason, Task
 from sdar.environments.base import Environment, Observation
 from sdar.model.chat import ChatTokenizer
 from services.rollout.prompting import EpisodeSetting, HistoryWindow
-from services.teacher.skills import SHIPPED_LIBRARIES, format_skills, load_skill_library
+from services.teacher.skills import SHIPPED_LIBRARIES, Skill, format_skills, load_skill_library
 
 TRAIN_SPLIT = "train"
 _WINDOW_WORDS = (
-    *(
-        "system\n",
-        "user\n",
-        "assistant\n",
-        "Task: ",
-        "\nActions taken: ",
-        "\nSeen: ",
-        "\nDone: ",
-        "\nSeen now: ",
-    ),
-    *(".\nSeen now: ", ". The last 1:\nSeen: ", ". The last 2:\nSeen: ", "\nPossible actions:\n"),
+    "system\n",
+    "user\n",
+    "assistant\n",
+    "Task: ",
+    "\nActions taken: ",
+    "\nSeen: ",
+    "\nDone: ",
+    "\nSeen now: ",
+    ".\nSeen now: ",
+    ". The last 1:\nSeen: ",
+    ". The last 2:\nSeen: ",
+    "\nPossible actions:\n",
 )
 _NUM_OTHERS = 2
 _NOTHING = np.empty(0, dtype=np.int32)
@@ -81,15 +82,18 @@ class Choice:
 
 
 Player = Callable[[Observation, random.Random], Choice]
-"""Both players of one episode: called once per turn, they know what prompts have told so far and
-nothing else.
+"""Both players of one episode. It is called once per turn, and knows nothing but what the prompts
+have said so far.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PlayedTurn:
-    """One turn before its answer: what was read out of the last response, what is seen, what would
-    be and is played.
+    """One turn before its answer.
+
+    Args:
+        previous_action: what the environment read out of the last response; None at the first turn.
+        played: which of the choice is played.
     """
 
     previous_action: str | None
@@ -106,6 +110,7 @@ class WindowDemonstrator(ABC):
         self.environment = environment
         self.tasks: Sequence[Task] = environment.list_tasks(TRAIN_SPLIT)
         self.skill_library = load_skill_library(SHIPPED_LIBRARIES / recipe.environment)
+        # Turns of several episodes, shuffled, of which each call of `write` takes one.
         self._written: list[Example] = []
 
     @abstractmethod
@@ -129,20 +134,14 @@ class WindowDemonstrator(ABC):
             task = self.draw_task(rng)
             yield f"Task: {task.description}\n"
             for turn in self._play(task, rng):
-                yield "\n".join(
-                    [
-                        f"Seen: {turn.observation.text}",
-                        *turn.observation.admissible_actions,
-                        turn.played,
-                    ]
-                )
+                seen = turn.observation
+                yield "\n".join([f"Seen: {seen.text}", *seen.admissible_actions, turn.played])
 
     def write(self, chat: ChatTokenizer, rng: random.Random, hinted_share: float) -> Example:
         if not self._written:
             for _ in range(self.recipe.num_mixed_episodes):
-                self._written.extend(
-                    self._write_episode(chat, rng, is_hinted=rng.random() < hinted_share)
-                )
+                is_hinted = rng.random() < hinted_share
+                self._written.extend(self._write_episode(chat, rng, is_hinted=is_hinted))
             rng.shuffle(self._written)
         return self._written.pop()
 
@@ -153,17 +152,18 @@ class WindowDemonstrator(ABC):
         setting = self._describe(task, is_hinted=is_hinted)
         window = HistoryWindow(chat, setting, self.recipe.history_turns, self.recipe.max_positions)
         for turn in self._play(task, rng):
+            # With a skill in sight the expert is imitated, also where the erring player played on.
             response = turn.choice.expert if is_hinted else turn.played
-            seen = (
-                turn.observation.text,
-                self._thin_out(turn.observation.admissible_actions, response, rng),
-            )
+            text = turn.observation.text
+            actions = self._thin_out(turn.observation.admissible_actions, response, rng)
             if turn.previous_action is None:
-                prompt = window.begin(*seen)
+                prompt = window.begin(text, actions)
             else:
+                # A window keeps the texts of earlier turns and not their tokens.
                 prompt = window.extend(
-                    _NOTHING, StopReason.END_OF_TURN, turn.previous_action, *seen
+                    _NOTHING, StopReason.END_OF_TURN, turn.previous_action, text, actions
                 )
+
             ids = chat.tokenizer.encode(response, add_special_tokens=False)
             yield [(prompt.token_ids.tolist(), False), ([*ids, END_OF_TURN_ID], True)]
 
@@ -175,31 +175,38 @@ class WindowDemonstrator(ABC):
         """
         if not admissible or rng.random() >= self.recipe.thinned_share:
             return admissible
-        others = set(rng.sample(admissible, min(len(admissible), _NUM_OTHERS)))
+        num_others = min(len(admissible), _NUM_OTHERS)
+        others = rng.sample(admissible, num_others)
         return [action for action in admissible if action in others or f">{action}<" in response]
 
     def _play(self, task: Task, rng: random.Random) -> Iterator[PlayedTurn]:
+        """Play one episode, the expert's choice or the other one at random."""
         player = self.open_player(task)
         observation = self.environment.reset(task.task_id, task.seed)
         previous_action = None
         for _ in range(self.recipe.max_turns):
             choice = player(observation, rng)
-            played = choice.expert if rng.random() < self.recipe.expert_share else choice.erring
+            is_expert = rng.random() < self.recipe.expert_share
+            played = choice.expert if is_expert else choice.erring
             yield PlayedTurn(previous_action, observation, choice, played)
             result = self.environment.step(played)
             if result.is_over:
                 return
-            observation, previous_action = result.observation, result.action
+            observation = result.observation
+            previous_action = result.action
 
     def _describe(self, task: Task, *, is_hinted: bool) -> EpisodeSetting:
-        skills = [
-            skill
-            for skill in self.skill_library.skills
-            if not skill.is_specific or task.task_type in skill.task_types
-        ]
+        skill_text = ""
+        if is_hinted:
+            skill_text = format_skills(self._list_skills(task.task_type))
         return EpisodeSetting(
             instructions=self.environment.instructions,
             action_format=self.environment.action_format,
             task_description=task.description,
-            skill_text=format_skills(skills) if is_hinted else "",
+            skill_text=skill_text,
         )
+
+    def _list_skills(self, task_type: str) -> list[Skill]:
+        """The general skills, and those for this kind of task."""
+        skills = self.skill_library.skills
+        return [one for one in skills if not one.is_specific or task_type in one.task_types]
