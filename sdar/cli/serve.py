@@ -12,7 +12,7 @@ from sdar.config import RunConfig, load_config
 from sdar.connect import locate_model
 from sdar.contracts.roles import ROLES, Libraries, ModelUse, Role, RoleSpec
 from sdar.engines.vllm_weights import vllm_environment
-from sdar.process.settings import apply_environment, load_settings, thread_environment
+from sdar.process.settings import Settings, apply_environment, load_settings, thread_environment
 from sdar.process.telemetry import configure_logging
 from sdar.process.tracing import serve_traces
 
