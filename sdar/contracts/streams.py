@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Stream(StrEnum):
-    """A stream has one producer role; its payload type is named in docs/architecture.md."""
+    """What is sent between services; docs/architecture.md names writers, readers and payloads."""
 
     TASKS = "tasks"
     TRAJECTORIES = "trajectories"

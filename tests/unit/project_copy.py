@@ -34,13 +34,18 @@ class Cost:
     proof: str
 
 
+def read_table(section: str) -> list[list[str]]:
+    """The cells of the rows of a section's table in docs/architecture.md, without its head."""
+    page = PAGE.read_text(encoding="utf-8")
+    text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line[:2] == "| "]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+
+
 def read_costs() -> dict[str, Cost]:
     """The table of docs/architecture.md by change; <name> is toy, and <service> is rollout."""
-    page = PAGE.read_text(encoding="utf-8")
-    section = page.partition("\n## What a change costs\n")[2].partition("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
     costs = {}
-    for change, files, proof in rows[1:]:
+    for change, files, proof in read_table("What a change costs"):
         named = files.replace("<name>", "toy").replace("<service>", "rollout")
         costs[change] = Cost(frozenset(re.findall("`([^`]+)`", named)), proof.strip("`"))
     return costs

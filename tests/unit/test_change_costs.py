@@ -399,13 +399,14 @@ def test_a_stream_is_a_name_a_reader_in_the_table_and_how_its_entries_are_shown(
     project.insert(
         "stream",
         "docs/architecture.md",
-        after="| stream | from, to | payload |\n|---|---|---|\n",
-        text="| `toy` | rollout, gateway | LedgerEvent |\n",
+        after="| stream | from | to | payload |\n|---|---|---|---|\n",
+        text="| `toy` | a tool | gateway | LedgerEvent |\n",
     )
     project.test(
         USE_STREAM,
         "tests/unit/test_roles.py",
         "tests/unit/test_docs.py",
+        "tests/unit/test_architecture.py",
         "tests/unit/cli/test_metrics_page.py",
     )
     assert project.touched == read_files("stream")

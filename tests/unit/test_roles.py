@@ -187,7 +187,8 @@ def is_missed_by_an_alert(row: RoleSpec) -> bool:
 
 
 def is_in_the_architecture(row: RoleSpec) -> bool:
-    return re.search(rf"^\| {row.name} \|", read("docs/architecture.md"), re.M) is not None
+    lines = (f"| {row.name} | `", f"| `services/{row.name}` |")
+    return all(f"\n{line}" in read("docs/architecture.md") for line in lines)
 
 
 # "file: what is in it", with the role's name for {}: docs/architecture.md lists the files.
@@ -206,7 +207,7 @@ PARTS: dict[str, Callable[[RoleSpec], bool]] = {
     "services/{}/metrics.py: what it measures, then make docs": is_on_the_metrics_page,
     "tools/make_dashboards.py: a panel of {}, then make docs": is_on_a_dashboard,
     "helm/alerts/sdar.yaml: {}_silent": is_missed_by_an_alert,
-    "docs/architecture.md: its line in the table of services": is_in_the_architecture,
+    "docs/architecture.md: its lines in the tables of services and rooms": is_in_the_architecture,
 }
 
 
