@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from typing import Any
 
 import kubernetes_validate
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from sdar.config import load_config
+from sdar.contracts import roles
 from services.gateway.scaling.file import ScalingFile
 from tests.helm.chart import CHART, ROOT, VALUES_FILES, component, find, helm, of_kind, pods, render
 from tools import chart_schema
@@ -357,3 +359,22 @@ def test_uninstalling_leaves_the_claims_and_nothing_else():
         "hook-succeeded" in hook["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
         for hook in hooks
     )
+
+
+@pytest.mark.parametrize("presence", roles.Presence)
+def test_a_role_has_pods_in_the_runs_that_its_row_says_without_an_edit_of_templates(
+    presence, tmp_path
+):
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    rows = chart_schema.build_roles()
+    rows["rollout"]["presence"] = str(presence)
+    (chart / "files/roles.yaml").write_text(yaml.safe_dump(rows))
+    runs = ({"method.name": "sdar"}, {"method.name": "skill_grpo"}, {"method.name": "grpo"})
+    for changes in (*runs, {"environment.address": "envs.example.com:9090"}):
+        told = [word for key, value in changes.items() for word in ("--set", f"run.{key}={value}")]
+        done = helm("template", "sdar", str(chart), *told)
+        assert done.returncode == 0, done.stderr
+        there = {role for role, _ in pods(list(filter(None, yaml.safe_load_all(done.stdout))))}
+        config = load_config(ROOT / "examples" / "household.yaml", changes)
+        assert ("rollout" in there) == config.has(presence), changes

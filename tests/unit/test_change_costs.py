@@ -2,7 +2,8 @@
 
 A change writes its files by hand and no others. Then `make docs` runs, the toy is put to use, and
 the tests that hold for every one of its kind pass. The files are those that the table "What a
-change costs" of docs/architecture.md names.
+change costs" of docs/architecture.md names. Only a deployed service is not made: its row is
+compared with the parts that tests/unit/test_roles.py asks of every service.
 """
 
 from __future__ import annotations
