@@ -328,8 +328,8 @@ class VllmWeights:
         """
         published = {tensor.name: tensor.shape for tensor in manifest.tensors}
         if published != self._layout:
-            # Of a tensor in another shape both sides differ; its name then stands twice.
-            different = sorted(name for name, _ in published.items() ^ self._layout.items())
+            # Of a tensor in another shape both sides differ: its name counts once.
+            different = sorted({name for name, _ in published.items() ^ self._layout.items()})
             raise CorruptionError(
                 f"Version {manifest.policy_version} of {manifest.run_id} is not of the model "
                 f"{self._model_path}: {len(different)} tensors are missing, unknown or of another "
