@@ -89,7 +89,9 @@ def make_config() -> RunConfig:
         name="rollout-test",
         model=ModelConfig(path=MODEL_PATH, dtype="float32", max_sequence_tokens=384),
         environment=EnvironmentConfig(name="household"),
-        rollout=RolloutConfig(max_response_tokens=10, max_concurrent_episodes=32),
+        rollout=RolloutConfig(
+            max_response_tokens=10, max_concurrent_episodes=32, show_actions=False
+        ),
     )
 
 

@@ -25,6 +25,7 @@ def test_a_record_holds_totals_and_the_rates_since_the_record_before():
         "num_reclaimed_entries": 0,
         "num_late_results": 0,
         "num_refused_policies": 0,
+        "num_disproofs": 0,
         "teacher_version": 3,
         "lag": 1,
         "tokens_per_s": 5,
