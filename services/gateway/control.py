@@ -28,8 +28,6 @@ _HOPELESS_UPDATES = 4
 """Updates' worth of groups that failed in a row: more than `_HOPELESS_SKIPPED_STEPS`, which end the
 run with a reason of their own.
 """
-
-
 _EXCUSED_FAILURES = 9
 """Failures that each group which still waits to be trained excuses: a run of which more than a
 tenth gets through goes on, and one whose every group fails ends all the same, since only so many
